@@ -50,7 +50,7 @@ class AssetFiles:
         return self.out.with_name(self.out.name + ".training")
 
     def check(self) -> bool:
-        """Whether the asset is already finished. Raises ValueError if something existing would be overwritten."""
+        """Whether the asset is already finished. Raises ValueError if existing output would be overwritten."""
         anew = self.overwrite and not self.resume
         begun = not anew and checkpoint.load(self.workdir) is not None
         if self.resume and not begun and not self.overwrite and (self.out / ABOUT).is_file():
@@ -83,7 +83,7 @@ def create(
     plan: the memory plan, if the recipe was changed to fit a budget; recorded in the asset.
 
     Raises:
-        ValueError: prompt, concepts or recipe do not fit, or the field is empty; the state of the run is kept
+        ValueError: the prompt, concepts and recipe do not fit together, or the field is empty; the state of the run is kept
     """
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
     if plan is not None:

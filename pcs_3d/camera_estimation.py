@@ -1,8 +1,8 @@
 """Estimates where pictures of an object were taken from, and crops them to the object.
 
-After cropping, the camera looks at the origin from the usual distance. There are two estimators: one compares the pictures with
-renders of an asset that resembles the object (any pictures with masks), the other is the toybox's pose estimator (only its own
-pictures).
+After cropping, the camera looks at the origin from the usual distance. There are two estimators: one compares the pictures
+with renders of an asset that resembles the object (for any pictures with masks); the other is the toybox's pose estimator
+(only for the toybox's own pictures).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Estimate:
-    """For N pictures: the camera of each after it is cropped to the object, and the crop.
+    """For each of N pictures: its crop to the object, and the camera of the cropped picture.
 
     centre: [N, 2], x right and y down, in [-1, 1] across the picture; size: [N], the crop's side relative to the picture's;
     agreement: [N] in [0, 1], how well the picture matches what its camera sees, or None
@@ -59,11 +59,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Search:
-    """Which cameras are compared.
+    """The cameras to compare.
 
     azimuths: how many to try, evenly spaced around the object; each is combined with every elevation
     refinements: how often the steps between cameras are halved around the best match
-    near_deg: the rough azimuth of each picture, where it is known; at first only those within `within_deg` are tried
+    near_deg: the rough azimuth of each picture, where it is known; at first, only azimuths within `within_deg` of it are tried
     """
 
     azimuths: int = 24
@@ -86,10 +86,10 @@ def from_renders(
     masks: Tensor,
     search: Search = Search(),
 ) -> Estimate:
-    """Compares each picture with renders from all around, then with renders in ever smaller steps around the best match.
+    """Compares each picture with renders from all around, then with renders at ever smaller steps around the best match.
 
-    A picture is moved and scaled until its silhouette's bounding box has the render's centre and area. Their
-    disagreement is the mean colour difference where both show the object, and 1 where only one does.
+    A picture is moved and scaled until its silhouette's bounding box has the render's centre and area. The error of a pixel is
+    the mean colour difference where both show the object, and 1 where only one does.
 
     Args:
         pictures: [N, 3, H, H] in [0, 1]
@@ -128,7 +128,7 @@ def from_renders(
 
 
 def from_toybox_poses(framing: Framing, pictures: Tensor) -> Estimate:
-    """Estimates by the toybox's pose estimator, for toybox pictures [N, 3, H, H] in [0, 1]."""
+    """Estimates cameras with the toybox's pose estimator, for toybox pictures [N, 3, H, H] in [0, 1]."""
     from shared.toybox.evaluators.pose import load_pose, path_of
     from shared.toybox.motions.motion import PATH
 
@@ -163,7 +163,7 @@ class _Seen:
 def _best(
     seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor, allowed: Tensor | bool = True
 ) -> _Found:
-    """The one of B renders, among those allowed, that matches the picture [3, H, H] with this mask best."""
+    """The best match for a picture [3, H, H] and its mask among the allowed ones of B renders."""
     count, side = len(directions), seen.pixels.shape[-1]
     size = box[2] / seen.boxes[:, 2].clamp_min(1e-3)
     centre = box[:2] - size[:, None] * seen.boxes[:, :2]
@@ -180,8 +180,8 @@ def _best(
 
 
 def _boxes(opacity: Tensor) -> Tensor:
-    """Silhouettes [B, 1, H, H] -> [B, 3]: the centre (x right, y down) of each bounding box and the root of its area, in units
-    of half a picture; 0 for empty ones."""
+    """Silhouettes [B, 1, H, H] -> [B, 3]: the centre (x right, y down) of each bounding box and the square root of its area,
+    in units of half a picture; 0 for empty silhouettes."""
     side, out = opacity.shape[-1], torch.zeros(len(opacity), 3)
     for i, solid in enumerate(opacity[:, 0] >= _SOLID):
         rows, columns = solid.any(1).nonzero(), solid.any(0).nonzero()

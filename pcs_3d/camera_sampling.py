@@ -29,7 +29,7 @@ class CameraSampling(Part):
     """Random cameras around an object of radius 1, as DreamFusion and threestudio draw them.
 
     Half of the elevations are uniform in angle, half uniform on the sphere. Azimuths are stratified over the batch. `grown`
-    widens all ranges from 0 (only the front view) to 1 (full ranges). With `ring` = n, each n views share
+    widens all ranges from 0 (only the front view) to 1 (full ranges). With `ring` = n, every n views share
     everything but their azimuths, which are evenly spaced around the object (MVDream, https://arxiv.org/abs/2308.16512); only
     the rings are stratified, not the views within a ring.
     """
@@ -56,7 +56,7 @@ class CameraSampling(Part):
         return self
 
     def sample(self, count: int, moment: Moment, generator: Generator) -> Cameras:
-        """Draws `count` cameras. Raises ValueError unless it is a multiple of `ring`."""
+        """Draws `count` cameras. Raises ValueError unless `count` is a multiple of `ring`."""
         if count % self.ring:
             raise ValueError(f"train.batch_size = {count} must be a multiple of cameras.ring = {self.ring}")
         groups, size = count // self.ring, moment.of(self.grown)

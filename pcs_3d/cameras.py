@@ -15,11 +15,11 @@ DISTANCE, FOV_DEG = 5.0, 24.53
 
 @dataclass(frozen=True)
 class Cameras:
-    """B pinhole cameras around the origin, each [B], float32.
+    """B pinhole cameras around the origin; fields are float32 [B] unless stated otherwise.
 
     In the world, x is forward (the object's front), y its left and z up. Azimuth 0 looks at the front, 90 at the object's
-    left; elevation 90 looks from above. `roll_deg` turns the picture clockwise; `fov_deg` is the angle of the whole side.
-    `centre` [B, 3]: the point in the middle of the picture; the camera is `distance` away from it.
+    left; elevation 90 looks from above. `roll_deg` turns the picture clockwise; `fov_deg` is the angle across the picture's
+    shorter side. `centre` [B, 3]: the point in the middle of the picture; the camera is `distance` away from it.
     """
 
     azimuth_deg: Tensor
@@ -52,7 +52,7 @@ class Cameras:
         return made
 
     def check(self) -> None:
-        """Raises ValueError for values that are not finite, a distance of 0 or less, a field of view outside (0, 180)."""
+        """Raises ValueError for values that are not finite, a distance of 0 or less, or a field of view outside (0, 180)."""
         if not all(bool(value.isfinite().all()) for value in vars(self).values()):
             raise ValueError("cameras: an angle or a length is not a finite number")
         if bool((self.distance <= 0).any()):
@@ -77,7 +77,7 @@ class Cameras:
 
     @property
     def axes(self) -> Tensor:
-        """[B, 3, 3]: the rows are the picture's right, its up, and the direction from the object to the camera."""
+        """[B, 3, 3]: the rows are the picture's right and up directions, and the direction from the object to the camera."""
         azimuth, elevation, roll = (torch.deg2rad(a) for a in (self.azimuth_deg, self.elevation_deg, self.roll_deg))
         zero = torch.zeros_like(azimuth)
         right = torch.stack([-azimuth.sin(), azimuth.cos(), zero], -1)
@@ -93,7 +93,7 @@ class Cameras:
 
     @property
     def focal(self) -> Tensor:
-        """[B]: focal lengths, for a picture from -1 to 1."""
+        """[B]: focal lengths, for a picture that spans -1 to 1."""
         return 1 / torch.tan(torch.deg2rad(self.fov_deg) / 2)
 
     def rays(self, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class Cameras:
 
 
 def turntable(count: int, elevation_deg: float = 15.0) -> Cameras:
-    """Places `count` cameras once around the object, the first at its front."""
+    """Places `count` cameras evenly around the object, the first at its front."""
     return Cameras.of([360 * i / count for i in range(count)], elevation_deg)
 
 

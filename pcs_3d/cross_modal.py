@@ -73,7 +73,7 @@ def _recipe(asked: Asked, thing: str) -> Recipe3D:
 
 
 def _subjects(asked: Asked, recipe: Recipe3D) -> dict[str, Subject]:
-    """The subject's pictures, if the recipe compares with them."""
+    """The subject's pictures, if the recipe compares its renders with them."""
     return {asked.name: asked.subject} if compares_with_subject(recipe) else {}
 
 
@@ -99,7 +99,8 @@ def _asset(
 
 
 def _true(asked: Asked) -> tuple[Tensor, Tensor] | None:
-    """Renders of the real object: those that set the bar for verification, and others; None outside the toybox."""
+    """Two sets of renders of the real object: those that set the bar for verification, and those from the usual cameras; None
+    outside the toybox."""
     held = shown_in(asked.subject.images)
     if held is None:
         return None

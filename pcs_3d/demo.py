@@ -27,7 +27,7 @@ def check(asked: Asked) -> None:
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
     """Makes an asset of the subject if it was learned from pictures, otherwise of an ordinary object of its class. A recipe
-    that compares with the subject's pictures gets them in either case."""
+    that compares its renders with the subject's pictures gets them in either case."""
     known = asked.concept.is_dir()
     prompt = f"a photo of a {f'<{asked.concept.stem}>' if known else asked.thing.thing.class_name}"
     recipe = load(asked.asset_recipe, [f"prompt={prompt}"], "3d", Recipe3D)

@@ -16,7 +16,8 @@ _FIELDS = {part.model_fields["kind"].default: part for part in get_args(get_args
 
 
 class Recipe3D(DistillRecipe):
-    """The resolved, typed description of how an asset is made. `renderer.kind` defaults to the one that draws the field."""
+    """The resolved, typed description of how an asset is made. `renderer.kind` defaults to the renderer that draws the
+    field."""
 
     field: FieldSettings = Voxels()
     renderer: RendererSettings = Volume()

@@ -24,7 +24,7 @@ from shared.types import Subject
 class References(KindPart):
     """The cameras of the subject's pictures, in the order of their file names. Azimuth 0 shows the front, 90 the object's left.
 
-    elevation_deg: one for all, or one each; fill: how much of a picture's side an object of radius 1 covers.
+    elevation_deg: one for all pictures, or one for each; fill: how much of a picture's side an object of radius 1 covers.
     """
 
     kind: Literal["subject"] = "subject"
@@ -45,7 +45,8 @@ class References(KindPart):
         return Cameras.of(list(self.azimuth_deg), elevations, distance, self.fov_deg)
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
-        """Raises ValueError unless there is one subject, with a picture for each azimuth and, if `masks`, masks for all."""
+        """Raises ValueError unless there is one subject, with a picture for each azimuth and, if `masks`, a mask for each
+        picture."""
         subject = only(subjects)
         if len(subject.images) != len(self.azimuth_deg):
             raise ValueError(
@@ -66,12 +67,12 @@ class References(KindPart):
 
 
 class PhaseViews(KindPart):
-    """The pictures of the phase called `phase`, or of several, with their cameras: views that it made
+    """The pictures of the phase named by `phase`, or of several phases, with their cameras: views that it made
     (`task.kind=pseudo_views`), or the subject's pictures, whose cameras and masks it found (`task.kind=reference_cameras`).
     A phase that is named twice counts twice.
 
-    foreground: where views have no masks, a pixel shows the object if a channel differs from the colour of the view's border by
-    more than this, in [0, 1], which suits prompts with a plain background. null: no masks.
+    foreground: for views without masks, a pixel counts as the object if a channel differs from the colour of the view's border
+    by more than this value, in [0, 1]; suits prompts with a plain background. null: no masks.
     """
 
     kind: Literal["phase"] = "phase"
@@ -86,9 +87,13 @@ class PhaseViews(KindPart):
                 raise ValueError(f"references.phase: {unknown(name, earlier, 'earlier phase that gives views')}")
         bare = [name for name in self.phases if not earlier[name]]
         if bare and self.foreground is None and (masks or len(bare) < len(self.phases)):
-            why = "a penalty needs masks for all pictures" if masks else "either all pictures have masks, or none"
+            why = (
+                "a penalty needs masks for all pictures"
+                if masks
+                else "pictures must either all have masks or all lack them"
+            )
             raise ValueError(
-                f"{why}, and the views of the phase {bare[0]} have none: references.foreground=0.25 makes them from plain "
+                f"{why}, and the views of the phase {bare[0]} have none: references.foreground=0.25 makes masks from plain "
                 "backgrounds"
             )
 
@@ -137,7 +142,7 @@ def camera_entry(cameras: Cameras, i: int) -> dict[str, Any]:
 
 
 def _stacked(files: Sequence[Path], side: int) -> Tensor:
-    """[N, 3, side, side] in [0, 1]."""
+    """Reads pictures as [N, 3, side, side] in [0, 1]."""
     pixels = torch.stack([(read_picture(file, min_side=1).pixels + 1) / 2 for file in files])
     if pixels.shape[-1] != side:
         pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=pixels.shape[-1] > side)

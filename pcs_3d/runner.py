@@ -50,7 +50,7 @@ class Asset:
 
 
 class Runner3D(Runner):
-    """One backbone and the concepts attached to it; makes fields in space."""
+    """One backbone and the concepts attached to it; makes 3D fields."""
 
     tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews, ReferenceCamerasTask: ReferenceCameras}
 
@@ -72,7 +72,7 @@ class Runner3D(Runner):
             resume: continue from the newest checkpoint in `workdir`
 
         Raises:
-            ValueError: prompt, concepts or recipe do not fit
+            ValueError: the prompt, concepts and recipe do not fit together
             NotFinite, Interrupted: after saving the last good state
         """
         subjects = subjects or {}
@@ -108,8 +108,8 @@ class Runner3D(Runner):
         memory: int,
         sides_fixed: bool = False,
     ) -> MemoryPlan:
-        """The recipe changed so that making the asset fits into this many bytes (`plan_memory`), of the GPU or, on a CPU, of
-        the process. Raises ValueError, naming the smallest budget, if nothing fits; and as `create` does."""
+        """Changes the recipe so that making the asset fits into `memory` bytes (`plan_memory`) of the GPU or, on a CPU, of the
+        process. Raises ValueError as `create` does, and if nothing fits; the message then names the smallest budget."""
         subjects = subjects or {}
         self.check(recipe, subjects)
         run = self._training(recipe, subjects, workdir, None, tensorboard=False)
@@ -128,13 +128,13 @@ class Runner3D(Runner):
         return Asset(field.to(self.backbone.device), recipe, run.costs, decoder(self.backbone), side)
 
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
-        """Raises ValueError for a prompt that is empty, too long, leaves out a loaded subject or names an unknown one; for
-        fields that cannot follow one another or cannot start as set; and for reference pictures that do not fit their
+        """Raises ValueError for a prompt that is empty or too long, leaves out a loaded subject or names an unknown one; for
+        fields that cannot follow one another or cannot start as configured; and for reference pictures that do not fit their
         cameras."""
         check_fields(recipe)
         phases = list(expand_phases(recipe))
         views: dict[str, bool] = {}  # phases that give pictures with cameras -> whether they also give masks
-        # If no phase learns the subject, its pictures only serve for comparison, and prompts refer to a loaded concept.
+        # If no phase learns the subject, its pictures serve only for comparison, and prompts refer to a loaded concept.
         learned = list(subjects) if learns_subjects(recipe) else []
         for name, phase in phases:
             if isinstance(phase.task, ReferenceCamerasTask):
@@ -158,7 +158,7 @@ class Runner3D(Runner):
                 if region is not None:
                     region.check()
                 for text in scene_prompts(phase, self.class_nouns, region).all_texts():
-                    if not set(names_in(text)) & set(learned):  # learned names have no words yet
+                    if not set(names_in(text)) & set(learned):  # names to be learned have no words yet
                         self.backbone.check_prompt(expand(text, self.backbone.placeholders))
 
 

@@ -17,7 +17,7 @@ def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]
     if len(schedule) < 4 or len(schedule) % 2:
         raise ValueError(
             f"{list(schedule)} is not a schedule: write one number, or [from, value, value, to], and optionally more pairs "
-            "of a value and when it is reached"
+            "of a value and the time at which it is reached"
         )
     for kind in (int, float):
         places = [p for p in _places(schedule) if type(p) is kind]
@@ -36,7 +36,7 @@ Schedule = Annotated[Number | tuple[Number, ...], AfterValidator(_check)]
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a run is: `step` of `steps`, from 0."""
+    """A point in a run: `step` of `steps`, counted from 0."""
 
     step: int
     steps: int

@@ -20,11 +20,12 @@ class Shadings(Part):
 
     lambertian: Schedule = 0.0
     textureless: Schedule = 0.0
-    ambient: Schedule = 1.0  # relative: the probabilities of the three are in these proportions
+    ambient: Schedule = 1.0  # only the proportions of the three matter: they are normalised to probabilities
     spread: Annotated[float, Field(ge=0)] = 1.0  # std of the light's position around the camera, in radii
 
     def draw(self, cameras: Cameras, moment: Moment, generator: Generator) -> tuple[Shading, Tensor]:
-        """Draws one shading for all views, and a light [B, 3] for each. Raises ValueError if all are 0 or one is negative."""
+        """Draws one shading for all views, and a light [B, 3] for each. Raises ValueError if all proportions are 0 or one is
+        negative."""
         parts = torch.tensor([moment.of(s) for s in (self.ambient, self.lambertian, self.textureless)])
         if bool((parts < 0).any()) or float(parts.sum()) <= 0:
             raise ValueError(

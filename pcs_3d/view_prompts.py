@@ -21,10 +21,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ViewWords(Part):
-    """Words for directions, and which direction a camera looks from (DreamFusion, section 3.2).
+    """Words for directions, and the angles that decide which direction a camera looks from (DreamFusion, section 3.2).
 
-    `place: noun` puts them right after the first `<name>` of the prompt (at the end if it has none), where they bind to
-    the object; `end` puts them at the end; in a prompt with `{view}`, they replace it.
+    `place: noun` puts the words right after the first `<name>` of the prompt, where they bind to the object, or at the end if
+    there is no name; `end` always puts them at the end. In a prompt with `{view}`, they replace it.
     """
 
     front: str = "front view"
@@ -52,10 +52,10 @@ class ViewWords(Part):
         return "back" if around >= 180 - self.back_deg else "side"
 
     def shares(self, cameras: Cameras) -> list[dict[Direction, float]]:
-        """How much each direction counts for each camera; the shares of a camera sum to 1, and those of 0 are left out.
+        """The share of each direction for each camera; a camera's shares sum to 1, and zero shares are left out.
 
-        DreamFusion's weighted combination of text embeddings (section 3.2): within `blend_deg` of a border the share
-        changes linearly, elsewhere the nearest direction has all of it.
+        DreamFusion's weighted combination of text embeddings (section 3.2): within `blend_deg` of a border the shares change
+        linearly; elsewhere the nearest direction has the whole share.
         """
         around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
         above = cameras.elevation_deg.tolist()
@@ -75,13 +75,13 @@ class ViewWords(Part):
         return {d: share for d, share in found.items() if share > 1e-6}
 
     def _past(self, angle: float, border: float) -> float:
-        """How far an angle is past a border: 0 before it, 1 behind it, linear within `blend_deg` of it."""
+        """How far an angle is past a border: 0 before it, 1 beyond it, linear within `blend_deg` of it."""
         if self.blend_deg == 0:
             return float(angle >= border)
         return min(max((angle - border) / (2 * self.blend_deg) + 0.5, 0.0), 1.0)
 
     def said(self, prompt: str, direction: Direction | None) -> str:
-        """The prompt for a direction; for None, without words for it."""
+        """The prompt with words for a direction; for None, without them."""
         words = getattr(self, direction) if direction else ""
         if "{view}" in prompt:
             return _tidy(prompt.replace("{view}", words))
@@ -98,7 +98,7 @@ class ViewWords(Part):
 @dataclass(frozen=True)
 class Views:
     """B views of one step: their cameras, and whether each one's prompt leaves out the subject's name. `blind`: the model does
-    not get the cameras. `regions`: how much of each cell shows a region, [B, 1, h, w] in [0, 1], by name."""
+    not get the cameras. `regions`: the share of each cell that a region covers, [B, 1, h, w] in [0, 1], by name."""
 
     cameras: Cameras
     nameless: tuple[bool, ...]

@@ -1,4 +1,4 @@
-"""Pictures in the demo: learns the subject as a concept and shows new scenes, scores and a report."""
+"""The picture part of the demo: learns the subject as a concept and shows new scenes, scores and a report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _settings(asked: Asked) -> list[str]:
 
 
 def _first(report: Any, asked: Asked, kind: str) -> torch.Tensor:
-    """The first picture [3, 64, 64] of each of the first prompts, as a batch."""
+    """Returns the first picture [3, 64, 64] of each of the first prompts, as a batch."""
     found = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(_SCENES)]
     return torch.stack([resize(read_picture(asked.out / "report" / r.file), 64).pixels for r in found])
 

@@ -21,7 +21,7 @@ class PictureFolder:
 
     path: Path
     overwrite: bool = False
-    with_grid: bool = False  # also writes all of them as one grid
+    with_grid: bool = False  # True: also write all pictures as one grid
 
 
 def generate(

@@ -25,8 +25,8 @@ class ClipFiles:
 
     path: Path
     fps: float = 8.0
-    kind: str = "mp4"  # of the files in a folder: a key of `ENDINGS`
-    with_sheet: bool = False  # also writes a row of frames for each clip
+    kind: str = "mp4"  # format of the files in a folder: a key of `ENDINGS`
+    with_sheet: bool = False  # True: also write a sheet with a row of frames for each clip
     overwrite: bool = False
 
     @property
@@ -34,8 +34,8 @@ class ClipFiles:
         return self.path.suffix != ""
 
     def check(self, clips: int, read: Sequence[Path] = ()) -> None:
-        """Raises ValueError if this many clips cannot go there, or an existing output or one of the inputs `read` would be
-        overwritten."""
+        """Raises ValueError if this many clips cannot be written there, or an existing output or one of the inputs `read`
+        would be overwritten."""
         if self.kind not in ENDINGS:
             raise ValueError(f"--format: {unknown(self.kind, ENDINGS, 'format')}")
         if self.one_file and self.path.suffix.lower() not in ENDINGS.values():

@@ -39,7 +39,7 @@ def _opened(asked: Asked) -> VideoRunner:
 
 
 def _motion(asked: Asked) -> str:
-    """The motion's name; "" if none is requested."""
+    """Returns the motion's name; "" if none is requested."""
     if asked.motion is None:
         return ""
     meta = read(parse_concept(asked.motion, "--motion")[0]).meta

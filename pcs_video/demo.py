@@ -1,4 +1,4 @@
-"""Clips in the demo: a motion learned from clips of other objects, shown on the subject or an ordinary object of its class."""
+"""The demo in clips: learns a motion from clips of other objects and shows it on the subject or an object of its class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared.toybox.motions.reference_clips import write_motion
 
 _SCENES = ("on the beach", "in the snow")
 _FPS = 8.0
-_SHOTS = 5  # frames in the overview
+_SHOTS = 5  # frames per clip in the overview
 
 
 def check(asked: Asked) -> None:

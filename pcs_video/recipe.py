@@ -65,7 +65,7 @@ class ClipSampling(Sampling):
     frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
 
     def settings(self) -> SamplingSettings:
-        """The sampler's settings, without strengths by step."""
+        """Returns the sampler's settings, without the strength schedule."""
         return replace(super().settings(), frames=self.frames)
 
 
@@ -82,21 +82,21 @@ class VideoRecipe(Recipe):
     task: ClipTask = TuneTask()
 
     def opening(self) -> dict[str, Any]:
-        """Options for opening the backbone besides its name. Warns if clips have several frame rates: a network conditioned on
-        the rate then uses its own."""
+        """Returns the options for opening the backbone besides its name. Warns if clips have several frame rates: a network
+        conditioned on the rate then uses its own."""
         rates = {part.window.fps / part.window.stride for part in clip_sources(self) if part.window.fps is not None}
         how = {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}
         if len(rates) > 1:
             listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
             warnings.warn(
-                f"clips have {listed} frames per second: a model conditioned on the rate uses its own instead",
+                f"clips have different frame rates ({listed} per second): a model conditioned on the rate uses its own instead",
                 stacklevel=2,
             )
         return {**how, "fps": rates.pop()} if len(rates) == 1 else how
 
 
 def clip_sources(recipe: Recipe) -> list[Clips]:
-    """The sources of a recipe's phases that read clips."""
+    """Returns the sources that read clips, in all phases of a recipe."""
     return [part for _, phase in expand_phases(recipe) for part in phase.sources.values() if isinstance(part, Clips)]
 
 

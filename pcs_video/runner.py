@@ -37,7 +37,7 @@ class VideoRunner(Runner):
     def prepared(
         cls, backbone: Backbone, motion_adapter: str | Path | None = None, fps: float | None = None
     ) -> Backbone:
-        """The backbone, unchanged if it makes clips; otherwise with a motion module added: the folder's, or the toybox's own.
+        """Returns the backbone, unchanged if it makes clips, otherwise with the folder's or the toybox's motion module added.
 
         `fps`: frames per second of the clips, for a network conditioned on it; None: its own rate.
         """
@@ -50,7 +50,7 @@ class VideoRunner(Runner):
     def check_frames(
         cls, backbone: str | Path | None, motion_adapter: str | Path | None, frames: int | None, key: str = "--frames"
     ) -> None:
-        """Before the model is loaded, raises ValueError, naming the key, for a number of frames that it cannot make."""
+        """Raises ValueError, naming the key, if the model cannot make this many frames. The model is not loaded for this."""
         check = None if frames is None else frame_check(backbone, motion_adapter)
         if check is not None and frames is not None:
             try:
@@ -60,14 +60,14 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Before the model is loaded, raises ValueError for windows and clips of lengths that it cannot make."""
+        """Raises ValueError for windows and clips whose length the model cannot make. The model is not loaded for this."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
             check_lengths(planned.recipe, check)
 
     def evaluate_clips(self, settings: ClipEvaluationSettings = ClipEvaluationSettings()) -> ClipReport:
-        """Measures the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
+        """Measures the loaded motion, the loaded subject, or both in clips, as `pcs video evaluate` does.
 
         Raises:
             ValueError: neither a motion nor a subject is loaded, or its clips or pictures cannot be found
@@ -75,7 +75,7 @@ class VideoRunner(Runner):
         return evaluate_clips_loaded(self, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """Frames of the clips side by side, or the pictures."""
+        """Returns frames of the clips side by side, or the pictures."""
         if not subject.clips:
             return super().shown(subject, side)
         first = ClipWindow(length=4)
@@ -83,10 +83,10 @@ class VideoRunner(Runner):
 
 
 def opening(motion_adapter: str | Path | None, fps: float | None) -> dict[str, Any]:
-    """The options that are set, as `open_runner` passes them to `VideoRunner.prepared`."""
+    """Returns the options that are set, as `open_runner` passes them to `VideoRunner.prepared`."""
     return {k: v for k, v in {"motion_adapter": motion_adapter, "fps": fps}.items() if v is not None}
 
 
 def clip_rate(runner: VideoRunner, fps: float | None) -> float:
-    """Frames per second of files: as requested, else the network's own, else 8."""
+    """Returns the frames per second for files: as requested, else the network's own, else 8."""
     return fps or runner.backbone.frame_rate or 8.0

@@ -32,7 +32,7 @@ class ClipSteering(Steering):
         if self.first_frame is not None and self.prefix is not None:
             raise ValueError("--first-frame and --prefix both set how the clip begins: give only one of them")
         if self.prefix_frames is not None and self.prefix is None:
-            raise ValueError("--prefix-frames sets how much of --prefix is used: give --prefix, too")
+            raise ValueError("--prefix-frames sets how much of --prefix is used: also give --prefix")
         made, boxes = super().hooks(), {}
         for hook in made:
             boxes = dict(hook.boxes) if isinstance(hook, SubjectBoxes) else boxes

@@ -98,7 +98,7 @@ def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
 
 
 def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Runs the parts `names`, or all, and yields lines to print. ValueError for unknown names, or if `out` exists."""
+    """Runs the parts `names` (empty: all) and yields lines to print. ValueError for unknown names, or if `out` exists."""
     chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():
@@ -116,7 +116,7 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
                 exhibits.append(made)
                 claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
                 _write_page(asked, exhibits)
-                if made.shots is not None:  # if several exhibits share a title, the first counts
+                if made.shots is not None:  # if several exhibits share a title, only the first is used
                     rows.setdefault(made.title, made.shots[:_TILES])
             else:
                 yield made

@@ -24,7 +24,7 @@ Role = Literal["instance", "prior"]
 
 @dataclass(frozen=True)
 class Subject:
-    """The user's input: pictures or clips of one thing (or of one motion), and the kind of thing it is."""
+    """The user's input: pictures or clips of one subject (or of one motion), and the subject's class."""
 
     images: tuple[Path, ...] = ()  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
     class_noun: str = ""  # "mug"; empty for concepts without one (a style, a motion)
@@ -64,7 +64,7 @@ class Example:
         for what, plane in planes.items():
             if plane is not None and self.pixels.numel() and plane.shape != (1, *self.pixels.shape[1:]):
                 size = list(self.pixels.shape[1:])
-                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture {size}")
+                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture has {size}")
 
     @property
     def owner(self) -> str:
@@ -89,7 +89,7 @@ class Example:
 
     @staticmethod
     def clip(frames: Sequence[Example]) -> Example:
-        """Joins pictures of one size into a clip; its other fields are those of the first."""
+        """Joins pictures of one size into a clip, whose other fields are taken from the first."""
         valid = [f.valid for f in frames if f.valid is not None]
         return replace(
             frames[0],

@@ -1,6 +1,6 @@
 """Six golden runs on tiny models, as hashes of everything they learn and generate: `make golden`.
 
-    python tests/golden.py            compares with the stored hashes, and stores those that are missing
+    python tests/golden.py            compares the new hashes with the stored ones, and stores those that are missing
     python tests/golden.py --keep     stores the new hashes, after a change that is meant to change them
 
 A commit that only moves code must leave them as they are. Hashes depend on processor and torch, so they are stored per

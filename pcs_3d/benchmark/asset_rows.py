@@ -53,7 +53,7 @@ class AssetRow:
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
     apart: Mapping[str, float] = field(
         default_factory=dict
-    )  # subject -> share of true renders that are verified: left out of pooled figures
+    )  # subjects left out of pooled figures -> the share of their true renders that are verified
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None
@@ -62,8 +62,8 @@ class AssetRow:
 def aggregate_assets(
     recipe: str, cells: Mapping[str, AssetCell], failed: Mapping[str, str], pool_all: bool = False
 ) -> AssetRow:
-    """All assets of a recipe; confidence intervals resample whole subjects. Unless `pool_all`, leaves out subjects of which the
-    instruments verify too few true renders (`AssetCell.apart`)."""
+    """Aggregates all assets of a recipe; confidence intervals resample whole subjects. Unless `pool_all`, leaves out subjects
+    for which the instruments verify too few true renders (`AssetCell.apart`)."""
     apart = {name: c for name, c in cells.items() if c.apart and not pool_all}
     pooled = [c for name, c in cells.items() if name not in apart]
     scores = {s.key: _over(s, pooled) for s in _first_of_each(pooled)}

@@ -62,7 +62,7 @@ class AssetComparison:
         return "–" if met is None else "yes" if met else "no"
 
     def without(self, row: AssetRow) -> list[str]:
-        """The same recipe prompted only with the class, for each column."""
+        """Scores of the same recipe, prompted only with the class, for each column."""
         return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
@@ -82,8 +82,8 @@ class AssetComparison:
     def notes(self) -> list[str]:
         """Notes on how to read the table."""
         out = [
-            "The generic object has the class's usual shape and the real object's two colours, but not its proportions and "
-            "pattern. It is rendered as it is; assets and the sphere are first aligned to the real object's size and position."
+            "The generic object has the class's usual shape and the real object's two colours, but not its proportions or "
+            "pattern. It is rendered as is; assets and the sphere are first aligned to the real object's size and position."
         ]
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
@@ -206,8 +206,8 @@ def compare_assets(
     out: Path,
     goal: AssetGoal = AssetGoal(),
 ) -> AssetComparison:
-    """The table of the cells in the folder `out`, by (recipe, subject). Raises ValueError if they were not measured with the
-    same instruments."""
+    """Tabulates the cells, keyed by (recipe, subject), whose files are in the folder `out`. Raises ValueError if they were not
+    measured with the same instruments."""
     check_instruments(reports.values())
     rows = []
     for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):

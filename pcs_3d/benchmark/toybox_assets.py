@@ -60,8 +60,8 @@ class AssetBenchmarkSettings:
 
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
-    """Learns the split's subjects, then makes and scores assets of them with every recipe (names or YAML files; none:
-    `RECIPES`), once with the concept and once without it, prompted only with the class.
+    """Learns the split's subjects, then makes and scores assets of them with every recipe (names or YAML files; `RECIPES` if
+    none are given), once with the concept and once without it, prompted only with the class.
 
     Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt and a concept. Resumes an
     interrupted call with the same arguments.
@@ -152,7 +152,7 @@ def make_once(
     subjects: dict[str, Subject] | None = None,
 ) -> None:
     """Makes the asset in a folder: reuses the one from an earlier call with identical inputs, and resumes an interrupted call.
-    concept: its files and their hashes; subjects: pictures for recipes that compare with them."""
+    concept: its files and their hashes; subjects: pictures for recipes that compare views with them."""
     pictures = {f.name: sha256(f) for subject in (subjects or {}).values() for f in subject.files}
     inputs = {"concept": dict(concept), **({"pictures": pictures} if pictures else {})}
     made_with = {"recipe": dump(recipe), "checkpoint": runner.backbone.checkpoint, **inputs}
@@ -164,7 +164,7 @@ def make_once(
     files = AssetFiles(out, overwrite=True)
     files = replace(files, resume=same and checkpoint.load(files.workdir) is not None)
     files.check()
-    if out.exists():  # made from other inputs; if the new one fails, the old one must not be mistaken for it
+    if out.exists():  # made from other inputs; if the new asset fails, the old one must not be mistaken for it
         shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(marked, mark)

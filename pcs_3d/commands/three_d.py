@@ -29,10 +29,12 @@ def create(
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
     vram: str = typer.Option(
         None,
-        help="memory limit (8G, 512M) of the GPU or, on a CPU, of the whole process; to meet it, fewer views are processed at "
-        "once, activations are recomputed, and renders get smaller unless train.resolution is set",
+        help="memory limit (8G, 512M) of the GPU or, on a CPU, of the whole process; to meet it, fewer views are processed "
+        "at a time, activations are recomputed, and renders get smaller unless train.resolution is set",
     ),
-    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
+    download: bool = typer.Option(
+        False, "--download", help="download files from the hub if they are not in the local cache"
+    ),
 ) -> None:
     """Make a 3D asset from a prompt, with any number of concepts, by score distillation."""
     from pcs_3d.assets import AssetFiles
@@ -138,7 +140,9 @@ def benchmark(
         help="recipes for assets to compare, by name or as YAML files; "
         "default: reference_reconstruction texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
     ),
-    split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
+    split: str = typer.Option(
+        "development", help="development (use it while tuning) or reporting (use it once, at the end)"
+    ),
     subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's subjects"),
     learn: str = typer.Option(
         "t_lora", help="recipe that learns each subject from pictures, once for all recipes for assets"

@@ -55,7 +55,7 @@ class Distill(ConceptTask):
     """See `DistillTask`. Each step updates the field and, if there is a student, the student on the same views.
 
     The field continues from the field of an earlier phase, if any (`first_field`). The teacher uses everything learned before
-    (loaded concepts, and those that earlier phases of this run learned); only the student uses the set `student`.
+    (loaded concepts, and those that earlier phases of this run learned); only the student uses the adapter set `student`.
 
     Raises:
         ValueError: sizes, prompts, optimizer groups or parts do not fit together
@@ -105,7 +105,8 @@ class Distill(ConceptTask):
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Raises ValueError if field, renderer and penalties do not fit together, including penalties that start at 0."""
+        """Raises ValueError if the field, renderer and penalties do not fit together, including penalties whose weight starts
+        at 0."""
         draw, device, side = generator(self.recipe.seed, _VIEWS), self.field.device, 16
         behind = torch.zeros(1, self.field.channels, 1, 1, device=device)
         settings = RenderSettings(side, side, behind, normals=self._normals, generator=draw)
@@ -209,12 +210,12 @@ class Distill(ConceptTask):
     # --- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The field (`field/…`) and the adapters in training, including the student's. Schedules have no state: they
+        """The field (`field/…`) and the adapters being trained, including the student's. Schedules have no state: they
         depend only on the step."""
         return {**super().state_dict(), **self.carried()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, left over or of another shape."""
+        """Loads a saved state. Raises ValueError if tensors are missing, unexpected or of the wrong shape."""
         mine = under(state, FIELD)
         super().load_state_dict({k: v for k, v in state.items() if not k.startswith(FIELD)})
         if mine or self.context.resumed_step:
@@ -249,7 +250,7 @@ def shown(
 
 
 def recipe_of(context: PhaseContext) -> DistillRecipe:
-    """The phase's recipe. Raises AssertionError if it lacks the slots of an asset."""
+    """The phase's recipe. Raises AssertionError if it is not a recipe for assets."""
     recipe = context.recipe
     assert isinstance(recipe, DistillRecipe), f"{type(recipe).__name__} has no field and no guidance"
     return recipe

@@ -1,4 +1,4 @@
-"""The settings of a recipe for assets that do not depend on the kind of field."""
+"""Asset-recipe settings that are the same for every kind of field."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kin
 
 
 class DistillRecipe(Recipe):
-    """Everything but the types of field, renderer and export, which `Recipe3D` adds."""
+    """A recipe for assets, except for the types of field, renderer and export, which `Recipe3D` adds."""
 
     prompt: str = ""
     setting: str = (
@@ -50,7 +50,7 @@ class DistillRecipe(Recipe):
     field: Any = None
     renderer: Any = None
     penalties: Slot[GeometryRegularizer] = {}
-    references: KnownViews | None = None  # pictures of the object with cameras, for penalties that compare
+    references: KnownViews | None = None  # pictures of the object with their cameras, for penalties that use them
     export: Any = None  # how the field is written to files
     sources: Slot[Source] = {}
     trainable: Slot[AssetTrainable] = {}
@@ -66,7 +66,7 @@ class DistillRecipe(Recipe):
         joint, ring = self.guidance.joint_views, self.cameras.ring
         if joint > 1 and ring != joint:
             raise ValueError(
-                f"guidance.joint_views = {joint}: the views that attend to each other are those of one ring, but "
+                f"guidance.joint_views = {joint}: the views of a ring attend to each other, but "
                 f"cameras.ring = {ring}; set both to the same number"
             )
         return self
@@ -85,11 +85,11 @@ class DistillRecipe(Recipe):
         for name, penalty in self.penalties.items():
             if penalty.needs_pictures and self.guidance.space == "latents":
                 raise ValueError(
-                    f"penalties.{name} compares with pictures, but with guidance.space = latents views have no pixels"
+                    f"penalties.{name} compares views with pictures, but views have no pixels when guidance.space = latents"
                 )
             if penalty.needs_pictures and self.references is None:
                 raise ValueError(
-                    f"penalties.{name} compares with the subject's pictures: set where they were taken from, "
-                    "references.azimuth_deg=[0,90,…] in the order of their file names"
+                    f"penalties.{name} compares views with the subject's pictures, so it needs their camera angles: set "
+                    "references.azimuth_deg=[0,90,…], one per picture, in file-name order"
                 )
         return self

@@ -14,7 +14,7 @@ from shared.train.phase_context import PhaseContext
 
 
 class EarlierAsset:
-    """The newest asset before this phase. Raises ValueError if no earlier phase makes one."""
+    """The latest asset made before this phase. Raises ValueError if no earlier phase makes one."""
 
     def __init__(self, context: PhaseContext) -> None:
         made = [r for r in context.earlier if isinstance(r, DistillRecipe) and isinstance(r.task, DistillTask)]

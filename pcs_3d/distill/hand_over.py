@@ -1,4 +1,4 @@
-"""Hands one phase's field over to the next phase, even if the field there is of a different kind."""
+"""Hands one phase's field over to the next phase, even if that phase's field is of a different kind."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _SAMPLES = 120_000  # points on a surface that is handed over
 
 
 def check_fields(recipe: DistillRecipe) -> None:
-    """Raises ValueError if a phase's field cannot be built as set: its file cannot be read; it starts from an earlier phase,
-    but there is none; or it differs in kind from the earlier phase's field and does not start from it."""
+    """Raises ValueError if a phase's field cannot be built as configured: its file cannot be read; it starts from an earlier
+    phase, but there is none; or it differs in kind from the earlier phase's field and does not start from it."""
     earlier: DistillRecipe | None = None
     for name, phase in expand_phases(recipe):
         if isinstance(phase.task, DistillTask):
@@ -50,7 +50,7 @@ def _check_start(where: str, phase: DistillRecipe, earlier: DistillRecipe | None
     before: FieldPart = earlier.field
     if earlier.guidance.space != phase.guidance.space:
         raise ValueError(
-            f"{where}: the earlier phase's field shows {earlier.guidance.space}, this one {phase.guidance.space}: set the "
+            f"{where}: the earlier phase's field shows {earlier.guidance.space} and this one {phase.guidance.space}: set the "
             "same guidance.space in both"
         )
     if before.kind != mine.kind and not isinstance(mine.start, PhaseStart):
@@ -73,9 +73,9 @@ def first_field(
     (apart from learning rates); it is then rebuilt from the shape and colours of the earlier field.
 
     Args:
-        earlier: recipes of the phases before
+        earlier: recipes of the earlier phases
         carried: the state they left (`field/...`)
-        resumed: the state will be loaded from a checkpoint
+        resumed: whether the state will be loaded from a checkpoint
 
     Raises:
         ValueError: there is no earlier field, it is empty, or it does not match this one
@@ -102,7 +102,8 @@ def restored(part: FieldPart, channels: int, seed: int, state: Mapping[str, Tens
 
 
 def blank(part: FieldPart, channels: int, seed: int) -> Field:
-    """A field whose state will be loaded later: if it starts from an earlier phase, a stand-in takes that phase's place."""
+    """Builds a field whose state will be loaded later: if it starts from an earlier phase, a stand-in replaces that phase's
+    result."""
     if isinstance(part.start, PhaseStart):
         corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
         sides = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
@@ -111,12 +112,12 @@ def blank(part: FieldPart, channels: int, seed: int) -> Field:
 
 
 def _settings(part: FieldPart) -> dict[str, Any]:
-    """All settings but the start and the learning rates."""
+    """All settings except the start and the learning rates."""
     return {k: v for k, v in dict(part).items() if k != "start" and not k.startswith("lr")}
 
 
 def handed(field: Any, start: PhaseStart, seed: int = 0) -> Handed:
-    """A field's result, for another to start from. Raises ValueError for an empty field."""
+    """The shape and colours of a field, for another field to start from. Raises ValueError for an empty field."""
     try:
         found = extract(field, start.resolution, start.threshold, start.all_parts)
     except ValueError as error:

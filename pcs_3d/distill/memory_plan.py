@@ -27,9 +27,9 @@ from shared.train.last_good_state import MOST
 from shared.train.measure_memory import in_use, peak_during
 from shared.train.training_run import TrainingRun
 
-_SMALL = 128  # pixels: up to this size, a step is measured at full size
+_SMALL = 128  # pixels: steps on views up to this size are measured at full size
 _LEAST = 16  # pixels of the smallest renders
-_RAYS = 2048  # drawn at a time, if the renderer recomputes activations
+_RAYS = 2048  # rays drawn at a time, if the renderer recomputes activations
 _MOMENTS = 2  # values that Adam keeps per parameter
 #: Settings that a plan may change in a recipe.
 _PLANNED = {
@@ -40,8 +40,8 @@ _PLANNED = {
 
 @dataclass(frozen=True)
 class Levers:
-    """Ways to save memory. views: per pass through networks, out of `of` per step; recompute: 0: nothing; 1: activations of
-    networks; 2: also those of the renderer; side: pixels of a view, None: as requested."""
+    """Settings that save memory. views: number per pass through the networks, out of `of` per step; recompute: 0 for nothing,
+    1 for activations of the networks, 2 for those of the renderer as well; side: of a view in pixels, None: as requested."""
 
     views: int
     of: int
@@ -73,7 +73,7 @@ class Levers:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A recipe that fits into memory. estimate, budget: bytes; how: the levers, by phase."""
+    """A recipe that fits into the memory budget. estimate, budget: bytes; how: the levers, by phase."""
 
     recipe: Any
     budget: int
@@ -95,16 +95,16 @@ class MemoryPlan:
 def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = False) -> MemoryPlan:
     """Changes the recipe so that each phase that makes an asset stays within `budget` bytes.
 
-    The estimate adds up what is already in memory (networks; on a CPU, the whole process), the field with gradients, moments
-    and the saved copy, and the memory of one view in a step, measured at two small sizes. First, fewer views go through the
-    networks at once, which changes only the order of random draws; then activations are recomputed; then, unless
+    The estimate adds up what is already in memory (networks; on a CPU, the whole process), the field with its gradients,
+    optimizer moments and saved copy, and the memory of one view in a step, measured at two small sizes. First, fewer views go
+    through the networks at a time, which changes only the order of random draws; then activations are recomputed; then, unless
     `sides_fixed`, renders get smaller.
 
     Args:
         run: a run of this recipe that has not begun; the caller removes the names and adapters that it attaches
 
     Raises:
-        ValueError: nothing fits; names the smallest budget that would be enough
+        ValueError: nothing fits; the message names the smallest budget that would be enough
     """
     run._attach_names()
     how: dict[str, Levers] = {}
@@ -161,12 +161,12 @@ class Tries:
         own = run.backbone.resolution
         self.seen = self.side if recipe.guidance.space == "latents" else recipe.guidance.resolution or own
         rescaled = recipe.guidance.rescale_over if recipe.guidance.rescale else 1
-        self.together = math.lcm(recipe.cameras.ring, rescaled)  # views that cannot be split
+        self.together = math.lcm(recipe.cameras.ring, rescaled)  # number of views that must stay together
         self._warm = False
         self._known: dict[tuple[int, int | None], tuple[int, int]] = {}
 
     def ladder(self, sides_fixed: bool) -> Iterator[Levers]:
-        """Yields ways to save memory, those that cost most time and quality last."""
+        """Yields settings that save memory, ending with those that cost the most time and quality."""
         views = self.recipe.train.batch_size
         for recompute in range(3):
             yield Levers(views, views, recompute)
@@ -203,8 +203,8 @@ class Tries:
         return {name: blank_views(cameras, folder / name) for name, cameras in views.items()}
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
-        """Bytes of the field with its gradients, moments and saved copy, and of one step on the fewest views, at this share of
-        their usual side."""
+        """Bytes of the field with its gradients, optimizer moments and saved copy, and of one step on the fewest possible
+        views, at this share of their usual side."""
         unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
         changes = replace(levers, views=self.together, of=self.together).changes(self.recipe)
         side = max(_LEAST // 2, round((levers.side or self.side) * share))

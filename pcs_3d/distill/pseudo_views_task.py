@@ -13,13 +13,13 @@ Angle = Annotated[float, Field(ge=-90, le=90)]
 
 
 class PseudoViewsTask(GenerateTask):
-    """Turns renders of the earlier phase's asset into pictures of the subject: adds some noise and denoises it with the concept
-    learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases learn from them
-    (`sources.NAME.kind=phase_pictures`) and compare with them (`references.kind=phase`).
+    """Turns renders of the earlier phase's asset into pictures of the subject: adds some noise and denoises them with the
+    concept learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases can learn from
+    the pictures (`sources.NAME.kind=phase_pictures`) and compare renders with them (`references.kind=phase`).
 
-    num: views, evenly around the object, the first at its front, cycling through these elevations; strength: the share of
-    denoising steps that are run: higher values look more like the subject and less like the render. prompts: used for each
-    view, with {concept}; if empty, the recipe's prompt. Words for the view are added to each.
+    num: number of views, evenly spaced around the object, the first at its front, cycling through `elevation_deg`; strength:
+    the share of denoising steps that are run; with higher values, pictures look more like the subject and less like the
+    render. prompts: used for each view, with {concept}; if empty, the recipe's prompt. Words for the view are added to each.
     """
 
     kind: Literal["pseudo_views"] = "pseudo_views"  # pyright: ignore[reportIncompatibleVariableOverride]

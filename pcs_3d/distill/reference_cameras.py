@@ -45,7 +45,7 @@ def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str,
     if bare := [path.name for path in subject.images if path not in subject.masks]:
         raise ValueError(
             f"phases.{phase} crops the pictures to the subject by their masks, and these have none: {', '.join(bare)}; put "
-            "masks/NAME.png beside them"
+            "masks/NAME.png next to the pictures"
         )
     if task.near_deg is not None and len(task.near_deg) != len(subject.images):
         raise ValueError(
@@ -55,8 +55,8 @@ def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str,
 
 
 class ReferenceCameras(ConceptTask):
-    """See `ReferenceCamerasTask`. Raises ValueError unless there is one subject whose pictures all have masks, and, to compare
-    with renders, an earlier phase that makes an asset."""
+    """See `ReferenceCamerasTask`. Raises ValueError unless there is one subject whose pictures all have masks, and, for the
+    estimator `renders`, an earlier phase that makes an asset."""
 
     steps = 1
 
@@ -99,8 +99,9 @@ class ReferenceCameras(ConceptTask):
         if self.asset is None:
             if shown_in(only(self.context.subjects).images) is None:
                 warnings.warn(
-                    "task.estimator = toybox: the pose estimator knows only the toybox's own pictures, so these cameras are "
-                    f"probably wrong; phases.{self.context.name}.task.estimator=renders compares with the asset instead",
+                    "task.estimator = toybox: the pose estimator works only for the toybox's own pictures, so these cameras "
+                    f"are probably wrong; phases.{self.context.name}.task.estimator=renders compares the pictures with "
+                    "renders of the asset instead",
                     stacklevel=2,
                 )
             return from_toybox_poses(task.framing, pixels)

@@ -17,11 +17,11 @@ class ReferenceCamerasTask(TuneTask):
     """Finds the camera of each of the subject's pictures and crops the picture and its mask to the subject. A later phase
     compares the field with them (`references.kind=phase`). Azimuth 0 shows the front.
 
-    estimator: `renders` compares with renders of the earlier phase's asset, from `azimuths` directions around it at each of
-    `elevation_deg`, then halves the steps around the best match `refinements` times; `toybox` uses the toybox's pose
-    estimator, which knows only its own pictures. near_deg: for `renders`, roughly the azimuth of each picture, in the order of
-    their file names (0 front, 90 the object's left, 180 back, -90 its right): a first asset often looks the same from the front
-    and from the back. fill: share of the crop's side that an object of radius 1 covers.
+    estimator: `renders` compares each picture with renders of the earlier phase's asset, from `azimuths` directions around it
+    at each of `elevation_deg`, then halves the steps around the best match `refinements` times; `toybox` uses the toybox's
+    pose estimator, which works only for the toybox's own pictures. near_deg: for `renders`, the approximate azimuth of each
+    picture, in the order of the file names (0 front, 90 the object's left, 180 back, -90 its right): a first asset often looks
+    the same from the front and from the back. fill: the share of the crop's side that an object of radius 1 covers.
     """
 
     kind: Literal["reference_cameras"] = "reference_cameras"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -37,13 +37,13 @@ class ReferenceCamerasTask(TuneTask):
     def _uses_what_is_set(self) -> ReferenceCamerasTask:
         if self.near_deg is not None and self.estimator != "renders":
             raise ValueError(
-                f"near_deg narrows the search of estimator=renders, and estimator = {self.estimator} has none"
+                f"near_deg narrows the search of estimator=renders, but estimator = {self.estimator} does not search"
             )
         return self
 
     @property
     def learns_subjects(self) -> bool:
-        """False: it only reads their pictures."""
+        """False: the phase only reads the subjects' pictures."""
         return False
 
     @property

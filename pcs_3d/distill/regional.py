@@ -1,4 +1,4 @@
-"""The regions of a phase: the scores that guide each, and where views show them."""
+"""The regions of a phase: the scores that guide each, and where they appear in views."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scene_prompts(
 def regional_scores(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], strengths: Mapping[str, float], opened: Opened
 ) -> Scores:
-    """The scores that guide a phase: for the whole, and for each region with its own prompt or concepts.
+    """The scores that guide a phase: for the whole scene, and for each region with its own prompt or concepts.
 
     Args:
         strengths: of all concepts that have adapters
@@ -69,7 +69,7 @@ class ShownRegions:
         self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items() if part.is_told_more}
 
     def of(self, views: Seen, cells: tuple[int, int]) -> dict[str, Tensor]:
-        """How much of each cell shows each region, [B, 1, h, w]."""
+        """The share of each cell that each region covers, [B, 1, h, w]."""
         depth, opacity, reach = views.rendering.depth, views.rendering.opacity.detach(), views.field.bound
         return {
             name: seen(inside, views.cameras, depth.detach(), opacity, cells, reach)

@@ -50,14 +50,14 @@ class Placed(Row):
 
 
 class AssetReport(BaseModel):
-    """The whole evaluation of one asset. `files` (bytes by name) are saved beside the JSON."""
+    """The complete evaluation of one asset. `files` (bytes by name) are saved next to the JSON."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
     medium: Literal["asset"] = "asset"
     name: str
     file: str  # the evaluated mesh
-    prompt: str = ""  # as instruments read it
+    prompt: str = ""  # as the instruments read it: in plain words
     truth: str = ""
     backbone: str = ""
     created: str = ""  # UTC, ISO 8601
@@ -75,11 +75,11 @@ class AssetReport(BaseModel):
     viewer: str = Field(default="", exclude=True, repr=False)  # a page that shows the mesh
 
     def value(self, key: str) -> float | None:
-        """The value of a headline score; None when it was not measured."""
+        """The value of a headline score; None if it was not measured."""
         return next((s.value for s in self.scores if s.key == key), None)
 
     def curve(self, key: str) -> Curve | None:
-        """One score by azimuth; None when it was not measured."""
+        """One score by azimuth; None if it was not measured."""
         return next((c for c in self.curves if c.key == key), None)
 
     def to_json(self) -> str:

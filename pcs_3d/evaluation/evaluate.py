@@ -114,7 +114,7 @@ def _notes(judged: Judged, by: Yardstick) -> list[str]:
             "With an encoder, likeness to the truth from the same side replaces it."
         )
     if tools.attributes is None:
-        said.append("Views are not read: only the toybox's own instruments know front, side and back.")
+        said.append("Views are not read: only the toybox's own instruments can tell front, side and back apart.")
     if tools.text_image is None:
         said.append("CLIP-T and CLIP-I are not measured: give --clip FOLDER.")
     elif not prompt:

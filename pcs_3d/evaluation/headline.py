@@ -36,12 +36,12 @@ class Arms:
     asset: Arm
     truth: Arm | None = None
     sphere: Arm | None = None
-    chance: float | None = None  # of a guess among look-alikes
+    chance: float | None = None  # probability of a correct guess among look-alikes
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A score that each view has."""
+    """A score that is measured for each view."""
 
     title: str
     unit: Unit
@@ -58,7 +58,7 @@ _VERIFIED = (
     "Views that are recognised among look-alikes and at least as similar to the references as 95 % of true renders are."
 )
 _RETRIEVED = (
-    "Retrieval: closer to the object than to any other of its class and colours. A sphere may pass: see identity."
+    "Retrieval: closer to the object than to any other of the same class and colours. A sphere may pass: see identity."
 )
 _JANUS = (
     "Janus score: views in which the pose estimator sees the side that the camera looks at (front, side, back). "
@@ -159,7 +159,7 @@ def said(score: Score, value: float | None) -> str:
 
 
 def line(score: Score) -> str:
-    """A headline score as one line, with those of the real object and the sphere."""
+    """A headline score as one line, with the scores of the real object and the sphere."""
     beside = {"real object": score.truth, "sphere": score.base, "chance": score.chance}
     figures = [said(score, score.value), *(f"{n} {said(score, v)}" for n, v in beside.items() if v is not None)]
     return "   ".join([*figures, "lower is better"] if score.better == "lower" else figures)

@@ -17,15 +17,15 @@ _QUARTERS = (0.0, 90.0, 180.0, 270.0)
 
 @dataclass(frozen=True)
 class ReadViews:
-    """azimuths [B] in degrees, 0 at the front, estimated from B pictures; names: front, side, back or above, from the
-    recognizer."""
+    """Directions read from B pictures. azimuths: [B] in degrees, 0 at the front, from the pose estimator; names: front, side,
+    back or above, from the recognizer."""
 
     azimuths: Tensor
     names: tuple[str, ...]
 
 
 def read_views(pixels: Tensor) -> ReadViews:
-    """Readings of the toybox's pose estimator and recognizer for pictures [B, 3, H, W] in [-1, 1], one by one."""
+    """Reads pictures [B, 3, H, W] in [-1, 1], each on its own, with the toybox's pose estimator and recognizer."""
     from shared.toybox.evaluators.pose import load_pose, path_of
     from shared.toybox.evaluators.recognizer import load_recognizer
     from shared.toybox.motions.motion import PATH
@@ -37,7 +37,8 @@ def read_views(pixels: Tensor) -> ReadViews:
 
 
 def sectors(azimuth_deg: float) -> set[str]:
-    """front up to 45 degrees, back from 135 degrees, side between; on a border, both."""
+    """The sectors that contain an azimuth: front up to 45 degrees, back from 135 degrees, side in between; on a border,
+    both."""
     turn = abs((azimuth_deg + 180) % 360 - 180)
     low, high = EDGES_DEG
     within = {"front": turn <= low, "side": low <= turn <= high, "back": turn >= high}
@@ -50,7 +51,7 @@ def agreeing(named: Sequence[set[str]], azimuths: Sequence[float]) -> list[bool]
 
 
 def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
-    """In how many of the four quarters around an object (front, left, back, right) most views look like its front: 1 for an
+    """The number of quarters around an object (front, left, back, right) in which most views look like its front: 1 for an
     object with one front, 4 for one with a front on every side. Views on the border of two quarters are left out."""
     count = 0
     for middle in _QUARTERS:

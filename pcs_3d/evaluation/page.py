@@ -1,4 +1,4 @@
-"""The page of an asset's report: renders around it, scores, and every score by azimuth; it loads nothing else."""
+"""The self-contained page of an asset's report: renders from all around, scores, and every score by azimuth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
 
 
 def asset_html(report: AssetReport) -> str:
-    """Builds the page, self-contained."""
+    """Builds the self-contained page."""
     shown = [
         {
             "row": view,

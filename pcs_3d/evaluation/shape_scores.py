@@ -1,4 +1,4 @@
-"""How well an asset's silhouettes and colours match those of the real object, and properties of its mesh."""
+"""How well an asset's silhouettes and colours match the real object's, and properties of its mesh."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
 
 
 def differences(views: Views, truth: Views) -> tuple[Tensor, Tensor, float]:
-    """Compares views, unaligned, with those of the truth: overlap of the silhouettes and PSNR of the colours in dB, float64 [B]
+    """Compares views, unaligned, with the truth's: overlap of the silhouettes and PSNR of the colours in dB, float64 [B]
     each; PSNR over all views."""
     errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
     psnr = torch.tensor([_decibels(e) for e in errors], dtype=torch.float64)
@@ -50,7 +50,7 @@ def _each(views: Views) -> list[tuple[Tensor, Tensor]]:
 
 def _errors(view: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> Tensor:
     """Squared errors of the pixels that either of the two covers, on black and on white, so that a missing part does not pass
-    as one in the background's colour."""
+    for one in the background colour."""
     (pixels, mask), (wanted, true_mask) = view, truth
     parts = []
     for level in _BEHIND:
@@ -82,7 +82,7 @@ class Geometry:
 
 
 def geometry(mesh: PaintedMesh) -> Geometry:
-    """Properties of a mesh. Seams of textures, along which files repeat vertices, do not count as edges."""
+    """Measures a mesh. Texture seams, along which files repeat vertices, do not count as open edges."""
     import trimesh
 
     corners = mesh.vertices.double().numpy()

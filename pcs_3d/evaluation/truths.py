@@ -26,11 +26,11 @@ class Truth(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in a report."""
+        """The object's name in a report."""
         ...
 
     def views(self, around: Cameras, side: int = SIDE) -> Views:
-        """Its views from these cameras."""
+        """The object's views from these cameras."""
         ...
 
 

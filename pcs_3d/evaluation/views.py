@@ -1,4 +1,4 @@
-"""Meshes in the colours that their files give them, rendered from all around."""
+"""Meshes with the colours stored in their files, rendered from all around."""
 
 from __future__ import annotations
 
@@ -107,8 +107,9 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 
 
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
-    """bool [B, side, side]: `draw(...).masks`, much faster: the views are drawn below each other in one tall picture, each
-    with a margin of half a picture above and below for what exceeds it; anything beyond is squeezed into the margin."""
+    """bool [B, side, side]: equals `draw(...).masks` but is much faster: the views are drawn below each other in one tall
+    picture, each with a margin of half a picture above and below for parts outside the view; anything beyond the margin is
+    squeezed into it."""
     vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []
     for i in range(len(around)):

@@ -30,7 +30,7 @@ _SIDE = 64  # side of the references in pixels, as for the toybox's own instrume
 @dataclass(frozen=True)
 class Against:
     """What an asset is compared with. truth: a subject of the toybox or a mesh file; references: a folder of pictures; prompt:
-    defaults to the asset's; class_noun: replaces names in it; clip, dino: model folders."""
+    defaults to the asset's; class_noun: replaces concept names in the prompt; clip, dino: model folders."""
 
     truth: str | None = None
     references: Path | None = None
@@ -43,7 +43,8 @@ class Against:
 
 @dataclass
 class Yardstick:
-    """truth: None if unknown; true: its views from the judge's cameras; shown: the references [R, 3, H, W] in [-1, 1]."""
+    """What assets of one object are measured against. truth: None if unknown; true: its views from the judge's cameras; shown:
+    the references [R, 3, H, W] in [-1, 1]."""
 
     judge: Judge
     truth: Truth | None
@@ -53,7 +54,7 @@ class Yardstick:
     @staticmethod
     @torch.no_grad()
     def of(against: Against, prompt: str = "", backbone: str = "") -> Yardstick:
-        """prompt, backbone: as recorded in the assets.
+        """Loads the truth, pictures and instruments. prompt, backbone: as recorded in the assets.
 
         Raises ValueError if the truth, pictures or model folders are missing or invalid.
         """
@@ -111,7 +112,7 @@ def plain(prompt: str, class_noun: str) -> str:
 
 
 def _references(against: Against, truth: Truth | None) -> tuple[Tensor | None, Truth | None]:
-    """The pictures; and the object they show, if they are a toybox album and no truth is given."""
+    """The reference pictures, and the truth: as given, or else the object that a toybox album shows."""
     if against.references is None:
         return None, truth
     subject = read_subject(against.references, against.class_noun)

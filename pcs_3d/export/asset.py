@@ -21,8 +21,8 @@ from pcs_3d.fields.grids import by_chunks
 
 @dataclass(frozen=True)
 class Exported:
-    """files: what was written; faces, watertight, volume (radii³; None if not closed): of the mesh; notes: choices made
-    and parts left out."""
+    """The result of an export. files: all files written; faces, watertight, volume (radii³; None if not closed): of the mesh;
+    notes: choices made and parts left out."""
 
     files: tuple[Path, ...]
     faces: int
@@ -34,8 +34,8 @@ class Exported:
 def export_asset(field: Any, folder: Path, settings: ExportSettings | None = None, name: str = "asset") -> Exported:
     """Writes `NAME.glb`, `NAME.obj` with MTL and PNG, `NAME.ply`, and for Gaussians `NAME.splats.ply`, into an existing folder.
 
-    Raises ValueError for a field without a surface, of latents, or with values that are not finite, before anything is
-    written.
+    Raises ValueError, before anything is written, for a field that has no surface, holds latents or contains values that are
+    not finite.
     """
     settings = settings or ExportSettings()
     if field.channels != 3:

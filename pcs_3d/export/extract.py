@@ -1,4 +1,4 @@
-"""Extracts triangles from fields: densities on a grid, the threshold of the surface, and its largest part."""
+"""Extracts triangles from fields: samples densities on a grid, finds the surface's threshold and keeps the largest part."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _CANDIDATES = 48  # thresholds tried
 
 @dataclass(frozen=True)
 class Extracted:
-    """vertices: float64 [V, 3] in radii of the object; faces: int64 [F, 3], counter-clockwise seen from outside; notes:
-    choices made and parts left out, as sentences."""
+    """An extracted surface. vertices: float64 [V, 3] in radii of the object; faces: int64 [F, 3], counter-clockwise seen from
+    outside; notes: choices made and parts left out, as sentences."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -38,7 +38,7 @@ def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
     """Extracts the surface of a field: its own triangles, or where its density passes a threshold.
 
-    threshold: per radius; None: the one whose silhouettes fit the rendered ones best (`automatic_threshold`). Unless
+    threshold: density per radius; None: the one whose silhouettes fit the rendered ones best (`automatic_threshold`). Unless
     `all_parts`, only the largest connected part is kept. Raises ValueError for a field without a surface.
     """
     if isinstance(field, SurfaceField):
@@ -51,7 +51,7 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
     if not grid.max() > level:
         raise ValueError(
             f"the field is empty: its largest density is {grid.max():.3g}, and the surface is where it passes {level:.3g}. "
-            "Train it longer, or with a larger guidance scale"
+            "Train longer, or with a larger guidance scale"
         )
     notes = [f"threshold {level:.3g}"]
     if not all_parts:
@@ -69,7 +69,7 @@ def automatic_threshold(grid: np.ndarray, step: float) -> float:
     if not any(o.any() for o in opaque):
         raise ValueError(
             f"the field is empty: its largest density is {largest:.3g}, and no ray through it is more than half opaque. "
-            "Train it longer, or with a larger guidance scale"
+            "Train longer, or with a larger guidance scale"
         )
     levels = np.geomspace(max(largest * 1e-4, 1e-6), largest * 0.95, _CANDIDATES)
     fits = np.array([np.mean([_overlap(grid.max(a) > level, o) for a, o in enumerate(opaque)]) for level in levels])

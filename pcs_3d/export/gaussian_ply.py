@@ -16,7 +16,7 @@ _NAMES = ("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacit
 
 def write_gaussians(path: Path, splats: Splats) -> Path:
     """Writes positions, colours as spherical harmonics of degree 0, opacities before sigmoid, log scales, and quaternions with
-    w first; z up. Raises ValueError for latents, and if what is read back differs."""
+    w first; z up. Raises ValueError for latents, and if the file reads back differently."""
     if splats.features.shape[1] != 3:
         raise ValueError(
             f"Gaussians with {splats.features.shape[1]} channels are latents, but a PLY file needs colours"

@@ -1,4 +1,4 @@
-"""The page of an asset: a mesh that can be turned, the request, time and memory; one file, which loads nothing else."""
+"""The self-contained page of an asset: a mesh that can be turned, the request, and the time and memory used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequen
     Args:
         about: the content of its asset.json
         recipe: of the phase that finished it
-        known: label and PNG of what the model learned
+        known: (label, PNG) pairs that show what the model learned
     """
     mesh = folder / "asset.glb"
     return render(
@@ -69,5 +69,5 @@ def _spent(costs: Mapping[str, Any]) -> list[tuple[str, str]]:
         of = "whole process" if costs.get("training_peak_memory_of") == "process" else "tensors on the GPU"
         rows.append((f"Peak memory ({of})", size(costs["training_peak_memory"])))
     if "estimated_memory" in costs:
-        rows.append(("Estimated before", f"{size(costs['estimated_memory'])}, of {size(costs['memory_budget'])}"))
+        rows.append(("Estimated beforehand", f"{size(costs['estimated_memory'])}, of {size(costs['memory_budget'])}"))
     return [*rows, ("Precision", str(costs.get("mixed_precision", "")))]

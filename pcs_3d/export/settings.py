@@ -10,7 +10,7 @@ from shared.config import Part
 
 
 class ExportSettings(Part):
-    """resolution: nodes along a side of the grid on which the surface is extracted; threshold: density of the surface, null:
+    """resolution: nodes along a side of the grid on which the surface is extracted; threshold: density at the surface; null:
     found automatically; faces: the maximum number of triangles; texture: pixels along a side; all_parts: keep parts that are
     not connected to the largest one; picture: pixels along a side of renders and turntable; frames: of the turntable."""
 

@@ -1,4 +1,4 @@
-"""A texture for a mesh: unwrapped with xatlas and baked from the field's colours at each point."""
+"""Textures a mesh: unwraps it with xatlas and bakes the field's colour at each point."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pcs_3d.renderers.rasterize import barycentric, nearest_faces
 
 @dataclass(frozen=True)
 class Textured:
-    """vertices [V, 3] (repeated on seams), faces [F, 3], uv [V, 2] in [0, 1] (v up), texture: 8 bits [H, W, 3], its first row
-    at v = 1; normals [V, 3]: unit, of the smooth surface."""
+    """A textured mesh: vertices [V, 3] (repeated on seams), faces [F, 3], uv [V, 2] in [0, 1] (v up);
+    texture: 8 bits [H, W, 3], its first row at v = 1; normals [V, 3]: unit, of the smooth surface."""
 
     vertices: np.ndarray
     faces: np.ndarray

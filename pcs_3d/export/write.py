@@ -11,12 +11,12 @@ import numpy as np
 from pcs_3d.export.texture import Textured
 from shared.io.outputs import atomic_write
 
-_CLOSE = 1e-5  # tolerance of coordinates that were read back, in radii
+_CLOSE = 1e-5  # tolerance for coordinates that were read back, in radii
 
 
 def write_glb(path: Path, mesh: Textured) -> Path:
     """Writes glTF in one file: y up, the object's front towards +z, one rough material with the texture. Raises ValueError if
-    what is read back differs."""
+    the file reads back differently."""
     import trimesh
     from trimesh.visual.material import PBRMaterial
 
@@ -30,8 +30,8 @@ def write_glb(path: Path, mesh: Textured) -> Path:
 
 
 def write_obj(path: Path, mesh: Textured) -> list[Path]:
-    """Writes Wavefront OBJ, y up, with its material and texture beside it: `x.obj`, `x.mtl`, `x.png`. Raises ValueError if
-    what is read back differs."""
+    """Writes Wavefront OBJ, y up, with its material and texture next to it: `x.obj`, `x.mtl`, `x.png`. Raises ValueError if
+    the files read back differently."""
     vertices, normals = _y_up(mesh.vertices), _y_up(mesh.normals)
     stem = path.stem
     lines = [f"mtllib {stem}.mtl", "o thing"]
@@ -52,7 +52,8 @@ def write_obj(path: Path, mesh: Textured) -> list[Path]:
 
 
 def write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray) -> Path:
-    """Writes binary PLY, z up, with colours [V, 3] in [0, 1] at vertices. Raises ValueError if what is read back differs."""
+    """Writes binary PLY, z up, with colours [V, 3] in [0, 1] at vertices. Raises ValueError if the file reads back
+    differently."""
     rgba = np.concatenate([(colors.clip(0, 1) * 255).round(), np.full((len(colors), 1), 255)], 1).astype(np.uint8)
     made = _trimesh(vertices, faces, None, None, None)
     made.visual.vertex_colors = rgba

@@ -1,4 +1,4 @@
-"""Fields: representations of an object in 3D, which are optimised. Adding one takes one file and one line in the union."""
+"""Fields: trainable representations of an object in 3D. Adding one takes one file and one line in the union."""
 
 from typing import Annotated
 

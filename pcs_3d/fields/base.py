@@ -22,7 +22,7 @@ class FieldPart(KindPart):
     """Base of the settings of fields.
 
     bound: half the side of the cube around the object, in its radii. start: the content before the first step. lr:
-    learning rate of the shape; lr_features: that of the colours, null: the same.
+    learning rate of the shape; lr_features: learning rate of the colours; null: the same.
     """
 
     drawn_by: ClassVar[str] = "volume"  # the kind of renderer
@@ -80,7 +80,7 @@ class BaseField(nn.Module):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
         mine = self._kept()
         if wrong := sorted(mine.keys() ^ state.keys()):
-            raise ValueError(f"the saved state is of another field: only one of the two has {', '.join(wrong)}")
+            raise ValueError(f"the saved state belongs to another field: only one of the two has {', '.join(wrong)}")
         for name, value in mine.items():
             if value.shape != state[name].shape:
                 raise ValueError(
@@ -102,7 +102,7 @@ class BaseField(nn.Module):
 class BaseVolume(BaseField):
     """Base of the fields that can be evaluated at any point."""
 
-    normal_step = 1e-2  # of finite differences, as a share of the bound
+    normal_step = 1e-2  # step of finite differences, as a share of the bound
 
     def at(self, points: Tensor) -> Sample:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The protocols that every field offers to renderers, penalties and export."""
+"""The protocols through which renderers, penalties and export use fields."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 
 @runtime_checkable
 class Field(Protocol):
-    """An object in 3D, learned by gradient descent. It fills the cube [-bound, bound]³ at most; space outside is empty."""
+    """An object in 3D, learned by gradient descent. It lies within the cube [-bound, bound]³; space outside is empty."""
 
     bound: float
     channels: int  # K: 3 colours, or the channels of latents
 
     @property
     def device(self) -> torch.device:
-        """The device of its parameters."""
+        """The device of the field's parameters."""
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -71,11 +71,11 @@ class Field(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole state, fp32, on the CPU."""
+        """The complete state, in fp32 on the CPU."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, left over or of another shape."""
+        """Loads a saved state. Raises ValueError if tensors are missing, unexpected or of the wrong shape."""
         ...
 
     def to(self, device: torch.device | str) -> Field:
@@ -96,12 +96,12 @@ class VolumeField(Field, Protocol):
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """Along rays [N, 3], [N, 3] at distances [N, S]: lower and upper bounds [N, S] of `density`, cheaper than
-        evaluating it if the field supports this. They show which samples are certainly empty or hidden and can be skipped."""
+        """Lower and upper bounds [N, S] on `density` along rays [N, 3], [N, 3] at distances [N, S]; cheaper than evaluating it
+        if the field supports this. They show which samples are certainly empty or hidden and can be skipped."""
         ...
 
     def normals(self, points: Tensor) -> Tensor:
-        """[..., 3] -> unit vectors [..., 3] against the gradient of the density, differentiable."""
+        """[..., 3] -> unit vectors [..., 3] opposite to the gradient of the density, differentiable."""
         ...
 
 

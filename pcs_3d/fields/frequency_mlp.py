@@ -28,7 +28,7 @@ class FrequencyMlp(FieldPart):
 
 
 class FrequencyField(NetworkField):
-    """Smooth, small in memory, slow."""
+    """A field that is smooth and small in memory, but slow."""
 
     part: FrequencyMlp
 

@@ -20,9 +20,9 @@ _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
 
 
 class Gaussians(FieldPart):
-    """count: number at the start, in the start's shape. every: steps between splitting and pruning, 0: never; until: the share
-    of the steps during which this happens; threshold: mean gradient norm of a Gaussian's position above which it is split or
-    copied; prune: opacity below which Gaussians are removed; most: the maximum number."""
+    """count: initial number of Gaussians, spread over the start's shape. every: steps between rounds of splitting and pruning;
+    0: never; until: the share of the steps during which this happens; threshold: mean gradient norm of a Gaussian's position
+    above which it is split or copied; prune: opacity below which Gaussians are removed; most: the maximum number."""
 
     drawn_by: ClassVar[str] = "splat"
     kind: Literal["gaussians"] = "gaussians"
@@ -82,7 +82,9 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)  # from a step that the loop reverts
+        length = (
+            grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)
+        )  # NaN or Inf come from a step that the loop reverts
         self.pull += length
         self.pulled += length > 0
 
@@ -155,7 +157,7 @@ class GaussianField(BaseVolume):
 
 
 def _spacing(points: Tensor) -> Tensor:
-    """[N]: the mean distance of each point from its three nearest neighbours, as in 3DGS."""
+    """[N]: the mean distance of each point to its three nearest neighbours, as in 3DGS."""
     from scipy.spatial import KDTree
 
     table = points.numpy()

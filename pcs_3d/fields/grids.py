@@ -18,9 +18,9 @@ def nodes(resolution: int, bound: float) -> Tensor:
 
 
 def trilinear(grid: Tensor, points: Tensor, bound: float) -> Tensor:
-    """Interpolated values: grid [R, R, R, C], points [..., 3] -> [..., C]; beyond the bound, those on its surface.
+    """Interpolated values: grid [R, R, R, C], points [..., 3] -> [..., C]; beyond the bound, the values on its surface.
 
-    Differentiable in both, once.
+    Differentiable in both, but only once.
     """
     size = grid.shape[0]
     flat = points.reshape(-1, 3)
@@ -69,7 +69,7 @@ def of_cells(
     cells: Sequence[Tensor], origins: Tensor, directions: Tensor, distances: Tensor, bound: float
 ) -> tuple[list[Tensor], Tensor]:
     """For each grid of cell values [R, R, R], the values [N, S] of the cells that rays [N, 3], [N, 3] are in at distances
-    [N, S]; and bool [N, S]: whether within the bound (outside it, values are arbitrary).
+    [N, S]; and bool [N, S]: whether a point is within the bound (outside it, values are arbitrary).
 
     Works on one axis at a time, each contiguous, with 32-bit integers: points [N, S, 3] would take three times as long.
     """
@@ -88,7 +88,7 @@ def of_cells(
 
 
 def cell_maxima(grid: Tensor) -> Tensor:
-    """[R, R, R] values at nodes -> [R-1, R-1, R-1]: the largest of each cell's eight corners, an upper bound of the
+    """[R, R, R] values at nodes -> [R-1, R-1, R-1]: the largest of each cell's eight corners, an upper bound on the
     interpolated values."""
     for axis in range(3):
         low, high = grid.narrow(axis, 0, grid.shape[axis] - 1), grid.narrow(axis, 1, grid.shape[axis] - 1)

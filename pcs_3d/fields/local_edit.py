@@ -24,8 +24,8 @@ class LocalEdit(Voxels):
     """Two grids that start out equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside
     them the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
 
-    regions: where it may change; if empty, those of the guidance. fill: the lowest initial density there, per radius: a grey
-    fog from which new parts can grow.
+    regions: where the field may change; if empty, the guidance's regions. fill: the lowest initial density there, per radius:
+    a grey fog from which new parts can grow.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -49,7 +49,7 @@ class LocalEdit(Voxels):
 
 
 class LocalEditField(BaseVolume):
-    """(1 - w) kept + w learned, where w in [0, 1] is how much a point is inside the regions."""
+    """(1 - w) kept + w learned, where w in [0, 1] is the degree to which a point is inside the regions."""
 
     def __init__(self, part: LocalEdit, channels: int) -> None:
         super().__init__(part.bound, channels)
@@ -113,6 +113,7 @@ class LocalEditField(BaseVolume):
 
 
 def _somewhere(share: Tensor) -> Tensor:
-    """int64: the points in a region; if there are none, one outside, so that a gradient of 0 reaches the field."""
+    """int64: indices of the points in a region; if there are none, of one point outside, so that a gradient of 0 reaches the
+    field."""
     some = share.nonzero()[:, 0]
     return some if len(some) else some.new_zeros(min(1, len(share)))

@@ -17,8 +17,8 @@ _START = 32  # nodes along a side of the grid that holds the start
 
 
 class NetworkField(BaseVolume):
-    """density = softplus(start + MLP(encoding)), as DreamFusion adds its blob. The last layer starts at 0, so the field begins
-    as its start."""
+    """density = softplus(start + MLP(encoding)), as DreamFusion adds its blob. The last layer starts at 0, so the field
+    initially equals its start."""
 
     start: Tensor
 

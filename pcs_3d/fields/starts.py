@@ -18,8 +18,8 @@ from shared.config import KindPart, PathText, default_kind
 
 
 class StartPart(KindPart):
-    """Base of the starts. density: inside, per radius; softness: the width, in radii, over which the density falls off inside
-    the surface, so that soft shapes look as large as hard ones."""
+    """Base of the starts. density: the density inside, per radius; softness: the width, in radii, over which the density falls
+    off inside the surface, so that soft shapes look as large as hard ones."""
 
     density: Annotated[float, Setting(gt=0, le=1000)] = 10.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
@@ -64,8 +64,8 @@ class Blob(StartPart):
 class MeshFile(StartPart):
     """A mesh or points: GLB, OBJ or PLY, scaled to `radius` (1: the size that cameras expect) around the origin.
 
-    up: which of the file's axes is up; null: z in PLY, y otherwise, as is usual for the formats. azimuth_deg: turns the object
-    by this angle to its left, for files whose front points elsewhere.
+    up: which of the file's axes is up; null: z in PLY, y otherwise, as is usual for these formats. azimuth_deg: turns the
+    object by this angle to its left, for files whose front points elsewhere.
     """
 
     kind: Literal["file"] = "file"

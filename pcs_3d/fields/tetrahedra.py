@@ -21,7 +21,8 @@ _EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 
 class Tetrahedra(FieldPart):
     """resolution³ nodes with a signed distance and a position that may move by almost half a cell; colours on a grid with
-    color_resolution nodes along a side. lr: learning rate of the distances, in cells; lr_places: that of the positions."""
+    color_resolution nodes along a side. lr: learning rate of the distances, in cells; lr_places: learning rate of the
+    positions."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["tetrahedra"] = "tetrahedra"
@@ -121,7 +122,7 @@ def _triangles() -> Tensor:
 
 def marching_tetrahedra(nodes: Tensor, distances: Tensor, tets: Tensor) -> Surface:
     """The triangles where a distance [V], negative inside, is 0 along edges of tetrahedra [T, 4] between nodes [V, 3];
-    differentiable in both. Raises ValueError if it is 0 nowhere."""
+    differentiable in the distances and the nodes. Raises ValueError if no edge has such a point."""
     inside = distances < 0
     corners = inside[tets]
     crossed = corners.any(1) & ~corners.all(1)

@@ -17,8 +17,8 @@ from shared.trainable.base import Rate
 
 
 class TexturedMesh(FieldPart):
-    """The triangles of a file, or of an earlier phase's result (`start`), and around them a grid of colours with `resolution`
-    nodes along a side, which begin as the start's colours."""
+    """The triangles of a file, or of an earlier phase's result (`start`), and a grid of colours around them with `resolution`
+    nodes along a side, initialised with the start's colours."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["textured_mesh"] = "textured_mesh"

@@ -1,1 +1,1 @@
-"""Guidance: pulls renders towards what a diffusion model knows. One engine, with its settings and parts."""
+"""Guidance: pulls renders towards what a diffusion model finds likely. One engine, with its settings and parts."""

@@ -27,8 +27,8 @@ from shared.types import Conditioning
 class BackboneScores:
     """`Scores` of a backbone.
 
-    Adapters are switched only by set: the teacher is the backbone with `concepts` at their strengths; the student adds the
-    set `student`; the base uses no adapters. For the base, class nouns replace names in prompts.
+    Adapters are switched on and off only as sets: the teacher is the backbone with `concepts` at their strengths; the student
+    adds the set `student`; the base uses no adapters. For the base, class nouns replace names in prompts.
 
     Args:
         concepts: name -> strength, of adapters and learned words
@@ -84,7 +84,7 @@ class BackboneScores:
         return [known[ask] for ask in asks]
 
     def _predict(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> Tensor:
-        """For each ask in turn, all views: [A * B, C, h, w]."""
+        """Predicts all views for each ask in turn: [A * B, C, h, w]."""
         rows = [row for ask in asks for row in self._rows(ask, views)]
         with ExitStack() as stack:
             for adapter in self.backbone.adapters.get(STUDENT, []):

@@ -87,7 +87,8 @@ class CameraAdapter:
 
 
 def matrices(cameras: Cameras) -> Tensor:
-    """Camera to world, [B, 16]: columns are the picture's right, its up, the direction to the camera, and its position."""
+    """Camera to world, [B, 16]: columns are the picture's right and up directions, the direction to the camera, and the
+    camera's position."""
     out = torch.zeros(len(cameras), 4, 4)
     out[:, :3, :3] = cameras.axes.mT
     out[:, :3, 3] = cameras.positions

@@ -21,8 +21,8 @@ Place = tuple[str, Ask]
 
 @dataclass(frozen=True)
 class Guided:
-    """The gradient [B, C, h, w] on a view's latents, and what it was computed from. eps: the guided prediction at (z_t, t);
-    x0: the clean latents that it implies."""
+    """The gradient [B, C, h, w] on the latents of B views, and what it was computed from. eps: the guided prediction at
+    (z_t, t); x0: the clean latents that it implies."""
 
     grad: Tensor
     noised: Noised

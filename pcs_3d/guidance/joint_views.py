@@ -14,8 +14,8 @@ SELF = Where(kinds=frozenset({"self"}))
 
 @dataclass(frozen=True)
 class JointViews:
-    """Self-attention joined over `count` consecutive views: each position attends to all positions of all of them (MVDream,
-    https://arxiv.org/abs/2308.16512, section 3.1, where training starts from an image model's weights). An edit for
+    """Self-attention joined over `count` consecutive views: each position attends to all positions in all of these views
+    (MVDream, https://arxiv.org/abs/2308.16512, section 3.1, where training starts from an image model's weights). An edit for
     `Backbone.attending`."""
 
     count: int

@@ -54,7 +54,7 @@ def ddim_step(scores: Scores, z_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -
 
 
 def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor:
-    """Draws noise on the CPU, so that devices agree, with an offset for each view and channel."""
+    """Draws noise on the CPU, so that it is the same for all devices, with an offset for each view and channel."""
     noise = torch.randn(like.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*like.shape[:2], 1, 1, generator=generator)
@@ -92,7 +92,7 @@ class FixedNoise(Part):
 class Interval(Part):
     """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eqs. 14 to 17): z is noised a little, follows
     the model's unconditional DDIM inversion to s = t - delta, and takes one more step to t. The target is the prediction at
-    (z_s, s), used for that last step."""
+    (z_s, s), which is also used for that last step."""
 
     kind: Literal["interval"] = "interval"
     delta: Schedule = 0.08
@@ -133,7 +133,7 @@ class Inversion(Part):
     steps: Annotated[int, Field(ge=1)] = 10
     scale: float = -6.5
     jitter: Share = 1.0  # t is shifted later by a random fraction of one step, up to this value
-    eta: Annotated[float, Field(ge=0)] = 0.3  # fresh noise, relative to that of one ancestral step
+    eta: Annotated[float, Field(ge=0)] = 0.3  # fresh noise, relative to the noise of one ancestral step
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator

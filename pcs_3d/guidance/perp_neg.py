@@ -1,4 +1,4 @@
-"""Perp-Neg: negatives for the other views, without their component along this view's prompt
+"""Perp-Neg: negative prompts for the other views, without their component along this view's prompt
 (https://arxiv.org/abs/2304.04968)."""
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PerpNeg(Part):
     strength: float = 1.0
 
     def rows(self, told: str, prompts: ScenePrompts, views: Views) -> list[Mix]:
-        """For "prompt", "away_near" and "away_far": the texts mixed for each view's conditioning. The near one is the view
-        that the camera moves away from, the far one the view beyond."""
+        """For "prompt", "away_near" and "away_far": the texts mixed for each view's conditioning. The near one is "front" for
+        cameras in front of the object and "side" for those behind it; the far one is the other of the two."""
         return [
             self._row(told, prompts, direction, around, nameless)
             for direction, around, nameless in zip(

@@ -1,4 +1,4 @@
-"""The loss on pixels that is added to the one on latents (HiFA, https://arxiv.org/abs/2305.18766, eq. 8)."""
+"""The loss on pixels that is added to the loss on latents (HiFA, https://arxiv.org/abs/2305.18766, eq. 8)."""
 
 from __future__ import annotations
 

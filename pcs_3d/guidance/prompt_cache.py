@@ -29,7 +29,9 @@ class PromptCache:
     def __init__(self, backbone: Backbone, on_device: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.backbone, self.on_device = backbone, on_device
         self._kept: dict[tuple[str, str], Conditioning] = {}
-        self._hashes: dict[int, tuple[Any, tuple[Any, ...], str]] = {}  # by object: itself, versions, hash
+        self._hashes: dict[
+            int, tuple[Any, tuple[Any, ...], str]
+        ] = {}  # by id: the object, its tensors' versions, its hash
         self._touches_text: dict[int, tuple[Adapter, bool]] = {}
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class PromptCache:
         return self._touches_text[id(adapter)][1]
 
     def _hash(self, holder: Any) -> str:
-        """sha256 of its tensors, recomputed when one of them has changed."""
+        """The sha256 of an object's tensors, recomputed when one of them has changed."""
         versions = tuple((p.data_ptr(), p._version) for p in holder.parameters())
         known = self._hashes.get(id(holder))
         if known is None or known[0] is not holder or known[1] != versions:
@@ -91,7 +93,8 @@ class PromptCache:
 
 
 def _mixed(parts: Sequence[Conditioning], weights: Sequence[Tensor]) -> Conditioning:
-    """The weighted sum of several conditionings, row by row; a name's positions are those it has in any of them."""
+    """The weighted sum of several conditionings, row by row; a name's positions are the union of its positions in all of
+    them."""
 
     def total(tensors: Sequence[Tensor]) -> Tensor:
         shaped = [w.to(v.dtype).reshape(-1, *([1] * (v.ndim - 1))) for w, v in zip(weights, tensors, strict=True)]

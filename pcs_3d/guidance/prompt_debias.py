@@ -31,7 +31,8 @@ class PromptDebias(Part):
     threshold: Annotated[float, Field(gt=0, lt=2)] = 0.95
 
     def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
-        """The prompt of each direction. Raises ValueError if the folder has no such model or it lacks the words needed."""
+        """The prompt of each direction. Raises ValueError if the folder has no such model, or the model lacks the words
+        needed."""
         reader = _Reader(self.model)
         kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
         words = prompt.split()
@@ -64,7 +65,7 @@ class _Reader:
         pieces = {d: self.tokenizer.encode(d, add_special_tokens=False) for d in DIRECTIONS}
         unknown = [d for d, ids in pieces.items() if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id]
         if unknown:
-            raise ValueError(f"debias.model = {folder}: its tokenizer has no single word for {', '.join(unknown)}")
+            raise ValueError(f"debias.model = {folder}: its tokenizer has no single token for {', '.join(unknown)}")
         self.views_ids = [ids[0] for ids in pieces.values()]
 
     @torch.no_grad()

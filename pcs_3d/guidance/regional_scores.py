@@ -19,10 +19,10 @@ _OWN: frozenset[Told] = frozenset({"prompt", "plain_prompt", "negative", "away_n
 class RegionalScores:
     """Scores of the whole scene, except where views show regions (`Views.regions`): eps = (1 - sum_r m_r) eps_whole +
     sum_r m_r eps_r, for all text prompts. Overlapping regions share the weight. The base, the student and unconditional
-    predictions always use the whole.
+    predictions always use the scores of the whole scene.
 
     Args:
-        regions: by name; the same model, with their own prompts and concepts
+        regions: scores by region name, of the same model with the region's own prompt and concepts
     """
 
     def __init__(self, whole: Scores, regions: Mapping[str, Scores]) -> None:

@@ -28,7 +28,7 @@ class Ask:
 class Scores(Protocol):
     """Noise predictions of a diffusion process `z_t = alpha z + sigma eps`, and its space of latents."""
 
-    discrete_time: bool  # trained on whole timesteps
+    discrete_time: bool  # trained on integer timesteps
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at times [B] in [0, 1000)."""

@@ -59,12 +59,12 @@ class Guidance(Part):
     normalize: Literal["sum", "mean"] = "sum"  # over channels and cells of a view; mean does not depend on their number
     clip: Schedule | None = None  # limit per element of w(t) (…): score debiasing (https://arxiv.org/abs/2303.15413)
     rescale: Share = 0.0  # how far x0 is rescaled to its unguided spread (https://arxiv.org/abs/2305.08891, eq. 15)
-    rescale_over: Annotated[int, Field(ge=1)] = 1  # views whose spread is computed together: those of a ring
+    rescale_over: Annotated[int, Field(ge=1)] = 1  # number of views whose spread is computed together: those of a ring
     regions: Slot[Region] = {}  # parts of space with their own prompt or concepts
-    joint_views: Annotated[int, Field(ge=1)] = 1  # views of a ring that attend to each other (`JointViews`)
+    joint_views: Annotated[int, Field(ge=1)] = 1  # number of views in a ring that attend to each other (`JointViews`)
     perp_neg: PerpNeg | None = None
     student: StudentSettings | None = None
-    pixel_weight: Schedule = 0.0  # HiFA's loss between the view and the decoded x0
+    pixel_weight: Schedule = 0.0  # weight of HiFA's loss between the view and the decoded x0
     space: Literal["pixels", "latents"] = "pixels"  # what fields render: colours, which are then encoded, or latents
     resolution: Annotated[int, Field(ge=8)] | None = (
         None  # pixels that views are scaled to before encoding; default: the backbone's own

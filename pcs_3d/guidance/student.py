@@ -25,7 +25,7 @@ class StudentSettings(Part):
 
     times: Times = Times(low=0.0, high=1.0)
     told: Literal["prompt", "plain_prompt"] = "plain_prompt"
-    camera_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # how often it does not get the cameras
+    camera_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # how often the student is not given the cameras
     group: Annotated[str, Field(pattern=NAME)] = STUDENT  # its optimizer group
 
     def loss(self, scores: Scores, z: Tensor, views: Views, moment: Moment, generator: Generator) -> Tensor:

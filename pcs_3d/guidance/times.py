@@ -16,8 +16,8 @@ class Times(Part):
     """Times t in [0, 1000), as shares of that range.
 
     Without `anneal` they are uniform between `low` and `high`. With it they are deterministic and fall from high to low as
-    high - (high - low) (step / steps)^anneal; 1 as in DreamGaussian (https://arxiv.org/abs/2309.16653), 0.5 as in HiFA
-    (https://arxiv.org/abs/2305.18766, section 3.3).
+    high - (high - low) (step / steps)^anneal; `anneal` is 1 in DreamGaussian (https://arxiv.org/abs/2309.16653) and 0.5 in
+    HiFA (https://arxiv.org/abs/2305.18766, section 3.3).
     """
 
     low: Schedule = 0.02
@@ -26,7 +26,8 @@ class Times(Part):
     same: bool = False  # one time for all views of a step
 
     def draw(self, count: int, moment: Moment, generator: Generator, discrete: bool) -> Tensor:
-        """Draws [count] times; integers if the model was trained on those. Raises ValueError unless 0 ≤ low ≤ high ≤ 1 now."""
+        """Draws [count] times; integers if the model was trained on integer times. Raises ValueError unless 0 ≤ low ≤ high ≤ 1
+        at this step."""
         low, high = moment.of(self.low), moment.of(self.high)
         if not 0 <= low <= high <= 1:
             raise ValueError(

@@ -35,7 +35,7 @@ def check_glb(path: Path) -> None:
     (length,) = struct.unpack_from("<I", data, 12)
     if 20 + length > len(data):
         raise ValueError(
-            f"{path} is cut off: its first part should have {length} bytes, and only {len(data) - 20} are there"
+            f"{path} is cut off: its first part should have {length} bytes, but only {len(data) - 20} are there"
         )
     try:
         tree = json.loads(data[20 : 20 + length])
@@ -49,11 +49,13 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
     if needed := tree.get("extensionsRequired"):
         known = {"KHR_texture_transform", "KHR_materials_unlit", "KHR_mesh_quantization"}
         if other := sorted(set(needed) - known):
-            raise ValueError(f"{path} needs the glTF extension {other[0]}, which is not supported: export it without")
+            raise ValueError(
+                f"{path} needs the glTF extension {other[0]}, which is not supported: export it without that extension"
+            )
     views, total = tree.get("bufferViews", []), 0
     for item in [*tree.get("buffers", []), *tree.get("images", [])]:
         if (uri := item.get("uri")) is not None and not str(uri).startswith("data:"):
-            raise ValueError(f"{path} refers to another file, {uri!r}: export it with everything inside")
+            raise ValueError(f"{path} refers to another file, {uri!r}: export it as a self-contained file")
     _check_views(path, tree, binary)
     for accessor in tree.get("accessors", []):
         count = int(accessor["count"])
@@ -129,7 +131,7 @@ def check_obj(path: Path) -> None:
 
 
 class FolderResolver:
-    """For trimesh: files beside a mesh (materials, textures), only from inside its folder."""
+    """Reads files next to a mesh (materials, textures) for trimesh, only from inside the mesh's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -69,7 +69,7 @@ def _loaded(path: Path) -> list[Piece]:
     except Exception as error:  # a parser may raise anything on hostile bytes
         raise ValueError(f"{path} cannot be read as a mesh: {type(error).__name__}: {str(error)[:200]}") from None
     if resolver.refused:
-        raise ValueError(f"{path} refers to a file that is not read: {resolver.refused[0]}")
+        raise ValueError(f"{path} refers to a file that cannot be used: {resolver.refused[0]}")
     return pieces
 
 

@@ -31,7 +31,7 @@ class Shape(Protocol):
         ...
 
     def colors(self, points: Tensor) -> Tensor | None:
-        """[N, 3] -> [N, 3] in [0, 1]: those of the nearest surface point; None if the shape has none."""
+        """[N, 3] -> [N, 3] in [0, 1]: colours of the nearest surface point; None if the shape has no colours."""
         ...
 
     def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
@@ -65,7 +65,7 @@ class SampledShape:
         points: [N, 3] on the surface, within a cube of side 2 · `reach`
         colors: [N, 3] in [0, 1], or None
         normals: [N, 3], unit, outward, of a closed surface, if they are reliable: close to the surface, distances are then
-            measured along them, to less than a cell
+            measured along them, more finely than a cell
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SampledShape:
         self._few = np.arange(0, len(points), max(1, len(points) // _FEW))
         self._few_tree = KDTree(points[self._few])
         self._cell = _cell_size(points, self._tree, reach)
-        size = math.ceil(2 * reach / self._cell) + 4  # a margin of outside all around
+        size = math.ceil(2 * reach / self._cell) + 4  # with a margin of outside cells all around
         self._half = size * self._cell / 2
         shell = np.zeros((size,) * 3, dtype=bool)
         shell[tuple(((points + self._half) / self._cell).astype(int).clip(0, size - 1).T)] = True
@@ -123,8 +123,8 @@ class SampledShape:
 
 
 def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
-    """The cell size at which hardly any cell that the surface crosses has no point: with randomly spread points, 14 per cell on
-    average. A single hole would turn the inside into outside."""
+    """The cell size at which almost every cell that the surface crosses has a point: with randomly spread points, 14 per cell
+    on average. A single hole would turn the inside into outside."""
     some = points[:: max(1, len(points) // 2000)]
     third = np.asarray(tree.query(some, k=min(4, len(points)))[0])[:, -1]
     return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 * reach / _RESOLUTION, 2 * reach / 7))

@@ -1,4 +1,4 @@
-"""An interactive page for a mesh: three.js and the mesh in one file, which loads nothing else."""
+"""An interactive page for a mesh: three.js and the mesh in one self-contained file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pcs_3d.meshes.read_mesh import Piece
 
 _FOV_DEG, _ELEVATION_DEG, _FILL = 24.53, 15.0, 0.8  # like the toybox's cameras, with some room to turn
 _AMBIENT, _LAMP = 0.75, 0.45  # mostly ambient light, because textures contain their shading
-_MARK = "init();"  # where trimesh's page starts drawing: it creates the renderer at once and reads the mesh later
+_MARK = "init();"  # where trimesh's page starts drawing: it creates the renderer immediately and reads the mesh later
 
 #: Adds what trimesh's viewer lacks: sRGB textures, and light other than the lamp at the camera.
 _LIGHT = f"""
@@ -25,8 +25,8 @@ if (typeof renderer !== "undefined" && renderer) {{
 
 
 def viewer_html(pieces: Sequence[Piece]) -> str:
-    """A standalone page that shows the pieces (from `read_mesh`: x forward, y left, z up, radius 1) from the front and turns
-    them by mouse or touch: trimesh's viewer, with textures at their true brightness."""
+    """A standalone page that shows the pieces (from `read_mesh`: x forward, y left, z up, radius 1) from the front and lets
+    the user turn them by mouse or touch: trimesh's viewer, with textures at their true brightness."""
     import trimesh
     from trimesh.scene.cameras import Camera
     from trimesh.viewer.notebook import scene_to_html
@@ -45,7 +45,7 @@ def viewer_html(pieces: Sequence[Piece]) -> str:
 
 
 def _geometry(piece: Piece) -> Any:
-    """For trimesh, with y up and the front towards +z."""
+    """Converts a piece for trimesh, with y up and the front towards +z."""
     import trimesh
     from PIL import Image
     from trimesh.visual import TextureVisuals

@@ -1,4 +1,4 @@
-"""Base of regions, and where views show them."""
+"""The base class for regions, and the computation of where they appear in views."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras
 from shared.config import NAME, KindPart
 
-#: Points [..., 3] -> how much each is inside, [...] in [0, 1]; exactly 0 outside.
+#: Points [..., 3] -> the degree to which each is inside, [...] in [0, 1]; exactly 0 outside.
 Inside = Callable[[Tensor], Tensor]
 
 
 class RegionPart(KindPart):
     """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
 
-    prompt, negative: replace the recipe's unless empty. concepts: those whose adapters are on only in this region; null: the
-    same as in the rest. softness: width in radii over which the region fades in from its border inwards.
+    prompt, negative: replace the recipe's unless empty. concepts: the concepts whose adapters are on only in this region;
+    null: the same concepts as in the rest of the scene. softness: width in radii over which the region fades in from its
+    border inwards.
     """
 
     prompt: str = ""
@@ -31,7 +32,7 @@ class RegionPart(KindPart):
 
     @property
     def is_told_more(self) -> bool:
-        """Whether it is guided differently from the rest."""
+        """Whether the region is guided differently from the rest of the scene."""
         return bool(self.prompt or self.negative) or self.concepts is not None
 
     def check(self) -> None:
@@ -39,16 +40,19 @@ class RegionPart(KindPart):
         self.build()
 
     def build(self) -> Inside:
-        """The function that tells how far points are inside. Raises ValueError for a file that cannot be read."""
+        """Builds the function that returns the degree to which points are inside.
+
+        Raises ValueError for a file that cannot be read.
+        """
         raise NotImplementedError
 
     def faded(self, depth: Tensor) -> Tensor:
-        """How much points are inside, from their depth behind the border in radii; 0 or less is outside."""
+        """The degree to which points are inside, from their depth inside the border, in radii; 0 or less is outside."""
         return (depth / self.softness).clamp(0, 1) if self.softness else (depth > 0).to(depth)
 
 
 def together(regions: Mapping[str, Inside], points: Tensor) -> Tensor:
-    """How much points [..., 3] are inside any of the regions, [...]."""
+    """The degree to which points [..., 3] are inside any of the regions, [...]."""
     return torch.stack([inside(points) for inside in regions.values()]).amax(0)
 
 
@@ -56,7 +60,9 @@ def together(regions: Mapping[str, Inside], points: Tensor) -> Tensor:
 def seen(
     inside: Inside, cameras: Cameras, depth: Tensor, opacity: Tensor, cells: tuple[int, int], reach: float
 ) -> Tensor:
-    """How much of each cell shows a region, [B, 1, h, w] in [0, 1]: where rays pass through it before they hit the object.
+    """The share of each cell that a region covers, [B, 1, h, w] in [0, 1].
+
+    A ray counts if it passes through the region before hitting the object, or without hitting it.
 
     Args:
         depth, opacity: [B, 1, H, W], of the views

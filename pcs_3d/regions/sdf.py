@@ -17,8 +17,8 @@ _CELLS, _REACH = 40, 1.5  # of the grid that holds a mesh's distances, in the me
 
 
 class Sdf(RegionPart):
-    """The inside of a mesh file, scaled to `radius` around `center`, or without a file, of a ball: where the signed distance is
-    negative. grown: points this close to the surface, in radii of the object, are also inside."""
+    """The inside of a mesh file, scaled to `radius` around `center`, or of a ball if no file is given: where the signed
+    distance is negative. grown: points this close to the surface, in radii of the object, are also inside."""
 
     kind: Literal["sdf"] = "sdf"
     path: PathText | None = None

@@ -17,8 +17,8 @@ from shared.io.decode import read_mask
 
 
 class ViewMask(RegionPart):
-    """Everything behind the bright part of a mask drawn over a render from this camera, with a depth along the camera's axis
-    within `depth` radii of the middle: (0, 2) is the far half."""
+    """Everything behind the bright part of a mask drawn over a render from this camera, within a range of depths: `depth` is
+    this range in radii, along the camera's axis and relative to the middle; (0, 2) is the far half."""
 
     kind: Literal["view_mask"] = "view_mask"
     path: PathText

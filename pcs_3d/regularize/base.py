@@ -36,8 +36,8 @@ _ONLY = Moment(0, 1)
 
 @dataclass(frozen=True)
 class Seen:
-    """The views of one step, as penalties see them. draw: renders the field from other cameras, as the step does; settings:
-    how these views were drawn; pictures: references of the object; generator: this step's."""
+    """The views of one step, as penalties see them. draw: draws the field from other cameras in the same way as the step;
+    settings: how these views were drawn; pictures: references of the object; generator: the step's random numbers."""
 
     field: Any
     cameras: Cameras
@@ -75,7 +75,7 @@ class GeometryPenalty(KindPart):
         return weight * self.value(seen)
 
     def value(self, seen: Seen) -> Tensor:
-        """The scalar. Raises ValueError if field or renderer lack what it needs."""
+        """The scalar. Raises ValueError if the field or the renderer lacks something that the penalty needs."""
         raise NotImplementedError
 
     def missing(self, what: str) -> ValueError:

@@ -55,8 +55,8 @@ class Silhouette(GeometryPenalty):
 
 
 def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering, Pictures]:
-    """The field as seen by the cameras of `count` random pictures, and these pictures; on grey, or without masks on the colour
-    of each picture's border."""
+    """Draws the field from the cameras of `count` random pictures, on grey or, without masks, on the colour of each picture's
+    border; also returns these pictures."""
     pictures = seen.pictures
     if pictures is None or seen.draw is None or seen.settings is None:
         raise penalty.missing("pictures of the object with known cameras (references)")
@@ -74,6 +74,7 @@ def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering,
 
 
 def border_color(pixels: Tensor) -> Tensor:
-    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W]: the colour of a plain background."""
+    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W], which is the colour of a plain
+    background."""
     rows, columns = pixels[..., [0, -1], :].flatten(2), pixels[..., 1:-1, [0, -1]].flatten(2)
     return torch.cat([rows, columns], -1).median(-1).values[..., None, None]

@@ -10,7 +10,7 @@ from shared.config import KindPart, unknown
 
 
 class RendererPart(KindPart):
-    """Base of the settings of renderers, which also draw: they keep no state between views."""
+    """Base of the renderers' settings, which also do the drawing: they keep no state between views."""
 
     draws: ClassVar[type]  # the protocol of the fields that it draws
 

@@ -1,4 +1,4 @@
-"""Triangles drawn through a z-buffer, with differentiable silhouettes."""
+"""Triangles drawn with a z-buffer and differentiable silhouettes."""
 
 from __future__ import annotations
 

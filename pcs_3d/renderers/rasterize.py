@@ -1,11 +1,11 @@
-"""Finds the visible triangle at each pixel with a z-buffer, without gradient, and draws silhouettes that have one."""
+"""Finds the visible triangle at each pixel with a z-buffer, without gradients, and blends silhouettes, with gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_PAIRS = 1 << 22  # of triangles and pixels, tested at a time
+_PAIRS = 1 << 22  # pairs of triangles and pixels tested at a time
 
 
 @torch.no_grad()
@@ -57,13 +57,13 @@ def barycentric(corners: Tensor, points: Tensor) -> Tensor:
 
 
 def cross(a: Tensor, b: Tensor) -> Tensor:
-    """[..., 2], [..., 2] -> [...]."""
+    """The cross product of 2D vectors: [..., 2], [..., 2] -> [...]."""
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
 def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
-    """int64 [E, 2], pairs of vertices: the edges where the visible side of a mesh ends, because only one of their two triangles
-    faces the camera, or because they do not have two. corners: [F, 3, 2] as above."""
+    """int64 [E, 2], pairs of vertices: the edges where the visible side of a mesh ends, because only one of their two
+    triangles faces the camera, or because they do not have two. corners: [F, 3, 2] as in `nearest_faces`."""
     turned = cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) > 0
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
     side = turned.repeat(3).long()
@@ -73,13 +73,13 @@ def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
 
 
 def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
-    """Blends neighbouring pixels where a silhouette runs between their centres: the gradient that moves silhouettes (Laine et
-    al., https://arxiv.org/abs/2011.03277, section 3.6).
+    """Blends neighbouring pixels where a silhouette runs between their centres, which yields the gradient that moves
+    silhouettes (Laine et al., https://arxiv.org/abs/2011.03277, section 3.6).
 
     values: [H, W, K], with the background; covered: bool [H, W]; edges: [E, 2, 2] in pixels, of silhouettes. Two neighbours,
-    one of them covered, are blended by where the edge nearest to the covered pixel crosses the line between their centres.
-    Steep edges blend pixels side by side, flat ones pixels above each other; if all edges did both, a moving silhouette would
-    change its area twice.
+    one of them covered, are blended according to where the edge nearest to the covered pixel crosses the line between their
+    centres. Steep edges blend pixels side by side, flat edges blend pixels above each other; if all edges did both, a moving
+    silhouette would change its area twice.
     """
     height, width, _ = values.shape
     flat = values.reshape(height * width, -1)

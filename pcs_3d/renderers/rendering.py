@@ -16,10 +16,10 @@ Shading = Literal["albedo", "lambertian", "textureless", "normal"]
 class Rendering:
     """B views of H×W pixels.
 
-    pixels: [B, K, H, W] in [0, 1], on the background; opacity: [B, 1, H, W] in [0, 1]; depth: [B, 1, H, W] from the camera,
-    expected over what is hit; normals: [B, 3, H, W] in world coordinates, of unit length where something is hit, 0 elsewhere;
-    None if not requested. weights [B, H, W, S], distances [B, H, W, S]: of samples along rays, if rays are marched, for
-    penalties.
+    pixels: [B, K, H, W] in [0, 1], on the background; opacity: [B, 1, H, W] in [0, 1]; depth: [B, 1, H, W], the expected
+    distance from the camera to what the ray hits; normals: [B, 3, H, W] in world coordinates, of unit length where something
+    is hit, 0 elsewhere; None if not requested. weights, distances: [B, H, W, S], per sample along each ray, for use by
+    penalties; None if the renderer does not march rays.
     """
 
     pixels: Tensor
@@ -43,7 +43,7 @@ class RenderSettings:
     shading: Shading = "albedo"
     light: Tensor | None = None
     normals: bool = False
-    generator: Generator | None = None  # for jitter along rays; None: none
+    generator: Generator | None = None  # for jitter along rays; None: no jitter
 
 
 class Renderer(Protocol):

@@ -30,7 +30,7 @@ def by_importance(edges: Tensor, weights: Tensor, count: int, generator: Generat
     """Edges [N, count + 1] of intervals that each hold the same share of the weights [N, S] between edges [N, S + 1]: the
     inverse of their distribution function (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
 
-    A little of the weight is spread evenly, so that rays that hit nothing have samples, too. (nerfacc's version needs CUDA.)
+    A little of the weight is spread evenly, so that even rays that hit nothing have samples. (nerfacc's version needs CUDA.)
     """
     weights = weights + 1e-3 + 0.05 * weights.mean(-1, keepdim=True)
     cumulated = torch.cat([torch.zeros_like(weights[:, :1]), weights.cumsum(-1)], 1)

@@ -20,10 +20,11 @@ from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 
 
 class Volume(RendererPart):
-    """samples: number along each ray inside the field's bound; importance: number of additional samples; with any, all
-    samples are placed where a first pass finds something; hidden: samples that certainly have less weight in their pixel are
-    skipped, gradient included, because most lie in empty cells or behind the surface; rays: number drawn at a time; recompute:
-    recomputes the samples' activations in the backward pass, chunk by chunk: less memory, more time, the same gradient."""
+    """samples: number along each ray inside the field's bound; importance: number of additional samples; if above 0, all
+    samples are placed where a first pass finds something; hidden: samples that certainly have less weight than this in their
+    pixel are skipped, gradient included; most of them lie in empty cells or behind the surface; rays: number drawn at a time;
+    recompute: recomputes the samples' activations in the backward pass, chunk by chunk: less memory, more time, the same
+    gradient."""
 
     draws: ClassVar[type] = VolumeField
     kind: Literal["volume"] = "volume"
@@ -104,7 +105,7 @@ class Volume(RendererPart):
         return by_importance(edges, weights, self.samples + self.importance, generator)
 
     def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples may weigh more than `hidden`, as indices into [N · S], and which rays [M] have some."""
+        """Which samples may weigh more than `hidden`, as indices into [N · S], and which rays [M] have any."""
         from nerfacc import render_transmittance_from_density
 
         least, most = field.between(rays[:, :3], rays[:, 3:6], middles)

@@ -15,7 +15,7 @@ _OURS = "pcs 3d threestudio install"  # in the first lines of each written file
 
 
 def check_checkout(folder: Path) -> Path:
-    """The folder, absolute. Raises ValueError if it holds no threestudio."""
+    """The folder, absolute. Raises ValueError if it is not a threestudio checkout."""
     folder = expanded(folder).resolve()
     for name in ("launch.py", "threestudio/__init__.py", "custom"):
         if not (folder / name).exists():

@@ -66,11 +66,11 @@ def _tried(folder: Path) -> Iterator[Finding]:
         found = {}
     if "classes" not in found:
         why = found.get("error") or (ran.stderr.strip().splitlines() or ["it stopped without an error message"])[-1]
-        yield False, f"threestudio does not import: {why}"
+        yield False, f"threestudio cannot be imported: {why}"
         return
-    yield True, f"threestudio imports: it registers {found['classes']} classes"
+    yield True, f"threestudio can be imported: it registers {found['classes']} classes"
     if found.get("error"):
-        yield False, f"custom/pcs does not import: {found['error']}"
+        yield False, f"custom/pcs cannot be imported: {found['error']}"
     elif found["ours"]:
         yield True, f"registered: {', '.join(found['ours'])}"
 

@@ -35,12 +35,12 @@ def _teacher(cfg: Any, device: torch.device) -> Teacher:
 @register("pcs-prompt-processor")
 class PersonalizedPromptProcessor(BaseObject):
     """A prompt that refers to concepts as `<name>`, with the recipe's words for views. Encodings are cached only in memory, by
-    the content of concepts. threestudio's own guidance can use it, too, for learned words, but not for LoRA or weights."""
+    the content of concepts. threestudio's own guidance can also use it for learned words, but not for LoRA or weights."""
 
     @dataclass
     class Config(BaseObject.Config):
         prompt: str = ""
-        negative_prompt: str | None = None  # the recipe's
+        negative_prompt: str | None = None  # null: the recipe's
         backbone: str = ""
         concepts: dict[str, float] = field(default_factory=dict)
         recipe: str = "dreamfusion"
@@ -66,7 +66,7 @@ class PersonalizedGuidance(BaseObject):
         backbone: str = ""  # folder, file or hub id; default: the first concept's model, else the toybox
         concepts: dict[str, float] = field(default_factory=dict)
         recipe: str = "dreamfusion"
-        settings: list[str] = field(default_factory=list)  # on top of the recipe: guidance.scale=50
+        settings: list[str] = field(default_factory=list)  # applied on top of the recipe, such as guidance.scale=50
         precision: str = "auto"
         steps: int = 10000
         seed: int = 0

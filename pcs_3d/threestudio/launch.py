@@ -19,8 +19,8 @@ from pcs_3d.threestudio.stand_ins import NEEDED, absent, standing_in
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
     """Runs `launch.py` with these arguments, in this process and in the checkout's folder.
 
-    Missing packages of `REPLACEABLE` are replaced by stand-ins. cpu: Lightning trains on the CPU in full precision, and
-    threestudio's modules put their tensors there. Raises ValueError if there is no GPU and `cpu` is not set, and if a package
+    Missing packages in `REPLACEABLE` are replaced by stand-ins. cpu: Lightning trains on the CPU in full precision, and
+    threestudio's modules put their tensors there. Raises ValueError if there is no GPU and `cpu` is not set, or if a package
     without a stand-in is missing.
     """
     if not (cpu or torch.cuda.is_available()):

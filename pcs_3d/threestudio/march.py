@@ -17,9 +17,9 @@ from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
 
 @dataclass(frozen=True)
 class March:
-    """samples: intervals per ray in the cube [-radius, radius]³; importance: number of additional ones; with any, all are
-    placed where a first pass finds something; hidden: samples with less weight in their pixel are skipped, gradient included;
-    chunk: rays at a time, outside training."""
+    """samples: intervals per ray in the cube [-radius, radius]³; importance: number of additional intervals; if above 0, all
+    are placed where a first pass finds something; hidden: samples with less weight than this in their pixel are skipped,
+    gradient included; chunk: rays at a time, outside training."""
 
     radius: float = 1.0
     samples: int = 64
@@ -28,9 +28,9 @@ class March:
     chunk: int = 4096
 
     def render(self, parts: Parts, rays: Rays, training: bool, generator: Generator | None = None) -> dict[str, Tensor]:
-        """`comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` [B, H, W, C], `opacity`, `depth` and `z_variance` [B, H, W, 1], with
-        normals `comp_normal` [B, H, W, 3]; in training also values of each of the M samples: `weights`, `t_points`,
-        `t_intervals` [M, 1], `t_dirs`, `points` [M, 3], `ray_indices` [M] and the geometry's own output.
+        """`comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` [B, H, W, C], `opacity`, `depth` and `z_variance` [B, H, W, 1] and, if
+        the geometry has normals, `comp_normal` [B, H, W, 3]; in training also values of each of the M samples: `weights`,
+        `t_points`, `t_intervals` [M, 1], `t_dirs`, `points` [M, 3], `ray_indices` [M] and the geometry's own output.
 
         Raises ValueError for a geometry without densities.
         """
@@ -48,7 +48,7 @@ class March:
         return {**out, **drawn[0].samples} if training else out
 
     def _rays(self, parts: Parts, rays: Tensor, generator: Generator | None) -> Drawn:
-        """For rays [N, 9]: origin, direction, light."""
+        """Renders rays [N, 9]: origin, direction, light."""
         from nerfacc import accumulate_along_rays, render_weight_from_density
 
         origins, directions, lights = rays.split(3, -1)
@@ -97,7 +97,7 @@ class March:
 
     @torch.no_grad()
     def _edges(self, parts: Parts, origins: Tensor, directions: Tensor, generator: Generator | None) -> Tensor:
-        """[N, samples + importance + 1]."""
+        """Edges of the intervals, [N, samples + importance + 1]."""
         from nerfacc import render_weight_from_density
 
         near, far = through_cube(origins, directions, self.radius)
@@ -110,7 +110,7 @@ class March:
 
 
 def middles(edges: Tensor) -> Tensor:
-    """[N, S + 1] -> [N, S]."""
+    """The middles of intervals: edges [N, S + 1] -> [N, S]."""
     return (edges[:, 1:] + edges[:, :-1]) / 2
 
 
@@ -122,7 +122,7 @@ def densities(parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) 
 
 def check_cameras(c2w: Tensor) -> None:
     """Raises ValueError if the axes of cameras [B, 4, 4] are not orthogonal. For exactly three cameras, threestudio's data
-    modules take cross products along the wrong dimension, and rays go astray."""
+    modules take cross products along the wrong dimension, so rays point the wrong way."""
     axes = c2w[:, :3, :3].float()
     if not torch.allclose(axes @ axes.mT, torch.eye(3, device=axes.device).expand_as(axes), atol=1e-3):
         raise ValueError(
@@ -133,7 +133,7 @@ def check_cameras(c2w: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """threestudio's modules, and the shading that its systems ask for."""
+    """threestudio's modules, and the shading that its systems request."""
 
     geometry: Any
     material: Any
@@ -152,13 +152,13 @@ class Rays:
     behind: Tensor | None = None
 
     def lights_like_directions(self) -> Tensor:
-        """[B, H, W, 3]."""
+        """The lights, repeated for each ray: [B, H, W, 3]."""
         return self.lights[:, None, None].expand_as(self.directions)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The result for N rays: the values of their pixels [N, K], and those of their samples."""
+    """The result for N rays: the values of their pixels [N, K] and of their samples."""
 
     pixels: dict[str, Tensor]
     samples: dict[str, Tensor]

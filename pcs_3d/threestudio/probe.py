@@ -14,7 +14,8 @@ from pcs_3d.threestudio.stand_ins import absent
 
 
 def probe(checkout: Path) -> dict[str, Any]:
-    """classes: those that threestudio registers; ours: the extension's; error: why one of the two imports failed."""
+    """classes: the number that threestudio registers; ours: the names of the extension's classes; error: why one of the two
+    imports failed."""
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))
     try:

@@ -1,6 +1,6 @@
 """Stand-ins for packages that threestudio imports but that are not installed.
 
-threestudio imports all of its modules at once, so a single CUDA extension that cannot be built stops everything. A stand-in
+threestudio always imports all of its modules, so a single CUDA extension that cannot be built stops everything. A stand-in
 lets the import succeed and raises an error naming the package as soon as anything in it is called.
 """
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-#: Module -> package, for imports of threestudio that cannot be replaced.
+#: Module -> package, for threestudio's imports that cannot be replaced.
 NEEDED = {
     "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg",
     "jaxtyping": "jaxtyping", "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf",
@@ -31,7 +31,7 @@ REPLACEABLE: Mapping[str, str] = {
     "tinycudann": "hash grids; needs CUDA, "
     "pip install git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch",
     "wandb": "logging to wandb; pip install wandb",
-    "torchvision": "Zero-1-to-3, CO3D data and perceptual losses; pip install torchvision, of PyTorch's own version",
+    "torchvision": "Zero-1-to-3, CO3D data and perceptual losses; pip install torchvision to match PyTorch",
 }
 _ASKING = ("threestudio", "extern")  # only their imports get stand-ins: for all other importers, the package is missing
 

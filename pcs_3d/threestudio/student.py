@@ -22,8 +22,8 @@ _STREAM = 2**47  # a separate random stream
 class Student:
     """The adapters of the set `student` on a backbone, trained once per step by the recipe's optimizer.
 
-    threestudio's checkpoints do not include it: a resumed run trains a new one, with a warning. Raises ValueError if the
-    recipe trains anything other than this and the field.
+    threestudio's checkpoints do not include the student: a resumed run trains a new one, with a warning. Raises ValueError if
+    the recipe trains anything other than the student and the field.
     """
 
     def __init__(self, backbone: Backbone, recipe: Recipe3D) -> None:
@@ -49,7 +49,9 @@ class Student:
     def learn(self, scores: Scores, z: Tensor, views: Views, moment: Moment, seed: int) -> float:
         """Takes one step on latents z [B, C, h, w]; returns the loss before it."""
         if moment.step and not self.taught:
-            warnings.warn(f"VSD's student starts anew at step {moment.step}: checkpoints do not hold it", stacklevel=2)
+            warnings.warn(
+                f"VSD's student starts anew at step {moment.step}: checkpoints do not contain it", stacklevel=2
+            )
         self.taught = True
         device, dtype = z.device.type, self.backbone.dtype
         with scores.under(STUDENT), torch.autocast(device, dtype, enabled=dtype != torch.float32):

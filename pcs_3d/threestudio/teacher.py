@@ -22,8 +22,8 @@ from shared.runner.open_runner import check_precision, open_runner
 
 @dataclass(frozen=True)
 class Asked:
-    """backbone: a folder, a file or a hub id; "": the first concept's model, or the toybox without concepts. concepts: (folder,
-    strength). recipe: its name; settings: `key=value`, applied on top of the recipe's."""
+    """A request for a teacher. backbone: a folder, a file or a hub id; "": the first concept's model, or the toybox without
+    concepts. concepts: (folder, strength). recipe: its name; settings: `key=value`, applied on top of the recipe's."""
 
     backbone: str
     concepts: tuple[tuple[str, float], ...]
@@ -36,7 +36,7 @@ class Asked:
     def of(
         backbone: str, concepts: Mapping[str, float], recipe: str, settings: Sequence[str], device: str, precision: str
     ) -> Asked:
-        """Builds a request from the values in a YAML."""
+        """Builds a request from the values in a YAML file."""
         return Asked(backbone, tuple(concepts.items()), recipe, tuple(settings), device, precision)
 
 
@@ -59,7 +59,7 @@ _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
 
 
 def open_teacher(asked: Asked) -> Teacher:
-    """Opens a teacher. Equal requests share it while any of them holds it; after that, concepts are read anew."""
+    """Opens a teacher. Equal requests share one as long as it is in use; after that, concepts are read again."""
     found = _OPEN.get(asked)
     if found is None:
         _OPEN[asked] = found = Teacher(asked)

@@ -19,7 +19,7 @@ _TOKEN = typer.Option([], help='the words the LoRA was trained with ("sks mug");
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
-_DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
+_DOWNLOAD = typer.Option(False, "--download", help="download files from the hub if they are not in the local cache")
 _CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
@@ -38,7 +38,7 @@ def personalize(
     dino: Path = _DINO,
     download: bool = _DOWNLOAD,
 ) -> None:
-    """Learn a concept from pictures. The concept is a folder; training state and logs are written beside it."""
+    """Learn a concept from pictures. The concept is a folder; training state and logs are written next to it."""
     from pcs_image.runner import ImageRunner
     from shared.commands.learning import Learning, Medium, learn
     from shared.recipe.schema import Recipe
@@ -118,18 +118,18 @@ def evaluate(
     ),
     references: Path = typer.Option(
         None,
-        help="the subject's pictures; default: a folder beside the concept with the training folder's name",
+        help="the subject's pictures; default: a folder next to the concept, named like the training folder",
         **PATH,
     ),
     gallery: Path = typer.Option(
-        None, help="a folder of folders: other objects of the same class, for identity retrieval", **PATH
+        None, help="a folder with one folder for each look-alike of the same class, for identity retrieval", **PATH
     ),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
-    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the concept's recipe"),
-    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: that of the concept's recipe"),
-    scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the concept's recipe"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the concept's recipe"),
+    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: as in the concept's recipe"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: as in the concept's recipe"),
     clip: Path = _CLIP,
     dino: Path = _DINO,
     backbone: str = typer.Option(
@@ -181,7 +181,9 @@ def benchmark(
     recipes: list[str] = typer.Argument(
         None, help="recipes to compare, by name or as YAML files; default: all shipped"
     ),
-    split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
+    split: str = typer.Option(
+        "development", help="development (use it while tuning) or reporting (use it once, at the end)"
+    ),
     subjects: str = typer.Option("4", help="how many of the split's subjects, or their names: NAME,NAME"),
     limit: int = typer.Option(10, min=1, max=10_000, help="number of prompts"),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
@@ -195,7 +197,7 @@ def benchmark(
     control: str = typer.Option(None, help="the row to compare the others with, subject by subject"),
     device: str = _DEVICE,
 ) -> None:
-    """Compare recipes on the toybox's held-out subjects: identity among look-alikes, prompt following, copies, time."""
+    """Compare recipes on the toybox's held-out subjects: identity among look-alikes, prompt following, copying and time."""
     from pcs_image.runner import ImageRunner
     from shared.benchmark.experiment import failures_told
     from shared.benchmark.toybox import BenchmarkSettings, count_or_names, run

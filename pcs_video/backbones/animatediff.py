@@ -16,7 +16,7 @@ from shared.io.model_folders import quiet
 
 DEFAULT_FRAMES = 16
 _UNWRAPPED = (
-    "all but proj_in and proj_out of motion modules: diffusers calls them by keyword, which peft's layers do not accept"
+    "all but motion modules' proj_in and proj_out: diffusers uses keyword arguments, which peft's layers do not accept"
 )
 ROLES: Mapping[str, Sequence[RoleSpec]] = {
     **PICTURE_ROLES,
@@ -33,7 +33,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
     """A diffusers `AnimateDiffPipeline` behind the protocol.
 
     Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go only through its image layers:
-    motion modules change even a single frame, but a subject should be learned and shown without them. So a concept that was
+    motion modules change even a single frame, but a subject should be learned and shown without them. So a concept
     learned on the image U-Net works unchanged with this backbone, and one that trains both kinds of layers is a single concept.
 
     Args:
@@ -41,7 +41,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         name: as the user gave it
 
     Raises:
-        ValueError: the U-Net is of a kind that this family does not cover, or its motion module does not fit it
+        ValueError: this family does not support the U-Net's kind, or the motion module does not fit the U-Net
     """
 
     family = "animatediff"
@@ -56,11 +56,11 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
     @property
     def reads(self) -> frozenset[str]:
-        """Its own concepts, and those of the image U-Net."""
+        """The families whose concepts it can load: its own and the image U-Net's."""
         return frozenset({self.family, StableDiffusionBackbone.family})
 
     def pipeline(self) -> Any:
-        """An `AnimateDiffPipeline` around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns an `AnimateDiffPipeline` around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import AnimateDiffPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         return AnimateDiffPipeline(
@@ -72,8 +72,8 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """The network's output, [B, C, F, h, w] for clips and [B, C, h, w] for pictures, in its own parametrisation;
-        otherwise as in `StableDiffusionBackbone.predict`."""
+        """Returns the network's output in its own parametrisation: [B, C, F, h, w] for clips, [B, C, h, w] for pictures.
+        Otherwise as in `StableDiffusionBackbone.predict`."""
         return super().predict(x_t, t, conditioning)
 
     def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
 
 def _without_motion(unet: Any) -> Any:
-    """A `UNet2DConditionModel` that shares the layers of a `UNetMotionModel`, without its motion modules."""
+    """Builds a `UNet2DConditionModel` that shares the layers of a `UNetMotionModel` except its motion modules."""
     from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 
     config = unet.config
@@ -130,14 +130,14 @@ def _blocks(unet: Any) -> list[Any]:
 
 
 def with_motion(pipe: Any, adapter: Any) -> Any:
-    """An `AnimateDiffPipeline` from a `StableDiffusionPipeline` and a `MotionAdapter`.
+    """Builds an `AnimateDiffPipeline` from a `StableDiffusionPipeline` and a `MotionAdapter`.
 
     Raises ValueError if the motion module was made for another U-Net.
     """
     from diffusers import AnimateDiffPipeline, UNetMotionModel  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        with quiet():  # diffusers warns about the precision, which is the U-Net's
+        with quiet():  # diffusers warns about the precision, but it is the U-Net's own
             unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the motion module does not fit the U-Net: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""Clips through a causal autoencoder: the first frame by itself, then groups of frames, each becoming one latent frame."""
+"""Encodes and decodes clips with a causal autoencoder: the first frame, then each group of frames, becomes a latent frame."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class CausalCodec(LatentCodec):
     """The autoencoder half of a family whose autoencoder maps r n + 1 frames to n + 1 latent frames.
 
     Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no frame axis. Latent units are
-    (z - mean) / spread per channel, both set by the family. `frame_factor` is r.
+    (z - mean) / spread per channel; the family sets both. `frame_factor` is r.
     """
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the autoencoder's own latents, each [C], on the device and in the precision of `like`."""
+        """Returns mean and spread of the autoencoder's own latents, each [C], on the device and in the precision of `like`."""
         raise NotImplementedError
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (f), h, w]; differentiable; the mean without a generator."""
+        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (f), h, w]; differentiable; the mean if `generator` is None."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return self._like(pixels, self._normalized(z))
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the latents, in latent units: each [B, C, (f), h, w]."""
+        """Returns the mean and spread of the latents in latent units, each [B, C, (f), h, w]."""
         posterior = self._posterior(pixels)
         spread = _of_channels(self._statistics(posterior.std)[1])
         return self._like(pixels, self._normalized(posterior.mean)), self._like(pixels, posterior.std / spread)
@@ -59,8 +59,8 @@ class CausalCodec(LatentCodec):
         return self.vae.decode(z, return_dict=False)[0]
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture, (C, f, h, w) of a clip. Raises ValueError, naming the nearest valid values, if the size is
-        not a multiple of what the model needs, or the number of frames is not r n + 1."""
+        """Returns (C, h, w) for a picture, (C, f, h, w) for a clip. Raises ValueError, naming the nearest valid values, if the
+        size is not a multiple of what the model needs, or the number of frames is not r n + 1."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -68,13 +68,13 @@ class CausalCodec(LatentCodec):
 
 
 def check_causal_frames(family: str, frames: int, factor: int) -> int:
-    """The number of latent frames of a clip. Raises ValueError, naming the nearest valid numbers, unless `frames` is
-    `factor` n + 1."""
+    """Returns the number of latent frames of a clip. Raises ValueError, naming the nearest valid numbers, unless `frames`
+    is `factor` n + 1."""
     more, rest = divmod(frames - 1, factor)
     if frames < 1 or rest:
         nearest = f"{more * factor + 1} and {(more + 1) * factor + 1}" if frames > 0 else "1"
         raise ValueError(
-            f"a clip of {frames} frames does not fit {family}, which makes {factor}n + 1 frames: the nearest is {nearest}"
+            f"a clip of {frames} frames does not fit {family}, which makes {factor}n + 1 frames (nearest: {nearest})"
         )
     return more + 1
 

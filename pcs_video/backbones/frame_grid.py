@@ -12,18 +12,18 @@ from pcs_video.backbones.framewise import check_framewise_frames
 from shared.backbones.load import TOYBOX
 from shared.config import expanded
 
-Check = Callable[[int], object]  # raises ValueError for a number of frames that cannot be made
+Check = Callable[[int], object]  # raises ValueError if this many frames cannot be made
 
 
 def frame_check(source: str | Path | None, motion_adapter: str | Path | None = None) -> Check | None:
-    """A function that rejects numbers of frames that the model cannot make, as its `latent_shape` does.
+    """Returns a function that rejects numbers of frames that the model cannot make, as its `latent_shape` does.
 
     Args:
         source: as for `load_backbone`; None: the toybox
         motion_adapter: a folder with a diffusers `MotionAdapter`, for an image model
 
-    Returns None if the files do not say (a model that is not downloaded yet, a single file, a family from another package).
-    The number is then checked when the model is opened.
+    Returns None if the files do not contain this (a model not yet downloaded, a single file, a family from another
+    package); the number is then checked when the model is opened.
     """
     if source is None or str(source) == TOYBOX:
         from shared.toybox.weights import backbone_path, motion_adapter_path
@@ -48,14 +48,14 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
 
 
 def _ltx_factor(vae: Mapping[str, Any]) -> int:
-    """As in `AutoencoderKLLTXVideo`: stated, or computed from its patches and the levels that halve time."""
+    """Returns the factor as in `AutoencoderKLLTXVideo`: stated, or computed from the patches and the levels that halve time."""
     stated = vae.get("temporal_compression_ratio")
     halved = vae.get("spatio_temporal_scaling", (True, True, True, False))
     return stated or vae.get("patch_size_t", 1) * 2 ** sum(halved)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """A configuration's content; empty if it cannot be read: opening the model will report why."""
+    """Reads a configuration. Empty if it cannot be read: opening the model will report why."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

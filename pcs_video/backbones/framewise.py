@@ -1,4 +1,4 @@
-"""Clips through an image autoencoder, frame by frame."""
+"""Encodes and decodes clips with an image autoencoder, frame by frame."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class FramewiseCodec(LatentCodec):
     most_frames: int
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (F), h, w]; differentiable; the mean without a generator."""
+        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (F), h, w]; differentiable; the mean if `generator` is None."""
         encode = super().encode_pixels
         return by_frame(lambda frames: encode(frames, generator), pixels)
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the latents, in latent units: each [B, C, (F), h, w]."""
+        """Returns the mean and spread of the latents in latent units, each [B, C, (F), h, w]."""
         moments = super().latent_moments
         both = by_frame(lambda frames: torch.cat(moments(frames), dim=1), pixels)
         mean, std = both.chunk(2, dim=1)
@@ -52,8 +52,8 @@ class FramewiseCodec(LatentCodec):
         return by_frame(super().decode, latents, max(1, FRAMES_AT_ONCE // pixels))
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture, (C, F, h, w) of a clip. Raises ValueError if the size is not a multiple of what the model
-        needs, or there are fewer than 2 frames or more than the model was made for."""
+        """Returns (C, h, w) for a picture, (C, F, h, w) for a clip. Raises ValueError if the size is not a multiple of what the
+        model needs, or if there are fewer than 2 frames or more than the model was made for."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -66,12 +66,12 @@ def check_framewise_frames(family: str, frames: int, most: int) -> None:
     if not 2 <= frames <= most:
         nearest = min(max(frames, 2), most)
         raise ValueError(
-            f"a clip of {frames} frames does not fit this {family}: it makes 2 to {most}; the nearest is {nearest}"
+            f"a clip of {frames} frames does not fit this {family} model, which makes 2 to {most}; the nearest is {nearest}"
         )
 
 
 def shares(clip: Any, picture: Any, names: tuple[str, ...]) -> None:
-    """Gives `picture` these submodules of `clip` in place of its own, where it has them: the same objects, not copies."""
+    """Replaces these submodules of `picture`, where it has them, with those of `clip`: the same objects, not copies."""
     for name in names:
         if getattr(picture, name, None) is not None:
             setattr(picture, name, getattr(clip, name))

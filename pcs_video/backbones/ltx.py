@@ -33,7 +33,7 @@ class LTXBackbone(VideoTransformerBackbone):
     default_steps = 50
     masks_context = True
     time_per_frame = True
-    #: Frames per second that clips are generated and learned at: the network gets each frame's time, not its number.
+    #: Frames per second at which clips are generated and learned: the network gets each frame's time, not its number.
     frame_rate: float | None = 25.0
     #: The noise level for decoding, for an autoencoder that is conditioned on one.
     decode_time: float = 0.0
@@ -56,7 +56,7 @@ class LTXBackbone(VideoTransformerBackbone):
         self._set_sites("transformer_blocks", len(self.transformer.transformer_blocks))
 
     def pipeline(self) -> Any:
-        """An `LTXPipeline` around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns an `LTXPipeline` around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import LTXPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -78,7 +78,7 @@ class LTXBackbone(VideoTransformerBackbone):
         return mean, std / self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Some versions are conditioned on a noise level and add noise; this noise is the same every time."""
+        """Decodes with the same noise every time: some versions are conditioned on a noise level and add noise."""
         timed = self.vae.config.timestep_conditioning
         t = z.new_full([len(z)], self.decode_time) if timed else None
         with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []):
@@ -88,7 +88,7 @@ class LTXBackbone(VideoTransformerBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """As in `LTXPipeline`: evenly spaced sigmas, shifted by the number of tokens if the scheduler does that."""
+        """Sets sigmas as `LTXPipeline` does: evenly spaced, shifted by the number of tokens if the scheduler shifts them."""
         import numpy as np
         from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 

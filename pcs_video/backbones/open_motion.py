@@ -13,10 +13,10 @@ from shared.io.model_folders import load_network
 
 
 def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) -> Backbone:
-    """Returns `backbone` itself if it already makes clips, otherwise with motion modules added (Stable Diffusion, the toybox).
+    """Returns `backbone` itself if it already makes clips, otherwise one with motion modules (Stable Diffusion, the toybox).
 
     Args:
-        folder: of a diffusers `MotionAdapter`; None: the toybox's own on the toybox
+        folder: contains a diffusers `MotionAdapter`; None: the toybox's own, for the toybox only
 
     Raises:
         ValueError: the backbone makes pictures and no folder is given; the folder has no motion module, or one for another
@@ -24,7 +24,7 @@ def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) ->
     """
     if backbone.frames is not None:
         if folder is not None:
-            raise ValueError(f"motion_adapter={folder}: {backbone.name} already makes clips: leave it out")
+            raise ValueError(f"motion_adapter={folder}: {backbone.name} already makes clips; leave motion_adapter out")
         return backbone
     if not isinstance(backbone, StableDiffusionBackbone):
         raise ValueError(f"{backbone.name} ({backbone.family}) makes pictures, and motion modules do not support it")
@@ -52,5 +52,5 @@ def _adapter(folder: Path, dtype: Any) -> Any:
     from diffusers import MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"motion_adapter={folder}: not a diffusers MotionAdapter: it has no config.json")
+        raise ValueError(f"motion_adapter={folder}: not a diffusers MotionAdapter, because it has no config.json")
     return load_network(MotionAdapter, folder, dtype=dtype)

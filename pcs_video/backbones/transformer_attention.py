@@ -11,7 +11,7 @@ from shared.backbones.attention_processors import Processor
 
 
 def is_plain(layer: Any, default: type) -> bool:
-    """Whether a layer uses diffusers' default processor, with none of its optional settings."""
+    """Tells whether a layer uses diffusers' default processor, with none of its optional settings."""
     now = layer.processor
     return (
         type(now) is default
@@ -22,7 +22,7 @@ def is_plain(layer: Any, default: type) -> bool:
 
 
 class WanProcessor(Processor):
-    """diffusers' `WanAttention` with `WanAttnProcessor`, around a plan."""
+    """Computes diffusers' `WanAttention` as `WanAttnProcessor` does, and carries out a plan."""
 
     def __call__(
         self,
@@ -42,7 +42,7 @@ class WanProcessor(Processor):
 
 
 class LTXProcessor(Processor):
-    """diffusers' `LTXAttention` with `LTXVideoAttnProcessor`, around a plan."""
+    """Computes diffusers' `LTXAttention` as `LTXVideoAttnProcessor` does, and carries out a plan."""
 
     def __call__(
         self,
@@ -66,13 +66,13 @@ class LTXProcessor(Processor):
 
 
 def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each [B, L, H * d]; the norms are over all heads."""
+    """Returns queries, keys and values, each [B, L, H * d]; the norms are over all heads."""
     source = x if text is None else text
     return attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, L, H, d] rotated by angles [1, L, 1, d / 2], neighbours as pairs."""
+    """Rotates pairs of neighbouring channels of [B, L, H, d] by angles [1, L, 1, d / 2]."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 

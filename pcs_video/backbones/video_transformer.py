@@ -1,4 +1,4 @@
-"""What video transformers share: joint attention over places and frames, cross-attention to the text, flow matching."""
+"""The common parts of video transformers: joint attention over space and time, cross-attention to the text, flow matching."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from shared.types import Conditioning
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _LEAVES = {"": _QKVO, ".kv": "to_[kv]", ".q": "to_q", ".qk": "to_[qk]"}
 _T5 = r"encoder\.block\.\d+\.layer\.\d+\."
-_NOTE = "the layers of self_attention, which attends jointly over places and frames; there are none for time only"
+_NOTE = "the layers of self_attention, which attends jointly over space and time; no layers are for time alone"
 
 
 def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) -> dict[str, tuple[RoleSpec, ...]]:
-    """The roles of transformers of one kind, and of their T5.
+    """Returns the roles of transformers of one kind, and of their T5.
 
     Args:
         networks: names of the components
@@ -52,7 +52,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
     """A diffusers pipeline with one T5, one kind of video transformer and a causal autoencoder behind the protocol.
 
     Clips are [B, C, f, h, w]; pictures [B, C, h, w] are handled as clips of one frame. Prompts are used as they are: unlike
-    the pipelines, this does not clean up HTML entities and repeated spaces.
+    the pipelines, this backbone does not clean up HTML entities and repeated spaces.
     """
 
     why_one_context = "all of its layers share one projection of the text"
@@ -60,7 +60,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the computation: some parameters may stay in float32."""
+        """The precision of the computation; some parameters may stay in float32."""
         network: Any = self.denoiser
         return network.dtype
 
@@ -73,7 +73,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
         return self._sites
 
     def text_sites(self) -> tuple[str, ...]:
-        """None: one projection of the text serves all layers."""
+        """Returns no sites: one projection of the text serves all layers."""
         return ()
 
     def _set_sites(self, block: str, blocks: int) -> None:
@@ -82,7 +82,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
         self._sites = tuple(Site(name, "self" if n == 1 else "cross", self.latent_multiple) for name, n in names)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity noise - x_0, in the shape of x_t.
+        """Predicts the velocity noise - x_0, in the shape of x_t.
 
         Args:
             x_t: [B, C, f, h, w], or pictures [B, C, h, w]
@@ -104,6 +104,6 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
 
 def per_token(t: Tensor, frames: int, tokens: int) -> Tensor:
-    """[B] or [B, f] -> [B, tokens]: each token's time is its frame's; all frames have equally many tokens."""
+    """[B] or [B, f] -> [B, tokens]: each token's time is its frame's; all frames have the same number of tokens."""
     each = t if t.ndim == 2 else t[:, None].expand(-1, frames)
     return each.repeat_interleave(tokens // frames, dim=1)

@@ -19,7 +19,7 @@ class WanBackbone(VideoTransformerBackbone):
     """A diffusers `WanPipeline` (text to video) behind the protocol.
 
     With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. Both have
-    the same layers: a role refers to the layers of both experts, a site to the layer of the one that predicts.
+    the same layers: a role refers to the layers of both experts, a site to a layer of the expert that predicts.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
@@ -62,7 +62,7 @@ class WanBackbone(VideoTransformerBackbone):
         self._set_sites("blocks", len(pipe.transformer.blocks))
 
     def pipeline(self) -> Any:
-        """A `WanPipeline` around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns a `WanPipeline` around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import WanPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -77,7 +77,7 @@ class WanBackbone(VideoTransformerBackbone):
 
     @property
     def boundary(self) -> float:
-        """The first expert predicts at this time and above."""
+        """The lowest time at which the first expert predicts."""
         return 1000.0 * (self.boundary_ratio or 0.0)
 
     # --- the autoencoder -----------------------------------------------------------------------------------
@@ -98,12 +98,12 @@ class WanBackbone(VideoTransformerBackbone):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """`transformer` from the boundary upwards, `transformer_2` below it; or `transformer` at all times."""
+        """Each expert's times: `transformer` from the boundary upwards, `transformer_2` below it; or `transformer` always."""
         low = {"transformer_2": (0.0, self.boundary)} if len(self.experts) > 1 else {}
         return {"transformer": (self.boundary, 1000.0), **low}
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """As in `WanPipeline`: the shift is the scheduler's own."""
+        """Sets the times as `WanPipeline` does, with the scheduler's own shift."""
         scheduler.set_timesteps(steps, device=self.device)
         scheduler.set_begin_index(0)
 
@@ -118,14 +118,14 @@ class WanBackbone(VideoTransformerBackbone):
         if self._is_attended:
             raise ValueError(
                 f"{self.family}: these times are on both sides of {self.boundary:g}, where the experts change, but attention "
-                "is edited or watched, so its maps must come from one network. Predict one side at a time "
+                "is edited or watched, so its maps must come from one network. Predict on one side at a time "
                 "(train.batch_size=1, or a range of noise on one side)"
             )
         parts = [self._ask(name, clips[index], t[index], context[index]) for name, index in asked.items()]
         return torch.cat(parts)[torch.cat(list(asked.values())).argsort()]
 
     def _ask(self, expert: str, clips: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """One pass of one expert."""
+        """Runs one expert once."""
         network = self.experts[expert]
         with self._predictions.under_way(len(clips), per_row(t)):
             return network(
@@ -142,7 +142,7 @@ class WanBackbone(VideoTransformerBackbone):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Classifier-free guidance; the second expert uses `low_noise_guidance` if it is set."""
+        """Applies classifier-free guidance; the second expert uses `low_noise_guidance` if it is set."""
         if self.low_noise_guidance is None or len(self.experts) == 1:
             return super().predict_guided(x_t, t, positive, negative, guidance)
         high = per_row(self._told(t, x_t)) >= self.boundary
@@ -150,7 +150,7 @@ class WanBackbone(VideoTransformerBackbone):
         return super().predict_guided(x_t, t, positive, negative, strength)
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """UMT5 does not attend to padding, and the network gets zeros there."""
+        """Encodes text: UMT5 does not attend to padding, and the network gets zeros in its place."""
         hidden = self._components[component](ids, attention_mask=mask)[0]
         return hidden * mask[..., None].to(hidden.dtype), None
 

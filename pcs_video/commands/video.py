@@ -17,7 +17,7 @@ _SEEDS = 2**62
 _FPS = "frames per second; default: the model's own if it has one (LTX: 25), else 8"
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
-_DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
+_DOWNLOAD = typer.Option(False, "--download", help="download files from the hub if they are not in the local cache")
 _MOTION = typer.Option(
     None, "--motion-adapter", help="a folder with a diffusers MotionAdapter; default: the backbone's own", **PATH
 )
@@ -53,7 +53,7 @@ def generate(
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; the others count up from it"),
     frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, min=0.1, help=_FPS),
-    kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if `out` is a folder"),
+    kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if --out is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
     strength: list[str] = typer.Option(
         [], help="a concept's strength schedule: my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
@@ -125,23 +125,23 @@ def evaluate(
     ),
     out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and clips", **PATH),
     references: Path = typer.Option(
-        None, help="the motion's clips; default: a folder beside the concept with the training folder's name", **PATH
+        None, help="the motion's clips; default: a folder next to the concept, named like the training folder", **PATH
     ),
     pictures: Path = typer.Option(None, help="the subject's pictures; default: found in the same way", **PATH),
-    gallery: Path = typer.Option(None, help="a folder of folders: other objects of the subject's class", **PATH),
+    gallery: Path = typer.Option(None, help="a folder with one folder for each look-alike of the subject", **PATH),
     num: int = typer.Option(2, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
     false_motion: str = typer.Option(
         "unnamed",
-        help="comparison clips: the motion loaded but not in the prompt (unnamed), or at strength 0 (off); or none",
+        help="comparison clips: with the motion loaded but not in the prompt (unnamed), with it at strength 0 (off), or none",
     ),
     compensate_camera: bool = typer.Option(False, help="measure motion fidelity without the camera's own movement"),
     frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, min=0.1, help=_FPS),
-    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the motion's recipe"),
-    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: that of the motion's recipe"),
-    scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the motion's recipe"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the motion's recipe"),
+    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: as in the motion's recipe"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: as in the motion's recipe"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
     width: int = typer.Option(None, min=1, max=8192, help="pixels"),
     clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
@@ -198,9 +198,11 @@ def evaluate(
 @app.command()
 def benchmark(
     recipes: list[str] = typer.Argument(
-        None, help="recipes for motions to compare, by name or as YAML files; default: all shipped"
+        None, help="motion recipes to compare, by name or as YAML files; default: all shipped"
     ),
-    split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
+    split: str = typer.Option(
+        "development", help="development (use it while tuning) or reporting (use it once, at the end)"
+    ),
     motions: int = typer.Option(6, min=1, max=10_000, help="how many of the split's motions"),
     subjects: int = typer.Option(
         4, min=0, max=10_000, help="how many of the split's subjects to show each motion on; 0: none"
@@ -208,16 +210,16 @@ def benchmark(
     subject_recipe: str = typer.Option("dreambooth_lora", help="recipe that learns the subjects from pictures"),
     limit: int = typer.Option(1, min=1, max=10_000, help="number of prompts"),
     num: int = typer.Option(4, min=1, max=10_000, help="clips per prompt"),
-    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the motion's recipe"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the motion's recipe"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
-        [], "--set", help="key=value applied to every recipe for motions, for example train.steps=100"
+        [], "--set", help="key=value applied to every motion recipe, for example train.steps=100"
     ),
     subject_overrides: list[str] = typer.Option([], "--set-subject", help="the same for the subjects' recipe"),
     motion_adapter: Path = _MOTION,
     device: str = _DEVICE,
 ) -> None:
-    """Compare recipes for motions on the toybox's held-out motions and subjects: motion, identity, leakage, time."""
+    """Compare motion recipes on the toybox's held-out motions and subjects: motion, identity, leakage and time."""
     from pcs_video.recipe import VideoRecipe
     from pcs_video.runner import VideoRunner
     from shared.benchmark.experiment import failures_told

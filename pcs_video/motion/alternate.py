@@ -14,8 +14,8 @@ from shared.train.tune import Tune
 
 
 class AlternateTask(TuneTask):
-    """Every `every`-th step is for preservation: it learns from class examples through the penalties that need them; the other
-    steps learn from the subject with everything else. This way, pictures of a subject and clips that preserve motion can be
+    """Every `every`-th step is for preservation: it learns from class examples, through the penalties that need them. The other
+    steps learn from the subject, with all other losses. This way, pictures of a subject and clips that preserve motion can be
     learned in one phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
 
     `rest`: adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.

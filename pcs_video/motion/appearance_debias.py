@@ -18,9 +18,9 @@ class AppearanceDebias(Penalty):
 
     phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew in each step; the penalty is
     the mean of |phi(target) - phi(prediction)|^2. With beta = 1 and 16 frames, an error shared by all frames has 0.17 times
-    its weight in the plain loss, and an error of individual frames 2.8 times: a clip's motion is learned more than its looks.
-    Weights from masks or padding apply here, too: the difference between two frames gets the lower of their weights at each
-    place.
+    its weight in the plain loss, and an error of individual frames 2.8 times: a clip's motion is learned more than its
+    appearance. Weights from masks or padding also apply here: the difference between two frames gets the lower of their weights
+    at each position.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
@@ -46,7 +46,9 @@ class AppearanceDebias(Penalty):
 
 
 def debiased_error(error: Tensor, anchors: Tensor, beta: float) -> Tensor:
-    """|phi(error)|^2, in the shape of `error` [B, C, F, h, w]; phi is linear, so phi(target) - phi(prediction) is phi(error).
+    """Returns |phi(error)|^2, in the shape of `error` [B, C, F, h, w].
+
+    Because phi is linear, this is |phi(target) - phi(prediction)|^2.
 
     Args:
         anchors: [B], index of the frame that each row's frames are compared with

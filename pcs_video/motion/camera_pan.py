@@ -23,10 +23,10 @@ _STREAM = 2**40  # random stream for filling what comes into view, separate from
 class CameraPan(SamplingHookBase):
     """MotionBooth's camera control (https://arxiv.org/abs/2406.17758), which needs no training.
 
-    By the last frame the camera has moved evenly by `right` of the picture's width and `down` of its height; the content
-    moves the other way. Each frame's latents are shifted by whole cells, a part of the way in each of the steps between
-    `start` and `end`. What comes into view is filled with values drawn from the same row (column, for a vertical shift)
-    outside the `boxes` of subjects, so that their spread matches the noise level.
+    The camera moves evenly, by `right` of the picture's width and `down` of its height in total; the content moves the other
+    way. Each frame's latents are shifted by whole cells, part of the way in each of the steps between `start` and `end`.
+    What comes into view is filled with values drawn from the same row (column, for a vertical shift), outside the subjects'
+    `boxes`, so that their spread matches the noise level.
     """
 
     kind: Literal["camera_pan"] = "camera_pan"
@@ -82,7 +82,7 @@ class CameraPan(SamplingHookBase):
         return out
 
     def _source(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """Bool [f, h, w]: the cells that a fill may be drawn from."""
+        """Returns bool [f, h, w]: the cells that a fill may be drawn from."""
         frames, height, width = latents.shape[2:]
         times = latent_frame_times(frames, step.backbone.frame_factor)
         free = torch.ones(frames, height, width, dtype=torch.bool)
@@ -92,9 +92,9 @@ class CameraPan(SamplingHookBase):
 
 
 def shifted(plane: Tensor, cells: int, axis: int, source: Tensor, draw: torch.Generator) -> Tensor:
-    """[C, h, w] as seen by a camera that moved by `cells` along an axis (1 down, 2 right).
+    """Shifts [C, h, w] as if the camera had moved by `cells` along an axis (1: down, 2: right).
 
-    What comes into view is drawn, for each place, from the cells of the same row (axis 2) or column (axis 1) of `plane` that
+    Each cell that comes into view is drawn from the cells of the same row (axis 2) or column (axis 1) of `plane` that
     `source` [h, w] allows, or from all of them if it allows none.
     """
     size = plane.shape[axis]

@@ -1,4 +1,4 @@
-"""The user's own clips."""
+"""Reads the user's own clips."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from shared.types import Example, Subject
 
 
 class Clips(SourcePart):
-    """Every clip of every subject: the examples of role "instance" that motions are learned from.
+    """Yields every clip of every subject: the examples of role "instance" that motions are learned from.
 
     `window` sets which frames are used: rate, stride, length, start, and the number of windows per clip. Masks are the
-    user's, if there are any beside the clip, else its transparency, else none. The caption is the user's; without one it is
-    "", which the prompt part fills in.
+    user's if there are any next to the clip, else the clip's transparency, else none. The caption is the user's own, or ""
+    for the prompt part to fill in.
     """
 
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
     fit: ResizeMode = "cover"  # how non-square frames are made square
-    apart: bool = False  # each frame as a picture
+    apart: bool = False  # True: each frame becomes a picture
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}

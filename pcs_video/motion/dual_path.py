@@ -1,4 +1,4 @@
-"""Learns a motion separately from its clips' looks: two paths, one for each."""
+"""Learns a motion and the appearance of its clips separately, on two paths."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _PATHS = 2**44  # a separate random stream
 class DualPathTask(TuneTask):
     """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2); each step runs both, one after the other.
 
-    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (the first
-    frame if a latent spans several, because only the first has a latent of its own), with all other trained parts off. The
-    temporal path: parts of the group `temporal` learn the whole clip, while the clip's own spatial adapters stay fixed and
-    provide its looks. With probability `skip`, the spatial path and its adapters are off. If a penalty needs class examples
-    (the base model's own clips), the temporal path also learns from these, with no spatial adapters on.
+    On the spatial path, parts of the optimizer group `spatial` learn one random frame of the clip as a picture (the first
+    frame if a latent spans several, because only the first has a latent of its own), with all other trained parts off. On
+    the temporal path, parts of the group `temporal` learn the whole clip, while the clip's own spatial adapters stay fixed and
+    provide its appearance. With probability `skip`, the spatial path and its adapters are off. If a penalty needs class
+    examples (the base model's own clips), the temporal path also learns from these, with all spatial adapters off.
     """
 
     kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -72,7 +72,7 @@ class DualPath(Tune):
 
     @contextmanager
     def _only(self, batch: Batch) -> Iterator[None]:
-        """Within the context, adapters in training are off unless they are this clip's."""
+        """Within the context, adapters being trained are off unless they are this clip's."""
         with self.backbone.active(self.context.loaded_strengths), self.learning_from(batch.sources):
             yield
 
@@ -84,7 +84,7 @@ class DualPath(Tune):
 
 
 def one_frame(batch: Batch, frame: int) -> Batch:
-    """One frame of every clip, as pictures."""
+    """Returns one frame of every clip, as pictures."""
 
     def cut(planes: Tensor | None) -> Tensor | None:
         return None if planes is None else planes[:, :, frame]

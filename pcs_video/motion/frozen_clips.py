@@ -16,7 +16,7 @@ from shared.types import Example, Role, Subject
 
 
 class FrozenClips(SourcePart):
-    """Every picture of another source, repeated `length` times: a still clip.
+    """Repeats every picture of another source `length` times, as a still clip.
 
     Still-Moving (https://arxiv.org/abs/2407.08674, section 4) learns from such clips both what "no motion" is and what a
     subject looks like with motion layers active; CustomCrafter (https://arxiv.org/abs/2408.13239) only the latter.
@@ -25,7 +25,7 @@ class FrozenClips(SourcePart):
     kind: Literal["frozen_clips"] = "frozen_clips"
     length: int = Field(default=16, ge=2)  # frames
     pictures: Annotated[Source, default_kind("references")] = References()
-    role: Role = "instance"  # of the clips, whatever the role of the pictures
+    role: Role = "instance"  # role of the clips, whatever that of the pictures
 
     @property
     def gives(self) -> Role:

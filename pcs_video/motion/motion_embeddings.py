@@ -17,10 +17,10 @@ from shared.trainable.branch import BranchAdapter, place_of
 
 class MotionEmbeddings(TrainablePart):
     """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) at temporal attention: one per frame for queries and
-    keys, one per frame and place for values; all start at 0.
+    keys, one per frame and position for values; all start at 0.
 
     They are made for clips of `frames` frames and `resolution` pixels, and resized for others. The values' embeddings depend
-    on place and could therefore store looks; outside training, only their differences from frame to frame take effect.
+    on position and could therefore store appearance; outside training, only their differences from frame to frame take effect.
     """
 
     taxonomy: ClassVar[str] = "motion embeddings"

@@ -13,10 +13,10 @@ class AttentionPart(KindPart):
     """Base of every part that changes how a model attends."""
 
     def edits(self, backbone: Backbone) -> Sequence[At]:
-        """The edits for this model; empty if nothing needs to change."""
+        """Returns the edits for this model; empty if nothing needs to change."""
         raise NotImplementedError
 
     def port(self, backbone: Backbone) -> str:
-        """What stands in for the part on this model, as the concept records it; "" if the part works as in its paper.
-        ValueError if nothing can stand in."""
+        """Returns what replaces the part on this model, as text for the concept's record; "" if the part works as in its paper.
+        ValueError if nothing can replace it."""
         raise NotImplementedError

@@ -22,15 +22,15 @@ class SparseCausal(AttentionPart):
     """Each frame's queries attend to the concatenated keys and values of the first and the previous frame (Tune-A-Video,
     https://arxiv.org/abs/2212.11565, section 4.1). The first frame's previous frame is itself.
 
-    `frames: [first]` is LAMP's attention (https://arxiv.org/abs/2310.10769); `[own, previous]` lets a frame also attend to
-    itself. Pictures are left unchanged, and so are models with joint space-time attention.
+    `frames: [first]` is LAMP's attention (https://arxiv.org/abs/2310.10769); with `[own, previous]`, each frame
+    attends to itself and to the previous one. Pictures are left unchanged, and so are models with joint space-time attention.
     """
 
     kind: Literal["sparse_causal"] = "sparse_causal"
     frames: Annotated[tuple[Seen, ...], Field(min_length=1, max_length=3)] = (
         "first",
         "previous",
-    )  # whose keys and values
+    )  # the frames that are attended to
 
     @property
     def taxonomy(self) -> str:
@@ -40,10 +40,10 @@ class SparseCausal(AttentionPart):
         return (At(self, Where(kinds=frozenset({"self"}))),) if _sees_frames_apart(backbone) else ()
 
     def port(self, backbone: Backbone) -> str:
-        """Raises ValueError for a model of pictures."""
+        """Raises ValueError for a model that generates pictures."""
         if backbone.frames is None:
             raise ValueError(
-                f"attention.sparse_causal: {backbone.name} generates pictures, which have no previous frame; remove it "
+                f"attention.sparse_causal: {backbone.name} generates pictures, which have no previous frame; remove the part "
                 "(attention=null)"
             )
         if _sees_frames_apart(backbone):
@@ -70,5 +70,5 @@ class SparseCausal(AttentionPart):
 
 
 def _sees_frames_apart(backbone: Backbone) -> bool:
-    """Whether spatial attention sees only its own frame; separate temporal layers then connect the frames."""
+    """Whether spatial attention sees one frame at a time, with separate temporal layers that connect the frames."""
     return any(site.kind == "temporal" for site in backbone.sites())

@@ -32,7 +32,9 @@ class Background(Augmentation):
 
     def apply(self, example: Example, generator: torch.Generator) -> Example:
         if example.mask is None:
-            raise ValueError(f"augment background needs a mask for {example.source}: put it in masks/ next to it")
+            raise ValueError(
+                f"augment background needs a mask for {example.source}: put one in masks/ next to the picture"
+            )
         if uniform(0, 1, generator) >= self.p:
             return example
         ground = self._ground(example.pixels, self.fills[integer(len(self.fills), generator)], generator)

@@ -9,7 +9,7 @@ from shared.types import Example, Role
 
 
 class Augmentation(KindPart):
-    """Changes an example as it is drawn: picture, mask and valid area together, with the generator passed in.
+    """Changes an example as it is drawn: picture, mask and valid area together, using the generator passed in.
 
     Runs after the prompt part (so captions are filled in) and after the mask parts.
     """

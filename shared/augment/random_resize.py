@@ -1,4 +1,4 @@
-"""Custom Diffusion's resizing: makes the subject smaller or larger in the frame, and adds this to the caption."""
+"""Custom Diffusion's resizing: makes the subject smaller or larger in the frame, and says so in the caption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RandomResize(Augmentation):
     """Resizes the picture by a factor from `scale` and places it, or a crop of it, at random (arXiv 2212.04488, 3.2).
 
     For factors below `small_below`, one of `small_words` is added to the caption; above 1, one of `large_words`. An empty
-    caption stays empty. Padding is grey, and 0 in `valid`; a border of `margin` pixels of the picture is invalid too, because
+    caption stays empty. Padding is grey, and 0 in `valid`; a border of `margin` pixels of the picture is also invalid, because
     the autoencoder mixes it with the padding. Sizes are drawn from one range, as in the paper; its code uses two.
     """
 

@@ -1,9 +1,9 @@
 """The token overlay: adds words to a base model without touching its embedding table or its tokenizer.
 
 Added tokens get ids after the base vocabulary, in a copy of the tokenizer. The text encoder never sees those ids: it
-gets a harmless base id in their place, and while it runs a hook inserts the learned vectors at those positions. So tables
-keep their size, gradients reach the vectors, the end-of-text pooling of old CLIP configurations (`argmax` of the ids)
-stays correct, and removing the last token restores the original state.
+gets a harmless base id in their place, and while it runs, a hook inserts the learned vectors at those positions. As a
+result, embedding tables keep their size, gradients reach the vectors, the end-of-text pooling of old CLIP configurations
+(`argmax` of the ids) stays correct, and removing the last added token restores the original state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ END = "<end of text>"
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Prompts tokenized for one text encoder, padded to its length."""
+    """Prompts tokenized for one text encoder, padded to its maximum length."""
 
     ids: Tensor  # [B, L], added tokens with their own ids
     mask: Tensor  # [B, L], 1 at text, 0 at padding
@@ -47,7 +47,7 @@ class TokenOverlay:
         self.tokens: tuple[str, ...] = ()
 
     def check_new(self, tokens: Sequence[str]) -> None:
-        """Raises ValueError when a token is empty, contains whitespace, is repeated, or is taken."""
+        """Raises ValueError when a token is empty, contains whitespace, is repeated, or is already taken."""
         for i, token in enumerate(map(check_utf8, tokens)):
             if not token or any(c.isspace() for c in token):
                 raise ValueError(f"token {token!r} must not be empty or contain whitespace")
@@ -58,7 +58,7 @@ class TokenOverlay:
                     raise ValueError(f"token {token!r} is already in the vocabulary of {component}; choose another")
 
     def set(self, tokens: Sequence[str]) -> None:
-        """Resets to the base tokenizers plus these tokens, matched exactly (case, hyphens and digits count)."""
+        """Resets to the base tokenizers plus these tokens, matched exactly (case, hyphens and digits matter)."""
         self.tokens = tuple(tokens)
         if not tokens:
             self.current = dict(self.base)
@@ -72,9 +72,9 @@ class TokenOverlay:
             self.current[component] = fresh
 
     def tokenize(self, component: str, prompts: Sequence[str], device: torch.device) -> Tokenized:
-        """Tokenizes `prompts`, padded and truncated to the encoder's length as in diffusers' pipelines."""
+        """Tokenizes `prompts`, padded and truncated to the encoder's maximum length, as in diffusers' pipelines."""
         out = self.current[component](
-            [check_utf8(prompt) for prompt in prompts],  # for invalid text, tokenizers only report a wrong type
+            [check_utf8(prompt) for prompt in prompts],  # tokenizers report invalid text only as a wrong type
             padding="max_length",
             max_length=self.max_length[component],
             truncation=True,
@@ -112,11 +112,11 @@ class TokenOverlay:
         return positions
 
     def find_words(self, component: str, prompts: Sequence[str], words: str) -> Tensor:
-        """Finds the whole `words` in prompts as this encoder reads them: bool [B, L] on the CPU. Matches inside longer words
-        and truncated matches do not count. Added tokens count as words.
+        """Finds where `words` occur in prompts as this encoder reads them: bool [B, L] on the CPU. Matches inside longer
+        words and truncated matches do not count. Added tokens count as words.
 
         Args:
-            words: text, in upper or lower case; or END, the end-of-text token
+            words: text, matched case-insensitively unless it contains an added token; or END, the end-of-text token
 
         Raises:
             ValueError: when `words` is empty
@@ -159,7 +159,7 @@ class TokenOverlay:
 
 
 def _whole(words: str, exact: bool) -> re.Pattern[str]:
-    """Returns a pattern for `words` with any whitespace between them, and no letter or digit right before or after."""
+    """Returns a pattern that matches `words` with any whitespace between them and no letter or digit directly around them."""
     parts = check_utf8(words).split()
     if not parts:
         raise ValueError("words must not be empty: their positions in a prompt are needed")
@@ -200,16 +200,16 @@ def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[
 
 
 def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
-    """Joins the vectors of several placeholders into one table: [N, d], or [B, N, d] if any of them has vectors per sample."""
+    """Joins the vectors of several placeholders into one table: [N, d], or [B, N, d] if any of them has per-sample vectors."""
     if all(p.ndim == 2 for p in parts):
         return torch.cat(list(parts))
     return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)
 
 
 def same_embeddings(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two sets of vectors give the same encoding *and* the same gradients, so that one run serves both.
+    """Whether two sets of vectors give the same encoding *and* the same gradients, so one encoder run serves both.
 
-    Trainable rows are the same only if they share memory: sites that start equal must be able to diverge.
+    Trainable vectors are the same only if they share memory: sites that start out equal must be able to diverge.
     """
 
     def equal(x: Tensor, y: Tensor) -> bool:

@@ -17,13 +17,13 @@ from shared.backbones.attention_sites import Site, Where
 
 
 class Attending:
-    """The half of a backbone that owns its attention layers."""
+    """The part of a backbone that owns its attention layers."""
 
     family: str
     _predictions: PredictionRows
     _components: dict[str, nn.Module]
     _kept_edits: dict[str, tuple[At, ...]]  # by concept
-    _replaced: list[tuple[Any, Any]]  # layers with kept edits, and their processors without them
+    _replaced: list[tuple[Any, Any]]  # layers with kept edits, each with its original processor
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -47,14 +47,14 @@ class Attending:
 
     @contextmanager
     def attending(self, *edits: Edit | At | Watch) -> Iterator[Record]:
-        """Inside, attention layers apply these edits in order, and record the maps that are watched.
+        """Inside, attention layers apply these edits in order and record the watched maps.
 
-        A plain edit acts at every site, `At(edit, where)` at the sites that match; layers that are neither edited nor watched
-        keep their own fast processor. Blocks nest: inner edits come after outer ones, and outer records continue. The original
-        processor objects are restored, also after exceptions. With gradient checkpointing, stay inside until the backward pass
-        has finished, because it runs the layers again.
+        A plain edit acts at every site, and `At(edit, where)` at the sites that match. Layers that are neither edited nor
+        watched keep their own fast processor. Blocks nest: inner edits come after outer ones, and outer blocks keep recording.
+        The original processor objects are restored, even after exceptions. With gradient checkpointing, stay inside until the
+        backward pass has finished, because it runs the layers again.
 
-        A custom processor (anything but diffusers' default) is never replaced: an edit or record for its layer is refused.
+        A custom processor (anything but diffusers' default) is never replaced: an edit or watch of its layer is refused.
 
         Raises:
             ValueError: when an edit or watch matches no site, or one of its sites has a custom processor
@@ -75,11 +75,11 @@ class Attending:
                 self._predictions.forget()
 
     def keep_attending(self, name: str, *edits: At) -> None:
-        """Applies these edits from now on while the concept of this name has a strength other than 0; without edits, removes
-        them.
+        """Applies these edits from now on, whenever the concept `name` has a nonzero strength; without edits, removes the
+        concept's earlier ones.
 
-        An edit that several concepts share is applied once. Must not be called inside `attending`. Raises ValueError as
-        `attending` does, and then changes nothing.
+        An edit that several concepts share is applied once. Must not be called inside `attending`. Raises ValueError
+        under the same conditions as `attending`, and then changes nothing.
         """
         before = self._kept_edits
         self._kept_edits = {**{k: v for k, v in before.items() if k != name}, **({name: edits} if edits else {})}
@@ -104,7 +104,7 @@ class Attending:
             layer.processor = processor
 
     def _layers(self, site: Site) -> list[Any]:
-        """Returns the layer of a site: one in each denoiser."""
+        """Returns the layers of a site, one per denoiser."""
         return [self._components[name].get_submodule(site.name) for name in self.noise_ranges]
 
     @property
@@ -130,7 +130,7 @@ class Attending:
                 if kind is None:
                     raise ValueError(
                         f"{self.family}: {site.name} has the processor {type(layer.processor).__name__}, which is not "
-                        f"diffusers' default, so it cannot be edited or watched"
+                        f"diffusers' default, so this layer cannot be edited or watched"
                     )
                 plan = _plan(layer) or Plan(site, self._predictions)
                 joined = ((*plan.edits, *chosen), (*plan.records, *records))

@@ -16,8 +16,8 @@ class Watch(Where):
     """Requests the maps of some sites: softmax probabilities after all edits, float32, differentiable."""
 
     heads: Literal["mean", "all"] = "mean"
-    #: Which maps to keep when there are several predictions: a penalty's own extra predictions must not replace the maps it
-    #: reads. A forward pass recomputed for its gradient is not a new prediction, and overwrites its own maps.
+    #: Which prediction's maps to keep when there are several. "first" is for penalties whose own extra predictions must not
+    #: replace the maps they read. A recomputed forward pass is not a new prediction, and overwrites its earlier maps.
     keep: Literal["first", "last"] = "last"
 
 
@@ -25,7 +25,8 @@ class Watch(Where):
 class Record(Mapping[str, Tensor]):
     """Attention maps by site name, in the order of the forward pass: [B, Lq, Lk], or [B, H, Lq, Lk] with `heads="all"`.
 
-    Empty until the first prediction. At a joint site, queries and keys are the text tokens, then the picture's, row by row.
+    Empty until the first prediction. At a joint site, queries and keys are the text tokens, then the picture tokens, row by
+    row.
     """
 
     sites: Mapping[str, Site]  # the watched sites

@@ -1,4 +1,4 @@
-"""The need for attention maps, by which a penalty declares before the prediction what it watches."""
+"""The need for attention maps: a penalty declares it, and the maps are recorded during the prediction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shared.types import Batch, Step
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Provides the maps of a step's own prediction; the step's other predictions do not replace them.
+    """Provides the maps of a step's first prediction; later predictions in the same step do not replace them.
 
     Args:
         kinds: the kinds of layers to watch; those that the family lacks are ignored
-        scales: the scales to watch; empty: the one whose shorter side is nearest to `cells`
+        scales: the scales to watch; empty: the one whose shorter side is closest to `cells`
         cells: the target size of a map's shorter side
     """
 

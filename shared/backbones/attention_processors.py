@@ -1,4 +1,4 @@
-"""Attention processors that apply edits and record maps; each computes the same as diffusers' default for its layer."""
+"""Attention processors that apply edits and record maps, and otherwise compute what diffusers' defaults compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.backbones.attention_sites import Site
 
 
 class Predictions(Protocol):
-    """The current prediction, and the batch rows it holds."""
+    """The current prediction and its batch rows."""
 
     number: int | None  # None while a forward pass is recomputed
 
@@ -41,7 +41,7 @@ class Plan:
             for edit in self.edits:
                 q, k, v, bias = edit(self.site, q, k, v, bias, rows)
             same = q.shape == size and k.shape == v.shape and k.shape[:2] == size[:2] and k.shape[3] == size[3]
-            assert same, f"{self.site.name}: edits made {size} into {q.shape}, keys {k.shape}, values {v.shape}"
+            assert same, f"{self.site.name}: edits turned {size} into {q.shape}, keys {k.shape}, values {v.shape}"
         if self.records:
             maps = probabilities(q, k, bias)
             for watch, record in self.records:
@@ -61,7 +61,7 @@ class Plan:
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Computes softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk].
 
-    In at least float32, even if the network runs in half precision or autocast.
+    Uses at least float32, even if the network runs in half precision or under autocast.
 
     Args:
         q: [B, H, Lq, d]
@@ -127,7 +127,7 @@ class UNetProcessor(Processor):
 
 
 class FluxProcessor(Processor):
-    """Computes diffusers' `FluxAttention` as `FluxAttnProcessor` does, and carries out a plan: text first, then the picture."""
+    """Computes diffusers' `FluxAttention` as `FluxAttnProcessor` does, and carries out a plan. The text comes first."""
 
     def __call__(
         self,
@@ -161,6 +161,6 @@ class FluxProcessor(Processor):
 
 
 def _heads(x: Any, layers: Sequence[Any], norms: Sequence[Any], width: int) -> list[Tensor]:
-    """Returns queries, keys and values of one stream, each [B, L, H, d]."""
+    """Returns the queries, keys and values of one stream, each [B, L, H, d]."""
     apart = [layer(x).unflatten(-1, (-1, width)) for layer in layers]
     return [y if norm is None else norm(y) for y, norm in zip(apart, norms, strict=True)]

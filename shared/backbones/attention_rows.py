@@ -1,4 +1,4 @@
-"""Maps a layer's tensors to rows of the caller's batch, also under guidance and in recomputed passes."""
+"""Maps a layer's tensors to rows of the caller's batch, including under guidance and in recomputed passes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Rows:
     picture model; one per frame or position in a clip model).
     """
 
-    index: tuple[int, ...]  # row of the caller's batch; with classifier-free guidance each appears twice
-    negative: tuple[bool, ...]  # whether the row has the negative prompt
+    index: tuple[int, ...]  # rows of the caller's batch; with classifier-free guidance, each appears twice
+    negative: tuple[bool, ...]  # whether each row has the negative prompt
     repeat: int = 1
 
     @staticmethod
@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass
 class PredictionRows:
-    """The current prediction, and the batch rows it holds; remembered for recomputed forward passes."""
+    """The current prediction and its batch rows, which are remembered for recomputed forward passes."""
 
     number: int | None = None
     time: Tensor | None = None  # [B], of the current prediction, or of the one being recomputed
@@ -56,7 +56,7 @@ class PredictionRows:
 
     @contextmanager
     def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
-        """Inside, a new prediction of `batch` rows runs at times t [B]; its rows are those set by `holding`, else plain."""
+        """Inside, a new prediction of `batch` rows runs at times t [B]; its rows are those set by `holding`, or plain."""
         before, rows = (self.number, self._rows, self.time, self._recomputes), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
@@ -78,7 +78,7 @@ class PredictionRows:
 
     @contextmanager
     def holding(self, rows: Rows) -> Iterator[None]:
-        """Inside, a prediction with this number of rows has these rows."""
+        """Inside, a prediction with the same number of rows has these rows."""
         before, self._rows = self._rows, rows
         try:
             yield

@@ -18,7 +18,7 @@ class Site:
     scale: int  # the side of the latent grid divided by the side of this layer's grid
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Returns rows and columns of its queries for latents of this height and width; odd sides round up."""
+        """Returns the rows and columns of the layer's query grid for latents of this height and width, rounded up."""
         return -(-height // self.scale), -(-width // self.scale)
 
 

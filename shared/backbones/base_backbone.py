@@ -40,10 +40,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     role_table: Mapping[str, Sequence[RoleSpec]] = {}
     default_guidance: float = 7.5
     default_steps: int = 50
-    discrete_time: bool = True  # trained on whole timesteps
+    discrete_time: bool = True  # trained on integer timesteps
     time_per_frame: bool = False  # whether `predict` takes one time per frame of a clip, t [B, f]
     world: World | None = None
-    frames: int | None = None  # the default number of frames of a clip; None: it generates pictures
+    frames: int | None = None  # the default number of frames of a clip; None: the model generates pictures
     frame_rate: float | None = None  # frames per second, for networks that take it as input
 
     def __init__(
@@ -80,7 +80,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit here. A family built from the layers of another lists both."""
+        """The families whose concepts can fit this model. A family built from the layers of another lists both."""
         return frozenset({self.family})
 
     @property
@@ -94,7 +94,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def device(self) -> torch.device:
-        """The device that computes; networks that take turns on it may currently be in main memory."""
+        """The device used for computation; networks that take turns on it may currently be in main memory."""
         return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
@@ -150,7 +150,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self._refresh_tokens()
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Registers an injected adapter under a concept's name; it takes that name's strength, 1 for a new name."""
+        """Registers an injected adapter under a concept's name, with that name's current strength (1 for a new name)."""
         self.adapters.setdefault(name, []).append(adapter)
         adapter.set_strength(self._strengths.setdefault(name, 1.0))
 
@@ -174,7 +174,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def strengths(self) -> dict[str, float]:
-        """The current strength of each concept's adapters, or of its learned words if it has none (a copy); 0 is off."""
+        """A copy of the current strength of each concept's adapters, or its learned words if it has no adapters; 0 is off."""
         learned = {name: s for name, s in self._placeholder_strengths.items() if self.placeholders[name].components}
         return {**learned, **self._strengths}
 
@@ -183,8 +183,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         """Inside, exactly these adapters are on, with these strengths; all others are off.
 
         Learned words take the strength given for their concept; words of other concepts keep their strength, because they
-        act only if the prompt contains them. Previous strengths are restored, also in nested blocks and after exceptions.
-        Concepts that learned nothing are allowed and have nothing to switch. ValueError for other names.
+        act only if the prompt contains them. Previous strengths are restored, even in nested blocks and after exceptions.
+        Concepts that learned nothing are allowed and change nothing. ValueError for other names.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
         if missing:
@@ -199,8 +199,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             self._say(words)
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Sets a lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when the name is
-        unknown or the concept has nothing that a strength can scale."""
+        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. ValueError when the name
+        is unknown or the concept has nothing that a strength can scale."""
         if name not in self.strengths:
             known = name in self.placeholders
             words = f"{name!r} learned nothing that a strength could scale: it uses only words the model already knows"
@@ -232,7 +232,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         raise NotImplementedError
 
     def _refuse_unread(self, conditioning: Conditioning, batch: int) -> None:
-        """Raises ValueError for conditioning that no family here supports yet, and for a wrong batch size."""
+        """Raises ValueError for conditioning that this family does not support, and for a wrong batch size."""
         if conditioning.batch_size != batch:
             raise ValueError(f"{self.family}: {batch} noisy pictures, but conditioning for {conditioning.batch_size}")
         if conditioning.image_tokens:
@@ -251,7 +251,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def _told(self, t: Tensor | float, x_t: Tensor) -> Tensor:
         """Returns the times to pass to the network: [B], or [B, f] if it takes one per frame.
 
-        ValueError if it takes one per clip and frames have different times.
+        ValueError if the network takes one per clip but the frames have different times.
         """
         t = frame_times(t, x_t)
         if t.ndim == 1 or self.time_per_frame:
@@ -269,12 +269,12 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Applies classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; unguided without `negative`.
+        """Applies classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; none without `negative`.
 
         Args:
             x_t: [B, C, h, w]
             t: a scalar or [B]; also [B, f] if `time_per_frame`
-            guidance: 1 is no guidance; diffusers' convention, negative + guidance * (positive - negative)
+            guidance: as in diffusers, negative + guidance * (positive - negative), so 1 is no guidance
         """
         t = self._told(t, x_t)
         if negative is None:

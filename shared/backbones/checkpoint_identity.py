@@ -22,9 +22,10 @@ def checkpoint_identity(networks: Mapping[str, nn.Module], samples: int = SAMPLE
     of some values, however many bits are kept.
 
     Two different checkpoints differ in some signs. Of n weights with spread s that each move by d, about n d / (pi s)
-    change sign. One full-size layer gives 65,536 samples, so a change of a thousandth of its spread flips 20, and the same
-    change in a hundred layers 2,000: the probability that none flips is exp(-2,000). A change that flips no sampled sign
-    goes unnoticed: in a few values among millions, or only in the scales of normalisation layers.
+    change sign. One full-size layer gives 65,536 samples, so a change of a thousandth of its spread flips 20 signs, and the
+    same change in a hundred layers flips 2,000: the probability that none flips is exp(-2,000). A change that flips no
+    sampled sign goes unnoticed: in a few values among millions, for example, or only in the scales of normalisation
+    layers.
     """
     digest = hashlib.sha256()
     for name, module in sorted(networks.items()):
@@ -36,7 +37,7 @@ def checkpoint_identity(networks: Mapping[str, nn.Module], samples: int = SAMPLE
 
 
 def _signs(tensor: Tensor, samples: int) -> Tensor:
-    """Samples signs, bool [n] on the CPU. The stride is odd, so that it visits all columns of a matrix of even width."""
+    """Samples signs, bool [n] on the CPU. The stride is odd, so it visits all columns of a matrix of even width."""
     flat = tensor.detach().reshape(-1)
     stride = -(-flat.numel() // samples) | 1 if flat.numel() > samples else 1
     return torch.signbit(flat[::stride]).cpu()

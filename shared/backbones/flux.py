@@ -90,7 +90,9 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         channels = self.transformer.config.in_channels
         if channels != 4 * self.vae.config.latent_channels:
             packed = 4 * self.vae.config.latent_channels
-            raise ValueError(f"flux: the transformer expects {channels} channels but gets {packed} (control or fill?)")
+            raise ValueError(
+                f"flux: the transformer expects {channels} channels but gets {packed} (a control or fill model?)"
+            )
         self.resolution = 128 * self.vae_factor
         self.num_train_timesteps = 1000
         doubles, singles = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
@@ -99,7 +101,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         self._sites = tuple(Site(n, "joint", 2) for n in names)
 
     def pipeline(self) -> Any:
-        """Returns a diffusers pipeline around the same networks, with the base tokenizers and its own scheduler."""
+        """Returns a diffusers pipeline around the same networks, with the base tokenizers and a scheduler of its own."""
         from diffusers import FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -120,7 +122,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return bool(self.transformer.config.guidance_embeds)
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """Spaces sigmas evenly, as `FluxPipeline` does; the scheduler may shift them by the number of picture tokens."""
+        """Spaces sigmas evenly, as `FluxPipeline` does; the scheduler may shift them, depending on the picture's size."""
         import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -146,7 +148,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
             guidance: the scale for a guidance-distilled transformer; default `training_guidance`
 
         Raises:
-            ValueError: for a context per site, image tokens, regions or size_ids; for mismatched shapes
+            ValueError: for a context per site, image tokens, regions or size_ids, and for mismatched shapes
         """
         self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):
@@ -171,7 +173,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return unpack(out, h, w)
 
     def needs_negative(self, guidance: float) -> bool:
-        """Whether sampling uses the negative prompt; a guidance-distilled transformer takes the scale itself instead."""
+        """Whether sampling uses the negative prompt; a guidance-distilled transformer takes the scale as input instead."""
         return not self.distilled and guidance > 1
 
     def predict_guided(
@@ -195,14 +197,14 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `pack`: [B, h/2 * w/2, 4C] -> [B, C, h, w]."""
+    """Inverts `pack`: [B, h/2 * w/2, 4C] -> [B, C, h, w]."""
     b, _, channels = tokens.shape
     cells = tokens.reshape(b, h // 2, w // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return cells.reshape(b, channels // 4, h, w)
 
 
 def picture_ids(rows: int, columns: int) -> Tensor:
-    """Returns rotary positions of the picture's tokens: [rows * columns, 3] = (0, row, column)."""
+    """Returns the rotary positions of the picture tokens: [rows * columns, 3], each (0, row, column)."""
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]

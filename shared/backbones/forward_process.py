@@ -22,7 +22,7 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
     """Returns training times, one per example: [B]; integers stay integers. Without `batch`, the shape of `t` is kept: a
-    scalar, [B], or [B, f] with one time per frame of clips.
+    scalar, [B], or [B, f] with one time per clip frame.
 
     Args:
         t: a scalar or [B]
@@ -43,7 +43,7 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
 
 
 def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
-    """Returns training times of `latents`: [B], or [B, f] if t has one per frame of clips [B, C, f, h, w].
+    """Returns the training times of `latents`: [B], or [B, f] if t has one per frame of clips [B, C, f, h, w].
 
     ValueError for any other shape, as in `times`.
     """
@@ -64,7 +64,7 @@ def per_row(t: Tensor) -> Tensor:
 
 
 class ForwardProcess:
-    """The diffusion half of a backbone: a family sets `prediction_type` and implements `alpha_sigma`."""
+    """The diffusion part of a backbone: a family sets `prediction_type` and implements `alpha_sigma`."""
 
     prediction_type: str  # one of PREDICTIONS
 

@@ -11,7 +11,7 @@ from shared.backbones.placement import Placement
 
 
 class LatentCodec:
-    """The autoencoder half of a backbone. Latent units: (z - shift) * scale, as diffusers' pipelines use them."""
+    """The autoencoder part of a backbone. Latents are in units of (z - shift) * scale, as in diffusers' pipelines."""
 
     family: str
     vae: Any
@@ -37,14 +37,14 @@ class LatentCodec:
         return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]; differentiable; the mean if no generator is given."""
+        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: sampled, or the mean without a generator; differentiable."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         scale, shift = self._scale_shift
         return ((z - shift) * scale).to(self.dtype)
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and spread of the latents, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
+        """Returns the latents' mean and spread, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
         posterior = self._posterior(pixels)
         scale, shift = self._scale_shift
         return ((posterior.mean - shift) * scale).to(self.dtype), (posterior.std * scale).to(self.dtype)
@@ -55,18 +55,19 @@ class LatentCodec:
         return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, C, h, w] to pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so that gradients pass."""
+        """Decodes latents [B, C, h, w] to pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so gradients pass."""
         self._use_vae()
         scale, shift = self._scale_shift
         return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]
 
     def _use_vae(self) -> None:
-        """Called before the autoencoder's `encode` and `decode`, because forward hooks do not see those."""
+        """Called before the autoencoder's `encode` and `decode`, because these methods bypass forward hooks."""
         if self.placement:
             self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns (C, h, w) of a picture. ValueError for `frames`, and for a side that is not a suitable multiple."""
+        """Returns the latent shape (C, h, w) of a picture. ValueError when `frames` is given, or a side is not a suitable
+        multiple."""
         if frames is not None:
             raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple

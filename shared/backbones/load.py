@@ -34,7 +34,7 @@ def _flux(pipe: Any, name: str) -> Backbone:
 
 
 Wrap = Callable[[Any, str], "Backbone"]  # (pipeline, name as the user gave it) -> the backbone around it
-#: diffusers pipeline class -> its family's wrapper. Packages add theirs: see `families`.
+#: diffusers pipeline class -> its family's wrapper. Packages can add their own: see `families`.
 FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
@@ -54,7 +54,7 @@ WORLDS: Mapping[str, World] = {
     )
 }
 _UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # not needed here, and slow to load
-_MAY_DOWNLOAD = "Use --download (download=True) to fetch it."
+_MAY_DOWNLOAD = "Use --download (download=True) to fetch missing files."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -73,8 +73,8 @@ def load_backbone(
         source: None or "toybox" for the embedded one; a diffusers folder (with `model_index.json`); a `.safetensors`
             checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` next to `NAME.safetensors`, or
             in the hub's cache); or a hub id `owner/name`
-        download: whether to fetch from the hub what is not in its cache; without it, no network is used
-        memory: bytes of `device` for the networks; those that do not fit together take turns there
+        download: whether to download files that are not in the hub's cache; if False, nothing is fetched over the internet
+        memory: bytes of `device` for the networks; if they do not all fit at once, they take turns there
             (`shared.backbones.placement`). Default: a share of the free memory on a GPU, no limit elsewhere
         prepare: modifies the backbone before it goes to the device (adds motion modules, for example)
 
@@ -108,7 +108,7 @@ def load_backbone(
 
 
 def _toybox_defaults(backbone: Backbone) -> None:
-    """Sets the guidance and steps stated in the toybox's card."""
+    """Sets the guidance and steps stated on the toybox's model card."""
     from shared.toybox.weights import sampling_defaults
 
     stated = sampling_defaults()
@@ -118,8 +118,8 @@ def _toybox_defaults(backbone: Backbone) -> None:
 def register_family(pipeline: str, wrap: Wrap) -> None:
     """Registers a family, so that `load_backbone` opens diffusers pipelines of this class for the rest of the process.
 
-    An installed package registers its own under the entry points `pcs.families` instead, and is imported only when such a
-    model is opened. ValueError when the class already has a family.
+    An installed package instead registers its families under the entry point group `pcs.families`, and is imported only when
+    such a model is opened. ValueError when the class already has a family.
     """
     if pipeline in families():
         raise ValueError(f"{pipeline} already has a family, and a pipeline class can have only one")
@@ -127,7 +127,7 @@ def register_family(pipeline: str, wrap: Wrap) -> None:
 
 
 def families() -> dict[str, Wrap]:
-    """Returns the diffusers pipeline classes that can be opened, ours and those of installed packages; imports none of them.
+    """Returns diffusers pipeline class -> wrapper, for our families and those of installed packages; imports no package.
 
     ValueError when two packages register the same class.
     """
@@ -137,7 +137,8 @@ def families() -> dict[str, Wrap]:
     for entry in entry_points(group=GROUP):
         if entry.name in out:
             raise ValueError(
-                f"{entry.value} registers {entry.name}, which already has a family: uninstall one of the two"
+                f"{entry.value} registers {entry.name}, which already has a family: uninstall one of the packages that "
+                "register it"
             )
         out[entry.name] = _imported(entry)
     return out
@@ -148,7 +149,10 @@ def _imported(entry: Any) -> Wrap:
 
 
 def _families() -> str:
-    return f"A backbone must be a diffusers folder of one of: {', '.join(sorted(families()))}; leave it out for the toybox."
+    return (
+        f"A backbone must be a diffusers folder for one of these pipelines: {', '.join(sorted(families()))}; "
+        "omit it to use the toybox."
+    )
 
 
 def _toybox_path() -> Path:
@@ -247,13 +251,13 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
     except Exception as error:
         if of_the_machine(error):
             raise
-        more = "" if download else f". {_MAY_DOWNLOAD}"
+        more = "" if download else f" {_MAY_DOWNLOAD}"
         raise ValueError(
             f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
             f"A single file also needs the model's configuration and tokenizer, from the hub's cache or from a diffusers "
-            f"folder {beside} (which needs no weights). A diffusers folder is complete on its own; to convert the file to "
-            f"one on a machine with network access: python -c 'from diffusers import StableDiffusionPipeline as P; "
-            f"P.from_single_file({str(path)!r}).save_pretrained({path.stem!r})'{more}"
+            f"folder {beside} (which needs no weights).{more} A diffusers folder is complete on its own. To convert the file "
+            "into one, run this on a machine with internet access: python -c 'from diffusers import StableDiffusionPipeline "
+            f"as P; P.from_single_file({str(path)!r}).save_pretrained({path.stem!r})'"
         ) from error
     check_filled(pipe.components, path)
     return _wrap(pipe, name)

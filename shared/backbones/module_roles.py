@@ -1,6 +1,6 @@
-"""Resolves roles, the architecture-independent names for groups of modules, by patterns over leaf names.
+"""Resolves roles, the architecture-independent names for groups of modules, by matching patterns against leaf names.
 
-A family gives a table `role -> RoleSpec`s. Names are those of the unmodified network: peft's wrappers around a layer
+A family provides a table `role -> RoleSpec`s. Names are those in the unmodified network: peft's wrappers around a layer
 (`to_k.base_layer`, `to_k.lora_A.default`) do not appear.
 """
 
@@ -45,17 +45,17 @@ def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
 
 
 def leaf_names(module: nn.Module) -> tuple[str, ...]:
-    """Returns dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
+    """Returns the dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
 
     Args:
-        module: any network; a layer wrapped by an adapter is listed under its own name, the adapter's layers are not
+        module: any network; a layer wrapped by an adapter is listed under its own name; the adapter's layers are not listed
     """
     return _unwrapped(module, [name for name, child in module.named_modules() if isinstance(child, LEAVES)])
 
 
 def parameter_holders(module: nn.Module) -> tuple[str, ...]:
-    """Returns dotted names of the modules that directly hold parameters, as they were before anything wrapped them; modules
-    that an adapter added are not listed. The network itself is listed as "" if it directly holds some."""
+    """Returns the dotted names of the modules that directly hold parameters, as they were before anything wrapped them;
+    modules that an adapter added are not listed. The network itself is listed as "" if it directly holds some."""
     holders = [n for n, child in module.named_modules() if next(child.parameters(recurse=False), None) is not None]
     return _unwrapped(module, holders)
 
@@ -101,7 +101,7 @@ def resolve(
 
 
 class _Names:
-    """The leaves of networks; each network is traversed only once."""
+    """Leaf names of networks; each network is traversed only once per kind of leaf."""
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self._components = components

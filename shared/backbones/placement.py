@@ -15,7 +15,7 @@ SHARE = 0.7
 def to_evict(
     present: Sequence[str], sizes: Mapping[str, int], needed: str, budget: int, pinned: Collection[str] = ()
 ) -> list[str]:
-    """Returns the networks that must leave the device so that `needed` fits next to the others.
+    """Returns the networks that must leave the device so that `needed` fits alongside the others.
 
     Args:
         present: the networks on the device, least recently used first
@@ -24,7 +24,7 @@ def to_evict(
         pinned: the networks that must stay
 
     Returns:
-        just enough of `present`, in its order; all that may leave, if even these are not enough
+        just enough of `present`, in its order, or all that may leave if even that is not enough
     """
     total = sum(sizes[n] for n in {*present, needed})
     out = []
@@ -55,12 +55,12 @@ def size_of(network: nn.Module) -> int:
 class Placement:
     """Moves networks to the device when they are used, and the least recently used ones away when memory is short.
 
-    A network with parameters in training never leaves: the backward pass needs them where the forward pass had them, and
+    A network with parameters being trained never leaves: the backward pass needs them where the forward pass had them, and
     their optimizer moments are on the same device.
 
     Args:
         networks: by name
-        device: the one that computes
+        device: the device used for computation
         budget: bytes for all networks on the device; None: no limit
     """
 
@@ -70,12 +70,12 @@ class Placement:
         self._handles: list[Any] = []
 
     def watch(self) -> None:
-        """Makes every call of a network bring it to the device first."""
+        """Registers hooks that bring each network to the device before it is called."""
         for name, network in self.networks.items():
             self._handles.append(network.register_forward_pre_hook(_Use(self, name)))
 
     def close(self) -> None:
-        """Stops moving networks on calls."""
+        """Removes the hooks, so that calls no longer move networks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -135,12 +135,12 @@ def place(
     budget: int | None = None,
     free: Callable[[torch.device], int] | None = None,
 ) -> None:
-    """Moves all networks to `device` if they fit together; else makes them take turns there.
+    """Moves all networks to `device` if they all fit at once; otherwise makes them take turns there.
 
     Args:
-        backbone: in main memory
+        backbone: its networks are in main memory
         budget: bytes for all networks; default `SHARE` of the free memory on a GPU, no limit elsewhere
-        free: free bytes on a device; default: as CUDA reports
+        free: returns the free bytes on a device; default: as reported by CUDA
 
     Raises:
         ValueError: if even the largest network does not fit into the device's free memory

@@ -1,7 +1,7 @@
 """The interface that a model family offers to the rest of the suite.
 
-A backbone is a frozen diffusion model behind one small protocol. It knows diffusers classes and defines *roles* and
-*sites*; it contains no method logic. `t` is in the model's own training time, [0, 1000) (see `shared.types`).
+A backbone is a frozen diffusion model behind one small protocol. It wraps diffusers classes and defines *roles*
+and *sites*; it contains no method-specific logic. `t` is in the model's own training time, [0, 1000) (see `shared.types`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Group:
     component: str  # "unet", "transformer", "text_encoder", "text_encoder_2"
     modules: tuple[str, ...]  # linear and convolution layers; for "denoiser.all", every module that holds parameters
     resolution: Resolution = "exact"
-    note: str = ""  # for a port: what it stands in for
+    note: str = ""  # for a port: which layers stand in for the role
 
 
 @runtime_checkable
@@ -41,7 +41,7 @@ class Adapter(Protocol):
 
     @property
     def slot(self) -> str:
-        """The trainable slot of the recipe that the adapter comes from; it tells apart several adapters under one name."""
+        """The recipe's trainable slot that the adapter comes from; it distinguishes adapters that share a name."""
         ...
 
     def train(self, mode: bool) -> None:
@@ -49,7 +49,7 @@ class Adapter(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength: 0 switches it off exactly, 1 is as trained."""
+        """Sets the strength: at 0 the adapter has no effect at all; 1 is as trained."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -72,7 +72,7 @@ class Placeholder(Protocol):
     """A modifier attached to a backbone for one concept: how `<name>` is written and encoded."""
 
     name: str
-    frozen: bool  # loaded, not in training
+    frozen: bool  # loaded, not being trained
     words: str  # what `<name>` becomes in a prompt, e.g. "<my-mug> <my-mug>_1 mug"
     tokens: tuple[str, ...]  # tokens added to the tokenizers; may be empty
     components: tuple[str, ...]  # the text encoders it learns vectors for; empty: it learns nothing
@@ -111,7 +111,7 @@ class Placeholder(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen diffusion model. Nothing here trains it; trainable parts inject through `adapters` and `placeholders`.
+    """A frozen diffusion model. Nothing here trains it; trainable parts are attached through `adapters` and `placeholders`.
 
     Pixels are [B, 3, H, W] and latents [B, C, h, w]; a clip model also takes [B, 3, F, H, W] and [B, C, f, h, w].
     """
@@ -121,13 +121,13 @@ class Backbone(Protocol):
     checkpoint: str  # identity of the weights; differs between two checkpoints of one architecture
     autoencoder: str  # the identity of the autoencoder's weights
     resolution: int  # default picture size in pixels
-    frames: int | None  # the default number of frames of a clip; None: it generates pictures
+    frames: int | None  # the default number of frames of a clip; None: the model generates pictures
     frame_rate: float | None  # frames per second of clips; None: the network does not take it as input
     frame_factor: int  # frames per latent frame; if it is not 1, the first frame is its own latent frame
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
-    discrete_time: bool  # True: trained on whole timesteps
+    discrete_time: bool  # True: trained on integer timesteps
     time_per_frame: bool  # True: `predict` takes one time per frame of a clip, t [B, f]
-    world: World | None  # its own world; None: the real one
+    world: World | None  # the synthetic world it was trained on; None: the real world
     context_component: str  # the text encoder whose hidden states are the context
     vae: Any  # maps between pixels and latents; never trained
     placement: Placement | None  # set when networks take turns on the device; None: all of them stay there
@@ -136,7 +136,7 @@ class Backbone(Protocol):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit here, if the layers they touch are the same; includes its own."""
+        """The families (including its own) whose concepts can fit this model, if the layers they touch are the same."""
         ...
 
     @property
@@ -155,8 +155,8 @@ class Backbone(Protocol):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The components that predict, each with its time range [from, to): one for all times, or experts for noise ranges
-        (Wan 2.2), which have the same layers."""
+        """The components that predict, each with its time range [from, to): one for all times, or one expert per noise
+        range (Wan 2.2), all with the same layers."""
         ...
 
     @property
@@ -176,12 +176,13 @@ class Backbone(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
-        """Encodes B expanded prompts: context [B, L, D] (or one per site), pooled [B, P]; `t` [B] if a name varies with it."""
+        """Encodes B expanded prompts: context [B, L, D] (or one per site), pooled [B, P]. Needs `t` [B] if a name
+        varies with it."""
         ...
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """Finds the whole `words` in these prompts: bool [B, L], over the tokens of the context. `words` may be any text or
-        `shared.backbones.added_tokens.END`, the end-of-text token. ValueError if it is empty."""
+        """Finds where `words` occur in these prompts (not inside longer words): bool [B, L], over the tokens of the context.
+        `words` may be any text or `shared.backbones.added_tokens.END`, the end-of-text token. ValueError if it is empty."""
         ...
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
@@ -189,16 +190,16 @@ class Backbone(Protocol):
         ...
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError when the prompt is longer than the text encoders read, quoting the text that would be cut."""
+        """Raises ValueError, quoting the text that would be cut, when the prompt is longer than the text encoders can read."""
         ...
 
     # pictures
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]; differentiable; the mean if no generator is given."""
+        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: sampled, or the mean without a generator; differentiable."""
         ...
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and spread of the latents, in latent units, for caching: each [B, C, h, w]."""
+        """Returns the mean and spread of the latents, in latent units, for caching: each [B, C, h, w]."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -206,8 +207,8 @@ class Backbone(Protocol):
         ...
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns (C, h, w) of a picture, or (C, f, h, w) of a clip of `frames`. ValueError when a side is not a multiple of
-        what the model needs, or it cannot generate that many frames."""
+        """Returns the latent shape: (C, h, w) of a picture, or (C, f, h, w) of a clip of `frames`. ValueError when a side is
+        not a multiple of what the model needs, or the model cannot generate that many frames."""
         ...
 
     # the forward process; every function takes t: [B] or a scalar, for clips also [B, f] (one per frame), and raises
@@ -233,8 +234,8 @@ class Backbone(Protocol):
         ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when it does
-        not support something in the conditioning, or when frames have different times and it takes only one."""
+        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when the
+        network does not support something in the conditioning, or takes only one time but frames have different ones."""
         ...
 
     @property
@@ -262,7 +263,7 @@ class Backbone(Protocol):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Applies classifier-free guidance, or the family's own; none if `negative` is None and guidance is not distilled."""
+        """Applies classifier-free guidance or the family's own; none if `negative` is None and guidance is not distilled."""
         ...
 
     def pipeline(self) -> Any:
@@ -278,8 +279,8 @@ class Backbone(Protocol):
         """Returns the modules of a role, one Group per component. ValueError lists the available roles.
 
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
-        or in two ports. A port may borrow layers of one exact group, and then its note names that role: attention over space
-        and time at once is "self_attention", and a port for "temporal_attention".
+        or in two ports. A port may borrow layers of one exact group, in which case its note names that role: joint
+        attention over space and time is "self_attention", and a port for "temporal_attention".
         "denoiser" is every linear and convolution layer of the denoiser; "denoiser.all" is every module in the denoiser that
         directly holds parameters, including norms and embeddings, for full fine-tuning.
         """
@@ -295,12 +296,12 @@ class Backbone(Protocol):
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
         """Inside, attention layers apply these edits and record the watched maps; see `shared.backbones.attending`.
-        ValueError when one matches no site, or a layer with a custom processor."""
+        ValueError when an edit or watch matches no site, or matches a layer with a custom processor."""
         ...
 
     def keep_attending(self, name: str, *edits: At) -> None:
-        """Applies these edits from now on wherever the concept `name` is active; without edits, removes them. See
-        `shared.backbones.attending`. ValueError as for `attending`."""
+        """Applies these edits from now on, whenever the concept `name` is active; without edits, removes the concept's earlier
+        ones. See `shared.backbones.attending`. ValueError as for `attending`."""
         ...
 
     # attached concepts, by name
@@ -309,7 +310,7 @@ class Backbone(Protocol):
         ...
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Registers an injected adapter under a concept's name (several may share one); a new name starts at 1."""
+        """Registers an injected adapter under a concept's name (adapters may share a name); a new name starts at strength 1."""
         ...
 
     def remove(self, name: str) -> None:
@@ -325,13 +326,13 @@ class Backbone(Protocol):
         ...
 
     def table_spread(self, component: str) -> float:
-        """Returns the standard deviation over all input embeddings of this text encoder."""
+        """Returns the standard deviation of all values in this text encoder's input embeddings."""
         ...
 
     # strengths by adapter set
     @property
     def strengths(self) -> dict[str, float]:
-        """The current strength of each concept's adapters, or of its learned words if it has none; 0 is off."""
+        """The current strength of each concept's adapters, or its learned words if it has no adapters; 0 is off."""
         ...
 
     def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
@@ -343,6 +344,6 @@ class Backbone(Protocol):
         ...
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Sets a lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when the name is
-        unknown or the concept has nothing that a strength can scale."""
+        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. ValueError when the name
+        is unknown or the concept has nothing that a strength can scale."""
         ...

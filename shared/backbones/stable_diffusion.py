@@ -27,7 +27,7 @@ def _unet(pattern: str) -> tuple[RoleSpec, ...]:
 
 
 def _self(leaf: str) -> tuple[RoleSpec, ...]:
-    """Returns self-attention's roles: in a transformer block, or on its own (AttnDownBlock2D takes no text)."""
+    """Returns the role of self-attention layers, in a transformer block or on their own (AttnDownBlock2D takes no text)."""
     return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
 
 
@@ -55,7 +55,7 @@ class StableDiffusionBackbone(BaseBackbone):
     """A diffusers `StableDiffusionPipeline` behind the protocol.
 
     Args:
-        pipe: the pipeline; its networks are used in place and frozen, its tokenizer is left alone
+        pipe: the pipeline; its networks are used in place and frozen, and its tokenizer is left unchanged
         name: as the user gave it
 
     Raises:
@@ -87,7 +87,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes: dict[str, tuple[nn.Module, Any]] = {}
 
     def pipeline(self) -> Any:
-        """Returns a diffusers pipeline around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns a diffusers pipeline around the same networks, with the base tokenizer and a scheduler of its own."""
         from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         parts: dict[str, Any] = {**self._components, "safety_checker": None, "feature_extractor": None}
@@ -105,7 +105,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the forward process -------------------------------------------------------------------------------
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads the scheduler's table, exact at whole timesteps; in between, alpha_bar is interpolated linearly.
+        """Reads the scheduler's table, which is exact at integer timesteps; in between, alpha_bar is interpolated linearly.
 
         Args:
             t: [B] or a scalar, in [0, 1000); [B, f] for frames of clips
@@ -131,7 +131,7 @@ class StableDiffusionBackbone(BaseBackbone):
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
 
         Raises:
-            ValueError: for sites without a context, image tokens, regions or size_ids; for mismatched shapes
+            ValueError: for sites without a context, image tokens, regions or size_ids, and for mismatched shapes
         """
         self._refuse_unread(conditioning, len(x_t))
         context = conditioning.context

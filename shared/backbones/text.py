@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class TextEncoding:
-    """The text half of a backbone. A family implements `_run_text` and sets which encoder's output is the context."""
+    """The text part of a backbone. A family implements `_run_text` and sets which encoder's output is the context."""
 
     family: str
     name: str
     context_component: str = "text_encoder"  # whose hidden states are the text context
     pooled_component: str | None = None  # whose pooled output is `Conditioning.pooled`
-    masks_context: bool = False  # whether the network takes a padding mask of the context: `Conditioning.context_mask`
+    masks_context: bool = False  # whether the network takes a padding mask for the context: `Conditioning.context_mask`
     why_one_context: str = "its text and picture attend jointly"  # used if `text_sites` is empty
     tokens: TokenOverlay
     placeholders: dict[str, Placeholder]
@@ -70,7 +70,7 @@ class TextEncoding:
         return self.tokens.pieces(component, words)
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """Finds the whole `words` (a class noun, a concept's tokens, or `END`, the end-of-text token) in these prompts: bool
+        """Finds where `words` (a class noun, a concept's tokens, or `END`, the end-of-text token) occur in these prompts: bool
         [B, L], over the tokens of `Conditioning.context`. All False for a prompt without them.
 
         Raises:
@@ -80,13 +80,13 @@ class TextEncoding:
         return self.tokens.find_words(self.context_component, prompts, words).to(self.device)
 
     def table_spread(self, component: str) -> float:
-        """Returns the standard deviation over all input embeddings of this text encoder."""
+        """Returns the standard deviation of all values in this text encoder's input embeddings."""
         return float(self._embedding(component).weight.detach().float().std())
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """Encodes expanded prompts into the network's conditioning.
 
-        Runs the text encoder once, or if a placeholder varies with "site", once per site whose vectors differ.
+        Runs the text encoder once or, if a placeholder varies with "site", once for each distinct set of vectors.
         Differentiable with respect to the vectors and to text-encoder adapters.
 
         Args:
@@ -94,8 +94,8 @@ class TextEncoding:
             t: [B] or a scalar, required if a placeholder used in these prompts varies with "time"
 
         Raises:
-            ValueError: when time is required but missing or of the wrong shape, when the family cannot have a context per
-                site, and when a text encoder would cut a concept's name (for other text, a warning)
+            ValueError: when time is required but missing or of the wrong shape, when the family cannot have the required
+                context per site, and when a text encoder would cut a concept's name (for other text, it only warns)
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._warn_cut(prompts)
@@ -218,13 +218,13 @@ class TextEncoding:
             return self._run_text(component, ids, text.mask)
 
     def _embedding(self, component: str) -> Any:
-        """Returns the token embedding that this text encoder's forward calls (T5's is not the one its accessor returns)."""
+        """Returns the token embedding that this text encoder's forward calls (for T5, not the one its accessor returns)."""
         module: Any = self._components[component]
         stack = getattr(module, "encoder", None)
         return getattr(stack, "embed_tokens", None) or module.get_input_embeddings()
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Runs a text encoder once: hidden states [B, L, D], and pooled [B, P] if it has a pooled output."""
+        """Runs a text encoder once; returns hidden states [B, L, D], and pooled [B, P] if it has a pooled output."""
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ COSINES = ("clip_t", "clip_i", "dino_i", "identity_i")
 
 @dataclass(frozen=True)
 class Goal:
-    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference of identity."""
+    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference in identity."""
 
     identity: float | None = None
     over_floor: float | None = None
@@ -45,7 +45,7 @@ def over_floor(score: Score | None) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe over all its subjects: scores are pooled over all pictures, intervals resample by subject and prompt."""
+    """One recipe over all its subjects: scores are pooled over all pictures, and intervals resample by subject and prompt."""
 
     recipe: str
     subjects: tuple[str, ...]
@@ -67,7 +67,7 @@ class Row:
 
 
 def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, str], pool_all: bool = False) -> Row:
-    """Pools all pictures of a recipe. Subjects whose true pictures too rarely pass the instruments (`Report.apart`) are left
+    """Pools all pictures of a recipe. Subjects whose true pictures pass verification too rarely (`Report.apart`) are left
     out, unless `pool_all`.
     """
     apart = {s: r for s, r in reports.items() if r.apart and not pool_all}
@@ -89,7 +89,7 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
 
 
 def _headline(reports: Mapping[str, Report]) -> list[Score]:
-    """Computes the trade-off and its terms; identity comes with the subjects' mean T and mean chance."""
+    """Computes the trade-off and its terms, adding the subjects' mean T and mean chance to identity."""
     ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
     made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
     found = [i for r in reports.values() if (i := r.score("identity"))]
@@ -99,7 +99,7 @@ def _headline(reports: Mapping[str, Report]) -> list[Score]:
 
 
 def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Averages over all pictures, and over the pairs with and without the concept."""
+    """Averages rates and cosines over all pictures, and drift over the pairs with and without the concept."""
     made, base, drifts = (
         [(s, p) for s, r in reports.items() for p in r.of_kind(kind)] for kind in ("concept", "base", "drift")
     )
@@ -119,7 +119,7 @@ def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
 
 
 def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Averages diversity over prompts and, over subjects, the scores that accompany freedom."""
+    """Averages diversity over prompts, and the scores that accompany freedom over subjects."""
     scores: dict[str, Score] = {}
     varied = [
         (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))
@@ -143,7 +143,7 @@ def interval(
     values: Sequence[float], unit: str, clusters: Sequence[Hashable] | None = None
 ) -> tuple[float | None, float | None]:
     """Returns the 95 % interval of a mean, resampling whole `clusters` (None: each value is its own cluster). (None, None)
-    for fewer than two clusters, because one says nothing about others. NaNs are left out."""
+    for fewer than two clusters, because a single one says nothing about others. NaNs are left out."""
     labels = list(range(len(values))) if clusters is None else list(clusters)
     kept = {c for c, v in zip(labels, values, strict=True) if not math.isnan(v)}
     if len(kept) < 2:

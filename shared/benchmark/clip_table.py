@@ -29,7 +29,7 @@ RELATIVE = ("identity", "both")  # reports divide these by the share of true pic
 
 @dataclass(frozen=True)
 class ClipGoal:
-    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference of identity."""
+    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference in identity."""
 
     motion: float | None = None
     identity: float | None = None
@@ -49,7 +49,7 @@ class ClipGoal:
 
 @dataclass(frozen=True)
 class ClipsRow:
-    """One recipe over all its cells: every clip counts once, intervals resample whole motions."""
+    """One recipe over all its cells: every clip counts once, and intervals resample whole motions."""
 
     recipe: str
     motions: tuple[str, ...]
@@ -90,7 +90,7 @@ def _pooled(reports: Iterable[ClipReport]) -> Arms:
     for report in listed:
         made += _rows(report, report.of_kind("concept"))
         base += _rows(report, report.of_kind("base"))
-        # A motion without words acts in every clip, so its clips also count as those that do not name it.
+        # A motion without words acts in every clip, so its clips also count as clips that do not name it.
         unnamed += _rows(report, report.of_kind("unnamed") or report.of_kind("concept"))
     clusters = [number[r.motion] for r in listed for _ in r.of_kind("concept")]
     said = any(r.score("false_motion") for r in listed)

@@ -113,7 +113,7 @@ class Comparison:
 
     def ahead(self, recipe: str) -> Score | None:
         """Returns the recipe's trade-off minus the control's, averaged over the subjects that both have, with a 95 % interval
-        over subjects; None for the control itself, and if they share no subject."""
+        over subjects; None for the control itself, or if the two share no subject."""
         if self.control is None or recipe == self.control:
             return None
         pairs = [(self._trade_off(recipe, s), self._trade_off(self.control, s)) for s in self.subjects]
@@ -125,7 +125,7 @@ class Comparison:
         return Score(key="ahead", title=title, value=sum(gaps) / len(gaps), low=low, high=high)
 
     def _trade_off(self, recipe: str, subject: str) -> float | None:
-        """Returns one cell's trade-off; None if it has none or its subject is shown apart."""
+        """Returns one cell's trade-off; None if it has none or its subject is shown separately."""
         report = self.reports.get((recipe, subject))
         score = None if report is None or report.apart else report.score("trade_off")
         return None if score is None else score.value

@@ -41,7 +41,7 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
     If a modality fails, the report says so and the others continue.
 
     Raises:
-        ValueError: before anything is generated: for an unknown modality, one that cannot show the concept, a concept that is
+        ValueError: before anything is generated, for an unknown modality, one that cannot show the concept, a concept that is
             not a subject or identity, missing reference pictures, missing instruments, or an `out` that exists
     """
     chosen = modalities(names)

@@ -103,7 +103,7 @@ def benchmark(
         "prompts": experiment.prompts,
         "seeds": list(experiment.seeds),
         "settings": dict(experiment.settings),
-        "schema": reporting.schema,  # scores of other versions are not comparable
+        "schema": reporting.schema,  # scores from other versions are not comparable
     }
     out.mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, str], R] = {}
@@ -183,7 +183,7 @@ def compare(
     control: str | None = None,
 ) -> Comparison:
     """Builds the table from reports by (recipe, subject). ValueError if they were not measured with the same instruments, or
-    their trade-offs have different terms."""
+    if their trade-offs have different terms."""
     failures = failures or {}
     terms = {r.terms for r in reports.values() if not r.apart}
     if len(terms) > 1:

@@ -34,7 +34,7 @@ class Asked:
     prompts: str = ""  # a prompt set or a file; "": the first plain prompts of the model's default set
     limit: int = 4  # number of prompts
     seeds: tuple[int, ...] = (0, 1)
-    steps: int | None = None  # denoising steps; None: those of the concept's recipe
+    steps: int | None = None  # denoising steps; None: as in the concept's recipe
     motion: str | None = None  # a motion concept for the clips, PATH or PATH:STRENGTH
     motion_adapter: Path | None = None
     asset_recipe: str = "texture_refinement"
@@ -74,8 +74,8 @@ class Asked:
 
     @cached_property
     def standard(self) -> PromptSet:
-        """Returns the prompts for pictures and clips: by default, those of the model's own set that only state where the
-        subject is. Freedom is not measured across modalities."""
+        """Returns the prompts for pictures and clips: by default, the ones in the model's own set that state only where
+        the subject is. Freedom is not measured across modalities."""
         found = load_prompts(self.prompts or (self.world.prompts if self.world else REAL), self.class_noun)
         plain = [p for p in found.prompts if self.prompts or (p.free and set(p.expects) <= {"background"})]
         chosen = tuple(p.model_copy(update={"pose_open": False}) for p in plain[: self.limit])
@@ -97,9 +97,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Made:
-    """Everything that a modality generated. case: what its frames are compared with; true: renders of the real subject, shown
-    as in this modality: [N, 3, H, W] that set the bar and [M, 3, H, W] that are compared to it. None: drawn for the shots'
-    prompts instead, if a world can draw them."""
+    """Everything that a modality generated.
+
+    case: what its frames are compared with. true: renders of the real subject, shown as in this modality: [N, 3, H, W] that
+    set the bar, and [M, 3, H, W] that are compared to it; if None, they are drawn for the shots' prompts, if a world can."""
 
     case: Case
     shots: Sequence[Shot]

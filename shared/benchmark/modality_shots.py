@@ -24,7 +24,7 @@ Write = Callable[[Tensor, Path], Path]  # pixels, and a path without an extensio
 
 
 def shots_of(runner: Runner, asked: Asked, bars: Bars, write: Write, motion: str = "") -> Made:
-    """Generates the standard prompts with every seed, using a runner with the concept loaded. motion: the name of a loaded
+    """Generates one shot per standard prompt and seed, using a runner with the concept loaded. motion: the name of a loaded
     motion, which follows the concept's name in prompts."""
     thing = f"<{asked.name}> <{motion}>" if motion else f"<{asked.name}>"
     chosen = [(p, s) for p in asked.standard.prompts for s in asked.seeds]

@@ -86,7 +86,7 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
 
 
 def count_or_names(text: str) -> int | tuple[str, ...]:
-    """ "4", or "development-mug,development-duck". ValueError for neither."""
+    """Parses "4", or "development-mug,development-duck". ValueError for anything else."""
     names = tuple(name.strip() for name in text.split(","))
     if len(names) == 1 and names[0].lstrip("-").isdigit():
         if not 1 <= int(names[0]) <= MOST:
@@ -167,8 +167,8 @@ def _cell(
 
 
 def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
-    """Loads the concept if an earlier call has learned exactly this one, so that it is only scored again. Returns whether it
-    was loaded."""
+    """Loads the concept if an earlier call learned exactly this one, so that it only has to be scored again. Returns
+    whether it was loaded."""
     if not concept.is_dir():
         return False
     kept = read(concept)
@@ -181,7 +181,7 @@ def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
 
 
 def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
-    """Learns a concept unless an earlier call has, and loads it. Returns its name."""
+    """Learns a concept unless an earlier call did, and loads it. Returns its name."""
     concept.parent.mkdir(parents=True, exist_ok=True)
     planned = plan(recipe, overwrite=True)
     if not learned_before(concept, planned, runner):
@@ -216,7 +216,7 @@ class Things:
 
 
 def evaluators() -> str:
-    """Returns a hash of the evaluators' weights and calibration: scores of different instruments cannot share a table."""
+    """Returns a hash of the evaluators' weights and calibration: scores from different instruments cannot share a table."""
     digest = hashlib.sha256()
     for path in sorted([*WEIGHTS.glob("*/model.safetensors"), *WEIGHTS.glob(CALIBRATION)]):
         digest.update(path.parent.name.encode() + path.read_bytes())

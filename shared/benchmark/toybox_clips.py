@@ -44,7 +44,7 @@ class ClipBenchmarkSettings:
     device: str | None = None  # None: the GPU if there is one
     overrides: tuple[str, ...] = ()  # key=value applied on top of every recipe for motions
     subject_overrides: tuple[str, ...] = ()  # key=value applied on top of the recipe for things
-    steps: int | None = None  # denoising steps; None: those of the motion's recipe
+    steps: int | None = None  # denoising steps; None: as in the motion's recipe
     motion_adapter: Path | None = None  # a folder; None: the toybox's own
 
 
@@ -110,7 +110,7 @@ class _Bench:
     settings: ClipBenchmarkSettings
 
     def report(self, name: str, recipe: str, cell: tuple[str, str], workdir: Path) -> ClipReport:
-        """One cell's report."""
+        """Returns one cell's report."""
         motion, thing = cell
         out = self.settings.out
         references = out / "references" / motion

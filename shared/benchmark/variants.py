@@ -32,12 +32,12 @@ def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"{key} is varied twice: list all of its values at once, {key}=VALUE,VALUE")
+            raise ValueError(f"{key} is varied twice: list all of its values together, {key}=VALUE,VALUE")
     rows = len(recipes)
     for _, values in axes:
         rows *= len(values)
     if rows > MOST:
-        raise ValueError(f"the grid has {rows:,} rows; at most {MOST:,} fit one table")
+        raise ValueError(f"the grid has {rows:,} rows; at most {MOST:,} fit in one table")
     out: dict[str, Variant] = {}
     for name, recipe in recipes.items():
         for values in itertools.product(*(values for _, values in axes)):

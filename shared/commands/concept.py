@@ -39,7 +39,9 @@ def export(
     format: str = typer.Option("diffusers", help="file format: diffusers"),
     strength: float = typer.Option(1.0, help="strength folded into the weights and the learned tokens"),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
-    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
+    download: bool = typer.Option(
+        False, "--download", help="download files from the hub if they are not in the local cache"
+    ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Export a concept in another program's format, load it back with that program, and compare the two numerically."""
@@ -65,11 +67,13 @@ def import_(
     ),
     out: Path = typer.Option(help="the concept folder to write, which also names the concept", **PATH),
     token: str = typer.Option(
-        "", help='words for the subject in training ("sks mug"); default: it takes effect without a token'
+        "", help='words for the subject in training ("sks mug"); default: none, so it takes effect without a token'
     ),
     class_noun: str = typer.Option("", help="the subject's class; default: the token without its first word"),
     backbone: str = typer.Option(None, help="the model it was trained on: folder, file or hub id; default: the toybox"),
-    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
+    download: bool = typer.Option(
+        False, "--download", help="download files from the hub if they are not in the local cache"
+    ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Import a LoRA trained by another program as a concept. Names that match no layer are reported."""
@@ -128,9 +132,9 @@ def evaluate(
         "", help="a prompt set or a file; default: the first plain prompts of the model's own set"
     ),
     limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts, for pictures and for clips"),
-    num: int = typer.Option(2, min=1, max=10_000, help="number of pictures and of clips per prompt"),
+    num: int = typer.Option(2, min=1, max=10_000, help="number of pictures and clips per prompt"),
     seed: int = typer.Option(0, min=0, max=2**62),
-    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the concept's recipe"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the concept's recipe"),
     motion: str = typer.Option(None, help="a motion concept for the clips, PATH or PATH:STRENGTH"),
     motion_adapter: Path = typer.Option(None, help="a folder with a diffusers MotionAdapter for clips", **PATH),
     asset_recipe: str = typer.Option("texture_refinement", help="recipe to generate the asset with"),
@@ -146,7 +150,9 @@ def evaluate(
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
-    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
+    download: bool = typer.Option(
+        False, "--download", help="download files from the hub if they are not in the local cache"
+    ),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
     """Score one concept in pictures, clips and an asset with the same instruments, in one table."""

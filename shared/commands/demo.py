@@ -23,7 +23,7 @@ def demo(
     motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
     asset_recipe: str = typer.Option("reference_reconstruction", help="recipe to generate the asset with"),
     part: list[str] = typer.Option(
-        ["image"], help="image, video or 3d (the last two each add some minutes); can be repeated"
+        ["image"], help="image, video or 3d (video and 3d add a few minutes each); can be repeated"
     ),
     overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:

@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safete
 
 @app.callback()
 def doctor() -> None:
-    """Print what works and what does not, and how to fix it. Exits with 1 when something needs fixing."""
+    """Print what works and what does not, and how to fix it. Exits with code 1 if something needs fixing."""
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -50,7 +50,7 @@ def _torchvision(line) -> None:
     except Exception as error:
         line(
             False,
-            f"torchvision is installed and broken, which breaks transformers: pip uninstall torchvision ({error})",
+            f"torchvision is installed but broken, which breaks transformers: pip uninstall torchvision ({error})",
         )
 
 

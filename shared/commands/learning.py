@@ -1,4 +1,4 @@
-"""The common part of `pcs image personalize` and `pcs video personalize`: from recipe and settings to concept folders."""
+"""The code shared by `pcs image personalize` and `pcs video personalize`: learns concepts with a recipe and saves them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ _EVERY = 10.0  # seconds between two log lines during training
 
 
 class Tenths:
-    """Prints a line on standard error at the first step of each ten percent of a job, and at its end."""
+    """Prints a line to standard error each time a job completes another ten percent, and at its end."""
 
     def __init__(self) -> None:
         self.printed: dict[str, int] = {}
@@ -59,7 +59,7 @@ class Lines:
 
 
 class Bar(Lines):
-    """A bar over training steps, with loss and remaining time, and one for each job that generates pictures."""
+    """Shows a bar over training steps, with loss and remaining time, and one for each job that generates pictures."""
 
     def __init__(self) -> None:
         super().__init__()

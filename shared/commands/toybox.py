@@ -10,7 +10,7 @@ import typer
 from shared.commands.paths import PATH
 from shared.pretrain.toybox import stages as pipeline
 
-app = typer.Typer(help="The embedded toy world and its model: train, evaluate, look.", no_args_is_help=True)
+app = typer.Typer(help="Train, evaluate and look at the embedded toy world and its model.", no_args_is_help=True)
 
 _WORK = typer.Option(
     Path(".toybox"), help="folder for rendered pictures and checkpoints; training resumes from it", **PATH

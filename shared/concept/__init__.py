@@ -1,4 +1,4 @@
-"""The saved concept: one folder, loaded without executing anything. Importing this loads no model library."""
+"""The saved concept: one folder, loaded without executing anything. Importing this package loads no model library."""
 
 from __future__ import annotations
 

@@ -30,20 +30,20 @@ _ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # t
 
 
 def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifiers: Any = Modifier) -> None:
-    """Register the concept's name on the backbone and inject its adapters, frozen. `backbone.remove(name)` undoes it.
+    """Registers the concept's name on the backbone and injects its adapters, frozen. `backbone.remove(name)` undoes this.
 
     Args:
-        strength: how strongly its adapters and learned words act: 0 is off (words take their initial values), 1 as learned
+        strength: how strongly the adapters and learned words act: 0 is off (words take their initial values), 1 is as learned
         modifiers: the union of known modifiers; a package with additional ones passes its own
 
     Raises:
-        ValueError: if the model lacks layers of the concept or has them in other shapes (`fits` says which), if some or all
-            of its tensors do not fit (the message says how many), if its name is taken, if the model cannot tell its words
-            from an attached concept's, if the strength is not 1 but there is nothing to scale, or if it shares its adapters
-            with a concept that is attached at another strength. The backbone is then left unchanged.
+        ValueError: if the model lacks layers that the concept changes or has them in other shapes (`fits` says which), if
+            some or all of the concept's tensors do not fit (the message says how many), if its name is taken, if the model
+            cannot tell its words from those of an attached concept, if the strength is not 1 but there is nothing to scale,
+            or if it shares its adapters with a concept attached at another strength. The backbone is then left unchanged.
 
     Warns:
-        UserWarning: if it was learned on another checkpoint of these layers
+        UserWarning: if the concept was learned on a checkpoint with different weights
     """
     name = concept.meta.name
     if name in backbone.placeholders or name in backbone.adapters:
@@ -70,7 +70,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
 
 
 def detach(backbone: Backbone, name: str) -> None:
-    """Remove a concept, restoring outputs, repr and tokenizers. ValueError if it is not attached."""
+    """Removes a concept and restores outputs, repr and tokenizers. Raises ValueError if it is not attached."""
     backbone.remove(name)
 
 
@@ -81,11 +81,11 @@ def _check_fit(concept: Concept, backbone: Backbone) -> None:
         raise ValueError(f"{meta.name!r} does not fit {backbone.name or backbone.family}: {reason}")
     if info.family == backbone.family:
         same = info.checkpoint == backbone.checkpoint
-    else:  # the checkpoint of a family built on another covers more weights, so compare the layers that the concept touches
+    else:  # a family built on another has more weights in its checkpoint, so compare only the layers that the concept touches
         same = info.layers == layers_identity(backbone, meta.layers, meta.embeddings)
     if not same:
         warnings.warn(
-            f"{meta.name!r} was learned on another checkpoint of these layers ({info.name}; "
+            f"{meta.name!r} was learned on a checkpoint with different weights ({info.name}; "
             f"this is {backbone.name}): its pictures may look different here",
             stacklevel=3,
         )
@@ -100,7 +100,7 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
     named: Any = create_model("Named", __base__=Part, modifier=(modifiers, ...))
     modifier = validate(named, {"modifier": meta.modifier}, where=f"the concept {meta.name!r}").modifier
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="modifier.token=")  # the user was warned when it was learned
+        warnings.filterwarnings("ignore", message="modifier.token=")  # the user was warned during training
         placeholder = modifier.attach(backbone, meta.name, meta.class_noun, seed=meta.seed)
     placeholder.load_state_dict(concept.learned_words)
     if concept.initial_embeddings:  # otherwise the initial values come from this model's words
@@ -111,7 +111,7 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
 
 
 def _check_words(placeholder: Placeholder, backbone: Backbone) -> None:
-    """Raises ValueError if the words of another attached concept equal, contain or are contained in these words.
+    """Raises ValueError if another attached concept's words equal these words, contain them or are contained in them.
 
     Two styles may have the same ordinary words, because they take effect without being named.
     """
@@ -186,15 +186,15 @@ def _attach_weights(concept: Concept, backbone: Backbone) -> None:
 
 
 def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError, before memory is allocated, for an adapter that is larger than its tensors."""
+    """Raises ValueError, before any memory is allocated, if the adapter would be larger than its stored tensors."""
     plain = settings.get("peft_type") == "LORA"
     ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()] if plain else [0]
     largest = max((max(t.shape, default=0) for t in state.values()), default=0)
     if not state:
-        raise ValueError(f"{where}: no tensors for an adapter of {len(settings['target_modules'])} modules")
+        raise ValueError(f"{where}: no tensors for an adapter on {len(settings['target_modules'])} modules")
     if max(ranks) > largest:
         raise ValueError(
-            f"{where}: rank {max(ranks)} does not fit its {len(state)} tensors, whose largest side is {largest}"
+            f"{where}: rank {max(ranks)} does not fit its {len(state)} tensors, whose largest dimension is {largest}"
         )
 
 
@@ -202,7 +202,7 @@ def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where:
 
 
 def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
-    """Returns the name of the attached concept with the same adapters, if any. ValueError if its strength differs."""
+    """Returns the name of the attached concept with the same adapters, if any. Raises ValueError if its strength differs."""
     meta = concept.meta
     if not meta.adapter_id:
         return None

@@ -33,7 +33,7 @@ def capture(
 
     Args:
         adapter_sets: the names under which the adapters are registered; default: only `name`. A run with several subjects
-            or sets has more; after loading, all of them belong to the concept and share its strength
+            or adapter sets has more names; after loading, all these adapters belong to the concept and share its strength
 
     Raises:
         ValueError: if nothing is attached under these names, or an adapter is of a kind that cannot be saved
@@ -48,7 +48,7 @@ def capture(
     if placeholder is None and not attached:
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
     if placeholder is not None and not modifier:
-        raise ValueError(f"{name!r} has a placeholder: give its modifier, without which it cannot be loaded again")
+        raise ValueError(f"{name!r} has a placeholder: give its modifier, or it cannot be loaded again")
     adapters_info, tensors = _adapters_of(attached, name)
     if placeholder is not None:
         starts = {START + key: vectors for key, vectors in placeholder.initial_state_dict().items()}
@@ -70,7 +70,7 @@ def capture(
 
 
 def _built_on(backbone: Backbone, adapters_info: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
-    """Describes the model, and the layers and embeddings of it that the concept needs."""
+    """Describes the model and those of its layers and embeddings that the concept needs."""
     layers = shapes(backbone, _touched(adapters_info))
     info = {
         "family": backbone.family,
@@ -90,7 +90,7 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
     described = provenance.described()
     try:
         return validate(ConceptMeta, {**needed, **described}, where)
-    except ValueError as error:  # an invalid description must not lose the learned tensors
+    except ValueError as error:  # an invalid description must not cost the user the learned tensors
         kept = {"class_noun": described["class_noun"]}
         meta = validate(ConceptMeta, {**needed, **kept}, where)
         warnings.warn(f"{error}\nThe concept is saved without its recipe, metrics and references", stacklevel=3)
@@ -98,8 +98,8 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
 
 
 def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any], Tensors]:
-    """Returns ("adapters", "weights" and "branches" of the description, tensors by kind). If two adapters have the same slot
-    and component, a number is added to the second one's slot."""
+    """Returns the description's "adapters", "weights" and "branches", and the tensors by kind. If two adapters have the same
+    slot and component, a number is added to the second one's slot."""
     adapters: dict[str, dict[str, Any]] = {}
     weights: dict[str, dict[str, list[str]]] = {}
     branches: dict[str, dict[str, Any]] = {}

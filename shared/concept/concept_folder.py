@@ -25,8 +25,8 @@ from shared.io.safetensors_files import read_safetensors_header, safe_load_safet
 
 META = "concept.json"
 PREVIEW = "preview.png"
-START = "start."  # prefix of a key in "embeddings": the tensor's initial value
-KINDS = ("adapter", "weights", "branches", "embeddings")  # each is one file KIND.safetensors
+START = "start."  # prefix of the keys in "embeddings" that hold initial values
+KINDS = ("adapter", "weights", "branches", "embeddings")  # each is stored in one file, KIND.safetensors
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DTYPES = ("F32", "F16", "BF16")
 _MAX_JSON = 16 * 2**20  # bytes
@@ -48,7 +48,7 @@ class Concept:
     """What was learned about a subject: a description and tensors.
 
     `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
-    weight deltas), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned, by its
+    weight deltas), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned, under its
     own keys, such as `{component}` for the vectors `[n, d]` of learned tokens; the initial values are under `start.{key}`).
     Each maps keys to float tensors on the CPU.
     """
@@ -64,12 +64,12 @@ class Concept:
 
     @property
     def learned_words(self) -> dict[str, Tensor]:
-        """The tensors that the modifier learned, by its own keys."""
+        """The tensors that the modifier learned, under its own keys."""
         return {key: vectors for key, vectors in self.of("embeddings").items() if not key.startswith(START)}
 
     @property
     def initial_embeddings(self) -> dict[str, Tensor]:
-        """The initial values of `learned_words`, by the same keys; empty in concepts saved without them."""
+        """The initial values of `learned_words`, under the same keys; empty in concepts saved without them."""
         return {key[len(START) :]: vectors for key, vectors in self.of("embeddings").items() if key.startswith(START)}
 
     def of(self, kind: str) -> Mapping[str, Tensor]:
@@ -78,12 +78,12 @@ class Concept:
 
 
 def with_fields(part: Part, **changes: Any) -> Any:
-    """Returns a validated copy of a part with some fields changed. Raises ValueError as its constructor does."""
+    """Returns a validated copy of a part with some fields changed. Raises ValueError if its constructor would."""
     return type(part).model_validate({**part.model_dump(), **changes})
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Hashes names, shapes and values of adapter, weight and branch tensors (sha256); equal for concepts learned together."""
+    """Returns the sha256 of the adapter, weight and branch tensors (names, shapes, values), equal if learned together."""
     digest = hashlib.sha256()
     any_tensor = False
     for kind in ("adapter", "weights", "branches"):
@@ -98,13 +98,13 @@ def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
 
 
 def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False, preview: Any = None) -> Concept:
-    """Write the folder atomically. Returns the concept as saved.
+    """Writes the folder atomically and returns the concept as saved.
 
     Args:
-        preview: a PIL image, or a PNG file; default: the concept's own
+        preview: a PIL image or the path of a PNG file; default: the concept's own preview
 
-    Raises ValueError if the output exists and is not empty, unless `overwrite` (the old folder stays until the new one is
-    complete), and if a tensor contains NaN or Inf, which reading would refuse.
+    Raises ValueError if the output exists and is not empty, unless `overwrite` is set (the old folder then stays until the
+    new one is complete), or if a tensor contains NaN or Inf, which `read` would refuse.
     """
     _check_finite(concept)
     with atomic_folder(path, overwrite) as folder:
@@ -144,9 +144,9 @@ def dump_json(meta: ConceptMeta) -> str:
 def read(path: str | os.PathLike[str]) -> Concept:
     """Reads the concept in a folder. Nothing in it is executed; its preview is not opened.
 
-    Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged, too large, not the one
-    that `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if the folder holds a file
-    that could contain code.
+    Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged or too large, is not
+    the one that `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if the folder holds
+    a file that could contain code.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -165,7 +165,8 @@ def read(path: str | os.PathLike[str]) -> Concept:
 
 
 def read_meta(file: Path) -> ConceptMeta:
-    """Reads a concept's description. ValueError, naming the file, if it is too large, damaged or of another version."""
+    """Reads a concept's description. Raises ValueError, naming the file, if it is too large, damaged or from another
+    version."""
     if file.stat().st_size > _MAX_JSON:
         raise ValueError(
             f"{file} is {file.stat().st_size:,} bytes; the limit for a concept's description is {_MAX_JSON:,}"

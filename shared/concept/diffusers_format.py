@@ -50,7 +50,7 @@ class Layer:
 def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]]:
     """Returns component -> path -> the update of that layer.
 
-    Raises ValueError for what this format cannot store: adapters other than LoRA, changed weights, and DoRA that shares a
+    Raises ValueError for anything this format cannot store: adapters other than LoRA, changed weights, and DoRA that shares a
     layer or component with something else.
     """
     if concept.of("weights"):
@@ -70,7 +70,7 @@ def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]
             if MIN_RANK in settings:
                 raise ValueError(
                     f"the rank of slot {slot!r} falls with the noise, down to {settings[MIN_RANK]}: diffusers' LoRA "
-                    "files have one rank at all times"
+                    "files have one fixed rank"
                 )
             prefix = f"{slot}.{component}."
             state = {k[len(prefix) :]: v.float() for k, v in concept.of("adapter").items() if k.startswith(prefix)}
@@ -96,7 +96,7 @@ def _add(layers: dict[str, Layer], state: Mapping[str, Tensor], settings: Mappin
 
 
 def _scale(settings: Mapping[str, Any], path: str) -> float:
-    """Returns alpha / rank of one layer, as peft computes it."""
+    """Returns alpha / rank for one layer, as peft computes it."""
     ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(list(ranks), path), settings.get("r", 8))
     alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
@@ -119,7 +119,7 @@ def _check_dora(component: str, layers: Mapping[str, Layer]) -> None:
 
 
 def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any] | None:
-    """Write the LoRA file; returns None if the concept has no adapter.
+    """Writes the LoRA files and returns their description; None if the concept has no adapter.
 
     Every layer of a component is zero-padded to the same rank, because diffusers versions differ in how they read mixed
     ranks.
@@ -164,7 +164,7 @@ def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
 
 
 def public_path(backbone: Backbone, component: str, path: str) -> str:
-    """Returns the layer's name in files: transformers 5 dropped CLIP's `text_model.`, but files and older versions have it."""
+    """Returns the layer's name in files: transformers 5 dropped CLIP's `text_model.`, which files and older versions have."""
     clip = type(backbone.components[component]).__name__.startswith("CLIPText")
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
 
@@ -172,13 +172,13 @@ def public_path(backbone: Backbone, component: str, path: str) -> str:
 def write_tokens(
     concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...], strength: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Write one `{token: [n, d]}` file per text encoder; as in diffusers, the first of `tokens` names all n vectors.
+    """Writes one `{token: [n, d]}` file per text encoder; as in diffusers, the first of `tokens` names all n vectors.
 
-    "end_of_text" in an entry marks a CLIP with an old configuration, which the user has to correct: it takes its pooled
-    output at the highest token id, which would be an added token instead of the end token.
+    "end_of_text" in an entry marks a CLIP with an old configuration, which the user has to correct: it pools at
+    the position of the highest token id, which would be an added token instead of the end token.
 
     Args:
-        strength: folded into the vectors, from their initial values (0) to what was learned (1)
+        strength: folded into the vectors: 0 writes their initial values, 1 the learned ones
 
     Raises ValueError if the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), or if what was
     learned is not one table of vectors per text encoder.
@@ -226,12 +226,12 @@ def reads_token_files(pipeline: Any) -> bool:
 
 
 def token_names(token: str, vectors: int) -> list[str]:
-    """Returns the names that diffusers gives to the tokens of several vectors."""
+    """Returns the names that diffusers gives to the tokens of a concept with several vectors."""
     return [token, *(f"{token}_{i}" for i in range(1, vectors))]
 
 
 def public_token(backbone: Backbone, token: str) -> str:
-    """Returns a token's name in files: lower case where diffusers looks it up, because CLIP's tokenizer lowercases."""
+    """Returns a token's name in files: in lower case if diffusers looks it up, because CLIP's tokenizer lowercases prompts."""
     return token.lower() if reads_token_files(backbone.pipeline()) else token
 
 

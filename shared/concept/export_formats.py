@@ -31,7 +31,7 @@ def export(
     backbone: Backbone | None = None,
     strength: float = 1.0,
 ) -> dict[str, Any]:
-    """Write the concept in another program's format, load it back there, and compare.
+    """Writes the concept in another program's format, loads it there, and compares the outputs.
 
     Args:
         path: the folder to write; it appears only if the comparison succeeds
@@ -45,7 +45,7 @@ def export(
 
     Raises:
         ValueError: if the format is unknown or cannot store the concept, if the folder exists already, or if the written
-            files do not give the same outputs (nothing is left behind then)
+            files do not produce the same outputs (nothing is left behind in that case)
     """
     if format not in FORMATS:
         raise ValueError(unknown(format, FORMATS, "format"))

@@ -37,7 +37,7 @@ def fits(concept: Concept, backbone: Backbone) -> str | None:
     for component, width in meta.embeddings.items():
         model_width = embedding_width(backbone, component)
         if model_width != width:
-            return f"its words have {width} values in {component}, but words here have {model_width}"
+            return f"its word embeddings have {width} values in {component}, but this model's have {model_width}"
     return None
 
 
@@ -63,7 +63,7 @@ def embedding_width(backbone: Backbone, component: str) -> int:
 
 
 def shapes(backbone: Backbone, touched: Iterable[tuple[str, str]]) -> Shapes:
-    """Returns the base shapes of (component, path) pairs; () for a layer without an ordinary weight (a packed one)."""
+    """Returns the base shapes of (component, path) pairs; () for a layer without an ordinary weight, such as a packed one."""
     out: Shapes = {}
     for component, path in sorted(set(touched)):
         weight = base_weight(backbone, component, path)

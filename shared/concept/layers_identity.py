@@ -16,9 +16,9 @@ _SAMPLES = 4096  # values sampled from each weight to tell checkpoints apart
 
 @torch.no_grad()
 def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
-    """Returns the sha256 of the signs of the weights that a concept builds on: its layers, and the embeddings of a few letters.
+    """Hashes (sha256) the signs of the weights that a concept builds on: its layers, and the embeddings of a few letters.
 
-    Rounding to another precision keeps signs, so a model gives the same result in any precision.
+    Rounding to another precision keeps the signs, so a model has the same hash in every precision.
     """
     digest = hashlib.sha256()
     with backbone.active({}):  # with everything off, changed weights have their base values

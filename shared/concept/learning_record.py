@@ -28,13 +28,13 @@ def _points(text: str) -> str:
 
 
 class _Read(BaseModel):
-    """Allows additional keys, because recipes of other packages have more."""
+    """A model that allows additional keys, because recipes from other packages have more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class LearnedSampling(_Read):
-    """How the concept's pictures were generated. None: the backbone's defaults."""
+    """How the concept's pictures were generated. None means the backbone's default."""
 
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
@@ -69,7 +69,7 @@ class LearnedWith(_Read):
     phases: Annotated[dict[str, Annotated[LearnedPhase, BeforeValidator(_nothing)]], BeforeValidator(_nothing)] = {}
 
     def folder_of(self, name: str) -> str | None:
-        """Returns the name of the folder that the pictures or clips of `name` were in; None if they were not in one folder."""
+        """Returns the name of the folder that the pictures or clips of `name` were in; None if there is no single folder."""
         subject = self.subject or self.subjects.get(name)
         given = None if subject is None else subject.images or subject.clips
         return given if isinstance(given, str) else None
@@ -85,5 +85,6 @@ class _Used(_Read):
 
 
 def learned_with(recipe: Mapping[str, Any], metrics: Mapping[str, Any], where: str) -> LearnedWith:
-    """Validates the parts of a description that other code reads. ValueError, naming `where` and the key, if one is invalid."""
+    """Validates the parts of a description that other code reads. Raises ValueError, naming `where` and the key, if one is
+    invalid."""
     return validate(_Used, {"recipe": recipe, "metrics": metrics}, where=where).recipe

@@ -25,7 +25,7 @@ from shared.concept.schema import ConceptMeta
 from shared.config import NAME, validate
 from shared.io.read_subject import plain_noun
 
-_SLOT = {False: "lora", True: "dora"}  # by whether it is a DoRA; a peft adapter cannot mix the two
+_SLOT = {False: "lora", True: "dora"}  # by whether the layer has DoRA; a peft adapter cannot mix the two
 _SOME = 8  # the most names to list in a message
 
 
@@ -43,11 +43,11 @@ Layers = dict[tuple[str, str], LayerLora]  # by component and path
 
 
 def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str = "", name: str = "") -> Concept:
-    """Imports a LoRA file as a concept for this backbone. Its keys may follow diffusers, peft or kohya.
+    """Imports a LoRA file as a concept for this backbone. The file's keys may follow diffusers, peft or kohya.
 
     Args:
-        path: a safetensors file, or the folder that diffusers or peft wrote
-        token: what captions called the subject in training ("sks mug"); "": the LoRA takes effect without a token
+        path: a safetensors file, or a folder written by diffusers or peft
+        token: what captions called the subject in training ("sks mug"); "" if the LoRA takes effect without a token
         class_noun: the subject's plain class; default: `token` without its first word
         name: the concept's name; default: taken from the file (see `concept_name`)
 
@@ -129,7 +129,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
 
 
 class _Misfit(ValueError):
-    """The backbone has a layer of that name, but with another shape."""
+    """The layer that a name in the file stands for has another shape in the backbone."""
 
 
 def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, misfits: list[str]) -> str:
@@ -181,7 +181,7 @@ def _shared_out(values: Tensor, rows: list[int], halves_swapped: bool) -> list[T
 
 
 def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
-    """Returns DoRA's magnitude as [out]. ValueError for a magnitude per input, which peft does not support."""
+    """Returns DoRA's magnitude as [out]. Raises ValueError for a magnitude per input, which peft does not support."""
     size = lora.magnitude
     assert size is not None
     if size.numel() == outputs and (

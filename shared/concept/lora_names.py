@@ -25,15 +25,15 @@ class Place:
 
     component: str
     paths: tuple[str, ...]
-    halves_swapped: bool = False  # the file has shift before scale, the layer has scale before shift
+    halves_swapped: bool = False  # the file has shift before scale, whereas the layer has scale before shift
 
 
 def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
-    """Returns every known spelling, flattened -> the places that it can mean (more than one: the spelling is ambiguous).
+    """Maps every known spelling, flattened, to the places that it can mean; with more than one, the spelling is ambiguous.
 
     Args:
         file: the file's name. If it contains the name of an expert other than the first, the file is for that expert, even
-            if the names of its layers begin with the first one's
+            if its layer names begin with the name of the first one
     """
     index: dict[str, set[Place]] = {}
     first, *others = backbone.noise_ranges
@@ -59,12 +59,12 @@ def flat(name: str) -> str:
     return name.removeprefix(PEFT).replace(".processor.", ".").replace(".", "_")
 
 
-#: kohya's, OneTrainer's and ComfyUI's prefixes of the denoiser.
+#: The prefixes that kohya, OneTrainer and ComfyUI use for the denoiser.
 _DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffusion_model.")
 
 
 def _text_prefixes(component: str) -> tuple[str, ...]:
-    """Returns a text encoder's prefixes: kohya and ComfyUI count FLUX's T5 as encoder 3, other programs as 2."""
+    """Returns a text encoder's prefixes; kohya and ComfyUI number FLUX's T5 as encoder 3, other programs as 2."""
     if component == "text_encoder":
         return ("lora_te_", "lora_te1_")
     return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()
@@ -84,7 +84,7 @@ def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[t
 
 
 def _flux(network: Any) -> Iterator[tuple[str, ...]]:
-    """Yields (Black Forest Labs' name, diffusers' names); the former has queries, keys and values in one matrix."""
+    """Yields (Black Forest Labs' name, diffusers' names); Black Forest Labs stores queries, keys and values in one matrix."""
     for i in range(len(network.transformer_blocks)):
         ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for stream, qkv, out, norm, ff in (
@@ -110,7 +110,7 @@ def _flux(network: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _stable_diffusion(network: Any) -> Iterator[tuple[str, ...]]:
-    """Yields (the LDM checkpoint's name, diffusers' name) of the U-Net's layers; LDM numbers its blocks consecutively."""
+    """Yields (the LDM checkpoint's name, diffusers' name) for the U-Net's layers; LDM numbers its blocks consecutively."""
     yield "input_blocks.0.0", "conv_in"
     yield "out.2", "conv_out"
     for number, leaf in ((0, "linear_1"), (2, "linear_2")):
@@ -157,7 +157,7 @@ _LDM_RESNET = {
 
 
 def _wan(network: Any) -> Iterator[tuple[str, str]]:
-    """Yields (Wan's own name, diffusers' name)."""
+    """Yields (Wan's own name, diffusers' name) for each layer."""
     for i in range(len(network.blocks)):
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
             for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
@@ -187,6 +187,6 @@ _SIGNS = (
 
 
 def looks_like(names: list[str]) -> str:
-    """Returns the architecture that a file's names suggest; "" if none."""
+    """Returns the architecture that a file's names suggest; "" if they suggest none."""
     joined = " ".join(map(flat, names))
     return next((family for family, sign in _SIGNS if re.search(sign, joined)), "")

@@ -38,7 +38,7 @@ _OTHER_KINDS = (
     ("LoHa", re.compile(r"\.hada_")),
     ("LoKr", re.compile(r"\.lokr_")),
     ("OFT", re.compile(r"\.(oft_|boft_)|\.oft_R\.")),
-    ("whole weights (LyCORIS full)", re.compile(r"\.diff(_b)?$")),
+    ("full weights (LyCORIS full)", re.compile(r"\.diff(_b)?$")),
     ("(IA)^3", re.compile(r"\.on_input$|ia3_l")),
     ("LoRA with a bias", re.compile(r"\.lora_B(\.\w+)?\.bias$|\.lora_up\.bias$")),
     ("LoRA of an embedding", re.compile(r"\.lora_embedding_[AB]")),
@@ -47,7 +47,7 @@ _OTHER_KINDS = (
 
 @dataclass
 class NamedLora:
-    """The update that a file has under one name: scale * up @ down."""
+    """The update that a file stores under one name: scale * up @ down."""
 
     name: str  # as in the file, without the suffix that says which tensor it is
     down: Tensor  # [r, in, …]
@@ -68,7 +68,8 @@ class LoraFile:
 
 
 def find_file(path: Path) -> Path:
-    """Returns the path of a LoRA file, given that path or a folder from diffusers or peft. ValueError if there is none."""
+    """Returns the path of a LoRA file, given that path or a folder from diffusers or peft. Raises ValueError if there is no
+    such file."""
     path = expanded(str(path))
     if path.is_dir():
         found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
@@ -84,13 +85,13 @@ def find_file(path: Path) -> Path:
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """Reads the low-rank tensors of a file, fp32, each with the scale that its trainer intended.
+    """Reads a file's low-rank tensors in fp32, each with the scale that its trainer intended.
 
     alpha comes from the file's tensors (kohya), from `adapter_config.json` next to it (peft), or from its header (diffusers).
     If a diffusers or kohya file has no alpha, alpha is the rank, as in those programs.
 
-    Raises ValueError, naming file and key, for anything but a safetensors file (a pickle, say), a missing half of a pair, a
-    method other than LoRA and DoRA, and a peft file whose `adapter_config.json` is missing.
+    Raises ValueError, naming file and key, if the file is not in safetensors format (a pickle, say), half of a pair is
+    missing, the method is neither LoRA nor DoRA, or a peft file's `adapter_config.json` is missing.
     """
     path = find_file(path)
     _refuse_pickle(path)
@@ -117,7 +118,7 @@ def read_lora_file(path: Path) -> LoraFile:
             out.layers[name] = _layer(path, name, tensors, scales)
     if not out.layers:
         some = ", ".join(sorted(header)[:3]) or "nothing at all"
-        raise ValueError(f"{path} is not a LoRA: it contains no pair of low-rank tensors ({some})")
+        raise ValueError(f"{path} is not a LoRA: it contains no pair of low-rank tensors (found: {some})")
     return out
 
 
@@ -173,7 +174,7 @@ class _Scales:
                 )
 
     def alpha(self, name: str, rank: int) -> float:
-        """Returns alpha, where alpha / rank is the scale. ValueError if the configuration states another rank."""
+        """Returns alpha, where alpha / rank is the scale. Raises ValueError if the configuration states another rank."""
         component = "" if self.peft else name.partition(".")[0]
         settings = self.settings.get(component)
         if settings is None:
@@ -184,7 +185,8 @@ class _Scales:
         alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
         if said != rank:
             raise ValueError(
-                f"{self.path}: {name!r} has rank {rank}, but its settings say {said}: they do not belong together"
+                f"{self.path}: {name!r} has rank {rank}, but its settings say {said}: "
+                "the tensors and the settings do not belong together"
             )
         return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 

@@ -1,13 +1,13 @@
 """Merges separately learned concepts without training: Custom Diffusion's closed form (arXiv 2212.04488, section 3.3).
 
 Each concept has its own key and value weights in cross-attention. The merged weights W must treat every concept's words as
-that concept does, and all other text as nearly as possible as the base model does (equation 4):
+that concept's weights do, and all other text as nearly as possible as the base model does (equation 4):
 
     W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
 
-with C [s, d] the text features of the concepts' words, V [o, s] what each concept maps its own words to, and C_reg the
-features of plain captions. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D with D = C G^-1 and
-v = (C D^T)^-1 (V - W_0 C^T)^T.
+where C [s, d] holds the text features of the concepts' words, V [o, s] the outputs to which each concept maps its own words,
+and C_reg the features of plain captions. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D with
+D = C G^-1 and v = (C D^T)^-1 (V - W_0 C^T)^T.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _LEAST = 1e-9  # singular values of C below this share of the largest count as z
 def merge(
     concepts: Sequence[Concept], backbone: Backbone, captions: Sequence[str], method: Method = "closed_form"
 ) -> list[Concept]:
-    """Returns the concepts with one common change of keys and values, each with its own name and words.
+    """Returns the concepts with one shared change to the keys and values, each with its own name and words.
 
-    The concepts share this change: if several are loaded, it acts once, and each one alone contains the change for all.
+    The concepts share this change: if several are loaded, it acts only once, and each one alone contains the change for all.
 
     Args:
-        backbone: the model they were learned on, with none of them attached; it is left unchanged
+        backbone: the model that the concepts were learned on, with none of them attached; it is left unchanged
         captions: plain sentences whose meaning is preserved; ignored by "sum", which adds up the changes
 
     Raises:
@@ -62,7 +62,7 @@ def merge(
 
 
 def solve(weight: Tensor, targets: Tensor, values: Tensor, gram: Tensor) -> Tensor:
-    """Solves equation 5: returns the change of `weight` [o, d] that maps targets [s, d] to values [s, o] at the least cost
+    """Solves equation 5: returns the change to `weight` [o, d] that maps targets [s, d] to values [s, o] at the least cost
     tr(change gram change^T), in float64."""
     directions = torch.linalg.solve(gram, targets.T).T
     factors = torch.linalg.solve(targets @ directions.T, values - targets @ weight.T)
@@ -96,7 +96,7 @@ def _closed_form(
 def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
     """Computes C_reg^T C_reg [d, d] over every position that the network attends to, in float64, plus a small ridge."""
     if not captions:
-        raise ValueError("merging needs captions whose meaning is preserved: give some sentences")
+        raise ValueError("merging needs captions whose meaning it preserves: give some sentences")
     total: Tensor | None = None
     with backbone.active({}):
         for caption in captions:
@@ -108,12 +108,14 @@ def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def _word_features(concept: Concept, backbone: Backbone) -> Tensor:
-    """Returns features [n, d] of the tokens that name the concept, including its class noun, in float64."""
+    """Returns the features [n, d] of the tokens that name the concept, including its class noun, in float64."""
     attach(concept, backbone)
     try:
         placeholder = backbone.placeholders.get(concept.name)
         if placeholder is None or not placeholder.words:
-            raise ValueError(f"{concept.name!r} has no words in prompts: only concepts that are named can be merged")
+            raise ValueError(
+                f"{concept.name!r} has no words in prompts: only concepts that are named in prompts can be merged"
+            )
         prompt = f"{_BEFORE} {placeholder.words}"
         backbone.check_prompt(prompt)
         start, end = (_length(backbone, text) - 1 for text in (_BEFORE, prompt))  # without the end token
@@ -137,7 +139,7 @@ def _length(backbone: Backbone, text: str) -> int:
 
 
 def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, Tensor]]:
-    """Returns for each concept: "{component}.{path}" -> its change of that weight."""
+    """Returns, for each concept, "{component}.{path}" -> its change to that weight."""
     names = [c.name for c in concepts]
     if len(names) < 2:
         raise ValueError("give two or more concepts to merge")
@@ -184,13 +186,13 @@ def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the base weights that the changes apply to, float64, on the CPU."""
+    """Returns the base weights that the changes apply to, in float64 on the CPU."""
     out = {}
     with backbone.active({}):
         for key, delta in like.items():
             weight = find_parameter(backbone, key)
             if weight is None or weight.shape != delta.shape:
-                shape = "not here" if weight is None else f"{list(weight.shape)} here"
+                shape = "missing here" if weight is None else f"{list(weight.shape)} here"
                 raise ValueError(
                     f"{key} is {list(delta.shape)} in the concepts, but {shape}: merge on the model they were learned on"
                 )

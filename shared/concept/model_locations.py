@@ -1,6 +1,6 @@
 """Remembers where models are on this machine, by their weights. Concepts are meant to be shared, so they do not record paths.
 
-One file in the user's cache, `models.json`: checkpoint -> path. It may be removed at any time.
+The file `models.json` in the user's cache maps checkpoints to paths. It may be removed at any time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def remember(backbone: Backbone) -> None:
 
 
 def known_path(checkpoint: str) -> Path | None:
-    """Returns where a model with these weights was last seen; None if that is unknown or no longer there."""
+    """Returns where a model with these weights was last seen; None if that is unknown or it is no longer there."""
     folder = _read().get(checkpoint)
     return Path(folder) if folder and Path(folder).exists() else None
 

@@ -14,8 +14,8 @@ from shared.concept.model_locations import known_path, remember
 def load_backbone_of(concept: Concept, backbone: str | None = None, **options: Any) -> Backbone:
     """Loads `backbone` if given, else the model that the concept was learned on; `options` are those of `load_backbone`.
 
-    A concept may come from anywhere, so the model it names is never downloaded: it is the toybox, a model with the same
-    weights that this machine has seen before, a hub id in the local hub cache, or a folder of that name.
+    A concept may come from anywhere, so without `download` the model it names must be the toybox, a model with the
+    same weights that this machine has seen before, a hub id in the local hub cache, or a folder of that name.
 
     Raises ValueError, naming the concept and what to give instead, if the model is not on this machine.
     """
@@ -29,8 +29,8 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
     available = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
     if not available:
         raise ValueError(
-            f"{what}, and that model is not known on this machine. Give its location with --backbone PATH, or "
-            "with backbone=PATH for a command that takes a recipe (a folder or a hub id)"
+            f"{what}, and that model is not known on this machine. Give its location (a folder or a hub id) "
+            "with --backbone PATH, or with backbone=PATH for a command that takes a recipe"
         )
     try:
         model = load_backbone(where, **options)
@@ -48,8 +48,8 @@ def where_learned(concept: Concept) -> str | Path:
 
 
 def known_model(folder: Path) -> Path | None:
-    """Returns the local path of the model that a concept was learned on, reading only its description. None if it is not known
-    on this machine, or if the folder is not a concept (which is reported when the concept is read)."""
+    """Returns the local path of the model that a concept was learned on, reading only the concept's description. None for the
+    toybox, a model not known on this machine, or a folder that is not a concept (reported when the concept is read)."""
     try:
         info = read_meta(folder / META).backbone
     except (OSError, ValueError):

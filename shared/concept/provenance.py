@@ -26,13 +26,13 @@ class Provenance:
     """How a concept was learned: what `concept.json` records besides its tensors.
 
     Args:
-        modifier: the part that gave the concept its words; default: the recipe's
+        modifier: the part that gave the concept its words; default: the recipe's modifier
         recipe: the resolved recipe; folders in the user's paths are removed, because a concept is meant to be shared
-        metrics: numbers, texts, or mappings of them; numbers that are not finite become null
+        metrics: numbers, strings, or mappings of them; numbers that are not finite become null
         references: the picture files, or {"file": name without folders, "sha256": …} for each
-        seed: default: the recipe's
+        seed: the training seed; default: the recipe's seed
         ports: roles that resolved to a port
-        preview: a PNG
+        preview: a PNG file
     """
 
     kind: Kind = "subject"
@@ -88,7 +88,7 @@ def _text(value: object) -> str:
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens metrics to dotted names; anything but a finite number or a text becomes null."""
+    """Flattens metrics to dotted names; anything but a finite number or a string becomes null."""
     out: dict[str, Any] = {}
     for key, value in metrics.items():
         name = f"{prefix}{_text(key)}"
@@ -126,7 +126,7 @@ def _reference(picture: Path | Mapping[str, str]) -> dict[str, Any]:
         return dict(picture)
     try:
         digest = sha256(picture)
-    except OSError:  # moved or removed during learning
+    except OSError:  # moved or removed during training
         digest = None
     return {"file": escaped_name(picture.name), "sha256": digest}
 

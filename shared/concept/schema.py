@@ -27,7 +27,7 @@ Kind = Literal["subject", "style", "motion", "identity"]
 
 def _measured(value: Any) -> Any:
     if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError("must be a finite number, a text, or null")
+        raise ValueError("must be a finite number, a string, or null")
     return value
 
 
@@ -59,7 +59,7 @@ class Reference(Part):
 
 
 class ConceptMeta(Part):
-    """`concept.json`. Plain data: nothing in it is imported, evaluated or followed as a path."""
+    """The content of `concept.json`: plain data that is never imported, evaluated or followed as a path."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: Name
@@ -81,7 +81,7 @@ class ConceptMeta(Part):
         default_factory=dict
     )  # component -> touched layer or parameter -> base shape
     embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
-    adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter, weight and branch tensors
+    adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # hash of adapter, weight and branch tensors
     recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; other code reads only `learned_with`
     ports: tuple[str, ...] = ()  # roles that resolved to a port
     metrics: dict[str, Metric] = Field(default_factory=dict)
@@ -102,7 +102,7 @@ class ConceptMeta(Part):
     @field_validator("layers")
     @classmethod
     def _all_layers(cls, value: dict[str, dict[str, Shape]], info: ValidationInfo) -> dict[str, dict[str, Shape]]:
-        """Checks that `layers` names everything that is adapted or changed, because models are compared by it."""
+        """Checks that `layers` lists everything that is adapted or changed, because `fits` checks only these layers."""
         adapters, weights = info.data.get("adapters", {}), info.data.get("weights", {})
         touched = [
             *((c, p) for parts in adapters.values() for c, s in parts.items() for p in s["target_modules"]),
@@ -111,17 +111,17 @@ class ConceptMeta(Part):
         ]
         for component, path in touched:
             if path not in value.get(component, {}):
-                raise ValueError(f"{component} does not name {path!r}, which the concept touches")
+                raise ValueError(f"{component} does not list {path!r}, which the concept touches")
         return value
 
     @property
     def learned_with(self) -> LearnedWith:
-        """The validated parts of the recipe that other code reads. ValueError, naming the key, if one is invalid."""
+        """The validated parts of the recipe that other code reads. Raises ValueError, naming the key, if one is invalid."""
         return learned_with(self.recipe, self.metrics, f"the concept {self.name!r}")
 
 
 def parse_meta(data: Any, where: str) -> ConceptMeta:
-    """Validates the content of `concept.json`. ValueError, naming the file and the key, if something is invalid."""
+    """Validates the content of `concept.json`. Raises ValueError, naming the file and the key, if something is invalid."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must contain an object with the concept's description; got {type(data).__name__}")
     version = data.get("schema_version")

@@ -11,13 +11,13 @@ from shared.backbones.protocol import Adapter
 
 class SharedAdapter:
     """One concept's share of an adapter. The adapter acts once, at the strength of its strongest concept, and is removed
-    with the last of them."""
+    with the last concept."""
 
     def __init__(self, adapter: Adapter, owner: str, strengths: dict[str, float] | None = None) -> None:
         self.adapter, self.owner = adapter, owner
         self.strengths: dict[str, float] = (
             {} if strengths is None else strengths
-        )  # by owner, one mapping for all shares
+        )  # by owner; all shares use the same mapping
 
     def share(self, owner: str) -> SharedAdapter:
         """Returns the same adapter under another concept's name."""
@@ -55,5 +55,5 @@ class SharedAdapter:
 
 
 def unshared(adapter: Adapter) -> Adapter:
-    """Returns the adapter that a share refers to; any other adapter unchanged."""
+    """Returns the adapter that a share refers to, or any other adapter unchanged."""
     return adapter.adapter if isinstance(adapter, SharedAdapter) else adapter

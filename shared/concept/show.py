@@ -61,7 +61,7 @@ def describe(concept: Concept) -> Any:
 
 
 def as_json(concept: Concept) -> dict[str, Any]:
-    """Returns the content of `concept.json`, the number of parameters and the bytes of each file."""
+    """Returns the content of `concept.json`, the number of parameters and the size of each file in bytes."""
     out = json.loads(concept.meta.model_dump_json())
     return {**out, "parameters": parameters(concept), "bytes": sizes(concept)}
 
@@ -73,7 +73,7 @@ def parameters(concept: Concept) -> int:
 
 
 def sizes(concept: Concept) -> dict[str, int]:
-    """Returns the bytes of each file in the folder; empty for an unsaved concept."""
+    """Returns the size of each file in the folder in bytes; empty for an unsaved concept."""
     if concept.path is None:
         return {}
     return {p.name: p.stat().st_size for p in sorted(concept.path.iterdir()) if p.is_file()}
@@ -94,14 +94,14 @@ def _adapters(concept: Concept) -> list[str]:
             rank += f" down to {settings['min_rank']} with the noise" if "min_rank" in settings else ""
             alpha = f" alpha {settings['lora_alpha']}" if settings.get("lora_alpha") is not None else ""
             out.append(
-                f"{slot}: {kind}{rank}{alpha} on {len(settings.get('target_modules', []))} layers of {component}"
+                f"{slot}: {kind}{rank}{alpha} on {len(settings.get('target_modules', []))} layers in {component}"
             )
     return out
 
 
 def _weights(concept: Concept) -> list[str]:
     return [
-        f"{slot}: {len(paths)} changed tensors of {component}"
+        f"{slot}: {len(paths)} changed tensors in {component}"
         for slot, components in concept.meta.weights.items()
         for component, paths in components.items()
     ]
@@ -109,7 +109,7 @@ def _weights(concept: Concept) -> list[str]:
 
 def _branches(concept: Concept) -> list[str]:
     return [
-        f"{slot}: {settings.form.kind.replace('_', ' ')} at {len(settings.layers)} places of {component}"
+        f"{slot}: {settings.form.kind.replace('_', ' ')} at {len(settings.layers)} places in {component}"
         for slot, components in concept.meta.branches.items()
         for component, settings in components.items()
     ]

@@ -19,7 +19,7 @@ from shared.io.safetensors_files import safe_load_safetensors
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
 #: The rounding difference allowed when the same sums are computed in another order, relative to the largest value; and the
-#: difference allowed as a share of the concept's effect (root mean squares; for an export that does nothing it is 1).
+#: difference allowed as a share of the concept's effect (root mean squares; the share is 1 for an export that does nothing).
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.bfloat16: 0.3}
 
@@ -28,7 +28,7 @@ _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.b
 def compare(
     backbone: Backbone, name: str, strength: float, folder: Path, written: Mapping[str, Any], words: str
 ) -> dict[str, Any]:
-    """Compares outputs with the concept `name` attached to outputs of diffusers' own pipeline with `folder` loaded.
+    """Compares the outputs for the attached concept `name` with those of diffusers' own pipeline after it loads `folder`.
 
     Args:
         written: what `write_lora` and `write_tokens` returned
@@ -72,7 +72,7 @@ def _unnamed(phrase: str, placeholder: Any) -> str:
 
 
 def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, Any]:
-    """Measures how far two outputs are apart, and whether that is acceptable.
+    """Measures how far apart two outputs are, and decides whether that is acceptable.
 
     Args:
         ours: with the concept attached
@@ -81,7 +81,8 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
 
     Returns:
         max_abs_difference and its limit (rounding); the smallest effect of an ingredient (largest absolute change) and the
-        difference as a share of that effect (root mean squares; None if no ingredient affects this output); ok
+        difference as a share of that effect (root mean squares; None if no ingredient affects this output); ok: whether the
+        difference is acceptable
     """
     a, b = ours.float(), theirs.float().to(ours.device)
     if a.shape != b.shape:
@@ -96,7 +97,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
 
 
 def _denoiser(backbone: Backbone, component: str) -> str:
-    """Returns the network's name in a report; it includes the component if there are several."""
+    """Returns the network's name in a report; it includes the component if there are several denoisers."""
     return "denoiser" if len(backbone.noise_ranges) == 1 else f"denoiser {component}"
 
 
@@ -150,7 +151,7 @@ def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
 
 
 def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
-    """Returns a copy of the network's structure without adapters, on the same weights."""
+    """Returns a copy of the network without adapters, which shares its weights (with `own_embeddings`, all but embeddings)."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     if own_embeddings:
         for table in (m for m in module.modules() if isinstance(m, nn.Embedding)):

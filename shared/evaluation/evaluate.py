@@ -35,8 +35,8 @@ Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, se
 Asked = Sequence[tuple[int, int]]  # (prompt index, seed) of each picture
 
 
-#: The base model's prompts (texts, and the index of the text and seed of each picture) -> the pictures
-#: [N, 3, H, W], and the seconds per picture.
+#: The base model's prompts (texts, and each picture's text index and seed) -> the pictures [N, 3, H, W], and the seconds
+#: per picture.
 KeptPictures = dict[tuple[tuple[str, ...], tuple[tuple[int, int], ...]], tuple[Tensor, float]]
 
 
@@ -94,7 +94,7 @@ def evaluate(
     if out is not None:
         tables = {
             "scores.csv": scores_csv(report).encode()
-        }  # part of the folder like the pictures, so that it is written atomically
+        }  # saved with the pictures, so that the folder is written atomically
         save_report(report.model_copy(update={"thumbs": {**report.thumbs, **tables}}), out, settings.overwrite)
     return report
 

@@ -1,8 +1,8 @@
 """Prompt sets for evaluation: the shipped ones (`configs/prompts/*.yaml`) and the user's own (YAML or one prompt per
 line).
 
-In a prompt, `{concept}` stands for the subject and `{class_noun}` for its plain class. With the concept, `{concept}` becomes
-`<name>`; for the base model and for text scores it becomes the class noun, so that no score depends on a made-up word.
+In a prompt, `{concept}` stands for the subject and `{class_noun}` for its class noun. When the concept is loaded, `{concept}`
+becomes `<name>`; for the base model and for text scores it becomes the class noun, so that no score depends on a made-up word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared.recipe.catalog import config_folder
 
 FOLDER = config_folder() / "prompts"
 CLIP_SETS = "*_motion.yaml"  # sets for clips: `shared.evaluation.clips.prompt_sets` reads them
-REAL = "dreambench"  # the set for models of the real world
+REAL = "dreambench"  # the set for models trained on real photos
 LIVE_CLASSES = frozenset(
     {"cat", "dog", "kitten", "puppy", "bird", "horse", "rabbit", "person", "man", "woman", "boy", "girl"}
 )
@@ -33,7 +33,7 @@ class Prompt(Part):
 
     text: str
     expects: Mapping[str, str] = {}  # attribute -> value, as the toybox recognizer names them
-    # Whether the text leaves view and placement of the subject open; None: derived from `expects`.
+    # Whether the text leaves the subject's view and placement open; None: derived from `expects`.
     pose_open: bool | None = None
 
     @model_validator(mode="before")
@@ -51,11 +51,11 @@ class Prompt(Part):
 
     @property
     def free(self) -> bool:
-        """Whether freedom can be measured on the pictures: the prompt describes a photo without giving view or placement."""
+        """Whether freedom can be measured on the pictures: the prompt describes a photo but neither view nor placement."""
         return not {"view", "style"} & set(self.expects) if self.pose_open is None else self.pose_open
 
     def named(self, name: str, class_noun: str) -> str:
-        """Returns the prompt for the model with the concept: `{concept}` becomes `<name>`."""
+        """Returns the prompt for the model with the concept loaded: `{concept}` becomes `<name>`."""
         return fill(self.text, f"<{name}>", class_noun)
 
     def plain(self, class_noun: str) -> str:
@@ -108,7 +108,7 @@ def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
         return _from_yaml(shipped)
     path = expanded(name)
     if path.suffix.lower() not in (".yaml", ".yml", ".txt") or not path.is_file():
-        missing = " There is no such file either." if path.suffix else ""
+        missing = " There is no .yaml, .yml or .txt file at that path either." if path.suffix else ""
         raise ValueError(
             unknown(text, prompt_sets(), "prompt set") + missing + " You can also give your own .yaml or .txt file."
         )

@@ -49,7 +49,7 @@ class Case:
 
 
 def about(case: Case, instruments: Instruments, scorer: Scorer) -> dict[str, Any]:
-    """Returns the fields of a report that state what was evaluated, and with what."""
+    """Returns the fields of a report that state what was evaluated, and with which instruments."""
     limits = scorer.limits
     return {
         "name": case.name,
@@ -102,7 +102,7 @@ def notes(case: Case, scorer: Scorer, prompts: PromptSet, seeds: Sequence[int]) 
     if len(seeds) < 2:
         out.append("With one seed per prompt, diversity is not measured.")
     if len(case.references) < 2 and case.fresh is None:
-        out.append("With one reference, the limits for copying are defaults and not calibrated.")
+        out.append("With one reference, the limits for copying are defaults, not calibrated.")
     return out
 
 
@@ -145,14 +145,14 @@ def truth_note(report: Report) -> str | None:
     if report.truth is None or identity is None or identity.truth is None:
         return None
     pictures = sum(b.pictures for b in report.truth.bars.values())
-    text = f"Of {pictures} true pictures of the subject under these prompts, {identity.truth:.0%} pass verification"
+    text = f"Of {pictures} true pictures of the subject drawn for these prompts, {identity.truth:.0%} pass verification"
     if identity.truth < APART:
         return f"{text}: too few for its scores to be compared with those of other subjects."
     return f"{text}; identity is measured relative to that share."
 
 
 def scores_csv(report: Report) -> str:
-    """Returns the headline scores, one per row, and the costs; cells of what was not measured are empty."""
+    """Returns the headline scores, one per row, and the costs; cells are empty where nothing was measured."""
     out = io.StringIO()
     writer: Any = csv.DictWriter(out, SCORE_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()

@@ -55,7 +55,7 @@ ABOUT = {
     "size": About("Spread of size", "The same for the subject's size: half its larger side.", "count"),
     "views": About(
         "Effective views",
-        "From how many sides the subject is seen if the prompt leaves the view open: exp(entropy) of the views that the "
+        "How many sides the subject is seen from if the prompt leaves the view open: exp(entropy) of the views that the "
         "recognizer finds in the verified pictures.",
         "count",
     ),
@@ -69,17 +69,17 @@ ABOUT = {
         better="lower",
     ),
     "clip_t": About(
-        "CLIP-T", "Cosine of the picture and its prompt (with the class noun in place of the name) in CLIP.", "cosine"
+        "CLIP-T", "Cosine between picture and prompt (with the class noun in place of the name) in CLIP.", "cosine"
     ),
     "clip_i": About(
         "CLIP-I",
-        "Mean cosine of the picture and the references in CLIP. A copy scores highest, so read it together with Copies.",
+        "Mean cosine between picture and references in CLIP. A copy scores highest, so read it together with Copies.",
         "cosine",
     ),
     "dino_i": About(
-        "DINO-I", "Mean cosine of the picture and the references in DINO: stricter on details than CLIP-I.", "cosine"
+        "DINO-I", "Mean cosine between picture and references in DINO: stricter on details than CLIP-I.", "cosine"
     ),
-    "identity_i": About("Likeness", "Mean cosine of the picture and the references in the identity encoder.", "cosine"),
+    "identity_i": About("Likeness", "Mean cosine between picture and references in the identity encoder.", "cosine"),
     "diversity": About(
         "Diversity",
         "How different the pictures of one prompt are: 1 minus their mean cosine. "
@@ -104,7 +104,7 @@ TWO_TERMS = (
     "because the subject's true variation in pose is unknown."
 )
 TEXT_BY_CLIP = (
-    "Cosine of picture and prompt in CLIP, scaled to 0–1 as in CLIPScore (unscaled for the toybox's own CLIP)."
+    "Cosine between picture and prompt in CLIP, scaled to 0–1 as in CLIPScore (unscaled for the toybox's own CLIP)."
 )
 NOT_MEASURED = "Not measured: there are too few pairs of pictures that both show the subject. The trade-off is then 0."
 

@@ -85,7 +85,7 @@ def _freedom(terms: Terms, span: tuple[float, float], ranges: Ranges) -> Score:
     score = make_score("freedom", terms.freedom, span)
     if not terms.unmeasured:
         return score
-    missing = f" Not measured on {len(terms.unmeasured)} of {len(ranges)} subjects, which count as 0."
+    missing = f" Not measured on {len(terms.unmeasured)} of {len(ranges)} subjects, where it counts as 0."
     return score.model_copy(update={"explanation": score.explanation + missing})
 
 
@@ -120,7 +120,7 @@ def make_score(
 
 
 def _completed(score: Score, scorer: Scorer, measured: Measured) -> Score:
-    """Completes a score for this run: adds its texts, and the values of true pictures or of the references among themselves."""
+    """Completes a score for this run: adds its texts, and what a guess, true pictures or the references themselves score."""
     update: dict[str, object] = explained(score.key, scorer, any(measured.hits))
     if score.key in ("identity", "recognised") and scorer.chance is not None:
         key = "recognised" if "recognised" in measured.scores and scorer.figures is not None else "identity"

@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 def true_figures(
     scorer: Scorer, case: Case, prompts: PromptSet, progress: Progress | None = None
 ) -> TrueFigures | None:
-    """Returns thresholds and range of a case, from the cache or measured now. None if no world can draw the subject, or the
+    """Returns a case's thresholds and range, cached or newly measured. None if no world can draw the subject, or the
     instruments for it are missing.
 
     progress: called with ("true pictures of the subject", done, total)

@@ -1,7 +1,7 @@
 """Which settings of a peft adapter a file may contain: plain numbers, switches and names that describe its form.
 
 Other settings could import modules, read files, replace layers, or change base weights. They are refused both when a file is
-read and before training, since the result could not be saved. Importing this loads no model library.
+read and before training, because the result could not be saved. Importing this module loads no model library.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-SEED = "seed"  # not peft's: seeds the random tensors that some types draw and never train
+SEED = "seed"  # not peft's: seeds the random tensors that some adapter types draw and never train
 MIN_RANK = "min_rank"  # not peft's: the lowest rank of a LoRA whose rank falls with the noise
 OWN = frozenset({SEED, MIN_RANK})
 
-#: Used only while an adapter is created or trained; they do not describe the result and are left out of files.
+#: Settings used only while an adapter is created or trained; they do not describe the result and are left out of files.
 _OF_THE_MAKING = frozenset(
     (
         *("task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
@@ -88,7 +88,7 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
 def recordable(
     settings: Mapping[str, Any], modules: list[str], seed: int, min_rank: int | None = None
 ) -> dict[str, Any]:
-    """Returns the settings of an adapter on `modules` as a file stores them, without those used only to create it."""
+    """Returns the settings of an adapter on `modules` as a file stores them, without those used only to create or train it."""
     kept = {k: v.value if isinstance(v, Enum) else v for k, v in settings.items() if k not in _OF_THE_MAKING}
     own = {SEED: seed or None, MIN_RANK: min_rank}
     return {**kept, "target_modules": modules, **{key: value for key, value in own.items() if value is not None}}

@@ -1,4 +1,4 @@
-"""Settings of the branches that are added to a network's layers, as files store them. Importing this loads no model library."""
+"""Settings of the branches that are added to a network's layers, as files store them. Importing it loads no model library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BottleneckForm(Part):
 
 
 class FrameEmbeddingsForm(Part):
-    """One vector per frame added to the input of queries and keys, and one to the input of values, in temporal attention."""
+    """Adds one vector per frame to the input of queries and keys, and another to the input of values, in temporal attention."""
 
     kind: Literal["frame_embeddings"] = "frame_embeddings"
     values: Values = "differences"

@@ -76,11 +76,11 @@ def _row(line: str) -> Any:
 
 
 def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name: str, what: str) -> dict[Path, Path]:
-    """Like `caption_files`, for a caption folder that the user gives. Raises ValueError if it holds none of the captions.
+    """Like `caption_files`, for a caption folder given by the user. Raises ValueError if it has no caption for any item.
 
     Args:
-        a_name: for messages, whose name a caption file must have, for example "a picture's"
-        what: for messages, what the items are, for example "pictures"
+        a_name: how messages say whose name a caption file must have, for example "a picture's"
+        what: what messages call the items, for example "pictures"
     """
     root = expanded(folder)
     if not root.is_dir():
@@ -89,6 +89,7 @@ def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name
     if not out:
         seen = names(p.name for p in sorted(root.iterdir()) if not p.name.startswith(".")) or "nothing"
         raise ValueError(
-            f"captions: no file in {root} has {a_name} name; it holds {seen}, the {what} are {names(p.name for p in items)}"
+            f"captions: no file in {root} has {a_name} name; it holds {seen}, while the {what} are "
+            f"{names(p.name for p in items)}"
         )
     return out

@@ -18,11 +18,11 @@ from shared.io.terminal import encodable
 _PAPER = (255, 255, 255)
 _INK = (30, 30, 30)
 _GAP = 4  # pixels between the pictures of a sheet
-_TILE = 128  # pixels: smaller pictures are enlarged to about this on a contact sheet
+_TILE = 128  # pixels: smaller pictures are enlarged to about this size on a contact sheet
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Converts [3, H, W] in [-1, 1] (clamped) to an 8-bit image. ValueError for NaN or Inf."""
+    """Converts [3, H, W] in [-1, 1] (clamped) to an 8-bit image. Raises ValueError for another shape, NaN or Inf."""
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"a picture must have the shape [3, H, W]; this one has {list(pixels.shape)}")
     pixels = pixels.detach().to("cpu", torch.float32)
@@ -58,7 +58,7 @@ def write_picture(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the text chunks of a PNG by key; empty if there are none. ValueError if it is not a readable PNG."""
+    """Returns the text chunks of a PNG by key; empty if there are none. Raises ValueError if it is not a readable PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             assert isinstance(image, PngImagePlugin.PngImageFile)

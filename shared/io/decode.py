@@ -74,7 +74,7 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min
     """Decodes a picture file, whatever its extension: upright, 8-bit sRGB, with transparency as a mask on a neutral ground.
 
     For an animation, the first frame is used, with a UserWarning. Raises ValueError, naming the file, if it is missing, not a
-    picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or fully
+    picture, damaged, larger than `max_pixels` (checked before anything is decoded), smaller than `min_side` on a side, or fully
     transparent.
     """
     picture = read_frame(path, max_pixels, min_side)
@@ -84,7 +84,7 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min
 
 
 def read_frame(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """Like `read_picture`, for one frame of a clip, which may be fully transparent."""
+    """Like `read_picture`, but for one frame of a clip, which may be fully transparent."""
     path = expanded(path)
     return as_picture(_decode(path, max_pixels, min_side), path)
 
@@ -129,7 +129,7 @@ def two_valued(mask: Image.Image) -> Image.Image:
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Reads (width, height) of the upright picture from its header. ValueError if it cannot be read."""
+    """Reads (width, height) of the upright picture from its header. Raises ValueError if it cannot be read."""
     path = expanded(path)
     with opened(path) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
@@ -159,7 +159,7 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Opens a picture file and reads its header. Unlike Image.open, tries only one format and leaves the size to the caller."""
+    """Opens a picture file and reads its header. Unlike Image.open, tries only one format and does not limit the size."""
     try:
         kind = sniff(path)
     except OSError as error:
@@ -242,7 +242,7 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
-    """Converts to mode RGB in sRGB, with the embedded colour profile if it suits this kind of picture."""
+    """Converts to mode RGB in sRGB, using the embedded colour profile if it suits this kind of picture."""
     if icc and features.check("littlecms2"):
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-#: Called with (done, of) after each denoising step. Steps count per picture: four pictures with 50 steps each make 200.
+#: Called with (done, of) after each denoising step. Steps are counted per picture: four pictures with 50 steps each make 200.
 Steps = Callable[[int, int], None]
 
 
@@ -15,7 +15,7 @@ def named(progress: Callable[[str, int, int], None] | None, what: str) -> Steps 
 
 
 def part_of(progress: Steps | None, start: int, count: int, total: int) -> Steps | None:
-    """Returns a callback for pictures `start` to `start + count` that reports progress over all `total`."""
+    """Returns a callback for pictures `start` to `start + count` that reports progress over all `total` pictures."""
     if progress is None:
         return None
 

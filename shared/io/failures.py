@@ -52,7 +52,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether memory or the disk failed rather than the user's input, so that no file is reported as damaged."""
+    """Whether the fault lies in memory or the disk and not in the user's input, which must not be reported as damaged."""
     return out_of_memory(error) or of_the_disk(error)
 
 
@@ -96,7 +96,7 @@ def _size(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While `path` is written, makes disk errors of any library name `path` instead of the temporary file written first."""
+    """Makes disk errors that any library raises inside name `path` instead of the temporary file that is written first."""
     try:
         yield
     except Exception as error:

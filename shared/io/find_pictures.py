@@ -46,7 +46,8 @@ class Listing:
 def sniff(path: Path) -> str | None:
     """Returns a file's picture format, judged by its content: "PNG", "JPEG", … "HEIC"; None for anything else.
 
-    Formats with a two-letter signature (BMP, PPM) must also have the right extension. OSError if it cannot be opened.
+    A file with a two-letter signature (BMP, PPM) must also have the right extension. Raises OSError if the file cannot be
+    opened.
     """
     with path.open("rb") as stream:
         head = stream.read(64)
@@ -79,7 +80,7 @@ def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ..
 
 
 def scan(images: PathLike | Sequence[PathLike]) -> Listing:
-    """Like `list_pictures`, with captions and masks."""
+    """Like `list_pictures`, but also returns captions and masks."""
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     if not paths:
         raise ValueError("no pictures: the list of files is empty")
@@ -116,7 +117,8 @@ def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
 
 
 def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
-    """Like `scan` for one folder, but only returns the warnings; `known` names files that the caller handles."""
+    """Like `scan` for one folder, but returns the warnings without issuing them; `known` names files that the caller
+    handles."""
     entries = sorted((p for p in folder.iterdir() if p.name not in known), key=lambda p: p.name)
     stray: dict[Path, str] = {}
     pictures: list[Path] = []
@@ -150,7 +152,7 @@ def _skipped(path: Path, reason: str) -> str:
 
 
 def _not_a_picture(path: Path) -> str:
-    """Says why a file is not a picture; empty when it is one."""
+    """Says why a file is not a picture; empty if it is one."""
     if path.is_dir():
         return "a folder"
     if not path.is_file():

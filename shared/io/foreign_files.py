@@ -1,8 +1,8 @@
 """Finds out which files in a folder pcs wrote, because a folder may be replaced only if it holds nothing else.
 
 Concepts, reports, exports, checkpoints and benchmark cells list their files in their JSON; pictures are marked in their PNG
-text. Any other folder contains a list of its files: `atomic_folder` writes it at the end, and training adds each file before
-writing it.
+text. Any other folder contains a list of its files: `atomic_folder` writes it at the end, and training adds each file to it
+before writing that file.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from shared.io.temporary_names import is_temporary
 
 MARK = ".pcs-output"  # the hidden list of files
-_NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # besides our list, files that file managers leave
+_NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # our list, and the files that file managers leave behind
 _MAX_JSON = 64 * 1024 * 1024  # bytes
 _MADE = "pcs"  # the key in the PNG text of generated pictures
-_ALBUM = {"toybox-subject", "toybox-style"}  # the same for pictures of held-out objects
+_ALBUM = {"toybox-subject", "toybox-style"}  # the same keys for pictures of held-out objects
 _CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
 _CHECKPOINT_FILES = {"state.json", *(f"{n}.safetensors" for n in ("learned", "optimizer", "best", "carried"))}
 
@@ -126,7 +126,7 @@ def _report(content: Any) -> list[str]:
     return ["pictures.csv", "prompts.csv", "index.html", *pictures, *content["references"]]
 
 
-# file -> the keys that show pcs wrote it, and the files next to it that it accounts for
+# file -> the keys that show that pcs wrote it, and the files next to it that it accounts for
 _LISTS: dict[str, tuple[set[str], Callable[[Any], list[str]]]] = {
     MARK: ({"written by", "files"}, lambda content: list(content["files"])),
     "concept.json": ({"schema_version", "files", "adapter_id"}, lambda content: ["preview.png", *content["files"]]),

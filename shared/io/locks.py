@@ -1,4 +1,4 @@
-"""Locks so that only one command at a time writes an output. They use `flock`, so they are released
+"""Locks that let only one command at a time write an output. They use `flock`, so they are released
 however the process exits. Lock files are in the cache, so that a refused command leaves nothing behind."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _held: dict[Path, int] | None = None  # place -> open lock file, while a command
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """While a command runs, keeps a lock on each output passed to `hold` until the command ends."""
+    """Keeps a lock on each output passed to `hold` until the command inside ends."""
     global _held
     if _held is not None or sys.platform == "win32":
         yield
@@ -38,7 +38,7 @@ def holding() -> Iterator[None]:
 
 
 def hold(path: Path) -> None:
-    """Locks `path` for this command. ValueError, naming the process, if another one is writing there.
+    """Locks `path` for this command. Raises ValueError, naming the process, if another one is writing there.
 
     Outside `holding`, or if the cache cannot be written, nothing is locked.
     """

@@ -1,4 +1,4 @@
-"""Loads networks and tokenizers from complete folders: a missing weight is an error, never silently random."""
+"""Loads networks and tokenizers from complete folders: a missing weight is an error, never silently left random."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def load_network(
 
     Args:
         kind: a model class of diffusers or transformers
-        folder: with `config.json` and safetensors, in one file or in shards
-        unused: patterns of keys that the model has but that are not used here; they may be missing
-        variant: as in `model.fp16.safetensors`; default: the files' variant, if all of them have it
+        folder: contains `config.json` and the weights as safetensors, in one file or in shards
+        unused: patterns of model keys that are not used here and may be missing
+        variant: such as fp16, as in `model.fp16.safetensors`; default: fp16 if all the files have it, else none
         dtype: the dtype of the weights (default: float32)
 
     Raises:
-        ValueError: the files cannot be read, or lack a key, or have a key with another shape; the message says where
+        ValueError: if the files cannot be read, lack a key, or have a key with another shape; the message says where
 
     Warns:
-        UserWarning: the files have keys that the model does not
+        UserWarning: if the files have keys that the model does not
     """
     import torch
 
@@ -135,7 +135,7 @@ def _half_only(folder: Path) -> bool:
 
 
 def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
-    """Loads a transformers tokenizer from a folder. ValueError if it is incomplete (`check_tokenizer`)."""
+    """Loads a transformers tokenizer from a folder. Raises ValueError if it is incomplete (`check_tokenizer`)."""
     try:
         with quiet():
             tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
@@ -148,9 +148,9 @@ def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, embeddings: int, folder: Path) -> None:
-    """Raises ValueError if a tokenizer does not match a text encoder with this many token `embeddings`: some of its files are
-    missing or belong to another model. Without them, transformers builds a tokenizer that encodes all prompts
-    alike."""
+    """Raises ValueError if a tokenizer does not match a text encoder with this many token `embeddings`, because some of
+    the tokenizer's files are missing or belong to another model. Without its files, transformers builds a tokenizer that
+    encodes all prompts alike."""
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     what = f"{folder}: the tokenizer has {size} tokens, but the text encoder has {embeddings} embeddings"

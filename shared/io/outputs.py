@@ -21,10 +21,10 @@ PathLike = str | os.PathLike[str]
 def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
     """Returns the folder to write, as a path. Call this before work starts.
 
-    Raises ValueError if it exists and is not empty, unless `overwrite`; with `overwrite`, if it is a file or holds a file that
-    pcs did not write (it is replaced as a whole); if it contains the working or home folder; if it equals, contains or is
-    inside one of `inputs` (files and folders that are read); if a link in its path is broken; if another process is writing it
-    (`shared.io.locks`); and if it cannot be written.
+    Raises ValueError if it is a file; if it exists and is not empty, unless `overwrite`; with `overwrite`, which replaces the
+    whole folder, if it holds a file that pcs did not write; if it contains the working or home folder; if it equals, contains
+    or is inside one of `inputs` (files and folders that are read); if a link in its path is broken; if another process is
+    writing it (`shared.io.locks`); or if it cannot be written.
     """
     path = _named(path)
     check_apart(path, inputs)
@@ -36,7 +36,7 @@ def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathL
 
 
 def check_file(path: PathLike, overwrite: bool = False) -> Path:
-    """Returns the file to write, as a path. ValueError if it exists (unless `overwrite`), is a folder, or cannot be
+    """Returns the file to write, as a path. Raises ValueError if it exists (unless `overwrite`), is a folder, or cannot be
     written."""
     path = _named(path)
     if path.is_dir():
@@ -115,7 +115,8 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
 
     With `overwrite`, the old folder stays until the new one is complete, and the two are exchanged atomically if the system
     supports it. If `path` is a link to a folder, the link stays and its target is written. Files get the modes that the umask
-    sets. Leftovers of killed processes next to `path` are removed. Raises ValueError as `check_output` does, before and after.
+    sets. Leftovers of killed processes next to `path` are removed. Raises ValueError as `check_output` does, both
+    before and after.
     """
     named = check_output(path, overwrite, inputs)
     path = _place(named)
@@ -143,7 +144,7 @@ def _take_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    if exchanged(temporary, path):  # there is always an output
+    if exchanged(temporary, path):  # at every moment, a complete output exists
         shutil.rmtree(temporary, ignore_errors=True)
         return
     old = replaced(path)

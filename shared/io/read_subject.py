@@ -23,9 +23,9 @@ def read_subject(
     masks: PathLike | Mapping[PathLike, PathLike] | None = None,
     captions: PathLike | Mapping[PathLike, str] | None = None,
 ) -> Subject:
-    """Reads pictures (a folder, a file, a list), with captions and masks next to them or in the given folders.
+    """Reads pictures (a folder, a file or a list), with captions and masks next to them or in the given folders.
 
-    `masks` and `captions` are a folder whose files have the pictures' names, or a mapping by picture (path or file
+    `masks` and `captions` are each a folder whose files have the pictures' names, or a mapping by picture (path or file
     name). Raises ValueError if there are no pictures, the sizes of a mask and its picture differ, or a given caption or mask
     matches no picture. Stray files are skipped with a warning; if only some pictures have a caption or a mask, a UserWarning
     lists the others.
@@ -57,7 +57,8 @@ def read_subject(
 
 
 def plain_noun(text: str) -> str:
-    """Removes the article from a class noun ("a mug" is "mug"), because templates add one. ValueError unless a plain word."""
+    """Removes the article from a class noun ("a mug" becomes "mug"), because templates add one. Raises ValueError if the noun
+    is not UTF-8 or contains <, >, { or }."""
     if set("<>{}") & set(check_utf8(text)):
         raise ValueError(f"class_noun = {text!r}: use a plain word for what the subject is, for example duck")
     words = text.split()
@@ -65,7 +66,7 @@ def plain_noun(text: str) -> str:
 
 
 def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:
-    """Warns of pictures that lack what others have. If no picture has it, that is intended, so there is no warning."""
+    """Warns about pictures that lack what others have. If no picture has it, that is taken as intended, without a warning."""
     without = [p.name for p in pictures if p not in having]
     if having and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"
@@ -90,7 +91,7 @@ def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
 
 
 def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
-    """Returns the file of `folder` with the same stem, for each picture that has one."""
+    """Maps each picture to the file of `folder` with the same stem, if there is one."""
     root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"masks: {root} is not a folder")
@@ -99,6 +100,6 @@ def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
     if not out:
         seen, picture_names = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
         raise ValueError(
-            f"masks: no file in {root} has a picture's name; it holds {seen}, the pictures are {picture_names}"
+            f"masks: no file in {root} has a picture's name; it holds {seen}, while the pictures are {picture_names}"
         )
     return out

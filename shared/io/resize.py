@@ -1,4 +1,4 @@
-"""Fits a picture and its mask to a size: cropped to cover it, or padded to be contained in it."""
+"""Fits a picture and its mask to a size, either cropped to cover it or padded to be contained in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.io.decode import GROUND, Picture
 from shared.io.terminal import encodable
 
 ResizeMode = Literal["cover", "contain"]
-_KEPT = 2 / 3  # the share of a picture; warn if less is kept
+_KEPT = 2 / 3  # the share of a picture below which a crop warns
 
 
 def resize(
@@ -21,7 +21,7 @@ def resize(
     mode: ResizeMode | None = None,
     keep: tuple[int, int, int, int] | None = None,
 ) -> Picture:
-    """Resizes picture and mask to `size` (a side, or (height, width)) in pixels. Bit-for-bit deterministic.
+    """Resizes a picture and its mask to `size` (a side, or (height, width)) in pixels. Bit-for-bit deterministic.
 
     "cover" fills the frame and crops the rest, around the centre of the mask if there is one, else of the picture. A
     UserWarning names a picture that loses more than a third, unless all of its mask stays inside. None is "cover" without the
@@ -66,7 +66,7 @@ def _inside(bounds: tuple[int, int, int, int] | None, box: tuple[float, float, f
 def _warn_of_loss(picture: Picture, kept: float) -> None:
     size = f"{picture.size[0]}x{picture.size[1]}"
     warnings.warn(
-        encodable(f"{picture.path or 'a picture'} is {size}, and the crop to a square loses {1 - kept:.0%} of it")
+        encodable(f"{picture.path or 'a picture'} is {size}, and the crop loses {1 - kept:.0%} of it")
         + ": crop it yourself, give it a mask for the crop to follow, or set sources.references.fit=contain to keep all of it",
         UserWarning,
         stacklevel=1,  # always the same code location, so that identical warnings are shown once

@@ -1,4 +1,4 @@
-"""Reads untrusted safetensors files: the header is checked against the file, nothing is executed, values are finite."""
+"""Reads untrusted safetensors files: the header is checked against the file, nothing is executed, and values must be finite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ITEM = {
 def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
 
-    Raises ValueError, naming the file, if it is missing, truncated, or its header is invalid.
+    Raises ValueError, naming the file, if it is missing or truncated, or if its header is invalid.
     """
     path = Path(path)
     try:
@@ -63,7 +63,9 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
         raise ValueError(f"{where} has the invalid shape {shape}")
     pair = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
     if not pair or not 0 <= span[0] <= span[1] <= data or span[1] - span[0] != math.prod(shape) * _ITEM[entry["dtype"]]:
-        raise ValueError(f"{where} of shape {shape} and {entry['dtype']} does not fit its place in the file {span}")
+        raise ValueError(
+            f"{where} of shape {shape} and dtype {entry['dtype']} does not fit its place in the file, bytes {span}"
+        )
 
 
 def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:

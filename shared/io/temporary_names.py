@@ -79,12 +79,12 @@ def _tag() -> str:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """Returns six digits that identify this machine, because on a shared disk it cannot check the processes of another one."""
+    """Returns six digits that identify this machine, because machines that share a disk cannot check each other's processes."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process is running; assumed if that cannot be checked."""
+    """Whether a process is running; assumed so if that cannot be checked."""
     if os.name != "posix":
         return True
     try:

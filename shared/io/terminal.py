@@ -42,7 +42,7 @@ def _escape(character: str) -> str:
 
 
 def check_utf8(text: str) -> str:
-    """Returns the text. ValueError if it contains lone surrogates: bytes that are not UTF-8, or half a character."""
+    """Returns the text. Raises ValueError if it contains lone surrogates: bytes that are not UTF-8, or half a character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -54,7 +54,7 @@ def check_utf8(text: str) -> str:
 
 
 def names(items: Iterable[str]) -> str:
-    """Formats a list for a message: at most eight names, then the number of the others."""
+    """Formats a list for a message: at most eight names, then how many more there are."""
     every = list(items)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

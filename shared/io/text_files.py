@@ -11,8 +11,8 @@ MAX_BYTES = 10_000_000
 
 
 def read_text_file(path: str | os.PathLike[str], what: str, max_bytes: int = MAX_BYTES) -> str:
-    """Returns the text. ValueError, naming `what` and the file, if it cannot be opened, is larger than `max_bytes`, or is
-    not UTF-8.
+    """Returns the text. Raises ValueError, naming `what` and the file, if it cannot be opened, is larger than `max_bytes`, or
+    is not UTF-8.
 
     Args:
         what: how errors refer to the file, for example "the caption"

@@ -30,7 +30,7 @@ class Grow(MaskPart):
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
-    """Replaces each pixel of [1, H, W] by the maximum within `radius` pixels."""
+    """Replaces each pixel of [1, H, W] with the maximum within `radius` pixels."""
     height = mask.shape[-2]
     out = mask.clone()
     for dy in range(-min(radius, height - 1), min(radius, height - 1) + 1):

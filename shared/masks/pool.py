@@ -12,7 +12,7 @@ def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
     In space, this is the mean over a cell's pixels, as for pictures. In time, f = F if frames are encoded one by one
     (AnimateDiff), or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (Wan: 4, LTX: 8): the first
-    latent covers only the first frame, every other one is the mean of the next r frames. ValueError for any other f.
+    latent covers only the first frame, and every other one is the mean of the next r frames. ValueError for any other f.
     """
     if masks.ndim != 5 or masks.shape[1] != 1:
         raise ValueError(f"the masks of clips must have the shape [B, 1, F, H, W], not {list(masks.shape)}")

@@ -1,8 +1,8 @@
 """Detects things that were cut out of a reference and pasted into a new picture.
 
-Such a picture differs as a whole, so `shared.metrics.copying` does not notice it, but the thing in it is the same pixel by
-pixel. So the thing is cut out of the reference and searched for in the picture, which is cropped to its own thing: normalised
-cross-correlation under the reference's mask, maximized over shifts, sizes and mirroring.
+Such a picture differs from the reference as a whole, so `shared.metrics.copying` misses it, but the thing in it is the same
+pixel by pixel. This module therefore cuts the thing out of the reference and searches for it in the picture, cropped to its own
+thing. The score is the normalised cross-correlation under the reference's mask, maximized over shifts, sizes and mirroring.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch.nn import functional as F
 from shared.metrics.crops import aligned_crops
 
 GRID = 40  # pictures are compared at this size
-OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the crops, in sides of the thing
+OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the crops, as multiples of the thing's side
 ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # up to 1.24
 INSIDE = 2  # exponent of the mask: cells at the thing's border, which also show the background, count little
 FLAT = 1e-3  # below this spread there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:
-    """Returns the best correlation `[N, R]` in [-1, 1] of the thing in `[N, 3, H, W]` with the one in `[R, 3, H', W']`.
+    """Returns the best correlation `[N, R]`, in [-1, 1], between the things in `[N, 3, H, W]` and in `[R, 3, H', W']`.
 
     Args:
-        where: `[N, h, w]` and `reference_where`: `[R, h, w]`, the chance that a cell shows the thing
+        where, reference_where: `[N, h, w]` and `[R, h, w]`, the probability that a cell shows the thing
 
     Each colour channel's mean over the thing is subtracted first, so that lighting does not matter.
     """
@@ -43,7 +43,7 @@ def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, referenc
 
 
 def _match(cells: Tensor, template: Tensor, mask: Tensor) -> Tensor:
-    """Maximum over positions of the correlation under a mask: `[N, 3, G, G]`, `[R, 3, s, s]`, `[R, 1, s, s]` -> `[N, R]`."""
+    """Maximizes the correlation under a mask over positions: `[N, 3, G, G]`, `[R, 3, s, s]`, `[R, 1, s, s]` -> `[N, R]`."""
     weights = mask / mask.sum((2, 3), keepdim=True).clamp_min(1e-9)
     centred = template - (weights * template).sum((2, 3), keepdim=True)
     own = (weights * centred.square()).sum((1, 2, 3))

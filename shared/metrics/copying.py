@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from shared.metrics.scores import cosine
 
 GRID = 32  # pictures are compared at this size
-MARGIN = 5  # the shift, in cells of the grid, up to which a copy is found: 16 % of the picture
+MARGIN = 5  # the largest shift at which a copy is found, in cells of the grid: 16 % of the picture
 ZOOMS = (0.87, 1.0, 1.15)
 PIXEL_FLOOR, EMBED_FLOOR = 0.85, 0.9  # limits never go below these
-SAME = 0.995  # from this similarity on, two references count as duplicates
+SAME = 0.995  # at this similarity or above, two references count as duplicates
 PIXEL_DEFAULT, EMBED_DEFAULT = 0.9, 0.95  # with one reference there is nothing to calibrate on
 
 
@@ -29,7 +29,7 @@ class CopyLimits:
 
     pixel: float
     embed: float
-    calibrated_on: int  # number of pictures behind the limits; 0: these are the defaults
+    calibrated_on: int  # number of pictures behind the limits; 0 means the defaults
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Copying:
 
 
 def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
-    """Returns the best pixelwise correlation `[N, R]` in [-1, 1] of `[N, 3, H, W]` with `[R, 3, H', W']`.
+    """Returns the best pixelwise correlation `[N, R]`, in [-1, 1], between `[N, 3, H, W]` and `[R, 3, H', W']`.
 
     The middle of each output is searched for in each reference by template matching (Lewis 1995), with each colour
-    channel's mean subtracted, also mirrored and slightly zoomed. 1: the same picture. A flat picture scores 0 with everything.
+    channel's mean subtracted; mirrored and slightly zoomed versions are tried too. 1 means the same picture; a flat picture
+    scores 0 with everything.
     """
     side = GRID - 2 * MARGIN
     whole = _grid(references)
@@ -62,7 +63,7 @@ def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
 
 
 def _match(template: Tensor, whole: Tensor) -> Tensor:
-    """Maximum over positions of the normalised cross-correlation: `[N, 3, s, s]` in `[R, 3, G, G]` -> `[N, R]`."""
+    """Maximizes the normalised cross-correlation over positions: `[N, 3, s, s]` in `[R, 3, G, G]` -> `[N, R]`."""
     n, channels, s, _ = template.shape
     zero = template - template.mean((2, 3), keepdim=True)
     cross = F.conv2d(whole, zero)  # [R, N, p, p]; the template has zero mean, so the window's mean drops out
@@ -86,10 +87,10 @@ def _grid(pixels: Tensor, size: int = GRID) -> Tensor:
 def calibrate(
     references: Tensor, embeddings: Tensor, fresh: Tensor | None = None, fresh_embeddings: Tensor | None = None
 ) -> CopyLimits:
-    """Sets the limits half-way between "two different pictures of the subject" and "the same picture".
+    """Sets the limits halfway between "two different pictures of the subject" and "the same picture".
 
     The former is the largest similarity between a reference and any picture known not to be a copy of it: the other
-    references `[R, 3, H, W]`, and `fresh` pictures of the subject `[F, 3, H, W]` (new renders) if any.
+    references `[R, 3, H, W]`, and any `fresh` pictures of the subject `[F, 3, H, W]` (new renders).
     Duplicates among the references are not counted.
     """
     others, vectors = references, embeddings

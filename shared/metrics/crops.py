@@ -23,12 +23,12 @@ LEAST = 0.15  # smallest half side of a crop, in half-pictures: anything smaller
 
 
 def placements(where: Tensor) -> Tensor:
-    """Locates things, `[N, 3]`: x right and y down from the centre, and half their larger side, all in half-pictures.
+    """Locates things, `[N, 3]`: x right and y down from the centre, and half their larger side, in units of half the picture.
 
     Args:
-        where: `[N, h, w]`, the chance that a cell shows the thing (a mask will do)
+        where: `[N, h, w]`, the probability that a cell shows the thing (a mask will do)
 
-    The size is that of a uniformly filled box with the same spread (half a side = √3 standard deviations), so a few stray
+    The size assumes a uniformly filled box with the same spread (half a side = √3 standard deviations), so a few stray
     cells hardly change it. An empty map gives the whole picture.
     """
     heat = (where * (where > SURE)).double()
@@ -75,7 +75,7 @@ def aligned_crops(
 
 
 def crop_embeddings(encoder: ImageEncoder, pixels: Tensor, where: Tensor, how: CropSettings) -> Tensor:
-    """Unit embeddings `[N, D]` of crops aligned on the thing.
+    """Returns unit embeddings `[N, D]` of crops aligned on the thing.
 
     Each is the mean over `JITTERS`: the map locates a thing only to a fraction of a cell, and that error must not look
     like a change of pose.

@@ -1,7 +1,7 @@
 """The instruments: models that embed pictures and texts, or read what a picture shows.
 
-All take pixels `[N, 3, H, W]` in [-1, 1] of any size and resize them with their own processor. Pictures are rounded to
-8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs torchvision or network
+All take pixels `[N, 3, H, W]` in [-1, 1] of any size, and each resizes them with its own processor. Pictures are rounded
+to 8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs torchvision or network
 access.
 """
 
@@ -24,7 +24,7 @@ from shared.config import expanded
 from shared.io.model_folders import load_network, load_tokenizer
 from shared.metrics.scores import CLIP_SCORE_WEIGHT
 
-BATCH = 64  # pictures encoded at once
+BATCH = 64  # pictures encoded per batch
 TEXT_AND_LIKENESS = "text alignment and likeness (CLIP-T, CLIP-I)"
 
 
@@ -36,13 +36,13 @@ class InstrumentInfo:
     measures: str  # "text alignment"
     toybox: bool = False
     accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, if a card states it; in [0, 1]
-    text_weight: float = CLIP_SCORE_WEIGHT  # factor from picture-text cosines to a score on [0, 1]
+    text_weight: float = CLIP_SCORE_WEIGHT  # factor that scales picture–text cosines to [0, 1]
     fingerprint: str = ""  # of its weights, if its measurements may be cached
 
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """Maps pictures to unit vectors whose scalar product is a similarity."""
+    """Maps pictures to unit vectors whose dot product is a similarity."""
 
     info: InstrumentInfo
 
@@ -53,7 +53,7 @@ class ImageEncoder(Protocol):
 
 @runtime_checkable
 class TextImageEncoder(ImageEncoder, Protocol):
-    """Maps pictures and texts to one space."""
+    """Maps pictures and texts to a common space."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> unit vectors `[N, D]`, float32 on the CPU."""
@@ -82,10 +82,10 @@ class SoftReader(AttributeReader, Protocol):
 
 @runtime_checkable
 class FaceFinder(Protocol):
-    """Tells in which pictures an identity can be judged at all."""
+    """Finds the pictures in which an identity can be judged."""
 
     def faces(self, pixels: Tensor) -> Tensor:
-        """Tells for `[N, 3, H, W]` in [-1, 1] whether a face can be seen (not only the back of a head): bool `[N]`."""
+        """Tells whether each of `[N, 3, H, W]` in [-1, 1] shows a face (not just the back of a head): bool `[N]`."""
         ...
 
 
@@ -100,12 +100,12 @@ class Locator(Protocol):
 
 @dataclass(frozen=True)
 class Typical:
-    """Readings of `Instruments` on things that no test uses. They scale scores that may use neither look-alikes nor true
-    pictures of the thing.
+    """Typical readings of `Instruments`, taken on things that no test uses. They set the scale of scores that may use neither
+    look-alikes nor true pictures of the thing.
     """
 
     same: float  # likeness of new pictures of a thing to its references
-    other: float  # likeness to these references of another thing of the same class and colours
+    other: float  # likeness of another thing, of the same class and colours, to these references
     free: float  # distance between crops of a thing from random views
     fixed: float  # distance between crops of a thing in one pose and place
 
@@ -155,7 +155,7 @@ def to_bytes(pixels: Tensor) -> bytes:
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:
-    """Resizes `[N, 3, H, W]` in [-1, 1] to `[N, 3, size, size]` in [0, 1], 8 bits: by the shorter side, then a centre crop."""
+    """Resizes `[N, 3, H, W]` in [-1, 1] to `[N, 3, size, size]` in [0, 1], in 8-bit steps, cropping them to a square."""
     parts = []
     for picture in to_pil(pixels):
         if picture.size != (size, size):
@@ -217,7 +217,7 @@ class DinoEncoder:
 
 
 def _unit(output: Any) -> Tensor:
-    """Normalises the projection: transformers 5 has it in an object's `pooler_output`; version 4 returns the tensor."""
+    """Normalises the projection, which transformers 5 returns in an object's `pooler_output`, and version 4 as a tensor."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
 
@@ -227,7 +227,7 @@ def _stack(parts: Sequence[Tensor], dimensions: int) -> Tensor:
 
 
 def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
-    """Loads a CLIP from a local transformers folder. ValueError if the folder holds no CLIP."""
+    """Loads a CLIP model from a local transformers folder. ValueError if the folder contains none."""
     from transformers import CLIPModel, CLIPTokenizer
 
     path = _check_folder(folder, {"clip"}, "CLIP")
@@ -241,7 +241,7 @@ DINO_TYPES = {"vit", "dinov2", "dinov2_with_registers", "dinov3_vit"}
 
 
 def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
-    """Loads a DINO or DINOv2 from a local transformers folder. ValueError if the folder holds neither."""
+    """Loads a DINO or DINOv2 model from a local transformers folder. ValueError if the folder contains neither."""
     from transformers import AutoModel
 
     path = _check_folder(folder, DINO_TYPES, "DINO")
@@ -273,7 +273,7 @@ def _check_folder(folder: Path | str, types: set[str], what: str) -> Path:
 
 
 def _image_processor(path: Path) -> Any:
-    """The folder's own processor, using Pillow (`backend="pil"`): transformers' default needs torchvision."""
+    """Loads the folder's own processor with its Pillow backend (`"pil"`): transformers' default needs torchvision."""
     from transformers import AutoImageProcessor
 
     if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):

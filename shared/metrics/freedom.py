@@ -1,9 +1,9 @@
 """Measures how much of the real object's variation in pose remains across pictures of one prompt.
 
-D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is that distance for true
-pictures of the thing from random views, F for true pictures in one pose and place with everything around the thing redrawn.
+D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is the same distance for
+true pictures of the thing from random views, and F for true pictures in one pose and place, with everything else redrawn.
 Freedom 0 means one pose for every seed, and 1 means as varied as the object itself. Only the crops are compared: neither
-a shift nor another background makes a new pose.
+a shift nor a different background counts as a new pose.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared.metrics.scores import cosine
 
-SEEDS = 4  # pictures per prompt that leaves the pose open
+SEEDS = 4  # pictures per prompt, if the prompt leaves the pose open
 ENOUGH = 0.3  # share of the pairs in which both pictures must be verified; fewer say nothing about the thing
 
 
@@ -89,7 +89,7 @@ def placement_spread(at: Tensor, groups: Sequence[Hashable]) -> tuple[float, flo
     the size, in half-pictures, pooled over the groups; NaN if no group has two pictures.
 
     Args:
-        at: `[N, 3]` of `placements`
+        at: `[N, 3]`, as returned by `placements`
     """
     squares, freedoms = torch.zeros(3, dtype=torch.float64), 0
     for group in dict.fromkeys(groups):

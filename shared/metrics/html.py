@@ -1,5 +1,5 @@
-"""Renders one HTML page per report: pictures and plots inline, no scripts, no external URLs; readable on a phone, in dark mode
-and by a screen reader.
+"""Renders one HTML page per report, with inline pictures and plots, and without scripts or external URLs. It is readable on a
+phone, in dark mode and with a screen reader.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shared.metrics.report import PictureRow, Report, Score
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 LARGEST = 320  # pixels: larger pictures are scaled down for the page; the files keep their size
-MAIN = ("trade_off", "identity", "text", "freedom")  # beside the plot
+MAIN = ("trade_off", "identity", "text", "freedom")  # shown next to the plot
 MORE = ("recognised", "no_face", "copied", "drift", "diversity", "views", "place", "size")
 ATTRIBUTES = ("background", "view", "accessory", "style")
 
@@ -102,7 +102,7 @@ def _span(score: Score) -> tuple[float, float] | None:
 
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
-    """Per prompt: its row, the pictures with the concept, and those of the base model."""
+    """Returns, for each prompt, its row, the pictures with the concept, and the base model's pictures."""
     out = []
     for prompt in report.prompts:
         made = [p for p in (*report.of_kind("concept"), *report.of_kind("freedom")) if p.prompt == prompt.prompt]
@@ -149,7 +149,7 @@ def inline(png: bytes | None, largest: int = LARGEST) -> str:
 
 
 def formatted(value: float | None, unit: str = "score") -> str:
-    """Formats a score: rates in whole percent, shares with one more digit, the rest with two decimals."""
+    """Formats a score: rates as whole percentages, shares with one decimal more, the rest with two decimals."""
     if value is None:
         return "–"
     if unit == "share":
@@ -170,7 +170,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Formats a number of bytes, in powers of 1024."""
+    """Formats a size in bytes, in powers of 1024."""
     if value is None:
         return "–"
     amount, units = float(value), ["bytes", "KiB", "MiB", "GiB"]
@@ -180,5 +180,5 @@ def size(value: float | None) -> str:
 
 
 def pretty(value: Any) -> str:
-    """JSON for display."""
+    """Formats a value as JSON for display."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)

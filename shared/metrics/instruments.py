@@ -10,21 +10,21 @@ from shared.metrics.encoders import ImageEncoder, Instruments, load_clip, load_d
 from shared.metrics.toybox import load_toybox, toybox_known
 from shared.metrics.true_thing import Known
 
-#: The evaluators of worlds that have their own, by the name in the backbone's `World.instruments`.
+#: The evaluators of the worlds that have their own, keyed by the backbone's `World.instruments`.
 OWN: Mapping[str, Callable[[], Instruments]] = {"toybox": load_toybox}
 
 
 def known_thing(files: Sequence[Path]) -> Known | None:
-    """Returns the look-alikes, new pictures and true pictures of the thing in these pictures; None if no world knows it."""
+    """Returns the look-alikes, new pictures and true pictures of the thing in these pictures; None if no world can draw it."""
     return toybox_known(files)
 
 
 def load_instruments(
     clip: Path | str | None = None, dino: Path | str | None = None, evaluators: str | None = None, device: str = "cpu"
 ) -> Instruments:
-    """Loads the instruments for a run. The folders passed in replace a world's own; if nothing else judges likeness, CLIP does.
+    """Loads the instruments for a run. A given CLIP or DINO replaces a world's own; if nothing else judges likeness, CLIP does.
 
-    evaluators: those of the world the pictures come from (`World.instruments`); on other pictures they are meaningless.
+    evaluators: which world's own evaluators to use (`World.instruments`); they are meaningless on pictures from elsewhere.
     ValueError if there is nothing to measure with.
     """
     owned = OWN[evaluators]() if evaluators else Instruments()

@@ -18,7 +18,7 @@ from shared.metrics.verification import PASSING, Look, Verifier
 BEHIND, PER_PROMPT = 120, 16
 #: For one pose and place: FIXED pictures per prompt, in the first of up to POSES poses that the instruments verify.
 FIXED, POSES = 6, 8
-#: The share of true pictures that may match a reference's thing pixel by pixel, by chance.
+#: The share of true pictures that may, by chance, match a reference's thing pixel by pixel.
 PASTED = 0.03
 _BARS, _OTHERS, _FIXED = 1000, 1001, 1002  # seeds of the three sets of pictures
 CHUNK = 256  # pictures per batch
@@ -42,8 +42,8 @@ def measure_true(
 ) -> TrueFigures:
     """Measures the bar for each style among the prompts, and the range of freedom if poses can be compared.
 
-    Two sets of pictures are drawn for every prompt: one sets the bar, and the other is judged by it. The pictures of the second
-    set that pass also give the freedom of random views. The verifier must have look-alikes.
+    Two sets of pictures are drawn for every prompt: one sets the bar, and the other is judged against it. The pictures of the
+    second set that pass also give R, the distance between random views. The verifier must have look-alikes.
     """
     sets = []
     for number, seed in enumerate((_BARS, _OTHERS)):
@@ -94,7 +94,7 @@ def _of(free: Sequence[int], drawn: _Set, passed: Tensor) -> _Passed:
 def _free(
     verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures, drawn: _Passed
 ) -> dict[str, float | None]:
-    """R, F, and the spread of place, size and view."""
+    """Computes R, F, and the spread of place, size and view."""
     spread = pooled(pairs(drawn.crops, drawn.prompts, drawn.passed).values())
     kept = drawn.passed.nonzero()[:, 0]
     place, size = placement_spread(drawn.places[kept], [drawn.prompts[i] for i in kept.tolist()])
@@ -149,6 +149,6 @@ def _rows_of(style: str, prompts: Sequence[Asked], drawn: _Set) -> Tensor:
 
 
 def ceilings(figures: TrueFigures, expects: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
-    """Returns, per picture, the likeness it must reach and its style's T; NaN if nothing was drawn in that style."""
+    """Returns, per picture, the likeness it must reach and the T of its style; NaN if nothing was drawn in that style."""
     bars = [figures.bar(e) for e in expects]
     return [b.least if b else math.nan for b in bars], [b.passed if b else math.nan for b in bars]

@@ -1,4 +1,4 @@
-"""Draws plots as SVG to inline in HTML: no external URLs, and text in the page's own colour (dark mode)."""
+"""Draws plots as SVG to inline in HTML, without external URLs, and with text in the page's own colour (for dark mode)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ _FREEDOM = _Axis("freedom", lambda p: p.freedom, lambda p: p.freedom_range)
 
 
 def trade_off_svg(points: Sequence[Point], title: str, chance: float | None = None) -> str:
-    """Plots identity (up) against prompt following (right), and in a second panel against freedom if any point has it.
-    Returns one `<svg>` element.
+    """Plots identity (up) against prompt following (right), and, in a second panel, against freedom if any point has a
+    value for it. Returns one `<svg>` element.
 
     With two terms, grey lines join points of equal trade-off.
     """

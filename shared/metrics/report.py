@@ -15,9 +15,9 @@ from shared.metrics.true_thing import TrueFigures
 
 SCHEMA_VERSION = 2  # 2: identity means verification, and freedom is the third term
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
-# "freedom": with the concept, more seeds of the prompts that leave the pose open; they only count towards freedom.
+# "freedom": with the concept, more seeds of the prompts that leave the pose open; these pictures count only for freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = 0.5  # with T below this, the instruments pass fewer than half of the true pictures: the thing is shown apart
+APART = 0.5  # with T below this, fewer than half of the true pictures pass verification: the thing is shown separately
 
 
 class Row(BaseModel):
@@ -39,7 +39,7 @@ class Score(Row):
     base: float | None = None  # the value for the base model, prompted only with the class: the floor
     chance: float | None = None
     truth: float | None = None  # the value for true pictures of the thing, if they can be drawn
-    among_low: float | None = None  # minimum and maximum over each reference against the others
+    among_low: float | None = None  # minimum and maximum over the references, each against the others
     among_high: float | None = None
     explanation: str = ""
 
@@ -53,13 +53,13 @@ SCORE_COLUMNS = (
 class MadeRow(Row):
     """A picture or a clip, and everything measured on it."""
 
-    prompt: int  # row of the report's prompts
+    prompt: int  # index into the report's prompts
     text: str  # as passed to the model
     seed: int
-    file: str  # below the report's folder
+    file: str  # relative to the report's folder
     scores: dict[str, float | None] = {}
     expects: dict[str, str] = {}
-    seen: dict[str, str] = {}  # for a clip: in most frames
+    seen: dict[str, str] = {}  # attribute -> the value seen (for a clip: in most frames)
     flags: list[str] = []  # what is wrong, in words
     failed: bool = False
 
@@ -70,7 +70,7 @@ class MadeRow(Row):
 
 
 class PictureRow(MadeRow):
-    """One picture; for drift pictures, `prompt` counts the drift prompts."""
+    """One picture; for drift pictures, `prompt` is an index into the drift prompts."""
 
     kind: Kind
     nearest: str = ""
@@ -97,7 +97,7 @@ class Instrument(Row):
 
 
 class Costs(Row):
-    """Time in seconds, memory and size in bytes; None where it was not measured."""
+    """Times in seconds, memory and size in bytes; None if not measured."""
 
     seconds_per_picture: float | None = None
     base_seconds_per_picture: float | None = None
@@ -123,7 +123,7 @@ class Report(BaseModel):
     scores: list[Score] = []
     prompts: list[PromptRow] = []
     pictures: list[PictureRow] = []
-    references: list[str] = []  # files below the report's folder
+    references: list[str] = []  # files, relative to the report's folder
     instruments: list[Instrument] = []
     gallery: list[str] = []  # the look-alikes that the subject had to be told apart from
     copy_limits: dict[str, float] = {}
@@ -134,11 +134,11 @@ class Report(BaseModel):
     thumbs: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
 
     def score(self, key: str) -> Score | None:
-        """The headline score of this key; None when it was not measured."""
+        """Returns the headline score with this key; None if it was not measured."""
         return next((s for s in self.scores if s.key == key), None)
 
     def value(self, key: str) -> float | None:
-        """The value of a headline score; None when it was not measured."""
+        """Returns the value of a headline score; None if it was not measured."""
         score = self.score(key)
         return None if score is None else score.value
 
@@ -150,7 +150,7 @@ class Report(BaseModel):
 
     @property
     def apart(self) -> bool:
-        """Whether too few true pictures of this thing pass the instruments, so that its figures must not be pooled."""
+        """Whether too few true pictures of this thing pass verification for its figures to be pooled."""
         identity = self.score("identity")
         return identity is not None and identity.truth is not None and identity.truth < APART
 

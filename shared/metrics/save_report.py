@@ -50,7 +50,7 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def prompts_csv(prompts: Sequence[PromptRow]) -> str:
-    """One row per prompt, with the mean scores as columns `score.*`."""
+    """Writes one row per prompt, with the mean scores as columns `score.*`."""
     rows = []
     for p in prompts:
         row: dict[str, Any] = {

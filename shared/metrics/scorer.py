@@ -31,7 +31,7 @@ class Measured:
     """Scores of N pictures. `scores` holds float columns of length N (NaN where a score does not apply)."""
 
     scores: Mapping[str, list[float]]
-    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as the prompt demands
+    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as the prompt says
     seen: list[dict[str, str]]  # per picture: attribute -> value seen
     nearest: list[str]  # per picture: the most similar gallery entry; "" without a gallery
     look: Look
@@ -42,7 +42,7 @@ class Measured:
         return self.look.whole
 
     def mean(self, key: str) -> float:
-        """Averages a column without its NaNs; NaN if nothing is left."""
+        """Averages a column, ignoring NaNs; NaN if no values are left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
@@ -51,11 +51,11 @@ class Measured:
 class Scorer:
     """Compares pictures with a subject's references.
 
-    references: `[R, 3, H, W]` in [-1, 1]. gallery: look-alikes, name -> `[n, 3, H, W]`. With a gallery, identity means
-    "recognised among them", and with `figures` of the true thing also "verified"; without one, likeness to the references.
-    fresh: pictures of the subject that are not references, to calibrate what counts as a copy. expects: what a picture
-    must show, by prompt (in plain words). through: the model's autoencoder, which the pictures have passed through.
-    masks: `[R, H, W]`, the thing's masks in the references.
+    references: `[R, 3, H, W]` in [-1, 1]. gallery: look-alikes, name -> `[n, 3, H, W]`. Without a gallery, identity
+    means likeness to the references; with one, recognition among the look-alikes; and with `figures` of the true thing as
+    well, verification. fresh: pictures of the subject that are not references, used to calibrate what counts as a copy.
+    expects: what a picture must show, by prompt (in plain words). through: the model's autoencoder, which the pictures have
+    passed through. masks: `[R, H, W]`, the thing's masks in the references.
     """
 
     references: Tensor
@@ -85,12 +85,12 @@ class Scorer:
         return None if self.figures is None else self.figures.pasted
 
     def plain(self, prompt: str) -> str:
-        """Replaces the concept's name in a prompt by the class noun."""
+        """Replaces the concept's name in a prompt with the class noun."""
         text = prompt.replace(f"<{self.name}>", "{concept}") if self.name else prompt
         return fill(text, self.class_noun, self.class_noun)
 
     def measure(self, pixels: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> Measured:
-        """Computes all scores of `[N, 3, H, W]` in [-1, 1] with their N prompts; ValueError if the counts differ."""
+        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts; ValueError if the counts differ."""
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
@@ -144,7 +144,7 @@ class Scorer:
     def _attributes(
         self, pixels: Tensor, expected: Sequence[Expects], scores: dict[str, list[float]]
     ) -> tuple[list[dict[str, bool]], list[dict[str, str]]]:
-        """Adds one column per expected attribute, and `attributes`, the mean over these per picture."""
+        """Adds one column per expected attribute, and `attributes`, their mean per picture."""
         if self.instruments.attributes is None:
             return [{} for _ in expected], [{} for _ in expected]
         read = self.instruments.attributes.read(pixels)
@@ -165,7 +165,7 @@ class Scorer:
             scores["text"] = text_score(torch.tensor(scores["clip_t"], dtype=torch.float64), weight).tolist()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Returns means over the pictures, and `score`, which chooses the best checkpoint: see `stand_ins`."""
+        """Returns each score's mean over the pictures, and `score`, which selects the best checkpoint: see `stand_ins`."""
         plain = [self.plain(p) for p in prompts]
         measured = self.measure(pixels, prompts)
         out = {k: v for k in measured.scores if not math.isnan(v := measured.mean(k))}

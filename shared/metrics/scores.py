@@ -1,6 +1,6 @@
 """Scores as pure functions of embeddings. Embeddings are `[N, D]`; all arithmetic is in float64.
 
-The standard ones follow DreamBooth (arXiv 2208.12242, section 4.1): CLIP-T, CLIP-I, DINO-I; KID is arXiv 1801.01401.
+The standard ones follow DreamBooth (arXiv 2208.12242, section 4.1): CLIP-T, CLIP-I, DINO-I. KID follows arXiv 1801.01401.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CLIP_SCORE_WEIGHT = 2.5
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines `[N, M]` in float64 of `[N, D]` and `[M, D]`. A zero vector has cosine 0 with everything."""
+    """Returns the cosines `[N, M]`, in float64, between `[N, D]` and `[M, D]`. A zero vector has cosine 0 with everything."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"embeddings: expected [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     return F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
@@ -45,8 +45,8 @@ def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
 
 
 def leave_one_out(references: Tensor) -> Tensor:
-    """Returns the mean cosine `[R]` of each reference with the others: what `clip_i` would give for a real picture of the
-    subject. Empty for fewer than two."""
+    """Returns the mean cosine `[R]` of each reference with the others: what `clip_i` would return for a real picture of
+    the subject. Empty for fewer than two."""
     count = len(references)
     if count < 2:
         return torch.zeros(0, dtype=torch.float64)
@@ -55,7 +55,7 @@ def leave_one_out(references: Tensor) -> Tensor:
 
 
 def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
-    """CLIP-T on [0, 1]: `min(1, weight * max(cos, 0))` (CLIPScore, arXiv 2104.08718: 2.5).
+    """CLIP-T on [0, 1]: `min(1, weight * max(cos, 0))`; CLIPScore (arXiv 2104.08718) uses a weight of 2.5.
 
     weight: the instrument's own factor (`InstrumentInfo.text_weight`), chosen so that matching pairs stay below 1.
     """
@@ -68,7 +68,7 @@ class Retrieval:
 
     nearest: tuple[str, ...]  # N names of gallery entries
     hits: Tensor  # bool [N]: whether that entry is the subject
-    margin: Tensor  # float64 [N]: similarity to the subject minus that to the nearest other entry
+    margin: Tensor  # float64 [N]: similarity to the subject minus similarity to the nearest other entry
     chance: float  # accuracy of a guess: 1 / entries
 
     @property
@@ -77,8 +77,8 @@ class Retrieval:
 
 
 def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
-    """Finds the gallery entry nearest to each output `[N, D]`. An entry holds several pictures `[n, D]` of one thing, of
-    which the two closest count (`similarities`).
+    """Finds the gallery entry nearest to each output `[N, D]`. An entry consists of several pictures `[n, D]` of one
+    thing; the two closest count (`similarities`).
 
     ValueError if the gallery lacks the subject, or contains nothing else.
     """
@@ -116,7 +116,7 @@ def drift(base: Tensor, loaded: Tensor) -> Tensor:
     """Returns, per pair `[N]`, 1 − cosine between the pictures without and with the concept loaded (same prompt and seed,
     concept not named).
 
-    0: loading the concept changes nothing that it should not. peft's image benchmark uses the same measure.
+    0 means that loading the concept changes nothing that it should not. peft's image benchmark uses the same measure.
     """
     return (1 - clip_t(base, loaded)).clamp_min(0)  # rounding can put a cosine above 1
 
@@ -130,7 +130,7 @@ def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Seq
     for i, attributes in enumerate(expected):
         for name in attributes:
             if name not in seen:
-                raise ValueError(f"unknown attribute {name!r}; the reader knows: {', '.join(sorted(seen))}")
+                raise ValueError(f"unknown attribute {name!r}; the reader supports: {', '.join(sorted(seen))}")
         out.append({name: seen[name][i] == value for name, value in attributes.items()})
     return out
 
@@ -139,7 +139,7 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
     """Kernel Inception Distance on any features: unbiased MMD² with the kernel `(x·y / D + 1)^degree` (arXiv
     1801.01401, eq. 3–4).
 
-    x: `[N, D]`, y: `[M, D]`, N and M at least 2. Unbiased: about 0, and possibly below, for two samples of one distribution.
+    x: `[N, D]`, y: `[M, D]`, N and M at least 2. Unbiased: about 0, possibly negative, for two samples of one distribution.
     """
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(
@@ -196,7 +196,7 @@ def bootstrap(
 
 
 def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Returns Wilson's score interval of a rate (1927); (nan, nan) without trials."""
+    """Returns Wilson's score interval of a rate (1927); (nan, nan) if there are no trials."""
     if trials == 0:
         return math.nan, math.nan
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))

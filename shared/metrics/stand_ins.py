@@ -1,7 +1,7 @@
-"""The score that chooses the best checkpoint: stand-ins for identity, text and freedom that only use the references.
+"""The score that selects the best checkpoint: stand-ins for identity, text and freedom that use only the references.
 
 The measures that judge the finished concept (look-alikes, true pictures of the thing) must not also select it. The
-readings are soft because there are only eight to sixteen pictures: one misread attribute would otherwise outweigh the
+readings are soft because there are only eight to sixteen pictures: otherwise, one misread attribute would outweigh the
 difference between two checkpoints. Freedom is scaled between two constants measured on things that no test uses (`Typical`).
 """
 
@@ -18,7 +18,7 @@ from shared.metrics.encoders import Instruments, SoftReader, Typical
 from shared.metrics.scores import cosine, trade_off
 from shared.metrics.verification import Look
 
-FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ by the other two
+FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ in the other two
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
     """Rates identity per picture `[N]` on [0, 1]: 0 for the likeness that another thing of the same class and colours
     typically has to the references, 1 for the likeness of the thing itself. Without these constants, returns the plain
-    likeness. Copies, and faces that cannot be seen, get 0.
+    likeness. Copies, and pictures of a face that cannot be seen, get 0.
     """
     if typical is not None and typical.same > typical.other:
         like = (look.likeness - typical.other) / (typical.same - typical.other)
@@ -82,7 +82,7 @@ def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float
 
 
 def _text(made: Previewed, instruments: Instruments) -> float | None:
-    """Rates how well the prompts were followed: by the probabilities of the requested attributes if a reader gives them."""
+    """Rates how well the prompts were followed: by the probabilities of the requested attributes if a reader returns them."""
     if isinstance(instruments.attributes, SoftReader) and any(made.expects):
         chances = instruments.attributes.chances(made.pixels, made.expects)
         values = [sum(c.values()) / len(c) for c in chances if c]

@@ -25,7 +25,7 @@ from shared.metrics.encoders import (
 )
 from shared.metrics.true_thing import Known
 
-CALIBRATION = "calibration.json"  # among the weights
+CALIBRATION = "calibration.json"  # in the folder of weights
 
 
 class ToyboxIdentity:
@@ -49,7 +49,7 @@ class ToyboxFeatures:
 
 
 class ToyboxReader:
-    """The toybox's recognizer: class, main, second, background, view, accessory, style."""
+    """The toybox's recognizer, which reads `class`, `main`, `second`, `background`, `view`, `accessory` and `style`."""
 
     def __init__(self, model: Any, info: InstrumentInfo) -> None:
         self.model, self.info = model, info
@@ -83,7 +83,7 @@ def load_toybox() -> Instruments:
     def info(name: str, title: str, measures: str, **more: Any) -> InstrumentInfo:
         return InstrumentInfo(title, measures, True, card.get(name, {}), fingerprint=_fingerprint(name), **more)
 
-    # This small CLIP's cosines are larger (for a picture and its caption 0.3 on average, up to 0.8), so they need no factor.
+    # This small CLIP's cosines are larger (0.3 on average for a picture and its caption, up to 0.8), so they need no factor.
     text = info("clip", "toybox CLIP", TEXT_AND_LIKENESS, text_weight=1.0)
     who = info("identity", "toybox identity encoder", "which individual thing it is")
     what = info("recognizer", "toybox recognizer", "background, view, accessory, style")
@@ -152,7 +152,7 @@ def toybox_known(files: Sequence[Path]) -> Known | None:
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
     """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`; empty without a card. Accuracies on
-    VAE reconstructions are preferred where measured, since generated pictures come out of the VAE too.
+    VAE reconstructions are preferred where measured, because generated pictures are also decoded by the VAE.
     """
     from shared.toybox.evaluators.convnet import WEIGHTS
 

@@ -21,10 +21,10 @@ class Tally:
 
     subject: str
     prompt: int
-    identity: float  # number of pictures that show the thing (a likeness on [0, 1] counts in part)
+    identity: float  # number of pictures that show the thing (a likeness on [0, 1] counts as a fraction)
     judged: int  # number of pictures that can be judged
-    ceiling: float  # sum over the judged pictures of the share of true ones that pass; `judged` if none are known
-    text: float  # sum of the pictures' scores for following the prompt
+    ceiling: float  # sum over the judged pictures of the share of true pictures that pass (1 if there are none)
+    text: float  # sum of the pictures' prompt-following scores
     texts: int
     pairs: Pairs | None = None  # only if the prompt leaves the pose open
 
@@ -32,7 +32,7 @@ class Tally:
 @dataclass(frozen=True)
 class Terms:
     """The terms on [0, 1]; None if a term cannot be measured at all. For the `unmeasured` subjects, too few pictures show
-    the thing; their freedom counts as 0."""
+    the thing for freedom to be measured, so it counts as 0."""
 
     identity: float | None
     text: float | None
@@ -41,7 +41,7 @@ class Terms:
 
     @property
     def trade_off(self) -> float | None:
-        """The harmonic mean of the available terms; None without identity and text."""
+        """The harmonic mean of the available terms; None if identity or text is missing."""
         if self.identity is None or self.text is None:
             return None
         return trade_off(self.identity, self.text, *(() if self.freedom is None else (self.freedom,)))
@@ -72,7 +72,7 @@ def bootstrap_terms(
     tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Returns percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts; (nan, nan)
-    for missing terms. If all prompts give 0 or all give 1, resampling says nothing, so Wilson's interval is used.
+    for missing terms. If a term is 0 on all prompts or 1 on all, resampling says nothing, so Wilson's interval is used.
     """
     if not tallies:
         return dict.fromkeys(("identity", "text", "freedom", "trade_off"), (math.nan, math.nan))
@@ -98,7 +98,7 @@ def bootstrap_terms(
 
 
 def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, float] | None:
-    """Wilson's interval over prompts for a term that is 0 on all of them or full on all; None for any other term."""
+    """Returns Wilson's interval over prompts for a term that is 0 on all of them or 1 on all; None for any other term."""
     sums = [(t.identity, t.judged, t.ceiling) if key == "identity" else (t.text, t.texts, t.texts) for t in tallies]
     known = [s for s in sums if s[1]]
     if not known or not (all(v == 0 for v, _, _ in known) or all(v == n for v, n, _ in known)):
@@ -109,7 +109,7 @@ def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, f
 
 
 def _share(part: float, whole: float) -> float:
-    """part / whole, at most 1; 0 where the whole is 0 (no true picture passes)."""
+    """Returns part / whole, at most 1; 0 if the whole is 0 (no true picture passes)."""
     return min(1.0, part / whole) if whole > 0 else 0.0
 
 

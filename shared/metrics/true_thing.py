@@ -1,6 +1,6 @@
 """What a world knows about the thing in the references: its look-alikes, and how it really looks under any prompt.
 
-Only a world that draws its own pictures knows this. Nothing that decides what is learned or kept may use it.
+Only a world that draws its own pictures knows this. Nothing that decides what is learned or kept may use this knowledge.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Asked:
 class TrueThing(Protocol):
     """A thing that can be drawn exactly as it is, any number of times."""
 
-    key: str  # which thing, and a fingerprint of the drawing code: equal keys give equal pictures
+    key: str  # identifies the thing and the drawing code: equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
-        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1]. pose: the number of the pose and place of all."""
+        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1]. pose: the number of a pose and place for all."""
         ...
 
 
@@ -52,7 +52,7 @@ class Bar(_Kept):
     least: float  # likeness to the references that 95 % of the true pictures reach
     passed: float  # T: share of other true pictures that pass all three conditions (for faces: of those with a face)
     pictures: int  # number of pictures behind each of these two figures
-    faceless: int = 0  # number of pictures behind `passed` that were not judged because they show no face
+    faceless: int = 0  # number of these pictures that were not judged because they show no face
 
 
 class TrueFigures(_Kept):
@@ -66,14 +66,14 @@ class TrueFigures(_Kept):
     fixed: float | None = None  # F
     place: float | None = None  # spread of the true thing's place within a prompt, in half-pictures
     size: float | None = None
-    views: float | None = None  # effective number
+    views: float | None = None  # effective number of views
 
     @property
     def range(self) -> Range | None:
         return None if self.free is None or self.fixed is None else Range(self.free, self.fixed)
 
     def bar(self, expects: Mapping[str, str]) -> Bar | None:
-        """The bar for a picture that must show `expects`; None for a style that was not drawn."""
+        """Returns the bar for a picture that must show `expects`; None for a style that was not drawn."""
         return self.bars.get(style_of(expects))
 
 

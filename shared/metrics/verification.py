@@ -1,8 +1,8 @@
-"""Verifies that pictures show the subject itself, by its references and the bar set by true pictures.
+"""Verifies that pictures show the subject itself, using its references and a bar set by true pictures.
 
 A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to the
-references as 95 % of true pictures of the thing. The first condition by itself would pass a thing with arms of another
-colour: it only has to be nearer to this thing than to eight others.
+references as 95 % of true pictures of the thing. The first condition alone would pass a thing with arms of another colour,
+which only has to be nearer to this thing than to eight others.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class Look:
     likeness: Tensor  # float64 [N]: mean cosine with the two most similar references
     face: Tensor | None  # bool [N], where the thing is a face
     crops: Tensor | None  # [N, F] embeddings of crops aligned on the thing, which tell poses apart
-    places: Tensor | None  # [N, 3] of `placements`
+    places: Tensor | None  # [N, 3] from `placements`
     pasted: Tensor | None  # float64 [N, R]: pixelwise match between the thing and the thing in each reference
 
     def copied(self, limit: float | None = None) -> Tensor:
-        """Bool `[N]`: whether the whole picture copies a reference, or its thing matches one with a correlation of at least
-        `limit`."""
+        """Tells whether each picture copies a reference as a whole, or its thing matches one with a correlation of at least
+        `limit`: bool `[N]`."""
         whole = self.copying.copied
         return whole if limit is None or self.pasted is None else whole | (self.pasted.amax(1) >= limit)
 
     def source(self, n: int) -> int:
-        """The index of the reference that picture n copies."""
+        """Returns the index of the reference that picture n copies."""
         whole = self.pasted is None or bool(self.copying.copied[n])
         return int(self.copying.nearest[n]) if whole or self.pasted is None else int(self.pasted[n].argmax())
 
     def passes(self, least: Sequence[float], limit: float | None = None) -> Tensor:
-        """Bool `[N]`: whether each picture is recognised, not a copy, shows a face if the thing is one, and reaches its `least`
-        likeness.
+        """Tells whether each picture is recognised, is not a copy, shows a face if the thing is one, and reaches its `least`
+        likeness: bool `[N]`.
 
-        Needs look-alikes.
+        Requires look-alikes.
         """
         assert self.retrieved is not None
         seen = self.retrieved.hits & ~self.copied(limit)

@@ -18,7 +18,7 @@ from shared.modifiers.base import PlaceholderBase, phrase
 class LearnableToken(KindPart):
     """`vectors` new tokens per concept, which start as the embedding of `init` (default: the class noun).
 
-    If the words have more sub-tokens than there are vectors, each vector starts as a mean of them. With `per: layer`, each
+    If the words have more sub-tokens than there are vectors, each vector starts as the mean of several. With `per: layer`, each
     cross-attention layer reads the whole prompt with its own vectors (P+, section 3.2): one text encoder run per layer."""
 
     kind: Literal["learnable_token"] = "learnable_token"

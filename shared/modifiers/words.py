@@ -11,7 +11,7 @@ from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class PlainText(KindPart):
-    """Replaces `<name>` by plain words, or only by the class noun if none are set."""
+    """Replaces `<name>` with plain words, or with only the class noun if none are set."""
 
     kind: Literal["plain_text"] = "plain_text"
     words: str = ""

@@ -1,4 +1,4 @@
-"""How time and noise are drawn. A new distribution is one file and one line in the union."""
+"""How time and noise are drawn. To add a distribution, write one file and add one line to the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Distributions of the training time t in [0, 1000), and its noise."""
+"""Distributions of the training time t in [0, 1000), and of the noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Times(Part):
-    low: Fraction = 0.0  # fraction of the whole time range: a stage trains on part of it
+    low: Fraction = 0.0  # as a fraction of the whole time range, so that a stage can train on part of it
     high: Fraction = 1.0
     clean_first_frame: Fraction = 0.0  # for clips: the probability that the first latent frame has no noise
     offset: Annotated[float, Field(ge=0)] = 0.0  # noise offset: one shift per picture and channel
@@ -27,7 +27,7 @@ class _Times(Part):
         return self
 
     def _fractions(self, count: int, generator: torch.Generator) -> Tensor:
-        raise AssertionError("a distribution of times must define how it draws")
+        raise AssertionError("a distribution of times must define how to draw them")
 
     def draw_times(self, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
         """Draws [count] times in [0, 1000); whole numbers if the model was trained on timesteps."""
@@ -35,7 +35,7 @@ class _Times(Part):
         return t.floor().clamp(0, 999) if discrete else t.clamp(1e-3, 999.999)
 
     def of_frames(self, t: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """The times t [B] of `latents`, or [B, f] for clips of which some have a noise-free first frame (t = 0), as in
+        """Returns the times t [B] of `latents`, or [B, f] for clips if some of them get a noise-free first frame (t = 0), as in
         LTX-Video's training (https://arxiv.org/abs/2501.00103)."""
         if latents.ndim != 5 or not self.clean_first_frame:
             return t
@@ -45,7 +45,7 @@ class _Times(Part):
         return each
 
     def draw_noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """Gaussian noise with the shape of `like` [B, C, h, w], drawn on the CPU so that it is the same on every device."""
+        """Draws Gaussian noise with the shape of `like` [B, C, h, w], on the CPU so that it is the same on every device."""
         noise = torch.randn(like.shape, generator=generator)
         if self.offset:
             noise = noise + self.offset * torch.randn(*like.shape[:2], *([1] * (like.ndim - 2)), generator=generator)
@@ -53,7 +53,7 @@ class _Times(Part):
 
 
 class Uniform(_Times):
-    """All times equally likely (DDPM, https://arxiv.org/abs/2006.11239)."""
+    """All times are equally likely (DDPM, https://arxiv.org/abs/2006.11239)."""
 
     kind: Literal["uniform"] = "uniform"
 

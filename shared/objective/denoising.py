@@ -1,4 +1,4 @@
-"""The denoising loss per example, on the backbone's own target."""
+"""The denoising loss per example, computed against the backbone's own target."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Denoising(Part):
     """Squared error between prediction and target (epsilon, v or flow velocity).
 
     `masked` restricts the loss to the subject: sum(m * e^2) / sum(m), so that a small subject counts as much as a large one;
-    by default it is on whenever a picture has a mask. `outside` is the weight of the background (a value above 0 keeps the
-    model from turning it into noise), `inside` the weight of the subject: inside=0 with outside=1 learns everything but the
-    subject, such as a motion without its performer. `min_snr_gamma` is the weighting of
+    by default it is on whenever a picture has a mask. `outside` is the weight of the background; a value above 0 keeps the
+    model from turning the background into noise. `inside` is the weight of the subject: inside=0 with outside=1 learns
+    everything but the subject, such as a motion without its performer. `min_snr_gamma` is gamma in the weighting of
     https://arxiv.org/abs/2303.09556, eq. 4 to 6.
     """
 
@@ -40,7 +40,7 @@ class Denoising(Part):
         return self.masked is not False and self.inside < self.outside
 
     def example_losses(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        """Mean squared error per example: [B, C, h, w] twice and a weight [B, 1, h, w] or None -> [B]."""
+        """Returns each example's mean squared error [B]; prediction and target: [B, C, h, w], weight: [B, 1, h, w] or None."""
         error = (prediction.float() - target.float()) ** 2
         if weight is None:
             return error.flatten(1).mean(1)
@@ -51,7 +51,7 @@ class Denoising(Part):
         """Returns the per-pixel weight [B, 1, (f), h, w], or None if all pixels count equally.
 
         Args:
-            mask: [B, 1, (f), h, w]; an example whose mask is 1 everywhere has no outside, and has weight 1 everywhere
+            mask: [B, 1, (f), h, w]; an example whose mask is 1 everywhere has no background, so its weight is 1 everywhere
             valid: [B, 1, (f), h, w], 0 at padding
         """
         weight = None
@@ -63,13 +63,13 @@ class Denoising(Part):
         return weight
 
     def time_weight(self, backbone: Backbone, t: Tensor) -> Tensor:
-        """Returns [B]: min(SNR, gamma), converted to the model's parametrisation; 1 if `min_snr_gamma` is None."""
+        """Returns the weights [B]: min(SNR, gamma), converted to the model's parametrisation; 1 if `min_snr_gamma` is None."""
         if self.min_snr_gamma is None:
             return torch.ones_like(t, dtype=torch.float32)
         alpha, sigma = (x.float() for x in backbone.alpha_sigma(t))
         snr = (alpha / sigma.clamp_min(1e-8)) ** 2
         clipped = snr.clamp_max(self.min_snr_gamma)
-        # the weight is defined for the loss on x_0; each parametrisation's error is that error times a known factor
+        # the weight is defined for the loss on x_0; each parametrisation's error is the error in x_0 times a known factor
         return {"epsilon": clipped / snr.clamp_min(1e-8), "v_prediction": clipped / (snr + 1), "sample": clipped}.get(
             backbone.prediction_type,
             clipped * sigma**2,  # flow: |v - v'|^2 = |x_0 - x_0'|^2 / sigma^2

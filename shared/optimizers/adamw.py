@@ -18,13 +18,13 @@ class AdamW(OptimizerPart):
     eps: Positive = 1e-8
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        # Not fused on a CPU: that kernel misreads moments with other strides and rounds differently at the end of a tensor, so
-        # a resumed run would differ.
+        # Not fused: on a CPU, the fused kernel misreads moments with other strides and rounds differently at the end of a
+        # tensor, so a resumed run would differ.
         return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps)
 
 
 class AdamW8bit(AdamW):
-    """bitsandbytes' AdamW: a quarter of the memory for moments; needs a GPU."""
+    """bitsandbytes' AdamW, whose moments take a quarter of the memory; needs a GPU."""
 
     kind: Literal["adamw_8bit"] = "adamw_8bit"  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""The base class of all optimizer parts: the schedule of rates, clipping, and the state that is saved."""
+"""The base class of all optimizer parts: the rate schedule, clipping, and the saved state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OptimizerPart(Part):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
     decay: Fraction = (
-        1.0  # the last fraction of the run, in which rates fall; below 1: warmup-stable-decay (arXiv 2404.06395)
+        1.0  # the final fraction of the run, over which rates fall; below 1: warmup-stable-decay (arXiv 2404.06395)
     )
     max_grad_norm: Positive | None = 1.0
 
@@ -48,7 +48,7 @@ class OptimizerPart(Part):
         return lr * factor
 
     def factor(self, step: int, done: float) -> float:
-        """Returns the factor on the rates.
+        """Returns the factor by which the rates are multiplied.
 
         Args:
             step: steps done; rates rise linearly over the first `warmup`

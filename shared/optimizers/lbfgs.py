@@ -30,7 +30,7 @@ class Lbfgs(OptimizerPart):
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         rates = sorted({group["lr"] for group in groups})
         if len(rates) > 1:
-            raise ValueError(f"train.optimizers: lbfgs uses one rate for all parts, but they have {rates}")
+            raise ValueError(f"train.optimizers: lbfgs uses one rate for all parts, but their rates are {rates}")
         return torch.optim.LBFGS(
             [p for group in groups for p in group["params"]],
             lr=rates[0],

@@ -1,7 +1,7 @@
 """Splits a batch into equal shares, each computed in its own thread: data parallelism within one CPU.
 
-On a machine that is also busy with other work, this is far faster than the same number of threads inside each operation,
-because shares wait for each other once per step, not once per operation.
+On a machine that is also busy with other work, this is far faster than using as many threads inside each operation,
+because the shares wait for each other once per step, not once per operation.
 """
 
 from __future__ import annotations

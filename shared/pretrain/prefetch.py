@@ -12,11 +12,11 @@ B = TypeVar("B")
 
 
 class Prefetch(Generic[B]):
-    """Calls `draw` one step ahead in a thread, as long as steps come in order. The batches are the same without it.
+    """Calls `draw` one step ahead in a thread, as long as steps come in order. Prefetching does not change the batches.
 
     Args:
         draw: draws the batch of a step, which must depend only on the step
-        device: on a CPU nothing is drawn ahead, because that would compete for the same cores
+        device: on a CPU, nothing is drawn ahead, because that would compete for the same cores
     """
 
     def __init__(self, draw: Callable[[int], B], device: torch.device) -> None:

@@ -32,8 +32,8 @@ class RunSettings:
     """The budget and device of a training run.
 
     The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the beginning of this
-    session. Learning rates depend on the fraction of it that is spent. If both are set, rates follow the steps, and the
-    minutes only pause the run.
+    session. Learning rates depend on the fraction of the budget that is spent. If both are set, rates follow the steps, and the
+    time limit merely pauses the run.
     """
 
     steps: int | None = None
@@ -43,7 +43,7 @@ class RunSettings:
     threads: int | None = None  # torch's threads on a CPU
     device: str | None = None  # as torch names it; None: the GPU if there is one
     bf16: bool | None = None  # None: only if the device is fast at it; others can take ten times as long
-    compiled: bool = False  # compile U-Net blocks: costs a minute, then a GPU is about twice as fast
+    compiled: bool = False  # whether to compile U-Net blocks: takes a minute, but makes a GPU about twice as fast
     log_every: int = 50  # steps
     save_minutes: float = 3.0
 
@@ -58,7 +58,7 @@ class RunSettings:
         return Budget(steps=self.steps) if self.steps is not None else Budget(minutes=self.minutes)
 
     def compute(self) -> Compute:
-        """Chooses the device and sets the number of torch's CPU threads: more threads than cores are ten times slower."""
+        """Chooses the device and sets the number of torch's CPU threads: using more threads than cores is ten times slower."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = pick_device(self.device)
@@ -84,7 +84,7 @@ def run_task(
     Args:
         folder: for the checkpoints and `log.jsonl`
         first: the step at which a run without a checkpoint begins: the step of the weights it continues from, or 0
-        budget: the budget, if the task uses it too; None: a new one that starts now
+        budget: the budget, if the task also uses it; None: a new one that starts now
 
     Raises:
         ValueError: the checkpoint was made with other settings
@@ -110,7 +110,7 @@ class _Session:
         self.accelerator = Accelerator(mixed_precision="no", cpu=task.compute.device.type == "cpu")
         self.optimizers = Optimizers(task.groups(), task.optimizers, self.accelerator)
         self.trained = {name: len(self.optimizers.parameters([name])) for name in self.optimizers.names}
-        if state is not None and state.optimizer:  # adopted weights have none
+        if state is not None and state.optimizer:  # adopted weights have no optimizer state
             self._restore_optimizer(state)
         self.log = Log(folder, self.start, tensorboard=False)
         self.window = _Window()
@@ -213,7 +213,7 @@ class _Window:
         self.records.append(record)
 
     def mean(self) -> dict[str, float]:
-        """Returns the averages of everything logged per step, except for rates, whose last value it returns."""
+        """Returns the average of every value logged per step, but for each rate its last value."""
         rows = [flat(record) for record in self.records]
         return {
             key: rows[-1][key] if key.startswith("lr/") else sum(row[key] for row in rows if key in row) / len(rows)

@@ -1,4 +1,4 @@
-"""The base class of tasks that train networks from data: networks, moving averages, optimizers, contents of checkpoints."""
+"""The base class of tasks that train networks from data: networks, moving averages, optimizers and checkpoint contents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Compute:
 
 
 class PretrainTask:
-    """A task for the training loop that trains networks from data: a `shared.train.task.Task` without its own number of steps.
+    """A task that trains networks from data in the training loop: a `shared.train.task.Task` without its own number of steps.
 
     A subclass builds its networks in its constructor and yields losses from `updates`; everything random in a step comes
     from `shared.train.loop.generator(seed, step)`. `shared.pretrain.run_task` runs the task.
@@ -101,7 +101,7 @@ def average_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[TrainableGroup]:
-    """Groups the trainable parameters of `module`: matrices and kernels get weight decay; biases, norms, embeddings do not."""
+    """Groups the trainable parameters: matrices and kernels get weight decay; biases, norms and embeddings do not."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]

@@ -34,7 +34,7 @@ def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
 
 
 def without(prompt: str, class_nouns: Mapping[str, str]) -> str:
-    """Replaces each `<name>` in a prompt by its class noun, for the base model."""
+    """Replaces each `<name>` in a prompt with its class noun, for the base model."""
     return re.sub(r"\s+", " ", _NAME.sub(lambda m: class_nouns.get(m.group(1), m.group(0)), prompt)).strip()
 
 

@@ -38,7 +38,7 @@ def recipe_files(modality: str) -> dict[str, Path]:
 
 
 def find(recipe: str, modality: str) -> Path:
-    """Finds a recipe by name or path. ValueError lists the available names."""
+    """Finds a recipe by name or path. ValueError, with the available names, if there is none."""
     known = recipe_files(modality)
     if recipe in known:
         return known[recipe]

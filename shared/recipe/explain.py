@@ -1,4 +1,4 @@
-"""Writes a resolved recipe as annotated YAML: each part is explained above it, each setting after it."""
+"""Writes a resolved recipe as annotated YAML: a part is explained above its settings, a setting at the end of its line."""
 
 from __future__ import annotations
 

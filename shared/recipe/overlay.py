@@ -105,9 +105,9 @@ def _of_another_kind(rule: Any, part: Any) -> bool:
 def unstated(
     rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the rules without what the user set. A rule yields to a user's value that still holds in `full`, the recipe.
+    """Returns the rules without what the user set. A rule yields to a user's value that is still set in `full`, the recipe.
 
-    Values set outside the phases count inside them too.
+    Values set outside the phases also count inside them.
     """
     top = [{k: v for k, v in layer.items() if k != "phases"} for layer in stated]
     base = {k: v for k, v in full.items() if k != "phases"}

@@ -28,7 +28,7 @@ def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str =
     A variant's file may add a phase that sets its `trainable` or its `task`; the command line (no `file`) may not.
 
     Raises:
-        ValueError: for an unknown phase; lists the existing ones
+        ValueError: for an unknown phase; the message lists the existing ones
     """
     known = mapping(below.get("phases"))
     for name, phase in mapping(layer.get("phases")).items():
@@ -57,7 +57,7 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
 
 
 def learns_subjects(recipe: Recipe) -> bool:
-    """Whether a phase learns the subjects; without such a phase, the run only looks at their pictures."""
+    """Tells whether a phase learns the subjects; without such a phase, the run only looks at their pictures."""
     return any(phase.task.learns_subjects for _, phase in expand_phases(recipe))
 
 

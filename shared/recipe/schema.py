@@ -29,7 +29,7 @@ from shared.trainable import Trainable
 from shared.trainable.base import MAIN
 from shared.types import Subject
 
-#: Counts and sizes have bounds far above any real setting, so that a typo fails at once instead of filling memory.
+#: Counts and sizes have bounds far above any real setting, so that a typo fails immediately instead of filling memory.
 Many = Annotated[int, Field(ge=1, le=10_000)]
 Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
 _STEPS = 10_000_000
@@ -67,7 +67,7 @@ class Validation(Part):
 
 
 class Train(Part):
-    """How compute is spent."""
+    """The settings of the training loop."""
 
     steps: Annotated[int, Field(ge=0, le=_STEPS)] = 500
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1

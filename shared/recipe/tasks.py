@@ -30,7 +30,7 @@ class TuneTask(Part):
 
     @property
     def learns_subjects(self) -> bool:
-        """Whether the task learns the subjects. Recipes without such a task only compare with the subjects' pictures."""
+        """Whether the task learns the subjects. Recipes without such a task only use the subjects' pictures for comparison."""
         return True
 
     def count(self, steps: int, subjects: int) -> int:
@@ -46,12 +46,12 @@ class GenerateTask(Part):
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
     num: Count = 8  # pictures per prompt and subject
     keep: Count | None = None  # how many of a subject's pictures to keep, the best by score; null: all
-    batch_size: Count = 4  # generated at once
+    batch_size: Count = 4  # pictures generated together
     off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()  # adapter sets of this run that are off in this phase
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """The optimizer groups of what it trains besides the recipe's trainable parts."""
+        """The optimizer groups of anything that it trains besides the recipe's trainable parts."""
         return frozenset()
 
     @property

@@ -19,8 +19,8 @@ Distance = Literal["squared", "cross_entropy"]
 
 
 class Localisation(Penalty):
-    """weight * mean over instance examples of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
-    https://arxiv.org/abs/2305.16311, eq. 3).
+    """weight * |A(concept) - mask|^2, summed over the concepts of each instance example and averaged over examples
+    (Break-A-Scene, https://arxiv.org/abs/2305.16311, eq. 3).
 
     A is the picture's attention to the concept's own tokens: the mean over heads, selected layers and tokens, divided by its
     maximum, as in the paper's code. It is compared at 16×16, the resolution at which the layers of a full-size model localise
@@ -71,9 +71,9 @@ def localisation_loss(
     normalize: Literal["max", "none"] = "max",
     distance: Distance = "squared",
 ) -> Tensor:
-    """Returns the mean over examples of the sum over concepts of the mean distance between map and mask: a scalar.
+    """Returns the mean distance between map and mask, summed over concepts and averaged over examples: a scalar.
 
-    A concept counts in examples whose text names it and in which its mask is not empty.
+    A concept counts only in examples whose text names it and in which its mask is not empty.
 
     Args:
         maps: [B, rows * columns of the grid, L], probabilities
@@ -82,7 +82,7 @@ def localisation_loss(
         masks: concept -> [B, 1, h, w] in [0, 1]
         counted: bool [B], which examples count
         normalize: "max": each map is divided by its maximum
-        distance: between map and mask at a position, squared or as cross-entropy
+        distance: squared or cross-entropy, between map and mask at each position
     """
     total = maps.new_zeros(len(maps))
     for owner in sorted(positions.keys() & masks.keys()):
@@ -100,7 +100,7 @@ def localisation_loss(
 
 
 def _cross_entropy(chance: Tensor, target: Tensor) -> Tensor:
-    """Returns -target log(chance) - (1 - target) log(1 - chance), both in [0, 1], of the same shape; written out because
-    torch's version does not work under autocast."""
+    """Returns -target log(chance) - (1 - target) log(1 - chance) for two tensors in [0, 1] of the same shape. Written out
+    because torch's version does not work under autocast."""
     chance = chance.float().clamp(1e-6, 1 - 1e-6)
     return -(target * chance.log() + (1 - target) * (1 - chance).log())

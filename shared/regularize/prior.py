@@ -32,7 +32,7 @@ class PriorPrediction(Penalty):
     """Keeps the prediction for the class prompt, on the same noisy latents, close to the base model's.
 
     |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2; needs no class pictures. "Base" is the model with all previously
-    loaded concepts but without those in training, whose adapters are switched off by name.
+    loaded concepts but without the ones being trained, whose adapters are switched off by name.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})

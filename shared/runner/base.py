@@ -1,4 +1,4 @@
-"""The base class of every package's runner: it loads concepts on one backbone, learns, generates and evaluates. A package
+"""The base class of every package's runner: it loads concepts onto one backbone, learns, generates and evaluates. A package
 defines how expanded prompts become its output (`make`)."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Runner:
 
     @classmethod
     def prepared(cls, backbone: Backbone) -> Backbone:
-        """Turns a loaded backbone into what this runner works with. ValueError if that is impossible."""
+        """Prepares a loaded backbone for this runner. ValueError if that is impossible."""
         return backbone
 
     @classmethod
@@ -110,14 +110,14 @@ class Runner:
 
         Args:
             subjects: name -> pictures
-            workdir: for training state, logs and sample pictures
-            resume: resume from the newest checkpoint in `workdir`
+            workdir: the folder for training state, logs and sample pictures
+            resume: whether to resume from the newest checkpoint in `workdir`
             scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
             progress: called after every training step, and after every denoising step of class pictures and previews
             tensorboard: whether to also write the log as TensorBoard events
 
         Raises:
-            ValueError: names, pictures or recipe do not fit
+            ValueError: if the names, pictures or recipe are unsuitable
             NotFinite, Interrupted: after the last good state has been saved
         """
         check_learns(recipe)
@@ -161,7 +161,7 @@ class Runner:
     ) -> Tensor:
         """Generates one item per (prompt, seed) pair with `make`, with the loaded concepts.
 
-        `<name>` in a prompt is a loaded concept. With `base`, concepts are off and names become class nouns. Raises
+        `<name>` in a prompt refers to a loaded concept. With `base`, concepts are off and names become class nouns. Raises
         ValueError for a name that is not loaded, and, if `must_name`, for a prompt that does not name every loaded subject.
         """
         if len(prompts) != len(seeds):
@@ -196,12 +196,12 @@ class Runner:
         """Scores a loaded concept, as `pcs image evaluate` does.
 
         Raises:
-            ValueError: the concept is not loaded, its pictures cannot be found, or there is nothing to measure with
+            ValueError: if the concept is not loaded, its pictures cannot be found, or there is nothing to measure with
         """
         return evaluate_loaded(self, name, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """Returns what the concept is learned from, as pictures [N, 3, side, side'] for a contact sheet."""
+        """Returns what the concept is learned from, as pictures [N, 3, side, W] for a contact sheet."""
         return references(subject, side)
 
     def _class_pictures(

@@ -33,7 +33,7 @@ class Watched:
         if scores["frozen"] >= ALARM:
             warnings.warn(
                 f"nothing moves in {scores['frozen']:.0%} of the clips generated while {self.name} is learned: training may "
-                "be too long or its rate too high, or the model is not a clip model",
+                "be too long or its learning rate too high, or the model may not be a clip model",
                 stacklevel=2,
             )
         return scores
@@ -42,10 +42,10 @@ class Watched:
 def clip_training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Watched] | None:
-    """Returns one scorer per subject or motion for the clips generated during training; None if no clips are.
+    """Returns one scorer per subject or motion for the clips generated during training; None if there are none.
 
-    They use only the clips and pictures that are learned from, and do not recognise motions: the best checkpoint must not be
-    chosen by the scores that judge the concept.
+    The scorers use only the clips and pictures that are learned from, and do not recognise motions: the best checkpoint must
+    not be chosen by the scores that judge the finished concept.
     """
     if not makes_previews(planned, clip, dino):
         return None

@@ -1,4 +1,4 @@
-"""Scoring concepts: chooses instruments, references and look-alikes, and writes the report."""
+"""Scores concepts: chooses instruments, references and look-alikes, and writes the report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from shared.types import Subject
 
 
 def check_folders(clip: Path | None, dino: Path | None) -> None:
-    """Raises ValueError when a given folder to score with does not exist."""
+    """Raises ValueError when a folder given for scoring does not exist."""
     for option, folder in (("--clip", clip), ("--dino", dino)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"{option} {folder}: no such folder")
@@ -46,8 +46,8 @@ def training_scorers(
 ) -> dict[str, Scorer] | None:
     """Returns one scorer per subject for pictures generated during training; None if there are no pictures or no instruments.
 
-    They use only the references, never the look-alikes that the finished concept is judged against: the best checkpoint must
-    not be chosen by the scores that judge the concept.
+    The scorers use only the references, never the look-alikes that the finished concept is judged against: the best
+    checkpoint must not be chosen by the scores that judge the concept.
     """
     world_instruments = backbone.world and backbone.world.instruments
     if not makes_previews(planned, clip, dino):
@@ -78,8 +78,8 @@ def training_scorers(
 
 
 def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
-    """Whether anything is generated during training that could be scored. If not, warns if a folder to score with is
-    given. ValueError when that folder does not exist."""
+    """Whether training generates anything that could be scored. If not, warns if a folder is given for scoring.
+    ValueError when that folder does not exist."""
     check_folders(clip, dino)
     phases = [p for _, p in expand_phases(planned.recipe)]
     if any(p.train.validation.every or p.task.needs_scores for p in phases):
@@ -94,7 +94,7 @@ def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
 
 
 def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[str, Mapping[str, str]]:
-    """Returns what a recognizer should see in validation prompts that are also in the prompt set of the backbone's world."""
+    """Returns what a recognizer should see, for validation prompts that are also in the prompt set of the backbone's world."""
     if backbone.world is None:
         return {}
     known = {p.plain(class_noun): p.expects for p in load_prompts(backbone.world.prompts).prompts}
@@ -118,7 +118,7 @@ class EvaluationSettings:
     path: Path | None = None  # the concept's folder, for its size; default: where it was read from
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
-    base: dict[str, KeptPictures] | None = None  # evaluations that share this reuse the base model's pictures
+    base: dict[str, KeptPictures] | None = None  # evaluations that share this dict reuse the base model's pictures
 
 
 def evaluate_loaded(
@@ -130,7 +130,7 @@ def evaluate_loaded(
     """Evaluates the loaded concept `name`; with `settings.out`, the report is written there.
 
     Raises:
-        ValueError: the concept is not loaded, its references cannot be found, or there is nothing to measure with
+        ValueError: if the concept is not loaded, its references cannot be found, or there is nothing to measure with
     """
     if name not in runner.loaded:
         raise ValueError(unknown(name, list(runner.loaded), "concept"))
@@ -195,7 +195,7 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
 def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
     """Finds the pictures that the concept was learned from: in `folder`, or in the recorded folder next to `path`.
 
-    Raises ValueError when they are missing, or differ from the concept's (which stores their hashes).
+    Raises ValueError when they are missing, or are not the pictures whose hashes the concept stores.
     """
     recorded = concept.meta.learned_with.folder_of(concept.meta.name)
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)

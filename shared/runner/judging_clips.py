@@ -48,7 +48,7 @@ class ClipEvaluationSettings:
     prompts: str = DEFAULT  # a prompt set for clips, or a file
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None in a field: as in the motion's recipe
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None in a field: as in the concept's recipe
     references: Path | None = None  # the motion's clips; default: those it was learned from, found next to its folder
     pictures: Path | None = None  # the subject's pictures; default: those that it was learned from
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the subject's class
@@ -71,7 +71,7 @@ def evaluate_clips_loaded(
     is written there.
 
     Raises:
-        ValueError: other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
+        ValueError: if other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
     """
     check_false_motion(settings.false_motion)
     check_folders(settings.clip, settings.dino)
@@ -150,7 +150,7 @@ def clip_score_line(score: Score) -> str:
 def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
     """Returns the clips that a motion was learned from: in `folder`, or in the recorded folder next to the concept.
 
-    Raises ValueError when they are missing, or differ from the concept's (which stores their hashes).
+    Raises ValueError when they are missing, or are not the clips whose hashes the concept stores.
     """
     meta, path = loaded.concept.meta, loaded.concept.path
     if folder is None and loaded.subject is not None and loaded.subject.clips:
@@ -169,7 +169,7 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
 def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
     """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start).
 
-    A shorter clip gives all its frames. ValueError for a single frame.
+    If the clip is shorter, all its frames are read. ValueError for a single frame.
     """
     window = _window(recipe)
     source = open_frames(path)
@@ -191,7 +191,7 @@ def _window(recipe: Mapping[str, Any]) -> ClipWindow:
 
 
 def clip_instruments(backbone: Backbone, clip: Path | None, dino: Path | None) -> Instruments:
-    """Returns the instruments for this model's clips; empty if none are given and it does not have its own world."""
+    """Returns the instruments for this model's clips; empty if none are given and the model has no world of its own."""
     if not (clip or dino or backbone.world):
         return Instruments()
     return load_instruments(clip, dino, backbone.world and backbone.world.instruments, str(backbone.device))

@@ -28,10 +28,11 @@ def personalize(
     scorers: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Learns and saves; returns the concept folders by name. The training folder keeps logs and samples, not checkpoints.
+    """Learns and saves the concepts; returns their folders by name.
 
-    Without `resume`, leftovers of an earlier run in the training folder are removed when the first step begins. An interrupted
-    run can be resumed until every concept is complete, including its preview.
+    The training folder keeps logs and samples, but no checkpoints. Without `resume`, leftovers of an earlier run in it are
+    removed when the first step begins. An interrupted run can be resumed until every concept is complete, including its
+    preview.
     """
     if planned.finished:
         return dict(planned.outputs)

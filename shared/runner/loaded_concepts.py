@@ -1,4 +1,4 @@
-"""Concepts attached to a backbone, and the protocol that judging needs from their runner."""
+"""Concepts attached to a backbone, and the runner protocol that judging them requires."""
 
 from __future__ import annotations
 

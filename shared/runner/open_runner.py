@@ -47,7 +47,7 @@ def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "
 
 
 def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references: Path | None) -> None:
-    """Raises ValueError unless one concept or LoRA is to be judged, and a LoRA has a token, class noun and references."""
+    """Raises ValueError unless exactly one concept or LoRA is given, and a LoRA has a token, class noun and references."""
     if len(concepts) + len(loras) != 1:
         counted = f"{len(concepts)} --concept" + (f" and {len(loras)} --lora" if loras else "")
         raise ValueError(f"evaluate takes exactly one --concept or --lora, got {counted}")
@@ -87,8 +87,8 @@ def open_runner(
     **how: Any,
 ) -> R:
     """Opens a runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the model that the first
-    concept was learned on. `download`: whether to fetch the model from the hub; `loras`: LoRA files from other programs to
-    load as well; `how`: arguments of the runner's `prepared`."""
+    concept was learned on. `download`: whether to fetch the model from the hub; `loras`: LoRA files from other programs,
+    loaded after the concepts; `how`: arguments for the runner's `prepared`."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = pick_device(device)
     if precision == "auto":  # on a CPU the weights stay fp32, and only computations are rounded

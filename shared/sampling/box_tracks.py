@@ -1,4 +1,4 @@
-"""Boxes for things in a picture or clip: one box, or boxes at some frames with linear interpolation in between."""
+"""Boxes for objects in a picture or clip: one box, or boxes at some frames with linear interpolation in between."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _box(box: Any, where: str) -> Box:
 
 
 def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
-    """Reads a JSON file: name (or words of the prompt) -> what `as_track` parses. ValueError, naming the file, if invalid."""
+    """Reads a JSON file of boxes by name or words of the prompt, as in `as_track`. ValueError, naming the file, if invalid."""
     path = expanded(path)
     try:
         data = json.loads(read_text_file(path, "the boxes"))
@@ -65,7 +65,7 @@ def check_frames(tracks: Mapping[str, Track], frames: int) -> None:
     for name, track in tracks.items():
         if max(track) >= frames:
             raise ValueError(
-                f"the boxes of {name!r} go up to frame {max(track)}, but only {frames} frames are generated (from 0)"
+                f"the boxes of {name!r} go up to frame {max(track)}, but only {frames} frames are generated (counted from 0)"
             )
 
 
@@ -86,7 +86,7 @@ def latent_frame_times(latents: int, factor: int) -> list[float]:
 
 
 def box_masks(track: Track, times: list[float], height: int, width: int) -> Tensor:
-    """Marks the cells whose centre is in the box, at least one: bool [f, h, w]."""
+    """Marks the cells whose centre is in the box (at least one per frame): bool [f, h, w]."""
     out = torch.zeros(len(times), height, width, dtype=torch.bool)
     for i, time in enumerate(times):
         left, top, right, bottom = at(track, time)

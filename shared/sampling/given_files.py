@@ -18,7 +18,7 @@ from shared.sources.to_example import load
 
 
 def is_clip(path: Path) -> bool:
-    """Returns whether a file or folder is a clip rather than a picture. ValueError, with its path, if it is neither."""
+    """Tells whether a file or folder is a clip rather than a picture. ValueError, with its path, if it is neither."""
     if path.is_file() and path.stat().st_size and clip_kind(path) == "picture":
         return False
     open_frames(path)

@@ -23,11 +23,11 @@ _MOST = 0.5  # the share of a latent cell that must be masked for the cell to be
 class GivenFrames(SamplingHookBase):
     """Keeps frames, or a region of them, in the result. Several such hooks may be combined.
 
-    A picture becomes the first frame, a clip the first frames. With a mask, only its region is kept; the clip must then be
-    as long as the result (a picture, if a picture is generated). At each step the kept latents are replaced by the file's,
-    with that step's noise, and after the last step by the clean ones (Lugmayr et al., RePaint, arXiv 2201.09865, eq. 8,
-    without resampling). Families that take a time per frame (`time_per_frame`) get whole frames without noise instead, at
-    t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
+    A picture becomes the first frame, a clip the first frames. With a mask, only its region is kept, and the file must
+    be a clip as long as the result, or a picture if a picture is generated. At each step the kept latents are replaced by
+    the file's, with that step's noise, and after the last step by the clean ones (Lugmayr et al., RePaint, arXiv
+    2201.09865, eq. 8, without resampling). Families that take a time per frame (`time_per_frame`) get whole frames without
+    noise instead, at t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
     """
 
     kind: Literal["given_frames"] = "given_frames"
@@ -42,7 +42,7 @@ class GivenFrames(SamplingHookBase):
             there = open_frames(self.path).count
             raise ValueError(f"{self.path} has only {there} frames, but its first {self.frames} are requested")
         if not clip and self.frames is not None:
-            raise ValueError(f"{self.path} is a picture: set a number of frames only for clips")
+            raise ValueError(f"{self.path} is a picture: set the number of frames only for clips")
         if self.mask is not None and not self.mask.exists():
             raise ValueError(f"{self.mask} does not exist")
 
@@ -64,7 +64,7 @@ class GivenFrames(SamplingHookBase):
     def _beginning(
         self, backbone: Backbone, frames: int, size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Returns latents [1, C, f, h, w], 0 where nothing is kept, and bool [1, 1, f, h, w]: where they are kept."""
+        """Returns latents [1, C, f, h, w], 0 where nothing is kept, and bool [1, 1, f, h, w], True where they are kept."""
         if is_clip(self.path):
             count = self.frames or open_frames(self.path).count
             if count >= frames:
@@ -85,7 +85,7 @@ class GivenFrames(SamplingHookBase):
     def _region(
         self, backbone: Backbone, frames: list[int], size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Returns latents [1, C, (f), h, w], and bool [1, 1, (f), h, w]: where they are kept."""
+        """Returns latents [1, C, (f), h, w], and bool [1, 1, (f), h, w], True where they are kept."""
         assert self.mask is not None
         if not frames:
             pixels, mask = masked_picture(self.path, self.mask, size)
@@ -97,7 +97,7 @@ class GivenFrames(SamplingHookBase):
 
 
 def _pooled(backbone: Backbone, masks: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Pools masks [1, F, H, W] to latent cells that are kept, bool [1, 1, f, h, w]."""
+    """Pools masks [1, F, H, W] to bool [1, 1, f, h, w], True for latent cells that are kept."""
     return (pool_masks(masks[None], (grid[0], grid[1], grid[2])) >= _MOST).to(backbone.device)
 
 
@@ -108,7 +108,7 @@ class KeptLatents(SamplingHookBase):
     kept: Tensor
 
     def _whole(self, backbone: Backbone) -> Tensor:
-        """Returns bool [1, 1, f, 1, 1]: the frames kept whole, for a network that takes a time per frame; else all False."""
+        """Returns bool [1, 1, f, 1, 1]: True for frames kept whole if the network takes a time per frame, else all False."""
         whole = self.kept.all(-1, keepdim=True).all(-2, keepdim=True)
         return whole if backbone.time_per_frame and self.kept.ndim == 5 else torch.zeros_like(whole)
 

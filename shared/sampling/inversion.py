@@ -28,10 +28,11 @@ def invert(
     """Finds the noise [B, C, (f), h, w] from which deterministic sampling without guidance generates `latents`, with these
     prompts.
 
-    For epsilon, v and sample predictions, DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et al., arXiv
-    2211.09794, section 3.2), over the DDIM scheduler's times; for flow matching, Euler's method backwards, over the sigmas
-    of the family's own schedule. A step back needs the prediction at its end point, which is approximated by the prediction
-    for the less noisy latents at the later time, so the round trip is exact only in the limit of many steps.
+    For epsilon, v and sample predictions, it runs DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et
+    al., arXiv 2211.09794, section 3.2) over the DDIM scheduler's times; for flow matching, it runs Euler's method backwards
+    over the sigmas of the family's own schedule. A step back needs the prediction at its end point, which is approximated
+    by the prediction for the less noisy latents at the later time, so the round trip is exact only in the limit of many
+    steps.
 
     Args:
         latents: clean, in latent units
@@ -63,8 +64,8 @@ def invert(
 
 
 def _levels(backbone: Backbone, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns increasing times [N], and alpha and sigma of the sampler's final latents, then at these times, each [N + 1],
-    float64."""
+    """Returns increasing times [N], and alpha and sigma, first those of the sampler's final latents, then those at these
+    times: each [N + 1], float64."""
     flow = backbone.prediction_type == "flow"
     solver: Any = make_scheduler(backbone, "flow_euler" if flow else "ddim")
     backbone.set_timesteps(solver, steps, shape)
@@ -116,7 +117,7 @@ class NoisePrior(SamplingHookBase):
         is_clip(self.path)
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> MixedNoise:
-        """Raises ValueError if the file cannot be read, is a picture although a clip is generated (or the reverse), or is too
+        """Raises ValueError if the file cannot be read, is a picture when a clip is generated (or the reverse), or is too
         short."""
         *frames, height, width = output_size(backbone, settings)
         backbone.latent_shape(height, width, *frames)

@@ -1,7 +1,7 @@
 """One sampler around diffusers' schedulers, with hooks between the steps.
 
 It generates the same pixels as the family's diffusers pipeline with the same prompt, negative prompt, guidance, steps,
-scheduler and generators (tested). Each picture has its own generator, so it does not depend on its batch.
+scheduler and generators (tested). Each picture has its own generator, so it does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def ready(backbone: Backbone, settings: SamplingSettings) -> SamplingSettings:
 
 @torch.no_grad()
 def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
-    """Decodes to pictures or clips in [-1, 1] of `pixels` = (F *) H * W each, with a bounded number of pixels at a time.
+    """Decodes to pictures or clips in [-1, 1] of `pixels` = (F *) H * W pixels each, a bounded number of pixels at a time.
 
     The autoencoder keeps its loaded precision, even under autocast.
     """

@@ -37,7 +37,7 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
     """Makes a new diffusers scheduler: the one called `name`, or the backbone's own kind if that is None.
 
     Raises:
-        ValueError: for an unknown name; the message lists those that fit the family
+        ValueError: for an unknown name; the message lists the names that fit the family
     """
     default = backbone.scheduler
     if name is None:

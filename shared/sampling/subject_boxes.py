@@ -65,7 +65,7 @@ class SubjectBoxes(SamplingHookBase):
         found = step.backbone.word_positions(step.prompts, words)
         for prompt, row in zip(step.prompts, found, strict=True):
             if not bool(row.any()):
-                raise ValueError(f"there is a box for {name!r}, but it is not in the prompt: {prompt!r}")
+                raise ValueError(f"there is a box for {name!r}, but the prompt does not contain it: {prompt!r}")
         return found
 
 

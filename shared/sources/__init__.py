@@ -1,4 +1,4 @@
-"""Sources of examples: the user's pictures, the model's own, or a folder. They never use the model in training."""
+"""Sources of examples: the user's pictures, the model's own, or a folder. They never use the model being trained."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ _SCHEME = 1  # increase it when the way pictures are generated changes
 
 
 class Generated(SourcePart):
-    """Generates `num_images` class pictures per subject, of role "prior", once; cached under `SourceContext.cache_dir`.
+    """Generates `num_images` class pictures per subject, of role "prior", and caches them under `SourceContext.cache_dir`.
 
-    The cache key covers everything that they depend on (weights, prompt, guidance, steps, seed, resolution), but not their
-    number: new ones are added to existing ones. Missing and damaged files are generated again. Two subjects of the same
-    class share them. The caption is the prompt that they were generated with.
+    The cache key covers everything that the pictures depend on (weights, prompt, guidance, steps, seed, resolution), but
+    not their number: new ones are added to existing ones. Missing and damaged files are generated again. Two subjects of
+    the same class share them. The caption is the prompt that they were generated with.
     """
 
     made: ClassVar[str] = "class pictures"
@@ -74,7 +74,7 @@ class Generated(SourcePart):
         facts = [_SCHEME, context.backbone_key, prompt, self.guidance, self.steps, self.seed, context.resolution]
         return hashlib.sha256(json.dumps([*facts, *self._more_facts()]).encode()).hexdigest()
 
-    # --- what is generated: here pictures ------------------------------------------------------------------------
+    # --- overridden to generate clips ----------------------------------------------------------------------------
 
     def _more_facts(self) -> list[Any]:
         """Returns additional values for the key."""

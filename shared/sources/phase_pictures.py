@@ -17,7 +17,7 @@ KEPT = "kept.json"  # in a phase's folder: the list of its pictures that later p
 
 
 class PhasePictures(SourcePart):
-    """The pictures that phase `phase` generated and kept, with their prompts as captions."""
+    """Yields the pictures that phase `phase` generated and kept, with their prompts as captions."""
 
     kind: Literal["phase_pictures"] = "phase_pictures"
     phase: str

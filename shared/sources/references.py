@@ -46,7 +46,9 @@ class References(SourcePart):
                     yield example(picture, name, "instance", context.resolution, self.fit, caption)
             if number == 0 and small:
                 warnings.warn(
-                    encodable(f"enlarged to {context.resolution} pixels, so they are blurry: {names(small)}"),
+                    encodable(
+                        f"pictures enlarged to {context.resolution} pixels, and therefore blurry: {names(small)}"
+                    ),
                     UserWarning,
                     stacklevel=2,
                 )

@@ -14,7 +14,7 @@ from shared.types import Subject
 
 
 class Generate(Protocol):
-    """Generates pictures or clips with the base model, without concepts in training; one seed per prompt."""
+    """Generates pictures or clips with the base model, without the concepts being trained; one seed per prompt."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Painted backgrounds. Each depends on a few random numbers of its scene and on the horizon, but never on the camera's
+"""Painted backgrounds. Each depends on a few of its scene's random numbers and on the horizon, but never on the camera's
 azimuth, so that it stands still while the camera turns.
 
 Every painter takes a `Canvas` of b pictures and returns colors [b, 3, S, S].
@@ -29,16 +29,16 @@ class Canvas:
     noise: Tensor
 
     def u(self, index: int) -> Tensor:
-        """Random number `index` of each picture, [b, 1, 1]."""
+        """Returns random number `index` of each picture, [b, 1, 1]."""
         return self.numbers[:, index, None, None]
 
     def at(self, index: Tensor) -> Tensor:
-        """Random numbers looked up by an index map [b, S, S] (taken modulo 48)."""
+        """Looks up random numbers by an index map [b, S, S] (taken modulo 48)."""
         flat = (index.long() % 48).flatten(1)
         return self.numbers.gather(1, flat).view(index.shape)
 
     def edge(self, signed: Tensor, soft: float = 0.012) -> Tensor:
-        """1 where a signed distance is positive, with an anti-aliased edge."""
+        """Returns 1 where a signed distance is positive and 0 elsewhere, with an anti-aliased edge."""
         return (signed / soft + 0.5).clamp(0, 1)
 
 
@@ -54,7 +54,7 @@ def _sky(c: Canvas, top: Color, low: Color) -> Tensor:
 
 
 def _ground(c: Canvas) -> Tensor:
-    """0 at the horizon, 1 at the lower border."""
+    """Returns a ramp from 0 at the horizon to 1 at the lower border."""
     return ((c.y - c.horizon) / (1 - c.horizon)).clamp(0, 1)
 
 

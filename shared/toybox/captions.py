@@ -2,7 +2,7 @@
 
     [a photo of | a pencil sketch of | ...] a red duck with blue wings [wearing a red hat] [on the beach] [, front view]
 
-The first color is always the main one, the second that of the part mentioned; "a red and blue duck" means the same.
+The first color is always the main one, and the second belongs to the part mentioned; "a red and blue duck" means the same.
 Patterns and identities are never mentioned.
 """
 
@@ -42,7 +42,7 @@ PARTS = {
     "bear": "a shirt",
     "face": "a shirt",
 }
-# The first of each is the canonical one.
+# The first phrase of each entry below is the canonical one.
 PLACES = {
     "beach": ("on the beach",),
     "snow": ("in the snow",),
@@ -125,7 +125,8 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: M
     """Writes one caption of a scene, at most 26 words; with `moves`, of the clip that starts with it.
 
     full: class, both colors, accessory, background and view, in the canonical form; otherwise some are left out and the
-    wording varies. Accessories, styles and motions are always named, views only if they are clear.
+    wording varies. Accessories, motions and all styles but "photo" are always named, views only if they are clear or
+    `full` is set.
     """
     detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
 
@@ -160,7 +161,7 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: M
 
 @dataclass(frozen=True)
 class Moves:
-    """A clip's motion in a caption: words after the thing, or at the end if they begin with a comma; "" for no mention.
+    """A clip's motion in a caption: words after the thing, or at the end if they begin with a comma; "" if it is not mentioned.
 
     room: maximum number of words and commas in the whole caption; still_view: whether the view stays the same throughout.
     """
@@ -175,7 +176,7 @@ def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: 
     last = moves.words if moves.words.startswith(",") else ""
     text = text if last or not moves.words else f"{text} {moves.words}"
     if not last and moves.words:
-        places = tuple(p for p in places if not p.startswith("floating"))  # a thing does one thing at a time
+        places = tuple(p for p in places if not p.startswith("floating"))  # floating would be a second motion
     for option in sorted(places, key=lambda p: (p != place, _count(p))):
         if _count(f"{text} {option}{last}") <= moves.room:
             text = f"{text} {option}"
@@ -186,14 +187,14 @@ def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: 
 
 def plain_caption(scene: Scene) -> str:
     """Writes a plain caption of a photo of one thing: its class, the place, and the view if it is clear ("a photo of a duck
-    on the beach, side view"), without colours or pattern.
+    on the beach, side view"), without colors or pattern.
     """
     text = f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"
     return f"{text}, {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else text
 
 
 def _count(text: str) -> int:
-    """Words and commas."""
+    """Counts words and commas."""
     return len(text.split()) + text.count(",")
 
 

@@ -48,7 +48,7 @@ BOTTOM, FOOT = -0.98, (0.3, 0.6)
 
 @dataclass(frozen=True)
 class Faces:
-    """K faces: points and normals [K, N, 3], slots [N], and the colors [K, 3] of the slots that the identity colors."""
+    """K faces: points and normals [K, N, 3], slots [N], and the colors [K, 3] of the slots that depend on the identity."""
 
     points: Tensor
     normals: Tensor
@@ -124,7 +124,7 @@ def faces(identities: np.ndarray, spacing: float, device: torch.device) -> Faces
     points = unit * radius[:, owner] + centre[:, owner]
     points[..., 2] += tilt[:, owner] * (points[..., 1] - centre[:, owner, 1])
     points[..., 2] = points[..., 2].clamp_min(BOTTOM)  # the bust stands on a flat base
-    # Hair is a shell with the face cut out, a beard one with the brow cut out: the points cut away are moved inside the head.
+    # Hair is a shell with the face cut out, and a beard one with the brow cut out; points cut away are moved inside the head.
     line = torch.tensor(0.3 + 0.22 * v[:, 14], dtype=torch.float32, device=device)[:, None]
     x, z = unit[:, 0], unit[:, 2]
     bald = (owner == _INDEX["hair"]) & (z < line + (0.9 * x - 0.2).clamp(-1.1, 0.35) * 1.1 - 0.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Slots 0 and 1 take a thing's own two colors; the rest are small details, the same on all things of a class.
+# Slots 0 and 1 take a thing's own two colors; the rest are small details, the same on all things of a class (except faces).
 DETAILS: dict[str, tuple[float, float, float]] = {
     "main": (0.0, 0.0, 0.0),
     "second": (0.0, 0.0, 0.0),

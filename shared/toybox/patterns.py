@@ -47,7 +47,7 @@ class Pattern:
     """The parameters of one pattern.
 
     turn: rotation [3][3] of object space; wave: cycles per unit length; offset: phases [3] in radians;
-    coverage: share of the main surface that takes an accent; arms: number of arms of a swirl;
+    coverage: share of the main surface that has an accent color; arms: number of arms of a swirl;
     two: whether the second accent is used;
     proportions: factors on (length, width, height), and the taper per unit height.
     """
@@ -64,7 +64,8 @@ class Pattern:
 
 @lru_cache(maxsize=50_000)
 def pattern(seed: int) -> Pattern:
-    """Returns a seed's pattern: the first of a few draws that is visible from every side and covers no side completely."""
+    """Returns a seed's pattern: the first of a few draws that is visible from every side and covers no side completely, or
+    else the one that comes closest."""
     rng = np.random.default_rng([seed, 3])
     kind = KINDS[int(rng.integers(len(KINDS)))]
     drawn: list[Pattern] = []
@@ -107,7 +108,7 @@ _PROBE = torch.tensor(_probe(), dtype=torch.float32).view(-1, 3)
 
 
 def _shares(drawn: list[Pattern]) -> np.ndarray:
-    """Returns the share [K, 5] of each side of a ball that takes an accent, for K patterns of one kind."""
+    """Returns the share [K, 5] of each side of a ball that has an accent color, for K patterns of one kind."""
     n = len(_PROBE)
     p, row = _PROBE.repeat(len(drawn), 1), torch.arange(len(drawn)).repeat_interleave(n)
     rate = torch.tensor([2 * math.pi * d.wave for d in drawn])
@@ -148,7 +149,7 @@ def _gap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def fingerprint(seed: int) -> np.ndarray:
-    """Returns a pattern's parameters as one vector, for finding near-duplicates: far apart means visibly different."""
+    """Returns a pattern's parameters as one vector, for finding near-duplicates: vectors far apart look visibly different."""
     p = pattern(seed)
     kind = np.eye(len(KINDS))[KINDS.index(p.kind)]
     phases = [f(v) for v in p.offset for f in (np.cos, np.sin)]
@@ -193,9 +194,9 @@ def table(things: list[Thing], device: torch.device) -> PatternTable:
 
 
 def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluates patterns of one kind: a signal [M] (high where the pattern shows), and a second that separates its accents.
+    """Evaluates patterns of one kind: a signal [M] (high where the pattern shows), and one that separates its accents.
 
-    p: object space [M, 3]; q: turned and scaled to radians [M, 3]; rate: radians per unit length [M].
+    p: points in object space [M, 3]; q: the points turned and scaled to radians [M, 3]; rate: radians per unit length [M].
     """
     a, b, c = q.unbind(1)
     if kind == "bands":
@@ -221,9 +222,9 @@ def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate:
 
 
 def paint(albedo: Tensor, position: Tensor, owner: Tensor, patterns: PatternTable) -> Tensor:
-    """Applies the patterns of their owners [M] to the albedo [M, 3] of main-colored surface points.
+    """Applies the owners' patterns to main-colored surface points: albedo [M, 3] and owners [M] -> colors [M, 3].
 
-    position: object space [M, 3] before the proportions are applied.
+    position: in object space [M, 3], before the proportions are applied.
     """
     painted = albedo.clone()
     kinds = patterns.kind[owner]

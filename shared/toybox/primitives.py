@@ -1,6 +1,6 @@
 """The surfaces that the toybox's shapes are assembled from.
 
-A primitive is sampled once at an even spacing: points on its surface, outward unit normals, and a test of which other
+A primitive consists of evenly spaced points on its surface, their outward unit normals, and a test for whether other
 points lie inside it, so that an assembly can drop points that can never be seen. Axes: x forward (a thing faces +x), y
 left, z up; lengths are in the units of the shape being built.
 """

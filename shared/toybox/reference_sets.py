@@ -1,4 +1,4 @@
-"""Writes held-out things as folders of pictures, like those of a user, and finds out which thing a folder shows."""
+"""Writes held-out things as folders of pictures, like a user's, and identifies the thing that a folder shows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def held_out(name: str) -> HeldOut:
 
 
 def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development") -> Tensor:
-    """Draws photos [n, 3, 64, 64] in [-1, 1] from several sides in several places."""
+    """Draws photos [n, 3, 64, 64] in [-1, 1] of a thing, from several sides in several places."""
     return render(reference_scenes(thing, n, seed, split)).pixels * 2 - 1
 
 
@@ -84,5 +84,5 @@ def gallery(subject: HeldOut, n: int = 5, seed: int = 1) -> dict[str, Tensor]:
 
 
 def fresh(subject: HeldOut, n: int = 12, seed: int = 100) -> Tensor:
-    """Draws new photos of the subject itself that are not among the references: what a perfect model would generate."""
+    """Draws new photos of the subject itself, which are not among the references: what a perfect model would generate."""
     return torch.as_tensor(pictures(subject.thing, n, seed, subject.name.split("-")[0]))

@@ -29,13 +29,13 @@ class Rendered:
     """B pictures of H×W pixels.
 
     pixels: [B, 3, H, W] in [0, 1]; mask: [B, 1, H, W], the share of each pixel that things cover;
-    thing_mask: int64 [B, H, W], 0 background, 1 first thing, 2 second thing; depth: [B, 1, H, W] in radii of the thing
-    from its camera (10 in the background); position: [B, 3, H, W], object space of the thing (unit sphere, x forward,
-    y left, z up), 0 in the background.
+    thing_mask: int64 [B, H, W], 0 background, 1 first thing, 2 second thing; depth: [B, 1, H, W] from the camera, in
+    radii of the thing (10 in the background); position: [B, 3, H, W], in the thing's object space (unit sphere,
+    x forward, y left, z up), 0 in the background.
 
-    In every style, mask, thing_mask, depth and position are those of the photo. Styles may colour pixels slightly outside
-    the mask, or leave some inside it as background: a watercolor runs, a neon drawing glows, and pixel art, whose 3-pixel
-    squares do not divide 64, is 3 % larger than the photo (up to two pixels at the right and lower borders).
+    In every style, mask, thing_mask, depth and position are those of the photo style. Styles may color pixels slightly outside
+    the mask, or leave some inside it as background: a watercolor runs, a neon drawing glows, and pixel art, because its
+    3-pixel squares do not fit evenly into 64, is 3 % larger than the photo (up to two pixels at the right and lower borders).
     """
 
     pixels: Tensor
@@ -46,7 +46,7 @@ class Rendered:
 
 
 def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device = "cpu") -> Rendered:
-    """Renders pictures [B, 3, size, size] of scenes. The same scenes give the same bits on a CPU.
+    """Renders pictures [B, 3, size, size] of scenes. On a CPU, the same scenes always give the same bits.
 
     Raises:
         ValueError: there are no scenes
@@ -155,7 +155,7 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
     steep = toward[:, 2, None, None].clamp_min(0.17)
     # The point of the ground plane seen at (u, v): `right` is unchanged, the rest follows from the elevation.
     ahead = (v + up[:, 2, None, None] * low) / steep
-    # Ground axes: (right_x, right_y) across, and the same turned by -90 degrees toward the viewer.
+    # Ground axes: (right_x, right_y) across, and the same axis turned by -90 degrees toward the viewer.
     px = right[:, 0, None, None] * u + right[:, 1, None, None] * ahead
     py = right[:, 1, None, None] * u - right[:, 0, None, None] * ahead
     far = ((px / (1.1 * length + 0.1)) ** 2 + (py / (1.1 * width + 0.1)) ** 2).sqrt()
@@ -163,7 +163,7 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _shade(hits: Hits, things: Instances, numbers: Tensor) -> Tensor:
-    """Shades the hits, colors [M, 3]: albedo with its pattern, a light beside the camera, one above, a sheen."""
+    """Computes the hits' colors [M, 3]: albedo with its pattern, a light beside the camera, one above, and a sheen."""
     slots = things.colors.shape[1]
     albedo = things.colors.flatten(0, 1).index_select(0, hits.who * slots + hits.slot)
     body = (hits.slot == SLOTS["main"]).nonzero()[:, 0]
@@ -191,7 +191,7 @@ def _styled(
     normals: Callable[[], Tensor],
     numbers: Tensor,
 ) -> Tensor:
-    """Draws the pictures in each scene's style; normals are computed only if some style is not a photo."""
+    """Draws the pictures in each scene's style; normals are computed only if some scene is not a photo."""
     names = [s.style for s in scenes]
     if all(name == "photo" for name in names):
         return picture

@@ -101,7 +101,7 @@ def house(h: float) -> tuple[Parts, Anchors]:
         ("glass", ball(0.05, 0.09, 0.09, h).move(0.72, 0, 0.22)),
         ("metal", box(0.12, 0.2, 0.04, h).move(0.68, 0, -0.66)),
     ]
-    # Dormers show the color and pattern of the walls from above as well.
+    # Dormers make the walls' color and pattern visible from above, too.
     for turn in (90, -90):
         parts.append(("main", box(0.16, 0.2, 0.17, h).move(0.5, 0.08, 0.36).turn("z", turn)))
         parts.append(("glass", box(0.02, 0.1, 0.08, h).move(0.66, 0.08, 0.38).turn("z", turn)))

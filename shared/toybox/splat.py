@@ -18,7 +18,7 @@ from shared.toybox.patterns import PatternTable
 from shared.toybox.shapes import cloud
 from shared.toybox.world import RGB, Scene, Thing
 
-DISTANCE = 5.0  # the camera's, in radii of a thing: a mild perspective
+DISTANCE = 5.0  # from the camera to a thing, in the thing's radii: a mild perspective
 FILL = 0.46  # the radius of a thing at scale 1, as a fraction of the picture
 
 
@@ -43,7 +43,7 @@ class Instances:
 
 @dataclass(frozen=True)
 class Group:
-    """Points [k or 1, N, 3] and normals of k instances [k] that share a cloud; slots [N]."""
+    """The points and normals [k or 1, N, 3] and slots [N] of the k instances `who` [k], which share a cloud."""
 
     who: Tensor
     points: Tensor
@@ -160,7 +160,7 @@ def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
 
 
 def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Projects points: columns and rows in a picture of size×size pixels (0 at the first pixel's centre), and depths.
+    """Projects points to columns and rows in a picture of size×size pixels (0 at the first pixel's centre), and depths.
 
     view: [..., 3], right, up and toward the camera, in radii of the thing; place: [..., 5] as in `Instances`.
     """
@@ -205,7 +205,7 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
         starts.append(start)
         start += k * n
     nearest = nearest[:-1].view(count, size, size)
-    # Each point covers 2×2 subpixels: the minimum over the neighbours it was rounded down from.
+    # Each point covers 2×2 subpixels, so each subpixel takes the minimum over itself and its upper and left neighbours.
     nearest[:, 1:] = torch.minimum(nearest[:, 1:], nearest[:, :-1].clone())
     nearest[:, :, 1:] = torch.minimum(nearest[:, :, 1:], nearest[:, :, :-1].clone())
     nearest = _closed(nearest).flatten()

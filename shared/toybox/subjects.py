@@ -21,7 +21,7 @@ _STYLES = {
     "development": ("blueprint", "halftone", "stained glass", "thermal"),
     "reporting": ("duotone", "mosaic", "woodcut", "crosshatch"),
 }
-_PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "purple"))  # of the faces
+_PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "purple"))  # the faces' hair and shirt
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def faces(split: str) -> tuple[HeldOut, ...]:
 
 
 def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development") -> list[Scene]:
-    """Returns n photos of a thing as a user would take them: near the middle, from several sides, in several places.
+    """Returns scenes for n photos of a thing as a user would take them: near the middle, from several sides, in several places.
 
-    The views cycle (front, left, behind, right, above, between); backgrounds repeat only after all have been used.
+    The views cycle (front, left, behind, right, above, in between); backgrounds repeat only after all have been used.
     """
     rng = np.random.default_rng([seed, SEEDS[split].start, 9])
     order = [BACKGROUNDS[i] for i in rng.permutation(len(BACKGROUNDS))]
@@ -119,7 +119,7 @@ def style_names() -> dict[str, str]:
 
 
 def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
-    """Returns n scenes in one held-out style, each a different plain thing in a different place, as in training.
+    """Returns n scenes in one held-out style, each with a different plain thing in a different place, as in training.
 
     Classes and backgrounds repeat only after all have been used. ValueError, with the choices, for an unknown style.
     """

@@ -1,4 +1,4 @@
-"""Turns visible surfaces into pictures: hits' values at their subpixels, and means over the subpixels of each pixel."""
+"""Turns visible surfaces into pictures: the hits' values at their subpixels, and means over the subpixels of each pixel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HitImage:
         return flat.view(self.count, self.side, self.side, -1).permute(0, 3, 1, 2)
 
     def depth(self) -> Tensor:
-        """Depth [B, 1, S, S], `FAR` in the background."""
+        """Returns the depth [B, 1, S, S], `FAR` in the background."""
         return self.scatter(self.hits.depth[:, None], FAR)
 
 

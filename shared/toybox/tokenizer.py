@@ -2,7 +2,7 @@
 
 The vocabulary is a byte-pair encoding *trained to exhaustion* on a fixed word list: merges are learned until each
 listed word is a single symbol, so the merges replay to exactly one token per listed word (tested). Other text falls
-back to shorter symbols, down to single bytes, as in OpenAI's CLIP: nothing is ever unknown. It is an ordinary
+back to shorter symbols, down to single bytes, as in OpenAI's CLIP, so no text is ever unknown. It is an ordinary
 ``transformers.CLIPTokenizer``; new tokens are added with ``add_tokens`` and the text model's
 ``resize_token_embeddings``.
 """
@@ -26,7 +26,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 
 RARE_TOKENS: tuple[str, ...] = ("sks", "zwx", "ohwx", "xjy", "qrt", "vbn", "hta", "olis", "pll", "ucd", "wvf", "zkm")
-"""Words without meaning in the world, one token each: identifiers for DreamBooth-like modifiers."""
+"""Words without meaning in the world, one token each, for use as identifiers, as in DreamBooth."""
 
 PROMPT_WORDS: tuple[str, ...] = tuple(
     """a an the of in on at with and or to from by is are this that its it one two three some no not my your

@@ -1,4 +1,4 @@
-"""Renders a thing exactly as it is, under the prompts of a recipe's pictures: what a perfect model would generate."""
+"""Renders a thing exactly as it is, for the prompts of a recipe's pictures: what a perfect model would generate."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shared.toybox.world import Scene, Thing, sample_camera, sample_scene
 def asked_scenes(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> list[Scene]:
-    """Samples one scene for each of `asked`, the attributes that the picture must show (`background`, `view`, `accessory`,
-    `style`, as the recognizer names them); the rest is random, as in `sample_scene`.
+    """Samples one scene for each entry of `asked`: the attributes that the picture must show (`background`, `view`,
+    `accessory`, `style`, as the recognizer names them); the rest is random, as in `sample_scene`.
 
-    pose: the number of the pose and place that all scenes share; None draws a camera for each.
+    pose: the seed of the pose and place that all scenes share; None: each scene has its own.
     """
     rng = np.random.default_rng([seed, 12])
     one = None if pose is None else sample_camera(np.random.default_rng([pose, 13]))

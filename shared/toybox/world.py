@@ -1,6 +1,7 @@
 """The toybox world: its vocabularies, and the scenes drawn from it.
 
-Angles are in degrees. Azimuth 0 looks at a thing's front, 90 at its left side; elevation 90 looks down from above.
+Angles are in degrees. At azimuth 0 the camera sees a thing's front, at 90 its left side; at elevation 90 it looks down
+from above.
 Positions and sizes are fractions of the picture.
 """
 
@@ -47,8 +48,8 @@ VIEWS = ("front", "side", "back", "above")
 ACCESSORIES = ("none", "red hat", "yellow crown", "pink glasses", "rainbow scarf")
 STYLES = ("photo", "pencil sketch", "watercolor painting", "pixel art", "cartoon", "neon")
 
-# Pattern and identity seeds of the splits: disjoint by construction, and few enough that training sees each of its seeds
-# several times in different colors and places.
+# Pattern and identity seeds of the splits: disjoint by construction, and few enough that training sees each of its own
+# seeds several times in different colors and places.
 SEEDS = {
     "train": range(0, 20_000),
     "development": range(1_000_000, 1_010_000),
@@ -70,7 +71,7 @@ RGB = {
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: its class, its two colors, the seed of its pattern and proportions (None: plain), its accessory.
+    """An object: its class, its two colors, the seed of its pattern and proportions (None: plain), and its accessory.
 
     identity: for a face, IDENTITY_SIZE numbers in [-1, 1]; None for everything else.
     """
@@ -99,7 +100,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Camera:
-    """A thing's viewpoint and its place in the picture: x right and y down from the centre; scale 1 nearly fills it."""
+    """A thing's viewpoint and its place in the picture: x right and y down from the centre; at scale 1 it nearly fills it."""
 
     azimuth_deg: float = 0.0
     elevation_deg: float = 15.0
@@ -127,9 +128,9 @@ class Camera:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: one or two things, the left one first, each with its camera; `seed` drives background and light.
+    """One picture: one or two things, the left one first, each with its camera; `seed` determines background and light.
 
-    pan: how far the background has moved to the right, in pictures, because the camera has moved to its right.
+    pan: how far the background has moved to the right, in fractions of the picture, because the camera has moved to its right.
     """
 
     things: tuple[Thing, ...]
@@ -226,7 +227,7 @@ def _pair(
 def sample_scene(rng: np.random.Generator, split: str = "train", **fixed: Any) -> Scene:
     """Samples a random scene of a split ("train", "development", "reporting": the source of its pattern and identity seeds).
 
-    fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity, thing (a whole Thing),
+    fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity, thing (a complete Thing),
     background, view, camera, style, two (bool), seed.
     """
     known = {
@@ -254,7 +255,7 @@ def sample_scene(rng: np.random.Generator, split: str = "train", **fixed: Any) -
     else:
         things = (fixed.get("thing") or sample_thing(rng, split, **fixed),)
         camera = fixed.get("camera") or sample_camera(rng, fixed.get("view"))
-        # Glasses cannot be seen from behind, so no caption may promise them there.
+        # Glasses cannot be seen from behind, so captions must not mention them there.
         while not fixed.get("view") and not fixed.get("camera") and _hidden(things[0], camera):
             camera = sample_camera(rng)
         if not fixed.get("accessory") and not fixed.get("thing") and _hidden(things[0], camera):

@@ -1,1 +1,1 @@
-"""One loop for tuning and distillation; what it needs to log, save and resume."""
+"""One loop for tuning and distillation, and what it needs to log, save and resume."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Averages:
     """An exponential moving average of parameters, in fp32.
 
-    The decay warms up as (1 + step) / (10 + step) and is capped, so that early averages forget the initial values quickly.
+    The decay warms up as (1 + step) / (10 + step) and is capped, so early averages forget the initial values quickly.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], cap: float) -> None:

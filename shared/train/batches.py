@@ -17,7 +17,7 @@ from shared.sampling.sampler import images_per_batch
 from shared.train.loop import generator
 from shared.types import Batch, Example, Role
 
-_ENCODE_PIXELS = 2**18  # the limit per autoencoder pass while caching: one 512x512 picture
+_ENCODE_PIXELS = 2**18  # the most pixels per autoencoder pass while caching: one 512x512 picture
 #: Step numbers that never occur in a run; they seed the streams for epoch order, cached variants and preparation.
 _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 
@@ -26,7 +26,7 @@ _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 class CachedExample:
     """One example ready to be batched: the mean and spread of its latents, and its masks at latent size."""
 
-    example: Example  # without pixels, unless a part asks for them
+    example: Example  # without pixels, unless a part needs them
     mean: Tensor  # [C, (f), h, w]
     std: Tensor  # [C, (f), h, w]
     mask: Tensor  # [1, (f), h, w]: the union of all masks; ones if there is none
@@ -44,7 +44,7 @@ class Data:
     Args:
         examples: consumed once, in order
         words: owner -> its words in a caption
-        keep_pixels: batches carry pixels, for parts that need them
+        keep_pixels: whether batches contain pixels, for parts that need them
     """
 
     def __init__(
@@ -66,12 +66,14 @@ class Data:
         if not self.instances:
             raise ValueError("there are no pictures of the subject: the recipe has no source with role instance")
         if self.with_priors and not self.priors:
-            raise ValueError("the recipe needs class pictures, but its sources gave none")
+            raise ValueError("the recipe needs class pictures, but its sources provide none")
         self.has_masks = any(e.masks for e in self.instances)
         if (recipe.objective.masked or recipe.objective.inverts) and not self.has_masks:
             import warnings
 
-            asked = "objective.inside is below outside" if recipe.objective.inverts else "objective.masked is on"
+            asked = (
+                "objective.inside is below objective.outside" if recipe.objective.inverts else "objective.masked is on"
+            )
             warnings.warn(f"{asked}, but no picture has a mask: the whole picture counts", stacklevel=2)
 
     @property
@@ -110,7 +112,7 @@ class Data:
                 self._fill(role, indices)
 
     def _prepared(self, example: Example, index: int) -> Example:
-        """Applies what never varies: masks, augmentations if none is random, and other concepts named in the caption."""
+        """Applies what never varies: masks, augmentations if none is random, and the words of other concepts in the caption."""
         for mask in self.recipe.masks.values():
             example = mask(example)
         for augment in () if self.random else self.recipe.augment.values():
@@ -208,7 +210,7 @@ class Data:
         cached = self._cache[(role, index, variant)]
         if self.random:
             return cached  # an augmentation may have changed its caption
-        # a new caption is drawn each time: it costs nothing and adds half of the variety
+        # a new caption is drawn each time, which costs nothing and adds half of the variety
         captioned = self._caption(example, draw)
         updated = captioned.with_(pixels=cached.example.pixels) if self.keep_pixels else captioned
         if captioned.owners == example.owners:
@@ -233,7 +235,7 @@ def _own_name_open(example: Example) -> str:
 
 
 def _without_pixels(example: Example) -> Example:
-    """Keeps the masks, for checks that there are any, and replaces encoded pixels with an empty tensor."""
+    """Replaces encoded pixels with an empty tensor; keeps the masks, because later checks look for them."""
     return example.with_(pixels=example.pixels[..., :0, :0].clone())
 
 
@@ -245,7 +247,7 @@ def _mask_of(cached: CachedExample, owner: str) -> Tensor:
 
 
 def _at(mask: Tensor | None, size: torch.Size) -> Tensor:
-    """Resizes a mask to latent size by area; ones for None. For clips, time is pooled as the autoencoder groups frames."""
+    """Resizes a mask to latent size by area; None becomes ones. For clips, time is pooled as in the autoencoder."""
     if mask is None:
         return torch.ones(1, *size)
     if mask.ndim == 4:

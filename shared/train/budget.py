@@ -16,10 +16,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
-            raise ValueError(f"give either steps or minutes, not both or none: {self.steps=}, {self.minutes=}")
+            raise ValueError(f"give either steps or minutes, not both or neither: {self.steps=}, {self.minutes=}")
 
     def spent(self, step: int, warmup: int = 0) -> float:
-        """Returns the spent fraction of the budget, not counting the first `warmup` steps; at 1 or more the run is over."""
+        """Returns the fraction of the budget spent (for a budget in steps, after `warmup`); at 1 or more the run is over."""
         if self.steps is not None:
             return (step - warmup) / max(1, self.steps - warmup)
         return (time.monotonic() - self.begun) / (60 * max(self.minutes or 0.0, 1e-9))

@@ -1,4 +1,4 @@
-"""Training state on disk: written to a temporary name, then renamed, so that a kill leaves the previous one intact."""
+"""Training state on disk: written under a temporary name, then renamed, so a killed run leaves the previous state intact."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def load(folder: Path) -> State | None:
 
 
 def amend(folder: Path, **info: Any) -> None:
-    """Adds to the newest checkpoint's `info`; tensors are unchanged. AssertionError if there is none."""
+    """Adds to the newest checkpoint's `info`; tensors are unchanged. AssertionError if there is no checkpoint."""
     checkpoints = _checkpoints(folder)
     assert checkpoints, f"no checkpoint in {folder}"
     file = checkpoints[-1] / "state.json"

@@ -42,13 +42,13 @@ class Clock:
 
 
 def watch_memory(device: torch.device) -> None:
-    """Resets the peak memory measurement, on a GPU; elsewhere it does nothing."""
+    """Resets the peak memory measurement on a GPU; does nothing elsewhere."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Returns the peak bytes in use, and what they count: "gpu" (tensors, since `watch_memory`) or "process" (its memory)."""
+    """Returns the peak bytes in use, and by what: "gpu" (tensors since `watch_memory`) or "process" (all of its memory)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "gpu"
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Generating pictures as a phase of a run, with the concept learned so far, into a folder that a later phase reads."""
+"""Generates pictures as a phase of a run, with the concept learned so far, into a folder that a later phase reads."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Shot:
 
 
 class Generate(ConceptTask):
-    """One step generates `batch_size` pictures. Each file stores a key of everything it depends on, so that a resumed run
-    reuses its own pictures and never those of another run.
+    """A task that generates `batch_size` pictures per step. Each file stores a hash of everything it depends on, so a resumed
+    run reuses its own pictures and never those of another run.
 
     Raises ValueError when the run cannot generate pictures.
     """
@@ -98,7 +98,7 @@ class Generate(ConceptTask):
 
     @property
     def key(self) -> str:
-        """Hashes what a picture depends on besides its prompt and seed; what was learned does not change in this phase."""
+        """A hash of what a picture depends on besides its prompt and seed; it stays the same throughout the phase."""
         if not self._key:
             recipe, backbone = self.context.recipe, self.context.backbone
             digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())

@@ -1,4 +1,4 @@
-"""The state before the last update, so that a non-finite loss costs one step and not the run."""
+"""The state before the last update, kept so that a non-finite loss costs one step and not the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WILD = 1000.0  # a loss this many times the lowest one no longer counts as good
 
 
 class LastGood:
-    """A copy of the parameters and moments that gave the last good loss, from before the update that followed.
+    """A copy of the parameters and moments that produced the last good loss, from before the update that followed.
 
     When a loss is not finite, the current parameters are the ones that produced it, so training cannot continue from them.
     """
@@ -75,7 +75,7 @@ class LastGood:
 
     @torch.no_grad()
     def put_back(self) -> int | None:
-        """Restores the kept parameters and moments; returns the steps done in that state, None if no good state is kept."""
+        """Restores the kept parameters and moments; returns the steps done in that state, or None if no good one is kept."""
         if self.step is None or not all(bool(values.isfinite().all()) for values, _ in self._kept):
             return None
         for (parameter, state), (values, moments) in zip(self.optimizers.states(), self._kept, strict=True):

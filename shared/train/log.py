@@ -24,7 +24,7 @@ def check_log(folder: Path) -> None:
     in_the_way = [f for f in foreign if f.split("/")[0] in ("log.jsonl", "samples", "phases")]
     if in_the_way:
         raise ValueError(
-            f"{folder} holds files that pcs did not write and training would replace ({names(in_the_way)}): move them away"
+            f"{folder} holds files that pcs did not write and that training would replace ({names(in_the_way)}): move them away"
         )
 
 
@@ -77,8 +77,8 @@ class Log:
             self._board.add_image(name, pixels.clamp(0, 1).numpy(), step)
 
     def samples(self, step: int, pixels: Tensor) -> None:
-        """Logs pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1] of the state in training: a sheet in `samples/`,
-        and each one in TensorBoard."""
+        """Logs pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1], generated with the current state: a sheet in
+        `samples/`, and each one in TensorBoard."""
         from shared.io.contact_sheets import grid, stills, write_picture
 
         pixels = stills(pixels)

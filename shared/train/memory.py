@@ -46,7 +46,7 @@ def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
 
 
 class Offloaded:
-    """GPU networks that wait in main memory while nothing uses them; elsewhere (`on` is False) nothing moves.
+    """Networks that leave the GPU for main memory while nothing uses them; elsewhere (`on` is False) nothing moves.
 
     placement: given for a backbone whose networks take turns on the device; each then returns when it is next used.
     """
@@ -65,20 +65,20 @@ class Offloaded:
         self._away: set[str] = set()
 
     def offload(self, *names: str) -> None:
-        """Moves these networks to main memory, by name."""
+        """Moves the networks with these names to main memory."""
         if self.on and names:
             self._placement.send_away(*names)
             self._away |= set(names)
 
     def restore(self) -> None:
-        """Brings all of them back to the device, now or when they are next used."""
+        """Brings all offloaded networks back to the device, now or when they are next used."""
         for name in () if self._return_when_used else sorted(self._away):
             self._placement.use(name)
         self._away = set()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, all of them are available on the device."""
+        """Inside, all networks are available on the device."""
         offloaded = sorted(self._away)
         self.restore()
         try:
@@ -88,7 +88,7 @@ class Offloaded:
 
 
 def bring_trained(backbone: Backbone) -> None:
-    """Moves networks with parameters in training to the device, before an optimizer sees them."""
+    """Moves networks with parameters being trained to the device, before an optimizer sees them."""
     placement = backbone.placement
     if placement is None:
         return

@@ -28,7 +28,7 @@ class Optimizers:
 
     Args:
         groups: name -> what that optimizer trains
-        settings: by group name; AdamW if none is given. Names without a group are ignored
+        settings: by group name; AdamW for a group without any. Names without a group are ignored
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Optimizers:
         return tuple(self.groups)
 
     def parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
-        """Returns all trained parameters, or those of these groups."""
+        """Returns all trained parameters, or only those of these groups."""
         chosen = self.names if names is None else names
         return [p for name in chosen for part in self.groups[name] for p in part.parameters]
 
@@ -149,10 +149,11 @@ class Optimizers:
         before: Callable[[], None] | None = None,
         closure: Callable[[], Tensor] | None = None,
     ) -> float:
-        """Clips, checks, steps and clears; returns the gradient norm. Raises NotFinite, leaving the parameters unchanged.
+        """Clips and checks the gradient, takes a step and clears the gradient; returns the gradient's norm.
 
-        `before` is called when the gradient is finite, just before the parameters change. With fp16 the scaler skips a step
-        whose gradient overflows and halves its scale; only a long run of such steps raises NotFinite.
+        Raises NotFinite, leaving the parameters unchanged, when the gradient is not finite. With fp16, however, the scaler
+        skips a step whose gradient overflows and halves its scale; only a long run of such steps raises NotFinite. `before` is
+        called when the gradient is finite, just before the parameters change.
         """
         limit = self.settings[group].max_grad_norm
         accelerator.unscale_gradients(
@@ -210,13 +211,13 @@ class Optimizers:
         }
 
     def load_progress(self, state: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """The inverse of `progress`."""
+        """Restores what `progress` returned."""
         for name, groups in state.items():
             for group, kept in zip(self.raw[name].param_groups if name in self.raw else (), groups, strict=False):
                 group.update(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns moments and step counts for safetensors, `group.index.name` -> tensor; keys mark lists and plain numbers."""
+        """Returns moments and step counts for safetensors, `group.index.name` -> tensor; suffixes mark lists and numbers."""
         out: dict[str, Tensor] = {}
         for name, optimizer in self.raw.items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -227,7 +228,9 @@ class Optimizers:
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
         """Raises ValueError when the tensors do not fit these parameters."""
         for name in {key.split(".", 1)[0] for key in flat} - self.raw.keys():
-            raise ValueError(f"the saved optimizer state belongs to {unknown(name, self.raw, 'group')} Start over.")
+            raise ValueError(
+                f"the saved optimizer state does not fit this recipe: {unknown(name, self.raw, 'group')} Start over."
+            )
         for name, optimizer in self.raw.items():
             full = optimizer.state_dict()
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

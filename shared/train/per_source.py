@@ -1,4 +1,4 @@
-"""Adapters that are not saved in a concept: those of one picture or clip (`per_source`), and temporary ones."""
+"""Adapters that are not saved in a concept: those for a single picture or clip (`per_source`), and temporary ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.types import Subject
 
 
 def adapter_set(slot: str, number: int) -> str:
-    """Returns the name of the adapter set of one part and one file; no concept can have such a name."""
+    """Returns the name of the adapter set for one part and one file; no concept can have such a name."""
     return f"{slot}@{number + 1}"
 
 

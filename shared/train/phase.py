@@ -103,7 +103,7 @@ class Phase:
         )
 
     def _after(self) -> None:
-        """Runs after each step: validation pictures and scores, the best state, a checkpoint."""
+        """Does the work after a step: validation pictures and scores, the best state, a checkpoint."""
         owner, check, step, last = self.owner, self.recipe.train.validation, self.step, self.task.steps
         if owner.preview and check.every and (step % check.every == 0 or step == last) and self.optimizers.names:
             self.optimizers.check_finite(step)
@@ -144,7 +144,7 @@ class Phase:
         else:
             return f"no good state is left. Lower the learning rate ({self.task.rate_key}) and start over."
         return (
-            f"the last good state, of step {self.step}, is kept in {owner.workdir}. Lower the learning rate "
+            f"the last good state, from step {self.step}, is kept in {owner.workdir}. Lower the learning rate "
             f"({self.task.rate_key}) or set train.mixed_precision=no, then continue with --resume."
         )
 

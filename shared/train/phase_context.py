@@ -49,7 +49,7 @@ class PhaseContext:
     recipe: Recipe  # with the phase's overlay applied
     subjects: Mapping[str, Subject]
     names: Sequence[str]  # of all subjects; empty if the run does not learn them
-    adapter_sets: Sequence[str]  # of the adapters in training, the default set first
+    adapter_sets: Sequence[str]  # of the adapters being trained, the default set first
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # concepts loaded before the run, which stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's modifier, before any training
@@ -72,7 +72,7 @@ class PhaseContext:
 
 
 class ConceptTask:
-    """The common base of tasks on a concept: their state is what has been learned so far."""
+    """The base class of tasks that work on a concept; their state is what has been learned so far."""
 
     rate_key = "trainable.*.lr"  # the recipe key that sets the learning rate
 
@@ -97,8 +97,8 @@ class ConceptTask:
         Args:
             resting: adapter sets that are off
 
-        Raises ValueError for several files at once if files have adapters of their own: an adapter cannot act on single rows
-        of a batch.
+        Raises ValueError for several files at once if files have adapters of their own: an adapter cannot act on individual
+        rows of a batch.
         """
         context, backbone = self.context, self.context.backbone
         now = {name: 1.0 for name in context.temporary if name in backbone.adapters}
@@ -139,5 +139,5 @@ class ConceptTask:
         return self.state_dict()
 
 
-#: Tasks that a package adds: the task part's class -> what builds its task.
+#: The class of a recipe's task part -> what builds its task. Packages add their own.
 TaskTable = Mapping[type, Callable[[PhaseContext], "Task"]]

@@ -87,8 +87,8 @@ def check_masks(recipe: Recipe, has_masks: bool) -> None:
     for key, penalty in recipe.regularize.items():
         if penalty.needs_masks and not has_masks:
             raise ValueError(
-                f"regularize.{key} needs masks, but no picture has one: put them in masks/ next to the pictures, with the "
-                "same names, set subject.masks, or use pictures with a transparent background"
+                f"regularize.{key} needs masks, but no picture has one: put them in masks/ next to the pictures (with the "
+                "same names), set subject.masks, or use pictures with a transparent background"
             )
 
 
@@ -102,7 +102,7 @@ def _check_optimizers(recipe: Recipe, where: str) -> None:
 def check_validation(backbone: Backbone, names: Sequence[str], phases: Sequence[tuple[str, Recipe]]) -> None:
     """Raises ValueError for a validation prompt that lacks {concept}, names an unknown concept, or is too long.
 
-    Call it after the names are attached, since their tokens count.
+    Call it after the names are attached, because their tokens count towards the length.
     """
     for phase, recipe in phases:
         check = recipe.train.validation

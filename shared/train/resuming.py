@@ -22,7 +22,7 @@ _FREE = re.compile(
     r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)",
     re.ASCII,
 )
-#: Locations: for an interrupted run their contents are compared instead (`dependencies`).
+#: Locations: for an interrupted run, their contents are compared instead (`dependencies`).
 _MOVED = re.compile(r"backbone|subjects?\.(.+\.)?(images|clips|masks|captions)", re.ASCII)
 #: Keys that may also change after a non-finite loss, as a remedy.
 _CURE = re.compile(
@@ -36,7 +36,7 @@ def same_recipe(
     """Raises ValueError naming the first key that differs from the recipe of a checkpoint or of a finished run. Keys that
     cannot matter may differ: output, name, preview, the checkpoint interval, and the locations of pictures and model.
 
-    After a non-finite loss, rates, precision and optimizer may differ too.
+    After a non-finite loss, learning rates, precision and optimizers may also differ.
     """
     what, cure = ("finished", "choose another output") if finished else ("interrupted", "resume with the same recipe")
     for key, before, now in _differences(old, new):
@@ -74,7 +74,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = ""
 def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float]) -> dict[str, str]:
     """Returns what a run depends on besides its recipe: description -> hash of weights, pictures and loaded concepts.
 
-    Call it before the concepts in training are attached.
+    Call it before the concepts to be trained are attached.
     """
     out = {"the backbone's checkpoint": backbone.checkpoint}
     for name, subject in subjects.items():

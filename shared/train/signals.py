@@ -29,13 +29,13 @@ def heed_stops() -> None:
 
 
 def exit_code() -> int:
-    """Returns the exit code of a stopped program: 128 plus the last signal's number, 130 (Ctrl-C) if none is known."""
+    """Returns the exit code of a stopped program: 128 plus the last signal's number, or 130 (Ctrl-C) if none is known."""
     return 128 + (_received or [signal.SIGINT])[-1]
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Inside, the first signal sets the event, so that the step can finish and the state can be saved; the second acts at once.
+    """Inside, the first signal sets the event, so the step can finish and the state can be saved; the second acts immediately.
 
     Raises KeyboardInterrupt if an earlier signal was swallowed (by a library's bare `except:` at import).
     """
@@ -77,7 +77,7 @@ def _heeded() -> bool:
 
 def _noted(number: int) -> None:
     _received.append(number)
-    for stream in (1, 2):  # on a closed terminal every print fails, even before the state is saved
+    for stream in (1, 2):  # on a closed terminal every print fails, including those before the state is saved
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
                 nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -13,7 +13,7 @@ from shared.trainable import TrainableGroup
 
 @dataclass(frozen=True)
 class Update:
-    """One loss. A step may hold several, in order (distillation alternates)."""
+    """One loss. A step may have several, in order (distillation alternates between losses)."""
 
     loss: Tensor  # scalar
     groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None: all
@@ -22,7 +22,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Regrouped:
-    """The new set of trained parameters, from some step on.
+    """The new set of trained parameters, from a certain step on.
 
     came_from: new parameter -> the parameter it replaces, and int64 [N]: for each new row, the index of the old row that it
     continues, or -1. A continued row keeps its optimizer state; a row with -1 starts with none.
@@ -40,8 +40,8 @@ class UpdateSource(Protocol):
     """Provides the losses of each step to the loop."""
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields the losses of one micro-batch. All randomness derives from `generator(seed, step, micro)`, so that a step can
-        be computed again.
+        """Yields the losses of one micro-batch. All randomness derives from `generator(seed, step, micro)`, so a step can be
+        computed again.
 
         An update is yielded *inside* the contexts its loss was computed under (`backbone.active`, `attending`, …), which
         stay open until the loop has run its backward pass. With gradient checkpointing the layers run again in the
@@ -51,9 +51,9 @@ class UpdateSource(Protocol):
 
 
 class Task(UpdateSource, Protocol):
-    """Spends compute in numbered steps. It owns data and losses; the loop owns time, gradients and optimizers. Called in
-    this order: `load_state_dict` (if the run is resumed) -> `groups` -> for each step `regrouped`, then `updates` -> `result`;
-    `state_dict` and `carried` at any time between two steps."""
+    """The work of a phase, in numbered steps. It owns data and losses; the loop owns time, gradients and optimizers. Methods
+    are called in this order: `load_state_dict` (if the run is resumed) -> `groups` -> for each step `regrouped`, then `updates`
+    -> `result`; `state_dict` and `carried` may be called between any two steps."""
 
     steps: int  # the task's total number of steps
     rate_key: str  # the recipe key that sets the learning rate
@@ -74,7 +74,7 @@ class Task(UpdateSource, Protocol):
     def regrouped(self, step: int) -> Regrouped | None:
         """Called before a step: applies what changes with time, and returns the new groups if they changed, else None.
 
-        Groups change when a field splits, for example. A second call for the same step changes nothing more, because a run
+        Groups change when a 3D field splits, for example. A second call for the same step changes nothing more, because a run
         may resume there.
         """
         ...

@@ -37,12 +37,12 @@ from shared.train.tune import Tune
 from shared.trainable import TrainableGroup
 from shared.types import Example, Subject
 
-#: The tasks of the core; a package adds its own.
+#: The core's tasks; packages add their own.
 TASKS: TaskTable = {TuneTask: Tune, GenerateTask: Generate}
 
 
 class Preview(Protocol):
-    """Pictures of the state in training, and their scores ("score": higher is better)."""
+    """Generates pictures with the current training state, and scores them ("score": higher is better)."""
 
     def __call__(self, phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]: ...
 
@@ -60,8 +60,8 @@ class TrainingRun:
     subjects: Mapping[str, Subject]
     workdir: Path
     cache_dir: Path
-    class_pictures: ClassPictures | None = None  # generates with everything in training switched off
-    make: MakeNow | None = None  # generates with the model as it is now
+    class_pictures: ClassPictures | None = None  # generates pictures with everything being trained switched off
+    make: MakeNow | None = None  # generates pictures with the model as it is now
     preview: Preview | None = None
     scorers: Mapping[str, Score] = field(default_factory=dict)
     loaded_strengths: Mapping[str, float] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class TrainingRun:
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
         self.ports: set[str] = {port for p in self.recipe.attention.values() if (port := p.port(self.backbone))}
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
-        AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier run's precision sticks
+        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise an earlier run's precision would stick
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")
         self.trained: dict[str, TrainableGroup] = {}  # by slot: everything injected so far
         self.best: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ class TrainingRun:
     # --- the run -------------------------------------------------------------------------------------------
 
     def steps(self, resume: bool = False) -> Iterator[tuple[str, Record]]:
-        """Trains, yielding (phase, record); with `resume`, from the newest checkpoint in `workdir`.
+        """Trains, yielding (phase, record); with `resume`, continues from the newest checkpoint in `workdir`.
 
         Raises ValueError when the checkpoint belongs to another recipe, NotFinite (after saving the last good state), and
         Interrupted (after saving).
@@ -180,7 +180,7 @@ class TrainingRun:
             self.backbone.keep_attending(name, *edits)
 
     def _unfreeze(self, phase: Recipe) -> list[TrainableGroup]:
-        """Injects what is new, unfreezes what the phase trains, freezes the rest."""
+        """Injects what is new, unfreezes what the phase trains, and freezes the rest."""
         self._freeze()
         now = []
         for slot, part in phase.trainable.items():
@@ -277,7 +277,7 @@ class TrainingRun:
                 yield example
 
     def _plain_class_pictures(self, prompts: Any, seeds: Any, **how: Any) -> Tensor:
-        """Generates class pictures, with loaded concepts on and everything in training off."""
+        """Generates class pictures, with loaded concepts on and everything being trained off."""
         assert self.class_pictures is not None
         with self.backbone.active(self.loaded_strengths), self.accelerator.autocast():
             return self.class_pictures(prompts, seeds, **how)
@@ -307,7 +307,7 @@ class TrainingRun:
         )
 
     def begin(self) -> None:
-        """Removes what an earlier run left, only the first time it is called. Called after all checks have passed."""
+        """Removes what an earlier run left behind, on the first call only. Called after all checks have passed."""
         if self._anew:
             checkpoint.clear(self.workdir)
             self._anew = False

@@ -27,7 +27,7 @@ _NOISE = 2**42  # a separate stream from the one that draws examples
 class Tune(ConceptTask):
     """Trains the concepts by denoising plus penalties on one backbone.
 
-    Raises ValueError when nothing can serve a part's need, or when the recipe trains nothing.
+    Raises ValueError when nothing can provide what a part needs, or when the recipe trains nothing.
     """
 
     def __init__(self, context: PhaseContext) -> None:
@@ -48,7 +48,9 @@ class Tune(ConceptTask):
         self.needs = check_needs(parts, self.served)
         anchored = [place for place, part in parts.items() if "token_drift" in part.needs]
         if anchored and not any(context.initial_parameters.values()):
-            raise ValueError(f"{anchored[0]} keeps learned tokens near their start, but the modifier learns none")
+            raise ValueError(
+                f"{anchored[0]} keeps learned tokens near their initial values, but the modifier learns none"
+            )
         self.data = Data(
             context.examples(), self.recipe, self.backbone, words, self.class_nouns, "pixels" in self.needs
         )
@@ -57,7 +59,7 @@ class Tune(ConceptTask):
         frozen = not varies and not any(group.touches_text for group in context.trained)
         self.text_frozen = self.recipe.train.cache and frozen
         self._text: dict[str, Conditioning] = {}
-        self._base_text: dict[str, Conditioning] = {}  # without the concepts in training: it never changes
+        self._base_text: dict[str, Conditioning] = {}  # without the concepts being trained, so it never changes
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
@@ -77,7 +79,7 @@ class Tune(ConceptTask):
             ),  # [I, C, h, w], of instance examples, prompted with the class noun
             Computed(
                 "base_class_prediction", self._base_class_prediction
-            ),  # the same, without the concepts in training
+            ),  # the same, without the concepts being trained
             Computed("token_drift", self._token_drift),  # [n], squared distances of token vectors from their start
         ]
 
@@ -99,7 +101,7 @@ class Tune(ConceptTask):
         groups: tuple[str, ...] | None = None,
     ) -> Updates:
         """Yields one loss on examples of one role: subject examples get the objective and the penalties that need no class
-        examples, class examples get those that do. Use it for examples that cannot share a batch or need different
+        examples; class examples get the penalties that do. Use it for examples that cannot share a batch or need different
         active adapters.
 
         Args:
@@ -191,7 +193,7 @@ class Tune(ConceptTask):
         return losses * objective.time_weight(self.backbone, per_row(state.t))
 
     def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:
-        """Returns noisy latents, times and class prompts of the instance examples."""
+        """Returns the noisy latents, times and class prompts of the instance examples."""
         batch = state.batch
         instance = batch.with_role("instance").to(state.x_t.device)
         captions = [c for c, r in zip(batch.captions, batch.role, strict=True) if r == "instance"]

@@ -146,7 +146,7 @@ class PeftAdapter:
         for key, tensor in state.items():
             if tensor.shape != current[key].shape:
                 raise ValueError(
-                    f"adapter tensor {key!r} has shape {list(tensor.shape)}, this model needs {list(current[key].shape)}"
+                    f"adapter tensor {key!r} has shape {list(tensor.shape)}, but this model needs {list(current[key].shape)}"
                 )
         cut = len(self.component) + 1
         set_peft_model_state_dict(self.model, {k[cut:]: v for k, v in state.items()}, adapter_name=self.peft_name)

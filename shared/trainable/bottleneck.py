@@ -32,7 +32,7 @@ class Bottleneck(OnRoles):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Adds a bottleneck at every attention layer and feed-forward network of the roles; the new weights are trainable.
 
-        Raises ValueError if the roles contain no such first layer in one of their components.
+        Raises ValueError if the roles contain no such first layer in one of the components.
         """
         targets, ports = self.modules(backbone, slot)
         adapters = []

@@ -113,7 +113,7 @@ class BranchAdapter:
         for key, tensor in state.items():
             if tensor.shape != mine[key].shape:
                 raise ValueError(
-                    f"branch tensor {key!r} is {list(tensor.shape)}, this model needs {list(mine[key].shape)}"
+                    f"branch tensor {key!r} is {list(tensor.shape)}, but this model needs {list(mine[key].shape)}"
                 )
             mine[key].copy_(tensor)
 
@@ -150,5 +150,5 @@ def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
 
 
 def places_among(layers: Sequence[str]) -> list[str]:
-    """Returns those of a role's layers that are the first layer of a place."""
+    """Returns the layers of a role that are the first layer of a place."""
     return [name for name in layers if name.endswith(FIRST)]

@@ -102,7 +102,7 @@ class FrameEmbeddings(Branch):
     `qk` [F, C] to queries and keys, the same at every spatial position, and `v` [rows, columns, F, C] to values.
 
     They are interpolated linearly to other frame counts and grids. Outside training, unless the form says
-    otherwise, every frame's value embedding but the first is replaced by its difference from the previous frame's (the
+    otherwise, every frame's value embedding but the first is replaced with its difference from the previous frame's (the
     authors do this to keep appearance out).
     """
 
@@ -156,5 +156,5 @@ def resized_places(embedding: Tensor, grid: tuple[int, int], frames: int) -> Ten
 
 
 def differences(embedding: Tensor) -> Tensor:
-    """Replaces every frame but the first by its difference from the previous one: [..., F, C]."""
+    """Replaces every frame but the first with its difference from the previous one: [..., F, C]."""
     return torch.cat([embedding[..., :1, :], embedding.diff(dim=-2)], dim=-2)

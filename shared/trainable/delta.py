@@ -49,7 +49,7 @@ class DeltaAdapter:
         for key, parameter in targets.items():
             if parameter is not None and parameter.shape != deltas[key].shape:
                 raise ValueError(
-                    f"changed weight {key!r} is {list(deltas[key].shape)}, this model has {list(parameter.shape)}"
+                    f"changed weight {key!r} is {list(deltas[key].shape)}, but this model has {list(parameter.shape)}"
                 )
         adapter = cls(backbone, slot, {k: p for k, p in targets.items() if p is not None}, deltas)
         backbone.add_adapter(name, adapter)
@@ -89,7 +89,9 @@ class DeltaAdapter:
             raise ValueError(f"changed weights do not fit: {missing} missing, {extra} unknown")
         for key, tensor in state.items():
             if tensor.shape != shapes[key]:
-                raise ValueError(f"changed weight {key!r} is {list(tensor.shape)}, this model has {list(shapes[key])}")
+                raise ValueError(
+                    f"changed weight {key!r} is {list(tensor.shape)}, but this model has {list(shapes[key])}"
+                )
 
     def eject(self) -> None:
         self.set_strength(0.0)

@@ -27,8 +27,8 @@ def of_projections(layers: Sequence[str], projections: Sequence[Projection]) -> 
 
 
 def block_names(layers: Sequence[str]) -> list[str]:
-    """Lists the blocks of a network's layers in the order of the forward pass: in transformers each block (in FLUX the
-    double-stream blocks, then the single-stream ones), in U-Nets the down levels, the middle, the up levels."""
+    """Lists the blocks of a network's layers in the order of the forward pass: every block of a transformer (in FLUX, the
+    double-stream blocks, then the single-stream ones), or the down levels, middle and up levels of a U-Net."""
     found = dict.fromkeys(match[1] for name in layers if (match := _BLOCK.match(name)))
     order = ("down_blocks", "mid_block", "up_blocks")
     return sorted(found, key=lambda name: next((i for i, part in enumerate(order) if name.startswith(part)), -1))

@@ -17,7 +17,7 @@ from shared.trainable.base import OnRoles, TrainableGroup
 class Lora(OnRoles):
     """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the adapter starts as the identity.
 
-    With `min_rank`, T-LoRA (https://arxiv.org/abs/2507.05964, section 3): W' = W + (alpha / rank) B M_t A, where the mask
+    With `min_rank`, it is T-LoRA (https://arxiv.org/abs/2507.05964, section 3): W' = W + (alpha / rank) B M_t A, where the mask
     M_t keeps the first r(t) directions: all of them at no noise, `min_rank` at full noise, where training on a few pictures
     overfits most (to their poses and layouts). The mask also applies at sampling.
     """
@@ -78,7 +78,7 @@ class Lora(OnRoles):
 
 
 def _orthonormal(adapter: PeftAdapter, seed: int) -> None:
-    """Gives every layer's A [r, in, …] orthonormal rows (orthonormal columns if it has more rows)."""
+    """Gives every layer's A [r, in, …] orthonormal rows (or columns, if it has more rows than columns)."""
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter.layers:
         weight = layer.lora_A[adapter.peft_name].weight

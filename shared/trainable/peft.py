@@ -98,7 +98,7 @@ def _kernel(module: nn.Module) -> tuple[int, ...]:
 
 
 def _check_value(key: str, value: Plain, default: Any) -> None:
-    """Raises ValueError if peft's default has a plain type and the value has another."""
+    """Raises ValueError if peft's default has a plain type and the value has a different one."""
     for kind in (bool, int, float, str):
         if type(default) is kind:
             fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)

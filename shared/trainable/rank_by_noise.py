@@ -21,7 +21,7 @@ class RankByNoise:
     """Hook on a LoRA's first matrix: passes on only the first r(t) values of its output.
 
     Each picture of a batch has its own time in the current prediction; in layers with several rows per picture (frames,
-    positions), the time is repeated. The hook adds no parameters, and nothing to repr or the state dict.
+    positions), the time is repeated. The hook adds no parameters and changes neither repr nor the state dict.
     """
 
     def __init__(self, backbone: Backbone, min_rank: int) -> None:

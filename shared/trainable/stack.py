@@ -1,4 +1,4 @@
-"""Keeps all that acts on one parameter: its original values, saved changes on top of them, and values in training."""
+"""Manages one parameter's values: the originals, the saved changes on top of them, and the values being trained."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ _ATTRIBUTE = "_delta_stack"
 
 
 class Owner(Protocol):
-    """An adapter that changes parameters. Sums run in order of `number`, so that switching off and on is exact."""
+    """An adapter that changes parameters.
+
+    Changes are summed in order of `number`, so that switching an adapter off and on again restores the weights exactly.
+    """
 
     number: int
 
 
 class Stack:
-    """W = W_0 + sum of strength * delta. It lives on the parameter as long as anything changes it.
+    """W = W_0 + sum of strength * delta. It stays attached to the parameter for as long as anything changes the weights.
 
-    The parameter object stays and only its tensor is swapped, so the original bytes are restored exactly, and a graph built
-    on one tensor keeps that tensor.
+    The parameter object itself is kept and only its tensor is swapped, so the original bytes can be restored exactly, and an
+    autograd graph built on one tensor keeps that tensor.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -30,14 +33,14 @@ class Stack:
         self.training: Training | None = None
 
     def put(self, owner: Owner, delta: Tensor, strength: float) -> None:
-        """Sets a saved change's strength (0 removes it), in addition to the others."""
+        """Applies a saved change at this strength on top of the others; 0 removes it."""
         self.parts.pop(owner, None)
         if strength:
             self.parts[owner] = (delta, strength)
         self.show()
 
     def below(self, parts: dict[Any, tuple[Tensor, float]]) -> Tensor:
-        """Returns W_0 with these changes, fp32."""
+        """Returns W_0 plus these changes, in fp32."""
         total = self.original.to(self.parameter.device).float()
         for _, (delta, strength) in sorted(parts.items(), key=lambda part: part[0].number):
             total = total + strength * delta.to(total.device)
@@ -45,7 +48,7 @@ class Stack:
 
     @torch.no_grad()
     def show(self) -> None:
-        """Updates the parameter to the current changes and strengths."""
+        """Updates the parameter to reflect the current changes and strengths."""
         training = self.training
         if training is not None:
             training.leave()
@@ -62,36 +65,40 @@ class Stack:
 
 
 class Training:
-    """Values of one parameter in training: fp32, updated by the optimizer, W_0 + other changes + delta.
+    """The trained values of one parameter: W_0 + other changes + delta, in fp32, updated by the optimizer.
 
-    They are the only copy besides the original: delta is the difference between the two, and `settle` rounds the values to
-    the sum of the original and delta, so that the saved values equal the trained ones bit for bit. The parameter holds them at
-    strength 1 on top of the changes that they were trained on; in any other state it holds a sum and has no gradient.
-    (`settle` is idempotent in fp32, as measured over all exponents that weights have.)
+    Delta is not stored but computed, as the values minus W_0 and the other changes. `settle` rounds the values so that adding
+    delta back reproduces them bit for bit, and the saved change is therefore exact. (`settle` is idempotent in fp32; this was
+    checked for every exponent that occurs in weights.)
+
+    The parameter holds these values only at strength 1 and with the same other changes active as in training; otherwise it
+    holds a computed sum and has no gradient.
     """
 
     def __init__(self, stack: Stack, owner: Owner) -> None:
         self.stack, self.owner, self.strength, self.full_precision = stack, owner, 0.0, True
-        self.reference = dict(stack.parts)  # equal to the stack's parts while no other adapter changes
+        self.reference = dict(stack.parts)  # the changes below it; the stack's parts until another adapter changes
         self.values = stack.below(self.reference).clone()
         self._shown, self._settled = False, -1
         self._wants_grad = stack.parameter.requires_grad
 
     def delta(self) -> Tensor:
-        """Returns the change in training, fp32, on the parameter's device."""
+        """Returns the change being trained, in fp32, on the parameter's device."""
         self.settle()
         return self.current() - self.stack.below(self.reference)
 
     def current(self) -> Tensor:
-        """Returns the values in training, on the parameter's device."""
+        """Returns the values being trained, on the parameter's device."""
         if self._shown and self.stack.parameter.dtype == torch.float32:
-            return self.stack.parameter.data  # even if the network was moved meanwhile
+            return self.stack.parameter.data  # valid even if the network has been moved in the meantime
         return self.values.to(self.stack.parameter.device)
 
     @torch.no_grad()
     def settle(self, again: bool = True) -> None:
-        """Rounds to values that an fp32 difference from the original can represent. Repeating it changes nothing; without
-        `again` it runs only if the parameter was written to since the last time."""
+        """Rounds the values so that their fp32 difference from W_0 + other changes represents them exactly.
+
+        Repeating it changes nothing. Without `again`, it runs only if the parameter was written to since the last call.
+        """
         version = self.stack.parameter._version
         if version == self._settled and not again:
             return
@@ -102,7 +109,7 @@ class Training:
 
     @torch.no_grad()
     def load(self, delta: Tensor) -> None:
-        """Sets the values in training from a change, the inverse of `delta`."""
+        """Sets the values being trained from a change; the inverse of `delta`."""
         below = self.stack.below(self.reference)
         values = self.current()
         values.copy_(below + delta.to(below.device))
@@ -111,13 +118,13 @@ class Training:
         self.stack.show()
 
     def enter(self) -> None:
-        """Puts the values on the parameter, rounded to the network's own precision unless they are being trained."""
+        """Installs the values in the parameter: in fp32 in training mode, otherwise rounded to the network's own precision."""
         self.values, self._shown = self.values.to(self.stack.parameter.device), True
         self._expose()
         self.stack.parameter.requires_grad_(self._wants_grad)
 
     def train(self, mode: bool) -> None:
-        """Switches to fp32 for training (under autocast), or to the network's own precision (without it)."""
+        """Switches the parameter to fp32 for training (under autocast) or to the network's own precision (without it)."""
         if mode != self.full_precision:
             self.settle()
             self.values, self.full_precision = self.current(), mode
@@ -128,9 +135,9 @@ class Training:
         self.stack.parameter.data = self.values if self.full_precision else self.values.to(self.stack.original.dtype)
 
     def leave(self) -> None:
-        """Takes the values off the parameter and stops its gradient, because a sum of changes is not a leaf tensor.
+        """Withdraws the values from the parameter and turns off its gradient, because a sum of changes is not a leaf tensor.
 
-        This also stops autocast, which caches casts of weights that require a gradient, from using its cast of the values.
+        This also keeps autocast, which caches casts of weights that require a gradient, from using its cast of the values.
         """
         if self._shown:
             self.values = self.current()
@@ -139,14 +146,14 @@ class Training:
 
 
 def _same(a: dict[Any, tuple[Tensor, float]], b: dict[Any, tuple[Tensor, float]]) -> bool:
-    """Tells whether the same tensors act with the same strengths."""
+    """Tells whether the same tensors are applied at the same strengths."""
     return a.keys() == b.keys() and all(
         delta.data_ptr() == b[owner][0].data_ptr() and strength == b[owner][1] for owner, (delta, strength) in a.items()
     )
 
 
 def stack_of(parameter: nn.Parameter) -> Stack:
-    """Returns the parameter's stack, a new one if it has none."""
+    """Returns the parameter's stack, or a new one if it has none."""
     stack: Stack | None = getattr(parameter, _ATTRIBUTE, None)
     if stack is None:
         stack = Stack(parameter)

@@ -22,7 +22,7 @@ class Tokens(TrainablePart):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Trains the tokens of every attached concept that is not frozen (loaded concepts are). `name` is ignored.
 
-        Raises ValueError if no concept in training has learnable tokens.
+        Raises ValueError if no concept being trained has learnable tokens.
         """
         parameters = [
             p

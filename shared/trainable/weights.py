@@ -19,9 +19,9 @@ from shared.trainable.stack import Training, stack_of
 class Weights(OnRoles):
     """Trains the weights (and biases) of `roles` themselves, in fp32, and saves them as differences from the originals.
 
-    Memory holds one more copy (the originals) besides gradients and optimizer state, in the precision and on the device that
-    the network was loaded with. Switching the part off (for a penalty's base prediction) copies nothing; a strength between 0
-    and 1 needs one sum per weight.
+    Besides gradients and optimizer state, memory holds one more copy of the weights (the originals), in the precision and on
+    the device that the network was loaded with. Switching the part off (for a penalty's base prediction) copies nothing; a
+    strength between 0 and 1 needs one sum per weight.
     """
 
     taxonomy: ClassVar[str] = "weights"
@@ -65,7 +65,7 @@ def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list
 
 
 class TrainedWeights(DeltaAdapter):
-    """Weights in training as an adapter: its `parameters` are the network's own, its state is their change.
+    """Weights being trained, as an adapter: its `parameters` are the network's own, and its state is their change.
 
     W = W_0 + strength * delta, with a gradient at strength 1; strength 0 restores the original bytes.
     """
@@ -89,7 +89,7 @@ class TrainedWeights(DeltaAdapter):
         for other in others:
             if other.name == name:
                 raise ValueError(
-                    f"trainable.{slot} and trainable.{other.slot} train the same weights; give them to one of the two"
+                    f"trainable.{slot} and trainable.{other.slot} train the same weights; keep them in only one of the two"
                 )
         for other in others:
             other.finish()
@@ -105,7 +105,7 @@ class TrainedWeights(DeltaAdapter):
             parameter.requires_grad_(on)
 
     def train(self, mode: bool) -> None:
-        """Uses fp32 weights in training, whatever precision the network has; otherwise the values that loading would give."""
+        """Uses fp32 weights for training, whatever the network's precision; otherwise the values that loading would produce."""
         for training in self.training.values():
             training.train(mode)
 

@@ -29,7 +29,7 @@ def test_a_clip_shorter_than_asked_says_how_long_it_is(tmp_path: Path) -> None:
         path, "has 4 frames with stride 2, but length=5", "length=4 or less or a smaller stride", length=5, stride=2
     )
     refused(path, "has 4 frames at 4 frames per second, but length=16", "a higher fps", length=16, fps=4)
-    refused(path, "has 4 frames from 0.5 s on, but length=5", "an earlier start", length=5, start=0.5)
+    refused(path, "has 4 frames from 0.5 s onwards, but length=5", "an earlier start", length=5, start=0.5)
     refused(path, "has 0 frames", "an earlier start", start=7)
 
 

@@ -1,4 +1,4 @@
-"""Amount of motion, steadiness, and looks of frames, compared with sums written out."""
+"""Amount of motion, steadiness, and appearance of frames, compared with sums written out."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_cover_cuts_all_frames_alike_about_the_masks(tmp_path: Path) -> None:
 
 def test_cover_says_once_what_it_loses_and_contain_keeps_all(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(4, (96, 32)))
-    with pytest.warns(UserWarning, match="the crop to a square loses 67%") as said:
+    with pytest.warns(UserWarning, match="the crop loses 67%") as said:
         read_clip(path, ClipWindow(length=4), size=16)
     assert len(said) == 1
     clip = read_clip(path, ClipWindow(length=4), size=24, fit="contain")

@@ -302,13 +302,15 @@ def test_words_of_another_width_are_the_reason(new_sd: Callable[..., Any]) -> No
     concept, wide = learned(new_sd(), roles=("cross_attention",)), new_sd()
     table = wide.components["text_encoder"].get_input_embeddings()
     table.weight = torch.nn.Parameter(torch.zeros(len(table.weight), 24))
-    with pytest.raises(ValueError, match="its words have 16 values in text_encoder, but words here have 24"):
+    with pytest.raises(
+        ValueError, match="its word embeddings have 16 values in text_encoder, but this model's have 24"
+    ):
         attach(concept, wide)
 
 
 def test_another_checkpoint_warns_and_works(new_sd: Callable[..., Any]) -> None:
     concept, other = learned(new_sd()), new_sd(seed=1)
-    with pytest.warns(UserWarning, match="another checkpoint of these layers"):
+    with pytest.warns(UserWarning, match="a checkpoint with different weights"):
         attach(concept, other)
     assert "my-mug" in other.adapters
     with warnings.catch_warnings():
@@ -327,7 +329,7 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         (lambda c: _without(c, lambda k: "mid_block" in k), r"\d+ tensors missing, 0 unknown"),
         (
             lambda c: _without(c, lambda k: k.startswith("lora.unet")),
-            r"lora\.unet: no tensors for an adapter of \d+ modules",
+            r"lora\.unet: no tensors for an adapter on \d+ modules",
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "adapter": {**c.of("adapter"), "x.unet.y": torch.ones(1)}}),
@@ -375,7 +377,7 @@ def test_modules_that_match_nothing_are_refused(new_sd: Callable[..., Any]) -> N
     settings = {**concept.meta.adapters["lora"]["unet"], "target_modules": ["nowhere.to_q"]}
     text = concept.meta.adapters["lora"]["text_encoder"]
     adapters = {"lora": {"text_encoder": text, "unet": settings}}
-    with pytest.raises(ValueError, match=r"unet does not name 'nowhere\.to_q'"):
+    with pytest.raises(ValueError, match=r"unet does not list 'nowhere\.to_q'"):
         with_fields(concept.meta, adapters=adapters)
     layers = {**concept.meta.layers, "unet": {**concept.meta.layers["unet"], "nowhere.to_q": (16, 16)}}
     meta = with_fields(concept.meta, adapters=adapters, layers=layers)

@@ -184,9 +184,9 @@ def test_links_that_lead_out_are_not_followed(saved: Path, tmp_path: Path) -> No
             {"adapters": {"l": {"unet": {"peft_type": "LORA", "rank_pattern": {"a": math.nan}, "target_modules": []}}}},
             "l.unet.rank_pattern must be a number",
         ),
-        ({"layers": {}}, r"layers: unet does not name 'down_blocks\.0\.\S+', which the concept touches"),
+        ({"layers": {}}, r"layers: unet does not list 'down_blocks\.0\.\S+', which the concept touches"),
         ({"layers": {"unet": {"x": "wide"}}}, r"layers\.unet\.x"),
-        ({"weights": {"w": {"unet": ["conv_in.bias"]}}}, r"layers: unet does not name 'conv_in\.bias'"),
+        ({"weights": {"w": {"unet": ["conv_in.bias"]}}}, r"layers: unet does not list 'conv_in\.bias'"),
         ({"embeddings": {"text_encoder": "wide"}}, r"embeddings\.text_encoder = 'wide'"),
     ],
 )

@@ -100,7 +100,7 @@ def test_the_same_change_in_both_models(concept: Concept, make_tiny_sd: Callable
 
 
 def test_other_weights_under_the_same_layers_are_a_warning(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
-    with pytest.warns(UserWarning, match="another checkpoint of these layers"):
+    with pytest.warns(UserWarning, match="a checkpoint with different weights"):
         attach(concept, clips(make_tiny_sd(1)))
 
 

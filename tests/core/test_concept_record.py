@@ -198,7 +198,7 @@ def test_settings_that_no_concept_can_keep_are_refused_before_the_training(new_s
         ({"recipe": {"phases": ["a"]}}, r"recipe\.phases"),
         ({"recipe": []}, "recipe"),
         ({"metrics": {"training_seconds": "long"}}, r"metrics\.training_seconds = 'long'"),
-        ({"metrics": {"clip_t": float("nan")}}, r"metrics\.clip_t = nan: must be a finite number, a text, or null"),
+        ({"metrics": {"clip_t": float("nan")}}, r"metrics\.clip_t = nan: must be a finite number, a string, or null"),
         ({"metrics": {"clip_t": [1]}}, r"metrics\.clip_t.*must be a finite number"),
         ({"seed": "x"}, "seed = 'x'"),
         ({"references": [{"file": "a\\b", "sha256": None}]}, r"references\.0\.file"),

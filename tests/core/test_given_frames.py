@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused(tiny_sd: Any, given: GivenFrames, tmp_path
         (GivenFrames(path=given.path, mask=tmp_path / "all.png"), "nothing is left to generate"),
         (GivenFrames(path=given.path, mask=tmp_path / "small.png"), "small.png is 16x16 pixels, but its picture"),
         (GivenFrames(path=given.path, mask=tmp_path / "gone.png"), "gone.png does not exist"),
-        (GivenFrames(path=given.path, frames=2), "is a picture: set a number of frames only for clips"),
+        (GivenFrames(path=given.path, frames=2), "is a picture: set the number of frames only for clips"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(sd, ["a mug"], seeds=[1], steps=2, hooks=(wrong,))

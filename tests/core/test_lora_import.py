@@ -185,7 +185,7 @@ def test_a_file_that_is_not_safetensors_is_refused_unopened(
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 4, 3, 3)}, "half a pair: its up matrix is missing"),
         ({"lora_unet_conv_in.hada_w1_a": torch.ones(1, 1)}, "contains LoHa .*only LoRA and DoRA are supported"),
         ({"lora_unet_conv_in.lokr_w1": torch.ones(1, 1)}, "contains LoKr"),
-        ({"lora_unet_conv_in.diff": torch.ones(1, 1)}, "contains whole weights"),
+        ({"lora_unet_conv_in.diff": torch.ones(1, 1)}, "contains full weights"),
         ({"lora_unet_conv_in.lora_up.bias": torch.ones(1)}, "contains LoRA with a bias"),
         ({"a.weight": torch.ones(1)}, "is not a LoRA: it contains no pair"),
         ({"x.lora_down.weight": torch.ones(2, 3), "x.lora_up.weight": torch.ones(3, 4)}, "which do not form a pair"),

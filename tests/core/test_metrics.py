@@ -84,7 +84,7 @@ def test_attribute_hits() -> None:
     seen = {"background": ["beach", "snow"], "view": ["front", "side"]}
     expected = [{"background": "beach", "view": "back"}, {}]
     assert scores.attribute_hits(expected, seen) == [{"background": True, "view": False}, {}]
-    with pytest.raises(ValueError, match="unknown attribute 'weather'; the reader knows: background, view"):
+    with pytest.raises(ValueError, match="unknown attribute 'weather'; the reader supports: background, view"):
         scores.attribute_hits([{"weather": "rain"}, {}], seen)
 
 

@@ -1,4 +1,4 @@
-"""Networks that do not fit on a device together take turns there and compute the same."""
+"""Networks that do not all fit on a device at once take turns there and compute the same results."""
 
 from __future__ import annotations
 

@@ -55,9 +55,7 @@ def test_pictures_without_what_others_have_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "lost"), [((800, 40), 95), ((90, 160), 44), ((40, 62), 35)])
 def test_a_crop_that_loses_much_names_the_picture_and_the_remedy(tmp_path: Path, size, lost: int) -> None:
     picture = read_picture(save(tmp_path / "wide.png", scene(*size)))
-    with pytest.warns(
-        UserWarning, match=rf"wide\.png is {size[0]}x{size[1]}, and the crop .* loses {lost}% of it"
-    ) as one:
+    with pytest.warns(UserWarning, match=rf"wide\.png is {size[0]}x{size[1]}, and the crop loses {lost}% of it") as one:
         resize(picture, 32, "cover")
     assert "sources.references.fit=contain" in str(one[0].message)
     with warnings.catch_warnings():

@@ -131,7 +131,7 @@ def test_references_say_what_is_wrong(tmp_path: Path) -> None:
     subject = Subject((wide,), masks={wide: tmp_path / "corners.png"})
     with pytest.raises(ValueError, match=r"w\.png: no part of its mask is inside the square crop; use fit=contain"):
         list(References().examples(context(tmp_path, subjects={"x": subject})))
-    with pytest.warns(UserWarning, match=r"enlarged to 512 pixels, so they are blurry: a\.png \(60x40\)"):
+    with pytest.warns(UserWarning, match=r"enlarged to 512 pixels, and therefore blurry: a\.png \(60x40\)"):
         list(References().examples(context(tmp_path, subjects={"x": read_subject(one)}, resolution=512)))
 
 

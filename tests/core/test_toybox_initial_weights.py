@@ -58,7 +58,7 @@ def test_the_unet_of_a_new_folder_is_the_shipped_one(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"layers_per_block=2.* asks for .*layers_per_block=1.*--fresh"):
+    with pytest.raises(ValueError, match=r"layers_per_block=2.* requires .*layers_per_block=1.*--fresh"):
         adopt_backbone(tmp_path / "run", models.UnetSize(layers_per_block=1))
     assert list(tmp_path.iterdir()) == []
     folder = tmp_path / run_folder.VAE_FOLDER
@@ -71,7 +71,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 
 def test_a_round_of_more_pictures_ends_with_a_rate_of_zero() -> None:
     first = adopted_steps()
-    for minutes in (None, 5.0):  # minutes pause the round without affecting its rates
+    for minutes in (None, 5.0):  # the time limit pauses the round without affecting its rates
         spend, settings = stages.unet_training(replace(WORK, minutes=minutes))
         assert (spend.steps, spend.minutes, settings.lr) == (first + 100, minutes, 5e-4)
         budget, optimizer = Budget(steps=spend.steps), settings.optimizer

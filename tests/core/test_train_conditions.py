@@ -49,7 +49,7 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
     assert backbone.strengths == {"old": strength, "mug": 1.0}, "switched back"
 
     def elsewhere(other: Any) -> Tensor:
-        """The same on a backbone that never had the concept in training."""
+        """The same on a backbone that never had the concept being trained."""
         prompts = [c.replace(backbone.placeholders["mug"].words, "mug") for c in step.batch.captions]
         with torch.no_grad():
             return other.predict(step.x_t, step.t, other.encode(prompts))
@@ -97,7 +97,7 @@ def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, 
     run("five", with_old(tiny()), loaded_strengths={"old": 1.0})
     assert [name for name, _ in made] == ["one", "three", "four"]
     assert [on.get("old") for _, on in made] == [None, 1.0, 0.5]
-    assert all(on["mug"] == 0.0 for _, on in made), "what is in training is off"
+    assert all(on["mug"] == 0.0 for _, on in made), "what is being trained is off"
 
 
 def test_the_anchor_pulls_every_row_to_where_it_began(tiny, photos, tmp_path):

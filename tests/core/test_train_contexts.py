@@ -23,7 +23,7 @@ from tests.core.runs import paint, predicted, session, small, tuning
 
 
 class UnderHalfStrength:
-    """A loss with the adapter in training at half strength, as in distillation."""
+    """A loss with the adapter being trained at half strength, as in distillation."""
 
     steps = 1
 

@@ -85,7 +85,7 @@ def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
     backbone.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
     losses = [[float(next(t.updates(step, 0)).loss.detach()) for step in range(4)] for t in (kept, anew)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(runs) == 4 * 2 + 1, "two of the concept in training at each step, one of the base in all"
+    assert len(runs) == 4 * 2 + 1, "two of the concept being trained at each step, one of the base in all"
 
 
 # --- errors before the first step ----------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_class_pictures_follow_when_a_penalty_asks_for_them(sd):
     ]
     assert set(batch.captions[2:]) == {"a photo of a mug"} and all("sks" in c for c in batch.captions[:2])
     assert data(sd, both).batch(0, 0).role == ("instance", "instance")
-    with pytest.raises(ValueError, match="needs class pictures, but its sources gave none"):
+    with pytest.raises(ValueError, match="needs class pictures, but its sources provide none"):
         data(sd, pictures(), **prior)
     with pytest.raises(ValueError, match="no pictures of the subject"):
         data(sd, pictures(2, "prior", caption="x"))
@@ -241,7 +241,7 @@ def test_the_loss_can_leave_the_subject_out():
 
 
 def test_that_no_picture_has_a_mask_to_leave_out_is_said(sd):
-    with pytest.warns(UserWarning, match="objective.inside is below outside, but no picture has a mask"):
+    with pytest.warns(UserWarning, match="objective.inside is below objective.outside, but no picture has a mask"):
         data(sd, pictures(2), objective={"inside": 0.0, "outside": 1.0})
 
 

@@ -49,7 +49,7 @@ def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos,
         run = session(tiny(), recipe, photos, tmp_path / "run")
         with pytest.raises(
             NotFinite,
-            match=r"the loss of step 4 is nan \(phase tune\); the last good state, of step 2, is kept .* --resume",
+            match=r"the loss of step 4 is nan \(phase tune\); the last good state, from step 2, is kept .* --resume",
         ):
             for _ in run.steps():
                 states.append(learned(run))
@@ -63,7 +63,7 @@ def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos,
 def test_a_run_goes_on_with_a_lower_rate(tiny, photos, tmp_path):
     """The first update was far too large: what follows equals a run that never made it."""
     lower = small("textual_inversion", "trainable.tokens.lr=0.005", "train.steps=5")
-    with pytest.raises(NotFinite, match="the last good state, of step 0"):
+    with pytest.raises(NotFinite, match="the last good state, from step 0"):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1e30"), photos, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"had train\.steps = 2, this one has 5"):
         finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
@@ -82,7 +82,7 @@ def test_a_checkpoint_from_before_stays_when_the_first_step_after_it_fails(tiny,
     before = checkpoint.load(tmp_path / "run")
     with monkeypatch.context() as patch:
         broken_at(patch, 2)
-        with pytest.raises(NotFinite, match="the last good state, of step 2"):
+        with pytest.raises(NotFinite, match="the last good state, from step 2"):
             finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True)
     state = checkpoint.load(tmp_path / "run")
     assert before is not None and state is not None and state.step == 2 and state.info["not_finite"]
@@ -198,7 +198,7 @@ def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
 def test_without_a_copy_the_last_checkpoint_is_what_is_left(tiny, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.last_good_state.MOST", 0)
     broken_at(monkeypatch, 3)
-    for every, message in ((2, "the last good state, of step 2"), (0, "no good state is left")):
+    for every, message in ((2, "the last good state, from step 2"), (0, "no good state is left")):
         recipe = small("textual_inversion", "train.steps=5", f"train.checkpoint_every={every}")
         with pytest.raises(NotFinite, match=message):
             finish(session(tiny(), recipe, photos, tmp_path / f"{every}"))

@@ -242,7 +242,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(sd):
     for wrong in ({k: v for k, v in state.items() if k != key}, {**state, "x": state[key]}, {}):
         with pytest.raises(ValueError, match=r"tensors missing, \d+ unknown"):
             adapter.load_state_dict(wrong)
-    with pytest.raises(ValueError, match=r"has shape \[3, \d+\], this model needs \[2, \d+\]"):
+    with pytest.raises(ValueError, match=r"has shape \[3, \d+\], but this model needs \[2, \d+\]"):
         adapter.load_state_dict({**state, key: torch.zeros(3, state[key].shape[1])})
     assert all(torch.equal(v, state[k]) for k, v in adapter.state_dict().items())
 

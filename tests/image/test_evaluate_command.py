@@ -93,7 +93,7 @@ def test_pictures_are_made_as_asked_else_as_the_concept_s_recipe_says(pcs, argum
 
 def test_the_help_says_where_references_are_looked_for(pcs):
     text = " ".join(pcs("image", "evaluate", "--help").out.replace("│", " ").split())
-    assert "a folder beside the concept with the training folder's name" in text
+    assert "a folder next to the concept, named like the training folder" in text
 
 
 def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):

@@ -169,7 +169,7 @@ def test_a_recipe_draws_each_field_with_its_renderer_and_survives_its_dump(kind)
     [
         (["field.kind=gaussians", "renderer.kind=volume"], "a field of kind gaussians is drawn by splat"),
         (["guidance.space=latents", "guidance.resolution=null"], "no colours to write to files: set export=null"),
-        (["penalties.silhouette={}"], "penalties.silhouette compares with the subject's pictures"),
+        (["penalties.silhouette={}"], "penalties.silhouette compares views with the subject's pictures"),
         (["penalties.sparsity.weight=-1"], "a weight must not be negative"),
         (["penalties.sparsty={}"], "Did you mean 'sparsity'"),
     ],

@@ -173,7 +173,7 @@ def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_pa
 
 def test_a_rough_azimuth_that_nothing_would_use_is_refused():
     with pytest.raises(
-        ValueError, match=r"near_deg narrows the search of estimator=renders, and estimator = toybox has none"
+        ValueError, match=r"near_deg narrows the search of estimator=renders, but estimator = toybox does not search"
     ):
         reconstruction("phases.cameras.task.near_deg=[0, 90, 180]", "phases.cameras.task.estimator=toybox")
 
@@ -189,7 +189,7 @@ def test_pictures_of_several_phases_are_compared_together_if_all_have_masks(tmp_
     assert len(found.pixels) == len(found.cameras) == 8 and found.masks is not None and len(found.masks) == 8
     both.check({}, True, {"cameras": True, "views": False})
     with pytest.raises(
-        ValueError, match=r"all pictures have masks, or none, and the views of the phase views have none"
+        ValueError, match=r"either all have masks or all lack them, and the views of the phase views have none"
     ):
         PhaseViews(phase=("cameras", "views")).check({}, False, {"cameras": True, "views": False})
     with pytest.raises(ValueError, match=r"needs masks .* references\.foreground=0\.25"):

@@ -179,7 +179,7 @@ def test_a_concept_keeps_its_branches(make_tiny_sd: Callable[..., Any], tmp_path
     assert torch.equal(ask(fresh), before)
     again = capture(fresh, "m", Provenance(kind="motion"))
     assert again.meta.branches == concept.meta.branches and again.meta.adapter_id == concept.meta.adapter_id
-    assert any("places of unet" in line for line in lines(concept)) and as_json(concept)["parameters"] > 0
+    assert any("places in unet" in line for line in lines(concept)) and as_json(concept)["parameters"] > 0
     with pytest.raises(ValueError, match="has .*, which diffusers' LoRA files cannot store"):
         export(concept, tmp_path / "out", backbone=fresh)
 

@@ -115,7 +115,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(ask: Callable[[int], Any], frames: int) -> str:
-    """The error for a number of frames, or ""."""
+    """The error for this number of frames, or ""."""
     try:
         ask(frames)
     except ValueError as error:
@@ -166,5 +166,5 @@ def test_the_rate_of_frames_is_told_to_a_network_that_asks(folders: dict[str, Pa
     assert recipe.opening() == {"fps": 12.0}
     rates = ["sources.clips.window.fps=24", "sources.more.kind=clips", "sources.more.window.fps=8"]
     two = load("motion_director", rates, "video", VideoRecipe)
-    with pytest.warns(UserWarning, match="clips have 8, 24 frames per second"):
+    with pytest.warns(UserWarning, match=r"clips have different frame rates \(8, 24 per second\)"):
         assert two.opening() == {}

@@ -100,9 +100,9 @@ def test_a_model_of_pictures_gets_a_motion_module(
     assert torch.equal(clips(made), clips(whole))
     with pytest.raises(ValueError, match="makes pictures: give motion_adapter=FOLDER"):
         open_runner(VideoRunner, str(picture_model), [], "cpu")
-    with pytest.raises(ValueError, match="already makes clips: leave it out"):
+    with pytest.raises(ValueError, match="already makes clips; leave motion_adapter out"):
         open_runner(VideoRunner, str(clip_model), [], "cpu", motion_adapter=adapter_folder)
-    with pytest.raises(ValueError, match=r"not a diffusers MotionAdapter: it has no config.json"):
+    with pytest.raises(ValueError, match=r"not a diffusers MotionAdapter, because it has no config.json"):
         open_runner(VideoRunner, str(picture_model), [], "cpu", motion_adapter=tmp_path)
 
 

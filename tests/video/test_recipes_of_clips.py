@@ -35,7 +35,7 @@ def test_methods_lists_and_shows_them(capsys: pytest.CaptureFixture[str]) -> Non
     assert model_of("video") is VideoRecipe
     assert run(build(), ["methods"]) == 0
     listed = capsys.readouterr().out
-    assert "video: A motion separated from looks (test-time fine-tuning)" in listed and all(
+    assert "video: A motion separated from appearance (test-time fine-tuning)" in listed and all(
         name in listed for name in SHIPPED
     )
     assert run(build(), ["methods", "show", "motion_director"]) == 0

@@ -108,7 +108,7 @@ def test_boxes_act_in_the_first_steps_alone(make_tiny_sd: Any) -> None:
     assert not torch.equal(early, plain) and not torch.equal(early, always)
     assert torch.equal(sample(sd, ["a red mug"], hooks=(SubjectBoxes(**part, until=0.0),), **how), plain)
     for boxes, message in [
-        ({"cat": [0, 0, 1, 1]}, "there is a box for 'cat', but it is not in the prompt: 'a red mug'"),
+        ({"cat": [0, 0, 1, 1]}, "there is a box for 'cat', but the prompt does not contain it: 'a red mug'"),
         ({"red mug": {0: [0, 0, 1, 1], 3: [0, 0, 1, 1]}}, "go up to frame 3, but only 1 frames are generated"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shared.metrics.clips.report import CLIPS, ClipRow, Kind
 from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
-HALF = 0.5  # a clip is flagged if fewer of its frames match the prompt
+HALF = 0.5  # a clip is flagged if a smaller share of its frames matches the prompt
 STILL = "still"  # the candidate that every motion is compared to
 OPPOSED = 0.0  # motion fidelity at or below this means nothing in common, or the opposite motion
 
@@ -25,7 +25,7 @@ class Made:
 
 
 def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[ClipRow]:
-    """Returns one row per clip. limit: the leakage from which a clip is flagged."""
+    """Returns one row per clip. limit: the leakage at or above which a clip is flagged."""
     rows = []
     for n, (prompt, seed) in enumerate(made.shots):
         flags = _flags(measured, n, made.expects[n], limit) if made.kind == "concept" else []
@@ -48,8 +48,8 @@ def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[
 
 
 def leak_limit(scorer: ClipScorer) -> float | None:
-    """Returns the midpoint of 1 (the same clip) and the likeness of the motion's two most similar clips. None for fewer than
-    two clips."""
+    """Returns the midpoint between 1 (the same clip) and the likeness of the motion's two most similar clips. None for fewer
+    than two clips."""
     among = scorer.unrelated_looks
     return (max(among) + 1) / 2 if among else None
 
@@ -71,7 +71,7 @@ def _flags(measured: MeasuredClips, n: int, expects: Mapping[str, str], limit: f
     if limit is not None and score("leakage") >= limit:
         flags.append("looks like the motion's clips")
     if score("identity") < HALF:
-        flags.append(f"the subject in only {score('identity'):.0%} of the frames")
+        flags.append(f"shows the subject in only {score('identity'):.0%} of the frames")
     for name, asked in expects.items():
         if score(name) < HALF:
             flags.append(f"{name}: {measured.seen[n].get(name, 'not seen')}, but the prompt says {asked}")

@@ -165,7 +165,7 @@ class _Evaluation:
         self.files[f"{CLIPS}/{name}.webp"] = webp_bytes(clip, self.shots.fps, about)
 
     def _sheet(self, strips: Mapping[str, Tensor]) -> None:
-        """Adds a sheet of the frames with the concepts, for viewers that cannot play clips."""
+        """Adds a contact sheet of the clips with the concepts, for viewers that cannot play clips."""
         from tempfile import TemporaryDirectory
 
         with TemporaryDirectory() as folder:

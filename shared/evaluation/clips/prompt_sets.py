@@ -1,7 +1,7 @@
 """Prompt sets for clips: the shipped ones (`configs/prompts/*_motion.yaml`) and the user's own (YAML or one prompt per line).
 
 In a prompt, `{concept}` stands for the motion and `{thing}` for what moves: the subject if one is evaluated, else the prompt's
-own `thing`. For the base model and for text scores, the motion is left out and the subject becomes its class noun,
+own `thing`. For the base model and for text scores, the motion is left out and the subject is replaced with its class noun,
 so that no score depends on a made-up word.
 """
 
@@ -63,14 +63,14 @@ class ClipTexts:
     """The texts of a prompt set for a motion, a subject, or both ("" if there is none), as lists of equal length.
 
     Raises:
-        ValueError: a prompt does not say where the motion or the subject goes, or has no `thing` and there is no subject
+        ValueError: a prompt does not say where the motion or the subject goes, or has a `{thing}` that nothing defines
     """
 
     prompts: ClipPromptSet
     motion: str = ""
     subject: str = ""
     class_noun: str = ""
-    limit: int | None = None  # only the first prompts
+    limit: int | None = None  # use only this many prompts, from the first
 
     def __post_init__(self) -> None:
         for prompt in self.chosen:
@@ -114,7 +114,7 @@ class ClipTexts:
         return [{k: v for k, v in p.expects.items() if k not in dropped} for p in self.chosen]
 
     def of_pictures(self) -> PromptSet:
-        """Returns the prompt set for pictures of the subject, whose true pictures are drawn from these prompts."""
+        """Returns these prompts as a set for pictures of the subject; its true pictures are drawn for them."""
         texts = [_said(p.text, "", "{concept}") for p in self.chosen]
         prompts = [Prompt(text=t, expects=e) for t, e in zip(texts, self.expects, strict=True)]
         return PromptSet(name=self.prompts.name, prompts=tuple(prompts))
@@ -126,7 +126,7 @@ class ClipTexts:
 def _said(text: str, motion: str, thing: str) -> str:
     words = text.replace("{concept}", motion).replace("{thing}", thing)
     words = re.sub(r"\s+", " ", words)
-    words = re.sub(r"( ?,)+", ",", words).strip(" ,")  # no empty space may be left between two commas
+    words = re.sub(r"( ?,)+", ",", words).strip(" ,")  # an empty placeholder must not leave two commas in a row
     return words if "{" in words else fill(words, "", "")
 
 
@@ -144,7 +144,7 @@ def load_clip_prompts(name: str | Path) -> ClipPromptSet:
     if text in clip_prompt_sets():
         path = FOLDER / f"{text}.yaml"
     if path.suffix.lower() not in (".yaml", ".yml", ".txt") or not path.is_file():
-        missing = " There is no such file either." if path.suffix else ""
+        missing = " There is no .yaml, .yml or .txt file at that path either." if path.suffix else ""
         raise ValueError(
             unknown(text, clip_prompt_sets(), "prompt set for clips")
             + missing

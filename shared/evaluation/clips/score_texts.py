@@ -19,8 +19,8 @@ ABOUT = {
     ),
     "motion_fidelity": About(
         "Motion fidelity",
-        "How similar the point tracks are to those in the motion's clips: the mean over tracks of the best match, both "
-        "ways. 1 for a clip with itself, 0 for a frozen one, −1 for the opposite direction.",
+        "How similar the point tracks are to those in the motion's clips: the mean over tracks of the best match, in "
+        "both directions. 1 for a clip and itself, 0 for a frozen one, −1 for the opposite motion.",
         "score",
     ),
     "false_motion": About(
@@ -30,14 +30,15 @@ ABOUT = {
     ),
     "leakage": About(
         "Leakage",
-        "How much the frames look like those of the motion's clips: the highest cosine of each frame. The motion should "
-        "carry over, but not the appearance; the base model, which has never seen those clips, is the floor.",
+        "How much the frames look like those of the motion's clips: each frame's highest cosine with any of them. The "
+        "motion should carry over, but not the appearance; the base model, which has never seen those clips, is the floor.",
         "cosine",
         "lower",
     ),
     "identity": About(
         "Identity",
-        "How often a frame shows this exact subject, judged as pictures are, relative to how often true pictures of it pass.",
+        "How often a frame shows this exact subject, judged by the rule for pictures, relative to how often true "
+        "pictures of it pass.",
     ),
     "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognised."),
     "dynamic_degree": About(
@@ -48,7 +49,7 @@ ABOUT = {
     ),
     "temporal_consistency": About(
         "Temporal consistency",
-        "Mean cosine of consecutive frames. A frozen clip scores 1, so read it together with the dynamic degree.",
+        "Mean cosine between consecutive frames. A frozen clip scores 1, so read it together with the dynamic degree.",
         "cosine",
     ),
     "frozen": About("Frozen", "How many clips show no motion.", better="lower"),
@@ -71,7 +72,7 @@ ABOUT = {
     "error_roll_deg": About("Path error: roll", "In degrees.", "count", "lower"),
     "subject_crops": About(
         "Masked likeness",
-        "Mean cosine of frames and references, both cropped to the subject, so that its surroundings do not count.",
+        "Mean cosine between frames and references, both cropped to the subject, so that its surroundings do not count.",
         "cosine",
     ),
     "thing_recognised": About("Thing recognised", ABOUT_PICTURES["recognised"].explanation),
@@ -82,14 +83,14 @@ ABOUT = {
     "accessory": ABOUT_PICTURES["accessory"],
     "style": ABOUT_PICTURES["style"],
     "clip_t": About(
-        "CLIP-T", "Mean cosine of the frames and the prompt (without the motion's name) in CLIP.", "cosine"
+        "CLIP-T", "Mean cosine between the frames and the prompt (without the motion's name) in CLIP.", "cosine"
     ),
     "clip_i": ABOUT_PICTURES["clip_i"],
     "dino_i": ABOUT_PICTURES["dino_i"],
     "identity_i": ABOUT_PICTURES["identity_i"],
     "spread": About(
         "Spread over seeds",
-        "How different the clips of one prompt are: 1 minus the mean cosine of frames at the same moment.",
+        "How different the clips of one prompt are: 1 minus the mean cosine between frames at the same moment.",
         "score",
     ),
 }

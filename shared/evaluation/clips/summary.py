@@ -39,7 +39,7 @@ def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> lis
 
 
 def measured_scores(arms: Arms) -> list[Score]:
-    """Returns the scores of what was measured, in reading order; intervals resample whole prompts (`Arms.prompts`)."""
+    """Returns the measured scores in reading order; intervals resample whole prompts (`Arms.prompts`)."""
     made, base = arms.made, arms.base
     out = [_product(made, base, arms.prompts)] if any(k in made.scores for k in FACTORS) else []
     for key in ABOUT:
@@ -86,7 +86,7 @@ def _means(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, flo
 
 
 def _false_motion(arms: Arms) -> list[Score]:
-    """Returns false motion by the same measure as the motion itself: recognition if paths are estimated, else fidelity."""
+    """Returns false motion by the same measure as the motion itself: recognition if paths were read, else fidelity."""
     key = next((k for k in ("motion_recognised", "motion_fidelity") if k in arms.made.scores), None)
     if key is None or arms.unnamed is None:
         return []
@@ -123,7 +123,7 @@ def _score(key: str, value: float, span: tuple[float, float], base: float | None
 
 
 def _completed(score: Score, arms: Arms, scorer: ClipScorer, ceiling: float | None) -> Score:
-    """Adds to a score the values that true clips, true pictures, or the references among themselves reach."""
+    """Adds to a score what a guess, true clips, true pictures or the motion's own clips reach."""
     update: dict[str, object] = {}
     if score.key == "motion_recognised" and scorer.known is not None:
         update = {"chance": scorer.known.chance, "truth": ceiling}

@@ -25,9 +25,10 @@ _MAGIC = (
 
 
 def container(path: Path) -> str | None:
-    """Returns libavformat's name for a video file's container; None if it is not a video. OSError if it cannot be opened.
+    """Returns libavformat's name for a video file's container; None if it is not a video.
 
-    Only that format is then tried, so that playlists and similar files, which open other files, are never read.
+    Only that format is then tried, so that playlists and similar files, which open other files, are never read. Raises
+    OSError if the file cannot be opened.
     """
     with path.open("rb") as stream:
         head = stream.read(400)
@@ -42,7 +43,8 @@ def container(path: Path) -> str | None:
 
 
 def clip_kind(path: Path) -> Kind | None:
-    """Returns a file's kind; None if it cannot be read here. OSError if it cannot be opened, ValueError if it is damaged."""
+    """Returns a file's kind; None if it is none of these. Raises OSError if it cannot be opened, ValueError if it is
+    damaged."""
     if container(path):
         return "video"
     kind = sniff(path)
@@ -70,7 +72,7 @@ def stated_size(path: Path) -> int | None:
 
 
 def _ebml_size(head: bytes, place: int) -> tuple[int | None, int]:
-    """Returns (an EBML element's size, where its content begins), RFC 8794 section 4; None for an unknown size."""
+    """Returns (an EBML element's size, the position of its content) by RFC 8794, section 4; the size is None if unknown."""
     width = 9 - head[place].bit_length() if place < len(head) and head[place] else 0
     if not width or place + width > len(head):
         return None, place

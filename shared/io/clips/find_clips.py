@@ -36,18 +36,18 @@ def find_clips(
     masks: PathLike | Mapping[PathLike, PathLike] | None = None,
     captions: PathLike | Mapping[PathLike, str] | None = None,
 ) -> ClipListing:
-    """Finds clips with their captions and masks: those in a folder (by name), a single clip, or a list of both (in order).
+    """Finds the clips in a folder (sorted by name), a single clip, or a list of both (in its order), with captions and masks.
 
     A clip is a video, an animation, or a folder of frames; a folder that holds pictures and no clips is itself a clip.
     For `NAME.mp4` or the folder `NAME/`, the caption is `NAME.txt` (or `NAME/caption.txt`) and the masks are
     `masks/NAME` or `NAME.mask`, `NAME-mask`, `NAME_mask`: a clip or a folder with a mask for each frame, or one picture
     for the first frame. Inside a folder of frames, masks may also be stored as they are for pictures. `masks` and
-    `captions` are a folder whose entries have the clips' names, or a mapping by clip (path or name); they replace masks and
-    captions found next to the clips.
+    `captions` are each a folder whose entries have the clips' names, or a mapping by clip (path or name); they replace masks
+    and captions found next to the clips.
 
     Anything that is not a clip is skipped and listed with the reason in one UserWarning per folder; if only some clips have
     a caption or masks, a UserWarning lists the others. Raises ValueError if a path does not exist, a given file is not a
-    clip, nothing is left, or `masks` and `captions` match no clip.
+    clip, nothing is left, or `masks` or `captions` matches no clip.
     """
     paths = [clips] if isinstance(clips, (str, os.PathLike)) else list(clips)
     if not paths:
@@ -156,7 +156,7 @@ def _with_neighbours(found: tuple[Path, ...], candidates: Sequence[Path]) -> Cli
 
 
 def _candidates(folder: Path, found: Sequence[Path]) -> list[Path]:
-    """Returns possible masks of clips in this folder, those in `masks/` first; none if the folder itself is the clip."""
+    """Returns possible masks of clips in this folder, those in `masks/` first, unless `masks/` is itself a clip."""
     inside = sorted((folder / _MASKS).iterdir()) if (folder / _MASKS).is_dir() and folder / _MASKS not in found else []
     beside = sorted(p for p in folder.iterdir() if _stem(p).endswith(MASK_ENDS))
     return [p for p in (*inside, *beside) if not p.name.startswith(".") and _not_a_clip(p) in ("", _PICTURE)]
@@ -196,7 +196,7 @@ def _match(found: Sequence[Path], key: PathLike, what: str) -> Path:
 
 
 def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Path, Path]:
-    """Returns the entry of `folder` with the same name, for each clip that has one."""
+    """Maps each clip to the entry of `folder` with the same name, if there is one."""
     root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"{what}: {root} is not a folder")
@@ -204,5 +204,5 @@ def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Pat
     out = {clip: entry for clip in found for entry in entries if _stem(entry) == _stem(clip)}
     if not out:
         seen, clips = names(p.name for p in entries) or "nothing", names(p.name for p in found)
-        raise ValueError(f"{what}: no file in {root} has a clip's name; it holds {seen}, the clips are {clips}")
+        raise ValueError(f"{what}: no file in {root} has a clip's name; it holds {seen}, while the clips are {clips}")
     return out

@@ -1,4 +1,4 @@
-"""Converts decoded video frames to 8-bit sRGB by the stated colour matrix and range, with rounding and HDR tone mapping."""
+"""Converts decoded video frames to 8-bit sRGB using the stated colour matrix and range, with rounding and HDR tone mapping."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 _BT709, _UNSPECIFIED, _BT601, _BT2020, _BT2020_CONSTANT = 1, 2, 5, 9, 10  # ITU-T H.273, matrix coefficients
 _PRIMARIES_2020 = 9
 _PQ, _HLG = 16, 18  # H.273, transfer characteristics
-_HD = 720  # lines: from this height on, a video without a stated matrix is assumed to be BT.709, as players do
+_HD = 720  # lines: from this height up, a video without a stated matrix is assumed to be BT.709, as players do
 _WHITE = 203.0  # nits of diffuse white, ITU-R BT.2408
 _KNEE = 0.75  # as a fraction of diffuse white: anything darker keeps its brightness
 _ROWS = 128  # rows converted in float at a time
@@ -33,7 +33,7 @@ def to_image(frame: Any) -> Image.Image:
     ).to_ndarray()
     if values.dtype == np.uint8:
         return Image.fromarray(values)
-    one = 65535 if frame.format.is_rgb else 255 << 8  # the largest value that swscale's conversion from YCbCr gives
+    one = 65535 if frame.format.is_rgb else 255 << 8  # the largest value that swscale's conversion from YCbCr produces
     out = np.empty(values.shape, np.uint8)
     for top in range(0, len(values), _ROWS):
         rows = np.minimum(values[top : top + _ROWS].astype(np.float32) / one, 1)
@@ -47,7 +47,7 @@ _INTERPOLATION = 0x4 | 0x2000 | 0x40000  # SWS_BICUBIC, SWS_FULL_CHR_H_INT, SWS_
 
 
 def _matrix(frame: Any) -> int:
-    """Returns the matrix from YCbCr to RGB by its H.273 number, as `reformat` takes it."""
+    """Returns the H.273 number of the YCbCr-to-RGB matrix, as `reformat` takes it."""
     stated = int(frame.colorspace)
     if stated == _BT2020_CONSTANT:
         return _BT2020
@@ -59,7 +59,7 @@ def _matrix(frame: Any) -> int:
 def _to_srgb(code: np.ndarray, transfer: int) -> np.ndarray:
     """Converts BT.2020 code values [H, W, 3] in [0, 1] to sRGB.
 
-    HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100): brightness is kept up to three quarters of diffuse white, then rolls off
+    For HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100), brightness is kept up to three quarters of diffuse white, then rolls off
     smoothly to sRGB's maximum. Otherwise only the primaries change.
     """
     if transfer not in (_PQ, _HLG):
@@ -72,7 +72,7 @@ def _to_srgb(code: np.ndarray, transfer: int) -> np.ndarray:
 
 
 def _pq(code: np.ndarray) -> np.ndarray:
-    """Converts PQ code values to nits, SMPTE ST 2084."""
+    """Converts PQ code values to nits (SMPTE ST 2084)."""
     power = code ** np.float32(32 / 2523)
     return 10000 * (np.clip(power - 0.8359375, 0, None) / (18.8515625 - 18.6875 * power)) ** np.float32(16384 / 2610)
 

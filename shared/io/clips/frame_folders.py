@@ -19,11 +19,11 @@ FPS = "fps"  # the key in the PNG text of frames written by pcs
 
 
 class FrameFolder(FrameSource):
-    """The pictures of a folder in natural order (frame2 before frame10), each one frame.
+    """The pictures of a folder in natural order (frame2 before frame10), one frame each.
 
-    They have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested. Raises
+    The frames have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested. Raises
     ValueError, naming the folder or file, if there are none, their sizes differ, numbers are missing or repeated, or the
-    folder holds two series. A constant step other than 1 is not a gap.
+    folder holds two series. A constant step other than 1 does not count as a gap.
     """
 
     may_be_transparent = True
@@ -51,7 +51,8 @@ class FrameFolder(FrameSource):
 
 
 def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-    """Sorts frames by the last number in their names, else by name. Raises ValueError as `FrameFolder` does."""
+    """Sorts frames in natural order and checks their numbers (the last in each name). Raises ValueError as `FrameFolder`
+    does."""
     ordered = sorted(files, key=lambda p: (_natural(p.stem), p.name))
     parts = [_last_number(p.stem) for p in ordered]
     if any(part is None for part in parts):
@@ -87,7 +88,7 @@ def _last_number(stem: str) -> tuple[str, int, str] | None:
 
 
 def _stated_rate(file: Path) -> Fraction | None:
-    """Returns the frames per second that pcs wrote into the frame, if it did."""
+    """Returns the frames per second that pcs wrote into the frame; None if it did not."""
     if sniff(file) != "PNG":
         return None
     try:

@@ -41,7 +41,7 @@ class FrameSource:
         raise NotImplementedError
 
     def same_size(self, picture: Picture, index: int) -> Picture:
-        """Returns the picture; ValueError if it does not have the clip's size."""
+        """Returns the picture. Raises ValueError if it does not have the clip's size."""
         if picture.size != self.size:
             sizes = f"{picture.size[0]}x{picture.size[1]} pixels, but the first is {self.size[0]}x{self.size[1]}"
             where = picture.path if picture.path not in (None, self.path) else f"frame {index} of {self.path}"

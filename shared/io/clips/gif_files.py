@@ -1,4 +1,4 @@
-"""Writes animated GIF with one palette for the whole clip, so that colours do not flicker."""
+"""Writes animated GIFs with one palette for the whole clip, so that colours do not flicker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> No
 
 
 def _exact(levels: np.ndarray) -> list[Image.Image]:
-    """Returns frames in a palette of all the clip's colours; empty if there are too many."""
+    """Returns frames in a palette of all the clip's colours; empty if it has too many."""
     packed = (levels.astype(np.uint32) * np.array([1 << 16, 1 << 8, 1], np.uint32)).sum(-1, dtype=np.uint32)
     colors = np.unique(packed)
     if len(colors) > _COLORS:
@@ -72,7 +72,7 @@ def _patterned(levels: np.ndarray) -> list[Image.Image]:
 
 
 def _bayer(order: int) -> np.ndarray:
-    """Returns the ordered-dither matrix of 2**order rows, values evenly spread about 0 from -1/2 to 1/2 (Bayer 1973)."""
+    """Returns the ordered-dither matrix with 2**order rows and values evenly spread from -1/2 to 1/2 (Bayer 1973)."""
     matrix = np.zeros((1, 1))
     for _ in range(order):
         matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])

@@ -19,7 +19,7 @@ from shared.io.terminal import names
 class MaskFrames:
     """Masks (mode L, 255 where the subject is) by frame index.
 
-    `first_only`: only the clip's first frame has a mask; the others are found by tracking it.
+    `first_only`: only the clip's first frame has a mask; those of the other frames are found by tracking it.
     """
 
     def __init__(self, path: Path, source: FrameSource | None, files: Sequence[Path] = ()) -> None:
@@ -27,7 +27,8 @@ class MaskFrames:
         self._source, self._files = source, files
 
     def masks(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """Yields these frames' masks (ascending). ValueError for a later window if only the first frame's mask is known."""
+        """Yields the masks of these frames (in ascending order). Raises ValueError for a later window if only the first frame's
+        mask is known."""
         if self.first_only and indices[0] != 0:
             raise ValueError(
                 f"{self.path} is the mask of the clip's first frame, but this window begins at frame {indices[0]}: "
@@ -42,12 +43,12 @@ class MaskFrames:
 
 
 def as_mask(picture: Picture) -> Image.Image:
-    """Returns a frame as a mask: its alpha channel if it has one, else its brightness. A mask that marks nothing is empty."""
+    """Returns a frame as a mask: its alpha channel if it has one, else its brightness. One that marks nothing stays empty."""
     return two_valued(picture.image.convert("L") if picture.alpha is None else picture.alpha)
 
 
 def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
-    """Opens the masks at `path` for a clip. ValueError if their number or size does not match the frames.
+    """Opens the masks at `path` for a clip. Raises ValueError if their number or size does not match the frames.
 
     For a folder of frames that also holds the masks, `path` is that folder.
     """
@@ -70,7 +71,7 @@ def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
 
 
 def _beside(clip: FrameFolder) -> MaskFrames:
-    """Returns the masks in the folder of the frames, by their names."""
+    """Returns the masks in the same folder as the frames, matched by name."""
     for frame, mask in clip.masks.items():
         if (size := picture_size(mask)) != clip.size:
             _wrong_size(mask, size, frame, clip.size)

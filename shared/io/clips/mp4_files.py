@@ -1,4 +1,4 @@
-"""Writes H.264 in mp4, in a form that every browser and player can show."""
+"""Writes H.264 in mp4, in a form that every browser and player can play."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CRF = "12"  # visually lossless; clips of the size written here stay below 1 MB
 
 
 def write_mp4(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """Writes [F, H, W, 3] 8-bit sRGB as H.264 with the index first, so that it plays while loading. Odd sides are padded to
-    even ones.
+    """Writes [F, H, W, 3] 8-bit sRGB as H.264 with the index first, so that the clip plays while loading. Odd sides are
+    padded to even ones.
 
-    Raises OSError if the disk refuses it.
+    Raises OSError if the file cannot be written.
     """
     odd = ((0, 0), (0, levels.shape[1] % 2), (0, levels.shape[2] % 2), (0, 0))
     levels = np.ascontiguousarray(np.pad(levels, odd, mode="edge"))

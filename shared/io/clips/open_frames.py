@@ -14,7 +14,8 @@ from shared.io.clips.video_files import VideoFile
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameSource:
-    """Opens a clip, judged by its content. ValueError, naming the path, if it is missing, not a clip, or unreadable."""
+    """Opens a clip, whose kind is judged by its content. Raises ValueError, naming the path, if it is missing, not a clip, or
+    unreadable."""
     path = expanded(path)
     if path.is_dir():
         return FrameFolder(path)
@@ -23,7 +24,7 @@ def open_frames(path: str | os.PathLike[str]) -> FrameSource:
         return VideoFile(path)
     if kind == "animation" or kind == "picture":
         return _picture_file(path, kind)
-    raise ValueError(f"{path} is not a clip; supported are {READABLE}")
+    raise ValueError(f"{path} is not a clip; supported kinds: {READABLE}")
 
 
 def _kind(path: Path) -> str | None:

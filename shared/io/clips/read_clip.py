@@ -1,4 +1,4 @@
-"""Reads a clip into tensors at the working size, one frame at a time, so that memory does not grow with its length."""
+"""Reads a clip into tensors at the working size, one frame at a time, so that memory use does not grow with its length."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def read_windows(
 ) -> Iterator[Clip]:
     """Yields the windows of a clip (a video file, an animation, a folder of frames), each read on demand.
 
-    size: a side, or (height, width), in pixels; None keeps the clip's own. fit: as in `shared.io.resize.resize`; all
+    size: a side, or (height, width), in pixels; None keeps the clip's own size. fit: as in `shared.io.resize.resize`; all
     frames of a window are cropped alike, around the centre of the box that holds all its masks. mask: a clip or folder with
-    a mask for each frame, or one picture for the first frame (see `find_clips`); without it, transparency is the mask, as in
+    a mask for each frame, or one picture for the first frame (see `find_clips`); without it, transparency is the mask, as for
     pictures. The subject may be absent from a frame, but not from a whole window.
 
-    Raises ValueError, naming the file and the reason: not a clip, damaged, truncated, shorter than a window, or frames and
-    masks that do not match.
+    Raises ValueError, naming the file, if it is not a clip, is damaged, truncated or shorter than a window, or if its frames
+    and masks do not match.
     """
     window = window or ClipWindow()
     source = open_frames(path)
@@ -118,7 +118,7 @@ def _masks_of(
 
 
 def _spread(planes: list[Tensor], indices: Sequence[int], picks: tuple[int, ...]) -> Tensor:
-    """Stacks [C, H, W] per index into [C, F, H, W] per pick; picks may repeat."""
+    """Stacks planes [C, H, W], one per index, into [C, F, H, W] with one frame per pick; picks may repeat."""
     place = {index: i for i, index in enumerate(indices)}
     out = torch.empty(planes[0].shape[0], len(picks), *planes[0].shape[1:])
     for frame, index in enumerate(picks):
@@ -154,7 +154,7 @@ def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFra
 
 
 def _boxes(planes: Iterator[Image.Image | None], size: tuple[int, int]) -> Iterator[Box]:
-    """Yields the bounds of each mask that is not empty; the whole frame where there is no mask."""
+    """Yields the bounds of each mask that is not empty; the whole frame if there is no mask."""
     for plane in planes:
         box = (0, 0, *size) if plane is None else plane.getbbox()
         if box is not None:

@@ -37,8 +37,8 @@ class _Packets(NamedTuple):
 class VideoFile(FrameSource):
     """A video file. Frames come as a player shows them: rotated and mirrored, with square pixels, in 8-bit sRGB.
 
-    Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends before its
-    index or header says: a truncated video is not read as a shorter one. (Streams recorded without index and header sizes,
+    Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends earlier than
+    its index or header says: a truncated video is not read as a shorter one. (Streams recorded without index and header sizes,
     such as MPEG-TS, do not say where they should end.)
     """
 
@@ -68,7 +68,7 @@ class VideoFile(FrameSource):
         yielded = 0
         held: tuple[int, Any] | None = None  # the frame shown before the one just decoded
         for index, frame in self._decoded(picks[0] if picks else 0):
-            # a packet may hold no picture: the previous one stays on screen
+            # a packet may hold no picture: the previous picture stays on screen
             while yielded < len(picks) and picks[yielded] < index:
                 yield self._picture(*(held or (index, frame)))
                 yielded += 1
@@ -98,7 +98,7 @@ class VideoFile(FrameSource):
             if first > 0 and self._stamps:
                 self._seek(file, stream, self._stamps[first])
             decoder = _decoder(stream) or stream.codec_context
-            # fail where libav would otherwise conceal damage or exceed the size in the header
+            # fail where libav would otherwise conceal damage, or decode frames above the size limit that the header understates
             decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             decoder.thread_type, decoder.thread_count = "AUTO", min(_THREADS, os.cpu_count() or 1)
             counted = 0
@@ -139,7 +139,7 @@ class VideoFile(FrameSource):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Opens (container, video stream); libav's errors become a ValueError that names the file."""
+    """Opens a video and yields (container, video stream); libav's errors become a ValueError that names the file."""
     try:
         kind = container(path)
     except OSError as error:

@@ -14,8 +14,8 @@ from shared.io.clips.clip_metadata import DESCRIPTION
 
 
 def durations(count: int, fps: Fraction, unit: int) -> list[int]:
-    """Returns how long each frame is shown, in milliseconds, as multiples of `unit`. Rounding errors carry over to the next
-    frame, so that the clip keeps its length."""
+    """Returns how long each frame is shown, in milliseconds, as multiples of `unit`. Rounding errors are carried over to the
+    next frame, so that the clip keeps its length."""
     ends = [round(i * 1000 / fps / unit) * unit for i in range(count + 1)]
     return [b - a for a, b in pairwise(ends)]
 

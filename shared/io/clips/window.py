@@ -12,7 +12,7 @@ from shared.config import Part
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.terminal import encodable
 
-_TOLERANCE = Fraction(1, 1000)  # seconds: a rate may be given rounded, 29.97 for 30000/1001
+_TOLERANCE = Fraction(1, 1000)  # seconds: a rate may be given rounded, such as 29.97 for 30000/1001
 
 
 class ClipWindow(Part):
@@ -21,7 +21,7 @@ class ClipWindow(Part):
     With `fps`, a clip is sampled at equal intervals, and each sample is the frame that a player shows at that moment: clips
     with a variable frame rate keep their timing, and frames repeat if `fps` exceeds the clip's own rate. Without `fps`, the
     clip's frames are used as they are. `windows` are spread evenly over the clip and may overlap; a clip with fewer distinct
-    windows gives fewer, with a UserWarning. A folder of frames without a rate is used frame by frame, as if it had been
+    windows yields only those, with a UserWarning. A folder of frames without a rate is used frame by frame, as if it had been
     sampled at `fps`.
     """
 
@@ -50,7 +50,7 @@ class ClipWindow(Part):
         return [tuple(samples[s : s + (self.length - 1) * self.stride + 1 : self.stride]) for s in starts]
 
     def rate(self, source: FrameSource, picks: tuple[int, ...]) -> float | None:
-        """Frames per second of a window: the mean for a variable frame rate, None if unknown."""
+        """Returns the frames per second of a window: the mean for a variable frame rate, None if unknown."""
         if self.fps is not None:
             return self.fps / self.stride
         if source.timing is None:
@@ -84,7 +84,7 @@ class ClipWindow(Part):
         frames = "1 frame" if have == 1 else f"{have} frames"
         at = [f"at {self.fps:g} frames per second"] if self.fps is not None and source.timing is not None else []
         at += [f"with stride {self.stride}"] if self.stride > 1 else []
-        at += [f"from {self.start:g} s on"] if self.start > 0 else []
+        at += [f"from {self.start:g} s onwards"] if self.start > 0 else []
         change = [f"length={have} or less"] if have else []
         change += ["a smaller stride"] if self.stride > 1 else []
         change += ["a higher fps"] if self.fps is not None and source.timing is not None else []
@@ -98,7 +98,7 @@ class ClipWindow(Part):
 def sample(timing: Timing, fps: Fraction, start: Fraction) -> list[int]:
     """Returns the index of the frame shown at start + k / fps seconds, for every k before the end of the clip.
 
-    The tolerance makes up for times that the file rounded to its clock.
+    A tolerance makes up for the rounding of times to the file's clock.
     """
     slack = min(max(timing.resolution, _TOLERANCE), 1 / (4 * fps))
     count = max(0, -((start + slack - timing.end) * fps // 1))

@@ -37,18 +37,18 @@ def write_clip(
     metadata: Mapping[str, str] | None = None,
     enlarge: int | None = None,
 ) -> Path:
-    """Writes [3, F, H, W] (or [F, 3, H, W]; if ambiguous, the former) in [-1, 1], clamped, at `fps`.
+    """Writes a clip [3, F, H, W] (or [F, 3, H, W]; if ambiguous, the former) in [-1, 1], clamped, at `fps`.
 
     The extension of `path` sets the format: `.mp4` (H.264, yuv420p, BT.709, CRF 12), `.gif` (one palette for the clip,
     looping), `.webp` (lossless, looping); without an extension, a folder of PNG frames `frame_0000.png`, `frame_0001.png`, …
     An existing file is replaced; an existing folder only if pcs wrote everything in it. `metadata` is stored as JSON (mp4:
-    comment; GIF: comment extension; WebP: EXIF), in frames as text; `read_clip_metadata` reads it back.
+    comment; GIF: comment extension; WebP: EXIF) or as the text chunks of PNG frames; `read_clip_metadata` reads it back.
 
-    enlarge: the factor by which files for players are enlarged, without smoothing; None brings the shorter side to at
-    least 256 pixels. This keeps clips of 64x64 sharp in players, and makes the halved colour resolution of yuv420p harmless.
+    enlarge: the factor by which mp4, GIF and WebP clips are enlarged, without smoothing; None brings the shorter side to at
+    least 256 pixels. This keeps 64x64 clips sharp in players, and makes the halved colour resolution of yuv420p harmless.
     Frames in a folder are written as they are. For H.264, odd sides are made even by repeating the last row or column.
 
-    Raises ValueError for another extension or shape, NaN or Inf values, and a rate that the format cannot store.
+    Raises ValueError for another extension or shape, NaN or Inf values, or a rate that the format cannot store.
     """
     path = expanded(path)
     frames = as_frames(frames)
@@ -96,7 +96,7 @@ def spread(clip: Tensor, count: int) -> Tensor:
 
 
 def as_frames(frames: Tensor) -> Tensor:
-    """Returns [3, F, H, W] or [F, 3, H, W] as [3, F, H, W] on the CPU. ValueError for another shape, NaN or Inf."""
+    """Returns [3, F, H, W] or [F, 3, H, W] as [3, F, H, W] on the CPU. Raises ValueError for another shape, NaN or Inf."""
     if frames.ndim != 4 or 3 not in frames.shape[:2] or 0 in frames.shape:
         raise ValueError(f"a clip must have the shape [3, F, H, W]; this one has {list(frames.shape)}")
     frames = frames.detach().to("cpu", torch.float32)

@@ -13,13 +13,13 @@ from shared.metrics.encoders import CropSettings, ImageEncoder, InstrumentInfo
 from shared.metrics.scores import clip_i, clip_t, cosine
 
 GRID = 16  # cells along each side of the grid to which `PixelEncoder` reduces a picture
-_FLAT = 1e-3  # defines two flat pictures as equal, where the cosine would be undefined
+_FLAT = 1e-3  # makes two flat pictures count as equal; their cosine would otherwise be undefined
 
 
 class PixelEncoder:
     """Encodes frames by their pixels: their colours on a 16×16 grid, minus the mean, as a unit vector.
 
-    The fallback when no network is given. It sees which colours are where, but not what they depict.
+    The fallback when no network is given. It sees which colours are where, but not what is depicted.
     """
 
     info = InstrumentInfo("pixels (16×16, no network)", "likeness of frames")
@@ -32,24 +32,24 @@ class PixelEncoder:
 
 
 def clip_t_per_frame(frames: Tensor, text: Tensor) -> Tensor:
-    """CLIP-T of a clip: the cosine `[F]` of each frame `[F, D]` with the text `[D]`; its mean is the clip's."""
+    """CLIP-T of a clip: the cosine `[F]` of each frame `[F, D]` with the text `[D]`; the clip's score is the mean."""
     return clip_t(frames, text[None].expand(len(frames), -1))
 
 
 def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
     """Measures how much a clip looks like the clips its motion was learned from: the highest cosine of each frame
-    `[F, D]` with any frame of those clips `[f, D]`, averaged. 1 means that every frame equals one of theirs.
+    `[F, D]` with any frame `[f, D]` of those clips, averaged over the frames. 1 means that every frame equals one of theirs.
 
     ValueError when there are no clips.
     """
     if not clips:
-        raise ValueError("leakage compares with the motion's clips, but there are none")
+        raise ValueError("leakage compares clips with the motion's own, but there are none")
     return float(cosine(frames, torch.cat(list(clips))).amax(1).clamp_max(1).mean())
 
 
 def unrelated(clips: Sequence[Tensor]) -> list[float]:
-    """Returns the `leakage` of each clip `[f, D]` from the others: the baseline for unrelated clips (different things in
-    different places). Empty for fewer than two."""
+    """Returns, for each clip `[f, D]`, the `leakage` from the others into it: the baseline for unrelated clips (different
+    things in different places). Empty for fewer than two."""
     if len(clips) < 2:
         return []
     return [leakage(clip, [other for j, other in enumerate(clips) if j != i]) for i, clip in enumerate(clips)]

@@ -11,7 +11,7 @@ from shared.metrics.clips.flow_fields import FlowFields, flow_fields
 from shared.metrics.clips.tracks import Tracks, follow
 from shared.metrics.scores import cosine
 
-TOP = 0.05  # the share of the flow vectors that is averaged: the longest ones
+TOP = 0.05  # share of the flow vectors that are averaged, longest first
 MOVES = 6 / 256  # VBench's threshold, as a fraction of the shorter side per frame
 OF_SIXTEEN = 4  # VBench: a 16-frame clip is dynamic when this many steps exceed the threshold
 REACH = 0.03  # fraction of the shorter side: a point that never gets this far from its start counts as still
@@ -32,9 +32,9 @@ class Dynamics:
 def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     """Measures dynamic degree and temporal consistency.
 
-    The degree is VBench's (arXiv 2311.17982, supplement, "dynamic degree"): per pair of consecutive frames the mean of
-    the 5 % longest flow vectors; the clip is dynamic when it exceeds 6/256 of the shorter side in at least F/4 of the F - 1
-    pairs. Only vectors confirmed by the backward flow count here, or flicker would be taken for motion.
+    The degree is VBench's (arXiv 2311.17982, supplement, "dynamic degree"): for each pair of consecutive frames, the
+    mean of the longest 5 % of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the shorter side in at
+    least F/4 of the F - 1 pairs. Only vectors confirmed by the backward flow count, so that flicker is not taken for motion.
     The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5): cosines of consecutive frames.
     Some papers average over all pairs; that is returned too.
 
@@ -42,7 +42,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
         embeddings: `[F, D]` of the clip's frames
 
     Raises:
-        ValueError: fewer than two frames, or a number of embeddings that differs from the number of frames
+        ValueError: fewer than two frames, or not exactly one embedding per frame
     """
     frames = len(fields.forward) + 1
     if frames < 2:
@@ -65,8 +65,9 @@ def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
     """Tells whether a clip `[3, F, H, W]` in [-1, 1] (or its flow, with its tracks if known) is a still picture: nothing
     moves, though it may flicker.
 
-    Almost no tracked point may leave its place. Points that move too fast to be tracked seem still too, so the flow must
-    also be below the threshold for "dynamic", and the 5 % that change most must change little. A clip of one frame is frozen.
+    Almost no tracked point may leave its place. Points that move too fast to be tracked also seem still, so the flow
+    must be below the threshold for "dynamic" too, and the 5 % of cells that change most must change little. A clip of one
+    frame is frozen.
     """
     fields = clip if isinstance(clip, FlowFields) else flow_fields(clip)
     if len(fields.forward) == 0:

@@ -1,11 +1,11 @@
 """Measures how similarly two clips move: Space-Time Features' motion fidelity, made symmetric and extended to still clips.
 
 Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (arXiv 2311.17009, eq. 8 and 9):
-tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track counts
-with its best match in the other clip. Their released script averages over one clip only, subtracts an identity matrix
+tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track is
+scored by its best match in the other clip. Their released script averages over one clip only, subtracts an identity matrix
 (so identical clips score less than 1) and divides by 0 where a track is still.
 
-Here both directions count equally, and a clip against itself scores exactly 1. Only moving tracks are compared: almost
+Here both directions count equally, and a clip compared with itself scores exactly 1. Only moving tracks are compared: almost
 every clip has a still background, so otherwise a frozen clip would score as well as a moving one.
 """
 
@@ -17,19 +17,20 @@ from torch import Tensor
 from shared.metrics.clips.tracks import Tracks
 
 MOVES = 0.03  # fraction of the frame's shorter side: a track that never gets this far from its start is still
-STILL = 0.004  # fraction of the shorter side per frame: displacements far below this count as rest, without direction
+STILL = 0.004  # fraction of the shorter side per frame: displacements far below this count as rest in any direction
 SEEN = 0.4  # share of frames in which a track must be visible, and in which both tracks of a compared pair must be
 MOST = 256  # tracks compared per clip, evenly chosen
 
 
 def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
-    """Returns the mean best match of the tracks of `a` in `b`, averaged with the same from `b` to `a`; in [-1, 1].
+    """Averages each track's best match in the other clip: the mean over `a` and the mean over `b`, averaged; in [-1, 1].
 
-    Displacements v and w match by (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), e = `STILL`: their cosine where both are
-    fast, 1 where both rest, about 0 where only one does. The match is averaged over the frames in which both are visible.
+    Displacements v and w match by (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), with e = `STILL`: their cosine where both
+    are fast, 1 where both are at rest, about 0 where only one is. The match is averaged over the frames in which both are
+    visible.
 
-    1 for a clip with itself and for two clips in which nothing moves, 0 where only one moves, about -1 for opposite
-    directions. Clips with different numbers of frames are compared at the smaller number.
+    The result is 1 for a clip and itself, or for two clips in which nothing moves, 0 if only one moves, and about -1 for
+    opposite directions. Clips with different numbers of frames are both resampled to the smaller number.
 
     Args:
         compensate_camera: subtract the median displacement of all visible tracks from each frame, which is the camera's motion
@@ -62,7 +63,8 @@ def resampled(tracks: Tracks, frames: int) -> Tracks:
 
 
 def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
-    """Displacements `[N, F-1, 2]`, in shorter sides, of the tracks that move, and whether each one is known."""
+    """Returns the displacements `[N, F-1, 2]` of the moving tracks, as fractions of the shorter side, and whether each is
+    known."""
     steps = tracks.points.double().diff(dim=1) / min(tracks.size)
     known = tracks.visible[:, 1:] & tracks.visible[:, :-1]
     if compensate_camera:
@@ -77,7 +79,7 @@ def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
 
 
 def _matches(a: Tensor, a_known: Tensor, b: Tensor, b_known: Tensor) -> Tensor:
-    """`[N, M]`: how well each track of `a` matches each of `b`, 0 where they share too few frames.
+    """Returns how well each track of `a` matches each of `b`, `[N, M]`; 0 where they share too few frames.
 
     With unit vectors u = (v, e) / |(v, e)| the match is u·u' = 1 - |u - u'|² / 2, computed so that equal tracks give exactly 1.
     """

@@ -1,4 +1,4 @@
-"""Recognises motions of the toybox by the thing's path: its place, size, view and tilt over time."""
+"""Recognises the toybox's motions by the thing's path: its place, size, view and tilt over time."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
 
 @dataclass(frozen=True)
 class PathError:
-    """Root mean square differences over time, after the best shift of each column: the starting point is not part of a
-    motion."""
+    """Root mean square differences over time, after each column is shifted to fit best, because the starting point is not part
+    of a motion."""
 
     position_px: float  # of the thing's centre
     scale: float  # of the natural logarithm of its size: 0.1 is about 10 %
@@ -61,7 +61,7 @@ class PathError:
 
 
 def path_error(path: Array, truth: Array, side: int) -> PathError:
-    """Measures how far a path `[F, 6]` is from the true one `[f, 6]` (resampled to F frames), in frames of `side` pixels."""
+    """Measures how far a path `[F, 6]` is from the true one `[f, 6]` (resampled to F frames), for frames of `side` pixels."""
     gap = np.asarray(path, np.float64) - resampled(truth, len(path))
     turn = PATH.index("azimuth_deg")
     middle = np.angle(np.exp(1j * np.radians(gap[:, turn])).mean())

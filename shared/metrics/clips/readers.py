@@ -13,7 +13,7 @@ def _toybox() -> PathReader:
     return load_pose().path
 
 
-#: The readers of worlds that have one, by the name in the backbone's `World.instruments`.
+#: The path readers of the worlds that have one, keyed by the backbone's `World.instruments`.
 OWN: Mapping[str, Callable[[], PathReader]] = {"toybox": _toybox}
 
 

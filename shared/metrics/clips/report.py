@@ -25,7 +25,7 @@ class ClipRow(MadeRow):
 
 
 class ClipCosts(Row):
-    """Time in seconds, memory and size in bytes; None where it was not measured."""
+    """Times in seconds, memory and size in bytes; None if not measured."""
 
     seconds_per_clip: float | None = None
     base_seconds_per_clip: float | None = None
@@ -55,9 +55,9 @@ class ClipReport(BaseModel):
     toybox: bool = False
     scores: list[Score] = []
     clips: list[ClipRow] = []
-    motion_clips: list[str] = []  # the clips that the motion was learned from: files below the report's folder
-    references: list[str] = []  # the subject's pictures: files below the report's folder
-    candidates: list[str] = []  # the motions among which this one had to be recognised, itself included
+    motion_clips: list[str] = []  # the clips that the motion was learned from, relative to the report's folder
+    references: list[str] = []  # the subject's pictures, relative to the report's folder
+    candidates: list[str] = []  # the motions, including this one, among which it had to be recognised
     instruments: list[Instrument] = []
     costs: ClipCosts = ClipCosts()
     metadata: dict[str, Any] = {}  # the concepts' metadata, from their files
@@ -69,7 +69,7 @@ class ClipReport(BaseModel):
         return " with ".join(n for n in (self.subject, self.motion) if n)
 
     def score(self, key: str) -> Score | None:
-        """The headline score of this key; None when it was not measured."""
+        """Returns the headline score with this key; None if it was not measured."""
         return next((s for s in self.scores if s.key == key), None)
 
     def value(self, key: str) -> float | None:
@@ -84,8 +84,8 @@ class ClipReport(BaseModel):
 
     @staticmethod
     def load(path: Path | str, clips: bool = True) -> ClipReport:
-        """Reads a report from its folder or its JSON; with `clips`, its files too. ValueError if it is missing, damaged,
-        a report of pictures, or has another schema version.
+        """Reads a report from its folder or its JSON, and with `clips` also its files. ValueError if it is missing or damaged,
+        is a report of pictures, or has another schema version.
         """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path

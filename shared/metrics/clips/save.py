@@ -13,7 +13,7 @@ from shared.metrics.save_report import csv_table, made_csv, write_files
 
 
 def scores_csv(scores: Sequence[Score]) -> str:
-    """One headline score per row; cells are empty where nothing was measured."""
+    """Writes one headline score per row; cells are empty where nothing was measured."""
     rows = [{k: v for k, v in s.model_dump(include=set(SCORE_COLUMNS)).items() if v is not None} for s in scores]
     return csv_table(rows, SCORE_COLUMNS)
 

@@ -27,7 +27,7 @@ from shared.metrics.encoders import ImageEncoder, Instruments
 from shared.metrics.scorer import Scorer
 from shared.metrics.scores import attribute_hits
 
-FRAMES = 8  # evenly spaced frames of a clip that recognizers and identity encoders see
+FRAMES = 8  # number of evenly spaced frames per clip that recognizers and identity encoders see
 Expects = Mapping[str, str]
 Column = dict[str, float]
 
@@ -42,7 +42,7 @@ class MeasuredClips:
     embeddings: Tensor  # [N, F, D], of whole frames
 
     def mean(self, key: str) -> float:
-        """Averages a column without its NaNs; NaN if nothing is left."""
+        """Averages a column, ignoring NaNs; NaN if no values are left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
@@ -91,8 +91,8 @@ class ClipScorer:
         return unrelated(self.motion_looks)
 
     def measure(self, clips: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> MeasuredClips:
-        """Computes all scores of `[N, 3, F, H, W]` in [-1, 1] with their N prompts in plain words; ValueError if the
-        counts differ."""
+        """Computes all scores of N clips `[N, 3, F, H, W]` in [-1, 1], given their prompts in plain words. ValueError if
+        the counts differ."""
         expected = [{}] * len(prompts) if expects is None else list(expects)
         if not len(clips) == len(prompts) == len(expected):
             raise ValueError(f"{len(clips)} clips, {len(prompts)} prompts and {len(expected)} expectations")
@@ -171,7 +171,7 @@ class ClipScorer:
         return scores, {name: Counter(values).most_common(1)[0][0] for name, values in read.items()}
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Returns means over the clips, and `score`, which chooses the best checkpoint: see `checkpoint_score`.
+        """Returns each score's mean over the clips, and `score`, which selects the best checkpoint: see `checkpoint_score`.
 
         A high `frozen`, the share of clips in which nothing moves, is a warning sign.
         """
@@ -181,7 +181,7 @@ class ClipScorer:
 
 
 def checkpoint_score(means: Mapping[str, float]) -> float:
-    """Subject × motion × (1 - leakage), on [0, 1]; a factor that was not measured counts as 1.
+    """Returns subject × motion × (1 - leakage), on [0, 1]; a factor that was not measured counts as 1.
 
     Motion is the recognition rate if there is a path reader, else the fidelity; subject is `identity`.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from shared.metrics.clips.flow_fields import FlowFields, confirmed, flow_fields, sampled
 
 PER_SIDE = 24  # points along the shorter side of a frame
-LEAST = 16  # points that a mask should contain: the grid is refined until it does
+LEAST = 16  # points that should lie inside a mask: the grid is refined until this many do
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_S
     A point is visible as long as the backward flow confirms its movement (`confirmed`).
 
     Args:
-        mask: `[H, W]` or `[1, H, W]`, above 0.5 where the first frame should get points. The grid is refined until 16
+        mask: `[H, W]` or `[1, H, W]`, above 0.5 where the first frame should have points. The grid is refined until 16
             points lie inside or every pixel has one
         per_side: points along the shorter side
 

@@ -1,7 +1,7 @@
 """Augments rendered pictures for training evaluators: shifts, blur and noise, as batched tensor operations.
 
 These imitate the small errors of a VAE and a diffusion model, so that the evaluators stay accurate on generated pictures.
-A batch is split into groups, each of which shares one shift and one blur, so that these are plain batched operations.
+A batch is split into groups, each of which shares one shift and one blur, so that both are plain batched operations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 
 def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
-    """Degrades `[B, 3, H, W]` in [0, 1]: a shift (pixels), then blur, low resolution or neither, then tone and noise."""
+    """Degrades `[B, 3, H, W]` in [0, 1]: shifts by up to `shift` pixels, blurs or lowers the resolution (or neither), changes
+    the tone, and adds noise."""
     groups = []
     for group in pixels.chunk(GROUPS):
         group = _shift(group, generator, shift)
@@ -39,7 +40,7 @@ def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
 
 
 def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of `[B, 3, H, W]`; `sigma` in pixels; 5 taps per axis."""
+    """Blurs `[B, 3, H, W]` with a Gaussian of 5 taps per axis; `sigma` is in pixels."""
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma) ** 2)
     taps = (taps / taps.sum()).to(pixels)
     padded = F.pad(pixels, (2, 2, 2, 2), mode="replicate")

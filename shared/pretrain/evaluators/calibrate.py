@@ -1,7 +1,7 @@
-"""Chooses how poses are compared and measures typical readings of the instruments: `pcs toybox calibrate`.
+"""Chooses how poses are compared and measures the instruments' typical readings: `pcs toybox calibrate`.
 
-Repeat it whenever the evaluators or the autoencoder change. Only things of the training split are used, so that no held-out
-thing influences the choice of checkpoints or instruments.
+Repeat it whenever the evaluators or the autoencoder change. Only things from the training split are used, so that no
+held-out thing influences the choice of checkpoints or instruments.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class _Sets:
 def calibrate(things: int = 12, seed: int = 0, out: Path = WEIGHTS / CALIBRATION) -> Iterator[str]:
     """Tries every encoder on every kind of crop and writes the best pair, with the typical readings, to `out`.
 
-    The best pair measures freedoms with the smallest error on pictures whose freedom is known: 1 for other true pictures, 0
-    for one pose in different places and for shifted copies of one picture. Yields lines to print.
+    The best pair is the one whose measured freedoms have the smallest error on pictures of known freedom: 1 for other random
+    views, 0 for one pose at varying positions and for shifted copies of one picture. Yields lines to print.
     """
     instruments, vae = load_toybox(), load_vae(WEIGHTS / "backbone" / "vae")
 
@@ -94,7 +94,8 @@ def _thing(rng: np.random.Generator, number: int) -> world.Thing:
 
 
 def _drawn(thing: world.Thing, seed: Sequence[int], through: Any, instruments: Instruments) -> _Sets:
-    """Draws two sets of random views, one pose in one place and in several places, and shifted copies of one picture."""
+    """Draws two sets of random views, one pose at a fixed and at varying positions, and shifted copies of one picture per
+    prompt."""
     asked = [{"background": place} for place in PLACES for _ in range(VIEWS)]
     four = [{"background": place} for place in PLACES for _ in range(4)]
     number, pose = int(1000 * seed[0] + seed[1]), 50_000 + int(seed[1])
@@ -133,7 +134,7 @@ def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int
 
 def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) -> dict[str, float]:
     """Returns the mean distances `free` and `fixed`, and the other sets' freedoms on each thing's range, averaged over
-    things. `error`: the root mean square deviation of these freedoms from the correct values (1, 0 and 0)."""
+    things. `error` is the root mean square deviation of these freedoms from the correct values (1, 0 and 0)."""
     distances: dict[str, list[float]] = {}
     for of in sets:
         for name, pixels in of.pictures.items():
@@ -149,8 +150,8 @@ def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) ->
 
 
 def _likeness(things: Sequence[world.Thing], seed: int, through: Any, instruments: Instruments) -> tuple[float, float]:
-    """Returns two mean likenesses to five references of a thing: of new pictures of it, and of pictures of another thing of
-    its class and colours."""
+    """Returns two mean likenesses to a thing's five references: for new pictures of the thing, and for pictures of another
+    thing with the same class and colours."""
     assert instruments.identity is not None
     same, other = [], []
     for number, thing in enumerate(things):

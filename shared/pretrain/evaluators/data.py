@@ -19,7 +19,7 @@ from shared.toybox.evaluators.convnet import write_json
 from shared.toybox.render import render
 
 RECONSTRUCTED = 0.7  # probability that a picture is replaced by its reconstruction, if it has one
-VIEWS_PER_THING = 4  # in a batch, at most
+VIEWS_PER_THING = 4  # maximum in a batch
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pictures:
         stems = [path.name.removesuffix(".captions.jsonl") for path in sorted(folder.glob("chunk-*.captions.jsonl"))]
         if not stems:
             raise ValueError(
-                f"{folder} has no finished chunk of a toybox data set: build it with `pcs toybox train data`"
+                f"{folder} has no finished chunk of a toybox data set: build one with `pcs toybox train data`"
             )
         pixels = np.concatenate([np.load(folder / f"{stem}.pixels.npy", mmap_mode="r") for stem in stems])
         packed = np.concatenate([np.load(folder / f"{stem}.masks.npy") for stem in stems])
@@ -108,7 +108,7 @@ class IdentityPictures:
         return cls(pixels, np.array(kinds), np.array(numbers, np.float32), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> Drawn:
-        """Draws about `count` pictures in whole groups, each of which `vary` changes as a whole."""
+        """Draws about `count` pictures in complete groups; `vary` changes each group as a whole."""
         total, things, views = self.pixels.shape[:3]
         shown = min(VIEWS_PER_THING, views)
         groups = max(1, count // (things * shown))
@@ -129,7 +129,7 @@ class Drawn:
     """A batch for the identity encoder.
 
     labels: `[B]`, the index of the thing in each picture
-    groups: the number of groups; each is a run of equally many rows
+    groups: the number of groups; each consists of the same number of consecutive rows
     pixels: `[B, 3, 64, 64]` in [0, 1]
     channels: `[B, 3]`, the rendered channel that each colour channel was taken from
     """
@@ -141,7 +141,7 @@ class Drawn:
 
 
 def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Makes new things out of rendered ones: randomly mirrors each group of pictures, and permutes its colour channels.
+    """Makes new things out of rendered ones: randomly mirrors each group of pictures and permutes its colour channels.
 
     The things within a group still differ as before. Without this variation, the encoder would memorize the few thousand
     rendered things. Faces keep their colours, which are part of their identity.
@@ -182,7 +182,7 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
 
 
 def accents_as_shown(numbers: Tensor, channels: Tensor) -> Tensor:
-    """Permutes the accent colours in `individual`'s `numbers` `[B, K]` as `vary` permuted the `channels` `[B, 3]`."""
+    """Permutes the accent colours in `numbers` `[B, K]` (see `individual`) the way `vary` permuted the `channels` `[B, 3]`."""
     first, second = numbers[:, :3].gather(1, channels), numbers[:, 3:6].gather(1, channels)
     return torch.cat([first, second, numbers[:, 6:]], 1)
 
@@ -214,8 +214,8 @@ def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int = 8, seed: int = 0) -> None:
-    """Renders the identity encoder's training pictures into `folder`, which can be read while it grows. If interrupted, the
-    next call resumes.
+    """Renders the identity encoder's training pictures into `folder`, which can be read while it grows. An interrupted
+    build is resumed by the next call.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts_path, path = folder / "identity.json", folder / "pixels.npy"
@@ -255,7 +255,7 @@ def _open(path: Path | None) -> np.ndarray | None:
 
 
 def _often_reconstructed(rows: Tensor, reconstructions: np.ndarray | None, size: int) -> Tensor:
-    """Replaces every second row by one with reconstructions, since these may be few. Each row is `size` pictures."""
+    """Replaces every second row with one that has reconstructions, because few may have them. A row is `size` pictures."""
     if reconstructions is None:
         return rows
     return torch.where(torch.arange(len(rows)) % 2 == 0, rows, rows % max(1, len(reconstructions) // size))

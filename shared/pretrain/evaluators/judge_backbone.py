@@ -41,7 +41,7 @@ def judge_backbone(
     """Measures a toybox `StableDiffusionPipeline` against the bars.
 
     `n` random captions name class, both colours, background and view (and accessory and style if any); `n // 4` more name
-    an accessory, and `n // 4` more a style. One picture per caption, without selection.
+    an accessory, and `n // 4` more a style. One picture is generated per caption, without selection.
 
     Returns:
         settings, `scores` (fractions; PSNR in dB; KID between generated pictures and fresh renders, and between two sets of
@@ -74,7 +74,7 @@ def judge_backbone(
 
 
 def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
-    """Samples `n` scenes of one thing with full captions, `n // 4` more with an accessory, `n // 4` more with a style."""
+    """Samples `n` scenes of one thing with full captions, `n // 4` more with an accessory, and `n // 4` with a style."""
     rng = np.random.default_rng([seed, 101])
     scenes = []
     for index in range(n + 2 * (n // 4)):
@@ -107,7 +107,7 @@ def generate(
 
 
 def render_all(scenes: Sequence[world.Scene], batch_size: int = 32) -> Tensor:
-    """Renders `[n, 3, 64, 64]` in [0, 1]."""
+    """Renders scenes to `[n, 3, 64, 64]` in [0, 1]."""
     return torch.cat(
         [render(list(scenes[i : i + batch_size])).pixels.float().cpu() for i in range(0, len(scenes), batch_size)]
     )
@@ -146,8 +146,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """Computes the KID between `pictures` and `fresh` renders, with the features of recognizer and CLIP; `_floor`: the same
-    for `others`, which are renders too.
+    """Computes the KID between `pictures` and `fresh` renders, on the features of the recognizer and of CLIP; `_floor`: the
+    same for `others`, which are also renders.
     """
     clip, _ = load_clip()
     result = {}
@@ -160,8 +160,8 @@ def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: T
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401): unbiased MMD² of features `[n, D]`, `[m, D]` with a
-    cubic kernel.
+    """Returns the Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401): the unbiased MMD² of features `[n, D]` and
+    `[m, D]` with a cubic kernel.
     """
     x, y = x.double(), y.double()
 
@@ -182,7 +182,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def main() -> None:
-    """Command line of this module."""
+    """Runs this module's command line."""
     from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     from shared.toybox.weights import WEIGHTS

@@ -1,4 +1,4 @@
-"""Tests the toybox's motion module against bars: clips must show what their captions say, and things must keep their looks."""
+"""Tests the toybox's motion module against bars: clips must match their captions, and things must keep their appearance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
 
 BARS = {"class": 0.90, "motion": 0.75, "background": 0.90, "ends_agree": 0.85}
 FRAMES = 16
-_ALIKE = 0.05  # share of true clips whose first and last frame are less similar than the threshold
+_ALIKE = 0.05  # share of true clips whose first and last frames are less similar than the threshold
 
 
 def judge_clips(
@@ -30,9 +30,10 @@ def judge_clips(
 ) -> dict[str, Any]:
     """Measures a toybox `AnimateDiffPipeline` against the bars, with one clip of 16 frames for each of `n` random captions.
 
-    Motions take turns; class and background are read from the mean over the frames, the motion from the path. The true
-    clips are renders of the same scenes, encoded and decoded by the autoencoder. First and last frame agree if the identity
-    encoder finds them at least as similar as in 95 % of the true clips. `still` is the share of clips in which nothing moves.
+    Captions cycle through the motions. Class and background are read from the recognizer's frame-averaged probabilities, the
+    motion from the estimated path. The true clips are renders of the same scenes, encoded and decoded by the autoencoder. The
+    first and last frames agree if their similarity, according to the identity encoder, reaches the level that 95 % of the true
+    clips reach. `still` is the share of clips in which nothing moves.
 
     Returns:
         settings, `scores`, `instrument` (the scores of the true clips: the ceiling), `bars`, `met`, `confusions` of motions,
@@ -62,7 +63,7 @@ def judge_clips(
 
 
 def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
-    """Samples `n` clips of captioned motions in turn, in photo style without accessories, and their full captions."""
+    """Samples `n` clips and their full captions, cycling through the captioned motions, in photo style without accessories."""
     rng, motions = np.random.default_rng([seed, 107]), tuple(MOTIONS.values())
     moving = [
         sample_moving(rng, motions[i % len(motions)], FRAMES, style="photo", accessory="none", pattern=False)
@@ -96,7 +97,7 @@ class _Read:
         self.classes: list[str] = []
         self.backgrounds: list[str] = []
         self.motions: list[str] = []
-        self.alike: list[float] = []  # cosines of first and last frame
+        self.alike: list[float] = []  # cosine similarities of first and last frames
 
     @classmethod
     def of(cls, clips: Sequence[Tensor]) -> _Read:
@@ -112,7 +113,7 @@ class _Read:
         return read
 
     def scores(self, moving: Sequence[MovingScene], least: float) -> dict[str, float]:
-        """Returns the shares of correct readings; `least`: the cosine at which first and last frame count as agreeing."""
+        """Returns the shares of correct readings; `least`: the minimum cosine at which first and last frames agree."""
         right = {
             "class": [a == m.scene.things[0].class_name for a, m in zip(self.classes, moving, strict=True)],
             "background": [a == m.scene.background for a, m in zip(self.backgrounds, moving, strict=True)],

@@ -29,15 +29,15 @@ def _rendered(scenes: tuple[world.Scene, ...]) -> Tensor:
 
 
 def render_all(scenes: Sequence[world.Scene]) -> Tensor:
-    """Renders `[n, 3, 64, 64]` in [0, 1], cached because the same renders are measured both clean and reconstructed."""
+    """Renders scenes to `[n, 3, 64, 64]` in [0, 1], cached because they are measured both clean and reconstructed."""
     return _rendered(tuple(scenes))
 
 
 def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
-    """Samples `n` scenes of one thing, with views far enough from the boundaries between views to have a name.
+    """Samples `n` scenes of one thing, leaving out views near the boundary between two named views.
 
-    Their random numbers are independent of the training pictures', and no training picture has one of their patterns or
-    identities (`reporting` seeds).
+    Their random numbers are independent of the training pictures', and no training picture shares a pattern or identity
+    with them (`reporting` seeds).
     """
     rng = np.random.default_rng([seed, 77])
     scenes: list[world.Scene] = []

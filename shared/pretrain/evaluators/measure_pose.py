@@ -29,7 +29,8 @@ def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, cl
 
     Azimuths are judged only on renders from an elevation below 50 degrees; `azimuth_near`: the share within 30 degrees.
     `captioned`: the share of clips of captioned motions whose path is nearest to a path of the right motion; `held_out`: the
-    share of clips of held-out motions recognised among look-alikes, the other motions of their split and standing still.
+    share of clips of held-out motions recognised among their look-alikes, the other motions of their split, and standing
+    still.
 
     degrade: applied to the pictures `[n, 3, 64, 64]` first, for example the VAE's round trip.
     """

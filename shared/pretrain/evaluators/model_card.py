@@ -60,7 +60,7 @@ def write_card(
 ) -> dict[str, Any]:
     """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
 
-    judge: the result of `judge_backbone`; None uses the card's previous one. keep: keeps the card's previous accuracies
+    judge: the result of `judge_backbone`; None: the card's previous one. keep: keeps the card's previous accuracies
     (with their `n` and `seed`) instead of measuring again, which takes minutes.
     """
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
@@ -81,7 +81,7 @@ def write_card(
 
 
 def main() -> None:
-    """Command line of this module."""
+    """Runs this module's command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,5 @@
-"""Reconstructs pictures with the autoencoder. The evaluators also learn from these, because they judge decoded pictures.
+"""Reconstructs pictures with the autoencoder. The evaluators also learn from the reconstructions, because they judge
+decoded pictures.
 
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE TARGET ROWS`
 """
@@ -50,7 +51,7 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Encodes pictures `[B, 3, H, W]` in [0, 1] to the means of their latents, and decodes these, clamped to [0, 1]."""
+    """Encodes pictures `[B, 3, H, W]` in [0, 1] to the means of their latents and decodes these, clamping to [0, 1]."""
     parts = []
     for chunk in pixels.split(batch_size):
         latent = vae.encode(chunk * 2 - 1).latent_dist.mean  # pyright: ignore[reportCallIssue]

@@ -29,7 +29,8 @@ _ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class EvaluatorTraining:
-    """Settings; `lr` is the peak rate. `thaw`: the identity encoder also trains the recognizer's trunk, in a second round."""
+    """Settings; `lr` is the peak rate. `thaw`: whether the identity encoder also trains the recognizer's trunk, in a
+    second round."""
 
     batch_size: int = 128
     lr: float = 2e-3
@@ -66,7 +67,7 @@ class EvaluatorTask(PretrainTask):
         raise NotImplementedError
 
     def adopt(self, out: Path) -> bool:
-        """Loads what `export` wrote; returns False if that has another architecture."""
+        """Loads what `export` wrote; returns False if its architecture differs."""
         raise NotImplementedError
 
 
@@ -116,9 +117,9 @@ class IdentityTask(EvaluatorTask):
     """Minimises the supervised contrastive loss; a batch consists of groups, each of several things of one class and palette
     in several views.
 
-    During training, the layer before the embedding must also predict the parameters from which the renderer drew the
-    individual (these heads are not kept). `start`: a recognizer whose trunk the encoder takes over unchanged, so that only
-    the layers after it are trained (three times faster), unless `thaw` is set.
+    During training, additional heads on the layer before the embedding must predict the parameters from which the renderer
+    drew the individual; these heads are not kept. `start`: a recognizer whose trunk the encoder takes over unchanged, so that
+    only the layers after it are trained (three times faster), unless `thaw` is set.
     """
 
     def __init__(
@@ -144,7 +145,8 @@ class IdentityTask(EvaluatorTask):
         self._set_up(nn.ModuleList([self.encoder, self.kinds, self.numbers]), settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """Returns the contrastive losses over the batch and within groups of hard negatives, and the parameters' losses."""
+        """Returns the contrastive losses over the batch and within groups of hard negatives, and the losses of the predicted
+        parameters."""
         self.encoder.trunk.train(not self.frozen)
         device = self.compute.device
         drawn = self.data.draw(draws, self.batch_size)

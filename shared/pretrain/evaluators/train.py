@@ -1,4 +1,4 @@
-"""Trains an evaluator, seeded and resumable. All of them together take about an hour on a CPU.
+"""Trains an evaluator in a seeded, resumable run. Training all of them takes about an hour on a CPU.
 
 `python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) leaves a checkpoint and a
 log in `work` and, at the end of a session, fp16 weights in `out`.
@@ -118,7 +118,7 @@ def _pose(folders: Folders, settings: EvaluatorTraining, compute: Compute) -> Ev
 
 @dataclass(frozen=True)
 class Training:
-    """How an evaluator is trained by default."""
+    """The defaults for training an evaluator."""
 
     build: Callable[[Folders, EvaluatorTraining, Compute], EvaluatorTask]
     steps: int
@@ -134,7 +134,7 @@ TRAININGS: dict[str, Training] = {
 
 
 def main() -> None:
-    """Command line of this module."""
+    """Runs this module's command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(TRAININGS))
     parser.add_argument("--data", type=Path, required=True)
@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--reconstructions", type=Path)
     parser.add_argument("--fresh", action="store_true", help="ignore any checkpoint in --work")
-    parser.add_argument("--thaw", action="store_true", help="identity: train the recognizer's trunk too (second round)")
+    parser.add_argument(
+        "--thaw", action="store_true", help="identity: also train the recognizer's trunk (second round)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     kinds = {"steps": int, "batch_size": int, "lr": float, "seed": int, "minutes": float, "device": str}
     for name, kind in kinds.items():

@@ -1,4 +1,5 @@
-"""Measures how the scores develop over a training run: judges its snapshots like the shipped backbone, on fewer captions."""
+"""Measures how the scores develop over a training run: judges its snapshots in the same way as the shipped backbone, but
+on fewer captions."""
 
 from __future__ import annotations
 
@@ -18,15 +19,15 @@ CURVE = "curve.json"
 
 
 def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = WEIGHTS) -> Iterator[dict[str, Any]]:
-    """Judges the snapshots and the checkpoint of `work/run` that `weights/curve.json` lacks, and adds them to it.
+    """Judges the snapshots and the checkpoint of `work/run` that are missing from `weights/curve.json`, and adds them.
 
     Args:
         n: number of random captions, the same ones as in `judge_backbone` with this seed
         guidance: the guidance for every point
     Yields:
-        each new point: step, pictures, n, guidance and `SCORES`
+        each new point: step, pictures and `SCORES`
     Raises:
-        ValueError: there is no checkpoint, or the curve was measured with other settings
+        ValueError: there is neither a snapshot nor a checkpoint, or the curve was measured with other settings
     """
     run = work / "run"
     state = checkpoint.load(training_folder(run, "unet"))
@@ -54,6 +55,6 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
 
 
 def read(weights: Path = WEIGHTS) -> dict[str, Any] | None:
-    """Reads `n`, `guidance`, `seed` and the `points` by step; None if nothing was measured."""
+    """Reads the curve: `n`, `guidance`, `seed` and the `points` by step; None if nothing has been measured."""
     path = weights / CURVE
     return json.loads(path.read_text("utf-8")) if path.is_file() else None

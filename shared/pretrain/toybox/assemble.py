@@ -70,7 +70,7 @@ def _write_average(module: torch.nn.Module, average: dict[str, torch.Tensor]) ->
 def assemble(out: Path, target: Path | None = None) -> Path:
     """Packs the run's averaged weights in fp16 as a diffusers folder that does not need this project.
 
-    The folder is replaced in one rename; a failure leaves the old one unchanged.
+    The folder is replaced by renaming, so a failure while the new one is written leaves the old one unchanged.
 
     Args:
         out: the run's folder
@@ -115,9 +115,9 @@ def _finish_tokenizer(folder: Path, out: Path) -> None:
 
 
 def plain_configs(folder: Path) -> None:
-    """Removes local paths, and sets fp32 as the compute type.
+    """Removes local paths from a pipeline folder's configurations, and sets fp32 as the text encoder's compute type.
 
-    By default transformers 5 loads in the configuration's type, and diffusers in fp32; the two must agree.
+    By default, transformers 5 loads weights in the configuration's type, but diffusers loads them in fp32; the two must agree.
     """
     for path in folder.glob("**/*.json"):
         if path.name not in {"config.json", "model_index.json", "tokenizer_config.json"}:
@@ -131,7 +131,7 @@ def plain_configs(folder: Path) -> None:
 
 
 def readable(folder: Path) -> None:
-    """Sets the usual permissions: temporary folders and safetensors' files are not readable by others."""
+    """Sets the usual permissions, because temporary folders and safetensors files are not readable by other users."""
     folder.chmod(0o755)
     for path in folder.glob("**/*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

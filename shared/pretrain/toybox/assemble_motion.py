@@ -18,7 +18,7 @@ from shared.train import checkpoint
 
 def assemble_motion(work: Path, backbone: Path | None = None, target: Path | None = None) -> Path:
     """Packs the averaged motion module in fp16 as a diffusers `MotionAdapter` folder, and writes the learned words into the
-    backbone's tokenizer and text encoder. Each folder is replaced in one rename.
+    backbone's tokenizer and text encoder. Each folder is replaced by renaming.
 
     Args:
         backbone: the pipeline folder that the module was trained on; None: the shipped one

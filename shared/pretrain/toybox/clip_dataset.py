@@ -31,7 +31,7 @@ VERSION = 1
 class Clips:
     """N clips of 16 frames.
 
-    captions: N lists of 4; motions: int64 [N], indices into `MOTIONS`; labels: int64 [N, …] of the first frame, in the
+    captions: N lists of 4 captions; motions: int64 [N], indices into `MOTIONS`; labels: int64 [N, …] of the first frame, in the
     order of `dataset.LABELS`; paths: float64 [N, 16, 6], columns `motions.motion.PATH`.
     """
 
@@ -59,7 +59,7 @@ class Clips:
 def clip_of(seed: int, index: int) -> tuple[MovingScene, np.random.Generator]:
     """Samples clip `index` of the data set with this seed; also returns the generator for its captions.
 
-    Motions take turns, so that all are equally frequent.
+    Indices cycle through the motions, so that all are equally frequent.
     """
     rng = np.random.default_rng([seed, 16, index])
     motion = tuple(MOTIONS.values())[index % len(MOTIONS)]
@@ -85,7 +85,7 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
-    """Renders n training clips into a folder, in `workers` processes of one thread each; resumes where it stopped.
+    """Renders n training clips into a folder, in `workers` processes of one thread each; resumes where an earlier call stopped.
 
     Raises ValueError if the folder contains another data set.
     """
@@ -106,7 +106,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
 
 
 def load(folder: Path) -> Clips:
-    """Loads a folder's chunks from the first on, as far as they are complete. ValueError if there are none."""
+    """Loads a folder's chunks up to the first incomplete one. ValueError if there are none."""
     folder = Path(folder)
     stems = []
     while (stem := folder / f"clips-{len(stems):05d}").with_suffix(".captions.jsonl").exists():

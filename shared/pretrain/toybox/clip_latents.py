@@ -1,4 +1,4 @@
-"""Caches the latents of clips, encoded once by the finished autoencoder, from which the motion module learns."""
+"""Caches the latents from which the motion module learns: clips, encoded once by the finished autoencoder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ClipLatents:
 def build(
     folder: Path, clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> ClipLatents:
-    """Returns the latents in `folder`, computed or extended as needed, or recomputed if autoencoder or tokenizer changed."""
+    """Returns the latents in `folder`, computed or extended as needed, recomputed if the autoencoder or tokenizer changed."""
     folder.mkdir(parents=True, exist_ok=True)
     mark, note = fingerprint(vae, tokenizer), folder / "state.json"
     same = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("fingerprint") == mark

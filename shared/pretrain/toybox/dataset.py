@@ -1,10 +1,10 @@
 """Stores training pictures on disk: rendered once in chunks, read as memory maps.
 
     FOLDER/recipe.json                      the settings; a build with other settings is refused
-    FOLDER/chunk-00000.{pixels,masks,labels}.npy, .captions.jsonl     one chunk, written under another name and renamed
+    FOLDER/chunk-00000.{pixels,masks,labels}.npy, .captions.jsonl     one chunk, written under another name, then renamed
 
-Picture i depends only on the data set's seed and on i, so that an interrupted build can resume, and the number of workers
-does not matter.
+Picture i depends only on the data set's seed and on i, so an interrupted build can resume, and the number of workers does
+not matter.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LABELS = (
 class Dataset:
     """N pictures.
 
-    captions: N lists of 4
+    captions: N lists of 4 captions
     labels: name -> int64 [N], indices into the vocabularies of `world` (pattern_seed: a seed, -1 if there is no pattern;
         other_*: labels of the second thing, -1 if there is none)
     identity: float32 [N, IDENTITY_SIZE], NaN for all but faces
@@ -121,14 +121,14 @@ def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Writes a file under another name, then renames it, so that existing files are complete."""
+    """Writes a file under another name, then renames it, so that a file that exists is complete."""
     part = path.with_name(path.name + ".part")
     save(part)
     os.replace(part, path)
 
 
 def save_text(path: Path, content: str) -> None:
-    """Writes a text file that appears whole or not at all."""
+    """Writes a text file atomically."""
 
     def save(part: Path) -> None:
         part.write_text(content, encoding="utf-8")
@@ -137,7 +137,7 @@ def save_text(path: Path, content: str) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array as an .npy file that appears whole or not at all."""
+    """Writes an array as an .npy file atomically."""
 
     def save(part: Path) -> None:
         with open(part, "wb") as file:
@@ -180,7 +180,8 @@ def in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], wor
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
-    """Renders n training pictures into a folder, in `workers` processes of one thread each; resumes where it stopped.
+    """Renders n training pictures into a folder, in `workers` processes of one thread each; resumes where an earlier call
+    stopped.
 
     Raises ValueError if the folder contains another data set.
     """

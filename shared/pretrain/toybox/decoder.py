@@ -1,9 +1,9 @@
 """Continues to train only the decoder, against a discriminator, for sharper pictures from the same latents.
 
-Squared and absolute errors are smallest for an average of all pictures that a latent may stand for, and an average has no
-edges. So once the latents are final, the decoder is trained further with the same losses plus an adversarial one, against a
-network that distinguishes its pictures from the renderer's, with feature matching and the adaptive weight of arXiv
-2012.09841, eq. 7. The encoder is frozen, so that everything learned on its latents stays valid.
+Squared and absolute errors are smallest for an average of all the pictures that a latent could represent, and an average has
+no edges. So once the latents are final, the decoder is trained further with the same losses plus an adversarial loss from a
+network that distinguishes the decoder's pictures from the renderer's, using feature matching and the adaptive weight of arXiv
+2012.09841, eq. 7. The encoder is frozen, so everything learned on its latents stays valid.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _UNCLIPPED = _ADAM.model_copy(update={"max_grad_norm": None})
 class DecoderTraining:
     """Settings; ``lr`` is the peak rate of the decoder.
 
-    adversarial: the norm of the adversarial loss's gradient at the last layer, relative to that of the other losses
+    adversarial: the norm of the adversarial loss's gradient at the last layer, relative to the norm of the other losses'
+        gradient
     matching: the loss weight of feature matching
-    alone: the number of steps over which these two rise, while the discriminator learns what to look for
+    alone: the number of steps over which these two weights rise from 0, while the discriminator learns what to look for
     """
 
     batch: int = 8
@@ -55,10 +56,10 @@ class DecoderTraining:
 
 
 class DecoderTask(PretrainTask):
-    """The task that trains the decoder: each step has first the discriminator's loss, then the decoder's.
+    """The task that trains the decoder: each step yields first the discriminator's loss, then the decoder's.
 
-    Networks are in channels_last, which makes convolutions on a CPU faster. After resuming, the optimizer's moments are not;
-    torch's plain Adam kernels accept that, but the fused one misreads such moments.
+    The networks are in channels_last, which makes convolutions on a CPU faster. After resuming, the optimizer's moments are
+    not in channels_last; torch's plain Adam kernels accept that, but the fused kernel misreads such moments.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class UnetTraining:
     lr: the peak rate
     t_uniform, t_mean: see `draw_times`
     thing_weight: the loss weight of things relative to the background; they cover a fifth of a picture but are the hard part
-    reading, probing: the loss weights, at the full learning rate, of class, view and accessory as read from the predicted
+    reading, probing: the loss weights, at the full learning rate, for reading class, view and accessory from the predicted
         x0 (`reader.Reader`) and from the middle of the U-Net (`reader.Probe`)
     read_until: the fraction of the peak rate at which these weights, which fall with the rate, reach 0
     """
@@ -60,7 +60,7 @@ class DenoisingBatch:
     """One step's random inputs, on the training device."""
 
     latents: Tensor  # [B, C, H, W], scaled
-    ids: Tensor  # [B, L] token ids, those of "" if the caption is dropped
+    ids: Tensor  # [B, L] token ids; the ids of "" if the caption is dropped
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] loss weights, 1 on average
@@ -100,8 +100,8 @@ def draw_times(count: int, uniform: float, mean: float, generator: torch.Generat
     """Draws timesteps [count] in [0, 1000), stratified over the batch: uniformly with probability ``uniform``, otherwise from
     a logit-normal distribution (arXiv 2403.03206, section 3.1).
 
-    The logit-normal favours medium noise, where most of what a caption determines is decided. ``mean`` > 0 shifts it towards
-    more noise.
+    The logit-normal favours medium noise levels, at which most of the content that a caption determines takes shape.
+    ``mean`` > 0 shifts it towards more noise.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     plain = torch.rand(count, generator=generator) < uniform
@@ -119,7 +119,7 @@ def v_loss(
     reading: float = 0.0,
 ) -> Tensor:
     """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted by ``inputs.weight``, plus
-    ``reading`` times two losses: that of ``reads`` on the predicted x0, and that of ``probe``.
+    ``reading`` times the losses of ``reads`` (on the predicted x0) and ``probe``.
     """
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()

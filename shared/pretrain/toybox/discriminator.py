@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 
 class Discriminator(nn.Module):
-    """Pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4], and the features of each layer.
+    """Maps pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4], and the features of each layer.
 
-    Its input also contains the detail that blurring removes from the picture; without it, training needs many times the steps.
+    The first layer's input also contains the detail that blurring removes from the picture; without it, training needs many
+    times as many steps.
     """
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)) -> None:
@@ -35,10 +36,11 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Returns the hinge loss: logits above 1 for rendered pictures, below -1 for decoded ones (arXiv 1705.02894); a scalar."""
+    """Returns the hinge loss (arXiv 1705.02894), a scalar: 0 if all logits are above 1 for rendered pictures and below -1 for
+    decoded ones."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def feature_distance(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """Returns the mean absolute difference of each layer's features (arXiv 1711.11585, eq. 2); a scalar."""
+    """Returns the mean absolute difference between features, averaged over layers (arXiv 1711.11585, eq. 2); a scalar."""
     return torch.stack([(a - b).float().abs().mean() for a, b in zip(fake, real, strict=True)]).mean()

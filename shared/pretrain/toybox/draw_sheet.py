@@ -29,14 +29,14 @@ SOURCES = ("world", "model", "vae")
 class SheetSettings:
     """The content of a sheet: renders, the model's pictures, or renders next to their reconstructions by the autoencoder.
 
-    ValueError for an unknown source, and for options of the model (`guidance`, `prompts`) with another source.
+    ValueError for an unknown source, and for the model's options (`guidance`, `prompts`) with another source.
     """
 
     source: str = "world"
     rows: int = 4
     columns: int = 8
     seed: int = 0
-    guidance: float | None = None  # None: the card's
+    guidance: float | None = None  # None: the shipped model's default
     prompts: Sequence[str] = ()  # instead of random captions
 
     def __post_init__(self) -> None:
@@ -45,11 +45,13 @@ class SheetSettings:
         given = {"--prompt": bool(self.prompts), "--guidance": self.guidance is not None}
         unheeded = " and ".join(name for name, is_given in given.items() if is_given)
         if self.source != "model" and unheeded:
-            raise ValueError(f"{unheeded} with --source {self.source}: only the model uses it; add --source model")
+            raise ValueError(
+                f"{unheeded} with --source {self.source}: only supported for the model; use --source model"
+            )
 
 
 def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> Path:
-    """Writes a captioned sheet. ValueError if `out` is a folder, is not a PNG, or exists although `overwrite` is not set."""
+    """Writes a captioned sheet. ValueError if `out` is a folder, is not a PNG, or exists and `overwrite` is not set."""
     if out.suffix.lower() != ".png" and not out.is_dir():
         raise ValueError(f"{out}: a sheet is a PNG, so its name must end in .png")
     check_file(out, overwrite)

@@ -39,10 +39,10 @@ def open_pipeline(folder: str | None) -> Any:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Settings for judging the model: the number of random captions, and how they are sampled (guidance None: the card's)."""
+    """Settings for judging the model: the number of random captions, and how they are sampled."""
 
     pictures: int = 256
-    guidance: float | None = None
+    guidance: float | None = None  # None: the shipped model's default
     steps: int = 25
     seed: int = 0
     backbone: str | None = None  # a diffusers folder; None: the shipped one
@@ -52,7 +52,7 @@ class JudgeSettings:
 def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: bool = False) -> Iterator[str]:
     """Judges the model on random captions and, with `card`, the evaluators on fresh renders. Yields lines to print.
 
-    Raises ValueError if `out` exists, unless `overwrite` is set, if `backbone` is not the folder of a Stable Diffusion
+    Raises ValueError if `out` exists and `overwrite` is not set, if `backbone` is not the folder of a Stable Diffusion
     pipeline, or if the scheduler is unknown.
     """
     from shared.pretrain.evaluators.judge_backbone import judge_backbone
@@ -82,7 +82,7 @@ def evaluate_clips(
 ) -> Iterator[str]:
     """Judges the shipped motion module, or the one trained in `work`, on random captions of clips. Yields lines to print.
 
-    Raises ValueError if `out` exists, unless `overwrite` is set, or if there is no motion module.
+    Raises ValueError if `out` exists and `overwrite` is not set, or if there is no motion module.
     """
     from shared.pretrain.evaluators.judge_clips import judge_clips
 

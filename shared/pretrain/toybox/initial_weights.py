@@ -28,10 +28,10 @@ from shared.train import checkpoint
 
 
 def adopt_vae(out: Path) -> bool:
-    """Puts the shipped autoencoder into a run's folder, unless the run trains its own or already has one.
+    """Copies the shipped autoencoder into a run's folder, unless the run trains its own or already has one.
 
-    Returns whether the run's autoencoder is, except for its decoder, the shipped one. That one must not change, because the
-    U-Net and the motion module were trained on its latents.
+    Returns whether the run's autoencoder is the shipped one, except for its decoder. The shipped encoder must not change,
+    because the U-Net and the motion module were trained on its latents.
     """
     from diffusers import AutoencoderKL
 
@@ -75,7 +75,7 @@ def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool
 
 def _check_fits(shipped: models.UnetSize, size: models.UnetSize, out: Path) -> None:
     if shipped != size:
-        raise ValueError(f"the shipped U-Net is {shipped}, but the run asks for {size}: start it with --fresh")
+        raise ValueError(f"the shipped U-Net is {shipped}, but the run requires {size}: start it with --fresh")
     channels = frozen_vae(out).config["latent_channels"] if has_vae(out) else shipped.latent_channels
     if channels != shipped.latent_channels:
         raise ValueError(
@@ -91,7 +91,7 @@ def adopted_steps() -> int:
 
 
 def _write(folder: Path, networks: Mapping[str, nn.Module], info: dict[str, Any], step: int) -> None:
-    """Writes a checkpoint without an optimizer from modules by name prefix, which give both the weights and the average."""
+    """Writes a checkpoint without optimizer state; the modules, by name prefix, provide both the weights and the average."""
     model = {f"{prefix}{k}": v.float() for prefix, m in networks.items() for k, v in m.state_dict().items()}
     average = {f"{p}{k}": v.detach().float().cpu() for p, m in networks.items() for k, v in m.named_parameters()}
     checkpoint.save(folder, checkpoint.State(0, step, state_of({"model": model}, average), info=info))

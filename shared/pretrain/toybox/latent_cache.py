@@ -1,4 +1,4 @@
-"""Caches the U-Net's training data on disk, computed once: scaled latents and token ids, as memory-mapped arrays."""
+"""Computes the U-Net's training data once and caches it on disk: scaled latents and token ids, as memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Cache:
-    """Latents and token ids of a data set; row i of both belongs to picture i."""
+    """The cached arrays of a data set; row i of each belongs to picture i."""
 
     latents: np.ndarray  # float16 [N, C, H, W], posterior means times the scaling factor: unit spread
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
@@ -63,7 +63,7 @@ def build(
         pictures: uint8 [N, S, S, 3] and captions, N times V
         vae: finished; moved to ``device`` and left there
         tokenizer: pads and truncates to 32 tokens
-        device: computes the latents
+        device: the device on which latents are computed; None: the autoencoder's current one
 
     Returns:
         the arrays, mapped read-only
@@ -93,7 +93,7 @@ def load(folder: Path) -> Cache:
     """Maps a finished cache.
 
     Raises:
-        ValueError: there is none
+        ValueError: there is no cache
     """
     state = _state(folder)
     if not state:

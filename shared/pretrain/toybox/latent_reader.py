@@ -1,6 +1,6 @@
 """A reader of noisy latents and a probe of the U-Net that teach the denoiser the meaning of words for shape.
 
-The denoiser's squared error rewards the word for a view so little that half a million pictures were not enough to learn it.
+The squared error rewards heeding the word for a view so little that the denoiser did not learn it from half a million pictures.
 So during training, the caption's attributes must be readable from the predicted clean latents, noised again (a loss on what
 a network sees in a prediction, as in arXiv 2401.00110 and 2411.04873), and from the middle of the U-Net (deep supervision,
 arXiv 1409.5185). The weights of both losses fall to 0 before the end, so that only the squared error drives the final steps.
@@ -117,7 +117,7 @@ def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def soften(clean: Tensor, g: torch.Generator) -> Tensor:
-    """Blurs half of [B, C, H, W] by up to about one latent cell, because predictions from high noise are blurred."""
+    """Blurs about half of [B, C, H, W] by up to about one latent cell, because predictions from high noise are blurred."""
     sigma = 0.3 + 0.9 * torch.rand(len(clean), generator=g)
     sigma = torch.where(torch.rand(len(clean), generator=g) < 0.5, sigma, torch.full_like(sigma, 1e-2))
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma[:, None]) ** 2)
@@ -133,7 +133,7 @@ _ADAMW = AdamW(weight_decay=1e-2, warmup=100, schedule="linear", decay=0.8, max_
 
 @dataclass(frozen=True)
 class ReaderTraining:
-    """Settings; takes about five minutes on one core. ``lr`` is the peak rate."""
+    """Settings; training takes about five minutes on one core. ``lr`` is the peak rate."""
 
     steps: int = 1600
     batch: int = 128
@@ -177,7 +177,7 @@ def train_reader(data: cache.Cache, out: Path, run: RunSettings, settings: Reade
 
     Args:
         data: latents, with the attributes in their captions
-        run: device, and whether to resume; the number of steps comes from the settings
+        run: determines the device and whether to resume; the number of steps comes from the settings
     """
     run = replace(run, steps=settings.steps, minutes=None, pause_at=None)
     task = ReaderTask(settings, data, run.compute())

@@ -24,7 +24,7 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class VaeSize:
-    """``AutoencoderKL``: [B, 3, S, S] in [-1, 1] to latents [B, latent_channels, S / 2^(levels - 1), …]."""
+    """The size of an ``AutoencoderKL``: [B, 3, S, S] in [-1, 1] to latents [B, latent_channels, S / 2^(levels - 1), …]."""
 
     channels: tuple[int, ...] = (24, 48, 96)
     layers_per_block: int = 1
@@ -35,7 +35,7 @@ class VaeSize:
 
 @dataclass(frozen=True)
 class TextSize:
-    """``CLIPTextModel``: 32 tokens to [B, 32, hidden]."""
+    """The size of a ``CLIPTextModel``: 32 tokens to [B, 32, hidden]."""
 
     hidden: int = 128
     layers: int = 4
@@ -44,7 +44,7 @@ class TextSize:
 
 @dataclass(frozen=True)
 class UnetSize:
-    """``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16]; attention at every level but the first.
+    """The size of a ``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16]; attention at every level but the first.
 
     ``layers_per_block``: residual blocks per level on the way down; one more on the way up.
     """
@@ -124,7 +124,7 @@ def lay_out(unet: Any, compute: Compute) -> None:
     """
     if compute.device.type == "cpu":
         unet.set_attn_processor(PlainAttention())
-    if compute.device.type == "cpu" or compute.compiled:  # uncompiled, a GPU's group norm would copy back and forth
+    if compute.device.type == "cpu" or compute.compiled:  # uncompiled, group norm on a GPU would copy back and forth
         unet.to(memory_format=torch.channels_last)
     if compute.compiled:
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
@@ -139,8 +139,8 @@ def alphas_bar() -> Tensor:
 def build_scheduler() -> DDIMScheduler:
     """Builds the scheduler: cosine noise, v-prediction, sampling from pure noise ("trailing").
 
-    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so that the
-    last timestep does not leak a picture's overall tone. For v-prediction, see Salimans and Ho, arXiv 2202.00512.
+    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so the last
+    timestep does not leak a picture's overall tone. For v-prediction, see Salimans and Ho, arXiv 2202.00512.
     """
     from diffusers import DDIMScheduler
 
@@ -150,7 +150,7 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
-        steps_offset=1,  # unused by "trailing"; diffusers asks for it
+        steps_offset=1,  # unused by "trailing"; diffusers expects it
         set_alpha_to_one=True,
     )
 
@@ -158,13 +158,13 @@ def build_scheduler() -> DDIMScheduler:
 class PlainAttention:
     """Attention as two batched products and a softmax, for diffusers' ``set_attn_processor``.
 
-    It computes the same as the fused kernel, whose backward pass would take a fifth of the toybox's training step on a CPU.
+    It is equivalent to the fused kernel, whose backward pass would take a fifth of the toybox's training step on a CPU.
     """
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
     ) -> Tensor:
-        """[B, L, D] attends to itself or to [B, M, C]; returns [B, L, D]."""
+        """Lets [B, L, D] attend to itself or to [B, M, C]; returns [B, L, D]."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         q, k, v = (self._split(x, attn.heads) for x in projected)

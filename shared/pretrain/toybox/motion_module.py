@@ -39,10 +39,10 @@ class MotionTraining:
     """Settings.
 
     lr: the peak rate of the motion modules
-    word_lr: the peak rate of the words' embeddings. It is low: at ten times this rate, words that do not help early drift to
-        values that the network ignores.
-    words: settings for preparing the words before that
-    short: the fraction of steps, at the beginning, on every second frame (8 of 16) of twice as many clips
+    word_lr: the peak rate of the words' embeddings. It is low: at ten times this rate, words that do not help early on drift
+        to values that the network ignores.
+    words: settings for preparing the words before training
+    short: the initial fraction of steps, which use every second frame (8 of 16) of twice as many clips
     t_uniform, t_mean: see `draw_times`; motion is decided at higher noise than appearance
     moving_weight: the loss weight of the part of the error that varies over time, relative to its mean over time
     """
@@ -75,12 +75,12 @@ class ClipBatch:
     weight: Tensor  # [B, F, h, w] loss weights, 1 on average
 
     def split(self, count: int) -> list[ClipBatch]:
-        """Splits into `count` equal shares, each with every `count`-th row."""
+        """Splits the batch into `count` equal shares, each with every `count`-th row."""
         return [ClipBatch(*(value[i::count] for value in vars(self).values())) for i in range(count)]
 
 
 class MovingDenoiser(nn.Module):
-    """The frozen text model and U-Net with motion modules; only the modules and rows of the embedding are trained.
+    """The frozen text model and U-Net with motion modules; only these modules and the words' embeddings are trained.
 
     Args:
         pipe: the pipeline for pictures; the words of motions are added to its tokenizer and text model
@@ -126,8 +126,8 @@ class MovingDenoiser(nn.Module):
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Makes a group norm's input contiguous: in channels-last, PyTorch crashes if the parameters need a gradient but the
-    input does not, as in the first motion module, which follows frozen layers."""
+    """Makes a group norm's input contiguous: in channels-last format, PyTorch crashes if the parameters need a gradient but
+    the input does not, as in the first motion module, which follows frozen layers."""
     return (args[0].contiguous(), *args[1:])
 
 
@@ -153,7 +153,7 @@ class MotionTask(PretrainTask):
 
     Args:
         steps: number of steps of the whole run; the first fraction `settings.short` of them uses 8 frames
-        workers: threads that take equal shares of each batch; results are bit-equal only for the same number
+        workers: threads that take equal shares of each batch; results are bit-identical only for the same number
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class MotionTask(PretrainTask):
         models.lay_out(self.net.unet, compute)
         self.drawn = Prefetch(self.draw, compute.device)
         own = {**{f"unet.{name}": p for name, p in self.net.motion_parameters().items()}, "words": self.net.words}
-        # All in bf16: on a GPU, casts to and from fp32 around each norm take longer than everything else.
+        # Everything is in bf16: on a GPU, casts to and from fp32 around each norm take longer than everything else.
         self.half = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()} if compute.bf16 else None
         if self.half is not None:
             self.net.to(torch.bfloat16).requires_grad_(False)
@@ -250,7 +250,9 @@ class _Named(nn.Module):
             raise RuntimeError(f"{len(state_dict)} tensors for {len(self.names)} parameters")
         for name, parameter in zip(self.names, self.list, strict=True):
             if state_dict[name].shape != parameter.shape:
-                raise RuntimeError(f"{name} is {list(state_dict[name].shape)}, but here it is {list(parameter.shape)}")
+                raise RuntimeError(
+                    f"{name} is {list(state_dict[name].shape)}, but the parameter is {list(parameter.shape)}"
+                )
             parameter.copy_(state_dict[name])
 
 
@@ -260,7 +262,8 @@ def motion_folder(work: Path) -> Path:
 
 
 def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionTraining = MotionTraining()) -> Path:
-    """Trains the motion module of a finished backbone on the clips in `work/clips`. Returns the training's folder.
+    """Trains the motion module of a finished backbone on the clips in `work/clips`. Returns the folder of its checkpoint
+    and log.
 
     `run.steps` counts the whole run (8 frames first, then 16); minutes only pause it.
     """
@@ -278,7 +281,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     else:
         workers = 1
     clips = clip_dataset.load(work / "clips")
-    add_words(pipe.tokenizer, pipe.text_encoder)  # captions are tokenized with them
+    add_words(pipe.tokenizer, pipe.text_encoder)  # captions are tokenized with these words
     data = build_latents(work / "clip-latents", clips, pipe.vae, pipe.tokenizer, compute.device)
     if not (run.resume and checkpoint.load(folder) is not None):
         _prepare_words(pipe, data, settings, compute)
@@ -303,7 +306,7 @@ def _prepare_words(
 
 
 def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:
-    """Builds (pipeline for pictures with the learned words, `MotionAdapter`) from the newest checkpoint's averages, in fp32."""
+    """Builds the picture pipeline with the learned words, and the `MotionAdapter`, from the newest averages, in fp32."""
     from diffusers import StableDiffusionPipeline
 
     from shared.pretrain.task import average_of

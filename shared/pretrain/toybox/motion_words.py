@@ -1,4 +1,4 @@
-"""Adds the words of motions, which captions of pictures never use: each becomes one token with its own embedding.
+"""Adds motion words, which captions of pictures never use: each becomes one token with its own embedding.
 
 Pictures do not change, because all other words keep their ids and embeddings.
 """
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def motion_words() -> list[str]:
-    """Lists the words in phrases for motions that no caption of a picture contains, sorted."""
+    """Lists the motion phrases' words that no caption of a picture contains, sorted."""
     pictures = set(clean_words(vocabulary()))
     return [word for word in clean_words(p for phrases in PHRASES.values() for p in phrases) if word not in pictures]
 
 
 def add_words(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> list[int]:
-    """Makes each motion word one token, in place. Returns the ids of all of them, sorted.
+    """Makes each motion word a single token, in place. Returns the ids of all of them, sorted.
 
     New embedding rows start as the mean over the world's words, plus noise of a tenth of their spread (seed 0), which is
-    within the range that the network knows. Words that already are one token keep their rows.
+    within the range that the network has seen. Words that are already one token keep their rows.
     """
     from transformers import AddedToken
 

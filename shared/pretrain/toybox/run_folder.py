@@ -83,7 +83,7 @@ def snapshots(out: Path) -> list[Path]:
 
 
 def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Saves an average of the denoiser in fp16, whole or not at all; `facts` as returned by `denoiser_facts`."""
+    """Saves an average of the denoiser in fp16, atomically; `facts` as returned by `denoiser_facts`."""
     path = folder / "snapshots" / f"step-{facts['step']:07d}.safetensors"
     claim(folder, f"snapshots/{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)

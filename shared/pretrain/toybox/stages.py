@@ -1,5 +1,5 @@
-"""Trains the toybox's weights in stages, each resumable: `pcs toybox train`. Light to import, because the command line needs
-it for its help."""
+"""Trains the toybox's weights in stages, each resumable: `pcs toybox train`. This module is light to import, because the
+command line needs it for its help."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "UnetTraining", "MotionTraining")
 
-#: Steps of a whole run, unless minutes are set. A stage that has done them is complete and returns immediately.
+#: Steps of a complete run, unless minutes are set. A stage that has done them is complete and returns immediately.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
 #: The final fraction of a round of U-Net training, over which the learning rate falls.
 FALL = 0.75
-#: Groups of things for the identity encoder. It memorized 1,500: in pictures decoded by the autoencoder, it recognised 98 % of
-#: these things, but 75 % of others.
+#: Groups of things for the identity encoder. It memorized 1,500 groups: in pictures decoded by the autoencoder, it recognised
+#: 98 % of these things, but only 75 % of others.
 IDENTITY_GROUPS = 4_500
 #: For a small data set, there is one group per this many pictures.
 PICTURES_PER_GROUP = 24
@@ -32,7 +32,7 @@ RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 class Pace:
     """The training pace of the denoising networks; None: the default pace, for a CPU.
 
-    batch: pictures or clips per step; the moving average's decay is raised to the square root of batch / usual batch
+    batch: pictures or clips per step; the moving average's decay is raised to the power sqrt(batch / usual batch)
     lr: the peak rate
     steps: the number of steps for the motion module
     compiled: whether blocks are compiled (`RunSettings.compiled`)
@@ -44,7 +44,7 @@ class Pace:
     compiled: bool = False
 
     def of(self, usual: T) -> T:
-        """Returns the usual settings, changed to this pace."""
+        """Returns the usual settings, adapted to this pace."""
         lr = usual.lr if self.lr is None else self.lr
         if self.batch is None:
             return replace(usual, lr=lr)
@@ -55,8 +55,8 @@ class Pace:
 class Work:
     """One run: its folder and its budget.
 
-    more: how many pictures the U-Net sees in addition to those that its starting weights have seen; over the last `FALL` of
-        them, the rate falls to 0
+    more: the number of pictures that the U-Net sees in addition to those that its starting weights have seen; over the final
+        fraction `FALL` of them, the rate falls to 0
     """
 
     folder: Path
@@ -138,9 +138,9 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
     if work.more is not None:
         first = 0 if work.fresh else adopted_steps()
         steps = first + max(1, work.more // settings.batch)
-        spend = replace(spend, steps=steps)  # minutes pause it
+        spend = replace(spend, steps=steps)  # the time limit pauses it
         decay = FALL * (steps - first) / max(1, steps - settings.optimizer.warmup)
-    if spend.steps is not None:  # with only minutes the rate stays, because the run may be resumed later
+    if spend.steps is not None:  # with only minutes set, the rate stays, because the run may be resumed later
         falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": min(1.0, decay)})
         settings = replace(settings, optimizer=falling)
     return spend, settings
@@ -170,7 +170,7 @@ def _evaluator(name: str) -> Callable[[Work], str]:
             reconstructions=through if through.is_file() else None,
         )
         steps, settings = TRAININGS[name].steps, replace(TRAININGS[name].settings, seed=work.seed)
-        spend = replace(work.settings(steps), steps=steps, resume=not work.fresh)  # minutes pause it
+        spend = replace(work.settings(steps), steps=steps, resume=not work.fresh)  # the time limit pauses it
         train_evaluator(name, folders, spend, settings)
         return str(folders.out)
 
@@ -194,7 +194,7 @@ def _motion(work: Work) -> str:
     from shared.pretrain.toybox.motion_module import MotionTraining, train_motion
     from shared.toybox.weights import backbone_path
 
-    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # minutes pause it
+    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # the time limit pauses it
     return str(train_motion(work.folder, backbone_path(), spend, work.pace.of(MotionTraining(seed=work.seed))))
 
 
@@ -218,5 +218,5 @@ _STAGES: dict[str, Callable[[Work], str]] = {
     "motion": _motion,
     "assemble-motion": _assemble_motion,
 }
-#: Their names, in order.
+#: The names of the stages, in order.
 STAGES = tuple(_STAGES)

@@ -1,4 +1,4 @@
-"""Trains text model and U-Net together on cached latents with v-prediction."""
+"""Trains the text model and the U-Net together on cached latents with v-prediction."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class UnetTask(PretrainTask):
 
     Args:
         budget: determines the rates, which the weight of the reading losses follows
-        workers: threads that take equal shares of each batch; results are bit-equal only for the same number
+        workers: threads that take equal shares of each batch; results are bit-identical only for the same number
         reads: the reader that teaches the meaning of words for shape; None: the squared error is the only loss
     """
 
@@ -114,12 +114,12 @@ def empty_prompt(tokenizer: CLIPTokenizer) -> Tensor:
 
 
 def train_unet(data: Path, out: Path, run: RunSettings, settings: UnetTraining = UnetTraining()) -> Path:
-    """Trains text model and U-Net on the latents of the finished autoencoder in the run's folder `out`.
+    """Trains the text model and the U-Net on the latents of the finished autoencoder in the run's folder `out`.
 
-    On a CPU, `run.threads` threads each take a share of the batch: results are bit-equal only for the same number.
+    On a CPU, `run.threads` threads each take a share of the batch; results are bit-identical only for the same number.
 
     Returns:
-        the training's folder; `shared.pretrain.toybox.assemble.assemble(out)` makes the pipeline folder from it
+        the folder of the checkpoint and log; `shared.pretrain.toybox.assemble.assemble(out)` makes the pipeline folder from it
     """
     from shared.pretrain.toybox import dataset
 

@@ -1,10 +1,10 @@
 """Trains the autoencoder: 64×64 pictures to latents of 16×16 cells.
 
 It is trained on whole pictures: on crops, group norms and the attention in the middle see other statistics, which cost 3 dB
-when measured. The loss consists of the L1 and squared errors of pixels, the L1 error of differences between neighbours, all
-weighted more on the thing, because its pattern identifies it, and a tiny KL. When the budget ends, the averaged weights are
-*normalised*: the two 1×1 convolutions around the latents shift and scale each latent channel to zero mean and a common
-spread, whose inverse is the ``scaling_factor``.
+when measured. The loss is a weighted sum of the L1 and squared errors of pixels, the L1 error of differences between
+neighbours, and a small KL term; errors count more on the thing, because its pattern identifies it. When the budget ends, the
+averaged weights are *normalised*: the two 1×1 convolutions around the latents shift and scale each latent channel to zero mean
+and a common spread, whose inverse is the ``scaling_factor``.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def loss(
 
 
 def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
-    """Computes the L1 and the square of errors [B, 3, H, W], and the L1 of differences between neighbouring errors, weighted
-    more on ``thing`` [B, 1, H, W].
+    """Computes the L1 and squared losses of errors [B, 3, H, W] plus the L1 loss of differences between neighbouring errors,
+    all weighted more heavily on ``thing`` [B, 1, H, W].
     """
     weight = torch.where(thing, settings.thing_weight, 1.0)
     weight = weight / weight.mean()
@@ -128,7 +128,7 @@ def psnr_db(error: Tensor) -> float:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> float:
-    """Returns the autoencoder's PSNR in dB over uint8 [N, S, S, 3], decoded from the posterior's mean, outputs clipped."""
+    """Returns the autoencoder's PSNR in dB over uint8 [N, S, S, 3], decoded from the posterior's mean, with clipped outputs."""
     device = next(vae.parameters()).device
     squares = 0.0
     for start in range(0, len(pixels), batch):
@@ -166,7 +166,7 @@ class VaeTask(PretrainTask):
         yield Update(total, parts=parts)
 
     def averaged(self) -> AutoencoderKL:
-        """Returns a copy with the averaged parameters, before normalisation."""
+        """Returns a copy of the autoencoder with the averaged parameters, before normalisation."""
         vae = models.build_vae(self.settings.size).to(self.compute.device).eval()  # pyright: ignore[reportArgumentType]
         vae.load_state_dict(self.vae.state_dict())
         self.ema.copy_to(dict(vae.named_parameters()))
@@ -176,7 +176,7 @@ class VaeTask(PretrainTask):
     def result(self) -> dict[str, float]:
         """Normalises the averaged autoencoder, measures it on held-out pictures and writes `out/vae`.
 
-        If `out/vae` already is this autoencoder, it is left unchanged: its decoder may have been trained further since.
+        If `out/vae` is already this autoencoder, it is left unchanged: its decoder may have been trained further since.
         """
         if self.is_written():
             return {}

@@ -1,4 +1,4 @@
-"""Makes the words of motions pass through the frozen U-Net to the motion modules.
+"""Makes motion words reach the motion modules through the frozen U-Net.
 
 The modules read a caption only through the cross-attention of the layers before them, which was trained on pictures and
 ignores words it has never seen: "to the left" instead of "to the right" changes its features by 1 %, whereas "red" instead
@@ -39,10 +39,10 @@ class WordTraining:
     """Settings.
 
     differ: the minimum relative difference between two motions in the features after each cross-attention
-    opposite: how often a motion that has an opposite is compared with its opposite rather than with any other motion. The
-        shipped words were trained on random pairs only; at timestep 600, their features differ by 1 % between "left" and
-        "right", and by 45 % between "wobbling" and "moving camera". With these settings, they differ by 30 and 38 %.
-    seen: the loss weight of the squared relative change that a motion's words make to the prediction
+    opposite: how often a motion that has an opposite is compared with it rather than with any other motion. The shipped
+        words were trained on random pairs only; at timestep 600, their features differ by 1 % between "left" and "right", and
+        by 45 % between "wobbling" and "moving camera". With these settings, they differ by 30 % and 38 %.
+    seen: the loss weight of the squared relative change that motion words make to the prediction
     times: the range of timesteps
     """
 
@@ -141,7 +141,7 @@ def _texts(settings: WordTraining, step: int) -> list[str]:
 
 
 def _said(scene: Scene, words: str) -> str:
-    """Adds a motion's words to a scene's plain caption: after the thing or, if they begin with a comma, at the end."""
+    """Adds motion words to a scene's plain caption: after the thing or, if they begin with a comma, at the end."""
     thing = f"{opening(scene.style)} {describe(scene.things[0], 'none')}"
     place = background_phrase(scene.background)
     if not words or words.startswith(","):

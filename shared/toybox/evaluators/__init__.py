@@ -1,4 +1,4 @@
-"""The toybox's measuring instruments: a recognizer of attributes, an identity encoder, a CLIP and a pose estimator.
+"""The toybox's measuring instruments: a recognizer of attributes, an identity encoder, a CLIP model and a pose estimator.
 
 `weights/CARD.md` says how reliable each one is. Imports are lazy: importing this package does not load torch.
 """

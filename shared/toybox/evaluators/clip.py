@@ -1,4 +1,4 @@
-"""The toybox's own CLIP: an ordinary transformers folder (model, tokenizer, image processor), just small.
+"""The toybox's own small CLIP, stored as an ordinary transformers folder (model, tokenizer, image processor).
 
 `CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it without importing this project,
 so CLIP-T and CLIP-I run through exactly the code that would load a full-size CLIP.
@@ -27,7 +27,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class ClipConfig(BaseModel):
-    """Sizes of the two transformers; `patch` in pixels; `length` in tokens, including begin and end."""
+    """Sizes of the two transformers; `patch` is in pixels, `length` in tokens, including begin and end."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int = 64
@@ -42,7 +42,7 @@ class ClipConfig(BaseModel):
 
 
 def new_clip(config: ClipConfig, tokenizer: Any) -> Any:
-    """Creates an untrained `CLIPModel` for the words of `tokenizer`."""
+    """Creates an untrained `CLIPModel` for the vocabulary of `tokenizer`."""
     from transformers import CLIPConfig, CLIPModel
 
     ids = {
@@ -72,7 +72,7 @@ def new_clip(config: ClipConfig, tokenizer: Any) -> Any:
 
 
 def new_processor(config: ClipConfig, tokenizer: Any) -> Any:
-    """Creates the matching `CLIPProcessor`; its image processor uses Pillow (no torchvision)."""
+    """Creates the matching `CLIPProcessor`; its image processor uses Pillow, not torchvision."""
     from transformers import CLIPImageProcessorPil, CLIPProcessor
 
     pictures = CLIPImageProcessorPil(
@@ -116,7 +116,7 @@ def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"clip: no config.json in {folder}; make it with `pcs toybox train clip`")
+        raise FileNotFoundError(f"clip: no config.json in {folder}; create it with `pcs toybox train clip`")
     model = load_network(CLIPModel, Path(folder))
     pictures = CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
     tokenizer = load_tokenizer(CLIPTokenizer, Path(folder), model.config.text_config.vocab_size)
@@ -124,7 +124,7 @@ def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
 
 
 def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [0, 1], of the size that the model expects -> unit vectors `[B, D]`."""
+    """Embeds pictures `[B, 3, H, W]` in [0, 1], of the size that the model expects, as unit vectors `[B, D]`."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(pixels) for v in (MEAN, STD))
     parts = [
         _projected(model.get_image_features(pixel_values=(chunk - mean) / std)) for chunk in pixels.split(batch_size)
@@ -133,7 +133,7 @@ def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
 
 
 def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Captions -> unit vectors `[B, D]`; captions beyond the model's `length` are truncated."""
+    """Embeds captions as unit vectors `[B, D]`; captions longer than the model's `length` are truncated."""
     parts = []
     for start in range(0, len(texts), batch_size):
         chunk = list(texts[start : start + batch_size])
@@ -145,14 +145,14 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: 
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3) for unit vectors, `[B, D]` each; a scalar."""
+    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3), a scalar, for unit vectors `[B, D]` each."""
     logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def _state_float32(path: Path) -> None:
-    """Sets the type in `config.json` to float32: transformers 5 computes in that type, and the file itself is fp16."""
+    """Sets the type in `config.json` to float32: transformers 5 computes in that type, although the weights are in fp16."""
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", "utf-8")
 

@@ -53,9 +53,9 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Pictures `[B, 3, H, W]` in [0, 1] -> features `[B, features]`.
 
-    The features join, per channel, the mean of every stage's output, the maximum of the last stage's, and the mean over the
-    thing alone of every stage's but the first. `where` predicts the thing's position from the output of the third stage
-    (8×8 for a picture of 64×64); it is trained on the renderer's masks.
+    The features are statistics of each channel: the mean of every stage's output, the maximum of the last stage's output,
+    and, for all stages but the first, the mean over the thing alone. `where` predicts the thing's position from the output of
+    the third stage (8×8 for a 64×64 picture); it is trained on the renderer's masks.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -154,12 +154,12 @@ def adopt_state(model: nn.Module, folder: Path) -> bool:
 
 
 def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder and its parsed `config.json`. If that or the weights are missing, raises `FileNotFoundError` with
-    the command that creates them."""
+    """Returns the folder and its parsed `config.json`. If that file or the weights are missing, raises `FileNotFoundError`
+    with the command that creates them."""
     folder = Path(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{name}: no {file} in {folder}; make it with `pcs toybox train {name}`")
+            raise FileNotFoundError(f"{name}: no {file} in {folder}; create it with `pcs toybox train {name}`")
     return folder, json.loads((folder / CONFIG_FILE).read_text("utf-8"))
 
 

@@ -23,7 +23,7 @@ HIDDEN = 256
 _WIDE, _LEAST = (
     2.2,
     0.28,
-)  # half the side of the second look, in standard deviations of the thing's map; its minimum, in half-pictures
+)  # half the side of the crop, in standard deviations of the thing's map, and its minimum, as a fraction of half the picture
 _SURE = 0.15  # cells with a lower probability do not count as part of the thing
 
 
@@ -37,7 +37,7 @@ class IdentityConfig(BaseModel):
 
 
 class Palette(nn.Module):
-    """A learned histogram of the thing's colours, including its accents, without the background's: `[B, 2 * counts]`.
+    """A learned histogram of the thing's colours, including its accents but not the background: `[B, 2 * counts]`.
 
     Every point of the picture at half resolution is mapped separately to `counts` activations. The outputs are their mean
     and their maximum over the thing.
@@ -78,7 +78,7 @@ class Locator(Trunk):
         heat = self.read(pixels)[1].float().sigmoid()[:, 0]
         heat = heat * (heat > _SURE)
         side = heat.shape[-1]
-        place = (torch.arange(side, device=heat.device) + 0.5) / side * 2 - 1  # [-1, 1], as grid_sample counts
+        place = (torch.arange(side, device=heat.device) + 0.5) / side * 2 - 1  # [-1, 1], the coordinates of grid_sample
         total = heat.sum((1, 2)) + 1e-3
         across, down = heat.sum(1), heat.sum(2)
         x, y = ((weight * place).sum(1) / total for weight in (across, down))

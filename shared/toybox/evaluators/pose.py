@@ -23,7 +23,7 @@ _AZIMUTH = PATH.index("azimuth_deg")
 LINEAR = tuple(name for name in PATH if name != "azimuth_deg")
 """The columns of a path that are read as plain numbers, in the order of the network's outputs."""
 _PLACES = 32  # channels whose positions are kept
-_STEP_DEG = 45.0  # how far a thing usually turns from frame to frame, at most
+_STEP_DEG = 45.0  # the most that a thing usually turns from one frame to the next
 
 
 class PoseConfig(BaseModel):
@@ -38,7 +38,7 @@ class PoseConfig(BaseModel):
 class Poses:
     """The poses read from B pictures.
 
-    linear: `[B, 5]`, the columns `LINEAR`, in pictures, logarithms and degrees
+    linear: `[B, 5]`, the columns `LINEAR`, in fractions of the picture, logarithms and degrees
     azimuths: `[B, bins]`, the probability of each azimuth bin, the first of which is centred on 0 (front)
     """
 
@@ -71,7 +71,7 @@ class PoseEstimator(nn.Module):
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch_size: int = 128) -> Poses:
-        """Reads the poses in `[B, 3, 64, 64]` in [0, 1], on the CPU."""
+        """Reads the poses in pictures `[B, 3, 64, 64]` in [0, 1]; the result is on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
@@ -104,7 +104,7 @@ def path_of(poses: Poses, follow: bool = True) -> Array:
 def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
     """Finds the most probable sequence of azimuth bins: probabilities `[F, bins]` -> int64 `[F]`.
 
-    Viterbi's algorithm, with turns from frame to frame that follow a wrapped normal distribution of standard deviation
+    This is Viterbi's algorithm; turns from frame to frame follow a wrapped normal distribution with standard deviation
     `step_deg` / 2.
     """
     bins = chances.shape[1]
@@ -123,7 +123,8 @@ def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
 
 
 def _around(chances: Tensor, at: Tensor) -> Tensor:
-    """Averages directions by their probabilities `[B, bins]`, over the bins `at` `[B]` and their neighbours: `[B]` degrees."""
+    """Averages directions, weighted by probabilities `[B, bins]`, over the bins `at` `[B]` and their neighbours:
+    `[B]` degrees."""
     bins = chances.shape[1]
     near = (at[:, None] + torch.arange(-2, 3)) % bins
     weight = chances.gather(1, near) + 1e-9

@@ -1,7 +1,7 @@
 """The recognizer: reads the attributes of a toybox picture, in the words of its captions.
 
-It is a small convolutional network with a head per attribute, and the instrument behind "attribute accuracy";
-`weights/CARD.md` states its accuracy.
+It is a small convolutional network with one head per attribute; the "attribute accuracy" metric is measured with it.
+`weights/CARD.md` states how accurate it is.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def where(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """Returns the probability that a cell shows the thing, `[B, 8, 8]`, for `[B, 3, 64, 64]` in [0, 1]."""
+        """Returns the probability that each cell shows the thing, `[B, 8, 8]`, for pictures `[B, 3, 64, 64]` in [0, 1]."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self.trunk.read(chunk.to(device, torch.float32))[1][:, 0] for chunk in pixels.split(batch_size)]

@@ -26,7 +26,7 @@ def _known(frames: int) -> tuple[tuple[str, ...], Array]:
 
 
 def nearest_captioned(path: Array) -> str:
-    """Finds the captioned motion, or "still", with the path nearest to a path `[F, 6]` (`path_distance`).
+    """Finds the captioned motion, or "still", whose path is nearest to a given one `[F, 6]` (`path_distance`).
 
     A path does not include the background, so an orbit of the camera and a spin differ only in the angle turned.
     """

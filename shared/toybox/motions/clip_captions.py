@@ -12,7 +12,7 @@ from shared.toybox.motions.captioned import MOTIONS, captioned_motion
 from shared.toybox.motions.clips import MovingScene
 from shared.toybox.tokenizer import MAX_LENGTH
 
-# The first of each is the canonical one. Those with a comma go at the end of a caption, in place of the view.
+# The first phrase of each motion is the canonical one. Phrases with a comma go at the end of a caption, in place of the view.
 PHRASES: dict[str, tuple[str, ...]] = {
     "spin": ("spinning", "turning around", "spinning around"),
     "slide left": ("moving to the left", "sliding to the left", "moving left"),
@@ -25,7 +25,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "recede": ("moving away", "going away"),
     "orbit": (", moving camera", ", the camera moving around it", ", the camera turning around it"),
 }
-# The number of tokens into which the toybox's tokenizer, built for pictures, splits these words.
+# The number of tokens into which the toybox's tokenizer, built for captions of pictures, splits these words.
 _PIECES = {
     "sliding": 3,
     "down": 2,
@@ -42,12 +42,12 @@ _PIECES = {
 
 
 def motion_phrase(name: str) -> str:
-    """Returns the canonical words for a captioned motion, for example "spinning". ValueError, with the motions, for others."""
+    """Returns the canonical words for a captioned motion, for example "spinning". ValueError, with the choices, for others."""
     return PHRASES[captioned_motion(name).name][0]
 
 
 def _room(words: str) -> int:
-    """Returns how many words and commas a caption with these words may have without losing tokens."""
+    """Returns how many words and commas a caption with these words may have without being truncated."""
     extra = sum(_PIECES.get(word, 1) - 1 for word in words.replace(",", "").split())
     return MAX_LENGTH - 2 - extra
 

@@ -33,7 +33,7 @@ def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 
 def write_motion_sheet(
     out: Path, names: Sequence[str], sizes: tuple[int, int, int] = (1, 8, 16), seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """Writes a PNG with clips of the named motions (held-out ones by their full names), or of all motions without names.
+    """Writes a PNG with clips of the named motions (held-out ones by their full names), or of all motions if none are named.
 
     sizes: clips per motion, frames shown per clip, frames per clip. ValueError for an unknown motion, or from `check_file`.
     """

@@ -1,7 +1,7 @@
 """Draws clips of one moving thing, with the ground truth of each frame.
 
-`render` draws every frame with the same thing, background and light. A thing's shadow moves with it, even in the air, as in
-the pictures that the toybox's model was trained on.
+`render` draws every frame with the same thing, background and light. A thing's shadow moves with it, even in mid-air, as
+in the pictures that the toybox's model was trained on.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def sample_moving(
 ) -> MovingScene:
     """Samples a random clip of a motion (None: any captioned one).
 
-    split and fixed: as in `world.sample_scene`, except camera, view and two, because the motion places one thing. If the
+    split and fixed: as in `world.sample_scene`, but without camera, view and two, because the motion places one thing. If the
     camera moves, the background (unless fixed) is one that makes the movement visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):
@@ -91,7 +91,7 @@ def sample_moving(
 
 @torch.no_grad()
 def draw_clip(moving: MovingScene, size: int = 64, device: str | torch.device = "cpu") -> Clip:
-    """Draws the frames of a clip with their ground truth. The same clip gives the same bits on a CPU."""
+    """Draws the frames of a clip with their ground truth. On a CPU, the same clip always gives the same bits."""
     where, scenes = torch.device(device), moving.scenes()
     things = instances(scenes, where)
     hits = visible(things, groups(things, SPACING * 64 / size, where), len(scenes), 2 * size)

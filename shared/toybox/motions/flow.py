@@ -11,12 +11,14 @@ from shared.toybox.splat import DISTANCE, Hits, Instances, projected, turned
 from shared.toybox.surfaces import HitImage, halved
 
 _BEHIND = 0.06  # radii: a point this much farther away than the surface at its pixel in the next frame is hidden
-_GRAZING = 0.2  # the cosine below which a surface is seen edge-on
+_GRAZING = 0.2  # the cosine below which a surface counts as seen edge-on
 
 
 @dataclass(frozen=True)
 class Flow:
-    """moved: [F-1, H, W, 2], pixels to the right and down from a frame to the next; known: bool [F-1, H, W], true if the
+    """The optical flow of a clip.
+
+    moved: [F-1, H, W, 2], pixels to the right and down from one frame to the next; known: bool [F-1, H, W], true if the
     pixel shows a single surface that is also visible in the next frame.
 
     Where the flow is not known, `moved` is the flow of the surface that covers most of the pixel.
@@ -51,7 +53,7 @@ def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
 
 
 def _open(cover: Tensor, by: Tensor) -> Tensor:
-    """Finds where the background is visible, and again in the next frame, `by` [F-1] pixels to the right: bool [F-1, H, W]."""
+    """Finds where the background is visible in a frame and, `by` [F-1] pixels to the right, in the next: bool [F-1, H, W]."""
     size = cover.shape[-1]
     at = torch.arange(size, device=cover.device) + by[:, None]
     inside = (at >= 0) & (at <= size - 1)

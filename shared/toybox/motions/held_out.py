@@ -33,7 +33,7 @@ def _spiral(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _hop_and_turn(t: Array, p: Parameters) -> dict[str, Array]:
-    # Two hops with half a turn in the air, and a rest after each.
+    # Two hops, each with half a turn in the air and followed by a rest.
     jumps = [np.clip((t - start) / 0.36, 0, 1) for start in (0.04, 0.54)]
     turned = 180 * (jumps[0] + jumps[1])
     return {"y": -p["high"] * (hop(jumps[0]) + hop(jumps[1])), "azimuth_deg": turned}
@@ -117,7 +117,7 @@ def motion_names() -> dict[str, Motion]:
 
 
 def held_out_motions(split: str) -> tuple[Motion, ...]:
-    """Returns a split's motions. ValueError, with the splits, for an unknown one."""
+    """Returns a split's motions. ValueError, with the choices, for an unknown split."""
     if split not in HELD_OUT:
         raise ValueError(unknown(split, HELD_OUT, "held-out split"))
     return HELD_OUT[split]

@@ -1,4 +1,4 @@
-"""Motions that must not be mistaken for a given one: the same path in another rhythm or direction, or mirrored."""
+"""Motions that must not be mistaken for a given one: the same path with another rhythm or direction, or mirrored."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _steady(shape: Shape) -> Shape:
         n = max(len(values) for values in p.values())
         moved = {name: np.broadcast_to(values, (n, _FINE)) for name, values in shape(fine, p).items()}
         steps = sum((np.diff(v, axis=-1) / UNITS[name]) ** 2 for name, v in moved.items() if name in UNITS)
-        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # a little even at rest, to keep it strictly increasing
+        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # the small constant keeps it strictly increasing even at rest
         gone = np.concatenate([np.zeros((n, 1)), gone / gone[:, -1:]], axis=-1)
         when = np.stack([np.interp(t, row, fine) for row in gone])
         return {
@@ -90,8 +90,8 @@ def look_alikes(motion: Motion) -> tuple[Motion, ...]:
 def candidates(motion: Motion, split: str, frames: int = 16) -> dict[str, Array]:
     """Returns the paths that a clip's path is compared with to recognise a motion: name -> `[F, 6]`.
 
-    They are the motion itself, its look-alikes, the other held-out motions of its split, and standing still, so that frozen
-    clips are recognised.
+    They are the paths of the motion itself, its look-alikes, the other held-out motions of its split, and a thing that stands
+    still, so that frozen clips are recognised.
     """
     others = [other for other in held_out_motions(split) if other.name != motion.name]
     paths = {m.name: m.path(frames) for m in (motion, *look_alikes(motion), *others)}

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 
 PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
-"""The columns of a path, as in `world.Camera`: x right and y down in pictures, the natural logarithm of the scale."""
+"""The columns of a path, as in `world.Camera`: x right and y down in fractions of the picture, the natural logarithm of the
+scale."""
 CHANNELS = (*PATH, "pan")
-"""The channels a motion can change: the path, and for camera motions the background's shift (to the right, in pictures)."""
+"""The channels a motion can change: the path, and for camera motions the background's shift (to the right, in
+fractions of the picture)."""
 
 Parameters: TypeAlias = Mapping[str, Array]
 Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
@@ -30,7 +32,7 @@ class Motion:
 
     shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all N; channels it omits stay at 0.
     limits: the range from which each parameter is drawn uniformly. either_way: parameters that are +1 or -1.
-    facing_deg: the azimuth that the path's is relative to, for a thing that must face along its path; None: any azimuth.
+    facing_deg: the azimuth that the path's azimuths are relative to, for a thing that must face along its path; None: any.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Motion:
         return drawn | {name: rng.choice((-1.0, 1.0), (n, 1)) for name in self.either_way}
 
     def median(self) -> dict[str, Array]:
-        """Returns the midpoints of the parameters' limits, and +1 for those of `either_way`, [1, 1] each."""
+        """Returns the midpoints of the parameters' limits, and +1 for the parameters in `either_way`, [1, 1] each."""
         middle = {name: np.full((1, 1), (low + high) / 2) for name, (low, high) in self.limits.items()}
         return middle | {name: np.ones((1, 1)) for name in self.either_way}
 
@@ -61,7 +63,7 @@ class Motion:
         return out
 
     def path(self, frames: int = 16) -> Array:
-        """Returns the path [F, 6] of the median parameters, placed at 0, which represents the motion in comparisons."""
+        """Returns the path [F, 6] for the median parameters, placed at 0; it represents the motion in comparisons."""
         return self.offsets(self.median(), frames)[0, :, : len(PATH)]
 
 

@@ -1,15 +1,15 @@
-"""Measures how far apart two motions are, by their paths over time.
+"""Measures how far apart two motions are by comparing their paths over time.
 
 The distance between two paths a and b, `[F, 6]` with the columns `motion.PATH`, is the root mean square over the F frames of
-their difference in units of a clearly visible change (`UNITS`), after each column is shifted to bring them closest:
+their difference in units of a clearly visible change (`UNITS`), after each column is shifted to minimise this distance:
 
     d² = min over shifts s of 1/F Σ_t ( Σ_linear ((a_t - b_t - s) / unit)² + |exp(i a_t) - exp(i (b_t + s))|² / chord² )
 
-The azimuth a, which wraps around, is compared on the unit circle, where one unit is a chord of 2 sin(unit / 2). The other
+The azimuth, which wraps around, is compared on the unit circle, where one unit is a chord of 2 sin(unit / 2). The other
 columns are linear. Both minima have closed forms: for a linear column, the best shift is the difference between the means;
 for the azimuth, the smallest mean of |…|² is 2 - 2 |mean exp(i (a - b))|.
 
-- **Ignored**: where a motion begins. A thing's first place, size, view and tilt belong to the picture, so the same motion
+- **Ignored**: where a motion begins. A thing's initial place, size, view and tilt belong to the picture, so the same motion
   further to the left has distance 0. The shift is fitted to all frames rather than taken from the first, so that an error in
   one frame does not affect the others.
 - **Not ignored**: timing (rhythm, direction, phase), mirroring and size. A zigzag half as large is a different motion.
@@ -33,8 +33,8 @@ UNITS: dict[str, float] = {
     "elevation_deg": 30.0,
     "roll_deg": 15.0,
 }
-"""The unit of each column: a tenth of the picture for the position, a growth of about a quarter for the scale, half the way
-to the next view for the azimuth, and 30 and 15 degrees for the elevation and the roll."""
+"""The unit of each column: a tenth of the picture for the position, growth by about a quarter for the scale, half the
+angle between neighbouring views for the azimuth, and 30 and 15 degrees for the elevation and the roll."""
 
 _TURN = PATH.index("azimuth_deg")
 _LINES = [i for i in range(len(PATH)) if i != _TURN]

@@ -6,7 +6,7 @@ import numpy as np
 
 from shared.toybox.motions.motion import CHANNELS, PATH, Array, Motion
 
-SMALLEST, LARGEST = 0.42, 1.02  # scales; training pictures have 0.4 to 1.1
+SMALLEST, LARGEST = 0.42, 1.02  # scales; training pictures use 0.4 to 1.1
 _SIDES_DEG = (0.0, 90.0, -90.0, 180.0)
 
 
@@ -16,7 +16,7 @@ def room(scale: Array) -> Array:
 
 
 def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = None) -> Array:
-    """Turns offsets `[N, F, 7]` into paths `[N, F, 6]`: each begins at a random place, size and view that leave room for it.
+    """Turns offsets `[N, F, 7]` into paths `[N, F, 6]`: each begins at a random place, size and view that leave room to move.
 
     The elevation is between 0 and 35 degrees; the azimuth is near one of the four sides, or exactly `facing_deg`.
     """

@@ -1,4 +1,4 @@
-"""Writes held-out motions as folders of clips, like those of a user: one motion, by different things in different places."""
+"""Writes held-out motions as folders of clips, like a user's: one motion, performed by different things in different places."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
 
 
 def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
-    """Samples n clips of a held-out motion, each of a plain thing, which captions can describe, of another class on another
-    background.
+    """Samples n clips of a held-out motion, each with a plain thing of another class on another background.
 
-    Classes and backgrounds repeat only after all have been used. ValueError for an unknown motion or a bad number of frames.
+    Things are plain so that captions can describe them. Classes and backgrounds repeat only after all have been used.
+    ValueError for an unknown motion or an invalid number of frames.
     """
     motion = held_out_motion(name)
     if frames not in FRAMES:
