@@ -39,12 +39,12 @@ class MotionTraining:
     """Settings.
 
     lr: the peak rate of the motion modules
-    word_lr: the peak rate of the words' embeddings. It is low: at ten times this rate, words that do not help early on drift
-        to values that the network ignores.
+    word_lr: the peak rate of the words' embeddings, kept low: at ten times this rate, words that do not help early in
+        training drift to values that the network ignores
     words: settings for preparing the words before training
     short: the initial fraction of steps, which use every second frame (8 of 16) of twice as many clips
     t_uniform, t_mean: see `draw_times`; motion is decided at higher noise than appearance
-    moving_weight: the loss weight of the part of the error that varies over time, relative to its mean over time
+    moving_weight: the loss weight of the time-varying part of the error; that of the error's mean over time is 1
     """
 
     batch: int = 4  # clips of 16 frames; with 8 frames, twice as many
@@ -83,7 +83,7 @@ class MovingDenoiser(nn.Module):
     """The frozen text model and U-Net with motion modules; only these modules and the words' embeddings are trained.
 
     Args:
-        pipe: the pipeline for pictures; the words of motions are added to its tokenizer and text model
+        pipe: the picture pipeline; the motion words are added to its tokenizer and text model
         settings: the settings for training the motion module
     """
 
@@ -132,7 +132,7 @@ def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any:
-    """Builds a new `MotionAdapter` for a U-Net for pictures: one temporal block per layer, initially the identity."""
+    """Builds a new `MotionAdapter` for a picture U-Net: one temporal block per layer, initially the identity."""
     from diffusers import MotionAdapter
 
     adapter: Any = MotionAdapter(
@@ -265,14 +265,14 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     """Trains the motion module of a finished backbone on the clips in `work/clips`. Returns the folder of its checkpoint
     and log.
 
-    `run.steps` counts the whole run (8 frames first, then 16); minutes only pause it.
+    `run.steps` is the length of the whole run (8 frames first, then 16); `run.minutes` only pauses it.
     """
     from diffusers import StableDiffusionPipeline
 
     from shared.train import checkpoint
 
     if run.steps is None:
-        raise ValueError("training the motion module needs a number of steps, which is split between 8 and 16 frames")
+        raise ValueError("set the number of steps: the run is divided between clips of 8 and of 16 frames")
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
     folder, workers = motion_folder(work), run.threads or torch.get_num_threads()
     compute = run.compute()
@@ -293,7 +293,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
 def _prepare_words(
     pipe: StableDiffusionPipeline, data: ClipLatents, settings: MotionTraining, compute: Compute
 ) -> None:
-    """Makes the words of motions visible to the motion modules, using the first frames of the clips."""
+    """Makes the motion words visible to the motion modules, using the first frames of the clips."""
     pipe.unet.to(compute.device)
     pipe.text_encoder.to(compute.device)
     first = data.take(range(min(len(data), 500)))[0][:, :, 0]
