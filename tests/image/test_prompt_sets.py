@@ -57,7 +57,7 @@ def test_prompts_name_the_concept_or_its_class() -> None:
     [
         ("no-such-set", None, r"unknown prompt set 'no-such-set'.*toybox"),
         ("toyboks", None, r"Did you mean 'toybox'"),
-        ("gone.yaml", None, r"no such file"),
+        ("gone.yaml", None, r"at that path either"),
         ("empty.txt", "# nothing\n", r"contains no prompts"),
         ("bare.txt", "a photo of a mug\n", r"does not say where the subject goes"),
         ("field.txt", "a {concpt}\n", r"Did you mean '\{concept\}'"),

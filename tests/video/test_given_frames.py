@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused_by_its_name(photo: Path, clip: Path, tmp_p
     wan = WanBackbone(build_wan(), "tiny")
     write_clip(tmp_path / "short", moving_square(0, 3), 8)
     for given, message in [
-        (GivenFrames(path=clip, frames=4), "a clip of 4 frames does not fit wan, .* nearest: 1 and 5"),
+        (GivenFrames(path=clip, frames=4), "a clip of 4 frames does not fit wan, .*nearest: 1 and 5"),
         (GivenFrames(path=clip), "clip fixes 9 of 9 frames"),
         (GivenFrames(path=clip, frames=12), "clip has only 9 frames, but its first 12 are requested"),
         (GivenFrames(path=tmp_path / "short", mask=photo), "short has 3 frames, but 9 are needed"),

@@ -153,7 +153,7 @@ def test_masks_of_clips_are_joined_as_the_autoencoder_joins_frames(backbone: Any
 
 def test_a_window_that_does_not_fit_is_refused(longer_clips: Path, tmp_path: Path) -> None:
     backbone = FAMILIES["wan"]()
-    with pytest.raises(ValueError, match="a clip of 4 frames does not fit wan, .* nearest: 1 and 5"):
+    with pytest.raises(ValueError, match="a clip of 4 frames does not fit wan, .*nearest: 1 and 5"):
         finish(run_on_clips(backbone, longer_clips, tmp_path, 4))
 
 
