@@ -126,9 +126,8 @@ class Batch:
     owners: tuple[tuple[str, ...], ...]  # B; as in `Example`
     role: tuple[Role, ...]  # B
     latents: Tensor  # [B, C, (f), h, w]
-    owner_masks: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # owner -> [B, 1, (f), h, w]; all 0 for examples without it
+    # owner -> [B, 1, (f), h, w]; all 0 for examples without it
+    owner_masks: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None  # [B, 1, (f), h, w] in [0, 1]: the union of an example's masks; all 1 if it has none
     valid: Tensor | None = None  # [B, 1, (f), h, w]
     pixels: Tensor | None = None  # [B, 3, (F), H, W], if a part needs them (the need "pixels")

@@ -51,9 +51,8 @@ class AssetRow:
     training_seconds: float | None
     peak_memory: float | None  # bytes
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
-    apart: Mapping[str, float] = field(
-        default_factory=dict
-    )  # subjects left out of pooled figures -> the share of their true renders that are verified
+    # subjects left out of pooled figures -> the share of their true renders that are verified
+    apart: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None

@@ -82,9 +82,8 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        length = (
-            grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)
-        )  # NaN or Inf come from a step that the loop reverts
+        # NaN or Inf come from a step that the loop reverts
+        length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)
         self.pull += length
         self.pulled += length > 0
 

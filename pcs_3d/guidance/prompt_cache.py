@@ -29,9 +29,8 @@ class PromptCache:
     def __init__(self, backbone: Backbone, on_device: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.backbone, self.on_device = backbone, on_device
         self._kept: dict[tuple[str, str], Conditioning] = {}
-        self._hashes: dict[
-            int, tuple[Any, tuple[Any, ...], str]
-        ] = {}  # by id: the object, its tensors' versions, its hash
+        # by id: the object, its tensors' versions, its hash
+        self._hashes: dict[int, tuple[Any, tuple[Any, ...], str]] = {}
         self._touches_text: dict[int, tuple[Adapter, bool]] = {}
 
     def __len__(self) -> int:

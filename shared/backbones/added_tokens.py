@@ -131,9 +131,8 @@ class TokenOverlay:
             return positions
         pattern = _whole(words, any(token in words for token in self.tokens))
         for row, (prompt, offsets) in enumerate(zip(prompts, out["offset_mapping"], strict=True)):
-            spans = [
-                (a + len(prompt[a:b]) - len(prompt[a:b].lstrip()), b) for a, b in offsets
-            ]  # T5's tokens may include the space before them
+            # T5's tokens may include the space before them
+            spans = [(a + len(prompt[a:b]) - len(prompt[a:b].lstrip()), b) for a, b in offsets]
             starts, ends = ({span[i] for span in spans if span[0] < span[1]} for i in (0, 1))
             for start, end in (match.span() for match in pattern.finditer(prompt)):
                 if start in starts and end in ends:  # otherwise the match begins or ends inside a token

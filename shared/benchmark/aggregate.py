@@ -55,9 +55,8 @@ class Row:
     seconds_per_picture: float | None
     concept_bytes: float | None
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> what went wrong
-    apart: Mapping[str, float] = field(
-        default_factory=dict
-    )  # subject -> T, for subjects that are left out of the scores because T is too low
+    # subject -> T, for subjects that are left out of the scores because T is too low
+    apart: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None

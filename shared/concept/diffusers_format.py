@@ -247,9 +247,8 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     """Writes README.txt: the lines of Python that load the export."""
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
-    own = (
-        public_name(backbone.name) != backbone.name and backbone.world is None
-    )  # a local path, which differs on other machines
+    # a local path, which differs on other machines
+    own = public_name(backbone.name) != backbone.name and backbone.world is None
     source = json.dumps("{model}" if own else backbone.name)
     if backbone.world is not None:
         import_line, source = backbone.world.find

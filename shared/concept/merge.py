@@ -205,9 +205,10 @@ def _with(concept: Concept, deltas: Mapping[str, Tensor], names: Sequence[str], 
     for component, _, path in (key.partition(".") for key in sorted(deltas)):
         paths.setdefault(component, []).append(path)
     tensors = {**concept.tensors, "weights": {f"{SLOT}.{key}": delta for key, delta in deltas.items()}}
+    # the old scores were measured with other weights
     scores = {
         "merged": ", ".join(names),
         "merge_method": method,
-    }  # the old scores were measured with other weights
+    }
     meta = with_fields(concept.meta, weights={SLOT: paths}, metrics=scores, adapter_id=adapter_id(tensors), files={})
     return replace(concept, meta=meta, tensors=tensors, preview=None, path=None)

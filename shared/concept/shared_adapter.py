@@ -15,9 +15,8 @@ class SharedAdapter:
 
     def __init__(self, adapter: Adapter, owner: str, strengths: dict[str, float] | None = None) -> None:
         self.adapter, self.owner = adapter, owner
-        self.strengths: dict[str, float] = (
-            {} if strengths is None else strengths
-        )  # by owner; all shares use the same mapping
+        # by owner; all shares use the same mapping
+        self.strengths: dict[str, float] = {} if strengths is None else strengths
 
     def share(self, owner: str) -> SharedAdapter:
         """Returns the same adapter under another concept's name."""

@@ -185,9 +185,8 @@ def _call(backbone: Backbone, component: str, conditioning: Any) -> dict[str, An
     """Returns the arguments and output of one call that the backbone makes to a denoiser, at the middle of its time range."""
     side = min(backbone.resolution, _SIDE)
     generator = torch.Generator().manual_seed(_SEED)
-    frames = (
-        None if backbone.frames is None else backbone.frame_factor + 1
-    )  # two latent frames, so that attention across frames has an effect
+    # two latent frames, so that attention across frames has an effect
+    frames = None if backbone.frames is None else backbone.frame_factor + 1
     shape = backbone.latent_shape(side, side, frames)
     noise = torch.randn(1, *shape, generator=generator).to(backbone.device, backbone.dtype)
     middle = int(sum(backbone.noise_ranges[component]) / 2)

@@ -92,9 +92,8 @@ def evaluate(
     run = _Run(generate, base_generate, settings.chunk, progress, settings.kept)
     report = _Evaluation(case, prompts, scorer, run, seeds).report()
     if out is not None:
-        tables = {
-            "scores.csv": scores_csv(report).encode()
-        }  # saved with the pictures, so that the folder is written atomically
+        # saved with the pictures, so that the folder is written atomically
+        tables = {"scores.csv": scores_csv(report).encode()}
         save_report(report.model_copy(update={"thumbs": {**report.thumbs, **tables}}), out, settings.overwrite)
     return report
 

@@ -58,9 +58,8 @@ def load_network(
         if of_the_machine(error):
             raise
         raise ValueError(f"cannot load {folder} as {kind.__name__}: {first_line(error)}") from error
-    empty = {
-        n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta
-    }  # listed in an index, but not in any file
+    # listed in an index, but not in any file
+    empty = {n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta}
     wrong = {key for key, *_ in info["mismatched_keys"]}
     _check_keys({**info, "missing_keys": {*info["missing_keys"], *empty} - wrong}, folder, kind.__name__, unused)
     return model

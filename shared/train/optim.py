@@ -156,9 +156,8 @@ class Optimizers:
         called when the gradient is finite, just before the parameters change.
         """
         limit = self.settings[group].max_grad_norm
-        accelerator.unscale_gradients(
-            self.prepared[group]
-        )  # fp16; only this group's gradients, because phases share parameters
+        # fp16; only this group's gradients, because phases share parameters
+        accelerator.unscale_gradients(self.prepared[group])
         parameters = self.parameters([group])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1

@@ -52,9 +52,8 @@ class PeftAdapter:
         check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
         peft_name = f"{name}__{slot}"
-        while peft_name in getattr(
-            model, "peft_config", {}
-        ):  # an adapter shared by several concepts outlives the first one
+        # an adapter shared by several concepts outlives the first one
+        while peft_name in getattr(model, "peft_config", {}):
             peft_name += "_"
         trainable = {id(p): p.requires_grad for p in model.parameters()}
         active: dict[Any, list[str]] = {

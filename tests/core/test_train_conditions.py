@@ -49,7 +49,7 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
     assert backbone.strengths == {"old": strength, "mug": 1.0}, "switched back"
 
     def elsewhere(other: Any) -> Tensor:
-        """The same on a backbone that never had the concept being trained."""
+        """The same on a backbone on which the concept was never trained."""
         prompts = [c.replace(backbone.placeholders["mug"].words, "mug") for c in step.batch.captions]
         with torch.no_grad():
             return other.predict(step.x_t, step.t, other.encode(prompts))

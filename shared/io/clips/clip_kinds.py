@@ -63,9 +63,8 @@ def stated_size(path: Path) -> int | None:
     if head[:4] != b"\x1aE\xdf\xa3":
         return None
     length, place = _ebml_size(head, 4)
-    if (
-        length is None or head[place + length : place + length + 4] != b"\x18S\x80g"
-    ):  # the segment, which holds everything else
+    # the segment, which holds everything else
+    if length is None or head[place + length : place + length + 4] != b"\x18S\x80g":
         return None
     segment, begin = _ebml_size(head, place + length + 4)
     return None if segment is None else begin + segment

@@ -28,9 +28,8 @@ class Clip:
     """One window of a clip."""
 
     frames: Tensor  # [3, F, H, W] float32 in [-1, 1]
-    masks: (
-        Tensor | None
-    )  # [1, F, H, W] in [0, 1]: where the subject is; [1, 1, H, W] if only the first frame's mask is known
+    # [1, F, H, W] in [0, 1]: where the subject is; [1, 1, H, W] if only the first frame's mask is known
+    masks: Tensor | None
     valid: Tensor | None  # [1, F, H, W] in [0, 1]: where the clip is real (not padding); None: everywhere
     fps: float | None  # frames per second; None for a folder of frames without a known rate
     picks: tuple[int, ...]  # F: the indices of these frames in the file

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 HIDDEN = 256
+# half the side of the crop, in standard deviations of the thing's map, and its minimum, as a fraction of half the picture
 _WIDE, _LEAST = (
     2.2,
     0.28,
-)  # half the side of the crop, in standard deviations of the thing's map, and its minimum, as a fraction of half the picture
+)
 _SURE = 0.15  # cells with a lower probability do not count as part of the thing
 
 
