@@ -35,7 +35,7 @@ def generate(
 ) -> list[Path]:
     """Writes one PNG for each prompt and seed, with the metadata needed to reproduce it."""
     check_output(out.path, out.overwrite)
-    settings = runner.with_own_strengths(settings)
+    settings = runner.with_own_sampling(settings)
     shots = [(p, s) for p in prompts for s in seeds]
     pixels = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
     paths = []

@@ -68,7 +68,7 @@ def generate(
     out.check(len(shots))
     if out.one_file and out.with_sheet:
         check_file(out.sheet(), out.overwrite)
-    settings = runner.with_own_strengths(settings)
+    settings = runner.with_own_sampling(settings)
     clips = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
     about = [{**metadata(p, s, runner, settings), "fps": f"{out.fps:g}"} for p, s in shots]
     if out.one_file:

@@ -16,6 +16,7 @@ from pcs_video.motion.dual_path import DualPathTask
 from pcs_video.motion.frozen_clips import FrozenClips
 from pcs_video.motion.generated_clips import GeneratedClips
 from pcs_video.motion.motion_embeddings import MotionEmbeddings
+from pcs_video.motion.trajectory import Trajectory
 from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
 from shared.io.clips.find_clips import find_clips
 from shared.io.read_subject import plain_noun
@@ -63,6 +64,9 @@ class ClipSampling(Sampling):
     """How clips are generated, during training and by default afterwards. null: the backbone's own."""
 
     frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
+    trajectory: Trajectory | None = (
+        None  # makes clips that name the motion follow its path; null: the model alone decides
+    )
 
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength schedule."""

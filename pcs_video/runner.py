@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,21 @@ from pcs_video.backbones.frame_grid import frame_check
 from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.motion.alternate import Alternate, AlternateTask
 from pcs_video.motion.dual_path import DualPath, DualPathTask
-from pcs_video.recipe import check_lengths
+from pcs_video.motion.trajectory import FollowTrajectory, Trajectory, measure
+from pcs_video.recipe import check_lengths, clip_sources
 from shared.backbones import Backbone
+from shared.concept import Concept
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.contact_sheets import stills
+from shared.io.denoising_progress import Steps
 from shared.metrics.clips.report import ClipReport
+from shared.recipe.schema import Recipe
 from shared.runner.base import Runner, attached
 from shared.runner.clip_scorers import clip_training_scorers
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.runner.plan import Plan
+from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 
 __all__ = ["VideoRunner", "attached"]
@@ -65,6 +72,78 @@ class VideoRunner(Runner):
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
             check_lengths(planned.recipe, check)
+
+    def personalize(
+        self, subjects: Mapping[str, Subject], recipe: Recipe, workdir: Path, **more: Any
+    ) -> dict[str, Concept]:
+        """Learns as `Runner.personalize` does, after measuring the trajectory of a motion if the recipe asks for one.
+
+        Raises ValueError also if a trajectory cannot be measured; see `trajectory.measure`.
+        """
+        return super().personalize(subjects, self.measured(subjects, recipe), workdir, **more)
+
+    def measured(self, subjects: Mapping[str, Subject], recipe: Recipe) -> Recipe:
+        """Returns the recipe with the points of `sampling.trajectory`, if they are not set, measured on the clips."""
+        how: Any = recipe.sampling
+        asked: Trajectory | None = getattr(how, "trajectory", None)
+        if asked is None or asked.points:
+            return recipe
+        sources, moving = clip_sources(recipe), [s for s in subjects.values() if s.clips]
+        if len(moving) != 1 or not sources:
+            raise ValueError(
+                "sampling.trajectory: measured on the clips of exactly one motion: give subject.clips=FOLDER"
+            )
+        side = recipe.train.resolution or self.backbone.resolution
+        found = asked.model_copy(update={"points": measure(moving[0], sources[0], side)})
+        return recipe.model_copy(update={"sampling": how.model_copy(update={"trajectory": found})})
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingSettings = SamplingSettings(),
+        *,
+        base: bool = False,
+        must_name: bool = True,
+        progress: Steps | None = None,
+    ) -> Tensor:
+        """Generates as `Runner.generate` does. A trajectory is followed only by clips whose prompts name its motion."""
+
+        def made(rows: Sequence[int], how: SamplingSettings) -> Tensor:
+            some = [prompts[i] for i in rows], [seeds[i] for i in rows]
+            return super(VideoRunner, self).generate(*some, how, base=base, must_name=must_name, progress=progress)
+
+        paths = [] if base else [h for h in self.with_own_sampling(settings).hooks if isinstance(h, FollowTrajectory)]
+        if not paths or len(prompts) != len(seeds):
+            return super().generate(prompts, seeds, settings, base=base, must_name=must_name, progress=progress)
+        groups: dict[tuple[FollowTrajectory, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            groups.setdefault(tuple(h if f"<{h.name}>" in prompt else h.resting() for h in paths), []).append(row)
+        others = tuple(h for h in settings.hooks if not isinstance(h, FollowTrajectory))
+        parts = {tuple(rows): made(rows, replace(settings, hooks=(*others, *own))) for own, rows in groups.items()}
+        order = [row for rows in parts for row in rows]
+        return torch.cat(list(parts.values()))[torch.tensor(order).argsort()]
+
+    def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
+        """Also adds the trajectory of each loaded motion, scaled by its strength."""
+        settings = super().with_own_sampling(settings)
+        said = {hook.name for hook in settings.hooks if isinstance(hook, FollowTrajectory)}
+        own = []
+        for name, loaded in self.loaded.items():
+            learned = loaded.concept.meta.learned_with.sampling.trajectory
+            strength = self.backbone.strengths.get(name, 1.0)
+            if learned is not None and learned.points and strength and name not in said:
+                path = Trajectory(start=learned.start, points=learned.points).scaled(strength)
+                own.append(FollowTrajectory(name=name, trajectory=path))
+        return replace(settings, hooks=(*settings.hooks, *own))
+
+    def _as_trained(self, recipe: Recipe) -> SamplingSettings:
+        settings = super()._as_trained(recipe)
+        path = getattr(recipe.sampling, "trajectory", None)
+        new = (
+            [n for n in self.backbone.placeholders if n not in self.loaded] if path is not None and path.points else []
+        )
+        return replace(settings, hooks=(*settings.hooks, *(FollowTrajectory(name=n, trajectory=path) for n in new)))
 
     def evaluate_clips(self, settings: ClipEvaluationSettings = ClipEvaluationSettings()) -> ClipReport:
         """Measures the loaded motion, the loaded subject, or both in clips, as `pcs video evaluate` does.

@@ -177,11 +177,11 @@ class Runner:
         negatives = (settings.negative,) if isinstance(settings.negative, str) else settings.negative
         avoided = tuple(without(n, self.class_nouns) if base else expand(n, placeholders) for n in negatives)
         settings = replace(settings, negative=avoided[0] if len(avoided) == 1 else avoided)
-        settings = settings if base else self.with_own_strengths(settings)
+        settings = settings if base else self.with_own_sampling(settings)
         with self.backbone.active({} if base else self.strengths):
             return self.make(texts, seeds, settings, progress)
 
-    def with_own_strengths(self, settings: SamplingSettings) -> SamplingSettings:
+    def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
         """Adds the per-step strength from each loaded concept's recipe (`sampling.strength`), times the strength it was loaded
         with; strengths that the settings already give for a concept take precedence."""
         said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}

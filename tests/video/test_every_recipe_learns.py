@@ -37,6 +37,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "motion_booth": tuple(f"sources.class_pictures.{s}" for s in _CLIPS),
     "motion_director": (SHORT,),
     "motion_director_joint": (SHORT,),
+    "motion_trajectory": (SHORT,),
     "motion_inversion": (SHORT, "trainable.embeddings.frames=4", "trainable.embeddings.resolution=32"),
     "set_then_sequence": (SHORT,),
     "still_moving": (
@@ -53,7 +54,10 @@ SMALL: dict[str, tuple[str, ...]] = {
 FOR_ALL = ("train.steps=2", "train.batch_size=1", "train.resolution=32", "sampling.steps=2", "preview.num=0")
 SETTINGS = SamplingSettings("", 3.0, 2, height=32, width=32, frames=4)
 #: Parts of the concept, by recipe: which of the trained parts are kept.
-KEPT = {"still_moving": {"lora", "spatial"}, "motion_director": {"temporal"}, "motion_director_joint": {"temporal"}}
+KEPT = {
+    "still_moving": {"lora", "spatial"},
+    **{name: {"temporal"} for name in ("motion_director", "motion_director_joint", "motion_trajectory")},
+}
 
 
 def test_all_of_them_are_here() -> None:

@@ -1,0 +1,177 @@
+"""Learns where a motion takes its subject, as a path measured on the clips, and makes generated clips follow it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pcs_video.motion.clip_source import Clips
+from shared.backbones.protocol import Backbone
+from shared.config import Part
+from shared.io.clips.read_clip import Clip, read_windows
+from shared.masks.track import Track
+from shared.metrics.clips.tracks import track_points
+from shared.sampling.box_tracks import latent_frame_times
+from shared.sampling.hooks import DenoisingStep, SamplingHookBase
+from shared.sampling.sampler import output_size
+from shared.sampling.settings import SamplingSettings
+from shared.types import Subject
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Offset = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+#: Right and down, as fractions of the width and height, and the natural logarithm of the size.
+Waypoint = tuple[Offset, Offset, Offset]
+_LEAST_REACH = 0.03  # of the shorter side: what moves less counts as standing still
+_STREAM = 2**41  # random stream for filling what comes into view, separate from the noise and from the camera's
+
+
+class Trajectory(Part):
+    """Where the subject of a motion goes, and when in sampling it is moved there."""
+
+    start: Fraction = 0.3  # fraction of the steps done when the latents are shifted
+    points: tuple[
+        Waypoint, ...
+    ] = ()  # one per frame, relative to their mean; (): measured on the clips before training
+
+    def scaled(self, factor: float) -> Trajectory:
+        """Returns the trajectory with every offset multiplied by `factor`, within the allowed range."""
+        points = tuple(tuple(max(-2.0, min(2.0, factor * v)) for v in point) for point in self.points)
+        return self.model_copy(update={"points": points})
+
+
+def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
+    """Measures the mean trajectory of the moving thing in a subject's clips.
+
+    With masks (for each frame, or one that is tracked), it is the path of the mask's centre and the square root of its area;
+    otherwise that of the points that move farther than half as far as the farthest. Frames without a mask are interpolated.
+
+    Args:
+        source: sets the frames that are read; every window counts as one clip
+        side: of the square frames, in pixels
+
+    Raises:
+        ValueError: naming the clip, if nothing in it moves; or if clips differ in their number of frames
+    """
+    paths: dict[str, np.ndarray] = {}
+    for path in subject.clips:
+        for number, clip in enumerate(read_windows(path, source.window, side, source.fit, subject.masks.get(path))):
+            paths[f"{path} ({number})" if number else str(path)] = _path(clip, str(path))
+    lengths = {len(path) for path in paths.values()}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"sampling.trajectory: the clips have {sorted(lengths)} frames: set sources.clips.window.length, so that their "
+            "paths can be averaged"
+        )
+    mean = np.mean([path - path.mean(0) for path in paths.values()], axis=0)
+    return tuple((round(float(x), 4), round(float(y), 4), round(float(size), 4)) for x, y, size in mean)
+
+
+def _path(clip: Clip, name: str) -> np.ndarray:
+    """Returns right, down and logarithm of the size for each frame, [F, 3]."""
+    path = _of_points(clip.frames) if clip.masks is None else _of_masks(clip)
+    reach = float(np.abs(path - path.mean(0)).max())
+    if not reach > _LEAST_REACH:
+        raise ValueError(f"sampling.trajectory: nothing moves in {name}, so it has no trajectory; leave it out")
+    return path
+
+
+def _of_masks(clip: Clip) -> np.ndarray:
+    masks = clip.masks
+    assert masks is not None
+    if masks.shape[1] == 1 < clip.frames.shape[1]:
+        masks = Track().follow(clip.frames, masks[:, 0])
+    weight = masks[0].double()
+    area = weight.sum((1, 2))
+    height, width = weight.shape[1:]
+    x = (weight.sum(1) * (torch.arange(width) + 0.5) / width).sum(1) / area
+    y = (weight.sum(2) * (torch.arange(height) + 0.5) / height).sum(1) / area
+    found = torch.stack([x, y, 0.5 * area.log()], 1).numpy()
+    seen = (area > 0).numpy()
+    frames = np.arange(len(found))
+    return np.stack([np.interp(frames, frames[seen], column[seen]) for column in found.T], 1)
+
+
+def _of_points(frames: Tensor) -> np.ndarray:
+    tracks = track_points(frames)
+    height, width = tracks.size
+    moving = tracks.reach > max(_LEAST_REACH, 0.5 * float(tracks.reach.max()))
+    if not bool(moving.any()):
+        return np.zeros((tracks.frames, 3))
+    points = tracks.points[moving].double()
+    shift = (points - points[:, :1]).median(0).values
+    spread = (points - points.median(0, keepdim=True).values).norm(dim=2).median(0).values.clamp_min(1e-6)
+    size = (spread / spread[0]).log().clamp(-1.5, 1.5)
+    return torch.stack([shift[:, 0] / width, shift[:, 1] / height, size], 1).numpy()
+
+
+class FollowTrajectory(SamplingHookBase):
+    """Moves what is being generated along a trajectory, without training.
+
+    Once the layout has begun to form, each frame's latents are shifted (and scaled) to where the trajectory is in that frame.
+    The remaining steps, in which the model sees all frames, redraw the background and make the subject whole. MotionBooth
+    shifts latents in this way for cameras (https://arxiv.org/abs/2406.17758), and FreeTraj moves noise
+    along trajectories (https://arxiv.org/abs/2406.16863). Latents are shifted by whole cells; what comes into view is filled
+    with values from the same row near the left and right edges. `VideoRunner.generate` leaves it out for prompts that do not
+    name the concept.
+    """
+
+    kind: Literal["follow_trajectory"] = "follow_trajectory"
+    name: str  # the concept's
+    trajectory: Trajectory
+
+    def resting(self) -> FollowTrajectory:
+        """Returns a hook of the same concept that moves nothing."""
+        return self.model_copy(update={"trajectory": Trajectory()})
+
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHookBase:
+        """Returns a hook that does nothing for pictures."""
+        *frames, _, _ = output_size(backbone, settings)
+        return self if frames else SamplingHookBase()
+
+    def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        last = step.steps - 1
+        if not self.trajectory.points or step.index != min(math.ceil(self.trajectory.start * step.steps), last):
+            return latents
+        frames, height, width = latents.shape[2:]
+        path = self._at(latent_frame_times(frames, step.backbone.frame_factor))
+        out = latents.clone()
+        for row, own in enumerate(step.seeds):
+            for frame in range(frames):
+                seed = (own + _STREAM * (1 + frame)) % 2**63
+                moved = _Move(*path[frame], height=height, width=width)
+                out[row, :, frame] = moved(latents[row, :, frame], torch.Generator().manual_seed(seed))
+        return out
+
+    def _at(self, times: Sequence[float]) -> np.ndarray:
+        """Returns the waypoints at these frames, [len(times), 3]: the whole trajectory, however many frames are generated."""
+        points = np.array(self.trajectory.points)
+        last = max(times[-1], 1e-6)
+        known = np.linspace(0, 1, len(points))
+        return np.stack([np.interp(np.array(times) / last, known, column) for column in points.T], 1)
+
+
+class _Move:
+    """Moves a frame's latents [C, h, w]: (right, down) in fractions of its size, and scaled by exp(log_size)."""
+
+    def __init__(self, right: float, down: float, log_size: float, height: int, width: int) -> None:
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        size = math.exp(log_size)
+        self.rows = torch.floor((((y + 0.5) / height - 0.5 - down) / size + 0.5) * height).long()
+        self.columns = torch.floor((((x + 0.5) / width - 0.5 - right) / size + 0.5) * width).long()
+        self.height, self.width = height, width
+
+    def __call__(self, plane: Tensor, draw: torch.Generator) -> Tensor:
+        edge = max(1, self.width // 5)
+        near = torch.randint(edge, self.rows.shape, generator=draw)
+        other = torch.rand(self.rows.shape, generator=draw) < 0.5
+        columns = torch.where(other, self.width - 1 - near, near).to(plane.device)
+        fill = plane.gather(2, columns.expand(len(plane), -1, -1))
+        inside = (self.rows >= 0) & (self.rows < self.height) & (self.columns >= 0) & (self.columns < self.width)
+        kept = plane[:, self.rows.clamp(0, self.height - 1), self.columns.clamp(0, self.width - 1)]
+        return torch.where(inside.to(plane.device), kept, fill)
