@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test check golden install clean format
 demo: install
-	$(BIN)/pcs demo --part image --part 3d --out demo --overwrite
+	$(BIN)/pcs demo --part image --part video --part 3d --out demo --overwrite
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests

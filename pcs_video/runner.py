@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from shared.recipe.schema import Recipe
 from shared.runner.base import Runner, attached
 from shared.runner.clip_scorers import clip_training_scorers
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
+from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
@@ -73,6 +75,16 @@ class VideoRunner(Runner):
         if check is not None:
             check_lengths(planned.recipe, check)
 
+    def load(self, concept: Concept, strength: float = 1.0) -> None:
+        """Attaches a concept as `Runner.load` does; if it consists of a trajectory alone, the strength scales that."""
+        path = concept.meta.learned_with.sampling.trajectory
+        alone = path is not None and bool(path.points) and not any(concept.tensors.values())
+        if alone and not math.isfinite(strength):
+            raise ValueError(f"the strength of {concept.meta.name!r} must be a finite number, not {strength}")
+        super().load(concept, 1.0 if alone else strength)
+        if alone:
+            self.loaded[concept.meta.name] = Loaded(concept, reach=strength)
+
     def personalize(
         self, subjects: Mapping[str, Subject], recipe: Recipe, workdir: Path, **more: Any
     ) -> dict[str, Concept]:
@@ -118,7 +130,8 @@ class VideoRunner(Runner):
             return super().generate(prompts, seeds, settings, base=base, must_name=must_name, progress=progress)
         groups: dict[tuple[FollowTrajectory, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            groups.setdefault(tuple(h if f"<{h.name}>" in prompt else h.resting() for h in paths), []).append(row)
+            own = tuple(h.resting() if h.name in self.loaded and f"<{h.name}>" not in prompt else h for h in paths)
+            groups.setdefault(own, []).append(row)
         others = tuple(h for h in settings.hooks if not isinstance(h, FollowTrajectory))
         parts = {tuple(rows): made(rows, replace(settings, hooks=(*others, *own))) for own, rows in groups.items()}
         order = [row for rows in parts for row in rows]
@@ -131,7 +144,7 @@ class VideoRunner(Runner):
         own = []
         for name, loaded in self.loaded.items():
             learned = loaded.concept.meta.learned_with.sampling.trajectory
-            strength = self.backbone.strengths.get(name, 1.0)
+            strength = self.backbone.strengths.get(name, loaded.reach)
             if learned is not None and learned.points and strength and name not in said:
                 path = Trajectory(start=learned.start, points=learned.points).scaled(strength)
                 own.append(FollowTrajectory(name=name, trajectory=path))

@@ -49,7 +49,7 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
     """Measures the mean trajectory of the moving thing in a subject's clips.
 
     With masks (for each frame, or one that is tracked), it is the path of the mask's centre and the square root of its area;
-    otherwise that of the points that move farther than half as far as the farthest. Frames without a mask are interpolated.
+    otherwise that of the points that move at least half as far as the farthest. Frames without a mask are interpolated.
 
     Args:
         source: sets the frames that are read; every window counts as one clip
@@ -68,7 +68,7 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
             f"sampling.trajectory: the clips have {sorted(lengths)} frames: set sources.clips.window.length, so that their "
             "paths can be averaged"
         )
-    mean = np.mean([path - path.mean(0) for path in paths.values()], axis=0)
+    mean = np.clip(np.mean([path - path.mean(0) for path in paths.values()], axis=0), -2, 2)
     return tuple((round(float(x), 4), round(float(y), 4), round(float(size), 4)) for x, y, size in mean)
 
 
@@ -103,11 +103,21 @@ def _of_points(frames: Tensor) -> np.ndarray:
     moving = tracks.reach > max(_LEAST_REACH, 0.5 * float(tracks.reach.max()))
     if not bool(moving.any()):
         return np.zeros((tracks.frames, 3))
-    points = tracks.points[moving].double()
-    shift = (points - points[:, :1]).median(0).values
-    spread = (points - points.median(0, keepdim=True).values).norm(dim=2).median(0).values.clamp_min(1e-6)
-    size = (spread / spread[0]).log().clamp(-1.5, 1.5)
-    return torch.stack([shift[:, 0] / width, shift[:, 1] / height, size], 1).numpy()
+    points, visible = tracks.points[moving].double().numpy(), tracks.visible[moving].numpy()
+    path, steps = [np.zeros(3)], [np.zeros(3)]
+    for f in range(1, tracks.frames):
+        both = visible[:, f]  # a point that is visible was visible before
+        if both.any():
+            before, now = points[both, f - 1], points[both, f]
+            shift, sizes = np.median(now - before, axis=0), [_spread(now), _spread(before)]
+            steps.append(np.array([shift[0] / width, shift[1] / height, np.log(sizes[0] / sizes[1])]))
+        path.append(path[-1] + steps[-1])  # if no point is left, it goes on as before
+    return np.stack(path)
+
+
+def _spread(points: np.ndarray) -> float:
+    """Returns the median distance of points [N, 2] from their median, at least half a pixel."""
+    return max(0.5, float(np.median(np.linalg.norm(points - np.median(points, axis=0), axis=1))))
 
 
 class FollowTrajectory(SamplingHookBase):

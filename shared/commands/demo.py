@@ -20,7 +20,7 @@ def demo(
     subject: str = typer.Option("development-robot", help="a held-out toybox subject (`pcs toybox subjects`)"),
     recipe: str = typer.Option("t_lora", help="recipe to learn the subject with"),
     motion: str = typer.Option("development-zigzag", help="a held-out toybox motion (`pcs toybox subjects`)"),
-    motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
+    motion_recipe: str = typer.Option("motion_trajectory", help="recipe to learn the motion with"),
     asset_recipe: str = typer.Option("reference_reconstruction", help="recipe to generate the asset with"),
     part: list[str] = typer.Option(
         ["image"], help="image, video or 3d (video and 3d add a few minutes each); can be repeated"

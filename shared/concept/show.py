@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.concept.concept_folder import Concept
-from shared.concept.learning_record import LearnedWith
+from shared.concept.learning_record import LearnedTrajectory, LearnedWith
 from shared.io.terminal import printable
 
 
@@ -28,6 +28,7 @@ def described(concept: Concept) -> list[tuple[str, str]]:
         ("weights", "; ".join(_weights(concept))),
         ("branches", "; ".join(_branches(concept))),
         ("attention", "; ".join(part.taxonomy for part in meta.attention.values())),
+        ("trajectory", _trajectory(meta.learned_with.sampling.trajectory)),
         ("parameters", f"{parameters(concept):,}"),
         ("files", "; ".join(f"{name} {_bytes(size)}" for name, size in sizes(concept).items())),
         ("recipe", _recipe(meta.learned_with)),
@@ -115,6 +116,14 @@ def _branches(concept: Concept) -> list[str]:
     ]
 
 
+def _trajectory(found: LearnedTrajectory | None) -> str:
+    if found is None or not found.points:
+        return ""
+    right, down, _ = (max(column) - min(column) for column in zip(*found.points, strict=True))
+    reach = f"{right:.0%} of the width and {down:.0%} of the height"
+    return f"{len(found.points)} points over {reach}, followed from {found.start:.0%} of the steps on"
+
+
 def _recipe(learned: LearnedWith) -> str:
     train = learned.train
     steps = f"{train.steps} steps" if train.steps is not None else ""
@@ -151,8 +160,10 @@ def _bytes(size: float) -> str:
 
 
 def _use(concept: Concept) -> str:
-    """Returns a command that uses the concept; a motion or style takes effect without being named."""
+    """Returns a command that uses the concept; a style takes effect without being named."""
     folder = concept.path.name if concept.path else f"{concept.meta.name}.concept"
+    if concept.meta.kind == "motion":
+        return f'pcs video generate "a photo of a mug <{concept.meta.name}> on the beach" --concept {folder} --out clip.mp4'
     named = concept.meta.kind in ("subject", "identity")
     prompt = f"a photo of a <{concept.meta.name}> on the beach" if named else "a photo of a mug on the beach"
     return f'pcs image generate "{prompt}" --concept {folder} --out pictures'

@@ -17,10 +17,11 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Loaded:
-    """A concept attached to a backbone, which manages its strength."""
+    """A concept attached to a backbone, which manages the strength of its adapters and words."""
 
     concept: Concept
     subject: Subject | None = None  # its pictures, if this runner learned it
+    reach: float = 1.0  # scales the trajectory of a concept that has neither adapters nor words
 
 
 class Painter(Protocol):

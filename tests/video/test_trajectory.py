@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.backbones import load_backbone
 from shared.concept import read
+from shared.concept.show import described
 from shared.io.clips.window import ClipWindow
 from shared.io.clips.write_clip import write_clip
 from shared.recipe.resolve import load
@@ -153,7 +156,8 @@ def test_strength_scales_it_within_bounds() -> None:
 
 @pytest.fixture
 def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
-    settings = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'slide.concept'}", *FAST]
+    places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'slide.concept'}"]
+    settings = [*places, *FAST, "train.steps=0"]
     recipe: Any = load("motion_trajectory", settings, "video", VideoRecipe)
     runner = open_runner(VideoRunner, recipe.backbone, [], "cpu", **recipe.opening())
     return personalize(plan(recipe), runner)["slide"]
@@ -163,6 +167,10 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     concept = read(learned)
     points = np.array(concept.meta.recipe["sampling"]["trajectory"]["points"])
     assert len(points) == 4 and bool((np.diff(points[:, 0]) > 0.03).all())  # the square slides to the right
+    about = dict(described(concept))
+    assert about["trajectory"].startswith("4 points over ") and about["trajectory"].endswith("from 20% of the steps on")
+    assert about["use"].startswith('pcs video generate "a photo of a mug <slide> on the beach" --concept slide.concept')
+    assert not {*concept.meta.adapters, *concept.meta.weights, *concept.meta.branches} and about["parameters"] == "0"
     runner = VideoRunner(load_backbone(clip_model))
     runner.load(concept)
     how = SamplingSettings("", 1.0, 4, height=64, width=64, frames=4)
@@ -173,8 +181,27 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     assert (made[0] - made[1]).abs().max() > 0.01  # the words are the same: a motion has none
     resting = runner.with_own_sampling(how).hooks[-1]
     assert isinstance(resting, FollowTrajectory) and resting.trajectory.points
-    runner.backbone.set_strength("slide", 0.0)
-    assert torch.equal(runner.generate(prompts[:1], [0], how), runner.generate(prompts[1:2], [0], how, must_name=False))
+    given = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
+    runner.unload("slide")
+    plain = runner.generate(["a mug"], [0], how)
+    torch.testing.assert_close(plain, made[1:2], atol=1e-4, rtol=0)
+    assert (runner.generate(["a mug"], [0], given) - plain).abs().max() > 0.01  # a hook of the caller's needs no name
+    runner.load(concept, 0.0)
+    torch.testing.assert_close(runner.generate(prompts[:1], [0], how), plain, atol=1e-4, rtol=0)
+    runner.unload("slide")
+    runner.load(concept, 0.5)
+    half = runner.with_own_sampling(how).hooks[-1]
+    assert isinstance(half, FollowTrajectory) and np.array(half.trajectory.points) == pytest.approx(points / 2)
+
+
+@pytest.mark.parametrize("points", [[[0, 0]], [[0, 0, 9]], [["a", 0, 0]], [[0, 0, 0]] * 10_001])
+def test_a_concept_with_a_damaged_trajectory_is_refused(learned: Path, points: Any) -> None:
+    file = learned / "concept.json"
+    meta = json.loads(file.read_text())
+    meta["recipe"]["sampling"]["trajectory"]["points"] = points
+    file.write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"sampling\.trajectory\.points"):
+        read(learned)
 
 
 def test_a_subject_has_no_trajectory(clip_model: Path, tmp_path: Path) -> None:
