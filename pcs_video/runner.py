@@ -152,10 +152,10 @@ class VideoRunner(Runner):
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
         settings = super()._as_trained(recipe)
-        path = getattr(recipe.sampling, "trajectory", None)
-        new = (
-            [n for n in self.backbone.placeholders if n not in self.loaded] if path is not None and path.points else []
-        )
+        path: Trajectory | None = getattr(recipe.sampling, "trajectory", None)
+        if path is None or not path.points:
+            return settings
+        new = [name for name in self.backbone.placeholders if name not in self.loaded]
         return replace(settings, hooks=(*settings.hooks, *(FollowTrajectory(name=n, trajectory=path) for n in new)))
 
     def evaluate_clips(self, settings: ClipEvaluationSettings = ClipEvaluationSettings()) -> ClipReport:
