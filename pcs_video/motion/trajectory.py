@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from pcs_video.motion.clip_source import Clips
@@ -28,6 +28,7 @@ Offset = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 #: Right and down, as fractions of the width and height, and the natural logarithm of the size.
 Waypoint = tuple[Offset, Offset, Offset]
 _LEAST_REACH = 0.03  # of the shorter side: what moves less counts as standing still
+_MARGIN = 0.2  # of the frame: about half the size of a subject
 _STREAM = 2**41  # random stream for filling what comes into view, separate from the noise and from the camera's
 
 
@@ -125,10 +126,11 @@ class FollowTrajectory(SamplingHookBase):
 
     Once the layout has begun to form, each frame's latents are shifted (and scaled) to where the trajectory is in that frame.
     The remaining steps, in which the model sees all frames, redraw the background and make the subject whole. MotionBooth
-    shifts latents in this way for cameras (https://arxiv.org/abs/2406.17758), and FreeTraj moves noise
-    along trajectories (https://arxiv.org/abs/2406.16863). Latents are shifted by whole cells; what comes into view is filled
-    with values from the same row near the left and right edges. `VideoRunner.generate` leaves it out for prompts that do not
-    name the concept.
+    shifts latents in this way for cameras (https://arxiv.org/abs/2406.17758), and FreeTraj moves noise along trajectories
+    (https://arxiv.org/abs/2406.16863). Latents are shifted by whole cells; what comes into view is filled with values from the
+    same row near the left and right edges. If the path would take the subject out of view from where it is, all of it is moved.
+
+    `VideoRunner.generate` leaves it out for prompts that do not name the concept.
     """
 
     kind: Literal["follow_trajectory"] = "follow_trajectory"
@@ -140,23 +142,47 @@ class FollowTrajectory(SamplingHookBase):
         return self.model_copy(update={"trajectory": Trajectory()})
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHookBase:
-        """Returns a hook that does nothing for pictures."""
+        """Returns the hook that moves the latents; for pictures, one that does nothing."""
         *frames, _, _ = output_size(backbone, settings)
-        return self if frames else SamplingHookBase()
+        return Following(trajectory=self.trajectory) if frames and self.trajectory.points else SamplingHookBase()
+
+
+class Following(SamplingHookBase):
+    """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
+
+    trajectory: Trajectory
+    _before: list[tuple[Tensor, float]] = PrivateAttr(
+        default_factory=list
+    )  # the previous step's latents and noise level
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        last = step.steps - 1
-        if not self.trajectory.points or step.index != min(math.ceil(self.trajectory.start * step.steps), last):
+        now = min(math.ceil(self.trajectory.start * step.steps), step.steps - 1)
+        if step.index == now - 1:
+            self._before[:] = [(latents, _noise_level(step))]
+        if step.index != now:
             return latents
         frames, height, width = latents.shape[2:]
         path = self._at(latent_frame_times(frames, step.backbone.frame_factor))
+        places = self._places(step, latents)
         out = latents.clone()
         for row, own in enumerate(step.seeds):
+            kept = path if places is None else path + np.append(into_view(places[row], path[:, :2]), 0.0)
             for frame in range(frames):
                 seed = (own + _STREAM * (1 + frame)) % 2**63
-                moved = _Move(*path[frame], height=height, width=width)
+                moved = _Move(*kept[frame], height=height, width=width)
                 out[row, :, frame] = moved(latents[row, :, frame], torch.Generator().manual_seed(seed))
         return out
+
+    def _places(self, step: DenoisingStep, latents: Tensor) -> list[np.ndarray] | None:
+        """Estimates the subjects' places from what the previous step has added besides noise: a multiple of the clean latents.
+
+        None if there was no previous step.
+        """
+        if not self._before:
+            return None
+        before, level = self._before.pop()
+        added = latents.double() - before.double() * (_noise_level(step) / level)
+        return [place_of(row) for row in added]
 
     def _at(self, times: Sequence[float]) -> np.ndarray:
         """Returns the waypoints at these frames, [len(times), 3]: the whole trajectory, however many frames are generated."""
@@ -164,6 +190,38 @@ class FollowTrajectory(SamplingHookBase):
         last = max(times[-1], 1e-6)
         known = np.linspace(0, 1, len(points))
         return np.stack([np.interp(np.array(times) / last, known, column) for column in points.T], 1)
+
+
+def _noise_level(step: DenoisingStep) -> float:
+    """Returns the standard deviation of the noise in the latents of a step, in the scheduler's units."""
+    noise = step.noised(torch.zeros_like(step.noise))
+    return float(noise.double().norm() / step.noise.double().norm())
+
+
+def place_of(clean: Tensor) -> np.ndarray:
+    """Estimates where the subject is, before it moves, as [2]: right and down in fractions of the frame.
+
+    clean: [C, f, h, w], clean latents or a multiple of them. What differs from the median of its row in the mean over frames is
+    taken for the subject. In a picture without a clear subject, this is near the middle.
+    """
+    mean = clean.double().mean(1).cpu()
+    energy = (mean - mean.median(2, keepdim=True).values).square().sum(0)
+    smooth = torch.nn.functional.avg_pool2d(energy[None, None], 3, 1, 1, count_include_pad=False)[0, 0]
+    weight = (smooth - smooth.quantile(0.75)).clamp_min(0)
+    height, width = weight.shape
+    total = float(weight.sum())
+    if not total > 0:
+        return np.array([0.5, 0.5])
+    x = float((weight.sum(0) * (torch.arange(width) + 0.5)).sum()) / width
+    y = float((weight.sum(1) * (torch.arange(height) + 0.5)).sum()) / height
+    return np.array([x, y]) / total
+
+
+def into_view(place: np.ndarray, path: np.ndarray, margin: float = _MARGIN) -> np.ndarray:
+    """Returns the smallest shift (right, down) that keeps a path [f, 2] from `place` at least `margin` inside the frame; for a
+    path that is too long, the one that centres it."""
+    low, high = margin - place - path.min(0), 1 - margin - place - path.max(0)
+    return np.where(low > high, (low + high) / 2, np.clip(0.0, low, np.maximum(low, high)))
 
 
 class _Move:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pcs_video.motion.clip_source import Clips
-from pcs_video.motion.trajectory import FollowTrajectory, Trajectory, measure
+from pcs_video.motion.trajectory import Following, FollowTrajectory, Trajectory, into_view, measure, place_of
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.backbones import load_backbone
@@ -98,9 +98,24 @@ def test_what_does_not_move_has_none(tmp_path: Path, masked: bool) -> None:
         measure(subject_of(tmp_path, still, masked), source(), SIDE)
 
 
+class Half:
+    """A backbone whose latents are half clean, half noise."""
+
+    frame_factor = 1
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return x0 * (1 - t / 10) + noise * t / 10
+
+
+def step_of(x: Tensor, index: int, steps: int = 10, seeds: tuple[int, ...] = (1, 2)) -> DenoisingStep:
+    backbone: Any = Half()
+    return DenoisingStep(
+        index, steps, torch.tensor(float(steps - index)), backbone, ["a"] * len(x), seeds, torch.ones_like(x)
+    )
+
+
 def moved(hook: FollowTrajectory, x: Tensor, index: int, steps: int = 10, seeds: tuple[int, ...] = (1, 2)) -> Tensor:
-    backbone: Any = type("Frames", (), {"frame_factor": 1})()
-    return hook.latents(DenoisingStep(index, steps, torch.tensor(0), backbone, ["a"] * len(x), seeds, x), x)
+    return Following(trajectory=hook.trajectory).latents(step_of(x, index, steps, seeds), x)
 
 
 def hook_of(points: np.ndarray, start: float = 0.3) -> FollowTrajectory:
@@ -134,7 +149,7 @@ def test_it_acts_once_and_never_where_it_rests_and_a_clip_does_not_depend_on_its
     acts = [i for i in range(10) if not torch.equal(moved(hook, x, i), x)]
     assert acts == [3]
     assert [i for i in range(2) if not torch.equal(moved(hook_of(arc(5), 1.0), x, i, 2), x)] == [1]
-    assert torch.equal(moved(hook.resting(), x, 3), x)
+    assert not hook.resting().trajectory.points
     both = moved(hook, x, 3)
     assert torch.equal(moved(hook, x[1:], 3, seeds=(2,)), both[1:])
     assert not torch.equal(moved(hook, x, 3, seeds=(1, 3))[1], both[1])
@@ -146,6 +161,28 @@ def test_other_numbers_of_frames_show_the_whole_trajectory() -> None:
     x[..., 8] = 1
     made = moved(hook_of(points), x, 3, seeds=(1,))
     assert [int(made[0, 0, f, 0].argmax()) for f in range(5)] == [4, 6, 8, 10, 12]
+
+
+def test_a_subject_near_an_edge_is_kept_in_view() -> None:
+    """A bright square at the left would be moved out to the left; it starts farther right instead, by the smallest shift."""
+    side, points = 20, np.array([[-0.2, 0, 0], [0.2, 0, 0]])
+    clean = torch.zeros(1, 2, 2, side, side)
+    clean[..., 8:12, 4:8] = 1  # its centre is at 0.3 of the width
+    noise = torch.ones_like(clean)
+    following = Following(trajectory=hook_of(points).trajectory)
+    assert place_of(clean[0]) == pytest.approx([0.3, 0.5], abs=0.02)
+    for index in (2, 3):
+        t = (10 - index) / 10
+        out = following.latents(step_of(clean, index, seeds=(1,)), clean * (1 - t) + noise * t)
+    places = [(out[0, 0, f, 9] > 0.99).nonzero().flatten().double().mean().item() / side for f in (0, 1)]
+    assert places == pytest.approx([0.2 - 0.5 / side, 0.6 - 0.5 / side], abs=0.051)
+
+
+def test_the_shift_into_view_is_the_smallest() -> None:
+    path = np.array([[-0.2, -0.4], [0.2, 0.4]])
+    assert into_view(np.array([0.5, 0.5]), path, 0.2) == pytest.approx([0, 0])
+    assert into_view(np.array([0.3, 0.9]), path, 0.2) == pytest.approx([0.1, -0.4])  # too long downwards: centred
+    assert into_view(np.array([0.7, 0.5]), path, 0.2) == pytest.approx([-0.1, 0])
 
 
 def test_strength_scales_it_within_bounds() -> None:
