@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shared.config import unknown
 from shared.io.contact_sheets import contact_sheet, write_picture
@@ -117,7 +118,7 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
                 claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
                 _write_page(asked, exhibits)
                 if made.shots is not None:  # if several exhibits share a title, only the first is used
-                    rows.setdefault(made.title, made.shots[:_TILES])
+                    rows.setdefault(made.title, F.interpolate(made.shots[:_TILES], (_TILE, _TILE), mode="area"))
             else:
                 yield made
     claim(asked.out, "overview.png")
