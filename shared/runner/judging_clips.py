@@ -131,9 +131,12 @@ class _Judged:
         return self.subject.concept.meta.class_noun if self.subject else ""
 
     def is_wordless(self, runner: Painter) -> bool:
-        """Whether the motion has no words, so that prompts with and without its name are the same."""
+        """Whether the motion has no words and no trajectory, so that prompts with and without its name give the same clips."""
+        if self.motion is None:
+            return False
+        path = self.motion.concept.meta.learned_with.sampling.trajectory
         placeholder = runner.backbone.placeholders.get(self.motion_name)
-        return self.motion is not None and (placeholder is None or not placeholder.words.strip())
+        return not (path and path.points) and (placeholder is None or not placeholder.words.strip())
 
     @property
     def all(self) -> list[Loaded]:
@@ -266,12 +269,16 @@ def _makers(runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, 
 
     def off(texts: list[str], seeds: list[int], progress: Steps | None) -> Tensor:
         backbone, name = runner.backbone, judged.motion_name
-        strength = backbone.strengths[name]
-        backbone.set_strength(name, 0.0)
+        strength, loaded = backbone.strengths.get(name), runner.loaded[name]
+        runner.loaded[name] = replace(loaded, reach=0.0)
+        if strength is not None:
+            backbone.set_strength(name, 0.0)
         try:
             return concept(texts, seeds, progress)
         finally:
-            backbone.set_strength(name, strength)
+            runner.loaded[name] = loaded
+            if strength is not None:
+                backbone.set_strength(name, strength)
 
     unnamed: Generate | None = None
     if judged.motion is not None and settings.false_motion != "none":

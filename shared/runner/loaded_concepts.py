@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +30,7 @@ class Painter(Protocol):
     backbone: Backbone
 
     @property
-    def loaded(self) -> Mapping[str, Loaded]: ...
+    def loaded(self) -> MutableMapping[str, Loaded]: ...
 
     def generate(
         self,

@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from pcs_video.commands.video import app
 from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.trajectory import Following, FollowTrajectory, Trajectory, into_view, measure, place_of
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.backbones import load_backbone
+from shared.cli import run
 from shared.concept import read
 from shared.concept.show import described
 from shared.io.clips.window import ClipWindow
 from shared.io.clips.write_clip import write_clip
+from shared.metrics.clips.report import ClipReport
 from shared.recipe.resolve import load
 from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
@@ -30,6 +33,7 @@ from shared.sampling.settings import SamplingSettings
 from shared.toybox.motions.reference_clips import write_frames
 from shared.types import Subject
 from tests.video.conftest import FAST
+from tests.video.test_evaluate_clips import QUICK
 
 SIDE = 64
 
@@ -257,3 +261,17 @@ def test_a_subject_has_no_trajectory(clip_model: Path, tmp_path: Path) -> None:
         "motion_trajectory", [*settings, "sampling.trajectory.points=[[0,0,0],[0.1,0,0]]"], "video", VideoRecipe
     )
     assert runner.measured({}, given) is given
+
+
+@pytest.mark.parametrize("how", ["unnamed", "off"])
+def test_without_its_name_or_switched_off_a_motion_is_not_followed(
+    learned: Path, clip_folder: Path, tmp_path: Path, how: str
+) -> None:
+    prompts = tmp_path / "mine.yaml"
+    prompts.write_text('prompts:\n- {text: "a {thing} {concept} on the beach", thing: red mug}\n')
+    asked = ["evaluate", "--concept", learned, "--prompts", prompts, "--references", clip_folder, "--false-motion", how]
+    assert run(app, [str(a) for a in [*asked, "--out", tmp_path / "report", *QUICK]]) == 0
+    report = ClipReport.load(tmp_path / "report")
+    moved = [c.scores["motion_fidelity"] for c in report.clips if c.kind == "concept"]
+    scores = {s.key: s.value for s in report.scores}
+    assert moved and scores["false_motion"] != pytest.approx(scores["motion_fidelity"], abs=1e-6)
