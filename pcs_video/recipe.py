@@ -64,9 +64,7 @@ class ClipSampling(Sampling):
     """How clips are generated, during training and by default afterwards. null: the backbone's own."""
 
     frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
-    trajectory: Trajectory | None = (
-        None  # makes clips that name the motion follow its path; null: the model alone decides
-    )
+    trajectory: Trajectory | None = None  # the path that clips naming the motion follow; null: the model decides
 
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength schedule."""

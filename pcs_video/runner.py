@@ -119,7 +119,10 @@ class VideoRunner(Runner):
         must_name: bool = True,
         progress: Steps | None = None,
     ) -> Tensor:
-        """Generates as `Runner.generate` does. A trajectory is followed only by clips whose prompts name its motion."""
+        """Generates as `Runner.generate` does. A trajectory is followed only by clips whose prompts name its motion.
+
+        Raises ValueError also for a prompt that names several motions with trajectories.
+        """
 
         def made(rows: Sequence[int], how: SamplingSettings) -> Tensor:
             some = [prompts[i] for i in rows], [seeds[i] for i in rows]
@@ -131,6 +134,11 @@ class VideoRunner(Runner):
         groups: dict[tuple[FollowTrajectory, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
             own = tuple(h.resting() if h.name in self.loaded and f"<{h.name}>" not in prompt else h for h in paths)
+            followed = [f"<{h.name}>" for h in own if h.trajectory.points]
+            if len(followed) > 1:
+                raise ValueError(
+                    f"{prompt!r} names {' and '.join(followed)}, but a clip can follow only one trajectory"
+                )
             groups.setdefault(own, []).append(row)
         others = tuple(h for h in settings.hooks if not isinstance(h, FollowTrajectory))
         parts = {tuple(rows): made(rows, replace(settings, hooks=(*others, *own))) for own, rows in groups.items()}

@@ -35,10 +35,8 @@ _STREAM = 2**41  # random stream for filling what comes into view, separate from
 class Trajectory(Part):
     """Where the subject of a motion goes, and when in sampling it is moved there."""
 
-    start: Fraction = 0.3  # fraction of the steps done when the latents are shifted
-    points: tuple[
-        Waypoint, ...
-    ] = ()  # one per frame, relative to their mean; (): measured on the clips before training
+    start: Fraction = 0.2  # fraction of the steps done when the latents are shifted
+    points: tuple[Waypoint, ...] = ()  # one per frame, relative to their mean; (): measured on the clips
 
     def scaled(self, factor: float) -> Trajectory:
         """Returns the trajectory with every offset multiplied by `factor`, within the allowed range."""
@@ -151,9 +149,7 @@ class Following(SamplingHookBase):
     """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
 
     trajectory: Trajectory
-    _before: list[tuple[Tensor, float]] = PrivateAttr(
-        default_factory=list
-    )  # the previous step's latents and noise level
+    _before: list[tuple[Tensor, float]] = PrivateAttr(default_factory=list)  # the last step's latents and noise level
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         now = min(math.ceil(self.trajectory.start * step.steps), step.steps - 1)

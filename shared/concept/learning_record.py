@@ -38,7 +38,7 @@ class _Read(BaseModel):
 class LearnedTrajectory(_Read):
     """The path of a motion; see `pcs_video.motion.trajectory.Trajectory`."""
 
-    start: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.3
+    start: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.2
     points: Annotated[tuple[tuple[_Offset, _Offset, _Offset], ...], Field(max_length=10_000)] = ()
 
 

@@ -222,6 +222,9 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     assert (made[0] - made[1]).abs().max() > 0.01  # the words are the same: a motion has none
     resting = runner.with_own_sampling(how).hooks[-1]
     assert isinstance(resting, FollowTrajectory) and resting.trajectory.points
+    two = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
+    with pytest.raises(ValueError, match=r"names <another> and <slide>, but a clip can follow only one trajectory"):
+        runner.generate(["a mug <slide>"], [0], two)
     given = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
     runner.unload("slide")
     plain = runner.generate(["a mug"], [0], how)
