@@ -23,7 +23,7 @@ from shared.sampling.settings import SamplingSettings
 from shared.toybox.motions.held_out import held_out_motion
 from shared.toybox.motions.reference_clips import write_motion
 
-_SCENES = ("in the snow", "on the beach")
+_SCENES = ("on the beach", "in the snow")
 _FPS = 8.0
 _SHOTS = 5  # frames per clip in the overview
 

@@ -16,10 +16,10 @@ from pcs_video.motion.dual_path import DualPathTask
 from pcs_video.motion.frozen_clips import FrozenClips
 from pcs_video.motion.generated_clips import GeneratedClips
 from pcs_video.motion.motion_embeddings import MotionEmbeddings
-from pcs_video.motion.trajectory import Trajectory
 from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
 from shared.io.clips.find_clips import find_clips
 from shared.io.read_subject import plain_noun
+from shared.io.trajectory_settings import Trajectory
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe, Sampling, SubjectSettings
 from shared.recipe.tasks import GenerateTask, TuneTask, named

@@ -14,15 +14,18 @@ from torch import Tensor
 from pcs_video.backbones.frame_grid import frame_check
 from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.motion.alternate import Alternate, AlternateTask
+from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.dual_path import DualPath, DualPathTask
-from pcs_video.motion.trajectory import FollowTrajectory, Trajectory, measure
+from pcs_video.motion.follow_trajectory import FollowTrajectory
+from pcs_video.motion.trajectory import measure, one_motion
 from pcs_video.recipe import check_lengths, clip_sources
 from shared.backbones import Backbone
 from shared.concept import Concept
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.contact_sheets import stills
-from shared.io.denoising_progress import Steps
+from shared.io.denoising_progress import Steps, part_of
+from shared.io.trajectory_settings import Trajectory
 from shared.metrics.clips.report import ClipReport
 from shared.recipe.schema import Recipe
 from shared.runner.base import Runner, attached
@@ -30,6 +33,7 @@ from shared.runner.clip_scorers import clip_training_scorers
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
+from shared.sampling.hooks import StrengthSchedule
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 
@@ -69,16 +73,19 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError for windows and clips whose length the model cannot make. The model is not loaded for this."""
+        """Raises ValueError for windows and clips whose length the model cannot make, and for a trajectory that would have to
+        be measured on anything but the clips of one motion. The model is not loaded for this."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
             check_lengths(planned.recipe, check)
+        if _asks_for_trajectory(recipe):
+            one_motion(planned.subjects)
+            _clips_of(recipe)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
         """Attaches a concept as `Runner.load` does; if it consists of a trajectory alone, the strength scales that."""
-        path = concept.meta.learned_with.sampling.trajectory
-        alone = path is not None and bool(path.points) and not any(concept.tensors.values())
+        alone = _is_trajectory(concept)
         if alone and not math.isfinite(strength):
             raise ValueError(f"the strength of {concept.meta.name!r} must be a finite number, not {strength}")
         super().load(concept, 1.0 if alone else strength)
@@ -96,18 +103,13 @@ class VideoRunner(Runner):
 
     def measured(self, subjects: Mapping[str, Subject], recipe: Recipe) -> Recipe:
         """Returns the recipe with the points of `sampling.trajectory`, if they are not set, measured on the clips."""
-        how: Any = recipe.sampling
-        asked: Trajectory | None = getattr(how, "trajectory", None)
-        if asked is None or asked.points:
+        if not _asks_for_trajectory(recipe):
             return recipe
-        sources, moving = clip_sources(recipe), [s for s in subjects.values() if s.clips]
-        if len(moving) != 1 or not sources:
-            raise ValueError(
-                "sampling.trajectory: measured on the clips of exactly one motion: give subject.clips=FOLDER"
-            )
+        how: Any = recipe.sampling
         side = recipe.train.resolution or self.backbone.resolution
-        found = asked.model_copy(update={"points": measure(moving[0], sources[0], side)})
-        return recipe.model_copy(update={"sampling": how.model_copy(update={"trajectory": found})})
+        points = measure(one_motion(subjects), _clips_of(recipe), side)
+        path = how.trajectory.model_copy(update={"points": points})
+        return recipe.model_copy(update={"sampling": how.model_copy(update={"trajectory": path})})
 
     def generate(
         self,
@@ -116,46 +118,53 @@ class VideoRunner(Runner):
         settings: SamplingSettings = SamplingSettings(),
         *,
         base: bool = False,
-        must_name: bool = True,
         progress: Steps | None = None,
+        **more: Any,
     ) -> Tensor:
-        """Generates as `Runner.generate` does. A trajectory is followed only by clips whose prompts name its motion.
+        """Generates as `Runner.generate` does. Only clips whose prompts name a loaded motion follow its trajectory.
 
         Raises ValueError also for a prompt that names several motions with trajectories.
         """
-
-        def made(rows: Sequence[int], how: SamplingSettings) -> Tensor:
-            some = [prompts[i] for i in rows], [seeds[i] for i in rows]
-            return super(VideoRunner, self).generate(*some, how, base=base, must_name=must_name, progress=progress)
-
-        paths = [] if base else [h for h in self.with_own_sampling(settings).hooks if isinstance(h, FollowTrajectory)]
-        if not paths or len(prompts) != len(seeds):
-            return super().generate(prompts, seeds, settings, base=base, must_name=must_name, progress=progress)
+        hooks = settings.hooks if base else self.with_own_sampling(settings).hooks
+        paths = [hook for hook in hooks if isinstance(hook, FollowTrajectory)]
         groups: dict[tuple[FollowTrajectory, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            own = tuple(h.resting() if h.name in self.loaded and f"<{h.name}>" not in prompt else h for h in paths)
-            followed = [f"<{h.name}>" for h in own if h.trajectory.points]
+            rests = {name for name in self.loaded if base or f"<{name}>" not in prompt}
+            own = tuple(hook.resting() if hook.name in rests else hook for hook in paths)
+            followed = [f"<{hook.name}>" for hook in own if hook.trajectory.points]
             if len(followed) > 1:
-                raise ValueError(
-                    f"{prompt!r} names {' and '.join(followed)}, but a clip can follow only one trajectory"
-                )
+                said = " and ".join(followed)
+                raise ValueError(f"{prompt!r} names {said}, but a clip can follow only one trajectory")
             groups.setdefault(own, []).append(row)
-        others = tuple(h for h in settings.hooks if not isinstance(h, FollowTrajectory))
-        parts = {tuple(rows): made(rows, replace(settings, hooks=(*others, *own))) for own, rows in groups.items()}
-        order = [row for rows in parts for row in rows]
-        return torch.cat(list(parts.values()))[torch.tensor(order).argsort()]
+        if not paths or len(prompts) != len(seeds):
+            return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
+        # Paths come first: what hooks keep or give (frames, regions) is not moved.
+        others = tuple(hook for hook in settings.hooks if not isinstance(hook, FollowTrajectory))
+        made, order = [], [row for rows in groups.values() for row in rows]
+        for own, rows in groups.items():
+            part = part_of(progress, sum(map(len, made)), len(rows), len(prompts))
+            some, how = ([prompts[i] for i in rows], [seeds[i] for i in rows]), replace(settings, hooks=(*own, *others))
+            made.append(super().generate(*some, how, base=base, progress=part, **more))
+        return torch.cat(made)[torch.tensor(order).argsort()]
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Also adds the trajectory of each loaded motion, scaled by its strength."""
+        """Also adds the trajectory of each loaded motion, scaled by its strength.
+
+        Raises ValueError for strengths by step of a concept that consists of a trajectory alone.
+        """
         settings = super().with_own_sampling(settings)
         said = {hook.name for hook in settings.hooks if isinstance(hook, FollowTrajectory)}
+        stepwise = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
         own = []
         for name, loaded in self.loaded.items():
-            learned = loaded.concept.meta.learned_with.sampling.trajectory
+            if name in stepwise and _is_trajectory(loaded.concept):
+                raise ValueError(
+                    f"{name!r} is a trajectory, which has one strength for the whole clip: give PATH:STRENGTH"
+                )
+            path = loaded.concept.meta.learned_with.sampling.trajectory
             strength = self.backbone.strengths.get(name, loaded.reach)
-            if learned is not None and learned.points and strength and name not in said:
-                path = Trajectory(start=learned.start, points=learned.points).scaled(strength)
-                own.append(FollowTrajectory(name=name, trajectory=path))
+            if path is not None and path.points and strength and name not in said:
+                own.append(FollowTrajectory(name=name, trajectory=path.scaled(strength)))
         return replace(settings, hooks=(*settings.hooks, *own))
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
@@ -180,6 +189,26 @@ class VideoRunner(Runner):
             return super().shown(subject, side)
         first = ClipWindow(length=4)
         return torch.cat([stills(read_clip(path, first, side).frames[None]) for path in subject.clips])
+
+
+def _is_trajectory(concept: Concept) -> bool:
+    """Whether a concept consists of a trajectory alone."""
+    path = concept.meta.learned_with.sampling.trajectory
+    return path is not None and bool(path.points) and not any(concept.tensors.values())
+
+
+def _asks_for_trajectory(recipe: Recipe) -> bool:
+    """Whether a trajectory has to be measured."""
+    path: Trajectory | None = getattr(recipe.sampling, "trajectory", None)
+    return path is not None and not path.points
+
+
+def _clips_of(recipe: Recipe) -> Clips:
+    """Returns the source whose windows a trajectory is measured on, the first. ValueError if there is none."""
+    sources = clip_sources(recipe)
+    if not sources:
+        raise ValueError("sampling.trajectory: measured on clips, but no source of the recipe reads any (kind: clips)")
+    return sources[0]
 
 
 def opening(motion_adapter: str | Path | None, fps: float | None) -> dict[str, Any]:

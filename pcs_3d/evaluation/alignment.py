@@ -17,10 +17,7 @@ _SIDE = 64  # pixels of the silhouettes that are compared
 _MOMENTS = 4  # iterations of matching size and centre to the truth's
 _EVERY = 2  # only every second view is used
 # steps of the search for the best overlap: shares of the size, and radii
-_COARSE, _FINE = (
-    (0.06, 0.03, 0.015),
-    (0.006, 0.003),
-)
+_COARSE, _FINE = (0.06, 0.03, 0.015), (0.006, 0.003)
 _LIMITS = (0.1, 10.0)
 
 

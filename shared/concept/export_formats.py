@@ -52,6 +52,9 @@ def export(
     if concept.meta.attention:
         kinds = ", ".join(part.taxonomy for part in concept.meta.attention.values())
         raise ValueError(f"{concept.name!r} changes the model's attention ({kinds}), which {format} files cannot store")
+    path_of = concept.meta.learned_with.sampling.trajectory
+    if path_of is not None and path_of.points:
+        raise ValueError(f"{concept.name!r} makes clips follow a trajectory, which {format} files cannot store")
     if not strength:
         raise ValueError(f"an export of {concept.name!r} at strength 0 would be empty")
     check_output(path, overwrite)

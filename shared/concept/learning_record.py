@@ -8,8 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
 
 from shared.config import validate
-
-_Offset = Annotated[FiniteFloat, Field(ge=-2, le=2)]
+from shared.io.trajectory_settings import Trajectory
 
 
 def _nothing(value: Any) -> Any:
@@ -35,13 +34,6 @@ class _Read(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class LearnedTrajectory(_Read):
-    """The path of a motion; see `pcs_video.motion.trajectory.Trajectory`."""
-
-    start: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.2
-    points: Annotated[tuple[tuple[_Offset, _Offset, _Offset], ...], Field(max_length=10_000)] = ()
-
-
 class LearnedSampling(_Read):
     """How the concept's pictures were generated. None means the backbone's default."""
 
@@ -49,7 +41,7 @@ class LearnedSampling(_Read):
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
     scheduler: StrictStr | None = None
     strength: Annotated[StrictStr, AfterValidator(_points)] = ""  # the concept's strength, by step
-    trajectory: LearnedTrajectory | None = None
+    trajectory: Trajectory | None = None
 
 
 class LearnedSubject(_Read):

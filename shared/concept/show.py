@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.concept.concept_folder import Concept
-from shared.concept.learning_record import LearnedTrajectory, LearnedWith
+from shared.concept.learning_record import LearnedWith
 from shared.io.terminal import printable
+from shared.io.trajectory_settings import Trajectory
 
 
 def described(concept: Concept) -> list[tuple[str, str]]:
@@ -116,7 +117,7 @@ def _branches(concept: Concept) -> list[str]:
     ]
 
 
-def _trajectory(found: LearnedTrajectory | None) -> str:
+def _trajectory(found: Trajectory | None) -> str:
     if found is None or not found.points:
         return ""
     right, down, _ = (max(column) - min(column) for column in zip(*found.points, strict=True))

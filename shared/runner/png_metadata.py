@@ -27,7 +27,7 @@ def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings
         "prompt": prompt,
         "expanded": expand(prompt, backbone.placeholders),
         "seed": seed,
-        "concepts": {name: backbone.strengths.get(name, 1.0) for name in runner.loaded},
+        "concepts": {name: backbone.strengths.get(name, loaded.reach) for name, loaded in runner.loaded.items()},
         "named": list(names_in(prompt)),
         "backbone": public_name(backbone.name),
         "checkpoint": backbone.checkpoint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,24 @@ from torch import Tensor
 
 from pcs_video.commands.video import app
 from pcs_video.motion.clip_source import Clips
-from pcs_video.motion.trajectory import Following, FollowTrajectory, Trajectory, into_view, measure, place_of
+from pcs_video.motion.follow_trajectory import Following, FollowTrajectory, into_view, place_of
+from pcs_video.motion.trajectory import measure
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.backbones import load_backbone
 from shared.cli import run
-from shared.concept import read
+from shared.concept import export, read
 from shared.concept.show import described
 from shared.io.clips.window import ClipWindow
 from shared.io.clips.write_clip import write_clip
+from shared.io.trajectory_settings import Trajectory
 from shared.metrics.clips.report import ClipReport
 from shared.recipe.resolve import load
 from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
 from shared.runner.plan import plan
-from shared.sampling import DenoisingStep
+from shared.runner.png_metadata import metadata
+from shared.sampling import DenoisingStep, SamplingHookBase, StrengthSchedule
 from shared.sampling.settings import SamplingSettings
 from shared.toybox.motions.reference_clips import write_frames
 from shared.types import Subject
@@ -98,12 +102,14 @@ def test_clips_are_averaged_around_their_own_means(tmp_path: Path) -> None:
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_does_not_move_has_none(tmp_path: Path, masked: bool) -> None:
     still = np.tile([0.5, 0.5, 0.0], (8, 1))
-    with pytest.raises(ValueError, match=r"sampling.trajectory: nothing moves in .*a, so it has no trajectory"):
+    with pytest.raises(
+        ValueError, match=r"sampling.trajectory: nothing moves across the frame in .*a: leave this clip out"
+    ):
         measure(subject_of(tmp_path, still, masked), source(), SIDE)
 
 
-class Half:
-    """A backbone whose latents are half clean, half noise."""
+class Mixing:
+    """A backbone whose latents contain a tenth of the noise for each unit of time."""
 
     frame_factor = 1
 
@@ -112,7 +118,7 @@ class Half:
 
 
 def step_of(x: Tensor, index: int, steps: int = 10, seeds: tuple[int, ...] = (1, 2)) -> DenoisingStep:
-    backbone: Any = Half()
+    backbone: Any = Mixing()
     return DenoisingStep(
         index, steps, torch.tensor(float(steps - index)), backbone, ["a"] * len(x), seeds, torch.ones_like(x)
     )
@@ -220,12 +226,11 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     torch.testing.assert_close(made[:1], runner.generate(prompts[:1], [0], how), atol=1e-4, rtol=0)
     torch.testing.assert_close(made[2:], runner.generate(prompts[2:], [1], how), atol=1e-4, rtol=0)
     assert (made[0] - made[1]).abs().max() > 0.01  # the words are the same: a motion has none
-    resting = runner.with_own_sampling(how).hooks[-1]
-    assert isinstance(resting, FollowTrajectory) and resting.trajectory.points
-    two = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
-    with pytest.raises(ValueError, match=r"names <another> and <slide>, but a clip can follow only one trajectory"):
-        runner.generate(["a mug <slide>"], [0], two)
     given = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
+    with pytest.raises(ValueError, match=r"names <another> and <slide>, but a clip can follow only one trajectory"):
+        runner.generate(["a mug <slide>"], [0], given)
+    own = runner.with_own_sampling(how)  # as `pcs video generate` passes it
+    torch.testing.assert_close(runner.generate(["a mug <slide>"], [0], own, base=True), made[1:2], atol=1e-4, rtol=0)
     runner.unload("slide")
     plain = runner.generate(["a mug"], [0], how)
     torch.testing.assert_close(plain, made[1:2], atol=1e-4, rtol=0)
@@ -246,6 +251,72 @@ def test_a_concept_with_a_damaged_trajectory_is_refused(learned: Path, points: A
     file.write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=r"sampling\.trajectory\.points"):
         read(learned)
+
+
+def test_progress_counts_all_clips_and_what_is_given_comes_last(learned: Path, clip_model: Path) -> None:
+    runner, seen, order = VideoRunner(load_backbone(clip_model)), [], []
+    runner.load(read(learned))
+
+    class Told(SamplingHookBase):
+        def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+            order.append((step.index, latents.clone()))
+            return latents
+
+    how = SamplingSettings("", 1.0, 4, height=64, width=64, frames=4, hooks=(Told(),))
+    runner.generate(
+        ["a <slide>", "a", "a <slide>"], [0, 0, 1], how, must_name=False, progress=lambda *x: seen.append(x)
+    )
+    assert {of for _, of in seen} == {12} and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (12, 12)
+    following, resting = ([x[:1] for index, x in order if index == 1][k] for k in (0, 1))
+    assert (following - resting).abs().max() > 0.1  # moved before the other hook looks
+
+
+def test_files_tell_the_strength_and_exports_and_strengths_by_step_are_refused(learned: Path, clip_model: Path) -> None:
+    concept, runner = read(learned), VideoRunner(load_backbone(clip_model))
+    runner.load(concept, 0.5)
+    how = runner.with_own_sampling(SamplingSettings("", 1.0, 2, frames=4))
+    told = json.loads(metadata("a <slide>", 0, runner, how)["pcs"])
+    assert told["concepts"] == {"slide": 0.5} and told["hooks"][0]["kind"] == "follow_trajectory"
+    with pytest.raises(ValueError, match="'slide' makes clips follow a trajectory, which diffusers files cannot store"):
+        export(concept, learned.parent / "out", backbone=runner.backbone)
+    assert not (learned.parent / "out").exists()
+    stepwise = replace(how, hooks=(StrengthSchedule.parse("slide=0@0,1@0.5"),))
+    with pytest.raises(ValueError, match="'slide' is a trajectory, which has one strength for the whole clip"):
+        runner.generate(["a <slide>"], [0], stepwise)
+
+
+def test_another_recipe_takes_a_trajectory_too(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
+    """A LoRA and a path: both act where the prompt names the motion, only the LoRA elsewhere."""
+    places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'both.concept'}"]
+    asked = [
+        "personalize",
+        "motion_director",
+        *places,
+        *FAST,
+        "sampling.trajectory.start=0.3",
+        "trainable.temporal.lr=0.05",
+    ]
+    assert run(app, asked) == 0
+    concept, runner = read(tmp_path / "both.concept"), VideoRunner(load_backbone(clip_model))
+    assert concept.meta.learned_with.sampling.trajectory.start == 0.3 and set(concept.meta.adapters) == {"temporal"}
+    how = SamplingSettings("", 1.0, 4, height=32, width=32, frames=4)
+    plain = runner.generate(["a"], [0], how)
+    runner.load(concept)
+    lora, both = (runner.generate([text], [0], how, must_name=False) for text in ("a", "a <both>"))
+    assert (lora - plain).abs().max() > 1e-3 and (both - lora).abs().max() > 0.01
+
+
+def test_a_trajectory_of_two_motions_is_refused_before_a_model_is_loaded(
+    clip_folder: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = [f"subjects.{name}.clips={clip_folder / clip}" for name, clip in (("one", "a.mp4"), ("other", "b"))]
+    asked = ["personalize", "motion_trajectory", *two, f"output={tmp_path / 'out'}", *FAST, "train.steps=0"]
+    broken = shutil.copytree(clip_model, tmp_path / "broken")
+    for file in broken.rglob("*.safetensors"):
+        file.write_bytes(b"")  # loading it would be another error
+    assert run(app, [*asked, f"backbone={broken}"]) == 2
+    assert "sampling.trajectory: measured on the clips of exactly one motion" in capsys.readouterr().err
 
 
 def test_a_subject_has_no_trajectory(clip_model: Path, tmp_path: Path) -> None:
@@ -274,7 +345,5 @@ def test_without_its_name_or_switched_off_a_motion_is_not_followed(
     prompts.write_text('prompts:\n- {text: "a {thing} {concept} on the beach", thing: red mug}\n')
     asked = ["evaluate", "--concept", learned, "--prompts", prompts, "--references", clip_folder, "--false-motion", how]
     assert run(app, [str(a) for a in [*asked, "--out", tmp_path / "report", *QUICK]]) == 0
-    report = ClipReport.load(tmp_path / "report")
-    moved = [c.scores["motion_fidelity"] for c in report.clips if c.kind == "concept"]
-    scores = {s.key: s.value for s in report.scores}
-    assert moved and scores["false_motion"] != pytest.approx(scores["motion_fidelity"], abs=1e-6)
+    scores = {s.key: s.value for s in ClipReport.load(tmp_path / "report").scores}
+    assert scores["false_motion"] != pytest.approx(scores["motion_fidelity"], abs=1e-6)
