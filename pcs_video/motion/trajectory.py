@@ -39,17 +39,18 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
     Raises:
         ValueError: naming the clip, if nothing in it moves; or if clips differ in their number of frames
     """
-    paths: dict[str, np.ndarray] = {}
-    for path in subject.clips:
-        for number, clip in enumerate(read_windows(path, source.window, side, source.fit, subject.masks.get(path))):
-            paths[f"{path} ({number})" if number else str(path)] = _path(clip, str(path))
-    lengths = {len(path) for path in paths.values()}
+    paths = [
+        _path(clip, str(path))
+        for path in subject.clips
+        for clip in read_windows(path, source.window, side, source.fit, subject.masks.get(path))
+    ]
+    lengths = {len(path) for path in paths}
     if len(lengths) != 1:
         raise ValueError(
             f"sampling.trajectory: the clips have {sorted(lengths)} frames: set sources.clips.window.length, so that their "
             "paths can be averaged"
         )
-    mean = np.clip(np.mean([path - path.mean(0) for path in paths.values()], axis=0), -2, 2)
+    mean = np.clip(np.mean([path - path.mean(0) for path in paths], axis=0), -2, 2)
     return tuple((round(float(x), 4), round(float(y), 4), round(float(size), 4)) for x, y, size in mean)
 
 
