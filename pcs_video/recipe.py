@@ -16,6 +16,7 @@ from pcs_video.motion.dual_path import DualPathTask
 from pcs_video.motion.frozen_clips import FrozenClips
 from pcs_video.motion.generated_clips import GeneratedClips
 from pcs_video.motion.motion_embeddings import MotionEmbeddings
+from shared.backbones.protocol import Backbone
 from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
 from shared.io.clips.find_clips import find_clips
 from shared.io.read_subject import plain_noun
@@ -69,6 +70,16 @@ class ClipSampling(Sampling):
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength schedule."""
         return replace(super().settings(), frames=self.frames)
+
+    def port(self, backbone: Backbone) -> str:
+        from pcs_video.backbones.animatediff import AnimateDiffBackbone
+
+        path = self.trajectory
+        if path is None or path.layers == "all" or isinstance(backbone, AnimateDiffBackbone):
+            return ""
+        return (
+            f"sampling.trajectory.layers: {backbone.family} has no layers of its own for motion, so all its layers act"
+        )
 
 
 class VideoRecipe(Recipe):

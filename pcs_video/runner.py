@@ -27,6 +27,7 @@ from shared.io.contact_sheets import stills
 from shared.io.denoising_progress import Steps, part_of
 from shared.io.trajectory_settings import Trajectory
 from shared.metrics.clips.report import ClipReport
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Runner, attached
 from shared.runner.clip_scorers import clip_training_scorers
@@ -73,8 +74,9 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError for windows and clips whose length the model cannot make, and for a trajectory that would have to
-        be measured on anything but the clips of one motion. The model is not loaded for this."""
+        """Raises ValueError for windows and clips whose length the model cannot make, for a trajectory that would have to be
+        measured on anything but the clips of one motion, and for one that leaves out layers which the recipe trains. The model
+        is not loaded for this."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -82,6 +84,15 @@ class VideoRunner(Runner):
         if _asks_for_trajectory(recipe):
             one_motion(planned.subjects)
             _clips_of(recipe)
+        path: Trajectory | None = recipe.sampling.trajectory
+        if path is not None and path.layers == "image":
+            trained = {slot: part for _, phase in expand_phases(recipe) for slot, part in phase.trainable.items()}
+            for slot, part in trained.items():
+                if any(role.startswith("temporal") for role in part.places):
+                    raise ValueError(
+                        "sampling.trajectory.layers: 'image' leaves out the layers for motion, which "
+                        f"trainable.{slot} trains; use 'all'"
+                    )
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
         """Attaches a concept as `Runner.load` does; if it consists of a trajectory alone, the strength scales that."""
@@ -135,6 +146,14 @@ class VideoRunner(Runner):
             if len(followed) > 1:
                 said = " and ".join(followed)
                 raise ValueError(f"{prompt!r} names {said}, but a clip can follow only one trajectory")
+            idle = [
+                f"<{name}>" for name, loaded in self.loaded.items() if _moves(loaded.concept) and f"<{name}>" in prompt
+            ]
+            if idle and not base and any(hook.trajectory.layers == "image" and hook.trajectory.points for hook in own):
+                raise ValueError(
+                    f"{prompt!r} names {' and '.join(idle)}, but {followed[0]} leaves out the layers for motion: learn it with "
+                    "sampling.trajectory.layers=all"
+                )
             groups.setdefault(own, []).append(row)
         if not paths or len(prompts) != len(seeds):
             return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
@@ -195,6 +214,11 @@ def _is_trajectory(concept: Concept) -> bool:
     """Whether a concept consists of a trajectory alone."""
     path = concept.meta.learned_with.sampling.trajectory
     return path is not None and bool(path.points) and not any(concept.tensors.values())
+
+
+def _moves(concept: Concept) -> bool:
+    """Whether a concept is a motion with weights of its own."""
+    return concept.meta.kind == "motion" and any(concept.tensors.values())
 
 
 def _asks_for_trajectory(recipe: Recipe) -> bool:

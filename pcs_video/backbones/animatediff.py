@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcs_video.backbones.framewise import FramewiseCodec, shares
+from pcs_video.backbones.framewise import FramewiseCodec, by_frame, shares
 from shared.backbones.module_roles import RoleSpec
 from shared.backbones.stable_diffusion import ROLES as PICTURE_ROLES
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
@@ -53,6 +54,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         self.most_frames: int = self.unet.config.motion_max_seq_length
         self.frames: int | None = min(DEFAULT_FRAMES, self.most_frames)
         self._pictures = _without_motion(self.unet)
+        self._by_frame = False
 
     @property
     def reads(self) -> frozenset[str]:
@@ -76,12 +78,25 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         Otherwise as in `StableDiffusionBackbone.predict`."""
         return super().predict(x_t, t, conditioning)
 
+    @contextmanager
+    def image_layers(self) -> Iterator[None]:
+        """Inside, clips, like pictures, go through the image layers alone, each frame by itself."""
+        before, self._by_frame = self._by_frame, True
+        try:
+            yield
+        finally:
+            self._by_frame = before
+
     def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        if x_t.ndim == 5:
-            each_frame = context.repeat_interleave(x_t.shape[2], dim=0)
-            return self.unet(x_t, t, encoder_hidden_states=each_frame, return_dict=False)[0]
-        self._follow()
-        return self._pictures(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+        if x_t.ndim == 4:
+            self._follow()
+            return self._pictures(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+        frames = x_t.shape[2]
+        each = context.repeat_interleave(frames, dim=0)
+        if not self._by_frame:
+            return self.unet(x_t, t, encoder_hidden_states=each, return_dict=False)[0]
+        times = t.repeat_interleave(frames) if t.ndim else t
+        return by_frame(lambda x: self._run_denoiser(x, times, each), x_t)
 
     def _follow(self) -> None:
         """Makes the image path use the same wrapped layers and gradient checkpointing as the whole network."""

@@ -1,16 +1,21 @@
-"""Makes clips follow a path, by shifting latents from frame to frame."""
+"""Makes clips follow a path, by moving their subject from frame to frame."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
+from torch.nn import functional
 
+from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from shared.attention.sparse_causal import SparseCausal
 from shared.backbones.protocol import Backbone
 from shared.io.trajectory_settings import Trajectory
 from shared.sampling.box_tracks import latent_frame_times
@@ -19,17 +24,21 @@ from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
 _MARGIN = 0.2  # of the frame: about half the size of a subject
-_STREAM = 2**41  # random stream for filling what comes into view, separate from the noise and from the camera's
+_STREAM = 2**41  # random stream for new noise, separate from the initial noise and from the camera's
 
 
 class FollowTrajectory(SamplingHookBase):
-    """Moves what is being generated along a trajectory, without training.
+    """Moves the subject that is being generated along a trajectory, without training.
 
-    Once the layout has begun to form, each frame's latents are shifted (and scaled) to where the trajectory is in that frame.
-    The remaining steps, in which the model sees all frames, redraw the background and make the subject whole. MotionBooth
-    shifts latents in this way for cameras (https://arxiv.org/abs/2406.17758), and FreeTraj moves noise along trajectories
-    (https://arxiv.org/abs/2406.16863). Latents are shifted by whole cells; what comes into view is filled with values from the
-    same row near the left and right edges. If the path would take the subject out of view from where it is, all of it is moved.
+    Once the subject has formed, it is found in the clean latents as predicted so far, and moved (and scaled) in each frame to
+    where the trajectory is: its clean latents by bilinear interpolation, its noise by whole cells. The background of each row
+    continues where it was. The remaining steps make both whole. If the path would take the subject out of view from where it
+    is, the whole path is shifted. FreeTraj moves noise along trajectories (https://arxiv.org/abs/2406.16863), and MotionBooth
+    shifts latents for cameras (https://arxiv.org/abs/2406.17758).
+
+    With `layers: image`, models that have layers of their own for motion (AnimateDiff) leave them out. Then all frames start
+    from the same noise, and in self-attention they see the first frame, as in Text2Video-Zero (https://arxiv.org/abs/2303.13439):
+    one picture whose subject moves.
 
     `VideoRunner.generate` leaves it out for prompts that do not name the concept.
     """
@@ -43,45 +52,59 @@ class FollowTrajectory(SamplingHookBase):
         return self.model_copy(update={"trajectory": Trajectory()})
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHookBase:
-        """Returns the hook that moves the latents; for pictures, one that does nothing."""
+        """Returns the hook that moves the subject; for pictures, one that does nothing."""
         *frames, _, _ = output_size(backbone, settings)
-        return Following(trajectory=self.trajectory) if frames and self.trajectory.points else SamplingHookBase()
+        if not frames or not self.trajectory.points:
+            return SamplingHookBase()
+        by_frame = self.trajectory.layers == "image" and isinstance(backbone, AnimateDiffBackbone)
+        return Following(trajectory=self.trajectory, by_frame=by_frame)
 
 
 class Following(SamplingHookBase):
     """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
 
     trajectory: Trajectory
-    _before: list[tuple[Tensor, float]] = PrivateAttr(default_factory=list)  # the last step's latents and noise level
+    by_frame: bool = False  # with the image layers alone
+    _before: list[_Noised] = PrivateAttr(default_factory=list)  # the previous step's latents
+
+    def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
+        return noise[:, :, :1].expand_as(noise).clone() if self.by_frame else noise
+
+    def jumps(self, step: DenoisingStep) -> bool:
+        calls = math.ceil(self.trajectory.start * step.steps / step.order) * step.order
+        return step.index == min(calls, (step.steps - 1) // step.order * step.order)
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        now = min(math.ceil(self.trajectory.start * step.steps), step.steps - 1)
-        if step.index == now - 1:
-            self._before[:] = [(latents, _noise_level(step))]
-        if step.index != now:
+        now = _Noised.at(step, latents)
+        if not self.jumps(step):
+            if step.index % step.order == 0:
+                self._before[:] = [now]
             return latents
-        frames, height, width = latents.shape[2:]
-        path = self._at(latent_frame_times(frames, step.backbone.frame_factor))
-        places = self._places(step, latents)
-        out = latents.clone()
-        for row, own in enumerate(step.seeds):
-            kept = path if places is None else path + np.append(into_view(places[row], path[:, :2]), 0.0)
-            for frame in range(frames):
-                seed = (own + _STREAM * (1 + frame)) % 2**63
-                moved = _Move(*kept[frame], height=height, width=width)
-                out[row, :, frame] = moved(latents[row, :, frame], torch.Generator().manual_seed(seed))
-        return out
+        clean = now.clean_since(self._before.pop()) if self._before else torch.zeros_like(now.latents)
+        noise = (now.latents - now.signal * clean) / now.noise
+        path = self._at(latent_frame_times(latents.shape[2], step.backbone.frame_factor))
+        out = [self._moved(*row, path, seed) for *row, seed in zip(clean, noise, step.seeds, strict=True)]
+        clean, noise = (torch.stack(part) for part in zip(*out, strict=True))
+        return (now.signal * clean + now.noise * noise).to(latents.dtype)
 
-    def _places(self, step: DenoisingStep, latents: Tensor) -> list[np.ndarray] | None:
-        """Estimates the subjects' places from what the previous step has added besides noise: a multiple of the clean latents.
+    @contextmanager
+    def during(self, step: DenoisingStep) -> Iterator[None]:
+        backbone = step.backbone
+        if not (self.by_frame and isinstance(backbone, AnimateDiffBackbone)):
+            yield
+            return
+        with backbone.image_layers(), backbone.attending(*SparseCausal(frames=("first",)).edits(backbone)):
+            yield
 
-        None if there was no previous step.
-        """
-        if not self._before:
-            return None
-        before, level = self._before.pop()
-        added = latents.double() - before.double() * (_noise_level(step) / level)
-        return [place_of(row) for row in added]
+    def _moved(self, clean: Tensor, noise: Tensor, path: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+        """Returns one clip's latents and noise [C, f, h, w], each frame moved to its waypoint of the path [f, 3]."""
+        mask = subject_mask(clean)
+        place = centre_of(mask)
+        path = path + np.append(into_view(place, path[:, :2]), 0.0)
+        subject = _Subject(widened(mask), place, torch.Generator().manual_seed((seed + _STREAM) % 2**63))
+        frames = [subject.moved(clean[:, f], noise[:, f], *path[f]) for f in range(len(path))]
+        cleans, noises = zip(*frames, strict=True)
+        return torch.stack(cleans, 1), torch.stack(noises, 1)
 
     def _at(self, times: Sequence[float]) -> np.ndarray:
         """Returns the waypoints at these frames, [len(times), 3]: the whole trajectory, however many frames are generated."""
@@ -91,29 +114,69 @@ class Following(SamplingHookBase):
         return np.stack([np.interp(np.array(times) / last, known, column) for column in points.T], 1)
 
 
-def _noise_level(step: DenoisingStep) -> float:
-    """Returns the standard deviation of the noise in the latents of a step, in the scheduler's units."""
-    noise = step.noised(torch.zeros_like(step.noise))
-    return float(noise.double().norm() / step.noise.double().norm())
+@dataclass(frozen=True)
+class _Noised:
+    """Latents before a step: `signal` times the clean ones plus `noise` times unit noise."""
+
+    latents: Tensor  # [B, C, f, h, w], float32
+    signal: float
+    noise: float
+
+    @classmethod
+    def at(cls, step: DenoisingStep, latents: Tensor) -> _Noised:
+        zero = torch.zeros_like(step.noise)
+        noise = step.noised(zero)
+        signal = step.noised(zero + 1) - noise
+        return cls(
+            latents.float(), float(signal.double().mean()), float(noise.double().norm() / step.noise.double().norm())
+        )
+
+    def clean_since(self, before: _Noised) -> Tensor:
+        """Returns the clean latents that the step from `before` has led towards, [B, C, f, h, w].
+
+        A deterministic step keeps the noise in proportion, so that what is left after subtracting it is a multiple of them.
+        """
+        kept = self.noise / before.noise
+        return (self.latents - kept * before.latents) / (self.signal - kept * before.signal)
 
 
-def place_of(clean: Tensor) -> np.ndarray:
-    """Estimates where the subject is, before it moves, as [2]: right and down in fractions of the frame.
+def subject_mask(clean: Tensor) -> Tensor:
+    """Finds the subject, as a bool mask [h, w], in clean latents [C, f, h, w] or a multiple of them.
 
-    clean: [C, f, h, w], clean latents or a multiple of them. What differs from the median of its row in the mean over frames is
-    taken for the subject. In a picture without a clear subject, this is near the middle.
+    It is what differs most, in the mean over frames, from the median of its row: at most half of the frame, with Otsu's
+    threshold. In latents without any difference, it is the whole frame.
     """
     mean = clean.double().mean(1).cpu()
-    energy = (mean - mean.median(2, keepdim=True).values).square().sum(0)
-    smooth = torch.nn.functional.avg_pool2d(energy[None, None], 3, 1, 1, count_include_pad=False)[0, 0]
-    weight = (smooth - smooth.quantile(0.75)).clamp_min(0)
-    height, width = weight.shape
-    total = float(weight.sum())
-    if not total > 0:
-        return np.array([0.5, 0.5])
-    x = float((weight.sum(0) * (torch.arange(width) + 0.5)).sum()) / width
-    y = float((weight.sum(1) * (torch.arange(height) + 0.5)).sum()) / height
-    return np.array([x, y]) / total
+    far = (mean - mean.median(2, keepdim=True).values).square().sum(0).sqrt()
+    reach = _border(far)
+    smooth = functional.avg_pool2d(far[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
+    return smooth >= _threshold(smooth.flatten().numpy())
+
+
+def _threshold(values: np.ndarray) -> float:
+    """Returns Otsu's threshold of values [n] among those that at most half of them reach."""
+    values = np.sort(values)
+    n, total = len(values), values.sum()
+    above = np.arange(1, n // 2 + 1)  # how many reach it
+    high = np.cumsum(values[::-1])[: n // 2]
+    between = above * (n - above) * (high / above - (total - high) / (n - above)) ** 2
+    return float(values[n - above[between.argmax()]])
+
+
+def centre_of(mask: Tensor) -> np.ndarray:
+    """Returns the centre of a mask [h, w] as [2]: right and down in fractions of the frame."""
+    y, x = (mask.nonzero().double().mean(0) + 0.5) / torch.tensor(mask.shape)
+    return np.array([float(x), float(y)])
+
+
+def widened(mask: Tensor) -> Tensor:
+    """Returns a bool mask [h, w] with a border of one sixteenth of the shorter side."""
+    reach = _border(mask)
+    return functional.max_pool2d(mask.double()[None, None], 2 * reach + 1, 1, reach)[0, 0] > 0
+
+
+def _border(plane: Tensor) -> int:
+    return max(1, min(plane.shape) // 16)
 
 
 def into_view(place: np.ndarray, path: np.ndarray, margin: float = _MARGIN) -> np.ndarray:
@@ -123,22 +186,65 @@ def into_view(place: np.ndarray, path: np.ndarray, margin: float = _MARGIN) -> n
     return np.where(low > high, (low + high) / 2, np.clip(0.0, low, np.maximum(low, high)))
 
 
-class _Move:
-    """Moves a frame's latents [C, h, w]: (right, down) in fractions of its size, and scaled by exp(log_size)."""
+class _Subject:
+    """Moves a subject within frames [C, h, w]: `mask` [h, w] is where it is, `place` its centre in fractions of the frame."""
 
-    def __init__(self, right: float, down: float, log_size: float, height: int, width: int) -> None:
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    def __init__(self, mask: Tensor, place: np.ndarray, draw: torch.Generator) -> None:
+        self.mask, self.place, self.draw = mask, place, draw
+        self.left, self.right, self.share = _around(mask)
+        self.fresh: Tensor | None = None
+
+    def moved(self, clean: Tensor, noise: Tensor, right: float, down: float, log_size: float) -> tuple[Tensor, Tensor]:
+        """Returns the clean latents and the noise with the subject (right, down) of where it is, scaled by exp(log_size)."""
+        height, width = self.mask.shape
+        if self.fresh is None:  # the same in all frames, so that the background stays the same
+            self.fresh = torch.randn(noise.shape, generator=self.draw).to(noise)
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         size = math.exp(log_size)
-        self.rows = torch.floor((((y + 0.5) / height - 0.5 - down) / size + 0.5) * height).long()
-        self.columns = torch.floor((((x + 0.5) / width - 0.5 - right) / size + 0.5) * width).long()
-        self.height, self.width = height, width
+        x = (x - self.place[0] - right) / size + self.place[0]
+        y = (y - self.place[1] - down) / size + self.place[1]
+        grid = torch.stack([2 * x - 1, 2 * y - 1], -1)[None].to(clean)
+        mask = self.mask.to(clean.device)
+        covers = _sampled(mask[None].to(clean), grid, "zeros")
+        cleaned = covers * _sampled(clean, grid, "border") + (1 - covers) * self._background(clean)
+        columns, rows = torch.floor(x * width).long(), torch.floor(y * height).long()
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        on = inside & self.mask[rows, columns]
+        once = on & _first(torch.where(on, rows * width + columns, -1))  # used twice, noise would no longer be noise
+        new = (self.mask | on).to(clean.device)
+        noises = torch.where(once.to(clean.device), noise[:, rows, columns], torch.where(new, self.fresh, noise))
+        return cleaned, noises
 
-    def __call__(self, plane: Tensor, draw: torch.Generator) -> Tensor:
-        edge = max(1, self.width // 5)
-        near = torch.randint(edge, self.rows.shape, generator=draw)
-        other = torch.rand(self.rows.shape, generator=draw) < 0.5
-        columns = torch.where(other, self.width - 1 - near, near).to(plane.device)
-        fill = plane.gather(2, columns.expand(len(plane), -1, -1))
-        inside = (self.rows >= 0) & (self.rows < self.height) & (self.columns >= 0) & (self.columns < self.width)
-        kept = plane[:, self.rows.clamp(0, self.height - 1), self.columns.clamp(0, self.width - 1)]
-        return torch.where(inside.to(plane.device), kept, fill)
+    def _background(self, clean: Tensor) -> Tensor:
+        """Returns clean latents [C, h, w] in which each row goes on behind the subject."""
+        left, right, share = (part.to(clean.device) for part in (self.left, self.right, self.share))
+        left, right = (clean.gather(2, column.expand_as(clean)) for column in (left, right))
+        return torch.lerp(left, right, share.to(clean).expand_as(clean))
+
+
+def _around(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns for each cell [h, w] the nearest columns outside the mask on its left and right (both its own, outside of it),
+    and where it is between them, from 0 to 1. Rows without any use the edges of the frame."""
+    height, width = mask.shape
+    columns = np.arange(width)
+    left, right, share = np.zeros((height, width), int), np.zeros((height, width), int), np.zeros((height, width))
+    for y, row in enumerate(mask.numpy()):
+        free = np.flatnonzero(~row) if not row.all() else np.array([0, width - 1])
+        after = np.searchsorted(free, columns).clip(0, len(free) - 1)
+        before = (np.searchsorted(free, columns, side="right") - 1).clip(0)
+        left[y], right[y] = free[before], free[after]
+        share[y] = (columns - left[y]) / np.maximum(right[y] - left[y], 1)
+    return torch.from_numpy(left), torch.from_numpy(right), torch.from_numpy(share.clip(0, 1))
+
+
+def _sampled(planes: Tensor, grid: Tensor, beyond: str) -> Tensor:
+    return functional.grid_sample(planes[None], grid, padding_mode=beyond, align_corners=False)[0]
+
+
+def _first(numbers: Tensor) -> Tensor:
+    """Whether each entry is the first with its number, bool, of the same shape."""
+    flat = numbers.flatten().numpy()
+    first = np.zeros(flat.shape, bool)
+    first[np.unique(flat, return_index=True)[1]] = True
+    return torch.from_numpy(first).view(numbers.shape)

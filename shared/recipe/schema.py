@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shared.attention import Attention
 from shared.augment import Augment
+from shared.backbones.protocol import Backbone
 from shared.config import NAME, NameOrPath, Part, PathText, Slot, default_kind, parts_of
 from shared.io.read_subject import read_subject
 from shared.masks import Mask
@@ -95,6 +96,10 @@ class Sampling(Part):
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength schedule, which needs the concept's name."""
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
+
+    def port(self, backbone: Backbone) -> str:
+        """Returns what is sampled differently on this model, as text for the concept's record; "" if nothing is."""
+        return ""
 
 
 class PreviewSettings(Part):

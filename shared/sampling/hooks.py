@@ -30,6 +30,7 @@ class DenoisingStep:
     seeds: Sequence[int]  # B
     noise: Tensor  # [B, C, (f), h, w]: the initial noise, of unit variance
     scale: Tensor | float = 1.0  # multiplies the latents into the network's input; not 1 for Karras et al. schedulers
+    order: int = 1  # scheduler calls per step
 
     @property
     def fraction(self) -> float:
@@ -67,6 +68,10 @@ class SamplingHook(Protocol):
         """Changes the latents [B, C, (f), h, w] before the prediction (layout gradients, given frames)."""
         ...
 
+    def jumps(self, step: DenoisingStep) -> bool:
+        """Whether `latents` makes them jump at this step, so that the scheduler must forget its earlier predictions."""
+        ...
+
     def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
         """Changes the times passed to the network: a scalar, or [B, f] if it takes one per frame."""
         ...
@@ -94,6 +99,9 @@ class SamplingHookBase(Part):
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents
+
+    def jumps(self, step: DenoisingStep) -> bool:
+        return False
 
     def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
         return t

@@ -37,6 +37,9 @@ class InTurn:
             latents = hook.latents(step, latents)
         return latents
 
+    def jumps(self, step: DenoisingStep) -> bool:
+        return any(hook.jumps(step) for hook in self.hooks)
+
     def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
         for hook in self.hooks:
             t = hook.told(step, t)

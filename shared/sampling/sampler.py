@@ -138,17 +138,19 @@ def denoise(
     guided, hooks = backbone.needs_negative(guidance), InTurn(settings.hooks).ready(backbone, settings)
     *frames, height, width = output_size(backbone, settings)
     shape = backbone.latent_shape(height, width, *frames)
-    solver = make_scheduler(backbone, settings.scheduler)
+    solver = _solver(backbone, settings, steps, shape)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    backbone.set_timesteps(solver, steps, shape)
     conditionings = _ConditioningCache(backbone, negatives if guided else None)
     noise = hooks.initial_noise(backbone, _noise(backbone, shape, generators))
     times, latents = _begun(solver, noise, settings.start, steps)
     options = _step_options(solver, generators)
     for i, t in enumerate(times):
         scale = _seen(solver, noise.new_ones(1), t)
-        step = DenoisingStep(i, len(times), t, backbone, texts, seeds, noise, scale)
+        step = DenoisingStep(i, len(times), t, backbone, texts, seeds, noise, scale, getattr(solver, "order", 1))
         latents = hooks.latents(step, latents)
+        if hooks.jumps(step):
+            solver = _solver(backbone, settings, steps, shape)
+            _begin(solver, len(solver.timesteps) - len(times) + i)
         step = replace(step, prompts=hooks.prompts(step, step.prompts))
         scaled = _seen(solver, latents, t)
         with hooks.during(step), merged_layers():
@@ -172,11 +174,23 @@ def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple
         )
     first = (steps - taken) * getattr(solver, "order", 1)
     times, clean = solver.timesteps[first:], start.latents.to(noise)
-    if hasattr(solver, "set_begin_index"):  # schedulers that count their calls
-        solver.set_begin_index(first)
+    _begin(solver, first)
     at = times[:1].repeat(len(noise))
     flows = hasattr(solver, "scale_noise")
     return times, solver.scale_noise(clean, at, noise) if flows else solver.add_noise(clean, noise, at)
+
+
+def _solver(backbone: Backbone, settings: SamplingSettings, steps: int, shape: Sequence[int]) -> Any:
+    """Returns a scheduler at its first step."""
+    solver = make_scheduler(backbone, settings.scheduler)
+    backbone.set_timesteps(solver, steps, shape)
+    return solver
+
+
+def _begin(solver: Any, call: int) -> None:
+    """Makes a scheduler that has not been called yet start from this call."""
+    if hasattr(solver, "set_begin_index"):  # schedulers that count their calls
+        solver.set_begin_index(call)
 
 
 def _seen(solver: Any, latents: Tensor, t: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class TrainingRun:
         self.per_source = sets_by_file(self.phases, self.subjects)
         check_sources(self.phases, self.subjects)
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
-        self.ports: set[str] = {port for p in self.recipe.attention.values() if (port := p.port(self.backbone))}
+        parts = (*self.recipe.attention.values(), self.recipe.sampling)
+        self.ports: set[str] = {port for part in parts if (port := part.port(self.backbone))}
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # otherwise an earlier run's precision would stick
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")

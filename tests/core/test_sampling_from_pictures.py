@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from torch import Tensor
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.sampling import Start
+from shared.sampling import DenoisingStep, SamplingHookBase, Start
 from shared.sampling.sampler import denoise, sample_all
 from shared.sampling.schedulers import DIFFUSION
 from shared.sampling.settings import SamplingSettings
@@ -65,6 +67,33 @@ def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> 
     (x_t, t), *_ = seen
     assert len(steps) == 2 and 0 < t < 1
     assert torch.allclose(x_t, (1 - t) * start.latents + t * noise, atol=1e-5)
+
+
+@pytest.mark.parametrize("jumps", [True, False])
+@pytest.mark.parametrize("scheduler", ["ddim", "deis", "dpm++", "euler", "heun", "pndm", "unipc"])
+def test_after_latents_have_jumped_nothing_of_the_steps_before_is_left(
+    tiny_sd: Any, scheduler: str, jumps: bool
+) -> None:
+    """Replaced by another picture's noised latents halfway, they become what sampling from that picture makes. Without the
+    jump, schedulers that remember earlier predictions mix the two."""
+    backbone = StableDiffusionBackbone(tiny_sd)
+    start = Start(clean(backbone), 0.5)
+
+    class Replaced(SamplingHookBase):
+        def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+            return step.noised(start.latents) if step.index == 2 * step.order else latents
+
+        def jumps(self, step: DenoisingStep) -> bool:
+            return jumps and step.index == 2 * step.order
+
+    how = SamplingSettings("", 1.0, 4, scheduler, height=32, width=32)
+    fresh, replaced = (
+        [state.latents for state in denoise(backbone, PROMPTS, seeds=SEEDS, settings=settings)][-1]
+        for settings in (replace(how, start=start), replace(how, hooks=(Replaced(),)))
+    )
+    remembers = scheduler in {"deis", "dpm++", "pndm", "unipc"}
+    same = torch.allclose(fresh, replaced, atol=1e-4)
+    assert same if jumps else same is not remembers
 
 
 def test_a_start_that_does_not_fit_is_refused(tiny_sd: Any) -> None:

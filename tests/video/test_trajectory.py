@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from pcs_video.backbones.wan import WanBackbone
 from pcs_video.commands.video import app
 from pcs_video.motion.clip_source import Clips
-from pcs_video.motion.follow_trajectory import Following, FollowTrajectory, into_view, place_of
+from pcs_video.motion.follow_trajectory import (
+    Following,
+    FollowTrajectory,
+    centre_of,
+    into_view,
+    subject_mask,
+    widened,
+)
 from pcs_video.motion.trajectory import measure
-from pcs_video.recipe import VideoRecipe
+from pcs_video.recipe import ClipSampling, VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.backbones import load_backbone
 from shared.cli import run
@@ -33,11 +42,13 @@ from shared.runner.open_runner import open_runner
 from shared.runner.plan import plan
 from shared.runner.png_metadata import metadata
 from shared.sampling import DenoisingStep, SamplingHookBase, StrengthSchedule
+from shared.sampling.sampler import denoise
 from shared.sampling.settings import SamplingSettings
 from shared.toybox.motions.reference_clips import write_frames
 from shared.types import Subject
 from tests.video.conftest import FAST
 from tests.video.test_evaluate_clips import QUICK
+from tests.video.transformer_models import build_wan
 
 SIDE = 64
 
@@ -124,68 +135,177 @@ def step_of(x: Tensor, index: int, steps: int = 10, seeds: tuple[int, ...] = (1,
     )
 
 
-def moved(hook: FollowTrajectory, x: Tensor, index: int, steps: int = 10, seeds: tuple[int, ...] = (1, 2)) -> Tensor:
-    return Following(trajectory=hook.trajectory).latents(step_of(x, index, steps, seeds), x)
+def scene(side: int = 16, frames: int = 2, clips: int = 1) -> tuple[Tensor, Tensor]:
+    """Clean latents of a square with numbered cells on rows of one value each, [B, 2, f, S, S], and unit noise."""
+    rows = torch.arange(side, dtype=torch.float32)[:, None].expand(side, side)
+    clean = torch.stack([rows, -rows])
+    number = torch.arange(16, dtype=torch.float32).view(4, 4)
+    clean[:, 6:10, 6:10] = torch.stack([100 + number, 200 + number])
+    noise = torch.randn(clips, 2, frames, side, side, generator=torch.Generator().manual_seed(0))
+    return clean[None, :, None].repeat(clips, 1, frames, 1, 1), noise
+
+
+def moved(
+    trajectory: Trajectory, clean: Tensor, noise: Tensor, index: int = 4, seeds: Sequence[int] = (1,)
+) -> tuple[Tensor, float, float]:
+    """Returns the latents of a clip after the hook's steps up to `index` of 10, with the shares of signal and noise in them.
+
+    Each of the steps before leads from noise to the same clean latents, as a perfect model's does.
+    """
+    following, out, noisy = Following(trajectory=trajectory), noise, 1.0
+    for i in range(index + 1):
+        noisy = 1 - i / 10
+        out = following.latents(step_of(noise, i, seeds=tuple(seeds)), (1 - noisy) * clean + noisy * noise)
+    return out, 1 - noisy, noisy
+
+
+def path_of(points: Sequence[Sequence[float]] | np.ndarray, **more: Any) -> Trajectory:
+    return Trajectory(points=tuple(map(tuple, np.asarray(points).tolist())), **more)
 
 
 def hook_of(points: np.ndarray, start: float = 0.3) -> FollowTrajectory:
-    return FollowTrajectory(name="m", trajectory=Trajectory(start=start, points=tuple(map(tuple, points.tolist()))))
+    return FollowTrajectory(name="m", trajectory=path_of(points, start=start))
 
 
-def test_each_frame_goes_where_the_trajectory_is() -> None:
-    """With each cell's own number in it, every cell that was not filled in shows where it came from."""
-    side, points = 16, np.array([[-0.25, 0.0, 0.0], [0.0, 0.125, 0.0], [0.25, -0.25, 0.0]])
-    place = torch.arange(side * side, dtype=torch.float32).view(1, 1, 1, side, side)
-    made = moved(hook_of(points), place.repeat(2, 1, 3, 1, 1), 3)
+def test_the_subject_goes_where_the_trajectory_is_and_its_background_stays() -> None:
+    """Cells of the square come with their noise; behind it each row continues, with new noise; the rest is as before."""
+    side, points = 16, [[-0.25, 0.0, 0.0], [0.25, -0.125, 0.0]]
+    clean, noise = scene(side)
+    made, signal, noisy = moved(path_of(points), clean, noise)
+    found = subject_mask(clean[0])
+    assert found[6:10, 6:10].all() and found.sum() <= 36  # smoothing may add a border of one cell
+    hole = widened(found)
     for frame, (right, down, _) in enumerate(points):
         dx, dy = round(right * side), round(down * side)
-        for y in range(side):
-            for x in range(side):
-                there = 0 <= y - dy < side and 0 <= x - dx < side
-                row, column = divmod(int(made[0, 0, frame, y, x]), side)
-                assert (row, column) == (y - dy, x - dx) if there else (row == y and (column < 3 or column >= 13))
+        there = torch.zeros_like(hole)
+        there[6 + dy : 10 + dy, 6 + dx : 10 + dx] = True
+        came = signal * clean + noisy * noise
+        torch.testing.assert_close(
+            made[0, :, frame, 6 + dy : 10 + dy, 6 + dx : 10 + dx], came[0, :, frame, 6:10, 6:10], atol=1e-3, rtol=0
+        )
+        border = torch.roll(hole, (dy, dx), (0, 1))
+        outside = ~hole & ~border
+        torch.testing.assert_close(made[0, :, frame][:, outside], came[0, :, frame][:, outside], atol=1e-3, rtol=0)
+        behind = hole & ~border
+        left = (made[0, :, frame] - signal * clean[0, :, frame, :, :1]) / noisy  # every row's value is that of its edge
+        assert behind.sum() > 10 and left[:, behind].abs().max() < 5
+        assert (left - noise[0, :, frame])[:, behind].abs().min() > 1e-4
 
 
-def test_a_size_enlarges_around_the_middle() -> None:
-    x = torch.zeros(1, 1, 2, 16, 16)
-    x[..., 6:10, 6:10] = 1
-    made = moved(hook_of(np.array([[0, 0, 0], [0, 0, np.log(2)]])), x, 3, seeds=(1,))
-    assert made[0, 0, 0].sum() == 16 and made[0, 0, 1].sum() == 64 and bool((made[0, 0, 1, 4:12, 4:12] == 1).all())
+def test_between_cells_clean_latents_are_interpolated_and_noise_is_not() -> None:
+    clean, noise = scene()
+    made, signal, noisy = moved(path_of([[1 / 32, 0, 0], [0, 0, 0]]), clean, noise)  # half a cell, and none
+    torch.testing.assert_close(made[:, :, 1], (signal * clean + noisy * noise)[:, :, 1], atol=1e-3, rtol=0)
+    mean = (clean[0, :, 0, 6:10, 6:9] + clean[0, :, 0, 6:10, 7:10]) / 2  # each from two cells
+    left = (made[0, :, 0, 6:10, 7:10] - signal * mean) / noisy
+    assert (left - noise[0, :, 0, 6:10, 7:10]).abs().max() < 1e-3  # that of the nearest cell
 
 
-def test_it_acts_once_and_never_where_it_rests_and_a_clip_does_not_depend_on_its_batch() -> None:
-    x = torch.randn(2, 4, 5, 16, 16, generator=torch.Generator().manual_seed(0))
-    hook = hook_of(arc(5))
-    acts = [i for i in range(10) if not torch.equal(moved(hook, x, i), x)]
-    assert acts == [3]
-    assert [i for i in range(2) if not torch.equal(moved(hook_of(arc(5), 1.0), x, i, 2), x)] == [1]
-    assert not hook.resting().trajectory.points
-    both = moved(hook, x, 3)
-    assert torch.equal(moved(hook, x[1:], 3, seeds=(2,)), both[1:])
-    assert not torch.equal(moved(hook, x, 3, seeds=(1, 3))[1], both[1])
+def test_a_size_enlarges_around_the_subjects_centre_and_noise_stays_noise() -> None:
+    side = 48
+    clean = torch.zeros(1, 2, 2, side, side)
+    clean[..., 20:28, 12:20] = 1  # its centre is at (1/3, 1/2)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    made, signal, noisy = moved(path_of([[0, 0, 0], [0, 0, np.log(2)]]), clean, noise)
+    large = torch.zeros(side, side)
+    large[16:32, 8:24] = 1
+    left = (made[0, :, 1] - signal * large) / noisy
+    inner = left[:, 18:30, 10:22]
+    assert inner.std() == pytest.approx(1, abs=0.15) and len(inner.round(decimals=4).unique()) > 0.98 * inner.numel()
+    outer = torch.ones(side, side, dtype=torch.bool)
+    outer[4:44, :36] = False  # the mask has a border, which is enlarged too
+    torch.testing.assert_close(left[:, outer], noise[0, :, 1][:, outer], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("start", "order", "at"), [(0.3, 1, 3), (0.0, 1, 0), (1.0, 1, 9), (0.3, 2, 4), (1.0, 2, 8)])
+def test_it_acts_once_where_a_step_begins(start: float, order: int, at: int) -> None:
+    """A scheduler of order 2 is called twice a step; between the calls, nothing may jump."""
+    clean, noise = scene(frames=5)
+    following = Following(trajectory=path_of(arc(5), start=start))
+    acts, jumps = [], []
+    for i in range(10):
+        step = replace(step_of(noise, i, seeds=(1,)), order=order)
+        x = i / 10 * clean + (1 - i / 10) * noise
+        acts += [i] if not torch.equal(following.latents(step, x), x) else []
+        jumps += [i] if following.jumps(step) else []
+    assert acts == jumps == [at]
+
+
+def test_a_clip_does_not_depend_on_its_batch_and_other_seeds_fill_in_other_noise() -> None:
+    clean, noise = scene(frames=5, clips=2)
+    path = path_of(arc(5))
+    both, *_ = moved(path, clean, noise, seeds=(1, 2))
+    assert torch.equal(moved(path, clean[1:], noise[1:], seeds=(2,))[0], both[1:])
+    assert not torch.equal(moved(path, clean[1:], noise[1:], seeds=(3,))[0], both[1:])
+    assert not hook_of(arc(5)).resting().trajectory.points
+
+
+def test_without_an_earlier_step_the_noise_itself_is_moved() -> None:
+    noise = torch.randn(1, 2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    path = path_of([[-0.125, 0, 0], [0.125, 0, 0]], start=0.0)
+    made = Following(trajectory=path).latents(step_of(noise, 0, seeds=(1,)), noise)
+    torch.testing.assert_close(made[..., 0, :, :14], noise[..., 0, :, 2:])
+    torch.testing.assert_close(made[..., 1, :, 2:], noise[..., 1, :, :14])
 
 
 def test_other_numbers_of_frames_show_the_whole_trajectory() -> None:
-    points = np.array([[-0.25, 0.0, 0.0], [0.25, 0.0, 0.0]])
-    x = torch.zeros(1, 1, 5, 16, 16)
-    x[..., 8] = 1
-    made = moved(hook_of(points), x, 3, seeds=(1,))
-    assert [int(made[0, 0, f, 0].argmax()) for f in range(5)] == [4, 6, 8, 10, 12]
+    clean, noise = scene(frames=5)
+    made, signal, noisy = moved(path_of([[-0.25, 0.0, 0.0], [0.25, 0.0, 0.0]]), clean, 0 * noise + 1)
+    bright = ((made - noisy) / signal)[0, 0, :, 8]
+    centres = [(row > 90).nonzero().double().mean().item() for row in bright]
+    assert centres == pytest.approx([3.5, 5.5, 7.5, 9.5, 11.5], abs=0.6)
 
 
 def test_a_subject_near_an_edge_is_kept_in_view() -> None:
     """A bright square at the left would be moved out to the left; it starts farther right instead, by the smallest shift."""
     side, points = 20, np.array([[-0.2, 0, 0], [0.2, 0, 0]])
     clean = torch.zeros(1, 2, 2, side, side)
-    clean[..., 8:12, 4:8] = 1  # its centre is at 0.3 of the width
-    noise = torch.ones_like(clean)
-    following = Following(trajectory=hook_of(points).trajectory)
-    assert place_of(clean[0]) == pytest.approx([0.3, 0.5], abs=0.02)
-    for index in (2, 3):
-        t = (10 - index) / 10
-        out = following.latents(step_of(clean, index, seeds=(1,)), clean * (1 - t) + noise * t)
-    places = [(out[0, 0, f, 9] > 0.99).nonzero().flatten().double().mean().item() / side for f in (0, 1)]
-    assert places == pytest.approx([0.2 - 0.5 / side, 0.6 - 0.5 / side], abs=0.051)
+    clean[..., 8:12, 4:8] = 20  # its centre is at 0.3 of the width
+    assert centre_of(subject_mask(clean[0])) == pytest.approx([0.3, 0.5], abs=0.03)
+    out, signal, noisy = moved(path_of(points), clean, torch.ones_like(clean))
+    row = ((out - noisy) / signal)[0, 0, :, 9]
+    places = [((row[f] > 10).nonzero().double().mean().item() + 0.5) / side for f in (0, 1)]
+    assert places == pytest.approx([0.2, 0.6], abs=0.03)
+
+
+def test_the_subject_is_what_differs_from_its_row() -> None:
+    """Found in noise, among rows of other values, and as at most half of the frame; with nothing to find, it is all of it."""
+    side, draw = 32, torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 1, side, 1, generator=draw) * 3
+    clean = rows + 0.3 * torch.randn(4, 3, side, side, generator=draw)
+    truth = torch.zeros(side, side, dtype=torch.bool)
+    truth[10:22, 4:14] = True
+    clean[:, :, truth] += torch.randn(4, 1, int(truth.sum()), generator=draw) * 2 + 2
+    found = subject_mask(clean)
+    assert (found & truth).sum() / (found | truth).sum() > 0.7
+    assert subject_mask(5 * clean).equal(found)
+    assert subject_mask(torch.randn(4, 3, side, side, generator=draw)).double().mean() <= 0.5
+    assert subject_mask(torch.zeros(4, 3, side, side)).all()
+    assert centre_of(truth) == pytest.approx([9 / side, 16 / side])
+
+
+def test_by_frame_all_frames_are_one_picture_whose_subject_moves(clip_model: Path) -> None:
+    """The image layers see each frame by itself, as they do pictures; frames start from the same noise and see the first."""
+    backbone: Any = load_backbone(clip_model)
+    shape = backbone.latent_shape(32, 32, 3)
+    x, t = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 20.0])
+    words = backbone.encode(["a cup", "a dog"])
+    with torch.no_grad():
+        with backbone.image_layers():
+            by_frame = backbone.predict(x, t, words)
+        each = [backbone.predict(x[:, :, f], t, words) for f in range(3)]
+        whole = backbone.predict(x, t, words)
+    torch.testing.assert_close(by_frame, torch.stack(each, 2), atol=1e-5, rtol=1e-4)
+    assert (whole - by_frame).abs().max() > 1e-2
+    runner = VideoRunner(backbone)
+    still, wide = [(0, 0, 0), (0, 0, 0)], [(-0.2, 0, 0), (0.2, 0, 0)]
+    how = SamplingSettings("", 1.0, 4, height=32, width=32, frames=3)
+    for points, layers, same in ((still, "image", True), (wide, "image", False), (still, "all", False)):
+        hook = FollowTrajectory(name="m", trajectory=path_of(points, start=0.5, layers=layers))
+        made = runner.generate(["a cup"], [0], replace(how, hooks=(hook,)))
+        assert torch.allclose(made[:, :, :1].expand_as(made), made, atol=1e-4) is same, (points, layers)
+    with torch.no_grad():
+        assert torch.equal(backbone.predict(x, t, words), whole)  # the motion module is back
 
 
 def test_the_shift_into_view_is_the_smallest() -> None:
@@ -215,7 +335,7 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     points = np.array(concept.meta.recipe["sampling"]["trajectory"]["points"])
     assert len(points) == 4 and bool((np.diff(points[:, 0]) > 0.03).all())  # the square slides to the right
     about = dict(described(concept))
-    assert about["trajectory"].startswith("4 points over ") and about["trajectory"].endswith("from 20% of the steps on")
+    assert about["trajectory"].startswith("4 points over ") and about["trajectory"].endswith("from 50% of the steps on")
     assert about["use"].startswith('pcs video generate "a photo of a mug <slide> on the beach" --concept slide.concept')
     assert not {*concept.meta.adapters, *concept.meta.weights, *concept.meta.branches} and about["parameters"] == "0"
     runner = VideoRunner(load_backbone(clip_model))
@@ -305,6 +425,43 @@ def test_another_recipe_takes_a_trajectory_too(clip_model: Path, clip_folder: Pa
     runner.load(concept)
     lora, both = (runner.generate([text], [0], how, must_name=False) for text in ("a", "a <both>"))
     assert (lora - plain).abs().max() > 1e-3 and (both - lora).abs().max() > 0.01
+
+
+def test_layers_that_are_left_out_cannot_be_what_moves(
+    learned: Path, clip_folder: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in a recipe that trains them, nor in a prompt that also names a motion they have learned."""
+    asked = ["personalize", "motion_director", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
+    path = [f"output={tmp_path / 'lora.concept'}", "sampling.trajectory.layers=image"]
+    assert run(app, [*asked, *path]) == 2
+    assert "'image' leaves out the layers for motion, which trainable.temporal trains" in capsys.readouterr().err
+    assert run(app, [*asked, path[0]]) == 0
+    runner = VideoRunner(load_backbone(clip_model))
+    for concept in (read(learned), read(tmp_path / "lora.concept")):
+        runner.load(concept)
+    how = SamplingSettings("", 1.0, 2, height=32, width=32, frames=4)
+    with pytest.raises(ValueError, match=r"names <lora>, but <slide> leaves out the layers for motion"):
+        runner.generate(["a <slide> <lora>"], [0], how)
+    assert runner.generate(["a <slide>", "a <lora>"], [0, 1], how, must_name=False).shape[0] == 2
+
+
+def test_a_model_without_image_layers_uses_all_and_says_so(clip_model: Path) -> None:
+    path = ClipSampling(trajectory=path_of(arc(5), layers="image"))
+    wan = WanBackbone(build_wan(), "tiny")
+    assert (
+        path.port(wan) == "sampling.trajectory.layers: wan has no layers of its own for motion, so all its layers act"
+    )
+    assert path.port(load_backbone(clip_model)) == ClipSampling().port(wan) == ""
+    shape = wan.latent_shape(32, 32, 9)
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+    assert path.trajectory is not None
+    hook = FollowTrajectory(name="m", trajectory=path.trajectory)
+    how = SamplingSettings("", 1.0, 4, height=32, width=32, frames=9, hooks=(hook,))
+    assert torch.equal(hook.ready(wan, how).initial_noise(wan, noise), noise)
+    made, plain = (
+        list(denoise(wan, ["a cup"], seeds=[0], settings=s))[-1].latents for s in (how, replace(how, hooks=()))
+    )
+    assert made.isfinite().all() and not torch.allclose(made, plain)
 
 
 def test_a_trajectory_of_two_motions_is_refused_before_a_model_is_loaded(
