@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from shared.backbones import load_backbone
 from shared.benchmark.clip_table import ClipComparison, ClipGoal, clips
@@ -108,6 +111,7 @@ class _Bench:
     things: Things
     model: type[Recipe]
     settings: ClipBenchmarkSettings
+    kept: dict[Any, Tensor] = field(default_factory=dict)  # clips without the motion
 
     def report(self, name: str, recipe: str, cell: tuple[str, str], workdir: Path) -> ClipReport:
         """Returns one cell's report."""
@@ -125,7 +129,7 @@ class _Bench:
                 references=references, pictures=self.things.references(thing) if thing else None,
                 out=workdir / "report", overwrite=True,
             )  # fmt: skip
-            return evaluate_clips_loaded(self.runner, judged)
+            return evaluate_clips_loaded(self.runner, judged, kept=self.kept)
         finally:
             for concept in loaded:
                 self.runner.unload(concept)

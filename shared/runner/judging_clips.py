@@ -65,10 +65,17 @@ class ClipEvaluationSettings:
 
 
 def evaluate_clips_loaded(
-    runner: Painter, settings: ClipEvaluationSettings = ClipEvaluationSettings(), progress: Progress | None = None
+    runner: Painter,
+    settings: ClipEvaluationSettings = ClipEvaluationSettings(),
+    progress: Progress | None = None,
+    kept: dict[Any, Tensor] | None = None,
 ) -> ClipReport:
     """Judges the concepts loaded in `runner` (a motion, a subject, or one of each) in clips; with `settings.out`, the report
     is written there.
+
+    kept: clips that do not depend on the motion (the base model's; for a trajectory alone, also the unnamed ones) are taken
+    from here or added, so that judging one subject with many motions generates them once. The subjects that share it must
+    have different names.
 
     Raises:
         ValueError: if other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
@@ -88,7 +95,8 @@ def evaluate_clips_loaded(
         _case(runner, judged, scorer, frames), acts_unnamed=wordless, still_named=settings.false_motion == "off"
     )
     shots = ClipShots(settings.seeds, settings.out, settings.overwrite, settings.fps)
-    return evaluate_clips(_makers(runner, judged, settings, case), case, texts, scorer, shots, progress)
+    makers = _makers(runner, judged, settings, case, {} if kept is None else kept)
+    return evaluate_clips(makers, case, texts, scorer, shots, progress)
 
 
 def check_false_motion(text: str) -> FalseMotion:
@@ -254,7 +262,9 @@ def _ceiling(backbone: Backbone, known: KnownMotion | None, reader: PathReader |
     return recognition_ceiling(reader, known, frames, through=lambda pixels: round_trip(backbone, pixels))
 
 
-def _makers(runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, case: ClipCase) -> Makers:
+def _makers(
+    runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, case: ClipCase, kept: dict[Any, Tensor]
+) -> Makers:
     chosen = judged.motion or judged.subject
     assert chosen is not None
     learned, asked = chosen.concept.meta.learned_with.sampling, settings.sampling
@@ -280,7 +290,18 @@ def _makers(runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, 
             if strength is not None:
                 backbone.set_strength(name, strength)
 
+    def once(generate: Generate, *key: Any) -> Generate:
+        def made(texts: list[str], seeds: list[int], progress: Steps | None) -> Tensor:
+            whole = (*key, tuple(texts), tuple(seeds), repr(sampling))
+            if whole not in kept:
+                kept[whole] = generate(texts, seeds, progress)
+            return kept[whole].clone()
+
+        return made
+
     unnamed: Generate | None = None
     if judged.motion is not None and settings.false_motion != "none":
         unnamed = off if settings.false_motion == "off" else None if case.acts_unnamed else concept
-    return Makers(concept, base, unnamed)
+        if unnamed is concept and not any(judged.motion.concept.tensors.values()):
+            unnamed = once(concept, "unnamed", judged.subject_name)
+    return Makers(concept, once(base, "base"), unnamed)

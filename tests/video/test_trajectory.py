@@ -37,6 +37,7 @@ from shared.io.clips.write_clip import write_clip
 from shared.io.trajectory_settings import Trajectory
 from shared.metrics.clips.report import ClipReport
 from shared.recipe.resolve import load
+from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
 from shared.runner.plan import plan
@@ -504,3 +505,30 @@ def test_without_its_name_or_switched_off_a_motion_is_not_followed(
     assert run(app, [str(a) for a in [*asked, "--out", tmp_path / "report", *QUICK]]) == 0
     scores = {s.key: s.value for s in ClipReport.load(tmp_path / "report").scores}
     assert scores["false_motion"] != pytest.approx(scores["motion_fidelity"], abs=1e-6)
+
+
+def test_clips_without_the_motion_are_generated_once_for_many_motions(
+    learned: Path, clip_model: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    prompts, made = tmp_path / "mine.yaml", []
+    prompts.write_text('prompts:\n- {text: "a {thing} {concept} on the beach", thing: red mug}\n')
+
+    class Counting(VideoRunner):
+        def generate(self, prompts: Sequence[str], seeds: Sequence[int], *rest: Any, **more: Any) -> Tensor:
+            made.append((bool(more.get("base")), *prompts))
+            return super().generate(prompts, seeds, *rest, **more)
+
+    runner, kept = Counting(load_backbone(clip_model)), {}
+    small = SamplingSettings("", 2.0, 2, height=32, width=32, frames=4)
+    settings = ClipEvaluationSettings(str(prompts), (3,), sampling=small, references=clip_folder)
+    slide = read(learned)
+    hop = replace(slide, meta=slide.meta.model_copy(update={"name": "hop"}))
+    files = []
+    for concept in (slide, hop):
+        runner.load(concept)
+        report = evaluate_clips_loaded(runner, settings, kept=kept)
+        files.append([report.files[report.of_kind(kind)[0].file] for kind in ("base", "unnamed")])
+        runner.unload(concept.meta.name)
+    assert files[0] == files[1]
+    a, b, plain = "a red mug <slide> on the beach", "a red mug <hop> on the beach", "a red mug on the beach"
+    assert sorted(made) == sorted([(False, a), (False, b), (False, plain), (True, plain)])
