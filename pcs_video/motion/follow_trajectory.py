@@ -37,8 +37,8 @@ class FollowTrajectory(SamplingHookBase):
     shifts latents for cameras (https://arxiv.org/abs/2406.17758).
 
     With `layers: image`, models that have layers of their own for motion (AnimateDiff) leave them out. Then all frames start
-    from the same noise, and in self-attention they see the first frame, as in Text2Video-Zero (https://arxiv.org/abs/2303.13439):
-    one picture whose subject moves.
+    from the same noise, and in self-attention they also see the first frame, as in Text2Video-Zero
+    (https://arxiv.org/abs/2303.13439): one picture whose subject moves.
 
     `VideoRunner.generate` leaves it out for prompts that do not name the concept.
     """
@@ -93,7 +93,7 @@ class Following(SamplingHookBase):
         if not (self.by_frame and isinstance(backbone, AnimateDiffBackbone)):
             yield
             return
-        with backbone.image_layers(), backbone.attending(*SparseCausal(frames=("first",)).edits(backbone)):
+        with backbone.image_layers(), backbone.attending(*SparseCausal(frames=("first", "own")).edits(backbone)):
             yield
 
     def _moved(self, clean: Tensor, noise: Tensor, path: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
