@@ -28,8 +28,8 @@ class Subject:
 
     images: tuple[Path, ...] = ()  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
     class_noun: str = ""  # "mug"; empty for concepts without one (a style, a motion)
-    captions: Mapping[Path, str] = field(default_factory=dict)  # optional, by picture or clip
-    masks: Mapping[Path, Path] = field(default_factory=dict)  # optional, by picture or clip
+    captions: Mapping[Path, str] = field(default_factory=dict)  # optional; keyed by picture or clip
+    masks: Mapping[Path, Path] = field(default_factory=dict)  # optional; keyed by picture or clip
     clips: tuple[Path, ...] = ()  # files, or folders of frames
 
     @property
@@ -56,15 +56,15 @@ class Example:
 
     def __post_init__(self) -> None:
         if not self.owners:
-            raise ValueError(f"{self.source}: a picture needs an owner")
+            raise ValueError(f"{self.source}: an example needs at least one owner")
         if self.pixels.ndim not in (3, 4) or self.pixels.shape[0] != 3:
             shape = list(self.pixels.shape)
-            raise ValueError(f"{self.source}: pixels must be [3, H, W], for a clip [3, F, H, W], not {shape}")
+            raise ValueError(f"{self.source}: pixels must be [3, H, W], or [3, F, H, W] for a clip, not {shape}")
         planes = {**{f"the mask of {n}": m for n, m in self.masks.items()}, "the valid area": self.valid}
         for what, plane in planes.items():
             if plane is not None and self.pixels.numel() and plane.shape != (1, *self.pixels.shape[1:]):
                 size = list(self.pixels.shape[1:])
-                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture has {size}")
+                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture is {size}")
 
     @property
     def owner(self) -> str:
@@ -89,7 +89,7 @@ class Example:
 
     @staticmethod
     def clip(frames: Sequence[Example]) -> Example:
-        """Joins pictures of one size into a clip, whose other fields are taken from the first."""
+        """Joins pictures of the same size into a clip; all other fields are copied from the first picture."""
         valid = [f.valid for f in frames if f.valid is not None]
         return replace(
             frames[0],
@@ -100,7 +100,7 @@ class Example:
 
     @property
     def mask(self) -> Tensor | None:
-        """[1, (F), H, W]: where any of the subjects is; None without masks."""
+        """[1, (F), H, W]: the union of the masks; None if there are none."""
         return torch.stack(list(self.masks.values())).amax(0) if self.masks else None
 
     def with_(self, **changes: Any) -> Example:
@@ -108,7 +108,7 @@ class Example:
         return replace(self, **changes)
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """Returns a copy with `change` applied to every mask [1, H, W] (for a clip, per frame); itself if it has none."""
+        """Returns a copy with `change` applied to every mask [1, H, W], in clips per frame; itself if it has no masks."""
         if not self.masks:
             return self
 
@@ -120,7 +120,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that are trained on together. Raises ValueError if the fields' lengths differ."""
+    """Examples trained on as one batch. Raises ValueError if the fields' lengths differ."""
 
     captions: tuple[str, ...]  # B, fully expanded
     owners: tuple[tuple[str, ...], ...]  # B; as in `Example`
@@ -130,7 +130,7 @@ class Batch:
     owner_masks: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None  # [B, 1, (f), h, w] in [0, 1]: the union of an example's masks; all 1 if it has none
     valid: Tensor | None = None  # [B, 1, (f), h, w]
-    pixels: Tensor | None = None  # [B, 3, (F), H, W], if a part needs them (the need "pixels")
+    pixels: Tensor | None = None  # [B, 3, (F), H, W], only if a part declares the need "pixels"
     sources: tuple[str, ...] = ()  # B: where each example came from
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class Batch:
         return len(self.captions)
 
     def with_role(self, role: Role) -> Tensor:
-        """Tells which examples have this role: bool [B] on the CPU."""
+        """Returns a bool mask [B], on the CPU, of the examples with this role."""
         return torch.tensor([r == role for r in self.role])
 
 
@@ -236,7 +236,7 @@ def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
     if all(t is None for t in tensors):
         return None
     if any(t is None for t in tensors):
-        raise ValueError("cannot batch conditionings when only some of them have this stream")
+        raise ValueError("cannot batch conditionings: an optional input is set for only some of them")
     return torch.cat([t for t in tensors if t is not None])
 
 
@@ -271,5 +271,5 @@ class Step:
     def need(self, name: str) -> Any:
         """Returns a declared need ("base_prediction", "attention_maps", …), computed once."""
         if name not in self.lazy:
-            raise AssertionError(f"the part did not declare the need {name!r}; it has {sorted(self.lazy)}")
+            raise AssertionError(f"the part did not declare the need {name!r}; it declared {sorted(self.lazy)}")
         return self.lazy[name]()

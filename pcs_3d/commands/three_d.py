@@ -29,8 +29,8 @@ def create(
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
     vram: str = typer.Option(
         None,
-        help="memory limit (8G, 512M) of the GPU or, on a CPU, of the whole process; to meet it, fewer views are processed "
-        "at a time, activations are recomputed, and renders get smaller unless train.resolution is set",
+        help="memory limit (8G, 512M) for the GPU or, on a CPU, for the whole process; to stay within it, fewer views are "
+        "processed at a time, activations are recomputed, and renders get smaller unless train.resolution is set",
     ),
     download: bool = typer.Option(
         False, "--download", help="download files from the hub if they are not in the local cache"
@@ -84,7 +84,7 @@ def create(
             asset = make(runner, resolved, files, subjects, bar, plan=plan)
         except KeyboardInterrupt:
             if checkpoint.load(files.workdir) is not None:
-                typer.echo(f"the state is saved in {files.workdir}: continue with --resume", err=True)
+                typer.echo(f"progress is saved in {files.workdir}; continue with --resume", err=True)
             raise
     if memory is not None:
         used = size(asset.costs["training_peak_memory"])
@@ -99,7 +99,7 @@ def evaluate(
     references: Path = typer.Option(None, help="a folder of pictures of the object", **PATH),
     prompt: str = typer.Option("", help="what it should look like; default: the asset's own prompt"),
     class_noun: str = typer.Option(
-        "", help="class of the learned name in the prompt (mug); default: the class of --truth"
+        "", help="class noun that replaces the learned name in the prompt, such as mug; default: that of --truth"
     ),
     out: Path = typer.Option(
         Path("report"), help="folder for report.html, report.json, CSV tables and renders", **PATH
@@ -109,7 +109,7 @@ def evaluate(
     device: str = typer.Option("cpu", help="where --clip and --dino run"),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure an asset from 16 sides: shape and colour against the real object, identity, prompt, views, geometry."""
+    """Evaluate an asset from 16 viewpoints: shape and colour (against the real object), identity, prompt, views, geometry."""
     from pcs_3d.evaluation.evaluate import Against
     from pcs_3d.evaluation.evaluate import evaluate as measure
     from pcs_3d.evaluation.headline import line
@@ -137,25 +137,25 @@ def evaluate(
 def benchmark(
     recipes: list[str] = typer.Argument(
         None,
-        help="recipes for assets to compare, by name or as YAML files; "
+        help="asset recipes to compare, by name or as YAML files; "
         "default: reference_reconstruction texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
     ),
     split: str = typer.Option(
         "development", help="development (use it while tuning) or reporting (use it once, at the end)"
     ),
-    subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's subjects"),
+    subjects: int = typer.Option(4, min=1, max=10_000, help="number of the split's subjects to use"),
     learn: str = typer.Option(
-        "t_lora", help="recipe that learns each subject from pictures, once for all recipes for assets"
+        "t_lora", help="recipe that learns each subject from pictures, once for all the asset recipes"
     ),
-    prompt: str = typer.Option("a photo of a {concept}", help="what to make; {concept} is the subject"),
+    prompt: str = typer.Option("a photo of a {concept}", help="what to make; {concept} stands for the subject"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
-        [], "--set", help="key=value applied to every recipe for assets, for example train.steps=100"
+        [], "--set", help="key=value applied to every asset recipe, for example train.steps=100"
     ),
-    learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe that learns subjects"),
+    learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe given by --learn"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
 ) -> None:
-    """Compare recipes for assets on the toybox's held-out subjects: identity with and without the concept, shape, views."""
+    """Compare asset recipes on the toybox's held-out subjects: identity with and without the concept, shape, views."""
     from pcs_3d.benchmark.toybox_assets import AssetBenchmarkSettings, run
     from pcs_3d.extra import check_installed
     from shared.benchmark.experiment import failures_told

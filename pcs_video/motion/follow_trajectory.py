@@ -30,14 +30,14 @@ _STREAM = 2**41  # random stream for new noise, separate from the initial noise 
 class FollowTrajectory(SamplingHookBase):
     """Moves the subject that is being generated along a trajectory, without training.
 
-    Once the subject has formed, it is found in the clean latents as predicted so far, and moved (and scaled) in each frame to
-    where the trajectory is: its clean latents by bilinear interpolation, its noise by whole cells. The background of each row
-    continues where it was. The remaining steps make both whole. If the path would take the subject out of view from where it
-    is, the whole path is shifted. FreeTraj moves noise along trajectories (https://arxiv.org/abs/2406.16863), and MotionBooth
-    shifts latents for cameras (https://arxiv.org/abs/2406.17758).
+    Once the subject has formed, it is located in the predicted clean latents. In each frame it is then moved and scaled to
+    match the trajectory: its clean latents by bilinear interpolation, its noise by whole cells. The area it leaves is filled
+    row by row from the background beside it. The remaining steps blend subject and background. If the subject would leave the
+    frame, the whole path is shifted. FreeTraj moves noise along trajectories (https://arxiv.org/abs/2406.16863), and
+    MotionBooth shifts latents for cameras (https://arxiv.org/abs/2406.17758).
 
-    With `layers: image`, models that have layers of their own for motion (AnimateDiff) leave them out. Then all frames start
-    from the same noise, and in self-attention they also see the first frame, as in Text2Video-Zero
+    With `layers: image`, models with separate motion layers (AnimateDiff) skip them. Then all frames start from the same noise,
+    and in self-attention they also see the first frame, as in Text2Video-Zero
     (https://arxiv.org/abs/2303.13439): one picture whose subject moves.
 
     `VideoRunner.generate` leaves it out for prompts that do not name the concept.
@@ -83,9 +83,9 @@ class Following(SamplingHookBase):
         clean = now.clean_since(self._before.pop()) if self._before else torch.zeros_like(now.latents)
         noise = (now.latents - now.signal * clean) / now.noise
         path = self._at(latent_frame_times(latents.shape[2], step.backbone.frame_factor))
-        out = [self._moved(*row, path, seed) for *row, seed in zip(clean, noise, step.seeds, strict=True)]
-        clean, noise = (torch.stack(part) for part in zip(*out, strict=True))
-        return (now.signal * clean + now.noise * noise).to(latents.dtype)
+        rows = zip(clean, noise, step.seeds, strict=True)
+        out = [self._moved(x, eps, path, seed) for x, eps, seed in rows]
+        return torch.stack([now.signal * x + now.noise * eps for x, eps in out]).to(latents.dtype)
 
     @contextmanager
     def during(self, step: DenoisingStep) -> Iterator[None]:
@@ -107,7 +107,7 @@ class Following(SamplingHookBase):
         return torch.stack(cleans, 1), torch.stack(noises, 1)
 
     def _at(self, times: Sequence[float]) -> np.ndarray:
-        """Returns the waypoints at these frames, [len(times), 3]: the whole trajectory, however many frames are generated."""
+        """Returns the waypoints at these frames, [len(times), 3]. The trajectory is stretched over the whole clip."""
         points = np.array(self.trajectory.points)
         last = max(times[-1], 1e-6)
         known = np.linspace(0, 1, len(points))
@@ -132,9 +132,10 @@ class _Noised:
         )
 
     def clean_since(self, before: _Noised) -> Tensor:
-        """Returns the clean latents that the step from `before` has led towards, [B, C, f, h, w].
+        """Returns the clean latents that were predicted in the step from `before`, [B, C, f, h, w].
 
-        A deterministic step keeps the noise in proportion, so that what is left after subtracting it is a multiple of them.
+        A deterministic step rescales the noise by a known ratio. Subtracting the earlier latents, scaled by this ratio, cancels
+        the noise and leaves a multiple of the clean latents.
         """
         kept = self.noise / before.noise
         return (self.latents - kept * before.latents) / (self.signal - kept * before.signal)
@@ -143,8 +144,8 @@ class _Noised:
 def subject_mask(clean: Tensor) -> Tensor:
     """Finds the subject, as a bool mask [h, w], in clean latents [C, f, h, w] or a multiple of them.
 
-    It is what differs most, in the mean over frames, from the median of its row: at most half of the frame, with Otsu's
-    threshold. In latents without any difference, it is the whole frame.
+    It is where the mean over frames differs most from the median of its row. The threshold is Otsu's, such that the mask covers
+    at most half of the frame; for uniform latents, the mask is the whole frame.
     """
     mean = clean.double().mean(1).cpu()
     far = (mean - mean.median(2, keepdim=True).values).square().sum(0).sqrt()
@@ -154,7 +155,7 @@ def subject_mask(clean: Tensor) -> Tensor:
 
 
 def _threshold(values: np.ndarray) -> float:
-    """Returns Otsu's threshold of values [n] among those that at most half of them reach."""
+    """Returns Otsu's threshold for values [n], of those that at most half of the values reach."""
     values = np.sort(values)
     n, total = len(values), values.sum()
     above = np.arange(1, n // 2 + 1)  # how many reach it
@@ -180,8 +181,8 @@ def _border(plane: Tensor) -> int:
 
 
 def into_view(place: np.ndarray, path: np.ndarray, margin: float = _MARGIN) -> np.ndarray:
-    """Returns the smallest shift (right, down) that keeps a path [f, 2] from `place` at least `margin` inside the frame; for a
-    path that is too long, the one that centres it."""
+    """Returns the smallest shift (right, down) that keeps a path [f, 2], relative to `place`, at least `margin` inside the
+    frame. A path that is too long is centred."""
     low, high = margin - place - path.min(0), 1 - margin - place - path.max(0)
     return np.where(low > high, (low + high) / 2, np.clip(0.0, low, np.maximum(low, high)))
 
@@ -195,7 +196,7 @@ class _Subject:
         self.fresh: Tensor | None = None
 
     def moved(self, clean: Tensor, noise: Tensor, right: float, down: float, log_size: float) -> tuple[Tensor, Tensor]:
-        """Returns the clean latents and the noise with the subject (right, down) of where it is, scaled by exp(log_size)."""
+        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size)."""
         height, width = self.mask.shape
         if self.fresh is None:  # the same in all frames, so that the background stays the same
             self.fresh = torch.randn(noise.shape, generator=self.draw).to(noise)
@@ -211,21 +212,21 @@ class _Subject:
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
         on = inside & self.mask[rows, columns]
-        once = on & _first(torch.where(on, rows * width + columns, -1))  # used twice, noise would no longer be noise
+        once = on & _first(torch.where(on, rows * width + columns, -1))  # reused, noise would be correlated
         new = (self.mask | on).to(clean.device)
         noises = torch.where(once.to(clean.device), noise[:, rows, columns], torch.where(new, self.fresh, noise))
         return cleaned, noises
 
     def _background(self, clean: Tensor) -> Tensor:
-        """Returns clean latents [C, h, w] in which each row goes on behind the subject."""
+        """Returns clean latents [C, h, w] without the subject: its area is interpolated along each row."""
         left, right, share = (part.to(clean.device) for part in (self.left, self.right, self.share))
         left, right = (clean.gather(2, column.expand_as(clean)) for column in (left, right))
         return torch.lerp(left, right, share.to(clean).expand_as(clean))
 
 
 def _around(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for each cell [h, w] the nearest columns outside the mask on its left and right (both its own, outside of it),
-    and where it is between them, from 0 to 1. Rows without any use the edges of the frame."""
+    """Returns the columns of the nearest unmasked cells to the left and right of each cell, and where it is between them, from
+    0 to 1: each [h, w]. For an unmasked cell, both are its own column. Fully masked rows use the edges of the frame."""
     height, width = mask.shape
     columns = np.arange(width)
     left, right, share = np.zeros((height, width), int), np.zeros((height, width), int), np.zeros((height, width))
@@ -243,7 +244,7 @@ def _sampled(planes: Tensor, grid: Tensor, beyond: str) -> Tensor:
 
 
 def _first(numbers: Tensor) -> Tensor:
-    """Whether each entry is the first with its number, bool, of the same shape."""
+    """Returns a bool tensor of the same shape: True where a number occurs first."""
     flat = numbers.flatten().numpy()
     first = np.zeros(flat.shape, bool)
     first[np.unique(flat, return_index=True)[1]] = True

@@ -51,7 +51,7 @@ class ClipEvaluationSettings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None in a field: as in the concept's recipe
     references: Path | None = None  # the motion's clips; default: those it was learned from, found next to its folder
     pictures: Path | None = None  # the subject's pictures; default: those that it was learned from
-    gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the subject's class
+    gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
     clip: Path | None = None  # folders of the models to measure with
     dino: Path | None = None
     reader: PathReader | None = None  # reads the paths of subjects; None: the reader of the model's world, if any
@@ -73,9 +73,9 @@ def evaluate_clips_loaded(
     """Judges the concepts loaded in `runner` (a motion, a subject, or one of each) in clips; with `settings.out`, the report
     is written there.
 
-    kept: clips that do not depend on the motion (the base model's; for a trajectory alone, also the unnamed ones) are taken
-    from here or added, so that judging one subject with many motions generates them once. The subjects that share it must
-    have different names.
+    kept: a cache of clips that do not depend on the motion: the base model's and, if the motion is only a trajectory, those
+    whose prompts do not name it. Pass the same dict when judging one subject with several motions, so that they are generated
+    only once. Subjects that share a cache must have different names.
 
     Raises:
         ValueError: if other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
@@ -161,7 +161,7 @@ def clip_score_line(score: Score) -> str:
 def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
     """Returns the clips that a motion was learned from: in `folder`, or in the recorded folder next to the concept.
 
-    Raises ValueError when they are missing, or are not the clips whose hashes the concept stores.
+    Raises ValueError when they are missing, or if those in the recorded folder do not match the hashes in the concept.
     """
     meta, path = loaded.concept.meta, loaded.concept.path
     if folder is None and loaded.subject is not None and loaded.subject.clips:
@@ -169,7 +169,7 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
     recorded = meta.learned_with.folder_of(meta.name)
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
     if source is None or (folder is None and not source.is_dir()):
-        raise ValueError("give --references FOLDER: a motion stores the hashes of its clips, not the clips")
+        raise ValueError("give --references FOLDER: a motion stores the hashes of its clips, not the clips themselves")
     found = find_clips(expanded(source)).clips
     hashes = {r.sha256 for r in meta.references}
     if folder is None and not all(sha256(p) in hashes for p in found):

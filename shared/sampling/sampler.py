@@ -1,7 +1,7 @@
-"""One sampler around diffusers' schedulers, with hooks between the steps.
+"""A single sampler built on diffusers' schedulers, with hooks between the steps.
 
 It generates the same pixels as the family's diffusers pipeline with the same prompt, negative prompt, guidance, steps,
-scheduler and generators (tested). Each picture has its own generator, so it does not depend on the rest of its batch.
+scheduler and generators (tested). Each picture has its own generator, so the result does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def sample_all(
     settings: SamplingSettings = SamplingSettings(),
     progress: Steps | None = None,
 ) -> Tensor:
-    """Samples like `sample`, but returns pixels on the CPU and uses batches that fit into memory. One prompt per seed."""
+    """Samples like `sample`, but returns pixels on the CPU and uses batches that fit in memory. One prompt per seed."""
     settings = ready(backbone, settings)
     pixels = math.prod(output_size(backbone, settings))
     at_once = images_per_batch(pixels, SAMPLE_PIXELS)
@@ -102,7 +102,7 @@ def ready(backbone: Backbone, settings: SamplingSettings) -> SamplingSettings:
 
 @torch.no_grad()
 def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
-    """Decodes to pictures or clips in [-1, 1] of `pixels` = (F *) H * W pixels each, a bounded number of pixels at a time.
+    """Decodes latents to pictures or clips in [-1, 1], in batches of bounded size. Each has `pixels` = (F *) H * W pixels.
 
     The autoencoder keeps its loaded precision, even under autocast.
     """
@@ -170,7 +170,7 @@ def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple
     taken = int(steps * start.strength)
     if not taken:
         raise ValueError(
-            f"strength = {start.strength:g} of {steps} steps leaves no steps: use more steps, or a larger strength"
+            f"strength = {start.strength:g} of {steps} steps leaves nothing to sample: use more steps or a larger strength"
         )
     first = (steps - taken) * getattr(solver, "order", 1)
     times, clean = solver.timesteps[first:], start.latents.to(noise)
@@ -188,7 +188,7 @@ def _solver(backbone: Backbone, settings: SamplingSettings, steps: int, shape: S
 
 
 def _begin(solver: Any, call: int) -> None:
-    """Makes a scheduler that has not been called yet start from this call."""
+    """Sets the call at which an unused scheduler starts."""
     if hasattr(solver, "set_begin_index"):  # schedulers that count their calls
         solver.set_begin_index(call)
 
@@ -237,7 +237,9 @@ def _requests(
     texts = _texts(prompts, batch, "prompts")
     negatives = _texts([negative] if isinstance(negative, str) else negative, batch, "negative prompts")
     if any(negatives) and not guided:
-        raise ValueError(f"{backbone.family} uses no negative prompt at guidance={guidance}: leave it out")
+        raise ValueError(
+            f"{backbone.family} ignores negative prompts at guidance={guidance}: leave the negative prompt out"
+        )
     for text in dict.fromkeys([*texts, *(negatives if guided else ())]):
         backbone.check_prompt(text)
     return texts, negatives

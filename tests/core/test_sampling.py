@@ -166,12 +166,12 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
         (ask(steps=0), "at least one step"),
         (ask(guidance=float("nan")), "guidance = nan: give a number"),
         (ask(height=30), "multiples of 4"),
-        (ask(guidance=1.0, negative="bad"), "uses no negative prompt at guidance=1.0"),
+        (ask(guidance=1.0, negative="bad"), "ignores negative prompts at guidance=1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
     flux = FluxBackbone(tiny_flux)
-    with pytest.raises(ValueError, match="flux uses no negative prompt"):
+    with pytest.raises(ValueError, match="flux ignores negative prompts"):
         sample(flux, PROMPTS, seeds=SEEDS, steps=2, negative="bad", height=32, width=32)
     with pytest.raises(ValueError, match="Available: flow_euler, flow_euler_sde"):
         sample(flux, PROMPTS, seeds=SEEDS, steps=2, scheduler="ddim", height=32, width=32)

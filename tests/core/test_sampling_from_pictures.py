@@ -100,7 +100,7 @@ def test_a_start_that_does_not_fit_is_refused(tiny_sd: Any) -> None:
     backbone = StableDiffusionBackbone(tiny_sd)
     for latents, strength, why in (
         (clean(backbone, 1), 0.5, "is sampled"),
-        (clean(backbone), 0.1, "strength = 0.1 of 4 steps leaves no steps"),
+        (clean(backbone), 0.1, "strength = 0.1 of 4 steps leaves nothing to sample"),
     ):
         how = SamplingSettings("", 5.0, 4, height=32, width=32, start=Start(latents, strength))
         with pytest.raises(ValueError, match=why):

@@ -58,7 +58,7 @@ def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path
 def test_what_only_the_model_heeds_is_refused_elsewhere(refused, tmp_path: Path) -> None:
     for source in ("world", "vae"):
         message = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
-        assert f"--prompt and --guidance with --source {source}: only supported for the model" in message
+        assert f"--prompt and --guidance with --source {source}: only supported with --source model" in message
 
 
 def test_guidance_zero_is_heeded(toybox, tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ def test_what_compares_with_views_that_are_yet_to_be_made_can_be_fitted_into_mem
             "stands for the learned subject, but none is learned",
         ),
         (["phases.paint.penalties.reference_views=null"], "nothing trains the field"),
-        (["phases.views.task.strength=0.1"], r"phases\.views\.task\.strength = 0\.1 of 4 steps leaves no steps"),
+        (
+            ["phases.views.task.strength=0.1"],
+            r"phases\.views\.task\.strength = 0\.1 of 4 steps leaves nothing to sample",
+        ),
     ],
 )
 def test_what_would_do_nothing_is_refused(sd, tmp_path, settings, why):

@@ -45,9 +45,7 @@ class SheetSettings:
         given = {"--prompt": bool(self.prompts), "--guidance": self.guidance is not None}
         unheeded = " and ".join(name for name, is_given in given.items() if is_given)
         if self.source != "model" and unheeded:
-            raise ValueError(
-                f"{unheeded} with --source {self.source}: only supported for the model; use --source model"
-            )
+            raise ValueError(f"{unheeded} with --source {self.source}: only supported with --source model")
 
 
 def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> Path:
