@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from pcs_video.backbones.picture_clips import PictureClipsBackbone
 from pcs_video.runner import VideoRunner
 from shared.config import unknown
 from shared.io.clips.write_clip import write_clip, write_clip_sheet
@@ -69,6 +71,11 @@ def generate(
     if out.one_file and out.with_sheet:
         check_file(out.sheet(), out.overwrite)
     settings = runner.with_own_sampling(settings)
+    if isinstance(runner.backbone, PictureClipsBackbone):
+        for prompt in (p for p in dict.fromkeys(prompts) if not runner.follows(p, settings)):
+            warnings.warn(
+                f"{prompt!r} names no trajectory, and without a motion module nothing else moves", stacklevel=2
+            )
     clips = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
     about = [{**metadata(p, s, runner, settings), "fps": f"{out.fps:g}"} for p, s in shots]
     if out.one_file:

@@ -72,10 +72,8 @@ class ClipSampling(Sampling):
         return replace(super().settings(), frames=self.frames)
 
     def port(self, backbone: Backbone) -> str:
-        from pcs_video.backbones.animatediff import AnimateDiffBackbone
-
         path = self.trajectory
-        if path is None or path.layers == "all" or isinstance(backbone, AnimateDiffBackbone):
+        if path is None or path.layers == "all" or backbone.frames_apart:
             return ""
         return (
             f"sampling.trajectory.layers: {backbone.family} has no layers of its own for motion, so all its layers act"
@@ -87,7 +85,8 @@ class VideoRecipe(Recipe):
 
     subject: ClipSubject | None = None
     subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}
-    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; null: the backbone's own
+    # a folder with diffusers' `MotionAdapter`; none: nothing moves but along trajectories; null: the backbone's own
+    motion_adapter: NameOrPath | None = None
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
     trainable: Slot[ClipTrainable] = {}
     regularize: Slot[ClipRegularizer] = {}

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pcs_video.backbones.frame_grid import frame_check
 from pcs_video.backbones.open_motion import with_motion_adapter
+from pcs_video.backbones.picture_clips import PictureClipsBackbone
 from pcs_video.motion.alternate import Alternate, AlternateTask
 from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.dual_path import DualPath, DualPathTask
-from pcs_video.motion.follow_trajectory import FollowTrajectory
+from pcs_video.motion.follow_trajectory import ByFrame, FollowTrajectory
 from pcs_video.motion.trajectory import measure, one_motion
 from pcs_video.recipe import check_lengths, clip_sources
 from shared.backbones import Backbone
@@ -132,7 +133,8 @@ class VideoRunner(Runner):
         progress: Steps | None = None,
         **more: Any,
     ) -> Tensor:
-        """Generates as `Runner.generate` does. Only clips whose prompts name a loaded motion follow its trajectory.
+        """Generates as `Runner.generate` does. Only clips whose prompts name a loaded motion follow its trajectory. Without
+        motion modules (`PictureClipsBackbone`), nothing moves in the others.
 
         Raises ValueError also for a prompt that names several motions with trajectories.
         """
@@ -140,31 +142,42 @@ class VideoRunner(Runner):
         paths = [hook for hook in hooks if isinstance(hook, FollowTrajectory)]
         groups: dict[tuple[FollowTrajectory, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            rests = {name for name in self.loaded if base or f"<{name}>" not in prompt}
-            own = tuple(hook.resting() if hook.name in rests else hook for hook in paths)
-            followed = [f"<{hook.name}>" for hook in own if hook.trajectory.points]
-            if len(followed) > 1:
-                said = " and ".join(followed)
-                raise ValueError(f"{prompt!r} names {said}, but a clip can follow only one trajectory")
-            idle = [
-                f"<{name}>" for name, loaded in self.loaded.items() if _moves(loaded.concept) and f"<{name}>" in prompt
-            ]
-            if idle and not base and any(hook.trajectory.layers == "image" and hook.trajectory.points for hook in own):
-                raise ValueError(
-                    f"{prompt!r} names {' and '.join(idle)}, but {followed[0]} leaves out the layers for motion: learn it with "
-                    "sampling.trajectory.layers=all"
-                )
-            groups.setdefault(own, []).append(row)
-        if not paths or len(prompts) != len(seeds):
+            groups.setdefault(self._followed(prompt, paths, base), []).append(row)
+        alone = isinstance(self.backbone, PictureClipsBackbone)
+        if not (paths or alone) or len(prompts) != len(seeds):
             return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
         # Paths come first: what hooks keep or give (frames, regions) is not moved.
         others = tuple(hook for hook in settings.hooks if not isinstance(hook, FollowTrajectory))
         made, order = [], [row for rows in groups.values() for row in rows]
         for own, rows in groups.items():
             part = part_of(progress, sum(map(len, made)), len(rows), len(prompts))
-            some, how = ([prompts[i] for i in rows], [seeds[i] for i in rows]), replace(settings, hooks=(*own, *others))
+            follows = any(hook.trajectory.points for hook in own)
+            still = (ByFrame(),) if alone and not follows else ()
+            some = [prompts[i] for i in rows], [seeds[i] for i in rows]
+            how = replace(settings, hooks=(*still, *own, *others))
             made.append(super().generate(*some, how, base=base, progress=part, **more))
         return torch.cat(made)[torch.tensor(order).argsort()]
+
+    def follows(self, prompt: str, settings: SamplingSettings) -> bool:
+        """Whether a clip with this prompt follows a trajectory. ValueError as in `generate`."""
+        paths = [hook for hook in self.with_own_sampling(settings).hooks if isinstance(hook, FollowTrajectory)]
+        return any(hook.trajectory.points for hook in self._followed(prompt, paths, base=False))
+
+    def _followed(self, prompt: str, paths: Sequence[FollowTrajectory], base: bool) -> tuple[FollowTrajectory, ...]:
+        """Returns the trajectories for one prompt: those of loaded motions that it does not name rest; if `base`, all do."""
+        named = set() if base else {name for name in self.loaded if f"<{name}>" in prompt}
+        own = tuple(hook.resting() if hook.name in self.loaded.keys() - named else hook for hook in paths)
+        followed = [hook for hook in own if hook.trajectory.points]
+        if len(followed) > 1:
+            said = " and ".join(f"<{hook.name}>" for hook in followed)
+            raise ValueError(f"{prompt!r} names {said}, but a clip can follow only one trajectory")
+        idle = [f"<{name}>" for name in named if _moves(self.loaded[name].concept)]
+        if idle and self.backbone.frames_apart and any(hook.trajectory.layers == "image" for hook in followed):
+            raise ValueError(
+                f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> leaves out the layers for motion: learn it "
+                "with sampling.trajectory.layers=all"
+            )
+        return own
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
         """Also adds the trajectory of each loaded motion, scaled by its strength.

@@ -9,6 +9,7 @@ from typing import Any
 
 from pcs_video.backbones.causal_latents import check_causal_frames
 from pcs_video.backbones.framewise import check_framewise_frames
+from pcs_video.backbones.picture_clips import NONE, PictureClipsBackbone
 from shared.backbones.load import TOYBOX
 from shared.config import expanded
 
@@ -20,7 +21,7 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
 
     Args:
         source: as for `load_backbone`; None: the toybox
-        motion_adapter: a folder with a diffusers `MotionAdapter`, for an image model
+        motion_adapter: a folder with a diffusers `MotionAdapter` or "none", for an image model
 
     Returns None if the files do not contain this (a model not yet downloaded, a single file, a family from another
     package); the number is then checked when the model is opened.
@@ -39,6 +40,8 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
         return lambda frames: check_causal_frames(family, frames, factor)
     if kind == "AnimateDiffPipeline":
         adapter = {**_json(folder / "motion_adapter" / "config.json"), **_json(folder / "unet" / "config.json")}
+    elif kind == "StableDiffusionPipeline" and str(motion_adapter) == NONE:
+        adapter = {"motion_max_seq_length": PictureClipsBackbone.most_frames}
     elif kind == "StableDiffusionPipeline" and motion_adapter is not None:
         adapter = _json(expanded(motion_adapter) / "config.json")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class FramewiseCodec(LatentCodec):
     """
 
     most_frames: int
+    frames_apart: bool = True
+
+    def image_layers(self) -> AbstractContextManager[None]:
+        """Returns a context in which clips go through the image layers alone, each frame by itself."""
+        return nullcontext()
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (F), h, w]; differentiable; the mean if `generator` is None."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pcs_video.backbones.animatediff import AnimateDiffBackbone, with_motion
+from pcs_video.backbones.picture_clips import NONE, PictureClipsBackbone
 from shared.backbones import Backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.config import expanded
@@ -16,7 +17,8 @@ def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) ->
     """Returns `backbone` itself if it already makes clips, otherwise one with motion modules (Stable Diffusion, the toybox).
 
     Args:
-        folder: contains a diffusers `MotionAdapter`; None: the toybox's own, for the toybox only
+        folder: contains a diffusers `MotionAdapter`; "none": no motion modules, see `PictureClipsBackbone`; None: the toybox's
+            own, for the toybox only
 
     Raises:
         ValueError: the backbone makes pictures and no folder is given; the folder has no motion module, or one for another
@@ -28,8 +30,11 @@ def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) ->
         return backbone
     if not isinstance(backbone, StableDiffusionBackbone):
         raise ValueError(f"{backbone.name} ({backbone.family}) makes pictures, and motion modules do not support it")
-    where = _folder(backbone, folder)
-    made = AnimateDiffBackbone(with_motion(backbone.pipeline(), _adapter(where, backbone.dtype)), backbone.name)
+    if folder is not None and str(folder) == NONE:
+        made = PictureClipsBackbone(backbone.pipeline(), backbone.name)
+    else:
+        adapter = _adapter(_folder(backbone, folder), backbone.dtype)
+        made = AnimateDiffBackbone(with_motion(backbone.pipeline(), adapter), backbone.name)
     made.world = backbone.world
     made.default_guidance, made.default_steps = backbone.default_guidance, backbone.default_steps
     return made
@@ -41,7 +46,8 @@ def _folder(backbone: Backbone, folder: str | Path | None) -> Path:
     if backbone.world is None:
         raise ValueError(
             f"{backbone.name} makes pictures: give motion_adapter=FOLDER (--motion-adapter), a diffusers MotionAdapter "
-            "for it, or an AnimateDiffPipeline's folder as the backbone"
+            "for it, or an AnimateDiffPipeline's folder as the backbone; for a trajectory alone, "
+            "motion_adapter=none is enough"
         )
     from shared.toybox.weights import motion_adapter_path
 

@@ -19,7 +19,10 @@ _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if th
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
 _DOWNLOAD = typer.Option(False, "--download", help="download files from the hub if they are not in the local cache")
 _MOTION = typer.Option(
-    None, "--motion-adapter", help="a folder with a diffusers MotionAdapter; default: the backbone's own", **PATH
+    None,
+    "--motion-adapter",
+    help="a folder with a diffusers MotionAdapter, or none (nothing moves but along trajectories); default: the backbone's own",
+    **PATH,
 )
 
 

@@ -14,7 +14,8 @@ from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional
 
-from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.backbones.framewise import FramewiseCodec
+from pcs_video.backbones.picture_clips import PictureClipsBackbone
 from shared.attention.sparse_causal import SparseCausal
 from shared.backbones.protocol import Backbone
 from shared.io.trajectory_settings import Trajectory
@@ -56,19 +57,35 @@ class FollowTrajectory(SamplingHookBase):
         *frames, _, _ = output_size(backbone, settings)
         if not frames or not self.trajectory.points:
             return SamplingHookBase()
-        by_frame = self.trajectory.layers == "image" and isinstance(backbone, AnimateDiffBackbone)
-        return Following(trajectory=self.trajectory, by_frame=by_frame)
+        alone = backbone.frames_apart and self.trajectory.layers == "image"
+        alone = alone or isinstance(backbone, PictureClipsBackbone)
+        return (FollowingByFrame if alone else Following)(trajectory=self.trajectory)
+
+
+class ByFrame(SamplingHookBase):
+    """Generates clips with the image layers alone: one picture, if nothing moves it.
+
+    All frames start from the same noise, and in self-attention each sees itself and the first one.
+    """
+
+    def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
+        return noise[:, :, :1].expand_as(noise).clone() if noise.ndim == 5 else noise
+
+    @contextmanager
+    def during(self, step: DenoisingStep) -> Iterator[None]:
+        backbone = step.backbone
+        if step.noise.ndim == 4 or not isinstance(backbone, FramewiseCodec):
+            yield
+            return
+        with backbone.image_layers(), backbone.attending(*SparseCausal(frames=("first", "own")).edits(backbone)):
+            yield
 
 
 class Following(SamplingHookBase):
     """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
 
     trajectory: Trajectory
-    by_frame: bool = False  # with the image layers alone
     _before: list[_Noised] = PrivateAttr(default_factory=list)  # the previous step's latents
-
-    def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
-        return noise[:, :, :1].expand_as(noise).clone() if self.by_frame else noise
 
     def jumps(self, step: DenoisingStep) -> bool:
         calls = math.ceil(self.trajectory.start * step.steps / step.order) * step.order
@@ -87,15 +104,6 @@ class Following(SamplingHookBase):
         out = [self._moved(x, eps, path, seed) for x, eps, seed in rows]
         return torch.stack([now.signal * x + now.noise * eps for x, eps in out]).to(latents.dtype)
 
-    @contextmanager
-    def during(self, step: DenoisingStep) -> Iterator[None]:
-        backbone = step.backbone
-        if not (self.by_frame and isinstance(backbone, AnimateDiffBackbone)):
-            yield
-            return
-        with backbone.image_layers(), backbone.attending(*SparseCausal(frames=("first", "own")).edits(backbone)):
-            yield
-
     def _moved(self, clean: Tensor, noise: Tensor, path: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """Returns one clip's latents and noise [C, f, h, w], each frame moved to its waypoint of the path [f, 3]."""
         mask = subject_mask(clean)
@@ -112,6 +120,10 @@ class Following(SamplingHookBase):
         last = max(times[-1], 1e-6)
         known = np.linspace(0, 1, len(points))
         return np.stack([np.interp(np.array(times) / last, known, column) for column in points.T], 1)
+
+
+class FollowingByFrame(Following, ByFrame):
+    """Follows a trajectory with the image layers alone."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class SparseCausal(AttentionPart):
         return "sparse-causal attention"
 
     def edits(self, backbone: Backbone) -> Sequence[At]:
-        return (At(self, Where(kinds=frozenset({"self"}))),) if _sees_frames_apart(backbone) else ()
+        return (At(self, Where(kinds=frozenset({"self"}))),) if backbone.frames_apart else ()
 
     def port(self, backbone: Backbone) -> str:
         """Raises ValueError for a model that generates pictures."""
@@ -46,7 +46,7 @@ class SparseCausal(AttentionPart):
                 f"attention.sparse_causal: {backbone.name} generates pictures, which have no previous frame; remove the part "
                 "(attention=null)"
             )
-        if _sees_frames_apart(backbone):
+        if backbone.frames_apart:
             return ""
         return f"attention.sparse_causal: unchanged in {backbone.family}, where every position attends to all frames"
 
@@ -67,8 +67,3 @@ class SparseCausal(AttentionPart):
         if bias is not None:
             bias = torch.cat([bias] * len(self.frames), dim=-1) if len(bias) == 1 else side_by_side(bias, -1)
         return q, side_by_side(k, -2), side_by_side(v, -2), bias
-
-
-def _sees_frames_apart(backbone: Backbone) -> bool:
-    """Whether spatial attention sees one frame at a time, with separate temporal layers that connect the frames."""
-    return any(site.kind == "temporal" for site in backbone.sites())

@@ -45,6 +45,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     world: World | None = None
     frames: int | None = None  # the default number of frames of a clip; None: the model generates pictures
     frame_rate: float | None = None  # frames per second, for networks that take it as input
+    frames_apart: bool = False  # whether self-attention sees each frame of a clip by itself
 
     def __init__(
         self,

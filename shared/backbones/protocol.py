@@ -123,6 +123,7 @@ class Backbone(Protocol):
     resolution: int  # default picture size in pixels
     frames: int | None  # the default number of frames of a clip; None: the model generates pictures
     frame_rate: float | None  # frames per second of clips; None: the network does not take it as input
+    frames_apart: bool  # True: self-attention sees each frame of a clip by itself
     frame_factor: int  # frames per latent frame; if it is not 1, the first frame is its own latent frame
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on integer timesteps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.backbones.wan import WanBackbone
 from pcs_video.commands.video import app
 from pcs_video.motion.clip_source import Clips
@@ -28,7 +30,7 @@ from pcs_video.motion.follow_trajectory import (
 from pcs_video.motion.trajectory import measure
 from pcs_video.recipe import ClipSampling, VideoRecipe
 from pcs_video.runner import VideoRunner
-from shared.backbones import load_backbone
+from shared.backbones import Backbone, load_backbone
 from shared.cli import run
 from shared.concept import export, read
 from shared.concept.show import described
@@ -533,3 +535,31 @@ def test_clips_without_the_motion_are_generated_once_for_many_motions(
     assert files[0] == files[1]
     a, b, plain = "a red mug <slide> on the beach", "a red mug <hop> on the beach", "a red mug on the beach"
     assert sorted(made) == sorted([(False, a), (False, b), (False, plain), (True, plain)])
+
+
+def test_a_picture_model_alone_moves_its_subject_along_a_trajectory_and_nothing_else(
+    make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
+) -> None:
+    """Learned, followed, named in the file; without the motion's name, the clip stands still, and that is said."""
+    make_tiny_sd().save_pretrained(tmp_path / "sd")
+    model = [f"backbone={tmp_path / 'sd'}", "motion_adapter=none"]
+    asked = ["personalize", "motion_trajectory", *model, f"subject.clips={clip_folder}", *FAST, "train.steps=0"]
+    assert run(app, [*asked, f"output={tmp_path / 'slide.concept'}", "sampling.steps=4"]) == 0
+    made = ["generate", "a <slide>", "a cup", "--concept", tmp_path / "slide.concept", "--motion-adapter", "none"]
+    size = ["--out", tmp_path / "clips", "--height", "32", "--width", "32", "--frames", "4", "--steps", "4"]
+    with pytest.warns(UserWarning, match="'a cup' names no trajectory, and without a motion module nothing else moves"):
+        assert run(app, [str(a) for a in [*made, *size, "--format", "frames"]]) == 0
+    moving, still = (
+        torch.stack([torch.from_numpy(np.array(Image.open(f))).int() for f in sorted(folder.glob("*.png"))])
+        for folder in sorted(p for p in (tmp_path / "clips").iterdir() if p.is_dir())
+    )
+    assert (still - still[:1]).abs().max() <= 1 and (moving - moving[:1]).abs().max() > 10
+    backbone: Any = with_motion_adapter(load_backbone(tmp_path / "sd"), "none")
+    x = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    words, t = backbone.encode(["a cup", "a dog"]), torch.tensor([500.0, 20.0])
+    with torch.no_grad():
+        each = torch.stack([backbone.predict(x[:, :, f], t, words) for f in range(3)], 2)
+        torch.testing.assert_close(backbone.predict(x, t, words), each, atol=1e-5, rtol=1e-4)
+    assert isinstance(backbone, Backbone) and backbone.reads == {"stable_diffusion"}
+    asked[1] = "motion_director"
+    assert run(app, [*asked, f"output={tmp_path / 'lora.concept'}", "train.steps=1"]) == 2

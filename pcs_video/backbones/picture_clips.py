@@ -1,0 +1,39 @@
+"""Clips from a picture model alone, frame by frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pcs_video.backbones.framewise import FramewiseCodec, by_frame
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+
+NONE = "none"  # instead of a motion adapter's folder
+_MOST_FRAMES = 1024
+
+
+class PictureClipsBackbone(FramewiseCodec, StableDiffusionBackbone):
+    """A diffusers `StableDiffusionPipeline` that also makes clips, each frame by itself.
+
+    It has no layers for motion: a subject moves only along a trajectory (`FollowTrajectory`). It reads the same concepts as for
+    pictures, and its frames see each other only where attention is edited (`SparseCausal`).
+
+    Args:
+        pipe: the pipeline; its networks are used in place and frozen
+        name: as the user gave it
+    """
+
+    most_frames: int = _MOST_FRAMES
+
+    def __init__(self, pipe: Any, name: str = "") -> None:
+        super().__init__(pipe, name)
+        self.frames: int | None = 16
+
+    def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        run = super()._run_denoiser
+        if x_t.ndim == 4:
+            return run(x_t, t, context)
+        frames = x_t.shape[2]
+        times, each = t.repeat_interleave(frames) if t.ndim else t, context.repeat_interleave(frames, dim=0)
+        return by_frame(lambda x: run(x, times, each), x_t)
