@@ -18,6 +18,7 @@ from pcs_video.motion.alternate import Alternate, AlternateTask
 from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.dual_path import DualPath, DualPathTask
 from pcs_video.motion.follow_trajectory import ByFrame, FollowTrajectory
+from pcs_video.motion.motion_embeddings import MotionEmbeddings
 from pcs_video.motion.trajectory import measure, one_motion
 from pcs_video.recipe import check_lengths, clip_sources
 from shared.backbones import Backbone
@@ -37,9 +38,12 @@ from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
 from shared.sampling.hooks import StrengthSchedule
 from shared.sampling.settings import SamplingSettings
+from shared.trainable.base import OnRoles
 from shared.types import Subject
 
 __all__ = ["VideoRunner", "attached"]
+
+_MOTION = "motion_modules"  # in the names of AnimateDiff's layers for motion
 
 
 class VideoRunner(Runner):
@@ -75,9 +79,8 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError for windows and clips whose length the model cannot make, for a trajectory that would have to be
-        measured on anything but the clips of one motion, and for one that leaves out layers which the recipe trains. The model
-        is not loaded for this."""
+        """Raises ValueError for windows and clips whose length the model cannot make, and for a trajectory that would have
+        to be measured on anything but the clips of one motion. The model is not loaded for this."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -85,15 +88,6 @@ class VideoRunner(Runner):
         if _asks_for_trajectory(recipe):
             one_motion(planned.subjects)
             _clips_of(recipe)
-        path: Trajectory | None = recipe.sampling.trajectory
-        if path is not None and path.layers == "image":
-            trained = {slot: part for _, phase in expand_phases(recipe) for slot, part in phase.trainable.items()}
-            for slot, part in trained.items():
-                if any(role.startswith("temporal") for role in part.places):
-                    raise ValueError(
-                        "sampling.trajectory.layers: 'image' leaves out the layers for motion, which "
-                        f"trainable.{slot} trains; use 'all'"
-                    )
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
         """Attaches a concept as `Runner.load` does; if it consists of a trajectory alone, the strength scales that."""
@@ -109,9 +103,25 @@ class VideoRunner(Runner):
     ) -> dict[str, Concept]:
         """Learns as `Runner.personalize` does, after measuring the trajectory of a motion if the recipe asks for one.
 
-        Raises ValueError also if a trajectory cannot be measured; see `trajectory.measure`.
+        Raises ValueError also if a trajectory cannot be measured (see `trajectory.measure`), or if clips that follow it would
+        leave out layers that the recipe trains.
         """
+        self._check_layers(recipe)
         return super().personalize(subjects, self.measured(subjects, recipe), workdir, **more)
+
+    def _check_layers(self, recipe: Recipe) -> None:
+        path: Trajectory | None = getattr(recipe.sampling, "trajectory", None)
+        if path is None or path.layers == "all" or not self.backbone.frames_apart:
+            return
+        for _, phase in expand_phases(recipe):
+            for slot, part in phase.trainable.items():
+                names = part.modules(self.backbone, slot)[0].values() if isinstance(part, OnRoles) else ()
+                moves = isinstance(part, MotionEmbeddings) or any(_MOTION in name for some in names for name in some)
+                if moves and not part.temporary:
+                    raise ValueError(
+                        "sampling.trajectory.layers: 'image' leaves out the layers for motion, which "
+                        f"trainable.{slot} trains; use 'all'"
+                    )
 
     def measured(self, subjects: Mapping[str, Subject], recipe: Recipe) -> Recipe:
         """Returns the recipe with the points of `sampling.trajectory`, if they are not set, measured on the clips."""
@@ -171,7 +181,8 @@ class VideoRunner(Runner):
         if len(followed) > 1:
             said = " and ".join(f"<{hook.name}>" for hook in followed)
             raise ValueError(f"{prompt!r} names {said}, but a clip can follow only one trajectory")
-        idle = [f"<{name}>" for name in named if _moves(self.loaded[name].concept)]
+        others = sorted(named - {hook.name for hook in followed})
+        idle = [f"<{name}>" for name in others if _moves(self.loaded[name].concept)]
         if idle and self.backbone.frames_apart and any(hook.trajectory.layers == "image" for hook in followed):
             raise ValueError(
                 f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> leaves out the layers for motion: learn it "
@@ -230,8 +241,10 @@ def _is_trajectory(concept: Concept) -> bool:
 
 
 def _moves(concept: Concept) -> bool:
-    """Whether a concept is a motion with weights of its own."""
-    return concept.meta.kind == "motion" and any(concept.tensors.values())
+    """Whether a concept is a motion that acts on motion modules."""
+    return concept.meta.kind == "motion" and any(
+        _MOTION in key for tensors in concept.tensors.values() for key in tensors
+    )
 
 
 def _asks_for_trajectory(recipe: Recipe) -> bool:

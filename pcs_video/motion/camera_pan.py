@@ -62,9 +62,7 @@ class CameraPan(SamplingHookBase):
         return self
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        steps = [i for i in range(step.steps) if self.start <= i / step.steps < self.end]
-        if not steps:  # too few steps: use the one where the range begins
-            steps = [min(int(self.start * step.steps), step.steps - 1)]
+        steps = self._steps(step)
         if step.index not in steps:
             return latents
         turn, frames = steps.index(step.index), latents.shape[2]
@@ -80,6 +78,15 @@ class CameraPan(SamplingHookBase):
                         plane = out[row, :, frame]
                         out[row, :, frame] = shifted(plane, cells, axis - 2, source[frame], draw)
         return out
+
+    def jumps(self, step: DenoisingStep) -> bool:
+        return step.index in self._steps(step)
+
+    def _steps(self, step: DenoisingStep) -> list[int]:
+        """Returns the calls before which latents are shifted, each where a step begins."""
+        begin = range(0, step.steps, step.order)
+        steps = [i for i in begin if self.start <= i / step.steps < self.end]
+        return steps or [max(i for i in begin if i <= self.start * step.steps)]  # too few steps: where the range begins
 
     def _source(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         """Returns bool [f, h, w]: the cells that a fill may be drawn from."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +23,7 @@ from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
 _MARGIN = 0.2  # of the frame: about half the size of a subject
-_STREAM = 2**41  # random stream for new noise, separate from the initial noise and from the camera's
+_STREAM = 2**43  # random stream for new noise, separate from the initial noise and from the camera's
 
 
 class FollowTrajectory(SamplingHookBase):
@@ -85,34 +83,35 @@ class Following(SamplingHookBase):
     """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
 
     trajectory: Trajectory
-    _before: list[_Noised] = PrivateAttr(default_factory=list)  # the previous step's latents
 
     def jumps(self, step: DenoisingStep) -> bool:
         calls = math.ceil(self.trajectory.start * step.steps / step.order) * step.order
         return step.index == min(calls, (step.steps - 1) // step.order * step.order)
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        now = _Noised.at(step, latents)
         if not self.jumps(step):
-            if step.index % step.order == 0:
-                self._before[:] = [now]
             return latents
-        clean = now.clean_since(self._before.pop()) if self._before else torch.zeros_like(now.latents)
-        noise = (now.latents - now.signal * clean) / now.noise
+        signal, noisy = step.levels
+        clean = torch.zeros_like(latents).float() if step.clean is None else step.clean.float()
+        noise = (latents.float() - signal * clean) / noisy
         path = self._at(latent_frame_times(latents.shape[2], step.backbone.frame_factor))
         rows = zip(clean, noise, step.seeds, strict=True)
         out = [self._moved(x, eps, path, seed) for x, eps, seed in rows]
-        return torch.stack([now.signal * x + now.noise * eps for x, eps in out]).to(latents.dtype)
+        return torch.stack([signal * x + noisy * eps for x, eps in out]).to(latents.dtype)
 
     def _moved(self, clean: Tensor, noise: Tensor, path: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """Returns one clip's latents and noise [C, f, h, w], each frame moved to its waypoint of the path [f, 3]."""
         mask = subject_mask(clean)
         place = centre_of(mask)
         path = path + np.append(into_view(place, path[:, :2]), 0.0)
-        subject = _Subject(widened(mask), place, torch.Generator().manual_seed((seed + _STREAM) % 2**63))
-        frames = [subject.moved(clean[:, f], noise[:, f], *path[f]) for f in range(len(path))]
+        fresh = self._fresh(noise, torch.Generator().manual_seed((seed + _STREAM) % 2**63))
+        subject = _Subject(widened(mask), place)
+        frames = [subject.moved(clean[:, f], noise[:, f], fresh[:, f], *path[f]) for f in range(len(path))]
         cleans, noises = zip(*frames, strict=True)
         return torch.stack(cleans, 1), torch.stack(noises, 1)
+
+    def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
+        return torch.randn(noise.shape, generator=draw).to(noise)
 
     def _at(self, times: Sequence[float]) -> np.ndarray:
         """Returns the waypoints at these frames, [len(times), 3]. The trajectory is stretched over the whole clip."""
@@ -125,32 +124,9 @@ class Following(SamplingHookBase):
 class FollowingByFrame(Following, ByFrame):
     """Follows a trajectory with the image layers alone."""
 
-
-@dataclass(frozen=True)
-class _Noised:
-    """Latents before a step: `signal` times the clean ones plus `noise` times unit noise."""
-
-    latents: Tensor  # [B, C, f, h, w], float32
-    signal: float
-    noise: float
-
-    @classmethod
-    def at(cls, step: DenoisingStep, latents: Tensor) -> _Noised:
-        zero = torch.zeros_like(step.noise)
-        noise = step.noised(zero)
-        signal = step.noised(zero + 1) - noise
-        return cls(
-            latents.float(), float(signal.double().mean()), float(noise.double().norm() / step.noise.double().norm())
-        )
-
-    def clean_since(self, before: _Noised) -> Tensor:
-        """Returns the clean latents that were predicted in the step from `before`, [B, C, f, h, w].
-
-        A deterministic step rescales the noise by a known ratio. Subtracting the earlier latents, scaled by this ratio, cancels
-        the noise and leaves a multiple of the clean latents.
-        """
-        kept = self.noise / before.noise
-        return (self.latents - kept * before.latents) / (self.signal - kept * before.signal)
+    def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
+        """The same in all frames, like the initial noise, so that the background stays the same."""
+        return super()._fresh(noise[:, :1], draw).expand_as(noise)
 
 
 def subject_mask(clean: Tensor) -> Tensor:
@@ -202,16 +178,16 @@ def into_view(place: np.ndarray, path: np.ndarray, margin: float = _MARGIN) -> n
 class _Subject:
     """Moves a subject within frames [C, h, w]: `mask` [h, w] is where it is, `place` its centre in fractions of the frame."""
 
-    def __init__(self, mask: Tensor, place: np.ndarray, draw: torch.Generator) -> None:
-        self.mask, self.place, self.draw = mask, place, draw
+    def __init__(self, mask: Tensor, place: np.ndarray) -> None:
+        self.mask, self.place = mask, place
         self.left, self.right, self.share = _around(mask)
-        self.fresh: Tensor | None = None
 
-    def moved(self, clean: Tensor, noise: Tensor, right: float, down: float, log_size: float) -> tuple[Tensor, Tensor]:
-        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size)."""
+    def moved(
+        self, clean: Tensor, noise: Tensor, fresh: Tensor, right: float, down: float, log_size: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size); noise is
+        `fresh` where none can come along."""
         height, width = self.mask.shape
-        if self.fresh is None:  # the same in all frames, so that the background stays the same
-            self.fresh = torch.randn(noise.shape, generator=self.draw).to(noise)
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         size = math.exp(log_size)
         x = (x - self.place[0] - right) / size + self.place[0]
@@ -226,7 +202,7 @@ class _Subject:
         on = inside & self.mask[rows, columns]
         once = on & _first(torch.where(on, rows * width + columns, -1))  # reused, noise would be correlated
         new = (self.mask | on).to(clean.device)
-        noises = torch.where(once.to(clean.device), noise[:, rows, columns], torch.where(new, self.fresh, noise))
+        noises = torch.where(once.to(clean.device), noise[:, rows, columns], torch.where(new, fresh, noise))
         return cleaned, noises
 
     def _background(self, clean: Tensor) -> Tensor:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from shared.backbones import load_backbone
 from shared.benchmark.clip_table import ClipComparison, ClipGoal, clips
@@ -15,6 +12,7 @@ from shared.benchmark.experiment import Experiment, benchmark
 from shared.benchmark.toybox import Things, evaluators, learned, named, say
 from shared.concept import read
 from shared.config import unknown
+from shared.evaluation.clips.evaluate import KeptClips
 from shared.metrics.clips.report import ClipReport
 from shared.recipe.catalog import recipe_files
 from shared.recipe.resolve import load
@@ -111,7 +109,7 @@ class _Bench:
     things: Things
     model: type[Recipe]
     settings: ClipBenchmarkSettings
-    kept: dict[Any, Tensor] = field(default_factory=dict)  # clips without the motion
+    kept: KeptClips = field(default_factory=dict)  # clips without the motion
 
     def report(self, name: str, recipe: str, cell: tuple[str, str], workdir: Path) -> ClipReport:
         """Returns one cell's report."""

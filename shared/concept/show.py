@@ -122,7 +122,7 @@ def _trajectory(found: Trajectory | None) -> str:
         return ""
     right, down, _ = (max(column) - min(column) for column in zip(*found.points, strict=True))
     reach = f"{right:.0%} of the width and {down:.0%} of the height"
-    layers = ", by the image layers alone" if found.layers == "image" else ""
+    layers = ", without a motion module" if found.layers == "image" else ""
     return f"{len(found.points)} points over {reach}, followed from {found.start:.0%} of the steps on{layers}"
 
 

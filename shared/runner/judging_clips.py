@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +14,7 @@ from shared.backbones import Backbone
 from shared.concept.provenance import public_name
 from shared.config import expanded, unknown
 from shared.evaluation.clips.case_facts import ClipCase
-from shared.evaluation.clips.evaluate import ClipShots, Makers, evaluate_clips
+from shared.evaluation.clips.evaluate import ClipShots, KeptClips, Makers, evaluate_clips
 from shared.evaluation.clips.prompt_sets import DEFAULT, ClipTexts, load_clip_prompts
 from shared.evaluation.evaluate import Generate
 from shared.evaluation.report_facts import Case
@@ -27,7 +27,7 @@ from shared.io.clips.window import ClipWindow
 from shared.io.denoising_progress import Steps
 from shared.metrics.clips.paths import KnownMotion, PathReader, known_motion, recognition_ceiling
 from shared.metrics.clips.readers import load_path_reader
-from shared.metrics.clips.report import ClipReport
+from shared.metrics.clips.report import ClipReport, Kind
 from shared.metrics.clips.scorer import ClipScorer
 from shared.metrics.encoders import Instruments
 from shared.metrics.instruments import load_instruments
@@ -68,14 +68,14 @@ def evaluate_clips_loaded(
     runner: Painter,
     settings: ClipEvaluationSettings = ClipEvaluationSettings(),
     progress: Progress | None = None,
-    kept: dict[Any, Tensor] | None = None,
+    kept: KeptClips | None = None,
 ) -> ClipReport:
     """Judges the concepts loaded in `runner` (a motion, a subject, or one of each) in clips; with `settings.out`, the report
     is written there.
 
     kept: a cache of clips that do not depend on the motion: the base model's and, if the motion is only a trajectory, those
-    whose prompts do not name it. Pass the same dict when judging one subject with several motions, so that they are generated
-    only once. Subjects that share a cache must have different names.
+    whose prompts do not name it. Pass the same dict when judging one subject, at one strength and with one runner, with several
+    motions, so that they are generated only once. Subjects that share a cache must have different names.
 
     Raises:
         ValueError: if other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
@@ -94,9 +94,8 @@ def evaluate_clips_loaded(
     case = replace(
         _case(runner, judged, scorer, frames), acts_unnamed=wordless, still_named=settings.false_motion == "off"
     )
-    shots = ClipShots(settings.seeds, settings.out, settings.overwrite, settings.fps)
-    makers = _makers(runner, judged, settings, case, {} if kept is None else kept)
-    return evaluate_clips(makers, case, texts, scorer, shots, progress)
+    shots = ClipShots(settings.seeds, settings.out, settings.overwrite, settings.fps, kept=kept)
+    return evaluate_clips(_makers(runner, judged, settings, case), case, texts, scorer, shots, progress)
 
 
 def check_false_motion(text: str) -> FalseMotion:
@@ -262,9 +261,7 @@ def _ceiling(backbone: Backbone, known: KnownMotion | None, reader: PathReader |
     return recognition_ceiling(reader, known, frames, through=lambda pixels: round_trip(backbone, pixels))
 
 
-def _makers(
-    runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, case: ClipCase, kept: dict[Any, Tensor]
-) -> Makers:
+def _makers(runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, case: ClipCase) -> Makers:
     chosen = judged.motion or judged.subject
     assert chosen is not None
     learned, asked = chosen.concept.meta.learned_with.sampling, settings.sampling
@@ -290,18 +287,10 @@ def _makers(
             if strength is not None:
                 backbone.set_strength(name, strength)
 
-    def once(generate: Generate, *key: Any) -> Generate:
-        def made(texts: list[str], seeds: list[int], progress: Steps | None) -> Tensor:
-            whole = (*key, tuple(texts), tuple(seeds), repr(sampling))
-            if whole not in kept:
-                kept[whole] = generate(texts, seeds, progress)
-            return kept[whole].clone()
-
-        return made
-
     unnamed: Generate | None = None
+    depends: dict[Kind, Hashable] = {"base": ("base", repr(sampling))}
     if judged.motion is not None and settings.false_motion != "none":
         unnamed = off if settings.false_motion == "off" else None if case.acts_unnamed else concept
         if unnamed is concept and not any(judged.motion.concept.tensors.values()):
-            unnamed = once(concept, "unnamed", judged.subject_name)
-    return Makers(concept, once(base, "base"), unnamed)
+            depends["unnamed"] = ("unnamed", judged.subject_name, repr(sampling))
+    return Makers(concept, base, unnamed, depends)

@@ -31,6 +31,7 @@ class DenoisingStep:
     noise: Tensor  # [B, C, (f), h, w]: the initial noise, of unit variance
     scale: Tensor | float = 1.0  # multiplies the latents into the network's input; not 1 for Karras et al. schedulers
     order: int = 1  # scheduler calls per step
+    clean: Tensor | None = None  # [B, C, (f), h, w]: what the previous call predicted; None before the first
 
     @property
     def fraction(self) -> float:
@@ -40,6 +41,12 @@ class DenoisingStep:
     @property
     def last(self) -> bool:
         return self.index + 1 == self.steps
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The shares of clean latents and of unit noise in this step's latents, in the scheduler's units."""
+        alpha, sigma = self.backbone.alpha_sigma(self.t)
+        return float(alpha / self.scale), float(sigma / self.scale)
 
     def noised(self, x0: Tensor) -> Tensor:
         """Noises clean latents [B or 1, C, (f), h, w] to this step's level with the initial noise, in the scheduler's units:

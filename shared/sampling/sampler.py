@@ -144,19 +144,25 @@ def denoise(
     noise = hooks.initial_noise(backbone, _noise(backbone, shape, generators))
     times, latents = _begun(solver, noise, settings.start, steps)
     options = _step_options(solver, generators)
+    clean: Tensor | None = None
     for i, t in enumerate(times):
         scale = _seen(solver, noise.new_ones(1), t)
-        step = DenoisingStep(i, len(times), t, backbone, texts, seeds, noise, scale, getattr(solver, "order", 1))
-        latents = hooks.latents(step, latents)
-        if hooks.jumps(step):
+        order = getattr(solver, "order", 1)
+        step = DenoisingStep(i, len(times), t, backbone, texts, seeds, noise, scale, order, clean)
+        latents, jumps = hooks.latents(step, latents), hooks.jumps(step)
+        if jumps:
             solver = _solver(backbone, settings, steps, shape)
             _begin(solver, len(solver.timesteps) - len(times) + i)
         step = replace(step, prompts=hooks.prompts(step, step.prompts))
         scaled = _seen(solver, latents, t)
         with hooks.during(step), merged_layers():
             positive, unwanted = conditionings(step.prompts, t)
-            prediction = backbone.predict_guided(scaled, hooks.told(step, t), positive, unwanted, guidance)
+            told = hooks.told(step, t)
+            prediction = backbone.predict_guided(scaled, told, positive, unwanted, guidance)
+        clean = backbone.to_x0(prediction, scaled, told)
         latents = hooks.after(step, solver.step(prediction, t, latents, **options, return_dict=False)[0])
+        if jumps and hasattr(solver, "counter"):
+            solver.counter = 2  # PNDM's second call would repeat its first time, which has passed
         yield Denoised(i, len(times), t, latents)
 
 

@@ -127,15 +127,15 @@ class Mixing:
 
     frame_factor = 1
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return x0 * (1 - t / 10) + noise * t / 10
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t / 10, t / 10
 
 
-def step_of(x: Tensor, index: int, steps: int = 10, seeds: tuple[int, ...] = (1, 2)) -> DenoisingStep:
+def step_of(clean: Tensor | None, index: int, steps: int = 10, seeds: Sequence[int] = (1, 2)) -> DenoisingStep:
     backbone: Any = Mixing()
-    return DenoisingStep(
-        index, steps, torch.tensor(float(steps - index)), backbone, ["a"] * len(x), seeds, torch.ones_like(x)
-    )
+    noise = torch.zeros(1)
+    t = torch.tensor(float(steps - index))
+    return DenoisingStep(index, steps, t, backbone, ["a"] * len(seeds), tuple(seeds), noise, clean=clean)
 
 
 def scene(side: int = 16, frames: int = 2, clips: int = 1) -> tuple[Tensor, Tensor]:
@@ -151,15 +151,10 @@ def scene(side: int = 16, frames: int = 2, clips: int = 1) -> tuple[Tensor, Tens
 def moved(
     trajectory: Trajectory, clean: Tensor, noise: Tensor, index: int = 4, seeds: Sequence[int] = (1,)
 ) -> tuple[Tensor, float, float]:
-    """Returns the latents of a clip after the hook's steps up to `index` of 10, with the shares of signal and noise in them.
-
-    Each of the steps before leads from noise to the same clean latents, as a perfect model's does.
-    """
-    following, out, noisy = Following(trajectory=trajectory), noise, 1.0
-    for i in range(index + 1):
-        noisy = 1 - i / 10
-        out = following.latents(step_of(noise, i, seeds=tuple(seeds)), (1 - noisy) * clean + noisy * noise)
-    return out, 1 - noisy, noisy
+    """Returns the latents of a clip after the hook's step `index` of 10, with the shares of signal and noise in them."""
+    signal, noisy = index / 10, 1 - index / 10
+    step = step_of(clean, index, seeds=seeds)
+    return Following(trajectory=trajectory).latents(step, signal * clean + noisy * noise), signal, noisy
 
 
 def path_of(points: Sequence[Sequence[float]] | np.ndarray, **more: Any) -> Trajectory:
@@ -227,7 +222,7 @@ def test_it_acts_once_where_a_step_begins(start: float, order: int, at: int) -> 
     following = Following(trajectory=path_of(arc(5), start=start))
     acts, jumps = [], []
     for i in range(10):
-        step = replace(step_of(noise, i, seeds=(1,)), order=order)
+        step = replace(step_of(clean, i, seeds=(1,)), order=order)
         x = i / 10 * clean + (1 - i / 10) * noise
         acts += [i] if not torch.equal(following.latents(step, x), x) else []
         jumps += [i] if following.jumps(step) else []
@@ -246,7 +241,7 @@ def test_a_clip_does_not_depend_on_its_batch_and_other_seeds_fill_in_other_noise
 def test_without_an_earlier_step_the_noise_itself_is_moved() -> None:
     noise = torch.randn(1, 2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     path = path_of([[-0.125, 0, 0], [0.125, 0, 0]], start=0.0)
-    made = Following(trajectory=path).latents(step_of(noise, 0, seeds=(1,)), noise)
+    made = Following(trajectory=path).latents(step_of(None, 0, seeds=(1,)), noise)
     torch.testing.assert_close(made[..., 0, :, :14], noise[..., 0, :, 2:])
     torch.testing.assert_close(made[..., 1, :, 2:], noise[..., 1, :, :14])
 
@@ -339,7 +334,7 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     assert len(points) == 4 and bool((np.diff(points[:, 0]) > 0.03).all())  # the square slides to the right
     about = dict(described(concept))
     assert about["trajectory"].startswith("4 points over ")
-    assert about["trajectory"].endswith("followed from 60% of the steps on, by the image layers alone")
+    assert about["trajectory"].endswith("followed from 60% of the steps on, without a motion module")
     assert about["use"].startswith('pcs video generate "a photo of a mug <slide> on the beach" --concept slide.concept')
     assert not {*concept.meta.adapters, *concept.meta.weights, *concept.meta.branches} and about["parameters"] == "0"
     runner = VideoRunner(load_backbone(clip_model))
@@ -526,13 +521,14 @@ def test_clips_without_the_motion_are_generated_once_for_many_motions(
     settings = ClipEvaluationSettings(str(prompts), (3,), sampling=small, references=clip_folder)
     slide = read(learned)
     hop = replace(slide, meta=slide.meta.model_copy(update={"name": "hop"}))
-    files = []
+    files, costs = [], []
     for concept in (slide, hop):
         runner.load(concept)
         report = evaluate_clips_loaded(runner, settings, kept=kept)
         files.append([report.files[report.of_kind(kind)[0].file] for kind in ("base", "unnamed")])
         runner.unload(concept.meta.name)
-    assert files[0] == files[1]
+        costs.append(report.costs.base_seconds_per_clip)
+    assert files[0] == files[1] and costs[0] == costs[1]  # the time they took, not that of finding them
     a, b, plain = "a red mug <slide> on the beach", "a red mug <hop> on the beach", "a red mug on the beach"
     assert sorted(made) == sorted([(False, a), (False, b), (False, plain), (True, plain)])
 

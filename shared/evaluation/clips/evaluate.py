@@ -6,7 +6,7 @@ No model is used directly: clips come from functions `(prompts, seeds, progress)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,25 +21,29 @@ from shared.evaluation.clips.prompt_sets import ClipTexts
 from shared.evaluation.clips.summary import Arms, summary_scores
 from shared.evaluation.evaluate import Generate
 from shared.io.clips.write_clip import spread, webp_bytes, write_clip_sheet
-from shared.io.denoising_progress import named, part_of
+from shared.io.denoising_progress import Steps, named, part_of
 from shared.io.outputs import check_output
 from shared.metrics.clips.report import CLIPS, ClipReport, ClipRow, Kind
 from shared.metrics.clips.save import save_clip_report
 from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
 Progress = Callable[[str, int, int], None]
+#: What clips depend on, their prompts and their seeds -> the clips [N, 3, F, H, W], and the seconds they took.
+KeptClips = dict[tuple[Hashable, tuple[str, ...], tuple[int, ...]], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
 class Makers:
     """Functions that generate clips: with the concepts, without any, and with the motion loaded but not asked for.
 
-    `unnamed` is None if there are no such clips.
+    `unnamed` is None if there are no such clips. `depends` says what clips that other evaluations may share depend on, besides
+    prompts and seeds.
     """
 
     concept: Generate
     base: Generate
     unnamed: Generate | None = None
+    depends: Mapping[Kind, Hashable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class ClipShots:
     overwrite: bool = False
     fps: float = 8.0  # of the clips in the report
     chunk: int = 4  # clips per call
+    kept: KeptClips | None = None  # evaluations that share this dict also share clips
 
 
 def evaluate_clips(
@@ -141,10 +146,11 @@ class _Evaluation:
         parts, strips, seconds = [], {}, 0.0
         for start in range(0, len(asked), self.shots.chunk):
             some = asked[start : start + self.shots.chunk]
-            clock = time.perf_counter()
             on_progress = part_of(named(self.progress, what), start, len(some), len(asked))
-            clips = generate([texts[i] for i, _ in some], [seed for _, seed in some], on_progress)
-            seconds += time.perf_counter() - clock
+            clips, took = self._clips(
+                kind, [texts[i] for i, _ in some], [seed for _, seed in some], generate, on_progress
+            )
+            seconds += took
             if clips.ndim != 5 or len(clips) != len(some):
                 raise ValueError(f"expected {len(some)} clips [N, 3, F, H, W], got {list(clips.shape)}")
             clips, self.frames = clips.detach().float().cpu(), clips.shape[2]
@@ -160,6 +166,18 @@ class _Evaluation:
         measured = _joined(parts)
         made = Made(kind, asked, texts, [self.texts.expects[i] for i, _ in asked])
         return measured, clip_rows(made, measured, leak_limit(self.scorer)), seconds / len(asked)
+
+    def _clips(
+        self, kind: Kind, texts: list[str], seeds: list[int], generate: Generate, progress: Steps | None
+    ) -> tuple[Tensor, float]:
+        """Returns clips and the seconds they took, when they were generated."""
+        key = (self.makers.depends.get(kind), tuple(texts), tuple(seeds))
+        kept = {} if self.shots.kept is None or key[0] is None else self.shots.kept
+        if key not in kept:
+            clock = time.perf_counter()
+            clips = generate(texts, seeds, progress)
+            kept[key] = clips, time.perf_counter() - clock
+        return kept[key]
 
     def _keep(self, name: str, clip: Tensor, about: Mapping[str, str]) -> None:
         self.files[f"{CLIPS}/{name}.webp"] = webp_bytes(clip, self.shots.fps, about)
