@@ -18,6 +18,7 @@ from torch import Tensor
 from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.backbones.wan import WanBackbone
 from pcs_video.commands.video import app
+from pcs_video.motion.camera_pan import CameraPan
 from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.follow_trajectory import (
     Following,
@@ -188,6 +189,15 @@ def test_the_subject_goes_where_the_trajectory_is_and_its_background_stays() -> 
         left = (made[0, :, frame] - signal * clean[0, :, frame, :, :1]) / noisy  # every row's value is that of its edge
         assert behind.sum() > 10 and left[:, behind].abs().max() < 5
         assert (left - noise[0, :, frame])[:, behind].abs().min() > 1e-4
+
+
+def test_frames_need_not_be_square() -> None:
+    """Fractions are of each side: a fifth of the width is more cells than a fifth of the height."""
+    clean, noise = torch.zeros(1, 1, 2, 10, 20), torch.ones(1, 1, 2, 10, 20)
+    clean[..., 4:6, 9:11] = 100
+    made, signal, _ = moved(path_of([[-0.2, 0, 0], [0, 0.2, 0]]), clean, noise)
+    bright = [(made[0, 0, f] / signal > 50).nonzero().double().mean(0).tolist() for f in (0, 1)]
+    assert bright == [[4.5, 5.5], [6.5, 9.5]]
 
 
 def test_between_cells_clean_latents_are_interpolated_and_noise_is_not() -> None:
@@ -442,6 +452,19 @@ def test_layers_that_are_left_out_cannot_be_what_moves(
     with pytest.raises(ValueError, match=r"names <lora>, but <slide> leaves out the layers for motion"):
         runner.generate(["a <slide> <lora>"], [0], how)
     assert runner.generate(["a <slide>", "a <lora>"], [0, 1], how, must_name=False).shape[0] == 2
+
+
+def test_a_motion_with_words_of_its_own_can_follow_a_path(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
+    """Words act on the image layers, so nothing is left out; a pan and a path together also make a clip."""
+    asked = ["personalize", "motion_trajectory", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
+    words = ["modifier={kind: learnable_token, init: moving}", "trainable.words={kind: tokens}", "train.steps=1"]
+    assert run(app, [*asked, *words, f"output={tmp_path / 'said.concept'}"]) == 0
+    runner = VideoRunner(load_backbone(clip_model))
+    runner.load(read(tmp_path / "said.concept"))
+    how = SamplingSettings("", 1.0, 4, height=64, width=64, frames=4)
+    plain = runner.generate(["a <said>"], [0], how)
+    panned = runner.generate(["a <said>"], [0], replace(how, hooks=(CameraPan(right=0.5, start=0.2, end=0.6),)))
+    assert panned.isfinite().all() and (panned - plain).abs().max() > 0.01
 
 
 def test_a_model_without_image_layers_uses_all_and_says_so(clip_model: Path) -> None:
