@@ -13,7 +13,7 @@ from shared.benchmark.aggregate import all_reached, average, over_floor
 from shared.benchmark.comparison_table import cell
 from shared.benchmark.experiment import Reporting, cell_folder, check_instruments
 from shared.evaluation.clips.score_texts import ABOUT
-from shared.evaluation.clips.summary import Arms, measured_scores
+from shared.evaluation.clips.summary import Arms, measured_scores, relative
 from shared.metrics.clips.report import SCHEMA_VERSION, ClipReport, ClipRow
 from shared.metrics.clips.scorer import MeasuredClips
 from shared.metrics.html import formatted, render, seconds
@@ -101,11 +101,11 @@ def _rows(report: ClipReport, rows: Sequence[ClipRow]) -> list[dict[str, float |
     """Returns the clips' scores, with those in `RELATIVE` scaled as in the report."""
     identity = report.score("identity")
     least = identity.truth if identity is not None and identity.truth else 1.0
-    scaled = {key: least for key in RELATIVE}
-    return [
-        {k: None if v is None else v / scaled.get(k, 1.0) for k, v in row.scores.items() if k != "ceiling"}
-        for row in rows
-    ]
+
+    def of(key: str, value: float | None) -> float | None:
+        return value if value is None or key not in RELATIVE else relative(key, value, least)
+
+    return [{k: of(k, v) for k, v in row.scores.items() if k != "ceiling"} for row in rows]
 
 
 def _measured(rows: Sequence[Mapping[str, float | None]]) -> MeasuredClips:

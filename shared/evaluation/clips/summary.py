@@ -62,10 +62,19 @@ def _relative(arms: Arms) -> Arms:
         return arms
 
     def of(measured: MeasuredClips) -> MeasuredClips:
-        scaled = {k: [v / least for v in measured.scores[k]] for k in ("identity", "both") if k in measured.scores}
+        scaled = {
+            k: [relative(k, v, least) for v in measured.scores[k]] for k in ("identity", "both") if k in measured.scores
+        }
         return replace(measured, scores={**measured.scores, **scaled})
 
     return replace(arms, made=of(arms.made), base=of(arms.base))
+
+
+def relative(key: str, value: float, truth: float) -> float:
+    """Returns a clip's "identity" or "both" as a share of what true pictures reach. For "both" at most 1 (NaN stays), so that
+    clips whose frames are verified more often than true ones do not make up for others with a wrong motion."""
+    share = value / truth
+    return 1.0 if key == "both" and share > 1 else share
 
 
 def _product(made: MeasuredClips, base: MeasuredClips, prompts: Sequence[int]) -> Score:
@@ -108,16 +117,21 @@ def _span(key: str, values: Sequence[float], prompts: Sequence[int]) -> tuple[fl
 
 def _score(key: str, value: float, span: tuple[float, float], base: float | None) -> Score:
     about = ABOUT[key]
-    capped = min(1.0, value) if about.unit == "rate" and not math.isnan(value) else value
+
+    def known(x: float | None) -> float | None:
+        """A share relative to true pictures can exceed 1; it is reported as 1."""
+        x = number(x)
+        return x if x is None or about.unit != "rate" else min(1.0, x)
+
     return Score(
         key=key,
         title=about.title,
-        value=number(capped),
-        low=number(span[0]),
-        high=number(min(1.0, span[1]) if about.unit == "rate" else span[1]),
+        value=known(value),
+        low=known(span[0]),
+        high=known(span[1]),
         unit=about.unit,
         better=about.better,
-        base=number(base),
+        base=known(base),
         explanation=about.explanation,
     )
 
