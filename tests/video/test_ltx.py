@@ -67,7 +67,7 @@ def test_masks_are_stacked_or_refused(ltx: LTXBackbone) -> None:
     both = Conditioning.cat([a, b])
     assert both.context_mask is not None and together.context_mask is not None
     assert torch.equal(both.context_mask, together.context_mask)
-    with pytest.raises(ValueError, match="only some of them have this stream"):
+    with pytest.raises(ValueError, match="an optional input is set for only some of them"):
         Conditioning.cat([a, replace(b, context_mask=None)])
     x, t = noise(1, 4, 2, 4, 4), torch.tensor(500)
     with pytest.raises(ValueError, match="ltx: context_mask is missing: this network needs to know"):
