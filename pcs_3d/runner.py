@@ -166,8 +166,8 @@ def _check_strength(phase: str, strength: float, steps: int | None) -> None:
     """Raises ValueError if this share of the denoising steps rounds down to 0."""
     if steps is not None and int(steps * strength) == 0:
         raise ValueError(
-            f"phases.{phase}.task.strength = {strength:g} of {steps} steps leaves no steps: use more steps "
-            "(sampling.steps), or a larger strength"
+            f"phases.{phase}.task.strength = {strength:g} of {steps} steps leaves nothing to sample: use more steps "
+            "(sampling.steps) or a larger strength"
         )
 
 
