@@ -78,6 +78,14 @@ class ByFrame(SamplingHookBase):
         with backbone.image_layers(), backbone.attending(*SparseCausal(frames=("first", "own")).edits(backbone)):
             yield
 
+    def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        """Keeps frames alike until they move: stochastic schedulers add other noise to each."""
+        alike = latents.ndim == 5 and self._alike(step)
+        return latents[:, :, :1].expand_as(latents).clone() if alike else latents
+
+    def _alike(self, step: DenoisingStep) -> bool:
+        return True
+
 
 class Following(SamplingHookBase):
     """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
@@ -85,8 +93,12 @@ class Following(SamplingHookBase):
     trajectory: Trajectory
 
     def jumps(self, step: DenoisingStep) -> bool:
+        return step.index == self._when(step)
+
+    def _when(self, step: DenoisingStep) -> int:
+        """Returns the call before which the subject is moved, where a step begins."""
         calls = math.ceil(self.trajectory.start * step.steps / step.order) * step.order
-        return step.index == min(calls, (step.steps - 1) // step.order * step.order)
+        return min(calls, (step.steps - 1) // step.order * step.order)
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         if not self.jumps(step):
@@ -123,6 +135,9 @@ class Following(SamplingHookBase):
 
 class FollowingByFrame(Following, ByFrame):
     """Follows a trajectory with the image layers alone."""
+
+    def _alike(self, step: DenoisingStep) -> bool:
+        return step.index < self._when(step)
 
     def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
         """The same in all frames, like the initial noise, so that the background stays the same."""

@@ -312,6 +312,20 @@ def test_by_frame_all_frames_are_one_picture_whose_subject_moves(clip_model: Pat
         hook = FollowTrajectory(name="m", trajectory=path_of(points, start=0.5, layers=layers))
         made = runner.generate(["a cup"], [0], replace(how, hooks=(hook,)))
         assert torch.allclose(made[:, :, :1].expand_as(made), made, atol=1e-4) is same, (points, layers)
+    seen: list[Tensor] = []
+
+    class Watching(SamplingHookBase):
+        def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+            seen.append(latents)
+            return latents
+
+    hook = FollowTrajectory(name="m", trajectory=path_of(wide, start=0.5, layers="image"))
+    runner.generate(
+        ["a cup"], [0], replace(how, scheduler="euler_a", hooks=(Watching(), hook))
+    )  # adds noise in each step
+    runner.generate(["a cup"], [0], replace(how, scheduler="euler_a", hooks=(hook, Watching())))
+    alike = [torch.equal(z[:, :, :1].expand_as(z), z) for z in seen]
+    assert alike == [True, True, False, False] * 2
     with torch.no_grad():
         assert torch.equal(backbone.predict(x, t, words), whole)  # the motion module is back
 
