@@ -39,6 +39,21 @@ def test_each_frame_is_shifted_by_its_share_of_the_way(right: float, down: float
                 assert made[0, 0, frame, y, x] == (y + dy) * side + x + dx
 
 
+def test_a_scheduler_with_two_calls_per_step_is_not_disturbed_between_them() -> None:
+    """Latents move as far, but only where a step begins, and there the scheduler forgets."""
+    pan, x = CameraPan(right=0.5, start=0.1, end=0.5), torch.randn(1, 1, 5, 16, 16)
+    backbone: Any = type("Frames", (), {"frame_factor": 1})()
+    made, jumps = x, []
+    for i in range(20):
+        step = DenoisingStep(i, 20, torch.tensor(0), backbone, ["a"], (1,), x, order=2)
+        after = pan.latents(step, made)
+        assert pan.jumps(step) or torch.equal(after, made)
+        jumps += [i] if pan.jumps(step) else []
+        made = after
+    assert jumps == [2, 4, 6, 8]
+    assert torch.equal(made[0, 0, 4, :, :8], x[0, 0, 4, :, 8:])
+
+
 def test_what_comes_into_view_is_of_its_own_row_and_outside_of_boxes() -> None:
     draw = torch.Generator().manual_seed(0)
     plane = torch.arange(64, dtype=torch.float32).view(1, 8, 8)

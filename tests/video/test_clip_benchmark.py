@@ -95,10 +95,8 @@ def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictu
     assert row.value("motion_recognised") == 0.75 and row.scores["motion_recognised"].base == 0
     assert row.value("identity") == pytest.approx((1.0 + 0.5 + 0.25 + 0.25) / 4)
     assert row.value("both") == pytest.approx((1.0 + 0.5 + 0 + 0.25) / 4)
-    easy = {
-        "c": report("c", (1, 0), (0.9, 0.9)),
-        "d": report("d", (1, 0), (0.9, 0.9)),
-    }  # verified more often than true pictures
+    # Clips that are verified more often than true pictures:
+    easy = {name: report(name, (1, 0), (0.9, 0.9)) for name in ("c", "d")}
     easy_row = aggregate_clips("x", easy, {})
     identity = easy_row.scores["identity"]
     assert (identity.low, identity.value, identity.high) == (1.0, 1.0, 1.0)
