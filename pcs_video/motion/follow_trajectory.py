@@ -18,8 +18,9 @@ from shared.attention.sparse_causal import SparseCausal
 from shared.backbones.protocol import Backbone
 from shared.io.trajectory_settings import Trajectory
 from shared.sampling.box_tracks import latent_frame_times
-from shared.sampling.hooks import DenoisingStep, SamplingHookBase
+from shared.sampling.hooks import DenoisingStep, SamplingHook, SamplingHookBase
 from shared.sampling.sampler import output_size
+from shared.sampling.schedulers import adds_noise, make_scheduler
 from shared.sampling.settings import SamplingSettings
 
 _MARGIN = 0.2  # of the frame: about half the size of a subject
@@ -50,14 +51,15 @@ class FollowTrajectory(SamplingHookBase):
         """Returns a hook of the same concept that moves nothing."""
         return self.model_copy(update={"trajectory": Trajectory()})
 
-    def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHookBase:
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
         """Returns the hook that moves the subject; for pictures, one that does nothing."""
         *frames, _, _ = output_size(backbone, settings)
         if not frames or not self.trajectory.points:
             return SamplingHookBase()
         alone = backbone.frames_apart and self.trajectory.layers == "image"
         alone = alone or isinstance(backbone, PictureClipsBackbone)
-        return (FollowingByFrame if alone else Following)(trajectory=self.trajectory)
+        hook = (FollowingByFrame if alone else Following)(trajectory=self.trajectory)
+        return hook.ready(backbone, settings)
 
 
 class ByFrame(SamplingHookBase):
@@ -65,6 +67,16 @@ class ByFrame(SamplingHookBase):
 
     All frames start from the same noise, and in self-attention each sees itself and the first one.
     """
+
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> ByFrame:
+        """Raises ValueError for a scheduler that adds noise in its steps: it would not be the same in all frames."""
+        if len(output_size(backbone, settings)) == 3 and adds_noise(make_scheduler(backbone, settings.scheduler)):
+            name = settings.scheduler or f"the scheduler of {backbone.name}"
+            raise ValueError(
+                f"{name} adds other noise to each frame, so that without a motion module the frames would not fit together: "
+                "use a deterministic scheduler (ddim, dpm++, euler …)"
+            )
+        return self
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
         return noise[:, :, :1].expand_as(noise).clone() if noise.ndim == 5 else noise
@@ -78,14 +90,6 @@ class ByFrame(SamplingHookBase):
         with backbone.image_layers(), backbone.attending(*SparseCausal(frames=("first", "own")).edits(backbone)):
             yield
 
-    def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """Keeps frames alike until they move: stochastic schedulers add other noise to each."""
-        alike = latents.ndim == 5 and self._alike(step)
-        return latents[:, :, :1].expand_as(latents).clone() if alike else latents
-
-    def _alike(self, step: DenoisingStep) -> bool:
-        return True
-
 
 class Following(SamplingHookBase):
     """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
@@ -93,12 +97,8 @@ class Following(SamplingHookBase):
     trajectory: Trajectory
 
     def jumps(self, step: DenoisingStep) -> bool:
-        return step.index == self._when(step)
-
-    def _when(self, step: DenoisingStep) -> int:
-        """Returns the call before which the subject is moved, where a step begins."""
         calls = math.ceil(self.trajectory.start * step.steps / step.order) * step.order
-        return min(calls, (step.steps - 1) // step.order * step.order)
+        return step.index == min(calls, (step.steps - 1) // step.order * step.order)
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         if not self.jumps(step):
@@ -135,9 +135,6 @@ class Following(SamplingHookBase):
 
 class FollowingByFrame(Following, ByFrame):
     """Follows a trajectory with the image layers alone."""
-
-    def _alike(self, step: DenoisingStep) -> bool:
-        return step.index < self._when(step)
 
     def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
         """The same in all frames, like the initial noise, so that the background stays the same."""

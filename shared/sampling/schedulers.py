@@ -48,6 +48,13 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
     return named_scheduler(name, default.config)
 
 
+def adds_noise(solver: Any) -> bool:
+    """Whether a diffusers scheduler draws new noise in its steps (ancestral and stochastic ones)."""
+    kind, config = type(solver).__name__, solver.config
+    stochastic = "Ancestral" in kind or kind in ("DDPMScheduler", "LCMScheduler", "TCDScheduler")
+    return stochastic or "sde" in str(config.get("algorithm_type", "")) or bool(config.get("stochastic_sampling"))
+
+
 def named_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """Makes a new diffusers scheduler, by a known name, from another scheduler's configuration, as `from_config` does."""
     import diffusers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -13,7 +14,7 @@ from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.sampling import DenoisingStep, SamplingHookBase, Start
 from shared.sampling.sampler import denoise, sample_all
-from shared.sampling.schedulers import DIFFUSION
+from shared.sampling.schedulers import DIFFUSION, FLOW, adds_noise, make_scheduler
 from shared.sampling.settings import SamplingSettings
 
 PROMPTS, SEEDS = ["a mug", "a red dog"], [1, 2]
@@ -66,6 +67,19 @@ def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> 
     (x_t, t), *_ = seen
     assert len(steps) == 2 and 0 < t < 1
     assert torch.allclose(x_t, (1 - t) * start.latents + t * noise, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*sorted(DIFFUSION), *sorted(FLOW)])
+def test_schedulers_that_add_noise_are_those_that_draw_it(tiny_sd: Any, tiny_flux: Any, name: str) -> None:
+    """A scheduler that draws noise changes the state of its generator."""
+    solver = make_scheduler((FluxBackbone(tiny_flux) if name in FLOW else StableDiffusionBackbone(tiny_sd)), name)
+    draw, x = torch.Generator().manual_seed(0), torch.randn(1, 4, 4, 4)
+    solver.set_timesteps(10, **({"mu": 1.0} if solver.config.get("use_dynamic_shifting") else {}))
+    before = draw.get_state()
+    takes = "generator" in inspect.signature(solver.step).parameters
+    for t in solver.timesteps[:4]:
+        x = solver.step(x, t, x, **({"generator": draw} if takes else {}), return_dict=False)[0]
+    assert adds_noise(solver) is not torch.equal(draw.get_state(), before)
 
 
 DETERMINISTIC = ["ddim", "deis", "dpm++", "euler", "heun", "pndm", "unipc"]
