@@ -19,6 +19,7 @@ from pcs_video.motion.motion_embeddings import MotionEmbeddings
 from shared.backbones.protocol import Backbone
 from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
 from shared.io.clips.find_clips import find_clips
+from shared.io.noise_prior_settings import NoisePriorSettings
 from shared.io.read_subject import plain_noun
 from shared.io.trajectory_settings import Trajectory
 from shared.recipe.phases import expand_phases
@@ -66,6 +67,8 @@ class ClipSampling(Sampling):
 
     frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
     trajectory: Trajectory | None = None  # the path that clips naming the motion follow; null: the model decides
+    # clips that name the motion start from noise that partly comes from the first of its own clips, if that is found
+    noise_prior: NoisePriorSettings | None = None
 
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength schedule."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pcs_video.motion.trajectory import measure, one_motion
 from pcs_video.recipe import check_lengths, clip_sources
 from shared.backbones import Backbone
 from shared.concept import Concept
+from shared.io.clips.open_frames import open_frames
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.contact_sheets import stills
@@ -33,16 +35,18 @@ from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Runner, attached
 from shared.runner.clip_scorers import clip_training_scorers
-from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
+from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded, motion_clips
 from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
-from shared.sampling.hooks import StrengthSchedule
+from shared.sampling.hooks import SamplingHook, StrengthSchedule
+from shared.sampling.inversion import NoisePrior
 from shared.sampling.settings import SamplingSettings
 from shared.trainable.base import OnRoles
 from shared.types import Subject
 
 __all__ = ["VideoRunner", "attached"]
 
+_OfConcept = FollowTrajectory | NoisePrior
 _MOTION = "motion_modules"  # in the names of AnimateDiff's layers for motion
 
 
@@ -51,6 +55,8 @@ class VideoRunner(Runner):
 
     tasks = {**Runner.tasks, DualPathTask: DualPath, AlternateTask: Alternate}
     scorers = staticmethod(clip_training_scorers)
+    makes = "clips"
+    families = (frozenset({"animatediff", "stable_diffusion"}), frozenset({"wan"}), frozenset({"ltx"}))
 
     @classmethod
     def prepared(
@@ -79,8 +85,9 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError for windows and clips whose length the model cannot make, and for a trajectory that would have
-        to be measured on anything but the clips of one motion. The model is not loaded for this."""
+        """Raises ValueError for windows and clips whose length the model cannot make, for a trajectory that would have to be
+        measured on anything but the clips of one motion, and for a noise prior without clips. The model is not loaded for
+        this."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -88,6 +95,8 @@ class VideoRunner(Runner):
         if _asks_for_trajectory(recipe):
             one_motion(planned.subjects)
             _clips_of(recipe)
+        if recipe.sampling.noise_prior is not None and not any(s.clips for s in planned.subjects.values()):
+            raise ValueError("sampling.noise_prior: takes noise from the motion's own clips: give subject.clips=FOLDER")
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
         """Attaches a concept as `Runner.load` does; if it consists of a trajectory alone, the strength scales that."""
@@ -143,25 +152,25 @@ class VideoRunner(Runner):
         progress: Steps | None = None,
         **more: Any,
     ) -> Tensor:
-        """Generates as `Runner.generate` does. Only clips whose prompts name a loaded motion follow its trajectory. Without
-        motion modules (`PictureClipsBackbone`), nothing moves in the others.
+        """Generates as `Runner.generate` does. Only clips whose prompts name a loaded motion follow its trajectory, or start
+        from its clips' noise. Without motion modules (`PictureClipsBackbone`), nothing moves in the others.
 
-        Raises ValueError also for a prompt that names several motions with trajectories.
+        Raises ValueError also for a prompt that names several motions with trajectories, or several with noise priors.
         """
         hooks = settings.hooks if base else self.with_own_sampling(settings).hooks
-        paths = [hook for hook in hooks if isinstance(hook, FollowTrajectory)]
-        groups: dict[tuple[FollowTrajectory, ...], list[int]] = {}
+        named = [hook for hook in hooks if _of_concept(hook)]
+        groups: dict[tuple[_OfConcept, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            groups.setdefault(self._followed(prompt, paths, base), []).append(row)
+            groups.setdefault(self._of_prompt(prompt, named, base), []).append(row)
         alone = isinstance(self.backbone, PictureClipsBackbone)
-        if not (paths or alone) or len(prompts) != len(seeds):
+        if not (named or alone) or len(prompts) != len(seeds):
             return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
         # Paths come first: what hooks keep or give (frames, regions) is not moved.
-        others = tuple(hook for hook in settings.hooks if not isinstance(hook, FollowTrajectory))
+        others = tuple(hook for hook in settings.hooks if not _of_concept(hook))
         made, order = [], [row for rows in groups.values() for row in rows]
         for own, rows in groups.items():
             part = part_of(progress, sum(map(len, made)), len(rows), len(prompts))
-            follows = any(hook.trajectory.points for hook in own)
+            follows = any(isinstance(hook, FollowTrajectory) and hook.trajectory.points for hook in own)
             still = (ByFrame(),) if alone and not follows else ()
             some = [prompts[i] for i in rows], [seeds[i] for i in rows]
             how = replace(settings, hooks=(*still, *own, *others))
@@ -171,16 +180,19 @@ class VideoRunner(Runner):
     def follows(self, prompt: str, settings: SamplingSettings) -> bool:
         """Whether a clip with this prompt follows a trajectory. ValueError as in `generate`."""
         paths = [hook for hook in self.with_own_sampling(settings).hooks if isinstance(hook, FollowTrajectory)]
-        return any(hook.trajectory.points for hook in self._followed(prompt, paths, base=False))
+        own = self._of_prompt(prompt, paths, base=False)
+        return any(isinstance(hook, FollowTrajectory) and hook.trajectory.points for hook in own)
 
-    def _followed(self, prompt: str, paths: Sequence[FollowTrajectory], base: bool) -> tuple[FollowTrajectory, ...]:
-        """Returns the trajectories for one prompt: those of loaded motions that it does not name rest; if `base`, all do."""
+    def _of_prompt(self, prompt: str, hooks: Sequence[_OfConcept], base: bool) -> tuple[_OfConcept, ...]:
+        """Returns the hooks for one prompt: those of loaded motions that it does not name rest; if `base`, all do."""
         named = set() if base else {name for name in self.loaded if f"<{name}>" in prompt}
-        own = tuple(hook.resting() if hook.name in self.loaded.keys() - named else hook for hook in paths)
-        followed = [hook for hook in own if hook.trajectory.points]
-        if len(followed) > 1:
-            said = " and ".join(f"<{hook.name}>" for hook in followed)
-            raise ValueError(f"{prompt!r} names {said}, but a clip can follow only one trajectory")
+        own = tuple(hook.resting() if hook.name in self.loaded.keys() - named else hook for hook in hooks)
+        followed = [hook for hook in own if isinstance(hook, FollowTrajectory) and hook.trajectory.points]
+        started = [hook for hook in own if isinstance(hook, NoisePrior) and hook.share]
+        for some, only in ((followed, "follow only one trajectory"), (started, "start from the noise of only one")):
+            if len(some) > 1:
+                said = " and ".join(f"<{hook.name}>" for hook in some)
+                raise ValueError(f"{prompt!r} names {said}, but a clip can {only}")
         others = sorted(named - {hook.name for hook in followed})
         idle = [f"<{name}>" for name in others if _moves(self.loaded[name].concept)]
         if idle and self.backbone.frames_apart and any(hook.trajectory.layers == "image" for hook in followed):
@@ -191,7 +203,8 @@ class VideoRunner(Runner):
         return own
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Also adds the trajectory of each loaded motion, scaled by its strength.
+        """Also adds the trajectory of each loaded motion, scaled by its strength, and its noise prior, from the first of its
+        clips. Warns if that clip is not found or too short.
 
         Raises ValueError for strengths by step of a concept that consists of a trajectory alone.
         """
@@ -208,7 +221,28 @@ class VideoRunner(Runner):
             strength = self.backbone.strengths.get(name, loaded.reach)
             if path is not None and path.points and strength and name not in said:
                 own.append(FollowTrajectory(name=name, trajectory=path.scaled(strength)))
+        own += self._noise_priors(settings)
         return replace(settings, hooks=(*settings.hooks, *own))
+
+    def _noise_priors(self, settings: SamplingSettings) -> list[NoisePrior]:
+        said = {hook.name for hook in settings.hooks if isinstance(hook, NoisePrior)}
+        frames = self.backbone.frames if settings.frames is None else settings.frames
+        own = []
+        for name, loaded in self.loaded.items():
+            how = loaded.concept.meta.learned_with.sampling.noise_prior
+            strength = self.backbone.strengths.get(name, loaded.reach)
+            if how is None or not how.share or not strength or not frames or said & {name, ""}:
+                continue
+            clip, why = _first_clip(loaded, frames)
+            if clip is not None:
+                own.append(NoisePrior(path=clip, name=name, **how.model_dump()))
+                continue
+            warnings.warn(
+                f"{name!r} was learned to start from the noise of its first clip, but {why}: clips start from random noise "
+                "unless you give --invert CLIP",
+                stacklevel=3,
+            )
+        return own
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
         settings = super()._as_trained(recipe)
@@ -232,6 +266,21 @@ class VideoRunner(Runner):
             return super().shown(subject, side)
         first = ClipWindow(length=4)
         return torch.cat([stills(read_clip(path, first, side).frames[None]) for path in subject.clips])
+
+
+def _first_clip(loaded: Loaded, frames: int) -> tuple[Path | None, str]:
+    """Returns the first clip that a motion was learned from, or why it cannot be used for clips of this many frames."""
+    try:
+        clip = motion_clips(loaded, None)[0]
+    except ValueError:
+        return None, "that was not found next to the concept"
+    there = open_frames(clip).count
+    return (clip, "") if there >= frames else (None, f"{clip.name} has only {there} of {frames} frames")
+
+
+def _of_concept(hook: SamplingHook) -> TypeGuard[_OfConcept]:
+    """Whether a hook acts only where the prompt names its concept."""
+    return isinstance(hook, FollowTrajectory) or (isinstance(hook, NoisePrior) and bool(hook.name))
 
 
 def _is_trajectory(concept: Concept) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
 
 from shared.config import validate
+from shared.io.noise_prior_settings import NoisePriorSettings
 from shared.io.trajectory_settings import Trajectory
 
 
@@ -42,6 +43,7 @@ class LearnedSampling(_Read):
     scheduler: StrictStr | None = None
     strength: Annotated[StrictStr, AfterValidator(_points)] = ""  # the concept's strength, by step
     trajectory: Trajectory | None = None
+    noise_prior: NoisePriorSettings | None = None
 
 
 class LearnedSubject(_Read):

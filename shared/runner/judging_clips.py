@@ -36,6 +36,7 @@ from shared.metrics.scorer import Scorer
 from shared.runner.judging import EvaluationSettings, beside, check_folders, picture_case, round_trip, score_line
 from shared.runner.loaded_concepts import Loaded, Painter
 from shared.sampling.settings import SamplingSettings
+from shared.types import Subject
 
 FalseMotion = Literal["unnamed", "off", "none"]
 Progress = Callable[[str, int, int], None]
@@ -88,6 +89,8 @@ def evaluate_clips_loaded(
     prompts = load_clip_prompts(settings.prompts)
     texts = ClipTexts(prompts, judged.motion_name, judged.subject_name, judged.class_noun, settings.limit)
     files = () if judged.motion is None else motion_clips(judged.motion, settings.references)
+    if judged.motion is not None and judged.motion.subject is None:  # its noise prior needs them too
+        runner.loaded[judged.motion_name] = replace(judged.motion, subject=Subject((), clips=files))
     scorer = _scorer(runner, judged, settings, files, texts, progress)
     frames = settings.sampling.frames or runner.backbone.frames
     wordless = settings.false_motion == "unnamed" and judged.is_wordless(runner)
@@ -138,12 +141,14 @@ class _Judged:
         return self.subject.concept.meta.class_noun if self.subject else ""
 
     def is_wordless(self, runner: Painter) -> bool:
-        """Whether the motion has no words and no trajectory, so that prompts with and without its name give the same clips."""
+        """Whether the motion has no words, trajectory or noise prior, so that prompts with and without its name give the same
+        clips."""
         if self.motion is None:
             return False
-        path = self.motion.concept.meta.learned_with.sampling.trajectory
+        how = self.motion.concept.meta.learned_with.sampling
         placeholder = runner.backbone.placeholders.get(self.motion_name)
-        return not (path and path.points) and (placeholder is None or not placeholder.words.strip())
+        acts = (how.trajectory and how.trajectory.points) or how.noise_prior
+        return not acts and (placeholder is None or not placeholder.words.strip())
 
     @property
     def all(self) -> list[Loaded]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.config import PathText
+from shared.io.noise_prior_settings import NoisePriorSettings
 from shared.prompts import expand
 from shared.sampling.given_files import encoded, is_clip, picture_latents, read_given
-from shared.sampling.hooks import SamplingHookBase
+from shared.sampling.hooks import SamplingHook, SamplingHookBase
 from shared.sampling.sampler import output_size
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @torch.no_grad()
@@ -97,7 +95,7 @@ def _one_back(
     return (a1 * (x - s0 * eps) / a0 + s1 * eps).to(x.dtype)
 
 
-class NoisePrior(SamplingHookBase):
+class NoisePrior(NoisePriorSettings, SamplingHookBase):
     """Starts sampling from noise that partly comes from a clip (or picture): sqrt(p) * inverted + sqrt(1 - p) * random.
 
     Tune-A-Video starts with p = 1 (https://arxiv.org/abs/2212.11565). For a motion from a single clip, MotionDirector uses
@@ -107,18 +105,24 @@ class NoisePrior(SamplingHookBase):
 
     kind: Literal["noise_prior"] = "noise_prior"
     path: PathText
-    share: Share = 0.3  # p
-    prompt: str = ""  # the prompt of the inversion
-    steps: Annotated[int, Field(ge=1)] | None = None  # steps of the inversion; None: as many as in sampling
-    refine: Annotated[int, Field(ge=0)] = 0  # see `invert`
+    name: str = ""  # the concept that it belongs to, so that only prompts that name it use it; "": all prompts do
+
+    def resting(self) -> NoisePrior:
+        """Returns a hook of the same concept that takes nothing from the clip."""
+        return self.model_copy(update={"share": 0.0})
 
     def check(self) -> None:
         """Raises ValueError, with the file's path, for errors that can be found before a model is loaded."""
         is_clip(self.path)
 
-    def ready(self, backbone: Backbone, settings: SamplingSettings) -> MixedNoise:
-        """Raises ValueError if the file cannot be read, is a picture when a clip is generated (or the reverse), or is too
-        short."""
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
+        """Returns the hook that mixes the noise; for a share of 0, one that does nothing.
+
+        Raises ValueError if the file cannot be read, is a picture when a clip is generated (or the reverse), or is too
+        short.
+        """
+        if not self.share:
+            return SamplingHookBase()
         *frames, height, width = output_size(backbone, settings)
         backbone.latent_shape(height, width, *frames)
         if is_clip(self.path) != bool(frames):
@@ -137,7 +141,7 @@ class MixedNoise(SamplingHookBase):
     """Takes `share` of the variance from inverted latents [1, C, (f), h, w], the rest from the drawn noise."""
 
     inverted: Tensor
-    share: Share
+    share: float
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
         return self.share**0.5 * self.inverted.to(noise) + (1 - self.share) ** 0.5 * noise

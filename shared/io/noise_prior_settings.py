@@ -1,0 +1,18 @@
+"""How clips start from the noise of another clip, as recipes and concepts store it. Importing it loads no model library."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from shared.config import Part
+
+
+class NoisePriorSettings(Part):
+    """What part of the initial noise comes from a clip, and how that clip is inverted."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.3  # p, the share of the noise's variance that comes from the clip
+    prompt: str = ""  # the prompt of the inversion
+    steps: Annotated[int, Field(ge=1)] | None = None  # steps of the inversion; None: as many as in sampling
+    refine: Annotated[int, Field(ge=0)] = 0  # see `shared.sampling.inversion.invert`
