@@ -29,22 +29,31 @@ RELATIVE = ("identity", "both")  # reports divide these by the share of true pic
 
 @dataclass(frozen=True)
 class ClipGoal:
-    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference in identity."""
+    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference in identity.
+
+    leaks_less_than: a recipe whose leakage must be higher, if it is in the same table
+    """
 
     motion: float | None = None
     identity: float | None = None
     over_floor: float | None = None
     both: float | None = None
+    leaks_less_than: str | None = None
 
-    def met(self, row: ClipsRow) -> bool | None:
-        """Tells whether the row reaches the goal; None if the goal requires nothing."""
+    def met(self, row: ClipsRow, rows: Sequence[ClipsRow] = ()) -> bool | None:
+        """Tells whether the row of a table reaches the goal; None if the goal requires nothing."""
         found = {
             "motion": row.value("motion_recognised"),
             "identity": row.value("identity"),
             "over_floor": over_floor(row.scores.get("identity")),
             "both": row.value("both"),
         }
-        return all_reached([(value, getattr(self, name)) for name, value in found.items()])
+        reached = all_reached([(value, getattr(self, name)) for name, value in found.items()])
+        other = next((r for r in rows if r.recipe == self.leaks_less_than and r is not row), None)
+        if other is None or reached is None:
+            return reached
+        own, most = row.value("leakage"), other.value("leakage")
+        return reached and own is not None and most is not None and own < most
 
 
 @dataclass(frozen=True)
@@ -144,11 +153,24 @@ class ClipComparison:
 
     def met(self, row: ClipsRow) -> str:
         """Returns yes or no, or a dash if the goal requires nothing."""
-        met = self.goal.met(row)
+        met = self.goal.met(row, self.rows)
         return "–" if met is None else "yes" if met else "no"
 
+    @property
+    def floors(self) -> list[tuple[str, list[str]]]:
+        """Returns reference values that need no recipe, by column: the base model, true clips and pictures, and a guess."""
+        if not (self.rows and self.rows[0].scores):
+            return []
+        known = [self.rows[0].scores.get(k) for k in self.columns]
+
+        def row(part: str) -> list[str]:
+            values = [(s, getattr(s, part)) for s in known]
+            return ["–" if s is None or v is None else formatted(v, s.unit) for s, v in values]
+
+        return [("base model", row("base")), ("true clips or pictures", row("truth")), ("a guess", row("chance"))]
+
     def markdown(self) -> str:
-        """Returns one line per recipe and one for the base model, ready for a README."""
+        """Returns one line per recipe, and the reference values, ready for a README."""
         head = ["recipe", "motions", "clips", *(ABOUT[k].title for k in self.columns), "learning", "one clip", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for r in self.rows:
@@ -156,10 +178,7 @@ class ClipComparison:
             cells = [cell(r.scores.get(k)) for k in self.columns]
             costs = [seconds(r.training_seconds), seconds(r.seconds_per_clip), self.met(r)]
             lines.append("| " + " | ".join([r.recipe, count, str(r.clips), *cells, *costs]) + " |")
-        if self.rows and self.rows[0].scores:
-            known = [self.rows[0].scores.get(k) for k in self.columns]
-            floor = ["–" if s is None or s.base is None else formatted(s.base, s.unit) for s in known]
-            lines.append("| " + " | ".join(["base model", "", "", *floor, "", "", ""]) + " |")
+        lines += ["| " + " | ".join([name, "", "", *cells, "", "", ""]) + " |" for name, cells in self.floors]
         toy = any(r.toybox for r in self.reports.values())
         return "\n".join(lines) + "\n" + ("\nToy numbers: made and judged on the toybox.\n" if toy else "")
 

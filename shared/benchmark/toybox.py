@@ -197,6 +197,8 @@ class Things:
     out: Path
     recipe: str  # how things are learned from pictures
     overrides: tuple[str, ...] = ()  # key=value applied on top of `recipe`
+    modality: str = "image"  # of `recipe`
+    model: type[Recipe] = Recipe
 
     def references(self, thing: str) -> Path:
         """Returns the folder of the thing's pictures."""
@@ -212,7 +214,8 @@ class Things:
         noun = album.held_out(thing).thing.class_name
         places = [f"subject.images={self.references(thing)}", f"subject.class_noun={noun}"]
         places.append(f"output={self.concept(thing)}")
-        return learned(painter, load(self.recipe, [*self.overrides, *places]), self.concept(thing))
+        recipe = load(self.recipe, [*self.overrides, *places], self.modality, self.model)
+        return learned(painter, recipe, self.concept(thing))
 
 
 def evaluators() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,29 @@ def test_recipes_for_motions_are_compared_and_a_second_call_keeps_what_is_done(p
     assert other.code == 2 and "different prompts, seeds, settings, recipe or instruments" in other.err
 
 
+def test_a_subject_can_be_learned_by_a_recipe_for_clips(pcs, tmp_path: Path, adapter: Path):
+    less = ["--set-subject", "sources.class_pictures=null", "--set-subject", "regularize.prior=null"]
+    asked = [*SMALL, "--subject-recipe", "subject_lora", *less, "--motion-adapter", adapter, "--out", tmp_path / "t"]
+    ran = pcs("video", "benchmark", "motion_inversion", *asked)
+    assert ran.code == 0, ran.err
+    (concept,) = (tmp_path / "t" / "subjects").glob("*/concept.json")
+    meta = json.loads(concept.read_text())
+    assert meta["recipe"]["method"] == "subject_lora" and meta["backbone"]["family"] == "animatediff"
+    lines = ran.out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| motion_inversion", "| base model", "| true clips or pictures", "| a guess"
+    ]  # fmt: skip
+    assert lines[5].split(" | ")[3].replace("\xa0", " ") == "8 %" and "%" in lines[4]  # 13 candidates
+
+
 def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
     for more, why in (
         (("--set", "trian.steps=3"), "trian"),
         (("--set-subject", "trian.steps=3"), "trian"),
         (("--split", "testing"), "testing"),
         (("--subject-recipe", "dreambooth_loar"), "dreambooth_lora"),
+        (("--subject-recipe", "subject_lora", "--set-subject", "trian.steps=3"), "trian"),
+        (("--subject-recipe", "motion_inversion"), "--subject-recipe motion_inversion: learns a motion, not a subject"),
     ):
         ran = pcs("video", "benchmark", "motion_director", *more, "--out", tmp_path / "t")
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more
@@ -105,10 +123,19 @@ def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictu
     assert (row.scores["motion_recognised"].low, row.scores["motion_recognised"].high) == (0.5, 1.0)
 
 
+def leaks(value: float) -> dict[str, Score]:
+    return {"leakage": Score(key="leakage", title="", value=value, explanation="")}
+
+
 def test_goals_ask_for_all_their_parts_and_the_best_product_stands_first():
     reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
     table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
     assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]
     assert table.rows[0].scores["identity"].low is None, "a single motion has no spread over motions"
     assert ClipGoal().met(table.rows[0]) is None and ClipGoal(both=1.01).met(table.rows[0]) is False
+    leaky = replace(table.rows[0], recipe="plain", scores=leaks(0.7))
+    least = replace(table.rows[0], scores={**table.rows[0].scores, **leaks(0.6)})
+    goal = ClipGoal(both=0.1, leaks_less_than="plain")
+    assert goal.met(least, [least, leaky]) and goal.met(least) and not goal.met(table.rows[0], [table.rows[0], leaky])
+    assert goal.met(replace(least, scores={**least.scores, **leaks(0.8)}), [least, leaky]) is False
     assert "1, 1 failed" in table.markdown() and "RuntimeError: no" in table.csv()
