@@ -52,6 +52,9 @@ class Runner:
 
     tasks: ClassVar[TaskTable] = TASKS  # task part -> how its task is built
     scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # scores what is generated during training
+    makes: ClassVar[str] = "pictures"
+    #: For each kind of model in the suite that this runner opens: the families whose concepts it reads.
+    families: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"stable_diffusion"}), frozenset({"flux"}))
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.backbones import load_backbone
-from shared.concept import load_backbone_of, read
+from shared.concept import Concept, load_backbone_of, read
 from shared.concept.lora_import import import_lora
 from shared.concept.lora_tensors import find_file
 from shared.concept.open_backbone import known_model, where_learned
@@ -90,6 +90,7 @@ def open_runner(
     concept was learned on. `download`: whether to fetch the model from the hub; `loras`: LoRA files from other programs,
     loaded after the concepts; `how`: arguments for the runner's `prepared`."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
+    check_families(kind, [concept for concept, _ in opened])
     where = pick_device(device)
     if precision == "auto":  # on a CPU the weights stay fp32, and only computations are rounded
         precision = resolve_precision(precision, where) if where.type == "cuda" else "no"
@@ -103,6 +104,26 @@ def open_runner(
     for lora in loras:
         runner.load(import_lora(lora.path, model, lora.token, lora.class_noun), lora.strength)
     return runner
+
+
+def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
+    """Raises ValueError, naming concepts and families, if no model of this runner reads all these concepts. No model is loaded
+    for this; families of other packages are only compared with the model once it is."""
+    known = frozenset[str]().union(*kind.families, *Runner.families)
+    families = {c.meta.name: c.meta.backbone.family for c in concepts if c.meta.backbone.family in known}
+    for name, family in families.items():
+        reading = [some for some in kind.families if family in some]
+        if not reading:
+            choices = ", ".join(sorted(frozenset[str]().union(*kind.families)))
+            raise ValueError(
+                f"{name!r} was learned on {family}, whose models make no {kind.makes}: give concepts learned on {choices}"
+            )
+        for other, its in families.items():
+            if not any(its in some for some in reading):
+                raise ValueError(
+                    f"{name!r} was learned on {family}, but {other!r} on {its}: no model can load both. Leave one out, or "
+                    "learn it again on the other's model"
+                )
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:

@@ -13,11 +13,19 @@ from typing import Any
 
 import pytest
 
+from pcs_image.runner import ImageRunner
+from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.runner import VideoRunner
 from shared.backbones import load as loading
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.cli import build, run
+from shared.concept import Provenance, capture, save
 from shared.io.clips.write_clip import write_clip
 from tests.image.refusing import refusing
+from tests.video.clip_models import build_animatediff
 from tests.video.conftest import FAST, moving_square
+from tests.video.transformer_runs import FAMILIES, learn
 
 Refused = Callable[..., str]
 
@@ -98,6 +106,50 @@ def test_a_motion_is_refused_by_a_model_of_pictures(
     message = " ".join(capsys.readouterr().err.split())
     assert code == 2 and "'slide' does not fit" in message and "it was learned on animatediff" in message
     assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def learned_on(
+    tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
+) -> Callable[[str], Path]:
+    """Saves a LoRA learned on a tiny model of this family, named after it."""
+    folder = tmp_path_factory.mktemp("families")
+    models: dict[str, Callable[[], Any]] = {
+        **FAMILIES,
+        "sd": lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny"),
+        "flux": lambda: FluxBackbone(make_tiny_flux(), "tiny"),
+    }
+
+    def make(family: str) -> Path:
+        backbone, name = models[family](), f"on-{family}"
+        learn(backbone, name, roles=("self_attention",))
+        return Path(str(save(capture(backbone, name, Provenance(class_noun="mug")), folder / name).path))
+
+    return make
+
+
+def test_concepts_that_no_model_of_clips_can_hold_are_refused_before_one_is_loaded(
+    refused: Refused, learned_on: Callable[[str], Path], motion: Path, clip_model: Path
+) -> None:
+    thing, wan, flux = map(learned_on, ("sd", "wan", "flux"))
+    message = refused("video", "generate", "a <on-sd>", "--concept", thing, "--concept", wan)
+    assert "'on-sd' was learned on stable_diffusion, but 'on-wan' on wan: no model can load both" in message
+    message = refused("video", "generate", "a mug", "--concept", wan, "--concept", motion, "--backbone", clip_model)
+    assert "'on-wan' was learned on wan, but 'slide' on animatediff" in message
+    message = refused("video", "generate", "a <on-flux>", "--concept", flux)
+    assert "'on-flux' was learned on flux, whose models make no clips" in message
+    assert "animatediff, ltx, stable_diffusion, wan" in message
+    message = refused("image", "generate", "a <on-sd> and a <on-flux>", "--concept", thing, "--concept", flux)
+    assert "'on-sd' was learned on stable_diffusion, but 'on-flux' on flux" in message
+
+
+def test_the_families_that_runners_know_are_those_that_models_read(
+    make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
+) -> None:
+    clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+    assert set(VideoRunner.families) == {clips.reads, FAMILIES["wan"]().reads, FAMILIES["ltx"]().reads}
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny"), FluxBackbone(make_tiny_flux(), "tiny")
+    assert set(ImageRunner.families) == {model.reads for model in pictures}
 
 
 # --- killed in mid-training --------------------------------------------------------------------------------------
