@@ -59,11 +59,11 @@ class SubjectSettings(Part):
 
 
 class Validation(Part):
-    """Pictures and scores during training; the state with the best score is kept."""
+    """Pictures or clips generated and scored during training; the state with the best score is kept."""
 
     every: Annotated[int, Field(ge=0)] = 0  # steps; 0: never
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
-    num: Many = 2  # pictures per prompt
+    num: Many = 2  # pictures or clips per prompt
     keep_best: bool = True
 
 

@@ -22,7 +22,7 @@ from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
 from shared.recipe.phases import check_learns, expand_phases
 from shared.recipe.schema import Recipe
-from shared.runner.judging import EvaluationSettings, evaluate_loaded, references, training_scorers
+from shared.runner.judging import FIRST_SEED, EvaluationSettings, evaluate_loaded, references, training_scorers
 from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
 from shared.sampling.hooks import StrengthSchedule
@@ -264,7 +264,7 @@ class Runner:
             on_progress = named(progress.pictures if progress else None, f"pictures of step {step}")
             for number, name in enumerate(subjects):
                 prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
-                seeds = [10_000 + i for i in range(len(prompts))]
+                seeds = [FIRST_SEED + i for i in range(len(prompts))]
                 texts = [expand(p, self.backbone.placeholders) for p in prompts]
                 count = len(prompts)
                 on_part = part_of(on_progress, number * count, count, len(subjects) * count)

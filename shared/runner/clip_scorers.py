@@ -1,10 +1,10 @@
-"""Scores clips during training, and warns when a model no longer generates motion."""
+"""Scores clips during training, and warns when training stops a model from generating motion."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,31 +12,51 @@ from torch import Tensor
 from shared.backbones import Backbone
 from shared.metrics.clips.scorer import ClipScorer
 from shared.metrics.scorer import Scorer
-from shared.runner.judging import makes_previews, references
+from shared.recipe.phases import expand_phases
+from shared.runner.judging import FIRST_SEED, makes_previews, references
 from shared.runner.judging_clips import clip_instruments, read_motion
 from shared.runner.plan import Plan
+from shared.sampling.sampler import sample_all
 from shared.types import Subject
 
-ALARM = 0.5  # the fraction of still clips that triggers the warning
+ALARM = 0.5  # the fraction of moving clips that must have stopped for the warning
+
+Make = Callable[[Sequence[str]], Tensor]  # prompts in plain words -> clips [N, 3, F, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A scorer that warns when at least half of the clips show no motion."""
+    """A scorer that warns when training stops the clips.
+
+    Small models, the toybox among them, also generate clips in which nothing moves. So the share of still clips is compared
+    with that of `base`, which makes the clips of the model without what is being learned. They are made at most once per
+    list of prompts, and only when so many clips stand still that there could be a warning.
+    """
 
     scorer: ClipScorer
     name: str
+    base: Make
+    _before: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Scores clips as `ClipScorer` does, with a UserWarning if `frozen` is 0.5 or more."""
+        """Scores clips as `ClipScorer` does, with a UserWarning if at least half of those that moved without what is being
+        learned now stand still."""
         scores = self.scorer(clips, prompts)
-        if scores["frozen"] >= ALARM:
+        now = scores["frozen"]
+        before = self._still_before(prompts) if now >= ALARM else 0.0
+        if before < 1 and (now - before) / (1 - before) >= ALARM:
             warnings.warn(
-                f"nothing moves in {scores['frozen']:.0%} of the clips generated while {self.name} is learned: training may "
-                "be too long or its learning rate too high, or the model may not be a clip model",
+                f"nothing moves in {now:.0%} of the clips generated while {self.name} is learned, but only {before:.0%} of "
+                "those without it: training may be too long or its learning rate too high",
                 stacklevel=2,
             )
         return scores
+
+    def _still_before(self, prompts: Sequence[str]) -> float:
+        key = tuple(prompts)
+        if key not in self._before:
+            self._before[key] = ClipScorer().measure(self.base(key), key).mean("frozen")
+        return self._before[key]
 
 
 def clip_training_scorers(
@@ -59,4 +79,21 @@ def clip_training_scorers(
             return ClipScorer(tools)
         return ClipScorer(tools, thing=Scorer(references(subject, side), tools, subject.class_noun, name))
 
-    return {name: Watched(scorer(name, subject), name) for name, subject in planned.subjects.items()}
+    base = _base(planned, backbone)
+    return {name: Watched(scorer(name, subject), name, base) for name, subject in planned.subjects.items()}
+
+
+def _base(planned: Plan, backbone: Backbone) -> Make:
+    """Returns a function that makes clips as during training, with only those adapters on that are on now."""
+    loaded = {name: strength for name, strength in backbone.strengths.items() if name in backbone.adapters}
+    phases = [phase for _, phase in expand_phases(planned.recipe)]
+    phase = next((phase for phase in phases if phase.train.validation.every), phases[-1])
+    side = phase.train.resolution or backbone.resolution
+    settings = replace(phase.sampling.settings(), height=side, width=side)
+
+    def make(prompts: Sequence[str]) -> Tensor:
+        with backbone.active(loaded):
+            seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
+            return sample_all(backbone, prompts, seeds=seeds, settings=settings)
+
+    return make

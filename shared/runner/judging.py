@@ -33,6 +33,8 @@ from shared.sampling.sampler import DECODE_PIXELS, decoded, images_per_batch
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 
+FIRST_SEED = 10_000  # of what is generated and scored during training
+
 
 def check_folders(clip: Path | None, dino: Path | None) -> None:
     """Raises ValueError when a folder given for scoring does not exist."""
