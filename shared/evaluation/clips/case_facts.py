@@ -81,6 +81,10 @@ def notes(case: ClipCase, scorer: ClipScorer, texts: ClipTexts, seeds: Sequence[
         out.append("Only one clip of the motion was given, so it is unknown how similar its clips are to each other.")
     if case.subject and scorer.thing is None:
         out.append("Neither CLIP nor DINO was given: whether clips show the subject is not measured.")
+    if case.subject and scorer.thing is not None and tools.locator is None:
+        out.append(
+            "Nothing here finds the subject in a frame: its likeness is that of whole frames, so surroundings count as well."
+        )
     if tools.text_image is None:
         out.append("No CLIP was given: how well the prompt was followed is not measured.")
     if tools.attributes is None and any(texts.expects):
