@@ -257,7 +257,6 @@ def _cat_positions(parts: Sequence[Conditioning]) -> dict[str, Tensor]:
 class Step:
     """One training step as penalties see it. A part reads its declared needs with `need`."""
 
-    index: int
     batch: Batch
     backbone: Backbone
     conditioning: Conditioning
@@ -266,6 +265,7 @@ class Step:
     x_t: Tensor  # [B, C, (f), h, w]
     prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrisation
     target: Tensor  # [B, C, (f), h, w]
+    draw: torch.Generator  # on the CPU; this micro-batch's own, for parts that draw at random
     lazy: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     def need(self, name: str) -> Any:

@@ -16,11 +16,11 @@ class AppearanceDebias(Penalty):
     """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eq. 6 and 7), for epsilon, v and flow
     prediction.
 
-    phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew in each step; the penalty is
-    the mean of |phi(target) - phi(prediction)|^2. With beta = 1 and 16 frames, an error shared by all frames has 0.17 times
-    its weight in the plain loss, and an error of individual frames 2.8 times: a clip's motion is learned more than its
-    appearance. Weights from masks or padding also apply here: the difference between two frames gets the lower of their weights
-    at each position.
+    phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew for each example; the penalty is
+    the mean of |phi(target) - phi(prediction)|^2 over instance examples. With beta = 1 and 16 frames, an error shared by all
+    frames has 0.17 times its weight in the plain loss, and an error of individual frames 2.8 times: a clip's motion is learned
+    more than its appearance. Weights from masks or padding also apply here: the difference between two frames gets the lower of
+    their weights at each position.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
@@ -32,14 +32,14 @@ class AppearanceDebias(Penalty):
         """Raises ValueError for pictures, which have no frames to compare."""
         if step.prediction.ndim != 5:
             raise ValueError("regularize.appearance_debias compares frames of clips, but this batch holds pictures")
-        rows, frames = len(step.prediction), step.prediction.shape[2]
-        draw = torch.Generator().manual_seed(step.index)
-        anchors = torch.randint(frames, (rows,), generator=draw)
-        error = debiased_error(step.prediction - step.target, anchors, self.beta)
+        instance = step.batch.with_role("instance").to(step.prediction.device)
+        error = (step.prediction - step.target)[instance]
+        anchors = torch.randint(error.shape[2], (len(error),), generator=step.draw)
+        error = debiased_error(error, anchors, self.beta)
         weight: Tensor | None = step.need("loss_weight")
         if weight is None:
             return self.weight * error.mean()
-        weight = weight.to(error)
+        weight = weight[instance.to(weight.device)].to(error)
         weight = torch.minimum(weight, _anchor_of(weight, anchors)).expand_as(error)
         each = (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
         return self.weight * each.mean()

@@ -168,7 +168,7 @@ class Tune(ConceptTask):
         x_t = backbone.add_noise(batch.latents, noise, t)
         prediction = backbone.predict(x_t.to(backbone.dtype), t, conditioning)
         target = backbone.target(batch.latents, noise, t)
-        return Step(step, batch, backbone, conditioning, noise, t, x_t, prediction, target)
+        return Step(batch, backbone, conditioning, noise, t, x_t, prediction, target, draw)
 
     def encode(self, captions: Sequence[str], t: Tensor | None) -> Conditioning:
         """Encodes the captions, or takes them from the cache if training does not change the text encoding."""

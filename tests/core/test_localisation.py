@@ -109,7 +109,7 @@ def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
     t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
     with need.around(backbone, batch) as entered:
         prediction = backbone.predict(x_t, t, conditioning)
-        state = Step(0, batch, backbone, conditioning, x_t, t, x_t, prediction, x_t)
+        state = Step(batch, backbone, conditioning, x_t, t, x_t, prediction, x_t, torch.Generator())
         yield replace(state, lazy={need.name: lambda: need.value(state, entered)})
 
 

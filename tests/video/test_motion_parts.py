@@ -1,62 +1,25 @@
-"""Parts for motion: weights of errors, which adapters are on when, one random draw for a whole clip."""
+"""Parts for motion: which adapters are on when, one random draw for a whole clip."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pcs_video.backbones.animatediff import AnimateDiffBackbone
-from pcs_video.motion.appearance_debias import AppearanceDebias, debiased_error
 from pcs_video.motion.dual_path import DualPath
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.augment import ColorJitter, Flip, RandomResize
-from shared.objective import Denoising
 from shared.recipe.resolve import load
 from shared.runner.plan import plan
 from shared.train.training_run import TrainingRun
 from shared.types import Example
 from tests.video.clip_models import build_animatediff
 from tests.video.conftest import FAST, moving_square
-
-
-def test_an_error_that_all_frames_share_weighs_less_than_one_of_each_frame() -> None:
-    """MotionDirector's numbers at 16 frames and beta = 1: 0.17 and 2.82, in closed form and in a draw."""
-    draw = torch.Generator().manual_seed(0)
-    anchors = torch.randint(16, (4096,), generator=draw)
-    shared = torch.randn(4096, 2, 1, 2, 2, generator=draw).expand(-1, -1, 16, -1, -1)
-    own = torch.randn(4096, 2, 16, 2, 2, generator=draw)
-    assert debiased_error(shared, anchors, 1.0).mean() / shared.square().mean() == pytest.approx((2**0.5 - 1) ** 2)
-    expected = (15 * (2 + 1) + (2**0.5 - 1) ** 2) / 16  # every frame but the anchor has its own error and the anchor's
-    assert expected == pytest.approx(2.82, abs=0.005)
-    assert debiased_error(own, anchors, 1.0).mean() / own.square().mean() == pytest.approx(expected, rel=0.01)
-    assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # beta = 0 is the plain loss
-
-
-def test_the_debiased_loss_counts_where_the_plain_one_does() -> None:
-    """With inside=0 and outside=1, both leave out the subject in each frame; errors there change neither."""
-    objective, part = Denoising(inside=0, outside=1), AppearanceDebias(beta=1.0)
-    draw = torch.Generator().manual_seed(0)
-    target, error = torch.randn(2, 4, 6, 8, 8, generator=draw), torch.randn(2, 4, 6, 8, 8, generator=draw)
-    mask = torch.zeros(2, 1, 6, 8, 8)
-    for frame in range(6):
-        mask[:, :, frame, :, frame : frame + 2] = 1  # it moves
-    weight = objective.weight(mask, None)
-    assert weight is not None and torch.equal(weight, 1 - mask)
-
-    def losses(prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        step: Any = SimpleNamespace(prediction=prediction, target=target, index=3, need=lambda name: weight)
-        return objective.example_losses(prediction, target, weight).mean(), part(step)
-
-    assert losses(target + error) == losses(target + error + 9 * mask) != losses(target + 2 * error)
-    weight = None
-    anchors = torch.randint(6, (2,), generator=torch.Generator().manual_seed(3))
-    assert losses(target + error)[1] == pytest.approx(float(debiased_error(error, anchors, 1.0).mean()))
 
 
 def test_one_draw_of_an_augmentation_changes_all_frames_alike() -> None:
@@ -171,7 +134,15 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
 
     def fresh(folder: str, resume: bool = False) -> TrainingRun:
         backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
-        return run(backbone, clip_folder, tmp_path / folder, "train.steps=4", "train.checkpoint_every=2", resume=resume)
+        return run(
+            backbone,
+            clip_folder,
+            tmp_path / folder,
+            "train.steps=4",
+            "train.gradient_accumulation=2",
+            "train.checkpoint_every=2",
+            resume=resume,
+        )
 
     whole = fresh("whole")
     list(whole.steps())
