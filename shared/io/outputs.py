@@ -159,9 +159,10 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Yields a temporary path (same extension) to write to; it replaces `path` at the end and is removed on an error.
+    """Yields a temporary path to write to; it replaces `path` at the end and is removed on an error.
 
-    The folder must exist; the file gets the mode that the umask sets, whichever library wrote it.
+    The folder must exist; the file gets the mode that the umask sets, whichever library wrote it. The temporary path has
+    another extension, so a library that chooses the format by it must be told.
     `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
     named, path = path, Path(os.path.realpath(path))

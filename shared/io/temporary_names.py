@@ -16,14 +16,16 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+# Earlier versions put the extension last; their leftovers are removed too.
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|replaced)(\..*)?")
 
 _HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def beside(path: Path) -> Path:
-    """Returns an unused hidden name in the same folder (so on the same file system), with the same extension."""
-    return path.with_name(f".{path.stem}.{_tag()}.partial{path.suffix}")
+    """Returns an unused hidden name in the same folder (so on the same file system), with another extension: what a killed
+    process leaves must not be taken for a whole file."""
+    return path.with_name(f".{path.name}.{_tag()}.partial")
 
 
 def replaced(path: Path) -> Path:

@@ -153,7 +153,7 @@ def test_atomic_write(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.json", "één")
     assert path.read_text(encoding="utf-8") == "één"
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        assert temporary.suffix == ".json" and temporary.parent == tmp_path
+        assert temporary.suffix == ".partial" and temporary.parent == tmp_path  # no program takes it for the whole file
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
