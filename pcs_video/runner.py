@@ -112,9 +112,15 @@ class VideoRunner(Runner):
     ) -> dict[str, Concept]:
         """Learns as `Runner.personalize` does, after measuring the trajectory of a motion if the recipe asks for one.
 
-        Raises ValueError also if a trajectory cannot be measured (see `trajectory.measure`), or if clips that follow it would
-        leave out layers that the recipe trains.
+        Raises ValueError also for frames of a size that the model cannot take, if a trajectory cannot be measured (see
+        `trajectory.measure`), or if clips that follow it would leave out layers that the recipe trains.
         """
+        for source in clip_sources(recipe):
+            if source.size is not None:
+                try:
+                    self.backbone.latent_shape(*source.size)
+                except ValueError as error:
+                    raise ValueError(f"sources.clips.size = {list(source.size)}: {error}") from None
         self._check_layers(recipe)
         return super().personalize(subjects, self.measured(subjects, recipe), workdir, **more)
 

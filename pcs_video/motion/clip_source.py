@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from shared.io.clips.mask_frames import open_masks
 from shared.io.clips.open_frames import open_frames
-from shared.io.clips.read_clip import read_windows
+from shared.io.clips.read_clip import Clip, read_windows
 from shared.io.clips.window import ClipWindow
 from shared.io.resize import ResizeMode
+from shared.masks import Track
 from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.types import Example, Subject
+
+Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
 
 
 class Clips(SourcePart):
     """Yields every clip of every subject: the examples of role "instance" that motions are learned from.
 
     `window` sets which frames are used: rate, stride, length, start, and the number of windows per clip. Masks are the
-    user's if there are any next to the clip, else the clip's transparency, else none. The caption is the user's own, or ""
-    for the prompt part to fill in.
+    user's if there are any next to the clip, else the clip's transparency, else none; a single one, of the first frame, is
+    tracked. The caption is the user's own, or "" for the prompt part to fill in.
     """
 
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
-    fit: ResizeMode = "cover"  # how non-square frames are made square
+    size: tuple[Side, Side] | None = None  # height and width of the frames; null: square, as train.resolution says
+    fit: ResizeMode = "cover"  # how frames of another shape are fitted into that
+    track: Track = Track()
     apart: bool = False  # True: each frame becomes a picture
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
@@ -35,17 +43,26 @@ class Clips(SourcePart):
             raise ValueError("there are no clips: give subject.clips=FOLDER")
         for path, mask in found.items():  # reports short clips and mismatched masks before a model is loaded
             clip = open_frames(path)
-            self.window.picks(clip)
-            if mask is not None:
-                open_masks(mask, clip)
+            masks = None if mask is None else open_masks(mask, clip)
+            for picks in self.window.picks(clip):
+                if masks is not None:
+                    masks.check(picks)
         return found
 
+    def windows(self, subject: Subject, path: Path, side: int) -> Iterator[Clip]:
+        """Yields the windows of one clip, of `size` or `side` pixels square, with a mask for every frame if the clip has any.
+
+        Raises ValueError, naming the file, if a clip or its masks cannot be used; see `read_windows`.
+        """
+        for clip in read_windows(path, self.window, self.size or side, self.fit, subject.masks.get(path)):
+            yield clip if clip.masks is None else replace(clip, masks=self.track(clip.frames, clip.masks))
+
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError, naming the file, if a clip or its masks cannot be used; see `read_windows`."""
+        """Raises ValueError as `windows` does."""
         for name, subject in context.subjects.items():
             for path in subject.clips:
                 caption = subject.captions.get(path, "")
-                for clip in read_windows(path, self.window, context.resolution, self.fit, subject.masks.get(path)):
+                for clip in self.windows(subject, path, context.resolution):
                     whole = Example(
                         pixels=clip.frames,
                         caption=caption,

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pcs_video.motion.clip_source import Clips
-from shared.io.clips.read_clip import Clip, read_windows
+from shared.io.clips.read_clip import Clip
 from shared.io.trajectory_settings import Waypoint
-from shared.masks.track import Track
 from shared.metrics.clips.tracks import track_points
 from shared.types import Subject
 
@@ -33,17 +32,13 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
     otherwise that of the points that move at least half as far as the farthest. Frames without a mask are interpolated.
 
     Args:
-        source: sets the frames that are read; every window counts as one clip
+        source: reads the clips; every window counts as one
         side: of the square frames, in pixels
 
     Raises:
         ValueError: naming the clip, if nothing in it moves; or if clips differ in their number of frames
     """
-    paths = [
-        _path(clip, str(path))
-        for path in subject.clips
-        for clip in read_windows(path, source.window, side, source.fit, subject.masks.get(path))
-    ]
+    paths = [_path(clip, str(path)) for path in subject.clips for clip in source.windows(subject, path, side)]
     lengths = {len(path) for path in paths}
     if len(lengths) != 1:
         raise ValueError(
@@ -56,18 +51,14 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
 
 def _path(clip: Clip, name: str) -> np.ndarray:
     """Returns right, down and logarithm of the size for each frame, [F, 3]."""
-    path = _of_points(clip.frames) if clip.masks is None else _of_masks(clip)
+    path = _of_points(clip.frames) if clip.masks is None else _of_masks(clip.masks)
     reach = float(np.abs(path - path.mean(0)).max())
     if not reach > _LEAST_REACH:
         raise ValueError(f"sampling.trajectory: nothing moves across the frame in {name}: leave this clip out")
     return path
 
 
-def _of_masks(clip: Clip) -> np.ndarray:
-    masks = clip.masks
-    assert masks is not None
-    if masks.shape[1] == 1 < clip.frames.shape[1]:
-        masks = Track().follow(clip.frames, masks[:, 0])
+def _of_masks(masks: Tensor) -> np.ndarray:
     weight = masks[0].double()
     area = weight.sum((1, 2))
     height, width = weight.shape[1:]

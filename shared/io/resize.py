@@ -67,7 +67,8 @@ def _warn_of_loss(picture: Picture, kept: float) -> None:
     size = f"{picture.size[0]}x{picture.size[1]}"
     warnings.warn(
         encodable(f"{picture.path or 'a picture'} is {size}, and the crop loses {1 - kept:.0%} of it")
-        + ": crop it yourself, give it a mask for the crop to follow, or set sources.references.fit=contain to keep all of it",
+        + ": crop it yourself, give it a mask for the crop to follow, or set fit=contain in its source "
+        "(sources.references.fit=contain, sources.clips.fit=contain) to keep all of it",
         UserWarning,
         stacklevel=1,  # always the same code location, so that identical warnings are shown once
     )

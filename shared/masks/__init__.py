@@ -1,4 +1,4 @@
-"""Masks of the subjects: the user's own, grown and softened, reduced to boxes, or tracked through clips."""
+"""Masks of the subjects: the user's own, grown and softened, or reduced to boxes; in clips, tracked and pooled in time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from shared.masks.grow import Grow
 from shared.masks.pool import pool_masks
 from shared.masks.track import Track
 
-Mask = Annotated[Given | Grow | Box | Track, Field(discriminator="kind")]
+Mask = Annotated[Given | Grow | Box, Field(discriminator="kind")]
 
 __all__ = ["Box", "Given", "Grow", "Mask", "MaskPart", "Track", "no_mask", "pool_masks"]

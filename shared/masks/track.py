@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,15 +11,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.masks.base import MaskPart
-from shared.types import Example
+from shared.config import Part
 
 _SIDE = 256  # approximate minimum size, in pixels, at which flow is estimated
 
 
-class Track(MaskPart):
-    """Tracks the mask of a clip's first frame by optical flow; pictures, and clips with a mask per frame, are passed
-    through.
+class Track(Part):
+    """Tracks the mask of a clip's first frame by optical flow; clips with a mask for every frame keep theirs.
 
     flow: "dis" (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590) or "farneback"
     (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). Parts that are hidden in the first
@@ -27,19 +25,12 @@ class Track(MaskPart):
     frames, provide a mask for every frame.
     """
 
-    taxonomy: ClassVar[str] = "tracked masks"
-    kind: Literal["track"] = "track"
     flow: Literal["dis", "farneback"] = "dis"
     threshold: float | None = Field(default=0.5, gt=0, lt=1)  # the mask becomes 1 above it, else 0; None: soft edges
 
-    def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
-        frames = example.pixels
-        if frames.ndim != 4:
-            return example
-        alone = {owner: mask for owner, mask in example.masks.items() if mask.ndim == 4 and mask.shape[1] == 1}
-        if not alone or frames.shape[1] == 1:
-            return example
-        return example.with_(masks={**example.masks, **{o: self.follow(frames, m[:, 0]) for o, m in alone.items()}})
+    def __call__(self, frames: Tensor, masks: Tensor) -> Tensor:
+        """Returns a mask for each of the frames [3, F, H, W]: [1, F, H, W]. masks: the same, or [1, 1, H, W] of the first."""
+        return self.follow(frames, masks[:, 0]) if masks.shape[1] == 1 < frames.shape[1] else masks
 
     def follow(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Follows the first frame's mask [1, H, W] through frames [3, F, H, W] in [-1, 1]: masks [1, F, H, W].
@@ -67,9 +58,6 @@ class Track(MaskPart):
         return (
             masks if self.threshold is None else torch.cat([masks[:, :1], (masks[:, 1:] > self.threshold).float()], 1)
         )
-
-    def change(self, mask: Tensor) -> Tensor:
-        return mask
 
 
 def grey_levels(frames: Tensor) -> np.ndarray:

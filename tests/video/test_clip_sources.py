@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from torch import Tensor
 from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.frozen_clips import FrozenClips
 from pcs_video.motion.generated_clips import GeneratedClips
+from pcs_video.recipe import VideoRecipe
+from pcs_video.runner import VideoRunner
 from shared.config import validate
 from shared.io.clips.find_clips import find_clips
 from shared.io.clips.window import ClipWindow
 from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.runner.learn import personalize
+from shared.runner.open_runner import open_runner
+from shared.runner.plan import plan
 from shared.sources import Generated, References, SourceContext
 from shared.types import Subject
 from tests.core.runs import paint
+from tests.video.conftest import FAST
 
 
 def context(subject: Subject, cache: Path, generate: Any = None) -> SourceContext:
@@ -47,6 +55,21 @@ def test_frames_apart_are_pictures(clip_folder: Path, tmp_path: Path) -> None:
     assert len(apart) == 4 * len(whole)
     assert torch.equal(torch.stack([e.pixels for e in apart[:4]], dim=1), whole[0].pixels)
     assert {e.caption for e in apart[:4]} == {whole[0].caption}
+
+
+def test_frames_keep_a_shape_that_is_not_square(clip_folder: Path, clip_model: Path, tmp_path: Path) -> None:
+    found = find_clips(clip_folder)
+    subject = Subject(class_noun="mug", captions=found.captions, clips=found.clips)
+    wide = next(Clips(window=ClipWindow(length=4), size=(16, 32)).examples(context(subject, tmp_path))).pixels
+    square = next(Clips(window=ClipWindow(length=4)).examples(context(subject, tmp_path))).pixels
+    assert wide.shape == (3, 4, 16, 32) and torch.equal(wide, square[:, :, 8:24])  # its middle: nothing is stretched
+    places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'slide.concept'}"]
+    for size, wrong in (([16, 32], ""), ([16, 30], r"sources\.clips\.size = \[16, 30\]: .*multiple")):
+        settings = [*places, *FAST, "preview.num=0", f"sources.clips.size={size}"]
+        recipe: Any = load("animatediff_motion_lora", settings, "video", VideoRecipe)
+        runner = open_runner(VideoRunner, recipe.backbone, [], "cpu", **recipe.opening())
+        with pytest.raises(ValueError, match=wrong) if wrong else nullcontext():
+            assert personalize(plan(recipe, overwrite=True), runner, overwrite=True)["slide"].is_dir()
 
 
 class Maker:

@@ -26,14 +26,17 @@ class MaskFrames:
         self.path, self.first_only = path, source is None and len(files) == 1
         self._source, self._files = source, files
 
-    def masks(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """Yields the masks of these frames (in ascending order). Raises ValueError for a later window if only the first frame's
-        mask is known."""
+    def check(self, indices: Sequence[int]) -> None:
+        """Raises ValueError for a window that begins later if only the first frame's mask is known."""
         if self.first_only and indices[0] != 0:
             raise ValueError(
                 f"{self.path} is the mask of the clip's first frame, but this window begins at frame {indices[0]}: "
                 "give a mask for each frame, or use windows=1 and start=0"
             )
+
+    def masks(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        """Yields the masks of these frames (in ascending order). Raises ValueError as `check` does."""
+        self.check(indices)
         if self._source is not None:
             yield from map(as_mask, self._source.frames(indices))
         elif self.first_only:
