@@ -17,6 +17,7 @@ from pcs_3d.view_prompts import ScenePrompts, Views
 _AWAY = (Ask("away_near"), Ask("away_far"))
 #: An evaluation point, and the kind of prediction made there.
 Place = tuple[str, Ask]
+_PROMPT: Place = ("t", Ask("prompt"))
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ def guide(
     known = _predictions(settings, scores, noised, views, weights)
     eps = sum((weight * known[_place(settings.terms[n])] for n, weight in weights.items()), torch.zeros_like(z))
     if settings.perp_neg is not None:
-        scale = moment.of(settings.scale)
-        eps = eps + scale * _away(settings.perp_neg, known, prompts, views, z)
+        # The paper's s is what the prompt counts for, which is not the guidance scale in every table of terms.
+        share = sum(weight for n, weight in weights.items() if _place(settings.terms[n]) == _PROMPT)
+        eps = eps + share * _away(settings.perp_neg, known, prompts, views, z)
     alpha, sigma = coefficients(scores, noised.t, z)
     if settings.rescale:
-        plain = known["t", Ask("prompt")]
+        plain = known[_PROMPT]
         x0 = (noised.z_t - sigma * eps) / alpha
         x0 = rescaled(x0, (noised.z_t - sigma * plain) / alpha, settings.rescale, settings.rescale_over)
         eps = (noised.z_t - alpha * x0) / sigma
@@ -108,7 +110,7 @@ def _weights(settings: Guidance, noised: Noised, moment: Moment, like: Tensor) -
     for name, term in settings.terms.items():
         weight = moment.of(term.plain) + moment.of(term.scaled) * scale
         inside = (share >= term.from_t) & (share < term.until_t)
-        needed = bool(settings.rescale and _place(term) == ("t", Ask("prompt")))
+        needed = bool(settings.rescale and _place(term) == _PROMPT)
         if (weight != 0 and bool(inside.any())) or needed or settings.perp_neg is not None:
             out[name] = spread(weight * inside.double(), like)
     return out
@@ -136,7 +138,7 @@ def _predictions(
 def _away(part: PerpNeg, known: dict[Place, Tensor], prompts: ScenePrompts, views: Views, like: Tensor) -> Tensor:
     """sum_i w_i perp(e_i, e_pos)."""
     nothing = known["t", Ask("null")]
-    positive = known["t", Ask("prompt")] - nothing
+    positive = known[_PROMPT] - nothing
     weights = part.weights(prompts, views.cameras)
     parts = (
         spread(weights[:, i], like) * perpendicular(known["t", ask] - nothing, positive) for i, ask in enumerate(_AWAY)

@@ -18,9 +18,9 @@ Curve = tuple[float, float, float]
 class PerpNeg(Part):
     """The prompt's embedding is interpolated between views by azimuth; the other views are negatives.
 
-    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (sections 3.2 and 4.2). The weights are
-    -(a exp(-b r) + c), where r falls from 1 to 0 between two views: threestudio's curves. `strength` scales them all; views
-    from above have no negatives.
+    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (sections 3.2 and 4.2), with s the coefficient of
+    the prompt's terms. The weights are -(a exp(-b r) + c), where r falls from 1 to 0 between two views: threestudio's curves.
+    `strength` scales them all; views from above have no negatives.
     """
 
     side_back: Curve = (1.0, 0.5, -0.606)

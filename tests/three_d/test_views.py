@@ -12,6 +12,7 @@ from pcs_3d.guidance.engine import guide
 from pcs_3d.guidance.oracle import OracleScores
 from pcs_3d.guidance.perp_neg import PerpNeg, perpendicular
 from pcs_3d.guidance.scores import Ask
+from pcs_3d.guidance.settings import Guidance
 from pcs_3d.schedules import Moment
 from pcs_3d.shadings import Shadings
 from pcs_3d.view_prompts import ScenePrompts, Views, ViewWords
@@ -140,28 +141,43 @@ def test_the_perpendicular_part_is_perpendicular():
     assert torch.allclose(perpendicular(left, to), left) and perpendicular(to, to).abs().max() < 1e-12
 
 
-def test_perp_neg_is_its_formula_for_every_view():
+def perp_negs(settings: Guidance, moment: Moment):
+    """A guided prediction, a function for each of its parts, and the sum of w_i perp(e_i, e_pos)."""
     scene = {
         "prompt": (means(1), 0.1),
+        "negative": (means(3), 0.5),
         "null": (means(4), 0.9),
         "away_near": (means(5), 0.3),
         "away_far": (means(6), 0.3),
     }
     scores = OracleScores(scene)  # type: ignore[arg-type]
-    settings = shipped("dreamfusion", "guidance.perp_neg={}", "guidance.terms.null={plain: 1.0, scaled: -1.0}",
-                       "guidance.terms.negative=null", "guidance.scale=7.5")  # fmt: skip
     views, prompts = looked(20.0, 130.0), ScenePrompts("a mug")
-    z = random(2, 3, 4, 4, seed=9)
-    made = guide(settings, scores, z, views, prompts, NOW, generator(0, 0))
+    made = guide(settings, scores, random(2, 3, 4, 4, seed=9), views, prompts, moment, generator(0, 0))
     ask = lambda told: scores.eps([Ask(told)], made.noised.z_t, made.noised.t, views)[0]  # noqa: E731
-    positive = ask("prompt") - ask("null")
     weights = PerpNeg().weights(prompts, views.cameras).double()
+    assert (weights <= 0).all() and (weights < 0).any(1).all()
     away = sum(
-        weights[:, i, None, None, None] * perpendicular(ask(told) - ask("null"), positive)
+        weights[:, i, None, None, None] * perpendicular(ask(told) - ask("null"), ask("prompt") - ask("null"))
         for i, told in enumerate(("away_near", "away_far"))
     )
-    assert torch.allclose(made.eps, ask("null") + 7.5 * (positive + away), rtol=1e-9)
-    assert (weights <= 0).all() and (weights < 0).any(1).all()
+    return made, ask, away
+
+
+def test_perp_neg_is_its_formula_for_every_view():
+    settings = shipped("dreamfusion", "guidance.perp_neg={}", "guidance.terms.null={plain: 1.0, scaled: -1.0}",
+                       "guidance.terms.negative=null", "guidance.scale=7.5")  # fmt: skip
+    made, ask, away = perp_negs(settings, NOW)
+    assert torch.allclose(made.eps, ask("null") + 7.5 * (ask("prompt") - ask("null") + away), rtol=1e-9)
+
+
+def test_perp_neg_weighs_other_views_as_the_prompt_is_weighed():
+    """CSD's prompt has the coefficient 1, whatever the guidance scale."""
+    for settings, factor in (([], 1.0), (["guidance.terms.prompt.plain=2"], 2.0)):
+        made, ask, away = perp_negs(shipped("csd", "guidance.perp_neg={}", *settings), Moment(0, 10))
+        assert torch.allclose(made.eps, factor * (ask("prompt") + away) - ask("null"), rtol=1e-9)
+    early = shipped("csd", "guidance.perp_neg={}", "guidance.terms.prompt.until_t=0.01")
+    made, ask, _ = perp_negs(early, Moment(0, 10))
+    assert torch.allclose(made.eps, -ask("null"), rtol=1e-9), "where the prompt is not asked for, neither are they"
 
 
 def test_perp_neg_mixes_neighbours_and_leaves_the_view_from_above_alone():
