@@ -1,4 +1,4 @@
-"""Checks on untrusted mesh files before they are decoded: sizes, and references to other files."""
+"""Checks on untrusted mesh files before they are decoded or copied: sizes, and references to other files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import binascii
 import io
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from shared.io.safe_paths import safe_relative
 
 MAX_BYTES = 256 * 2**20
 MAX_POINTS = 5_000_000
+MAX_FACES = 4 * MAX_POINTS
+MAX_TEXELS = MAX_PIXELS  # pixels of all textures together
 _MAX_HEADER = 2**16
 
 
@@ -63,6 +66,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         view = accessor.get("bufferView")
         if count < 0 or total > 12 * MAX_POINTS or (view is not None and count > int(views[view]["byteLength"])):
             raise ValueError(f"{path} declares {count} values: more than it holds, or more than allowed")
+    _check_primitives(path, tree)
     for image in tree.get("images", []):
         if "uri" in image:
             check_picture(path, _data_uri(path, image["uri"]))
@@ -70,6 +74,17 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
             view = views[image["bufferView"]]
             start = int(view.get("byteOffset", 0))
             check_picture(path, binary[start : start + int(view["byteLength"])])
+
+
+def _check_primitives(path: Path, tree: dict[str, Any]) -> None:
+    """Raises ValueError if values count too many times: each primitive gets its own copy of those it refers to."""
+    counts = [int(accessor["count"]) for accessor in tree.get("accessors", [])]
+    total = 0
+    for primitive in (p for mesh in tree.get("meshes", []) for p in mesh["primitives"]):
+        indices = [primitive["indices"]] if "indices" in primitive else []
+        total += sum(counts[i] for i in [*primitive["attributes"].values(), *indices])
+    if total > 12 * MAX_POINTS:
+        raise ValueError(f"{path}: its meshes refer to more than {12 * MAX_POINTS} values: simplify it first")
 
 
 def _check_views(path: Path, tree: dict[str, Any], binary: bytes) -> None:
@@ -101,6 +116,23 @@ def check_picture(path: Path, data: bytes) -> None:
         raise ValueError(f"{path} contains a texture that cannot be read as an image") from None
     if width * height > MAX_PIXELS // 4:
         raise ValueError(f"{path} contains a texture of {width}×{height} pixels: make it smaller first")
+
+
+def check_total(path: Path, shown: Sequence[Any], textures: Sequence[Any]) -> None:
+    """Raises ValueError if meshes and points, each listed once for every node that shows it, hold too much together, or the
+    textures (PIL images) do. A small file can repeat a large mesh thousands of times, and every node gets its own copy."""
+    points = sum(len(geometry.vertices) for geometry in shown)
+    faces = sum(len(getattr(geometry, "faces", ())) for geometry in shown)
+    for count, what, most in ((points, "points", 2 * MAX_POINTS), (faces, "triangles", MAX_FACES)):
+        if count > most:
+            raise ValueError(
+                f"{path} has {count} {what} in total, repeated ones included; at most {most} are read: simplify it first"
+            )
+    pixels = sum(texture.width * texture.height for texture in textures)
+    if pixels > MAX_TEXELS:
+        raise ValueError(
+            f"{path} has {pixels} pixels of textures in total; at most {MAX_TEXELS} are read: make them smaller first"
+        )
 
 
 def check_ply(path: Path) -> None:

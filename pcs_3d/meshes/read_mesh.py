@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -58,22 +59,33 @@ def _loaded(path: Path) -> list[Piece]:
     import trimesh
 
     resolver = file_checks.FolderResolver(path)
-    try:
-        with path.open("rb") as stream:
-            kind: Any = path.suffix.lower()[1:]
-            scene = trimesh.load_scene(stream, file_type=kind, resolver=resolver, process=False)  # type: ignore[arg-type]
-        pieces = []
-        for name in scene.graph.nodes_geometry:
-            matrix, geometry = scene.graph[name]
-            pieces.append(_piece(scene.geometry[geometry], np.asarray(matrix, dtype=np.float64)))
-    except Exception as error:  # a parser may raise anything on hostile bytes
-        raise ValueError(f"{path} cannot be read as a mesh: {type(error).__name__}: {str(error)[:200]}") from None
+    with _readable(path), path.open("rb") as stream:
+        kind: Any = path.suffix.lower()[1:]
+        scene = trimesh.load_scene(stream, file_type=kind, resolver=resolver, process=False)  # type: ignore[arg-type]
+        places = [scene.graph[name] for name in scene.graph.nodes_geometry]
+        shown = [scene.geometry[geometry] for _, geometry in places]
+        images = {id(g.visual.material): image for g in shown if (image := _image(g)) is not None}
     if resolver.refused:
         raise ValueError(f"{path} refers to a file that cannot be used: {resolver.refused[0]}")
-    return pieces
+    file_checks.check_total(path, shown, list(images.values()))
+    textures: dict[int, np.ndarray] = {}  # by material: meshes share them
+    with _readable(path):
+        return [
+            _piece(geometry, np.asarray(matrix, dtype=np.float64), textures)
+            for geometry, (matrix, _) in zip(shown, places, strict=True)
+        ]
 
 
-def _piece(geometry: Any, matrix: np.ndarray) -> Piece:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns whatever a parser raises on hostile bytes into a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a mesh: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def _piece(geometry: Any, matrix: np.ndarray, textures: dict[int, np.ndarray]) -> Piece:
     vertices = np.asarray(geometry.vertices, dtype=np.float64).reshape(-1, 3)
     with np.errstate(all="ignore"):
         vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
@@ -81,8 +93,11 @@ def _piece(geometry: Any, matrix: np.ndarray) -> Piece:
     piece = Piece(vertices, faces)
     visual: Any = getattr(geometry, "visual", None)
     if visual is not None and getattr(visual, "kind", None) == "texture":
-        if (found := _texture(visual)) is not None:
-            return replace(piece, texture=found, uv=np.asarray(visual.uv, dtype=np.float64))
+        if (image := _image(geometry)) is not None:
+            material = visual.material
+            if id(material) not in textures:
+                textures[id(material)] = _texture(image, material)
+            return replace(piece, texture=textures[id(material)], uv=np.asarray(visual.uv, dtype=np.float64))
         plain = np.asarray(visual.material.main_color)[:3] / 255.0
         return replace(piece, colors=np.tile(plain, (len(vertices), 1)))
     points = not len(faces)
@@ -94,11 +109,15 @@ def _piece(geometry: Any, matrix: np.ndarray) -> Piece:
     return piece
 
 
-def _texture(visual: Any) -> np.ndarray | None:
-    material = visual.material
-    image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
-    if image is None or visual.uv is None:
+def _image(geometry: Any) -> Any:
+    """The PIL image of a geometry's texture, not yet decoded; None if there is none."""
+    visual: Any = getattr(geometry, "visual", None)
+    if getattr(visual, "kind", None) != "texture" or visual.uv is None:
         return None
+    return getattr(visual.material, "baseColorTexture", None) or getattr(visual.material, "image", None)
+
+
+def _texture(image: Any, material: Any) -> np.ndarray:
     pixels = np.asarray(image.convert("RGB"))
     factor = getattr(material, "baseColorFactor", None)
     if factor is not None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from trimesh.visual.material import PBRMaterial
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields import Gaussians, Tetrahedra, TexturedMesh, Voxels
@@ -210,6 +211,56 @@ TRIANGLE = {
 def test_hostile_glb_files_are_refused(tmp_path, content, why):
     (tmp_path / "x.glb").write_bytes(content)
     with pytest.raises(ValueError, match=why):
+        read_mesh(tmp_path / "x.glb")
+
+
+def repeated(nodes: int = 1, primitives: int = 1) -> bytes:
+    """One triangle, repeated."""
+    primitive = TRIANGLE["meshes"][0]["primitives"][0]
+    tree = TRIANGLE | {
+        "bufferViews": [{"buffer": 0, "byteLength": 36}],
+        "meshes": [{"primitives": [primitive] * primitives}],
+        "nodes": [{"mesh": 0}] * nodes,
+        "scenes": [{"nodes": list(range(nodes))}],
+    }
+    return glb(tree, np.eye(3, dtype="<f4").tobytes())
+
+
+def test_a_mesh_counts_for_each_node_and_its_values_for_each_primitive(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_checks, "MAX_POINTS", 30)
+    file = tmp_path / "x.glb"
+    for nodes, primitives, why in (
+        (21, 1, "63 points in total, repeated ones included; at most 60"),
+        (1, 121, "its meshes refer to more than 360 values"),
+        (2, 11, "66 points"),
+    ):
+        file.write_bytes(repeated(nodes, primitives))
+        with pytest.raises(ValueError, match=why):
+            read_mesh(file)
+    file.write_bytes(repeated(nodes=20))
+    assert len(read_mesh(file)) == 20
+
+
+def test_triangles_count_for_each_node_too(tmp_path, monkeypatch):
+    ball().export(tmp_path / "x.ply")
+    monkeypatch.setattr(file_checks, "MAX_FACES", 1279)
+    with pytest.raises(ValueError, match="has 1280 triangles in total, repeated ones included; at most 1279"):
+        read_mesh(tmp_path / "x.ply")
+
+
+def test_a_texture_counts_once_for_each_material(tmp_path, monkeypatch):
+    scene = trimesh.Scene()
+    for green in (100, 200):
+        material = PBRMaterial(baseColorTexture=Image.new("RGB", (8, 8), (0, green, 0)))
+        for _ in range(3):
+            visual = trimesh.visual.TextureVisuals(np.eye(3)[:, :2], material=material)
+            scene.add_geometry(trimesh.Trimesh(np.eye(3), [[0, 1, 2]], visual=visual, process=False))
+    (tmp_path / "x.glb").write_bytes(scene.export(file_type="glb"))
+    monkeypatch.setattr(file_checks, "MAX_TEXELS", 128)
+    textures = [p.texture for p in read_mesh(tmp_path / "x.glb")]
+    assert sorted(t[0, 0, 1] for t in textures) == [100] * 3 + [200] * 3 and len({id(t) for t in textures}) == 2
+    monkeypatch.setattr(file_checks, "MAX_TEXELS", 127)
+    with pytest.raises(ValueError, match="128 pixels of textures in total; at most 127"):
         read_mesh(tmp_path / "x.glb")
 
 
