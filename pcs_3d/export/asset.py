@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcs_3d.export.extract import Extracted, extract, simplified
+from pcs_3d.export.extract import Extracted, check_finite, extract, simplified
 from pcs_3d.export.gaussian_ply import write_gaussians
 from pcs_3d.export.settings import ExportSettings
 from pcs_3d.export.texture import textured
@@ -45,24 +45,28 @@ def export_asset(field: Any, folder: Path, settings: ExportSettings | None = Non
     colors = surface_colors(field)
     painted = textured(mesh, colors, settings.texture)
     at_vertices = by_chunks(colors, torch.from_numpy(mesh.vertices).float()).cpu().numpy()
+    splats = []
+    if isinstance(field, SplatField):  # first, because only this notices values that are not finite in single Gaussians
+        with torch.no_grad():
+            splats.append(write_gaussians(folder / f"{name}.splats.ply", field.splats()))
     files = [write_glb(folder / f"{name}.glb", painted), *write_obj(folder / f"{name}.obj", painted)]
     files.append(write_ply(folder / f"{name}.ply", mesh.vertices, mesh.faces, at_vertices))
-    if isinstance(field, SplatField):
-        with torch.no_grad():
-            files.append(write_gaussians(folder / f"{name}.splats.ply", field.splats()))
     watertight, volume = _solid(mesh)
     notes = mesh.notes if watertight else (*mesh.notes, "the mesh is not watertight")
-    return Exported(tuple(files), len(mesh.faces), watertight, volume, notes)
+    return Exported((*files, *splats), len(mesh.faces), watertight, volume, notes)
 
 
 def surface_colors(field: Any) -> Callable[[Tensor], Tensor]:
-    """Returns a function from points [N, 3] on a field's surface to colours [N, 3], on the CPU, without gradient."""
+    """Returns a function from points [N, 3] on a field's surface to colours [N, 3], on the CPU, without gradient. It raises
+    ValueError for colours that are not finite."""
 
     @torch.no_grad()
     def colors(points: Tensor) -> Tensor:
         there = points.to(field.device)
         shown = field.features_at(there) if isinstance(field, SurfaceField) else field.at(there).features
-        return shown.float().cpu()
+        shown = shown.float().cpu()
+        check_finite(shown, "colours")  # NaN would become some colour in 8 bits
+        return shown
 
     return colors
 

@@ -30,20 +30,27 @@ def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
     """Densities [R, R, R] at the nodes of a grid over the bound, on the CPU. Raises ValueError if any is not finite."""
     places = nodes(resolution, field.bound).reshape(-1, 3)
     grid = by_chunks(lambda p: field.density(p.to(field.device)).float().cpu(), places).view((resolution,) * 3)
-    if not bool(grid.isfinite().all()):
-        raise ValueError("the field holds densities that are not finite (NaN or Inf): its training failed")
+    check_finite(grid, "densities")
     return grid
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises ValueError if any of a field's values is not finite."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"the field holds {what} that are not finite (NaN or Inf): its training failed")
 
 
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
     """Extracts the surface of a field: its own triangles, or where its density passes a threshold.
 
     threshold: density per radius; None: the one whose silhouettes fit the rendered ones best (`automatic_threshold`). Unless
-    `all_parts`, only the largest connected part is kept. Raises ValueError for a field without a surface.
+    `all_parts`, only the largest connected part is kept. Raises ValueError for a field without a surface, or with densities or
+    vertices that are not finite.
     """
     if isinstance(field, SurfaceField):
         with torch.no_grad():
             surface = field.surface()
+        check_finite(surface.vertices, "vertices")
         return _largest_faces(surface.vertices.double().cpu().numpy(), surface.faces.cpu().numpy(), all_parts)
     grid = export_grid(field, resolution).numpy()
     step = 2 * field.bound / (resolution - 1)

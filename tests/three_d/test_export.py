@@ -97,6 +97,23 @@ def test_numbers_that_are_none_and_latents_are_errors(tmp_path):
         export_asset(Solid(0.6, 9.0, channels=4), tmp_path, SMALL)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "what"),
+    [
+        (Voxels(resolution=12, start=Blob(density=40)), "raw_features", "colours"),
+        (Tetrahedra(resolution=8, color_resolution=4), "raw_features", "colours"),
+        (Tetrahedra(resolution=8, color_resolution=4), "moves", "vertices"),
+        (Gaussians(count=200, opacity=0.8), "means", "values"),
+    ],
+)
+def test_values_that_are_not_finite_are_errors_before_anything_is_written(tmp_path, part, name, what):
+    field = part.build()
+    getattr(field, name).data[::3] = float("nan")
+    with pytest.raises(ValueError, match=rf"{what} that are not finite \(NaN or Inf\): (its|their) training failed"):
+        export_asset(field, tmp_path, SMALL)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_threshold_is_the_middle_of_what_fits():
     grid = np.zeros((20, 20, 20))
     grid[5:15, 5:15, 5:15] = 50.0
