@@ -1,0 +1,116 @@
+"""Concepts that guide an asset: weights of the whole network (DreamBooth), a LoRA, and both in one prompt at any strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcs_3d.guidance.scores import Ask
+from pcs_3d.runner import Runner3D
+from shared.concept import Concept, Provenance, capture
+from shared.modifiers import LearnableToken, RareToken
+from shared.prompts import expand
+from shared.trainable import Lora, Weights
+from tests.three_d.distilling import recipe
+from tests.three_d.test_distill import first_step, gradient
+from tests.three_d.test_guidance import looked
+
+#: name -> class noun, modifier, and what is learned
+PARTS = {
+    "mug": ("mug", RareToken(token="sks"), Weights(roles=("denoiser.all",))),
+    "dog": ("dog", LearnableToken(vectors=1), Lora(rank=2)),
+}
+BOTH = "a photo of a <mug> and a <dog>"
+VIEW = looked(0.0)
+T = torch.tensor([400])
+
+
+def noisy() -> Tensor:
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def concepts(new_sd) -> dict[str, Concept]:
+    """A concept that changes every weight of the denoiser, and one of a token and a LoRA."""
+    out, draw = {}, torch.Generator().manual_seed(1)
+    for name, (noun, modifier, part) in PARTS.items():
+        backbone = new_sd()
+        modifier.attach(backbone, name, noun, 0)
+        part.inject(backbone, name, "part", 0)
+        learned = [
+            *backbone.placeholders[name].parameters(),
+            *(p for a in backbone.adapters[name] for p in a.parameters()),
+        ]
+        with torch.no_grad():
+            for parameter in learned:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+        out[name] = capture(backbone, name, Provenance(class_noun=noun, modifier=modifier))
+    assert set(out["mug"].tensors) == {"weights"} and set(out["dog"].tensors) == {"adapter", "embeddings"}
+    return out
+
+
+@pytest.fixture
+def guided(new_sd, concepts, tmp_path):
+    """(prompt, strengths) -> the model with the concepts, and the task before its first step."""
+
+    def begin(prompt: str, strengths: Mapping[str, float]):
+        runner = Runner3D(new_sd())
+        for name, strength in strengths.items():
+            runner.load(concepts[name], strength)
+        return runner.backbone, first_step(runner.backbone, recipe("dreamfusion", f"prompt={prompt}"), tmp_path / "run")
+
+    return begin
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
+def test_all_weights_guide_as_a_model_with_these_weights(guided, new_sd, concepts, strength):
+    _, task = guided("a photo of a <mug>", {"mug": strength})
+    (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
+    model = new_sd()
+    with torch.no_grad():
+        for key, delta in concepts["mug"].tensors["weights"].items():
+            _, component, path = key.split(".", 2)
+            model.components[component].get_parameter(path).add_(strength * delta.float())
+        expected = model.predict(noisy(), T, model.encode(["a photo of a sks mug, front view"]))
+    assert torch.equal(eps, expected) if strength == 0 else torch.allclose(eps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("strengths", [{"mug": 1.0, "dog": 1.0}, {"dog": 0.7, "mug": 0.4}])
+def test_two_concepts_guide_as_they_make_pictures(guided, strengths):
+    backbone, task = guided(BOTH, strengths)
+    (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
+    ((_, text),) = task.prompts.rows("prompt", VIEW)[0]
+    assert "<mug>" in text and "<dog>" in text
+    with torch.no_grad(), backbone.active(strengths):
+        assert torch.allclose(
+            eps, backbone.predict(noisy(), T, backbone.encode([expand(text, backbone.placeholders)])), atol=1e-5
+        )
+
+
+def test_each_strength_changes_the_gradient_and_0_is_the_model_without_it(guided, new_sd, tmp_path):
+    strengths = [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
+    grads = [gradient(guided(BOTH, {"mug": mug, "dog": dog})[1]) for mug, dog in strengths]
+    for i, one in enumerate(grads):
+        assert one.abs().sum() > 0 and not any(torch.allclose(one, other) for other in grads[:i]), strengths[i]
+    backbone = new_sd()
+    for name, (noun, modifier, _) in PARTS.items():
+        modifier.attach(backbone, name, noun, 0)
+    plain = first_step(backbone, recipe("dreamfusion", f"prompt={BOTH}"), tmp_path / "plain")
+    assert torch.equal(gradient(plain), grads[-1])
+
+
+def test_an_asset_of_two_concepts_leaves_the_model_as_it_was(new_sd, concepts, tmp_path):
+    fields = []
+    for number, strength in enumerate((1.0, 0.5)):
+        runner = Runner3D(new_sd())
+        runner.load(concepts["mug"], strength)
+        runner.load(concepts["dog"])
+        before = {k: v.clone() for k, v in runner.backbone.denoiser.state_dict().items()}
+        asset = runner.create(recipe("dreamfusion", f"prompt={BOTH}", "train.steps=2"), tmp_path / str(number))
+        assert all(torch.equal(v, before[k]) for k, v in runner.backbone.denoiser.state_dict().items())
+        assert runner.strengths == {"mug": strength, "dog": 1.0}
+        fields.append(asset.field.state_dict()["raw"])
+    assert not torch.equal(*fields)
