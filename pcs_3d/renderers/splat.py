@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,13 +19,14 @@ from pcs_3d.renderers.base import RendererPart
 from pcs_3d.renderers.rendering import Rendering, RenderSettings
 from pcs_3d.renderers.screen import along_rays, normals_of_distance
 from pcs_3d.renderers.shading import lamps, needs_normals, shaded
+from shared.io.failures import of_the_machine
 
 _BLUR = 0.3  # added to the variances, in pixels²: no Gaussian falls between pixels
 
 
 class Splat(RendererPart):
     """tile: side, in pixels, of the squares that share a list of Gaussians. engine: gsplat needs CUDA; auto uses it there if it
-    can be imported."""
+    is installed and works, else torch, with a warning if it is installed."""
 
     draws: ClassVar[type] = SplatField
     kind: Literal["splat"] = "splat"
@@ -33,10 +36,7 @@ class Splat(RendererPart):
     def render(self, field: SplatField, cameras: Cameras, settings: RenderSettings) -> Rendering:
         self.check(field, cameras, settings)
         splats = field.splats()
-        fast = self.engine != "torch" and splats.means.is_cuda and gsplat() is not None
-        if self.engine == "gsplat" and not fast:
-            raise ValueError("renderer.engine = gsplat: it is not installed, or the field is not on a GPU: use torch")
-        draw = _by_gsplat if fast else self._by_torch
+        draw = _by_gsplat if self.uses_gsplat(splats.means.device) else self._by_torch
         colors, opacity, depth = draw(splats, cameras, settings.height, settings.width)
         depth, normals = along_rays(depth, cameras), None
         if settings.normals or needs_normals(settings):
@@ -53,6 +53,15 @@ class Splat(RendererPart):
             colors.permute(0, 3, 1, 2) + (1 - seen) * settings.background.to(seen), seen, depth.permute(0, 3, 1, 2),
             None if normals is None else normals.permute(0, 3, 1, 2),
         )  # fmt: skip
+
+    def uses_gsplat(self, device: torch.device) -> bool:
+        """Whether gsplat draws fields on this device. Raises ValueError if it has to (engine) and cannot."""
+        if self.engine == "torch":
+            return False
+        why = gsplat(device).why if device.type == "cuda" else "the field is not on a GPU"
+        if self.engine == "gsplat" and why:
+            raise ValueError(f"renderer.engine = gsplat: {why}: use torch")
+        return not why
 
     def _by_torch(self, splats: Splats, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         views = [self._view(splats, cameras[i : i + 1], height, width) for i in range(len(cameras))]
@@ -125,17 +134,47 @@ def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple
     return places, torch.stack([spread[:, 0, 0] + _BLUR, spread[:, 0, 1], spread[:, 1, 1] + _BLUR], -1), depth
 
 
+@dataclass(frozen=True)
+class Found:
+    """gsplat's rasterization, or None and why it cannot be used."""
+
+    rasterization: Any = None
+    why: str = ""
+
+
 @lru_cache
-def gsplat() -> Any:
-    """gsplat's rasterization; None if it is not installed. Imported on first use, because it may build kernels."""
+def gsplat(device: torch.device) -> Found:
+    """gsplat, tried on the device by drawing one Gaussian: it builds its kernels on first use, and only then fails. Warns once
+    if it is installed but does not work."""
     try:
         from gsplat import rasterization  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return rasterization
+
+        found = Found(rasterization)
+        origin, one = torch.zeros(1, 3, device=device), torch.ones(1, device=device)
+        turn = torch.tensor([[1.0, 0, 0, 0]], device=device)
+        ball = Splats(origin, origin + 0.1, turn, one, origin)
+        _rasterized(found, ball, Cameras.of([0.0]).to(device), 8, 8)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "gsplat":
+            return Found(why="it is not installed")
+        if of_the_machine(error):
+            raise
+        why = f"it does not work ({type(error).__name__}: {str(error)[:200]})"
+        warnings.warn(
+            f"gsplat is installed but {why.removeprefix('it ')}: Gaussians are drawn in torch, more slowly",
+            stacklevel=2,
+        )
+        return Found(why=why)
+    return found
 
 
 def _by_gsplat(splats: Splats, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _rasterized(gsplat(splats.means.device), splats, cameras, height, width)
+
+
+def _rasterized(
+    found: Found, splats: Splats, cameras: Cameras, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     b = len(cameras)
     flip = torch.diag(splats.means.new_tensor([1.0, -1, -1]))  # x right, y down, z ahead
     turn = flip @ cameras.axes
@@ -146,7 +185,7 @@ def _by_gsplat(splats: Splats, cameras: Cameras, height: int, width: int) -> tup
     lens = torch.zeros(b, 3, 3, device=turn.device)
     lens[:, 0, 0] = lens[:, 1, 1] = zoom
     lens[:, 0, 2], lens[:, 1, 2], lens[:, 2, 2] = width / 2, height / 2, 1
-    drawn, opacity, _ = gsplat()(
+    drawn, opacity, _ = found.rasterization(
         splats.means, splats.rotations, splats.scales, splats.opacities, splats.features, views, lens, width, height,
         render_mode="RGB+ED", eps2d=_BLUR,
     )  # fmt: skip

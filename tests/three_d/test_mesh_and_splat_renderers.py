@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pcs_3d.fields import Gaussians, Tetrahedra
 from pcs_3d.fields.starts import Blob
 from pcs_3d.renderers import Mesh, Splat
 from pcs_3d.renderers.rasterize import nearest_faces
+from pcs_3d.renderers.splat import gsplat
 from tests.three_d.closed_forms import view
 
 CAMERAS = Cameras.of([0.0, 77.0, 200.0], [5.0, 30.0, -20.0])
@@ -40,10 +42,17 @@ def test_a_ball_of_triangles_covers_what_it_should_and_its_outline_has_the_right
 
 def test_each_view_of_triangles_is_as_if_it_were_alone():
     field = ball()
-    three = Mesh(finer=2).render(field, CAMERAS, view(3, 24, shading="lambertian"))
+    assert_each_is_as_if_alone(Mesh(finer=2), field, shading="lambertian")
+
+
+def assert_each_is_as_if_alone(renderer, field, **how) -> None:
+    """Three cameras together draw what each draws alone, all of it, and no two of them the same."""
+    three = renderer.render(field, CAMERAS, view(3, 24, normals=True, **how))
     for i in range(3):
-        one = Mesh(finer=2).render(field, CAMERAS[i : i + 1], view(1, 24, shading="lambertian"))
-        assert torch.allclose(three.pixels[i], one.pixels[0], atol=1e-6)
+        one = renderer.render(field, CAMERAS[i : i + 1], view(1, 24, normals=True, **how))
+        for what in ("pixels", "opacity", "depth", "normals"):
+            assert torch.allclose(getattr(three, what)[i], getattr(one, what)[0], atol=1e-6), (i, what)
+        assert not torch.allclose(three.pixels[i], three.pixels[i - 1], atol=1e-2)
 
 
 def test_the_nearest_triangle_is_seen_and_what_is_behind_the_camera_is_not():
@@ -93,12 +102,76 @@ def test_gaussians_in_front_hide_those_behind_whatever_their_order():
         assert torch.allclose(drawn.pixels[0], drawn.pixels[2])
 
 
+@pytest.mark.parametrize("shading", ["albedo", "lambertian"])
+def test_each_view_of_gaussians_is_as_if_it_were_alone(shading):
+    field = Gaussians(count=60).build()
+    field.raw_features.data.normal_(generator=torch.Generator().manual_seed(2))
+    assert_each_is_as_if_alone(Splat(), field, shading=shading)
+
+
 def test_tiles_of_any_size_draw_the_same_picture_of_any_shape():
     field = Gaussians(count=60).build()
     pictures = [Splat(tile=t).render(field, CAMERAS, view(3, 20)).pixels for t in (3, 8, 32)]
     assert torch.allclose(pictures[0], pictures[1], atol=5e-3) and torch.allclose(pictures[1], pictures[2], atol=5e-3)
     with pytest.raises(ValueError, match=r"renderer\.engine"):
         Splat(engine="gsplat").render(field, CAMERAS, view(3))
+
+
+@pytest.fixture
+def installed_gsplat(tmp_path, monkeypatch):
+    """Installs a stand-in for gsplat with this text."""
+
+    def install(text: str) -> None:
+        (tmp_path / "gsplat.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "gsplat", raising=False)
+        gsplat.cache_clear()
+
+    yield install
+    gsplat.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("raise OSError('libcudart.so.12: cannot open shared object file')", "OSError: libcudart.so.12: cannot open"),
+        ("import no_such_part_of_it", "No module named 'no_such_part_of_it'"),
+        ("def rasterization(*a, **k): raise RuntimeError('Error building extension gsplat_cuda')", "Error building"),
+        ("def rasterization(*a, **k): None.fully_fused_projection", "AttributeError"),
+    ],
+    ids=["library", "dependency", "build", "without-cuda"],
+)
+def test_gsplat_that_does_not_work_is_left_with_the_reason(installed_gsplat, text, why):
+    """Its kernels are built when it is first used, so it may fail then and not when it is imported."""
+    installed_gsplat(text)
+    with pytest.warns(UserWarning, match=f"gsplat is installed but does not work .*{why}.*drawn in torch"):
+        assert gsplat(torch.device("cpu")).rasterization is None
+
+
+def test_gaussians_are_drawn_in_torch_where_gsplat_does_not_work_unless_it_was_asked_for(installed_gsplat):
+    installed_gsplat("raise OSError('libcudart.so.12')")
+    with pytest.warns(UserWarning, match="libcudart"):
+        assert not Splat().uses_gsplat(torch.device("cuda"))
+    with pytest.raises(
+        ValueError, match=r"renderer\.engine = gsplat: it does not work \(OSError: libcudart.*: use torch"
+    ):
+        Splat(engine="gsplat").uses_gsplat(torch.device("cuda"))
+
+
+def test_gsplat_that_draws_one_gaussian_is_used(installed_gsplat, recwarn):
+    installed_gsplat(
+        "import torch\ndef rasterization(*a, **k): return torch.ones(1, 8, 8, 4), torch.ones(1, 8, 8, 1), {}"
+    )
+    assert gsplat(torch.device("cpu")).rasterization is not None and not recwarn.list
+
+
+def test_gsplat_that_is_not_installed_is_an_error_only_where_it_was_asked_for(monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "gsplat", None)
+    gsplat.cache_clear()
+    assert not Splat().uses_gsplat(torch.device("cuda")) and not recwarn.list
+    with pytest.raises(ValueError, match=r"renderer\.engine = gsplat: it is not installed: use torch"):
+        Splat(engine="gsplat").uses_gsplat(torch.device("cuda"))
+    gsplat.cache_clear()
 
 
 def test_gradients_of_gaussians_are_those_of_differences():
