@@ -48,6 +48,7 @@ def create(
     from shared.commands.progress import Bar
     from shared.io.outputs import check_output
     from shared.metrics.html import size
+    from shared.recipe.phases import expand_phases
     from shared.recipe.reads import paths_read
     from shared.recipe.resolve import load
     from shared.runner.open_runner import model_asked_for, open_runner, read_by
@@ -79,6 +80,8 @@ def create(
         plan = runner.fit(resolved, files.workdir, subjects, memory=memory, sides_fixed=sides_fixed)
         resolved = plan.recipe
         print(plan)
+    if any(phase.train.validation.every for _, phase in expand_phases(resolved)):
+        print(f"previews: {files.workdir / 'samples'}")
     with Bar() as bar:
         try:
             asset = make(runner, resolved, files, subjects, bar, plan=plan)
@@ -145,7 +148,8 @@ def benchmark(
     ),
     subjects: int = typer.Option(4, min=1, max=10_000, help="number of the split's subjects to use"),
     learn: str = typer.Option(
-        "t_lora", help="recipe that learns each subject from pictures, once for all the asset recipes"
+        "t_lora",
+        help="recipe that learns each subject from pictures, once for all asset recipes that do not learn it themselves",
     ),
     prompt: str = typer.Option("a photo of a {concept}", help="what to make; {concept} stands for the subject"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),

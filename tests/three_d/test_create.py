@@ -17,6 +17,7 @@ from shared.config import read_yaml, validate
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.recipe.catalog import recipe_files
+from shared.recipe.phases import expand_phases
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.train import checkpoint
@@ -55,6 +56,15 @@ def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
     lines = recipe_files("3d")[name].read_text().splitlines()
     assert "https://" in lines[0] + lines[1]
     assert all(paper in "".join(lines[:6]) for paper in read_yaml(recipe_files("3d")[name])["papers"])
+
+
+@pytest.mark.parametrize("place", [[], ["backbone=some/folder"]], ids=["toybox", "elsewhere"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_field_is_shown_while_it_grows_and_seldom_enough(name, place):
+    for phase, how in expand_phases(load(name, place, "3d", Recipe3D)):
+        if isinstance(how.task, DistillTask):
+            every, steps = how.train.validation.every, how.train.steps
+            assert every and steps / every <= 25, (phase, every, steps)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OF_A_KIND])
@@ -174,6 +184,8 @@ def test_the_recipe_is_adapted_to_the_model_that_the_concept_was_learned_on(tiny
     asked = ["create", "dreamfusion", "prompt=a photo of a <my-mug>", *few, "--out", str(tmp_path / "asset")]
     done = CliRunner().invoke(app, [*asked, "--concept", str(tmp_path / "my-mug.concept")], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+    samples = tmp_path / "asset.training" / "samples"
+    assert f"previews: {samples}" in done.output and len(list(samples.glob("*.png"))) == 1
     made = json.loads((tmp_path / "asset" / ABOUT).read_text())["recipe"]
     elsewhere, toybox = (load("dreamfusion", [*few, *m], "3d", Recipe3D) for m in (["backbone=sd"], []))
     assert made["backbone"] == "sd" and made["guidance"] == dump(elsewhere)["guidance"] != dump(toybox)["guidance"]
