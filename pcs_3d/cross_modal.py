@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pcs_3d.assets import AssetFiles, create, write_turning
-from pcs_3d.distill.reference_cameras import compares_with_subject
+from pcs_3d.distill.reference_cameras import check_uses_concept, compares_with_subject
 from pcs_3d.evaluation.asset_files import read_judged
 from pcs_3d.evaluation.looks import raised
 from pcs_3d.evaluation.truths import TrueToy
@@ -32,10 +32,11 @@ from shared.types import Subject
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown recipe, one that needs more than a prompt and a concept, a model or concept that does
-    not fit, or a missing package that assets need."""
+    """Raises ValueError for an unknown recipe, one that needs more than a prompt and a concept or learns the subject itself, a
+    model or concept that does not fit, or a missing package that assets need."""
     check_installed()
     recipe = _recipe(asked, f"<{asked.name}>")
+    check_uses_concept(asked.asset_recipe, recipe)
     if recipe.export is None:
         raise ValueError("export = null: there would be no mesh to evaluate")
     _opened(asked, recipe, [asked.concept]).check(recipe, _subjects(asked, recipe))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pcs_3d.assets import AssetFiles, create, write_turning
 from pcs_3d.cameras import turntable
-from pcs_3d.distill.reference_cameras import compares_with_subject
+from pcs_3d.distill.reference_cameras import check_uses_concept, compares_with_subject
 from pcs_3d.extra import check_installed
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
@@ -20,9 +20,9 @@ _SHOTS, _SIDE = 5, 128  # in the overview: number of renders, and their side in 
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown recipe, or a missing package that assets need."""
+    """Raises ValueError for an unknown recipe, one that learns the subject itself, or a missing package that assets need."""
     check_installed()
-    load(asked.asset_recipe, [], "3d", Recipe3D)
+    check_uses_concept(asked.asset_recipe, load(asked.asset_recipe, [], "3d", Recipe3D))
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:

@@ -17,7 +17,8 @@ IDENTITY = "identity_relative"
 @dataclass(frozen=True)
 class AssetGoal:
     """Scores that a recipe must reach, in [0, 1]; None: no requirement. Where set, identity must also beat the same
-    recipe without the concept, and the overlap of silhouettes must beat a generic object of the class."""
+    recipe without the concept, unless it cannot be run without it, and the overlap of silhouettes must beat a generic object
+    of the class."""
 
     identity: float | None = None
     view: float | None = None
@@ -31,7 +32,7 @@ class AssetGoal:
             return reached
         identity, iou = row.scores.get(IDENTITY), row.value("iou")
         floors = []
-        if self.identity is not None:
+        if self.identity is not None and row.has_base:
             floors.append((row.value(IDENTITY), None if identity is None else identity.base))
         if self.iou is not None:
             floors.append((iou, row.generic.get("iou")))
@@ -51,6 +52,7 @@ class AssetRow:
     training_seconds: float | None
     peak_memory: float | None  # bytes
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
+    has_base: bool = True  # False: the recipe learns its subjects, so it has no asset without the concept
     # subjects left out of pooled figures -> the share of their true renders that are verified
     apart: Mapping[str, float] = field(default_factory=dict)
 
@@ -75,6 +77,7 @@ def aggregate_assets(
         average([_cost(c, "training_seconds") for c in cells.values()]),
         average([_cost(c, "training_peak_memory") for c in cells.values()]),
         dict(failed),
+        not cells or any(c.base is not None for c in cells.values()),
         {name: c.truth or 0.0 for name, c in apart.items()},
     )
 
@@ -95,7 +98,7 @@ def _over(about: Score, cells: Sequence[AssetCell]) -> Score:
         "value": average([s.value for s in scores]),
         "low": low,
         "high": high,
-        "base": average([c.base.value(about.key) for c in cells]),
+        "base": average([c.base.value(about.key) for c in cells if c.base is not None]),
         "truth": average([s.truth for s in scores]),
         "chance": average([s.chance for s in scores]),
     }

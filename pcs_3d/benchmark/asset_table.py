@@ -62,7 +62,9 @@ class AssetComparison:
         return "–" if met is None else "yes" if met else "no"
 
     def without(self, row: AssetRow) -> list[str]:
-        """Scores of the same recipe, prompted only with the class, for each column."""
+        """Scores of the same recipe, prompted only with the class, for each column; empty if it makes no such asset."""
+        if not row.has_base:
+            return []
         return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
@@ -85,13 +87,18 @@ class AssetComparison:
             "The generic object has the class's usual shape and the real object's two colours, but not its proportions or "
             "pattern. It is rendered as is; assets and the sphere are first aligned to the real object's size and position."
         ]
+        if alone := [row.recipe for row in self.rows if not row.has_base]:
+            out.append(
+                "Recipes that learn the subject themselves have no line without the concept, and making includes learning it: "
+                f"{', '.join(alone)}."
+            )
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
             out.append(f"Shown apart, because the instruments verify fewer than half of their true renders: {listed}.")
         return out
 
     def markdown(self) -> str:
-        """Two lines per recipe, with the concept and without it, then the floors; ready for a README."""
+        """Two lines per recipe, with the concept and (if it can be) without it, then the floors; ready for a README."""
         columns = self.columns
         head = ["recipe", "subjects", *(s.title for s in columns), "making", "memory", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
@@ -100,8 +107,8 @@ class AssetComparison:
             cells = [_cell(row.scores.get(s.key)) for s in columns]
             costs = [seconds(row.training_seconds), size(row.peak_memory), self.met(row)]
             lines.append("| " + " | ".join([row.recipe, count, *cells, *costs]) + " |")
-            if row.scores:
-                plain = [f"{row.recipe}, without the concept", "", *self.without(row), "", "", ""]
+            if row.scores and (without := self.without(row)):
+                plain = [f"{row.recipe}, without the concept", "", *without, "", "", ""]
                 lines.append("| " + " | ".join(plain) + " |")
         lines += ["| " + " | ".join([name, "", *values, "", "", ""]) + " |" for name, values in self.floors()]
         notes = ["Toy numbers: generated and evaluated on the toybox."] if self.toybox else []

@@ -1,4 +1,5 @@
-"""Compares recipes for assets on the toybox's held-out subjects, each learned from its pictures once for all recipes."""
+"""Compares recipes for assets on the toybox's held-out subjects, each learned from its pictures once for all recipes, except
+for those that learn the subject themselves."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ from shared.io.checksums import sha256
 from shared.io.outputs import write_text
 from shared.io.read_subject import read_subject
 from shared.metrics.scorer import fill
+from shared.recipe.phases import learns_subjects
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.toybox import reference_sets as album
@@ -61,17 +63,18 @@ class AssetBenchmarkSettings:
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
     """Learns the split's subjects, then makes and scores assets of them with every recipe (names or YAML files; `RECIPES` if
-    none are given), once with the concept and once without it, prompted only with the class.
+    none are given), once with the concept and once without it, prompted only with the class. Recipes that learn the subject
+    themselves get its pictures instead of the concept, and make one asset.
 
-    Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt and a concept. Resumes an
-    interrupted call with the same arguments.
+    Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt, pictures and a concept.
+    Resumes an interrupted call with the same arguments.
     """
     chosen = named(recipes or RECIPES)
     if settings.split not in album.SPLITS:
         raise ValueError(unknown(settings.split, album.SPLITS, "split"))
     if "{concept}" not in settings.prompt:
         raise ValueError(f"--prompt {settings.prompt!r} has no place for the subject: write {{concept}} in it")
-    asked = {name: _loaded(recipe, settings, "thing") for name, recipe in chosen.items()}
+    asked = {name: _example(recipe, settings) for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
     for name, recipe in asked.items():
         _check(name, recipe)
@@ -80,7 +83,7 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     with TemporaryDirectory() as folder:
         example = read_subject(album.write_album(things[0], Path(folder) / "pictures")[0].parent, class_noun="thing")
         for name, recipe in asked.items():
-            _check(name, recipe, runner, {"thing": example} if compares_with_subject(recipe) else {})
+            _check(name, recipe, runner, {"thing": example} if _needs_pictures(recipe) else {})
     about = {"learn": learning, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     contents = {name: dump(recipe) for name, recipe in asked.items()}
     experiment = Experiment(contents, things, settings.prompt, range(1), about)
@@ -111,6 +114,17 @@ def _loaded(recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str
     return load(recipe, [*settings.overrides, f"prompt={prompt}"], "3d", Recipe3D)
 
 
+def _example(recipe: str, settings: AssetBenchmarkSettings) -> Recipe3D:
+    """The recipe, prompted for an unknown subject: by name if it learns the subject, else by words, because no concept is
+    loaded yet."""
+    loaded = _loaded(recipe, settings, "thing")
+    return _loaded(recipe, settings, "<thing>", "thing") if learns_subjects(loaded) else loaded
+
+
+def _needs_pictures(recipe: Recipe3D) -> bool:
+    return learns_subjects(recipe) or compares_with_subject(recipe)
+
+
 @dataclass(frozen=True)
 class _Bench:
     """Learns each subject once, makes assets of it and evaluates them."""
@@ -121,22 +135,37 @@ class _Bench:
     yardsticks: dict[str, Yardstick] = field(default_factory=dict)
 
     def cell(self, recipe: str, thing: str, workdir: Path) -> AssetCell:
-        """One cell: two assets and their reports."""
+        """One cell: an asset, in most cases another one without the concept, and their reports."""
         noun = album.held_out(thing).thing.class_name
+        plain = _loaded(recipe, self.settings, noun)
+        alone = learns_subjects(plain)
+        prompt = self._alone(recipe, thing, noun, workdir) if alone else self._pair(recipe, thing, noun, plain, workdir)
+        by = self._yardstick(thing, prompt)
+        made = _judged(workdir / ASSET, workdir / REPORT, by)
+        base = None if alone else _judged(workdir / PLAIN, workdir / PLAIN_REPORT, by)
+        return AssetCell(thing=thing, made=made, base=base, generic=by.generic_scores)
+
+    def _alone(self, recipe: str, thing: str, noun: str, workdir: Path) -> str:
+        """Makes an asset by a recipe that learns the subject; returns the prompt."""
+        album.write_album(thing, self.things.references(thing), overwrite=True)
+        mine = _loaded(recipe, self.settings, f"<{thing}>", noun)
+        make_once(self.runner, mine, workdir / ASSET, {}, self._pictures(thing, noun))
+        return mine.prompt
+
+    def _pair(self, recipe: str, thing: str, noun: str, plain: Recipe3D, workdir: Path) -> str:
+        """Makes assets with the concept and without it; returns the prompt of the first."""
         name = self.things.learned(self.runner, thing)
         try:
             mine = _loaded(recipe, self.settings, f"<{name}>", noun)
-            subjects = {}
-            if compares_with_subject(mine):
-                subjects = {thing: read_subject(self.things.references(thing), class_noun=noun)}
+            subjects = self._pictures(thing, noun) if _needs_pictures(mine) else {}
             make_once(self.runner, mine, workdir / ASSET, read(self.things.concept(thing)).meta.files, subjects)
         finally:
             self.runner.unload(name)
-        make_once(self.runner, _loaded(recipe, self.settings, noun), workdir / PLAIN, {}, subjects)
-        by = self._yardstick(thing, mine.prompt)
-        made = _judged(workdir / ASSET, workdir / REPORT, by)
-        base = _judged(workdir / PLAIN, workdir / PLAIN_REPORT, by)
-        return AssetCell(thing=thing, made=made, base=base, generic=by.generic_scores)
+        make_once(self.runner, plain, workdir / PLAIN, {}, subjects)
+        return mine.prompt
+
+    def _pictures(self, thing: str, noun: str) -> dict[str, Subject]:
+        return {thing: read_subject(self.things.references(thing), class_noun=noun)}
 
     def _yardstick(self, thing: str, prompt: str) -> Yardstick:
         if thing not in self.yardsticks:
@@ -152,7 +181,7 @@ def make_once(
     subjects: dict[str, Subject] | None = None,
 ) -> None:
     """Makes the asset in a folder: reuses the one from an earlier call with identical inputs, and resumes an interrupted call.
-    concept: its files and their hashes; subjects: pictures for recipes that compare views with them."""
+    concept: its files and their hashes; subjects: pictures for recipes that learn from them or compare views with them."""
     pictures = {f.name: sha256(f) for subject in (subjects or {}).values() for f in subject.files}
     inputs = {"concept": dict(concept), **({"pictures": pictures} if pictures else {})}
     made_with = {"recipe": dump(recipe), "checkpoint": runner.backbone.checkpoint, **inputs}

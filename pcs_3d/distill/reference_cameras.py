@@ -39,6 +39,15 @@ def compares_with_subject(recipe: DistillRecipe) -> bool:
     return any(isinstance(p.task, ReferenceCamerasTask) or isinstance(p.references, References) for p in phases)
 
 
+def check_uses_concept(name: str, recipe: DistillRecipe) -> None:
+    """Raises ValueError for a recipe, called `name`, that learns the subject itself instead of using a loaded concept."""
+    if learns_subjects(recipe):
+        raise ValueError(
+            f"--asset-recipe {name} learns the subject from its pictures itself, so its asset would not show what the concept "
+            "learned: choose a recipe that only makes assets, such as texture_refinement"
+        )
+
+
 def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str, Subject]) -> None:
     """Raises ValueError unless there is one subject whose pictures all have masks, and `near_deg`, if set, fits them."""
     subject = only(subjects)

@@ -112,7 +112,7 @@ def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts
         (("--in", "image,audio"), "audio"),
         (("--in", "video"), "--in video: .* give motion_adapter=FOLDER"),
         (("--in", "image,3d", "--asset-recipe", "hfia"), "--in 3d: .*hifa"),
-        (("--in", "3d", "--asset-recipe", "realfusion"), "--in 3d: .*references"),
+        (("--in", "3d", "--asset-recipe", "realfusion"), "--in 3d: .*realfusion learns the subject"),
         (("--in", "3d", "--asset-recipe", "reference_reconstruction"), "--in 3d: .*masks, and these have none: 0.png"),
         (("--in", "3d", "--set-asset", "backbone=toybox"), "--in 3d: --set-asset backbone=toybox: all modalities use "),
         (("--in", "image", "--prompts", "nonesuch"), "nonesuch"),

@@ -66,6 +66,43 @@ def test_a_recipe_is_compared_with_itself_without_the_concept_and_what_fails_is_
     assert refused.code == 2 and "different prompts, seeds, settings, recipe or instruments" in refused.err
 
 
+LEARNS = """
+base: dreambooth3d
+train: {batch_size: 1}
+field: {resolution: 12}
+export: {resolution: 16, faces: 100, picture: 32, frames: 8, texture: 64}
+sampling: {steps: 2}
+sources: {class_pictures: {num_images: 1, steps: 1}}
+phases:
+  partial: {train: {steps: 1}}
+  first: {train: {steps: 1}}
+  full: {train: {steps: 1}}
+  views: {task: {num: 1}}
+  final: {train: {steps: 1}}
+  second: {train: {steps: 1}}
+"""
+
+
+def test_a_recipe_that_learns_the_subject_itself_gets_its_pictures_and_has_no_asset_without_it(pcs, tmp_path: Path):
+    (tmp_path / "learns.yaml").write_text(LEARNS)
+    out = tmp_path / "table"
+    ran = pcs("3d", "benchmark", tmp_path / "learns.yaml", "--subjects", "1", "--out", out)
+    assert ran.code == 0, ran.err
+    assert "learns, without the concept" not in ran.out and "making includes learning it: learns." in ran.out
+    (pooled, _) = csv.DictReader((out / "comparison.csv").open())
+    assert float(pooled["iou"]) > 0 and pooled["iou.base"] == "" and pooled["iou.generic"]
+    (kept,) = out.rglob("cell.json")
+    report = json.loads(kept.read_text())["report"]
+    assert report["base"] is None and report["made"]["prompt"] == "a photo of a duck"
+    made = json.loads((kept.parent / "work" / "asset" / "asset.json").read_text())
+    assert made["prompt"] == "a photo of a <development-duck>" and made["concepts"] == {}
+    assert not list(out.rglob("concept.json")), "no concept is learned that no recipe uses"
+    page = (out / "index.html").read_text()
+    assert "without the concept</a>" not in page and 'src=""' not in page
+    again = pcs("3d", "benchmark", tmp_path / "learns.yaml", "--subjects", "1", "--out", out)
+    assert "learns development-duck kept" in again.err and again.out == ran.out
+
+
 def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Path):
     def how(*settings: str) -> Recipe3D:
         tiny = ("backbone=tiny", "prompt=a photo of a mug", "train.resolution=32", *SETTINGS, *settings)
@@ -100,7 +137,7 @@ def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
         ("hifa", ("--split", "testing"), "testing"),
         ("hifa", ("--prompt", "a photo of a duck"), "{concept}"),
         ("hfia", (), "hifa"),
-        ("realfusion", (), "references"),
+        ("realfusion", (), "realfusion: references.azimuth_deg: 1 azimuths for 5 pictures"),
         ("texture_personalization", (), "field.start"),
         ("sjc", (), "export"),
     ):
@@ -169,6 +206,8 @@ def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
         (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic object of the class
     ):
         assert goal.met(aggregate_assets("r", {"a": made}, {})) is met
+    alone = cell(0.6, 0.7).model_copy(update={"base": None})
+    assert goal.met(aggregate_assets("r", {"a": alone}, {})) is True, "there is nothing without the concept to beat"
     assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None
     assert goal.met(aggregate_assets("r", {}, {"a": "no"})) is False
 

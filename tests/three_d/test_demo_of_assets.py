@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from pcs_3d import demo
 from shared.demo import Asked, Bars, Exhibit
@@ -23,6 +26,8 @@ def test_a_thing_becomes_a_mesh_and_one_whole_turn(tmp_path: Path) -> None:
     recipe = str(tmp_path / "quick.yaml")
     asked = Asked(tmp_path, "development-robot", "t_lora", "development-zigzag", "motion_director", recipe)
     demo.check(asked)
+    with pytest.raises(ValueError, match="--asset-recipe dreambooth3d learns the subject from its pictures itself"):
+        demo.check(replace(asked, asset_recipe="dreambooth3d"))
     line, shown = demo.show(asked, Bars(nullcontext, nullcontext))
     assert isinstance(line, str) and "asset.glb" in line
     assert isinstance(shown, Exhibit) and "a photo of a robot" in shown.text  # nothing learned: its class is used
