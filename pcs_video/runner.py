@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,15 @@ from torch import Tensor
 from pcs_video.backbones.frame_grid import frame_check
 from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.backbones.picture_clips import PictureClipsBackbone
+from pcs_video.hooks_of_motions import (
+    MOTION_MODULES,
+    HookOfMotion,
+    follows,
+    hooks_for_prompt,
+    hooks_of_motions,
+    is_of_motion,
+    is_trajectory,
+)
 from pcs_video.motion.alternate import Alternate, AlternateTask
 from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.dual_path import DualPath, DualPathTask
@@ -24,7 +32,6 @@ from pcs_video.motion.trajectory import measure, one_motion
 from pcs_video.recipe import check_lengths, clip_sources
 from shared.backbones import Backbone
 from shared.concept import Concept
-from shared.io.clips.open_frames import open_frames
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.contact_sheets import stills
@@ -35,19 +42,14 @@ from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Runner, attached
 from shared.runner.clip_scorers import clip_training_scorers
-from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded, motion_clips
+from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
-from shared.sampling.hooks import SamplingHook, StrengthSchedule
-from shared.sampling.inversion import NoisePrior
 from shared.sampling.settings import SamplingSettings
 from shared.trainable.base import OnRoles
 from shared.types import Subject
 
 __all__ = ["VideoRunner", "attached"]
-
-_OfConcept = FollowTrajectory | NoisePrior
-_MOTION = "motion_modules"  # in the names of AnimateDiff's layers for motion
 
 
 class VideoRunner(Runner):
@@ -100,7 +102,7 @@ class VideoRunner(Runner):
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
         """Attaches a concept as `Runner.load` does; if it consists of a trajectory alone, the strength scales that."""
-        alone = _is_trajectory(concept)
+        alone = is_trajectory(concept)
         if alone and not math.isfinite(strength):
             raise ValueError(f"the strength of {concept.meta.name!r} must be a finite number, not {strength}")
         super().load(concept, 1.0 if alone else strength)
@@ -131,7 +133,9 @@ class VideoRunner(Runner):
         for _, phase in expand_phases(recipe):
             for slot, part in phase.trainable.items():
                 names = part.modules(self.backbone, slot)[0].values() if isinstance(part, OnRoles) else ()
-                moves = isinstance(part, MotionEmbeddings) or any(_MOTION in name for some in names for name in some)
+                moves = isinstance(part, MotionEmbeddings) or any(
+                    MOTION_MODULES in name for some in names for name in some
+                )
                 if moves and not part.temporary:
                     raise ValueError(
                         "sampling.trajectory.layers: 'image' leaves out the layers for motion, which "
@@ -164,20 +168,19 @@ class VideoRunner(Runner):
         Raises ValueError also for a prompt that names several motions with trajectories, or several with noise priors.
         """
         hooks = settings.hooks if base else self.with_own_sampling(settings).hooks
-        named = [hook for hook in hooks if _of_concept(hook)]
-        groups: dict[tuple[_OfConcept, ...], list[int]] = {}
+        named = [hook for hook in hooks if is_of_motion(hook)]
+        groups: dict[tuple[HookOfMotion, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            groups.setdefault(self._of_prompt(prompt, named, base), []).append(row)
+            groups.setdefault(hooks_for_prompt(self, prompt, named, base), []).append(row)
         alone = isinstance(self.backbone, PictureClipsBackbone)
         if not (named or alone) or len(prompts) != len(seeds):
             return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
         # Paths come first: what hooks keep or give (frames, regions) is not moved.
-        others = tuple(hook for hook in settings.hooks if not _of_concept(hook))
+        others = tuple(hook for hook in settings.hooks if not is_of_motion(hook))
         made, order = [], [row for rows in groups.values() for row in rows]
         for own, rows in groups.items():
             part = part_of(progress, sum(map(len, made)), len(rows), len(prompts))
-            follows = any(isinstance(hook, FollowTrajectory) and hook.trajectory.points for hook in own)
-            still = (ByFrame(),) if alone and not follows else ()
+            still = (ByFrame(),) if alone and not follows(own) else ()
             some = [prompts[i] for i in rows], [seeds[i] for i in rows]
             how = replace(settings, hooks=(*still, *own, *others))
             made.append(super().generate(*some, how, base=base, progress=part, **more))
@@ -186,69 +189,12 @@ class VideoRunner(Runner):
     def follows(self, prompt: str, settings: SamplingSettings) -> bool:
         """Whether a clip with this prompt follows a trajectory. ValueError as in `generate`."""
         paths = [hook for hook in self.with_own_sampling(settings).hooks if isinstance(hook, FollowTrajectory)]
-        own = self._of_prompt(prompt, paths, base=False)
-        return any(isinstance(hook, FollowTrajectory) and hook.trajectory.points for hook in own)
-
-    def _of_prompt(self, prompt: str, hooks: Sequence[_OfConcept], base: bool) -> tuple[_OfConcept, ...]:
-        """Returns the hooks for one prompt: those of loaded motions that it does not name rest; if `base`, all do."""
-        named = set() if base else {name for name in self.loaded if f"<{name}>" in prompt}
-        own = tuple(hook.resting() if hook.name in self.loaded.keys() - named else hook for hook in hooks)
-        followed = [hook for hook in own if isinstance(hook, FollowTrajectory) and hook.trajectory.points]
-        started = [hook for hook in own if isinstance(hook, NoisePrior) and hook.share]
-        for some, only in ((followed, "follow only one trajectory"), (started, "start from the noise of only one")):
-            if len(some) > 1:
-                said = " and ".join(f"<{hook.name}>" for hook in some)
-                raise ValueError(f"{prompt!r} names {said}, but a clip can {only}")
-        others = sorted(named - {hook.name for hook in followed})
-        idle = [f"<{name}>" for name in others if _moves(self.loaded[name].concept)]
-        if idle and self.backbone.frames_apart and any(hook.trajectory.layers == "image" for hook in followed):
-            raise ValueError(
-                f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> leaves out the layers for motion: learn it "
-                "with sampling.trajectory.layers=all"
-            )
-        return own
+        return follows(hooks_for_prompt(self, prompt, paths, base=False))
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Also adds the trajectory of each loaded motion, scaled by its strength, and its noise prior, from the first of its
-        clips. Warns if that clip is not found or too short.
-
-        Raises ValueError for strengths by step of a concept that consists of a trajectory alone.
-        """
+        """Also adds the trajectories and noise priors of loaded motions; warns and raises as `hooks_of_motions` does."""
         settings = super().with_own_sampling(settings)
-        said = {hook.name for hook in settings.hooks if isinstance(hook, FollowTrajectory)}
-        stepwise = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
-        own = []
-        for name, loaded in self.loaded.items():
-            if name in stepwise and _is_trajectory(loaded.concept):
-                raise ValueError(
-                    f"{name!r} is a trajectory, which has one strength for the whole clip: give PATH:STRENGTH"
-                )
-            path = loaded.concept.meta.learned_with.sampling.trajectory
-            strength = self.backbone.strengths.get(name, loaded.reach)
-            if path is not None and path.points and strength and name not in said:
-                own.append(FollowTrajectory(name=name, trajectory=path.scaled(strength)))
-        own += self._noise_priors(settings)
-        return replace(settings, hooks=(*settings.hooks, *own))
-
-    def _noise_priors(self, settings: SamplingSettings) -> list[NoisePrior]:
-        said = {hook.name for hook in settings.hooks if isinstance(hook, NoisePrior)}
-        frames = self.backbone.frames if settings.frames is None else settings.frames
-        own = []
-        for name, loaded in self.loaded.items():
-            how = loaded.concept.meta.learned_with.sampling.noise_prior
-            strength = self.backbone.strengths.get(name, loaded.reach)
-            if how is None or not how.share or not strength or not frames or said & {name, ""}:
-                continue
-            clip, why = _first_clip(loaded, frames)
-            if clip is not None:
-                own.append(NoisePrior(path=clip, name=name, **how.model_dump()))
-                continue
-            warnings.warn(
-                f"{name!r} was learned to start from the noise of its first clip, but {why}: clips start from random noise "
-                "unless you give --invert CLIP",
-                stacklevel=3,
-            )
-        return own
+        return replace(settings, hooks=(*settings.hooks, *hooks_of_motions(self, settings)))
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
         settings = super()._as_trained(recipe)
@@ -272,34 +218,6 @@ class VideoRunner(Runner):
             return super().shown(subject, side)
         first = ClipWindow(length=4)
         return torch.cat([stills(read_clip(path, first, side).frames[None]) for path in subject.clips])
-
-
-def _first_clip(loaded: Loaded, frames: int) -> tuple[Path | None, str]:
-    """Returns the first clip that a motion was learned from, or why it cannot be used for clips of this many frames."""
-    try:
-        clip = motion_clips(loaded, None)[0]
-    except ValueError:
-        return None, "that was not found next to the concept"
-    there = open_frames(clip).count
-    return (clip, "") if there >= frames else (None, f"{clip.name} has only {there} of {frames} frames")
-
-
-def _of_concept(hook: SamplingHook) -> TypeGuard[_OfConcept]:
-    """Whether a hook acts only where the prompt names its concept."""
-    return isinstance(hook, FollowTrajectory) or (isinstance(hook, NoisePrior) and bool(hook.name))
-
-
-def _is_trajectory(concept: Concept) -> bool:
-    """Whether a concept consists of a trajectory alone."""
-    path = concept.meta.learned_with.sampling.trajectory
-    return path is not None and bool(path.points) and not any(concept.tensors.values())
-
-
-def _moves(concept: Concept) -> bool:
-    """Whether a concept is a motion that acts on motion modules."""
-    return concept.meta.kind == "motion" and any(
-        _MOTION in key for tensors in concept.tensors.values() for key in tensors
-    )
 
 
 def _asks_for_trajectory(recipe: Recipe) -> bool:

@@ -1,0 +1,129 @@
+"""What loaded motions add to the sampler: the path that clips follow, and the clip whose noise they start from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeGuard
+
+from pcs_video.motion.follow_trajectory import FollowTrajectory
+from shared.concept import Concept
+from shared.io.clips.open_frames import open_frames
+from shared.runner.judging_clips import motion_clips
+from shared.runner.loaded_concepts import Loaded, Painter
+from shared.sampling.hooks import SamplingHook, StrengthSchedule
+from shared.sampling.inversion import NoisePrior
+from shared.sampling.settings import SamplingSettings
+
+HookOfMotion = FollowTrajectory | NoisePrior
+
+MOTION_MODULES = "motion_modules"  # in the names of AnimateDiff's layers for motion
+
+
+def is_of_motion(hook: SamplingHook) -> TypeGuard[HookOfMotion]:
+    """Whether a hook acts only where the prompt names its concept."""
+    return isinstance(hook, FollowTrajectory) or (isinstance(hook, NoisePrior) and bool(hook.name))
+
+
+def is_trajectory(concept: Concept) -> bool:
+    """Whether a concept consists of a trajectory alone."""
+    path = concept.meta.learned_with.sampling.trajectory
+    return path is not None and bool(path.points) and not any(concept.tensors.values())
+
+
+def follows(hooks: Sequence[SamplingHook]) -> bool:
+    """Whether a clip with these hooks follows a trajectory."""
+    return any(isinstance(hook, FollowTrajectory) and hook.trajectory.points for hook in hooks)
+
+
+def hooks_of_motions(painter: Painter, settings: SamplingSettings) -> list[HookOfMotion]:
+    """Returns what loaded motions add to the settings: their trajectories, scaled by their strengths, and their noise priors,
+    from the first of their clips. What the settings already give for a concept takes precedence.
+
+    Warns if that clip is not found or too short. Raises ValueError for strengths by step of a concept that consists of a
+    trajectory alone.
+    """
+    stepwise = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
+    for name, loaded in painter.loaded.items():
+        if name in stepwise and is_trajectory(loaded.concept):
+            raise ValueError(f"{name!r} is a trajectory, which has one strength for the whole clip: give PATH:STRENGTH")
+    return [*_trajectories(painter, settings), *_noise_priors(painter, settings)]
+
+
+def _trajectories(painter: Painter, settings: SamplingSettings) -> list[FollowTrajectory]:
+    said = {hook.name for hook in settings.hooks if isinstance(hook, FollowTrajectory)}
+    own = []
+    for name, loaded in painter.loaded.items():
+        path = loaded.concept.meta.learned_with.sampling.trajectory
+        strength = _strength(painter, name)
+        if path is not None and path.points and strength and name not in said:
+            own.append(FollowTrajectory(name=name, trajectory=path.scaled(strength)))
+    return own
+
+
+def _noise_priors(painter: Painter, settings: SamplingSettings) -> list[NoisePrior]:
+    said = {hook.name for hook in settings.hooks if isinstance(hook, NoisePrior)}
+    frames = painter.backbone.frames if settings.frames is None else settings.frames
+    own = []
+    for name, loaded in painter.loaded.items():
+        how = loaded.concept.meta.learned_with.sampling.noise_prior
+        if how is None or not how.share or not _strength(painter, name) or not frames or said & {name, ""}:
+            continue
+        clip, why = _first_clip(loaded, frames)
+        if clip is not None:
+            own.append(NoisePrior(path=clip, name=name, **how.model_dump()))
+            continue
+        warnings.warn(
+            f"{name!r} was learned to start from the noise of its first clip, but {why}: clips start from random noise "
+            "unless you give --invert CLIP",
+            stacklevel=3,
+        )
+    return own
+
+
+def _strength(painter: Painter, name: str) -> float:
+    return painter.backbone.strengths.get(name, painter.loaded[name].reach)
+
+
+def _first_clip(loaded: Loaded, frames: int) -> tuple[Path | None, str]:
+    """Returns the first clip that a motion was learned from, or why it cannot be used for clips of this many frames."""
+    try:
+        clip = motion_clips(loaded, None)[0]
+    except ValueError:
+        return None, "that was not found next to the concept"
+    there = open_frames(clip).count
+    return (clip, "") if there >= frames else (None, f"{clip.name} has only {there} of {frames} frames")
+
+
+def hooks_for_prompt(
+    painter: Painter, prompt: str, hooks: Sequence[HookOfMotion], base: bool
+) -> tuple[HookOfMotion, ...]:
+    """Returns the hooks for one prompt: those of loaded motions that it does not name rest; if `base`, all do.
+
+    Raises ValueError if the prompt names several motions with trajectories, several with noise priors, or a motion whose layers
+    the trajectory of another leaves out.
+    """
+    named = set() if base else {name for name in painter.loaded if f"<{name}>" in prompt}
+    own = tuple(hook.resting() if hook.name in painter.loaded.keys() - named else hook for hook in hooks)
+    followed = [hook for hook in own if isinstance(hook, FollowTrajectory) and hook.trajectory.points]
+    started = [hook for hook in own if isinstance(hook, NoisePrior) and hook.share]
+    for some, only in ((followed, "follow only one trajectory"), (started, "start from the noise of only one")):
+        if len(some) > 1:
+            said = " and ".join(f"<{hook.name}>" for hook in some)
+            raise ValueError(f"{prompt!r} names {said}, but a clip can {only}")
+    others = sorted(named - {hook.name for hook in followed})
+    idle = [f"<{name}>" for name in others if _moves(painter.loaded[name].concept)]
+    if idle and painter.backbone.frames_apart and any(hook.trajectory.layers == "image" for hook in followed):
+        raise ValueError(
+            f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> leaves out the layers for motion: learn it with "
+            "sampling.trajectory.layers=all"
+        )
+    return own
+
+
+def _moves(concept: Concept) -> bool:
+    """Whether a concept is a motion that acts on motion modules."""
+    return concept.meta.kind == "motion" and any(
+        MOTION_MODULES in key for tensors in concept.tensors.values() for key in tensors
+    )
