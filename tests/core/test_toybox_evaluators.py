@@ -291,6 +291,19 @@ def test_kid_and_psnr():
     assert judge.psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.1)) == pytest.approx(20.0, abs=1e-3)
 
 
+def test_the_card_prints_how_often_clips_move_as_asked():
+    from shared.pretrain.evaluators.judge_clips import BARS
+    from shared.pretrain.evaluators.model_card_page import _motion_module
+
+    assert "Not judged yet: `pcs toybox evaluate-clips`" in _motion_module(None, None)
+    scores, true = dict.fromkeys([*BARS, "still"], 0.25), dict.fromkeys([*BARS, "still"], 0.5)
+    bars = {name: {"value": 0.25, "bar": bar, "met": False} for name, bar in BARS.items()}
+    judged = {"n": 8, "guidance": 4.0, "steps": 5, "seed": 0, "bars": bars, "scores": scores, "instrument": true}
+    text = _motion_module({"clips": 211200}, {**judged, "confusions": ["spin as wobble 3"]})
+    assert "trained on 211,200 captioned clips" in text and "spin as wobble 3" in text
+    assert "| motion | 25.0 % | 75.0 % | **no** | 50.0 % |" in text and "| still | 25.0 % |  |  | 50.0 % |" in text
+
+
 def test_the_shipped_backbone_draws_what_captions_say():
     from diffusers import DiffusionPipeline
 

@@ -1,6 +1,7 @@
 """Writes the model card of the toybox's weights: their contents, their training, and the instruments' accuracy.
 
-`python -m shared.pretrain.evaluators.model_card [--judge judge.json]` measures and writes `weights/CARD.md` and `card.json`.
+`python -m shared.pretrain.evaluators.model_card [--judge judge.json] [--clips clips.json]` measures, and writes
+`weights/CARD.md` and `card.json`.
 """
 
 from __future__ import annotations
@@ -56,12 +57,17 @@ def describe(weights: Path = WEIGHTS) -> dict[str, Any]:
 
 
 def write_card(
-    n: int = 600, seed: int = 0, judge: dict[str, Any] | None = None, weights: Path = WEIGHTS, keep: bool = False
+    n: int = 600,
+    seed: int = 0,
+    judge: dict[str, Any] | None = None,
+    weights: Path = WEIGHTS,
+    keep: bool = False,
+    clips: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
 
-    judge: the result of `judge_backbone`; None: the card's previous one. keep: keeps the card's previous accuracies
-    (with their `n` and `seed`) instead of measuring again, which takes minutes.
+    judge, clips: the results of `judge_backbone` and `judge_clips`; None: those of the previous card. keep: keeps the previous
+    card's accuracies (with their `n` and `seed`) instead of measuring again, which takes minutes.
     """
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -74,6 +80,7 @@ def write_card(
         accuracies = measure_all(vae, n, seed)
     card = {"fresh_renders": n, "seed": seed, **describe(weights), "accuracies": accuracies}
     card["judge"] = judge or before.get("judge")
+    card["clips"] = clips or before.get("clips")
     card["curve"] = curve.read(weights)
     write_json(path, card)
     (weights / "CARD.md").write_text(page(card), "utf-8")
@@ -86,12 +93,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge", type=Path, help="JSON written by `shared.pretrain.evaluators.judge_backbone`")
+    parser.add_argument("--clips", type=Path, help="JSON written by `pcs toybox evaluate-clips --out`")
     parser.add_argument("--keep", action="store_true", help="keep the card's current accuracies")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     judge = json.loads(given.judge.read_text("utf-8")) if given.judge else None
-    print(page(write_card(given.n, given.seed, judge, keep=given.keep)))
+    clips = json.loads(given.clips.read_text("utf-8")) if given.clips else None
+    print(page(write_card(given.n, given.seed, judge, keep=given.keep, clips=clips)))
 
 
 if __name__ == "__main__":

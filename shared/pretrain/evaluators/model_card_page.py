@@ -51,6 +51,8 @@ def page(card: dict[str, Any]) -> str:
         _backbone_made(card["trainings"].get("backbone")),
         _backbone(card["judge"]),
         *_curve(card.get("curve")),
+        "## Motion module\n",
+        _motion_module(card["trainings"].get("motion_adapter"), card.get("clips")),
         "## Evaluators\n",
         _evaluators(card),
         "### CLIP\n",
@@ -136,6 +138,26 @@ def _curve(curve: dict[str, Any] | None) -> list[str]:
         f"{curve['guidance']} ({curve.get('by', '`pcs toybox curve`')}).\n",
         _table(["pictures seen", *(name.replace("_", " ") for name in names)], rows),
     ]
+
+
+def _motion_module(training: dict[str, Any] | None, judge: dict[str, Any] | None) -> str:
+    made = f"A diffusers `MotionAdapter`, trained on {training['clips']:,} captioned clips.\n" if training else ""
+    if judge is None:
+        return made + "Not judged yet: `pcs toybox evaluate-clips`.\n"
+    rows = [
+        [name.replace("_", " "), _percent(bar["value"]), _percent(bar["bar"]), "yes" if bar["met"] else "**no**", true]
+        for name, bar in judge["bars"].items()
+        for true in [_percent(judge["instrument"].get(name))]
+    ]
+    rows.append(["still", _percent(judge["scores"]["still"]), "", "", _percent(judge["instrument"]["still"])])
+    return (
+        f"{made}{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, seed {judge['seed']}, "
+        "one clip of 16 frames each, without selection\n(`pcs toybox evaluate-clips`). `motion`: the motion in the caption is "
+        "the one recognised; `ends agree`: the first and last frames\nare as similar as in 95 % of true clips; `still`: "
+        "nothing moves. The last column is for renders of the same scenes.\n\n"
+        + _table(["", "value", "bar", "met", "on renders"], rows)
+        + f"\nThe commonest errors: {', '.join(judge['confusions']) or 'none'}.\n"
+    )
 
 
 def _evaluators(card: dict[str, Any]) -> str:
