@@ -21,9 +21,9 @@ _COLUMNS = {
 @app.callback()
 def methods(
     context: typer.Context,
-    long: bool = typer.Option(False, "--long", help="show each recipe's complete classification in the taxonomy"),
+    long: bool = typer.Option(False, "--long", help="also show each recipe's place in the taxonomy"),
 ) -> None:
-    """List the families of methods with their recipes."""
+    """List the families of methods: equation, use, cost, key settings and recipes."""
     if context.invoked_subcommand:
         return
     from rich.console import Console
@@ -40,9 +40,8 @@ def methods(
             places = {name: taxonomy_of(written(name, modality, model_of(modality))) for name in family.recipes}
             schemes = ", ".join(dict.fromkeys(place.scheme for place in places.values()))
             console.print(f"[bold]{modality}: {family.title}[/] ({schemes})\n")
-            about = {"": family.equation, "use": family.use, "cost": family.cost}
-            settings = family.settings if long else {}
-            for words, text in (about | settings).items():
+            about = {"": family.equation, "use": family.use, "cost": family.cost, **family.settings}
+            for words, text in about.items():
                 console.print(Padding(f"{words}: {text}" if words else text, (0, 0, 0, 2)), markup=False)
             table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
             for column in ("recipe", "what", "how"):
@@ -57,7 +56,7 @@ def methods(
                 else:
                     table.add_row(name, title, values.get("trains", ""))
             console.print(Padding(table, (1, 0, 1, 2)))
-    more = "" if long else "pcs methods --long adds settings and each recipe's place in the taxonomy.\n"
+    more = "" if long else "pcs methods --long adds each recipe's place in the taxonomy.\n"
     print(f"{more}pcs methods show NAME explains one recipe, setting by setting, with its papers.")
 
 
