@@ -1,1 +1,1 @@
-"""Evaluates one concept: prompts, pictures with and without it, scores with their intervals."""
+"""Evaluates one concept, with prompts, pictures with and without the concept, and scores with intervals."""

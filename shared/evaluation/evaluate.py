@@ -35,8 +35,7 @@ Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, se
 Asked = Sequence[tuple[int, int]]  # (prompt index, seed) of each picture
 
 
-#: The base model's prompts (texts, and each picture's text index and seed) -> the pictures [N, 3, H, W], and the seconds
-#: per picture.
+#: (the base model's prompts, each picture's prompt index and seed) -> (the pictures [N, 3, H, W], the seconds per picture).
 KeptPictures = dict[tuple[tuple[str, ...], tuple[tuple[int, int], ...]], tuple[Tensor, float]]
 
 

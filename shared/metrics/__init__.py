@@ -1,1 +1,1 @@
-"""Scores: is it the subject, does it follow the prompt, is it a copy, and what else did learning change?"""
+"""Scores for whether pictures show the subject, follow the prompt or are copies, and for what else learning changed."""

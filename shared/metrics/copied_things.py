@@ -1,8 +1,9 @@
 """Detects things that were cut out of a reference and pasted into a new picture.
 
-Such a picture differs from the reference as a whole, so `shared.metrics.copying` misses it, but the thing in it is the same
-pixel by pixel. This module therefore cuts the thing out of the reference and searches for it in the picture, cropped to its own
-thing. The score is the normalised cross-correlation under the reference's mask, maximized over shifts, sizes and mirroring.
+As a whole, such a picture differs from the reference, so `shared.metrics.copying` misses it; only the thing in it is the same,
+pixel by pixel. This module therefore cuts the thing out of the reference and searches for it in the picture, which is also
+cropped to its thing. The score is the normalised cross-correlation under the reference's mask, maximized over shifts, sizes
+and mirroring.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from shared.metrics.crops import aligned_crops
 
 GRID = 40  # pictures are compared at this size
 OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the crops, as multiples of the thing's side
-ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # up to 1.24
-INSIDE = 2  # exponent of the mask: cells at the thing's border, which also show the background, count little
+ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # from 0.8 to 1.24
+INSIDE = 2  # exponent of the mask; it reduces the weight of the thing's border cells, which also show the background
 FLAT = 1e-3  # below this spread there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:
-    """Returns the best correlation `[N, R]`, in [-1, 1], between the things in `[N, 3, H, W]` and in `[R, 3, H', W']`.
+    """Returns the best correlation `[N, R]`, in [-1, 1], between the things in pictures `[N, 3, H, W]` and the things in
+    references `[R, 3, H', W']`.
 
     Args:
         where, reference_where: `[N, h, w]` and `[R, h, w]`, the probability that a cell shows the thing

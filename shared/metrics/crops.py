@@ -1,4 +1,4 @@
-"""Crops pictures to their thing, so that they can be compared regardless of its place, size and surroundings."""
+"""Crops pictures to their thing, so that things can be compared regardless of place, size and surroundings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def placements(where: Tensor) -> Tensor:
         where: `[N, h, w]`, the probability that a cell shows the thing (a mask will do)
 
     The size assumes a uniformly filled box with the same spread (half a side = √3 standard deviations), so a few stray
-    cells hardly change it. An empty map gives the whole picture.
+    cells hardly change it. For an empty map, the result is the whole picture.
     """
     heat = (where * (where > SURE)).double()
     total = heat.sum((1, 2)).clamp_min(1e-9)

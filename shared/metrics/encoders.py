@@ -37,7 +37,7 @@ class InstrumentInfo:
     toybox: bool = False
     accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, if a card states it; in [0, 1]
     text_weight: float = CLIP_SCORE_WEIGHT  # factor that scales picture–text cosines to [0, 1]
-    fingerprint: str = ""  # of its weights, if its measurements may be cached
+    fingerprint: str = ""  # hash of its weights; "" if its measurements may not be cached
 
 
 @runtime_checkable
@@ -76,7 +76,8 @@ class SoftReader(AttributeReader, Protocol):
     """A reader that returns probabilities, so that one misread picture cannot dominate a score over a few pictures."""
 
     def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
-        """`[N, 3, H, W]` in [-1, 1] and each picture's requested values -> per picture: attribute -> its probability."""
+        """`[N, 3, H, W]` in [-1, 1] and each picture's requested values -> per picture: attribute -> the
+        probability of the requested value."""
         ...
 
 
@@ -217,7 +218,8 @@ class DinoEncoder:
 
 
 def _unit(output: Any) -> Tensor:
-    """Normalises the projection, which transformers 5 returns in an object's `pooler_output`, and version 4 as a tensor."""
+    """Normalises the projection, which transformers 5 returns in an object's `pooler_output` and version 4
+    returns as a tensor."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
 

@@ -69,7 +69,7 @@ class Range:
     fixed: float  # F: the thing in one pose and place
 
     def freedom(self, made: Pairs) -> float | None:
-        """Returns (D − F) / (R − F) on [0, 1]; None if too few pairs are verified, or R is not above F."""
+        """Returns (D − F) / (R − F), clamped to [0, 1]; None if too few pairs are verified, or R is not above F."""
         if not made.of or made.counted < ENOUGH * made.of or not self.free > self.fixed:
             return None
         return min(1.0, max(0.0, (made.mean - self.fixed) / (self.free - self.fixed)))

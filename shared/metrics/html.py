@@ -1,5 +1,5 @@
-"""Renders one HTML page per report, with inline pictures and plots, and without scripts or external URLs. It is readable on a
-phone, in dark mode and with a screen reader.
+"""Renders one HTML page per report, with inline pictures and plots, and without scripts or external URLs. The page is readable
+on a phone, in dark mode and with a screen reader.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from shared.metrics.verification import PASSING, Look, Verifier
 
 #: The minimum number of pictures for each of a style's two figures, and for each of its prompts.
 BEHIND, PER_PROMPT = 120, 16
-#: For one pose and place: FIXED pictures per prompt, in the first of up to POSES poses that the instruments verify.
+#: The number of pictures per prompt in one pose and place, and the maximum number of poses tried until one is verified.
 FIXED, POSES = 6, 8
 #: The share of true pictures that may, by chance, match a reference's thing pixel by pixel.
 PASTED = 0.03
@@ -110,7 +110,7 @@ def _free(
 
 
 def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures) -> Pairs:
-    """Compares pictures in one pose and place: per prompt, the first pose that is verified in at least half its pictures."""
+    """Compares pictures in one pose and place: for each prompt, the first pose with at least half of its pictures verified."""
     left = [i for i, p in enumerate(prompts) if p.free]
     found: dict[int, Pairs] = {}
     for pose in range(POSES):
@@ -130,7 +130,7 @@ def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figur
 
 
 def _drawn(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], instruments: Instruments, seed: int) -> _Set:
-    """Draws at least `BEHIND` pictures of every style, evenly over its prompts, and sends them through the autoencoder."""
+    """Draws at least `BEHIND` pictures of every style, evenly over its prompts, and passes them through the autoencoder."""
     styles = [style_of(p.expects) for p in prompts]
     counts = [max(PER_PROMPT, math.ceil(BEHIND / styles.count(style))) for style in styles]
     of = [i for i, count in enumerate(counts) for _ in range(count)]

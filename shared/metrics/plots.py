@@ -18,7 +18,7 @@ MARKERS = "osD^vPX*"
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe in the trade-off plot; all values on [0, 1], intervals optional."""
+    """One recipe in the trade-off plot; all values are in [0, 1], and the intervals are optional."""
 
     label: str
     identity: float

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shared.io.safe_paths import safe_relative
 from shared.metrics.true_thing import TrueFigures
 
-SCHEMA_VERSION = 2  # 2: identity means verification, and freedom is the third term
+SCHEMA_VERSION = 2  # since 2, identity means verification, and freedom is the third term
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
-# "freedom": with the concept, more seeds of the prompts that leave the pose open; these pictures count only for freedom.
+# "freedom" pictures show the concept, from more seeds of the prompts that leave the pose open; they count only for freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = 0.5  # with T below this, fewer than half of the true pictures pass verification: the thing is shown separately
+APART = 0.5  # if T is below this, too few true pictures pass verification, so the thing is reported separately
 
 
 class Row(BaseModel):
@@ -27,7 +27,7 @@ class Row(BaseModel):
 
 
 class Score(Row):
-    """One headline number. All its values share one unit; rates and scores are on [0, 1]."""
+    """One headline number. All its values share one unit; rates and scores are in [0, 1]."""
 
     key: str
     title: str
@@ -162,8 +162,8 @@ class Report(BaseModel):
 
     @staticmethod
     def load(path: Path | str, pictures: bool = True) -> Report:
-        """Reads a report from its folder or its JSON. ValueError if it is missing, damaged or has another schema
-        version.
+        """Reads a report from its folder or JSON file. ValueError if the report is missing or damaged, or has another
+        schema version.
         """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path

@@ -51,11 +51,17 @@ class Measured:
 class Scorer:
     """Compares pictures with a subject's references.
 
-    references: `[R, 3, H, W]` in [-1, 1]. gallery: look-alikes, name -> `[n, 3, H, W]`. Without a gallery, identity
-    means likeness to the references; with one, recognition among the look-alikes; and with `figures` of the true thing as
-    well, verification. fresh: pictures of the subject that are not references, used to calibrate what counts as a copy.
-    expects: what a picture must show, by prompt (in plain words). through: the model's autoencoder, which the pictures have
-    passed through. masks: `[R, H, W]`, the thing's masks in the references.
+    Without a gallery, identity means likeness to the references; with one, recognition among the look-alikes; and with
+    `figures` as well, verification.
+
+    Args:
+        references: `[R, 3, H, W]` in [-1, 1]
+        gallery: look-alikes, name -> `[n, 3, H, W]`
+        fresh: pictures of the subject that are not references, used to calibrate what counts as a copy
+        expects: what a picture must show, by prompt (in plain words)
+        through: the model's autoencoder, which the pictures have passed through
+        masks: `[R, H, W]`, the thing's masks in the references
+        figures: measured on true pictures of the thing
     """
 
     references: Tensor
@@ -90,7 +96,8 @@ class Scorer:
         return fill(text, self.class_noun, self.class_noun)
 
     def measure(self, pixels: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> Measured:
-        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts; ValueError if the counts differ."""
+        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts. ValueError if the
+        numbers of pictures, prompts and expectations differ."""
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]

@@ -1,6 +1,6 @@
 """Scores as pure functions of embeddings. Embeddings are `[N, D]`; all arithmetic is in float64.
 
-The standard ones follow DreamBooth (arXiv 2208.12242, section 4.1): CLIP-T, CLIP-I, DINO-I. KID follows arXiv 1801.01401.
+CLIP-T, CLIP-I and DINO-I follow DreamBooth (arXiv 2208.12242, section 4.1); KID follows arXiv 1801.01401.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def leave_one_out(references: Tensor) -> Tensor:
 
 
 def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
-    """CLIP-T on [0, 1]: `min(1, weight * max(cos, 0))`; CLIPScore (arXiv 2104.08718) uses a weight of 2.5.
+    """CLIP-T scaled to [0, 1]: `min(1, weight * max(cos, 0))`; CLIPScore (arXiv 2104.08718) uses a weight of 2.5.
 
     weight: the instrument's own factor (`InstrumentInfo.text_weight`), chosen so that matching pairs stay below 1.
     """
@@ -69,7 +69,7 @@ class Retrieval:
     nearest: tuple[str, ...]  # N names of gallery entries
     hits: Tensor  # bool [N]: whether that entry is the subject
     margin: Tensor  # float64 [N]: similarity to the subject minus similarity to the nearest other entry
-    chance: float  # accuracy of a guess: 1 / entries
+    chance: float  # accuracy of a guess: 1 / number of entries
 
     @property
     def accuracy(self) -> float:
@@ -92,7 +92,7 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
     others = similarity.clone()
     others[:, column] = -torch.inf
     margin = similarity[:, column] - others.max(1).values
-    # A tie is not a hit: it would also occur with two equal gallery entries.
+    # A tie is not a hit, because two equal gallery entries would also tie.
     nearest = torch.where(margin > 0, torch.full_like(margin, column, dtype=torch.long), others.argmax(1))
     return Retrieval(tuple(names[i] for i in nearest.tolist()), margin > 0, margin, 1 / len(names))
 
@@ -157,7 +157,7 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
 
 
 def trade_off(*terms: float) -> float:
-    """Returns the harmonic mean of scores on [0, 1] that pull against each other; 0 if any is 0 (copying, ignoring the
+    """Returns the harmonic mean of scores in [0, 1] that pull against each other; 0 if any is 0 (copying, ignoring the
     prompt, one pose for every seed).
     """
     values = [min(1.0, max(0.0, v)) for v in terms]
@@ -196,7 +196,7 @@ def bootstrap(
 
 
 def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Returns Wilson's score interval of a rate (1927); (nan, nan) if there are no trials."""
+    """Returns Wilson's score interval (1927) for a rate; (nan, nan) if there are no trials."""
     if trials == 0:
         return math.nan, math.nan
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
@@ -212,7 +212,7 @@ def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
     Args:
         queries: `[Q, D]`
         gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the mean of
-            the two highest cosines counts, not the cosine with the mean. Each entry is cut to the size of the smallest,
+            the two highest cosines counts, not the cosine with their mean. Each entry is cut to the size of the smallest,
             because the best of more pictures would be higher by chance
 
     Raises:

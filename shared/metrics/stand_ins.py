@@ -46,7 +46,7 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 
 
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
-    """Rates identity per picture `[N]` on [0, 1]: 0 for the likeness that another thing of the same class and colours
+    """Rates identity per picture `[N]` in [0, 1]: 0 for the likeness that another thing of the same class and colours
     typically has to the references, 1 for the likeness of the thing itself. Without these constants, returns the plain
     likeness. Copies, and pictures of a face that cannot be seen, get 0.
     """
@@ -60,8 +60,8 @@ def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list
 
 
 def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float | None:
-    """Returns the mean distance between crops of one prompt, scaled between the two constants. Each pair is weighted by how
-    much both pictures show the thing. None without constants, crops, or two pictures of a prompt that leaves view and style
+    """Returns the mean distance between the crops of one prompt, on the scale of the two constants. Each pair is weighted by
+    how much both pictures show the thing. None without constants, crops, or two pictures of a prompt that leaves view and style
     open.
     """
     crops = made.look.crops
@@ -82,7 +82,7 @@ def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float
 
 
 def _text(made: Previewed, instruments: Instruments) -> float | None:
-    """Rates how well the prompts were followed: by the probabilities of the requested attributes if a reader returns them."""
+    """Rates how well the prompts were followed, from the probabilities of the requested attributes if a reader returns them."""
     if isinstance(instruments.attributes, SoftReader) and any(made.expects):
         chances = instruments.attributes.chances(made.pixels, made.expects)
         values = [sum(c.values()) / len(c) for c in chances if c]

@@ -65,7 +65,7 @@ class ToyboxReader:
         return self.model.where(resize01(pixels, 64))
 
     def faces(self, pixels: Tensor) -> Tensor:
-        """True for front and side views: from behind and from above only hair is visible."""
+        """Tells whether each picture is a front or side view; from behind and from above, only hair is visible."""
         from shared.toybox.evaluators.recognizer import FACE_VIEWS
 
         return torch.tensor([view in FACE_VIEWS for view in self.read(pixels)["view"]], dtype=torch.bool)
@@ -111,7 +111,7 @@ def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
 
 def calibration() -> dict[str, Any]:
     """Reads the output of `pcs toybox calibrate`: the `encoder` that compares poses, the `crops` it uses, and the `typical`
-    readings. Empty if it has not been run."""
+    readings. Empty if the command has not been run."""
     from shared.toybox.evaluators.convnet import WEIGHTS
 
     path = WEIGHTS / CALIBRATION

@@ -21,9 +21,9 @@ class Tally:
 
     subject: str
     prompt: int
-    identity: float  # number of pictures that show the thing (a likeness on [0, 1] counts as a fraction)
+    identity: float  # number of pictures that show the thing (a likeness in [0, 1] counts as a fraction)
     judged: int  # number of pictures that can be judged
-    ceiling: float  # sum over the judged pictures of the share of true pictures that pass (1 if there are none)
+    ceiling: float  # sum of the judged pictures' ceilings: the share of true pictures that pass, or 1 if there are none
     text: float  # sum of the pictures' prompt-following scores
     texts: int
     pairs: Pairs | None = None  # only if the prompt leaves the pose open
@@ -31,8 +31,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms on [0, 1]; None if a term cannot be measured at all. For the `unmeasured` subjects, too few pictures show
-    the thing for freedom to be measured, so it counts as 0."""
+    """The terms, in [0, 1]; None if a term cannot be measured at all. The freedom of the `unmeasured` subjects counts as 0,
+    because too few of their pictures show the thing."""
 
     identity: float | None
     text: float | None

@@ -29,7 +29,10 @@ class TrueThing(Protocol):
     key: str  # identifies the thing and the drawing code: equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
-        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1]. pose: the number of a pose and place for all."""
+        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1].
+
+        pose: the number of the pose and place that all pictures share; None: each picture has its own
+        """
         ...
 
 

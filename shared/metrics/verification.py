@@ -40,8 +40,8 @@ class Look:
     pasted: Tensor | None  # float64 [N, R]: pixelwise match between the thing and the thing in each reference
 
     def copied(self, limit: float | None = None) -> Tensor:
-        """Tells whether each picture copies a reference as a whole, or its thing matches one with a correlation of at least
-        `limit`: bool `[N]`."""
+        """Tells whether each picture copies a reference as a whole, or shows a thing that matches the thing in a reference
+        with a correlation of at least `limit`: bool `[N]`."""
         whole = self.copying.copied
         return whole if limit is None or self.pasted is None else whole | (self.pasted.amax(1) >= limit)
 
@@ -99,8 +99,8 @@ class Verifier:
         references: `[R, 3, H, W]` in [-1, 1]
         gallery: look-alikes, name -> `[n, 3, H, W]`; without them nothing is recognised
         fresh: pictures of the subject that are not references, to calibrate what counts as a copy
-        through: the model's autoencoder, which the pictures have passed through. The pictures they are compared with are
-            sent through it too, so that what the autoencoder loses does not lower the scores
+        through: the model's autoencoder, which generated pictures have passed through. The references and other pictures
+            to compare with are passed through it too, so that the detail it loses does not lower the scores
         masks: `[R, H, W]` in [0, 1], the thing's masks in the references; None uses the locator's maps
     """
 

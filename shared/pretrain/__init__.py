@@ -1,1 +1,1 @@
-"""Training networks from data: the toybox's backbone and its evaluators."""
+"""Trains networks from data: the toybox's backbone and its evaluators."""

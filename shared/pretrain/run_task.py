@@ -44,7 +44,7 @@ class RunSettings:
     device: str | None = None  # as torch names it; None: the GPU if there is one
     bf16: bool | None = None  # None: only if the device is fast at it; others can take ten times as long
     compiled: bool = False  # whether to compile U-Net blocks: takes a minute, but makes a GPU about twice as fast
-    log_every: int = 50  # steps
+    log_every: int = 50  # steps between log lines
     save_minutes: float = 3.0
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ class PretrainTask:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns `<module>/<tensor>` and `average/<parameter>`, on the CPU."""
+        """Returns the tensors, named `<module>/<tensor>` and `average/<parameter>`, on the CPU."""
         networks = {name: module.state_dict() for name, module in self.modules.items()}
         return state_of(networks, self.averages.state_dict() if self.averages else {})
 

@@ -1,5 +1,5 @@
 """Painted backgrounds. Each depends on a few of its scene's random numbers and on the horizon, but never on the camera's
-azimuth, so that it stands still while the camera turns.
+azimuth, so it stands still while the camera turns.
 
 Every painter takes a `Canvas` of b pictures and returns colors [b, 3, S, S].
 """
@@ -17,9 +17,12 @@ Color = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Canvas:
-    """A painter's inputs. x, y: [1, S, S] in [0, 1], y down; horizon: [b, 1, 1].
+    """A painter's inputs.
 
-    numbers: [b, 48], random in [0, 1]; noise: [b, 4, S, S], smooth, about ±1.
+    x, y: the pixels' coordinates [1, S, S] in [0, 1]; y points down
+    horizon: the y of the horizon [b, 1, 1]
+    numbers: random numbers [b, 48] in [0, 1]
+    noise: smooth noise [b, 4, S, S], about ±1
     """
 
     x: Tensor

@@ -2,7 +2,8 @@
 
     [a photo of | a pencil sketch of | ...] a red duck with blue wings [wearing a red hat] [on the beach] [, front view]
 
-The first color is always the main one, and the second belongs to the part mentioned; "a red and blue duck" means the same.
+The first color is always the main one, and the second belongs to the part mentioned; "a red and blue duck" means the same as
+"a red duck with blue wings".
 Patterns and identities are never mentioned.
 """
 
@@ -97,8 +98,8 @@ def opening(style: str) -> str:
 def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
     """Describes a thing without its accessory: "a red duck with blue wings".
 
-    colors: "parts" as above, "pair" for "a red and blue duck", "main" for "a red duck", "none" for "a duck".
-    noun: used in place of the class name, for example "toy duck".
+    colors: "parts" for the form above, "pair" for "a red and blue duck", "main" for "a red duck", "none" for "a duck"
+    noun: used in place of the class name, for example "toy duck"
     """
     noun = noun or thing.class_name
     if colors == "none":
@@ -122,11 +123,11 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7
 
 
 def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: Moves | None = None) -> str:
-    """Writes one caption of a scene, at most 26 words; with `moves`, of the clip that starts with it.
+    """Writes one caption of a scene or, with `moves`, of the clip that starts with the scene, in at most 26 words.
 
-    full: class, both colors, accessory, background and view, in the canonical form; otherwise some are left out and the
-    wording varies. Accessories, motions and all styles but "photo" are always named, views only if they are clear or
-    `full` is set.
+    With `full`, the caption names class, both colors, accessory, background and view, in the canonical form; otherwise some are
+    left out and the wording varies. Accessories, motions and all styles but "photo" are always named, views only if they are
+    clear or `full` is set.
     """
     detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
 
@@ -161,9 +162,11 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: M
 
 @dataclass(frozen=True)
 class Moves:
-    """A clip's motion in a caption: words after the thing, or at the end if they begin with a comma; "" if it is not mentioned.
+    """How a clip's caption describes its motion.
 
-    room: maximum number of words and commas in the whole caption; still_view: whether the view stays the same throughout.
+    words: placed after the thing, or at the end if they begin with a comma; "" if the motion is not mentioned
+    room: the maximum number of words and commas in the whole caption
+    still_view: whether the view stays the same throughout the clip
     """
 
     words: str
@@ -172,7 +175,7 @@ class Moves:
 
 
 def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: str) -> str:
-    """Writes the caption of a clip, with a shorter phrase for the place if the one passed in leaves too little room."""
+    """Writes the caption of a clip, with a shorter phrase for the place if `place` leaves too little room."""
     last = moves.words if moves.words.startswith(",") else ""
     text = text if last or not moves.words else f"{text} {moves.words}"
     if not last and moves.words:
@@ -208,7 +211,7 @@ CAPTION_ATTRIBUTES = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
 
 
 def caption_attributes(text: str) -> tuple[int, int, int]:
-    """Reads a caption's attributes: indices into CLASSES, VIEWS and ACCESSORIES, -1 for those it leaves open.
+    """Reads a caption's attributes: indices into CLASSES, VIEWS and ACCESSORIES, -1 for attributes that it leaves open.
 
     Accessories are always named, so a caption without one means "none"; with two things side by side, class and accessory
     are -1.

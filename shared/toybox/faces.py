@@ -124,7 +124,8 @@ def faces(identities: np.ndarray, spacing: float, device: torch.device) -> Faces
     points = unit * radius[:, owner] + centre[:, owner]
     points[..., 2] += tilt[:, owner] * (points[..., 1] - centre[:, owner, 1])
     points[..., 2] = points[..., 2].clamp_min(BOTTOM)  # the bust stands on a flat base
-    # Hair is a shell with the face cut out, and a beard one with the brow cut out; points cut away are moved inside the head.
+    # Hair is a shell with the face cut out, and a beard is one with the brow cut out; points that are cut
+    # out are moved inside the head.
     line = torch.tensor(0.3 + 0.22 * v[:, 14], dtype=torch.float32, device=device)[:, None]
     x, z = unit[:, 0], unit[:, 2]
     bald = (owner == _INDEX["hair"]) & (z < line + (0.9 * x - 0.2).clamp(-1.1, 0.35) * 1.1 - 0.1)

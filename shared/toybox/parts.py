@@ -13,8 +13,10 @@ Parts = list[tuple[str, Surface]]
 class Anchors:
     """Where accessories sit, in the units of the shape.
 
-    top: (x, z, radius) of a hat; eyes: (x, z, width) of glasses; neck: (x, z, radius) of a scarf;
-    side: how far to the left and right the arms of glasses must reach to pass beside the head.
+    top: (x, z, radius) of a hat
+    eyes: (x, z, width) of glasses
+    neck: (x, z, radius) of a scarf
+    side: how far to the left and right the arms of glasses must reach to pass beside the head
     """
 
     top: tuple[float, float, float]

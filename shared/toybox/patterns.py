@@ -46,10 +46,13 @@ def _level(kind: str, coverage: Tensor) -> Tensor:
 class Pattern:
     """The parameters of one pattern.
 
-    turn: rotation [3][3] of object space; wave: cycles per unit length; offset: phases [3] in radians;
-    coverage: share of the main surface that has an accent color; arms: number of arms of a swirl;
-    two: whether the second accent is used;
-    proportions: factors on (length, width, height), and the taper per unit height.
+    turn: the rotation of object space, [3][3]
+    wave: cycles per unit length
+    offset: three phases in radians
+    coverage: the share of the main surface that has an accent color
+    arms: the number of arms of a swirl
+    two: whether the second accent is used
+    proportions: factors on length, width and height, and the taper per unit height
     """
 
     kind: str
@@ -149,7 +152,8 @@ def _gap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def fingerprint(seed: int) -> np.ndarray:
-    """Returns a pattern's parameters as one vector, for finding near-duplicates: vectors far apart look visibly different."""
+    """Returns a pattern's parameters as one vector, for finding near-duplicates: patterns whose vectors are
+    far apart look clearly different."""
     p = pattern(seed)
     kind = np.eye(len(KINDS))[KINDS.index(p.kind)]
     phases = [f(v) for v in p.offset for f in (np.cos, np.sin)]
@@ -194,9 +198,12 @@ def table(things: list[Thing], device: torch.device) -> PatternTable:
 
 
 def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluates patterns of one kind: a signal [M] (high where the pattern shows), and one that separates its accents.
+    """Evaluates patterns of one kind: a signal [M] that is high where the pattern shows, and one [M] that
+    separates the two accents.
 
-    p: points in object space [M, 3]; q: the points turned and scaled to radians [M, 3]; rate: radians per unit length [M].
+    p: points in object space [M, 3]
+    q: the points, turned and scaled to radians [M, 3]
+    rate: radians per unit length [M]
     """
     a, b, c = q.unbind(1)
     if kind == "bands":
@@ -224,7 +231,7 @@ def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate:
 def paint(albedo: Tensor, position: Tensor, owner: Tensor, patterns: PatternTable) -> Tensor:
     """Applies the owners' patterns to main-colored surface points: albedo [M, 3] and owners [M] -> colors [M, 3].
 
-    position: in object space [M, 3], before the proportions are applied.
+    position: the points in object space [M, 3], before the proportions are applied
     """
     painted = albedo.clone()
     kinds = patterns.kind[owner]

@@ -181,7 +181,7 @@ def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: flo
 
 
 def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[float], h: float) -> Surface:
-    """Samples a round tube with closed ends along a smooth curve through the path [K, 3]; radius: one, or one per point."""
+    """Samples a round tube with closed ends along a smooth curve through the path [K, 3], with one radius or K radii."""
     spine = curve(path, 80)
     radii = np.broadcast_to(np.asarray(radius, float), (len(path),))
     widths = curve(radii[:, None], 80)[:, 0]

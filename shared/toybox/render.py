@@ -28,13 +28,14 @@ _ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue
 class Rendered:
     """B pictures of H×W pixels.
 
-    pixels: [B, 3, H, W] in [0, 1]; mask: [B, 1, H, W], the share of each pixel that things cover;
-    thing_mask: int64 [B, H, W], 0 background, 1 first thing, 2 second thing; depth: [B, 1, H, W] from the camera, in
-    radii of the thing (10 in the background); position: [B, 3, H, W], in the thing's object space (unit sphere,
-    x forward, y left, z up), 0 in the background.
+    pixels: [B, 3, H, W] in [0, 1]
+    mask: [B, 1, H, W], the share of each pixel that things cover
+    thing_mask: int64 [B, H, W]; 0 is the background, 1 the first thing, 2 the second thing
+    depth: [B, 1, H, W], the distance from the camera in radii of the thing; 10 in the background
+    position: [B, 3, H, W] in the thing's object space (unit sphere, x forward, y left, z up); 0 in the background
 
-    In every style, mask, thing_mask, depth and position are those of the photo style. Styles may color pixels slightly outside
-    the mask, or leave some inside it as background: a watercolor runs, a neon drawing glows, and pixel art, because its
+    Whatever the style, mask, thing_mask, depth and position are the same as for a photo. Styles may color pixels slightly
+    outside the mask, or leave some inside it as background: a watercolor runs, a neon drawing glows, and pixel art, because its
     3-pixel squares do not fit evenly into 64, is 3 % larger than the photo (up to two pixels at the right and lower borders).
     """
 
@@ -66,7 +67,7 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
 
 
 def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Rendered:
-    """Paints scenes from their placed things and the visible hits on them, on 2 size × 2 size subpixels."""
+    """Paints scenes from their placed things and the visible hits on them, on a grid of 2 size × 2 size subpixels."""
     fine, device = 2 * size, things.axes.device
     draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
     numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
@@ -153,9 +154,9 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
     u, v = u * cos + v * sin, v * cos - u * sin
     low, length, width = (g[:, None, None] for g in things.ground.unbind(1))
     steep = toward[:, 2, None, None].clamp_min(0.17)
-    # The point of the ground plane seen at (u, v): `right` is unchanged, the rest follows from the elevation.
+    # How far toward the viewer the point of the ground plane seen at (u, v) lies; along `right`, it lies at u.
     ahead = (v + up[:, 2, None, None] * low) / steep
-    # Ground axes: (right_x, right_y) across, and the same axis turned by -90 degrees toward the viewer.
+    # The axes of the ground are (right_x, right_y) and, toward the viewer, the same axis turned by -90 degrees.
     px = right[:, 0, None, None] * u + right[:, 1, None, None] * ahead
     py = right[:, 1, None, None] * u - right[:, 0, None, None] * ahead
     far = ((px / (1.1 * length + 0.1)) ** 2 + (py / (1.1 * width + 0.1)) ** 2).sqrt()
@@ -163,7 +164,7 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _shade(hits: Hits, things: Instances, numbers: Tensor) -> Tensor:
-    """Computes the hits' colors [M, 3]: albedo with its pattern, a light beside the camera, one above, and a sheen."""
+    """Computes the hits' colors [M, 3] from the patterned albedo, a light beside the camera, one above, and a sheen."""
     slots = things.colors.shape[1]
     albedo = things.colors.flatten(0, 1).index_select(0, hits.who * slots + hits.slot)
     body = (hits.slot == SLOTS["main"]).nonzero()[:, 0]

@@ -31,7 +31,8 @@ SHAPES = {
 class Cloud:
     """A shape inside the unit sphere: points [N, 3], normals [N, 3], slots [N] (indices into part_colors.DETAILS).
 
-    bottom: the z of the ground under it; foot: half its length and width (x, y) there, for the contact shadow.
+    bottom: the z of the ground under the shape
+    foot: half the shape's length (x) and width (y) on the ground, for the contact shadow
     """
 
     points: np.ndarray

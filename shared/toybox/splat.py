@@ -24,10 +24,15 @@ FILL = 0.46  # the radius of a thing at scale 1, as a fraction of the picture
 
 @dataclass(frozen=True)
 class Instances:
-    """The I things of B scenes: scene [I], which [I] (0 or 1), view axes [I, 3, 3], place [I, 5], colors [I, slots, 3].
+    """The I things of B scenes.
 
-    axes rows: right, up, toward the camera. place: x, y (of the centre, in [0, 1]), scale, cos and sin of the roll.
-    rank [I]: 0 for the thing in front. ground [I, 3]: the z of the ground, half length and width of its foot.
+    scene: [I], the index of the thing's scene
+    which: [I], 0 for a scene's first thing, 1 for its second
+    axes: [I, 3, 3], whose rows point right, up, and toward the camera
+    place: [I, 5], x and y of the centre in [0, 1], the scale, and the cosine and sine of the roll
+    colors: [I, slots, 3]
+    rank: [I], 0 for the thing in front
+    ground: [I, 3], the z of the ground, and half the length and width of the thing's foot
     """
 
     things: list[Thing]
@@ -53,8 +58,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Hits:
-    """The M subpixels that show a thing: flat index (scene * S * S + pixel), who [M], canonical and placed position
-    [M, 3], normal [M, 3] (placed), slot [M], depth [M] in radii from the camera."""
+    """The M subpixels that show a thing.
+
+    at: [M], the flat index: scene * S * S + pixel
+    who: [M], the index of the thing
+    canonical, position: [M, 3], the point's position before and after the thing's proportions are applied
+    normal: [M, 3], after the proportions are applied
+    slot: [M]
+    depth: [M], the distance from the camera in radii
+    """
 
     at: Tensor
     who: Tensor
@@ -162,7 +174,8 @@ def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
 def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Projects points to columns and rows in a picture of size×size pixels (0 at the first pixel's centre), and depths.
 
-    view: [..., 3], right, up and toward the camera, in radii of the thing; place: [..., 5] as in `Instances`.
+    view: [..., 3], the points' coordinates right, up and toward the camera, in radii of the thing
+    place: [..., 5] as in `Instances`
     """
     x, y, scale, cos, sin = place.unbind(-1)
     depth = DISTANCE - view[..., 2]

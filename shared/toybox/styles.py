@@ -193,7 +193,7 @@ def _ramp(values: Tensor, colors: list[tuple[float, float, float]]) -> Tensor:
 
 
 def thermal(s: Sheet) -> Tensor:
-    """A thermal image: things glow, the background is cold."""
+    """A thermal image in which things glow and the background is cold."""
     heat = 0.12 + 0.25 * gray(s.picture) + s.mask * (0.28 + 0.42 * s.normal[:, 2:].clamp(0, 1))
     ramp = [(0.02, 0.0, 0.2), (0.35, 0.0, 0.6), (0.85, 0.15, 0.35), (1.0, 0.6, 0.0), (1.0, 1.0, 0.6)]
     return _ramp(blur(heat, 1), ramp)
@@ -228,7 +228,7 @@ def woodcut(s: Sheet) -> Tensor:
 
 
 def crosshatch(s: Sheet) -> Tensor:
-    """Blue ink: one, two, three layers of strokes."""
+    """One, two or three layers of strokes in blue ink."""
     x, y = _grid(s)
     light = gray(blur(s.picture, 1))
     ink = outlines(s)

@@ -18,8 +18,8 @@ from shared.toybox.world import Scene, Thing, sample_camera, sample_scene
 def asked_scenes(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> list[Scene]:
-    """Samples one scene for each entry of `asked`: the attributes that the picture must show (`background`, `view`,
-    `accessory`, `style`, as the recognizer names them); the rest is random, as in `sample_scene`.
+    """Samples one scene for each entry of `asked`, which contains the attributes that the picture must show (`background`,
+    `view`, `accessory`, `style`, as the recognizer names them); the rest is random, as in `sample_scene`.
 
     pose: the seed of the pose and place that all scenes share; None: each scene has its own.
     """

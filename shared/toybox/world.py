@@ -100,7 +100,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Camera:
-    """A thing's viewpoint and its place in the picture: x right and y down from the centre; at scale 1 it nearly fills it."""
+    """A thing's viewpoint and its place in the picture: x right and y down from the centre.
+
+    At scale 1, the thing nearly fills the picture.
+    """
 
     azimuth_deg: float = 0.0
     elevation_deg: float = 15.0
@@ -255,7 +258,7 @@ def sample_scene(rng: np.random.Generator, split: str = "train", **fixed: Any) -
     else:
         things = (fixed.get("thing") or sample_thing(rng, split, **fixed),)
         camera = fixed.get("camera") or sample_camera(rng, fixed.get("view"))
-        # Glasses cannot be seen from behind, so captions must not mention them there.
+        # Glasses cannot be seen from behind, so captions must not mention them in such pictures.
         while not fixed.get("view") and not fixed.get("camera") and _hidden(things[0], camera):
             camera = sample_camera(rng)
         if not fixed.get("accessory") and not fixed.get("thing") and _hidden(things[0], camera):

@@ -1,1 +1,1 @@
-"""Evaluates a motion, a subject, or both in clips: prompts, clips with and without them, scores with their intervals."""
+"""Evaluates a motion, a subject, or both, with prompts, clips with and without them, and scores with intervals."""

@@ -11,7 +11,7 @@ from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
 HALF = 0.5  # a clip is flagged if a smaller share of its frames matches the prompt
 STILL = "still"  # the candidate that every motion is compared to
-OPPOSED = 0.0  # motion fidelity at or below this means nothing in common, or the opposite motion
+OPPOSED = 0.0  # motion fidelity at or below this means unrelated or opposite motions
 
 
 @dataclass(frozen=True)

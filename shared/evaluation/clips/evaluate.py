@@ -28,7 +28,7 @@ from shared.metrics.clips.save import save_clip_report
 from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
 Progress = Callable[[str, int, int], None]
-#: What clips depend on, their prompts and their seeds -> the clips [N, 3, F, H, W], and the seconds they took.
+#: (what the clips depend on, their prompts, their seeds) -> (the clips [N, 3, F, H, W], the seconds to generate them).
 KeptClips = dict[tuple[Hashable, tuple[str, ...], tuple[int, ...]], tuple[Tensor, float]]
 
 
@@ -36,8 +36,8 @@ KeptClips = dict[tuple[Hashable, tuple[str, ...], tuple[int, ...]], tuple[Tensor
 class Makers:
     """Functions that generate clips: with the concepts, without any, and with the motion loaded but not asked for.
 
-    `unnamed` is None if there are no such clips. `depends` says what clips that other evaluations may share depend on, besides
-    prompts and seeds.
+    `unnamed` is None if there are no such clips. `depends` states, for clips that evaluations may share, what the clips depend
+    on besides prompts and seeds.
     """
 
     concept: Generate
@@ -53,7 +53,7 @@ class ClipShots:
     seeds: Sequence[int]
     out: Path | str | None = None  # a folder; None: no report is written
     overwrite: bool = False
-    fps: float = 8.0  # of the clips in the report
+    fps: float = 8.0  # frames per second of the clips in the report
     chunk: int = 4  # clips per call
     kept: KeptClips | None = None  # evaluations that share this dict also share clips
 
@@ -170,7 +170,7 @@ class _Evaluation:
     def _clips(
         self, kind: Kind, texts: list[str], seeds: list[int], generate: Generate, progress: Steps | None
     ) -> tuple[Tensor, float]:
-        """Returns clips and the seconds they took, when they were generated."""
+        """Returns clips and the seconds that it took to generate them, now or in an earlier evaluation."""
         key = (self.makers.depends.get(kind), tuple(texts), tuple(seeds))
         kept = {} if self.shots.kept is None or key[0] is None else self.shots.kept
         if key not in kept:

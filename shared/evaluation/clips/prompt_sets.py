@@ -70,7 +70,7 @@ class ClipTexts:
     motion: str = ""
     subject: str = ""
     class_noun: str = ""
-    limit: int | None = None  # use only this many prompts, from the first
+    limit: int | None = None  # the number of prompts to use, from the first; None: all
 
     def __post_init__(self) -> None:
         for prompt in self.chosen:
@@ -109,12 +109,12 @@ class ClipTexts:
 
     @property
     def expects(self) -> list[dict[str, str]]:
-        """What the frames of each clip must show; the class only if the prompt contains it."""
+        """What the frames of each clip must show; without the class if a subject takes the place of the prompt's own thing."""
         dropped = {"class"} if self.subject else set()
         return [{k: v for k, v in p.expects.items() if k not in dropped} for p in self.chosen]
 
     def of_pictures(self) -> PromptSet:
-        """Returns these prompts as a set for pictures of the subject; its true pictures are drawn for them."""
+        """Returns these prompts as a set for pictures, for which true pictures of the subject are drawn."""
         texts = [_said(p.text, "", "{concept}") for p in self.chosen]
         prompts = [Prompt(text=t, expects=e) for t, e in zip(texts, self.expects, strict=True)]
         return PromptSet(name=self.prompts.name, prompts=tuple(prompts))

@@ -71,8 +71,8 @@ def _relative(arms: Arms) -> Arms:
 
 
 def relative(key: str, value: float, truth: float) -> float:
-    """Returns a clip's "identity" or "both" as a share of what true pictures reach. For "both" at most 1 (NaN stays), so that
-    clips whose frames are verified more often than true ones do not make up for others with a wrong motion."""
+    """Returns a clip's "identity" or "both" as a share of what true pictures reach. The share for "both" is capped at 1, so
+    that clips whose frames are verified more often than true ones do not make up for clips with a wrong motion."""
     share = value / truth
     return 1.0 if key == "both" and share > 1 else share
 
@@ -119,7 +119,7 @@ def _score(key: str, value: float, span: tuple[float, float], base: float | None
     about = ABOUT[key]
 
     def known(x: float | None) -> float | None:
-        """A share relative to true pictures can exceed 1; it is reported as 1."""
+        """Caps rates at 1, because a share of what true pictures reach can exceed 1."""
         x = number(x)
         return x if x is None or about.unit != "rate" else min(1.0, x)
 

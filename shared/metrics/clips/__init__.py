@@ -1,1 +1,1 @@
-"""Measures of clips: how things move, and what the frames look like."""
+"""Measures how things move in clips, and what the frames look like."""

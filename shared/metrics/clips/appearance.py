@@ -19,7 +19,7 @@ _FLAT = 1e-3  # makes two flat pictures count as equal; their cosine would other
 class PixelEncoder:
     """Encodes frames by their pixels: their colours on a 16×16 grid, minus the mean, as a unit vector.
 
-    The fallback when no network is given. It sees which colours are where, but not what is depicted.
+    It is the fallback if no network is given. It sees which colours are where, but not what is depicted.
     """
 
     info = InstrumentInfo("pixels (16×16, no network)", "likeness of frames")
@@ -48,8 +48,8 @@ def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
 
 
 def unrelated(clips: Sequence[Tensor]) -> list[float]:
-    """Returns, for each clip `[f, D]`, the `leakage` from the others into it: the baseline for unrelated clips (different
-    things in different places). Empty for fewer than two."""
+    """Returns, for each clip `[f, D]`, the `leakage` from the others: the baseline that unrelated clips (different things
+    in different places) reach. Empty for fewer than two clips."""
     if len(clips) < 2:
         return []
     return [leakage(clip, [other for j, other in enumerate(clips) if j != i]) for i, clip in enumerate(clips)]

@@ -11,7 +11,7 @@ from shared.metrics.clips.flow_fields import FlowFields, flow_fields
 from shared.metrics.clips.tracks import Tracks, follow
 from shared.metrics.scores import cosine
 
-TOP = 0.05  # share of the flow vectors that are averaged, longest first
+TOP = 0.05  # share of the flow vectors that are averaged: the longest ones
 MOVES = 6 / 256  # VBench's threshold, as a fraction of the shorter side per frame
 OF_SIXTEEN = 4  # VBench: a 16-frame clip is dynamic when this many steps exceed the threshold
 REACH = 0.03  # fraction of the shorter side: a point that never gets this far from its start counts as still
@@ -24,7 +24,7 @@ class Dynamics:
     """Dynamic degree and temporal consistency of one clip, which pull against each other."""
 
     degree: float  # mean over frames of the longest 5 % of the flow, as a fraction of the shorter side per frame
-    dynamic: bool  # whether it exceeds VBench's threshold
+    dynamic: bool  # whether enough frame pairs exceed VBench's threshold
     consistency: float  # mean cosine of consecutive frames' embeddings
     consistency_all_pairs: float  # mean cosine of all pairs of frames
 
@@ -36,7 +36,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     mean of the longest 5 % of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the shorter side in at
     least F/4 of the F - 1 pairs. Only vectors confirmed by the backward flow count, so that flicker is not taken for motion.
     The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5): cosines of consecutive frames.
-    Some papers average over all pairs; that is returned too.
+    Some papers average over all pairs of frames; that mean is returned too.
 
     Args:
         embeddings: `[F, D]` of the clip's frames

@@ -1,7 +1,7 @@
 """Computes a clip's optical flow, forward and backward: the basis of point tracks and of the dynamic degree.
 
 The method is DIS (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590). VBench uses RAFT,
-which needs pretrained weights. This module keeps VBench's thresholds, but its values differ slightly.
+which needs pretrained weights. This module keeps VBench's thresholds, but measures slightly different values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FlowFields:
     @cached_property
     def magnitudes(self) -> Tensor:
         """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side. 0 where the backward flow
-        does not confirm a vector: flicker also produces flow, with long vectors where there is no detail."""
+        does not confirm a vector, because flicker also produces flow, with long vectors where there is no detail."""
         height, width = self.forward.shape[1:3]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         here = torch.stack([columns, rows], -1).reshape(-1, 2).double()

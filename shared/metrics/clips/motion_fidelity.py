@@ -18,7 +18,7 @@ from shared.metrics.clips.tracks import Tracks
 
 MOVES = 0.03  # fraction of the frame's shorter side: a track that never gets this far from its start is still
 STILL = 0.004  # fraction of the shorter side per frame: displacements far below this count as rest in any direction
-SEEN = 0.4  # share of frames in which a track must be visible, and in which both tracks of a compared pair must be
+SEEN = 0.4  # share of frames in which a track must be visible, and both tracks of a compared pair at the same time
 MOST = 256  # tracks compared per clip, evenly chosen
 
 
@@ -29,11 +29,12 @@ def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> fl
     are fast, 1 where both are at rest, about 0 where only one is. The match is averaged over the frames in which both are
     visible.
 
-    The result is 1 for a clip and itself, or for two clips in which nothing moves, 0 if only one moves, and about -1 for
-    opposite directions. Clips with different numbers of frames are both resampled to the smaller number.
+    The result is 1 for a clip compared with itself and for two clips in which nothing moves, 0 if something moves in only
+    one of them, and about -1 for opposite directions. Clips with different numbers of frames are both resampled to the
+    smaller number.
 
     Args:
-        compensate_camera: subtract the median displacement of all visible tracks from each frame, which is the camera's motion
+        compensate_camera: subtracts the median displacement of all visible tracks from each frame, which is the camera's motion
             as long as the thing covers less than half of the tracks
 
     Raises:
@@ -51,7 +52,7 @@ def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> fl
 
 def resampled(tracks: Tracks, frames: int) -> Tracks:
     """Resamples tracks linearly to another number of evenly spaced frames, keeping the first and the last one. A point is
-    visible if it is visible in both neighbouring frames."""
+    visible in a new frame if it is visible in both neighbouring old ones."""
     if frames == tracks.frames:
         return tracks
     at = torch.linspace(0, tracks.frames - 1, frames, dtype=torch.float64)

@@ -88,7 +88,7 @@ def inline_clip(webp: bytes) -> str:
 
 
 def _still(webp: bytes | None) -> str:
-    """Returns the first frame, for readers whose system is set to reduced motion."""
+    """Returns a clip's first frame, for readers whose system is set to reduced motion."""
     if webp is None:
         return ""
     frame = Image.open(io.BytesIO(webp)).convert("RGB")

@@ -14,7 +14,7 @@ from shared.metrics.report import REPORT_FILE, Instrument, MadeRow, Row, Score
 SCHEMA_VERSION = 1
 CLIPS = "clips"  # the folder of the clips
 Kind = Literal["concept", "base", "unnamed"]
-"""With all the concepts named in the prompt; without any; with the motion loaded but not named."""
+"""Clips with all concepts named in the prompt, without any concept, and with the motion loaded but not named."""
 
 
 class ClipRow(MadeRow):
@@ -84,8 +84,8 @@ class ClipReport(BaseModel):
 
     @staticmethod
     def load(path: Path | str, clips: bool = True) -> ClipReport:
-        """Reads a report from its folder or its JSON, and with `clips` also its files. ValueError if it is missing or damaged,
-        is a report of pictures, or has another schema version.
+        """Reads a report from its folder or JSON file; with `clips`, its other files too. ValueError if the report is missing
+        or damaged, is a report of pictures, or has another schema version.
         """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path

@@ -51,8 +51,12 @@ class MeasuredClips:
 class ClipScorer:
     """Compares clips with their prompts and, where available, with a motion's clips and a subject's pictures.
 
-    motion_clips: all of one size, `[3, f, H, W]` in [-1, 1]. known, reader: a motion of the toybox and a path reader.
-    thing: the scorer that holds the subject's references. compensate_camera: as in `motion_fidelity`.
+    Args:
+        motion_clips: the clips that the motion was learned from, `[3, f, H, W]` in [-1, 1], all of one size
+        known: the motion, if it is one of the toybox
+        reader: reads the things' paths, by which that motion is recognised
+        thing: the scorer that has the subject's references
+        compensate_camera: as in `motion_fidelity`
     """
 
     instruments: Instruments = field(default_factory=Instruments)
@@ -87,12 +91,12 @@ class ClipScorer:
 
     @cached_property
     def unrelated_looks(self) -> list[float]:
-        """The leakage between the motion's own clips, see `unrelated`."""
+        """The leakage between the motion's own clips; see `unrelated`."""
         return unrelated(self.motion_looks)
 
     def measure(self, clips: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> MeasuredClips:
         """Computes all scores of N clips `[N, 3, F, H, W]` in [-1, 1], given their prompts in plain words. ValueError if
-        the counts differ."""
+        the numbers of clips, prompts and expectations differ."""
         expected = [{}] * len(prompts) if expects is None else list(expects)
         if not len(clips) == len(prompts) == len(expected):
             raise ValueError(f"{len(clips)} clips, {len(prompts)} prompts and {len(expected)} expectations")
@@ -181,7 +185,7 @@ class ClipScorer:
 
 
 def checkpoint_score(means: Mapping[str, float]) -> float:
-    """Returns subject × motion × (1 - leakage), on [0, 1]; a factor that was not measured counts as 1.
+    """Returns subject × motion × (1 - leakage), in [0, 1]; a factor that was not measured counts as 1.
 
     Motion is the recognition rate if there is a path reader, else the fidelity; subject is `identity`.
     """

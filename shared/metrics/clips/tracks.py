@@ -15,12 +15,12 @@ LEAST = 16  # points that should lie inside a mask: the grid is refined until th
 
 @dataclass(frozen=True)
 class Tracks:
-    """N points over F frames.
+    """N points tracked over F frames.
 
     A point that is lost (hidden, out of the frame, or not confirmed by the backward flow) stays lost.
     """
 
-    points: Tensor  # float64 [N, F, 2]: x right, y down, in pixels; the middle of the first pixel is (0, 0)
+    points: Tensor  # float64 [N, F, 2]: x right, y down, in pixels; the centre of the first pixel is (0, 0)
     visible: Tensor  # bool [N, F]
     size: tuple[int, int]  # height and width of the frames in pixels
 
@@ -53,7 +53,7 @@ def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_S
 
     Args:
         mask: `[H, W]` or `[1, H, W]`, above 0.5 where the first frame should have points. The grid is refined until 16
-            points lie inside or every pixel has one
+            points lie inside the mask or every pixel has one
         per_side: points along the shorter side
 
     Raises:
@@ -79,7 +79,7 @@ def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_S
 
 
 def _grid(size: tuple[int, int], per_side: int) -> Tensor:
-    """`[N, 2]` (x, y): the middles of equal cells, `per_side` along the shorter side."""
+    """`[N, 2]` (x, y): the centres of equal cells, `per_side` along the shorter side."""
     spacing = min(size) / per_side
     rows, columns = (_middles(length, spacing) for length in size)
     y, x = torch.meshgrid(rows, columns, indexing="ij")

@@ -37,8 +37,9 @@ VIEWS = 6  # pictures per prompt
 class _Sets:
     """Sets of pictures of one thing, by name.
 
-    pictures: `[N, 3, 64, 64]` in [-1, 1], encoded and decoded by the autoencoder; where: the probability that a cell shows
-    the thing, `[N, 8, 8]`; prompts: one per picture
+    pictures: `[N, 3, 64, 64]` in [-1, 1], encoded and decoded by the autoencoder
+    where: `[N, 8, 8]`, the probability that a cell shows the thing
+    prompts: one per picture
     """
 
     pictures: dict[str, Tensor]

@@ -19,7 +19,7 @@ from shared.toybox.evaluators.convnet import write_json
 from shared.toybox.render import render
 
 RECONSTRUCTED = 0.7  # probability that a picture is replaced by its reconstruction, if it has one
-VIEWS_PER_THING = 4  # maximum in a batch
+VIEWS_PER_THING = 4  # maximum number of views of a thing in a batch
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def attribute_values() -> dict[str, tuple[str, ...]]:
 def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Makes targets `[N]` from the dataset's label columns.
 
-    Views without a clear name are undefined (-1). So is everything except background and style in pictures of two things.
+    Views without a clear name are undefined (-1). For pictures of two things, everything but background and style is undefined.
     """
     labels = {name: columns[name].astype(np.int64).copy() for name in attribute_values()}
     for name, values in labels.items():

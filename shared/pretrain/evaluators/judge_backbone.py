@@ -146,8 +146,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """Computes the KID between `pictures` and `fresh` renders, on the features of the recognizer and of CLIP; `_floor`: the
-    same for `others`, which are also renders.
+    """Computes the KID between `pictures` and `fresh` renders, on the features of the recognizer and of CLIP. Keys
+    that end in `_floor` hold the same for `others`, which are also renders.
     """
     clip, _ = load_clip()
     result = {}

@@ -49,8 +49,8 @@ def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
 
 
 def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Measures accuracies on `n` fresh renders in all styles, and the most common confusions; `_shown`: over pictures with
-    an accessory or a style.
+    """Measures accuracies on `n` fresh renders in all styles, and the most common confusions. Scores whose names end in
+    `_shown` cover only pictures with an accessory or a style.
 
     degrade: applied to the pictures `[n, 3, 64, 64]` first, for example the VAE's round trip.
     """
@@ -151,8 +151,8 @@ def _identity_hits(
 def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
     """Measures zero-shot accuracies, the retrieval of a picture's full caption among 64, and the swap test.
 
-    `swap_<attribute>`: the fraction of pictures closer to their caption than to the same caption with another value of the
-    attribute (chance 0.5); `swap_binding`: with the two colours exchanged.
+    `swap_<attribute>` is the fraction of pictures that are closer to their caption than to the same caption with another value
+    of the attribute (chance 0.5) or, for `swap_binding`, with the two colours exchanged.
     """
     model, processor = load_clip()
     scenes = fresh_scenes(n, seed, style="photo", accessory="none")
@@ -178,7 +178,7 @@ def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) ->
 
 
 def swapped(scene: world.Scene, attribute: str, rng: np.random.Generator) -> world.Scene:
-    """Returns the scene with another value of one attribute; `binding`: with its two colours exchanged."""
+    """Returns the scene with another value of one attribute or, for `binding`, with its two colours exchanged."""
 
     def other(values: tuple[str, ...], *but: str) -> str:
         left = [v for v in values if v not in but]

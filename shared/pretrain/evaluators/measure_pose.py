@@ -27,10 +27,10 @@ _SEED = 83
 def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, clips: int = 4) -> dict[str, Any]:
     """Measures median absolute errors on `n` fresh renders in all styles, and recognition on `clips` fresh clips per motion.
 
-    Azimuths are judged only on renders from an elevation below 50 degrees; `azimuth_near`: the share within 30 degrees.
-    `captioned`: the share of clips of captioned motions whose path is nearest to a path of the right motion; `held_out`: the
-    share of clips of held-out motions recognised among their look-alikes, the other motions of their split, and standing
-    still.
+    Azimuths are judged only on renders from an elevation below 50 degrees; `azimuth_near` is the share of errors below 30
+    degrees. `captioned` is the share of clips of captioned motions whose path is nearest to a path of the right motion.
+    `held_out_<split>` is the share of clips of held-out motions that are recognised among their look-alikes, the other motions
+    of their split, and standing still.
 
     degrade: applied to the pictures `[n, 3, 64, 64]` first, for example the VAE's round trip.
     """

@@ -66,8 +66,8 @@ def write_card(
 ) -> dict[str, Any]:
     """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
 
-    judge, clips: the results of `judge_backbone` and `judge_clips`; None: those of the previous card. keep: keeps the previous
-    card's accuracies (with their `n` and `seed`) instead of measuring again, which takes minutes.
+    judge, clips: the results of `judge_backbone` and `judge_clips`; None: the previous card's results
+    keep: keeps the previous card's accuracies (with their `n` and `seed`) instead of measuring again, which takes minutes
     """
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}

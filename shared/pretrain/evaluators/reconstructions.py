@@ -1,5 +1,5 @@
-"""Reconstructs pictures with the autoencoder. The evaluators also learn from the reconstructions, because they judge
-decoded pictures.
+"""Reconstructs pictures with the autoencoder. The evaluators are also trained on the reconstructions, because
+the pictures that they judge are decoded by the autoencoder.
 
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE TARGET ROWS`
 """

@@ -29,8 +29,8 @@ _ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class EvaluatorTraining:
-    """Settings; `lr` is the peak rate. `thaw`: whether the identity encoder also trains the recognizer's trunk, in a
-    second round."""
+    """Settings; `lr` is the peak rate. With `thaw`, the identity encoder also trains the recognizer's trunk, in a second
+    round."""
 
     batch_size: int = 128
     lr: float = 2e-3
@@ -42,7 +42,7 @@ class EvaluatorTraining:
 class EvaluatorTask(PretrainTask):
     """A task that trains an evaluator."""
 
-    flags: tuple[str, ...]  # flags of the training command besides the settings, for the card
+    flags: tuple[str, ...]  # flags of the training command, in addition to the settings; stated in the card
 
     def _set_up(self, module: nn.Module, settings: EvaluatorTraining, compute: Compute) -> None:
         self.module, self.settings, self.compute = module.to(compute.device).train(), settings, compute

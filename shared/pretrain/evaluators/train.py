@@ -1,7 +1,7 @@
 """Trains an evaluator in a seeded, resumable run. Training all of them takes about an hour on a CPU.
 
-`python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) leaves a checkpoint and a
-log in `work` and, at the end of a session, fp16 weights in `out`.
+`python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) writes a checkpoint and a
+log to `work` and, at the end of a session, fp16 weights to `out`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Folders:
     """The folders that a training run reads and writes.
 
     data: the dataset; for the identity encoder, a folder written by `data.build_identity`
-    out: for the weights; the identity encoder and the pose estimator start from the trunk of the `recognizer` next to it
-    work: for checkpoint and log
+    out: the weights; the identity encoder and the pose estimator start from the trunk of the `recognizer` next to it
+    work: checkpoint and log
     reconstructions: an .npy file of the data's first pictures, encoded and decoded by the autoencoder
     """
 

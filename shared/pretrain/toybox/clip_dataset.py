@@ -31,8 +31,10 @@ VERSION = 1
 class Clips:
     """N clips of 16 frames.
 
-    captions: N lists of 4 captions; motions: int64 [N], indices into `MOTIONS`; labels: int64 [N, …] of the first frame, in the
-    order of `dataset.LABELS`; paths: float64 [N, 16, 6], columns `motions.motion.PATH`.
+    captions: N lists of 4 captions
+    motions: int64 [N], indices into `MOTIONS`
+    labels: int64 [N, …], the labels of the first frame, in the order of `dataset.LABELS`
+    paths: float64 [N, 16, 6] with the columns `motions.motion.PATH`
     """
 
     folder: Path

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClipLatents:
-    """N clips. tokens: int16 [N, V, L]; empty: int64 [L], the ids of ""; mark: fingerprint of autoencoder and tokenizer."""
+    """N clips.
+
+    tokens: int16 [N, V, L]
+    empty: int64 [L], the ids of ""
+    mark: the fingerprint of autoencoder and tokenizer
+    """
 
     latents: tuple[np.ndarray, ...]  # per chunk, float16 [n, F, C, h, w]
     covered: tuple[np.ndarray, ...]  # per chunk, uint8 [n, F, h, w]

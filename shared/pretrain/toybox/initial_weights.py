@@ -30,7 +30,7 @@ from shared.train import checkpoint
 def adopt_vae(out: Path) -> bool:
     """Copies the shipped autoencoder into a run's folder, unless the run trains its own or already has one.
 
-    Returns whether the run's autoencoder is the shipped one, except for its decoder. The shipped encoder must not change,
+    Returns whether the run's autoencoder is the shipped one, apart from its decoder. The shipped encoder must not change,
     because the U-Net and the motion module were trained on its latents.
     """
     from diffusers import AutoencoderKL

@@ -39,7 +39,7 @@ class Cache:
 
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
-    """Returns a hash of everything that the cached values depend on except the pictures; the decoder is not part of it."""
+    """Returns a hash of everything that the cached values depend on except the pictures. The decoder does not affect them."""
     known = [_VERSION, vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]
     digest = hashlib.sha256(json.dumps(known).encode())
     parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
@@ -61,12 +61,12 @@ def build(
     Args:
         folder: the folder of the arrays
         pictures: uint8 [N, S, S, 3] and captions, N times V
-        vae: finished; moved to ``device`` and left there
+        vae: the finished autoencoder, which is moved to ``device`` and left there
         tokenizer: pads and truncates to 32 tokens
         device: the device on which latents are computed; None: the autoencoder's current one
 
     Returns:
-        the arrays, mapped read-only
+        the arrays, memory-mapped read-only
     """
     folder.mkdir(parents=True, exist_ok=True)
     total, mark = len(pictures), fingerprint(vae, tokenizer)
@@ -90,7 +90,7 @@ def build(
 
 
 def load(folder: Path) -> Cache:
-    """Maps a finished cache.
+    """Memory-maps a finished cache.
 
     Raises:
         ValueError: there is no cache

@@ -133,7 +133,7 @@ _ADAMW = AdamW(weight_decay=1e-2, warmup=100, schedule="linear", decay=0.8, max_
 
 @dataclass(frozen=True)
 class ReaderTraining:
-    """Settings; training takes about five minutes on one core. ``lr`` is the peak rate."""
+    """Settings for training the reader, which takes about five minutes on one core. ``lr`` is the peak rate."""
 
     steps: int = 1600
     batch: int = 128
@@ -176,7 +176,7 @@ def train_reader(data: cache.Cache, out: Path, run: RunSettings, settings: Reade
     """Returns the reader of the run's folder `out`, frozen; trains it there first if it is not finished.
 
     Args:
-        data: latents, with the attributes in their captions
+        data: latents and the attributes named in their captions
         run: determines the device and whether to resume; the number of steps comes from the settings
     """
     run = replace(run, steps=settings.steps, minutes=None, pause_at=None)

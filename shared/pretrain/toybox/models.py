@@ -24,7 +24,8 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class VaeSize:
-    """The size of an ``AutoencoderKL``: [B, 3, S, S] in [-1, 1] to latents [B, latent_channels, S / 2^(levels - 1), …]."""
+    """The size of an ``AutoencoderKL``, which encodes [B, 3, S, S] in [-1, 1] as latents
+    [B, latent_channels, S / 2^(levels - 1), …]."""
 
     channels: tuple[int, ...] = (24, 48, 96)
     layers_per_block: int = 1
@@ -35,7 +36,7 @@ class VaeSize:
 
 @dataclass(frozen=True)
 class TextSize:
-    """The size of a ``CLIPTextModel``: 32 tokens to [B, 32, hidden]."""
+    """The size of a ``CLIPTextModel``, which maps 32 tokens to [B, 32, hidden]."""
 
     hidden: int = 128
     layers: int = 4
@@ -44,9 +45,10 @@ class TextSize:
 
 @dataclass(frozen=True)
 class UnetSize:
-    """The size of a ``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16]; attention at every level but the first.
+    """The size of a ``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16], with attention at every level but the
+    first.
 
-    ``layers_per_block``: residual blocks per level on the way down; one more on the way up.
+    ``layers_per_block``: the number of residual blocks per level on the way down; there is one more on the way up
     """
 
     channels: tuple[int, ...] = (64, 128, 192)

@@ -44,7 +44,7 @@ class MotionTraining:
     words: settings for preparing the words before training
     short: the initial fraction of steps, which use every second frame (8 of 16) of twice as many clips
     t_uniform, t_mean: see `draw_times`; motion is decided at higher noise than appearance
-    moving_weight: the loss weight of the time-varying part of the error; that of the error's mean over time is 1
+    moving_weight: the loss weight of the time-varying part of the error; the error's mean over time has weight 1
     """
 
     batch: int = 4  # clips of 16 frames; with 8 frames, twice as many
@@ -176,7 +176,7 @@ class MotionTask(PretrainTask):
         models.lay_out(self.net.unet, compute)
         self.drawn = Prefetch(self.draw, compute.device)
         own = {**{f"unet.{name}": p for name, p in self.net.motion_parameters().items()}, "words": self.net.words}
-        # Everything is in bf16: on a GPU, casts to and from fp32 around each norm take longer than everything else.
+        # The network is entirely in bf16: on a GPU, casts to and from fp32 around each norm take longer than all the rest.
         self.half = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()} if compute.bf16 else None
         if self.half is not None:
             self.net.to(torch.bfloat16).requires_grad_(False)

@@ -19,8 +19,8 @@ T = TypeVar("T", "UnetTraining", "MotionTraining")
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
 #: The final fraction of a round of U-Net training, over which the learning rate falls.
 FALL = 0.75
-#: Groups of things for the identity encoder. It memorized 1,500 groups: in pictures decoded by the autoencoder, it recognised
-#: 98 % of these things, but only 75 % of others.
+#: Groups of things for the identity encoder. Trained on 1,500 groups, it memorized them: in pictures decoded by the
+#: autoencoder, it recognised 98 % of these things, but only 75 % of others.
 IDENTITY_GROUPS = 4_500
 #: For a small data set, there is one group per this many pictures.
 PICTURES_PER_GROUP = 24
@@ -138,7 +138,7 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
     if work.more is not None:
         first = 0 if work.fresh else adopted_steps()
         steps = first + max(1, work.more // settings.batch)
-        spend = replace(spend, steps=steps)  # the time limit pauses it
+        spend = replace(spend, steps=steps)  # the time limit only pauses the run
         decay = FALL * (steps - first) / max(1, steps - settings.optimizer.warmup)
     if spend.steps is not None:  # with only minutes set, the rate stays, because the run may be resumed later
         falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": min(1.0, decay)})
@@ -170,7 +170,7 @@ def _evaluator(name: str) -> Callable[[Work], str]:
             reconstructions=through if through.is_file() else None,
         )
         steps, settings = TRAININGS[name].steps, replace(TRAININGS[name].settings, seed=work.seed)
-        spend = replace(work.settings(steps), steps=steps, resume=not work.fresh)  # the time limit pauses it
+        spend = replace(work.settings(steps), steps=steps, resume=not work.fresh)  # the time limit only pauses the run
         train_evaluator(name, folders, spend, settings)
         return str(folders.out)
 
@@ -194,7 +194,7 @@ def _motion(work: Work) -> str:
     from shared.pretrain.toybox.motion_module import MotionTraining, train_motion
     from shared.toybox.weights import backbone_path
 
-    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # the time limit pauses it
+    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # only paused by the time limit
     return str(train_motion(work.folder, backbone_path(), spend, work.pace.of(MotionTraining(seed=work.seed))))
 
 

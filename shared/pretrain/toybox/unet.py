@@ -33,7 +33,7 @@ class UnetTask(PretrainTask):
     """The task that trains the denoiser.
 
     Args:
-        budget: determines the rates, which the weight of the reading losses follows
+        budget: determines the learning rate, which the weight of the reading losses follows
         workers: threads that take equal shares of each batch; results are bit-identical only for the same number
         reads: the reader that teaches the meaning of words for shape; None: the squared error is the only loss
     """
@@ -102,7 +102,7 @@ class UnetTask(PretrainTask):
         return self.shares.mean_loss(of, batch.split(self.shares.workers), trained)
 
     def after_step(self, step: int, pictures: int) -> None:
-        """Saves the average every `snapshot_steps`, for the curve over training."""
+        """Saves the average every `snapshot_steps` steps, for the curve over training."""
         if step % self.settings.snapshot_steps == 0:
             facts: dict[str, Any] = {"step": step, "sizes": self.settings.sizes, "pictures": pictures}
             save_snapshot(training_folder(self.out, "unet"), self.ema.state_dict(), facts)

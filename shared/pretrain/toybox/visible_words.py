@@ -4,7 +4,7 @@ The modules read a caption only through the cross-attention of the layers before
 ignores words it has never seen: "to the left" instead of "to the right" changes its features by 1 %, whereas "red" instead
 of "blue" changes them by 30 %. Modules that see no difference cannot learn one, and embedding rows that make no difference
 get no gradient. So before the modules are trained, the rows are trained to change the features that the modules read, but
-the picture as little as possible.
+to change the picture as little as possible.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WordTraining:
     opposite: how often a motion that has an opposite is compared with it rather than with any other motion. The shipped
         words were trained on random pairs only; at timestep 600, their features differ by 1 % between "left" and "right", and
         by 45 % between "wobbling" and "moving camera". With these settings, they differ by 30 % and 38 %.
-    seen: the loss weight of the squared relative change that motion words make to the prediction
+    seen: the loss weight of the squared relative change that motion words cause in the prediction
     times: the range of timesteps
     """
 

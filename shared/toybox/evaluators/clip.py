@@ -145,7 +145,8 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: 
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3), a scalar, for unit vectors `[B, D]` each."""
+    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3), a scalar, for B pairs of unit
+    vectors, both `[B, D]`."""
     logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

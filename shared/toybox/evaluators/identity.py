@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 HIDDEN = 256
-# half the side of the crop, in standard deviations of the thing's map, and its minimum, as a fraction of half the picture
+# Half the side of the crop in standard deviations of the thing's map, and its minimum as a fraction of half the picture.
 _WIDE, _LEAST = (
     2.2,
     0.28,

@@ -22,7 +22,7 @@ from shared.toybox.motions.path_distance import UNITS
 _AZIMUTH = PATH.index("azimuth_deg")
 LINEAR = tuple(name for name in PATH if name != "azimuth_deg")
 """The columns of a path that are read as plain numbers, in the order of the network's outputs."""
-_PLACES = 32  # channels whose positions are kept
+_PLACES = 32  # number of channels that keep their spatial layout
 _STEP_DEG = 45.0  # the most that a thing usually turns from one frame to the next
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from shared.config import unknown
 from shared.toybox.motions.motion import Array, Motion, Parameters, hop
 
-_EVEN = (0.85, 1.2)  # exponents of time: a little slower, or faster, towards the end
+_EVEN = (0.85, 1.2)  # exponents of time; the motion becomes a little slower or faster towards the end
 
 
 def _spin(t: Array, p: Parameters) -> dict[str, Array]:

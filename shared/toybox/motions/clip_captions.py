@@ -55,8 +55,9 @@ def _room(words: str) -> int:
 def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = False) -> str:
     """Writes one caption of a clip, at most 30 tokens of the toybox's tokenizer.
 
-    Captioned motions are always named, others never. full: the canonical form, as for pictures. The view is named if it
-    is clear and does not change.
+    Captioned motions are always named, others never. The view is named if it is clear and does not change.
+
+    full: whether to use the canonical form, as for pictures
     """
     words = ""
     if moving.motion.name in MOTIONS:

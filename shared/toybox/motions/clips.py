@@ -29,7 +29,8 @@ _PLAIN = tuple(name for name in BACKGROUNDS if name.endswith("studio"))
 class MovingScene:
     """The content of a clip: its first frame as a scene, and the path from there.
 
-    path: [F, 6], columns `motion.PATH`; pan: [F], the background's shift (all 0 unless the camera moves).
+    path: [F, 6] with the columns `motion.PATH`
+    pan: [F], the background's shift, which is 0 unless the camera moves
     """
 
     scene: Scene
@@ -47,8 +48,10 @@ class MovingScene:
 class Clip:
     """F frames of H×W pixels with their ground truth.
 
-    frames: [F, H, W, 3] in [0, 1]; mask: [F, H, W], the share of each pixel that the thing covers (in the photo style);
-    path: float64 [F, 6], columns `motion.PATH`; flow: [F-1, H, W, 2] and flow_known: bool [F-1, H, W], as in `flow.Flow`.
+    frames: [F, H, W, 3] in [0, 1]
+    mask: [F, H, W], the share of each pixel that the thing covers in the photo style
+    path: float64 [F, 6] with the columns `motion.PATH`
+    flow, flow_known: [F-1, H, W, 2] and bool [F-1, H, W], as `moved` and `known` of `flow.Flow`
     """
 
     frames: Tensor
@@ -73,8 +76,8 @@ def sample_moving(
 ) -> MovingScene:
     """Samples a random clip of a motion (None: any captioned one).
 
-    split and fixed: as in `world.sample_scene`, but without camera, view and two, because the motion places one thing. If the
-    camera moves, the background (unless fixed) is one that makes the movement visible.
+    `split` and `fixed` are as in `world.sample_scene`, but camera, view and two cannot be fixed, because the motion places one
+    thing. If the camera moves, the background (unless fixed) is one that makes the movement visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):
         raise ValueError(f"cannot fix {', '.join(sorted(taken))}: the clip's motion decides")

@@ -18,10 +18,9 @@ _GRAZING = 0.2  # the cosine below which a surface counts as seen edge-on
 class Flow:
     """The optical flow of a clip.
 
-    moved: [F-1, H, W, 2], pixels to the right and down from one frame to the next; known: bool [F-1, H, W], true if the
-    pixel shows a single surface that is also visible in the next frame.
-
-    Where the flow is not known, `moved` is the flow of the surface that covers most of the pixel.
+    moved: [F-1, H, W, 2], the shift to the right and down in pixels, from one frame to the next. Where the flow is not known,
+        it is the shift of the surface that covers most of the pixel
+    known: bool [F-1, H, W], whether the pixel shows a single surface that is also visible in the next frame
     """
 
     moved: Tensor

@@ -33,7 +33,7 @@ def _spiral(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _hop_and_turn(t: Array, p: Parameters) -> dict[str, Array]:
-    # Two hops, each with half a turn in the air and followed by a rest.
+    # The thing hops twice. It turns half around in the air each time, then rests.
     jumps = [np.clip((t - start) / 0.36, 0, 1) for start in (0.04, 0.54)]
     turned = 180 * (jumps[0] + jumps[1])
     return {"y": -p["high"] * (hop(jumps[0]) + hop(jumps[1])), "azimuth_deg": turned}
@@ -49,7 +49,7 @@ def _staircase(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _loop(t: Array, p: Parameters) -> dict[str, Array]:
-    # Along a line, once around a circle above it, then along the line again.
+    # The thing moves along a line, once around a circle above the line, then along the line again.
     angle = 2 * np.pi * np.clip((t - 0.2) / 0.6, 0, 1)
     along = np.clip(t / 0.25, 0, 1) + np.clip((t - 0.75) / 0.25, 0, 1)
     return {
@@ -68,7 +68,7 @@ def _falling_leaf(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _lap(t: Array, p: Parameters) -> dict[str, Array]:
-    # Around a circle on the ground, seen edge-on: to the right in front, to the left behind, facing ahead.
+    # The thing goes around a circle on the ground, facing ahead: to the right along the front, to the left along the back.
     angle = 2 * np.pi * t
     near = np.cos(angle)
     return {
@@ -85,7 +85,7 @@ def _look_around(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _lunge(t: Array, p: Parameters) -> dict[str, Array]:
-    # Twice: quickly forward, then slowly back.
+    # The thing moves quickly forward, then slowly back, twice.
     u = np.clip(2 * t, 0, 2 - 1e-9) % 1
     near = ramp(u, 0.0, 0.28) * (1 - ramp(u, 0.4, 1.0))
     return {"log_scale": p["growth"] * near, "y": 0.08 * near}

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 
 PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
-"""The columns of a path, as in `world.Camera`: x right and y down in fractions of the picture, the natural logarithm of the
-scale."""
+"""The columns of a path: as in `world.Camera`, but with the natural logarithm of the scale. x points right and y down, in
+fractions of the picture."""
 CHANNELS = (*PATH, "pan")
-"""The channels a motion can change: the path, and for camera motions the background's shift (to the right, in
-fractions of the picture)."""
+"""The channels that a motion can change: the columns of the path and, for camera motions, the background's shift to the
+right, in fractions of the picture."""
 
 Parameters: TypeAlias = Mapping[str, Array]
 Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
@@ -30,9 +30,10 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 class Motion:
     """A motion: `shape(t, parameters)` returns the channels that it changes, relative to the thing's starting place.
 
-    shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all N; channels it omits stay at 0.
-    limits: the range from which each parameter is drawn uniformly. either_way: parameters that are +1 or -1.
-    facing_deg: the azimuth that the path's azimuths are relative to, for a thing that must face along its path; None: any.
+    shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all N; channels that it omits stay at 0
+    limits: the range from which each parameter is drawn uniformly
+    either_way: the parameters that are randomly +1 or -1
+    facing_deg: the azimuth that the path's azimuths are relative to, for a thing that must face along its path; None: any
     """
 
     name: str
