@@ -1,6 +1,6 @@
 """Tiny random pipelines of the real diffusers classes, built locally: nothing is downloaded.
 
-`make_tiny_*` are factories (session scope) that return a fresh pipeline at every call, with the same weights for the
+`make_tiny_*` are factories (session scope) that return a fresh pipeline on every call, with the same weights for the
 same `seed`; `tiny_*` are one fresh pipeline per test. Pictures are 32×32, latents 4×8×8.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-#: Words that are one token each in the tiny tokenizers; other text falls into letters.
+#: Words that are one token each in the tiny tokenizers; other text is split into letters.
 WORDS = (
     *("a", "an", "the", "of", "in", "on", "at", "with", "and", "photo", "picture", "painting", "mug", "dog", "cat"),
     *("toy", "person", "style", "red", "green", "blue", "yellow", "beach", "forest", "snow", "street", "sks", "ohwx"),
@@ -35,7 +35,7 @@ class Ran:
 
 @pytest.fixture
 def pcs(capsys) -> Callable[..., Ran]:
-    """`pcs("image", "generate", …)`; an exception that leaves it would be a traceback for a user, and fails the test."""
+    """Runs `pcs("image", "generate", …)`; an exception that escapes would be a traceback for a user, and fails the test."""
 
     def call(*arguments: Any) -> Ran:
         from shared.cli import build, run
@@ -142,7 +142,7 @@ def build_sd(seed: int = 0, *, prediction_type: str = "epsilon", linear: bool = 
 
 
 def build_sd_v(seed: int = 0) -> Any:
-    """As SD 2.x: v-prediction and linear projections."""
+    """Like SD 2.x: v-prediction and linear projections."""
     return build_sd(seed, prediction_type="v_prediction", linear=True)
 
 
@@ -184,7 +184,7 @@ def build_flux(seed: int = 0, *, guidance_embeds: bool = True, dynamic: bool = T
 
 @pytest.fixture(scope="session", autouse=True)
 def _interrupts() -> None:
-    """Ctrl-C as in a terminal, also where the tests run as a background job, which ignores it."""
+    """Makes Ctrl-C work as in a terminal, even if the tests run as a background job, which ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

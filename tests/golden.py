@@ -1,9 +1,9 @@
 """Six golden runs on tiny models, as hashes of everything they learn and generate: `make golden`.
 
-    python tests/golden.py            compares the new hashes with the stored ones, and stores those that are missing
+    python tests/golden.py            compares the new hashes with the stored ones, or stores them if there are none
     python tests/golden.py --keep     stores the new hashes, after a change that is meant to change them
 
-A commit that only moves code must leave them as they are. Hashes depend on processor and torch, so they are stored per
+A commit that only moves code must not change any hash. Hashes depend on the processor and on torch, so they are stored per
 checkout (`.golden.json`, ignored by git) and not committed.
 """
 
@@ -32,7 +32,7 @@ def _tiny() -> Any:
 
 
 def _photos(folder: Path) -> Path:
-    """Three pictures with masks, and a caption beside one of them."""
+    """Three pictures with masks, one of them with a caption."""
     import numpy as np
     from PIL import Image
 
@@ -52,7 +52,7 @@ def _pcs(*arguments: object) -> None:
     from shared.cli import build, run
 
     code = run(build(), [str(a) for a in arguments])
-    assert code == 0, f"pcs {' '.join(map(str, arguments))} ended with {code}"
+    assert code == 0, f"pcs {' '.join(map(str, arguments))} exited with {code}"
 
 
 def _hash(folder: Path) -> str:

@@ -37,7 +37,7 @@ NAME = "bench"
 
 
 class Stepping:
-    """A run of one phase at the point where it would start stepping, with a concept loaded."""
+    """A run of one phase just before its first step, with a concept loaded."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         settings = [f"prompt=a photo of a <{NAME}>", f"train.resolution={options.side}", f"train.steps={10**6}"]

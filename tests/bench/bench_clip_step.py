@@ -3,9 +3,9 @@
     python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16] [--set K=V]
 
 Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer), steps per second of the
-suite against a plain loop without caches, alternating so that drifting machine speed favours neither, the time for all steps
-of the recipe, and the peak memory of both, each in a separate process (on a GPU: of tensors). On a CPU, seconds are CPU seconds
-of the process, so other work on the machine does not count.
+suite and of a plain loop without caches (the two take turns, so drifting machine speed favours neither), the time for all
+steps of the recipe, and the peak memory of both, each measured in a separate process (on a GPU, only tensors count). On a
+CPU, seconds are CPU seconds of the process, so other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
 
 
 def speeds(suite: Stepping, plain: Stepping, steps: int) -> dict[str, list[float]]:
-    """Steps per second of both, alternating."""
+    """Steps per second of both, which take turns."""
     rates: dict[str, list[float]] = {"suite": [], "plain": []}
     now = clock_of(suite)
     for index in range(2):  # warm-up: fills caches
@@ -141,7 +141,7 @@ def report(options: argparse.Namespace, folder: Path) -> None:
         f"  a plain loop without caches: {statistics.median(rates['plain']):.2f}; the suite is {ratio:.2f} times as fast"
     )
     ours, theirs = (memory(options, folder, name) for name in ("suite", "plain"))
-    print(f"peak memory: {ours / 2**20:.0f} MB; without caches {theirs / 2**20:.0f} MB ({ours / theirs:.2f} of it)")
+    print(f"peak memory: {ours / 2**20:.0f} MB; without caches {theirs / 2**20:.0f} MB (ratio {ours / theirs:.2f})")
 
 
 def main() -> None:
@@ -150,7 +150,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--backbone")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe; can be repeated"
+    )
     parser.add_argument("--memory", choices=("suite", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

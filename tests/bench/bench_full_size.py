@@ -1,15 +1,15 @@
-"""Speed and peak memory of a LoRA training step of full-size video models, with random weights, on a GPU.
+"""Speed and peak memory of a LoRA training step on full-size video models, with random weights, on a GPU.
 
     PYTHONPATH=. python3 tests/bench/bench_full_size.py [--seconds 30] [--device cuda] [--tiny] [--out FILE]
 
 Prints the device and the versions of torch and diffusers, then a table with one line per measurement: the model, frames x
 size of its clip, whether layers are recomputed in the backward pass (checkpointing), the number of trained parameters, the
-median seconds of a step, steps per second, the peak of allocated GPU memory in the steps, and the mean GPU utilisation.
+median seconds of a step, steps per second, the peak allocated GPU memory in the steps, and the mean GPU utilisation.
 A measurement that fails leaves one line with the reason, and the next one begins. Nothing is downloaded or read.
 
 Only the denoiser is measured: latents and text states are random, as if they came from caches. Its weights are frozen and in
 bfloat16, as the pipelines load them; the suite's own LoRA of rank 32, on all attention layers, is in float32, under autocast
-to bfloat16, and trained by AdamW. `--tiny` does the same at tiny sizes, also on a CPU, to test this script.
+to bfloat16, and trained by AdamW. `--tiny` does the same at tiny sizes, even on a CPU, to test this script.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shared.trainable.lora import Lora
 RANK = 32
 LORA = f"the suite's own (shared.trainable.lora.Lora, rank {RANK}, all attention layers)"
 WARM_UPS = 2
-LEAST_STEPS = 3  # timed at least, however long they take
+LEAST_STEPS = 3  # the minimum to time, however long they take
 MOST_STEPS = 500
 WEIGHT_STD = 0.02  # small enough that activations stay finite through all layers
 
@@ -117,7 +117,7 @@ def animatediff(tiny: bool) -> Case:
 
     latents, clip = ((1, 4, 4, 8, 8), "4 x 64x64") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
     roles = ("cross_attention", "self_attention", "temporal_attention")
-    text = (latents[2], 77, width)  # this network takes one for each frame
+    text = (latents[2], 77, width)  # this network takes text states for each frame
     return Case("AnimateDiff, SD 1.5", "unet", build, ROLES, roles, latents, text, clip)
 
 
@@ -310,7 +310,9 @@ def main() -> None:
             began = time.perf_counter()
             row = measured(case, checkpointing, device, options.seconds)
             rows.append(row)
-            print(f"[{time.perf_counter() - began:.0f} s] {line(cells(row))}", flush=True)  # if the rest is cut off
+            print(
+                f"[{time.perf_counter() - began:.0f} s] {line(cells(row))}", flush=True
+            )  # now, in case the rest is cut off
             if options.out:
                 options.out.write_text(json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
     print(f"\nLoRA: {LORA}")

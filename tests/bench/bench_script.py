@@ -5,7 +5,7 @@
 `--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, a plain loop in this file does what that
 script does in a step: read and resize pictures, autoencoder, text encoder, one forward pass of instance and class rows, both
 losses, clipping, AdamW. `--roles all` puts the LoRA of suite and plain loop on the modules of the toybox's recipe; the script
-adapts only attention. Each arm runs in its own process, and they alternate, so that drifting machine speed favours neither.
+adapts only attention. Each arm runs in its own process, and the arms alternate, so drifting machine speed favours neither.
 Seconds are CPU seconds (user and system); those of a script are the difference between two runs of different length.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 SIDE, ROWS, RANK = 64, 4, 16
 INSTANCE, CLASS = "a photo of sks duck", "a photo of duck"
 WARM_UPS = 3
-#: Module names that diffusers' script adapts, and those that the toybox's recipe does.
+#: Module names that diffusers' script adapts, and those that the toybox's recipe adds.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 OTHERS = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut")
 TARGETS = {"attention": [*ATTENTION], "all": [*ATTENTION, *OTHERS]}
@@ -173,7 +173,7 @@ class OwnArm:
 
 
 def of_a_process(command: list[str]) -> tuple[float, int]:
-    """(CPU seconds, peak KiB) of a command; raises when it fails."""
+    """(CPU seconds, peak KiB) of a command; raises if it fails."""
     process = subprocess.Popen(command)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -183,7 +183,7 @@ def of_a_process(command: list[str]) -> tuple[float, int]:
 
 
 class ScriptArm:
-    """The given script, run twice per turn, with few and with more steps; the difference counts."""
+    """The given script, run twice per turn, with few and with more steps; their difference counts."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -243,7 +243,7 @@ def report(options: argparse.Namespace) -> None:
     print(f"LoRA on {options.roles}, rank {RANK}, {ROWS} + {ROWS} pictures of {SIDE}x{SIDE}; against {what}:")
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds"
     print(f"steps per CPU second: {statistics.median(ratios):.2f} times as many ({spread})")
-    print(f"peak memory: {statistics.median(memory['suite']) / statistics.median(memory[other]):.2f} of it")
+    print(f"peak memory: {statistics.median(memory['suite']) / statistics.median(memory[other]):.2f} times as much")
 
 
 def main() -> None:

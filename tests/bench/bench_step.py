@@ -3,7 +3,7 @@
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
 Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and steps per second of
-the suite against a plain loop without caches, alternating so that drifting machine speed favours neither.
+the suite and of a plain loop without caches; the two take turns, so drifting machine speed favours neither.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Clock:
 
 
 def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tuple[TrainingRun, Tune, Optimizers]:
-    """A session just before the first step of its first phase."""
+    """A run, its task and its optimizers just before the first step of its last phase."""
     settings = [f"subject.images={folder}", "subject.class_noun=duck", f"train.cache={str(cache).lower()}"]
     settings += [f"backbone={backbone}"] if backbone else []
     resolved = load(

@@ -1,4 +1,4 @@
-"""The benchmark of a training step runs on any Stable Diffusion folder; its output is a measurement and is not tested."""
+"""The benchmarks run on folders of tiny models and print all their lines; the measured values are not tested."""
 
 from __future__ import annotations
 

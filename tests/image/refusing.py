@@ -11,7 +11,7 @@ def tree(root: Path) -> dict[str, int]:
 
 
 def refusing(pcs: Callable, root: Path) -> Callable[..., str]:
-    """Runs a command that must fail and leave everything under `root` unchanged; returns its message on standard error."""
+    """A function that runs a command, which must fail and leave `root` unchanged, and returns its message on standard error."""
 
     def call(*arguments, code: int = 2) -> str:
         before = tree(root)

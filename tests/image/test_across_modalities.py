@@ -65,10 +65,10 @@ def test_one_concept_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: P
     assert [(r["modality"], r["made"], r["frames"]) for r in rows] == [
         ("image", "1", "1"), ("video", "1", "16"), ("3d", "1", "16"),
     ]  # fmt: skip
-    for row in rows:  # the same measures everywhere, each with the rate of true pictures or renders
+    for row in rows:  # the same metrics everywhere, each with its value for true pictures or renders
         assert all(0 <= float(row[k]) <= 1 for k in ("identity", "identity.truth", "recognised", "class", "copied"))
         assert float(row["identity.truth"]) > 0.5 and float(row["identity_i"]) < 0.9
-    assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], "an asset's prompt has no more conditions"
+    assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], "an asset's prompt sets no further conditions"
     shots = list(csv.DictReader((out / "shots.csv").open()))
     assert [s["text"] for s in shots] == ["a photo of a <duck> on the beach"] * 2 + ["a photo of a <duck>"]
     assert all((out / s["file"]).is_file() for s in shots)
@@ -82,7 +82,7 @@ def test_one_concept_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: P
     assert again.code == 2 and "already exists" in again.err
 
 
-def test_an_asset_can_be_compared_with_the_pictures_that_its_concept_was_learned_from(pcs, duck, tmp_path, monkeypatch):
+def test_an_asset_can_be_compared_with_the_pictures_its_concept_was_learned_from(pcs, duck, tmp_path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
     for name in ("BEHIND", "PER_PROMPT"):
         monkeypatch.setattr(measure_true, name, 16)
@@ -96,7 +96,7 @@ def test_an_asset_can_be_compared_with_the_pictures_that_its_concept_was_learned
     assert (tmp_path / "report" / "asset" / "asset.glb").is_file()
 
 
-def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts, photos, dino, tmp_path: Path):
+def test_a_subject_without_true_pictures_has_likeness_but_no_identity(pcs, concepts, photos, dino, tmp_path: Path):
     how = ("--references", photos, "--dino", dino, "--floor", "--steps", "1", "--num", "1", "--limit", "2")
     ran = pcs("concept", "evaluate", concepts["mug"], "--in", "image", *how, "--out", tmp_path / "r")
     assert ran.code == 0, ran.err
@@ -112,7 +112,7 @@ def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts
         (("--in", "image,audio"), "audio"),
         (("--in", "video"), "--in video: .* give motion_adapter=FOLDER"),
         (("--in", "image,3d", "--asset-recipe", "hfia"), "--in 3d: .*hifa"),
-        (("--in", "3d", "--asset-recipe", "realfusion"), "--in 3d: .*realfusion learns the subject"),
+        (("--in", "3d", "--asset-recipe", "realfusion"), "--in 3d: .*realfusion itself learns the subject"),
         (("--in", "3d", "--asset-recipe", "reference_reconstruction"), "--in 3d: .*masks, and these have none: 0.png"),
         (("--in", "3d", "--set-asset", "backbone=toybox"), "--in 3d: --set-asset backbone=toybox: all modalities use "),
         (("--in", "image", "--prompts", "nonesuch"), "nonesuch"),
@@ -120,7 +120,9 @@ def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts
         (("--in", "image", "--backbone", "toybox"), "--in image: .*does not fit toybox"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_made(pcs, concepts, photos, dino, tmp_path: Path, more, why: str):
+def test_impossible_requests_are_refused_before_anything_is_generated(
+    pcs, concepts, photos, dino, tmp_path: Path, more, why: str
+):
     given = ("--references", photos, *(() if "--dino" in more else ("--dino", dino)))
     ran = pcs("concept", "evaluate", concepts["mug"], *given, *more, "--out", tmp_path / "r")
     assert ran.code == 2 and re.search(why, ran.err), ran.err
@@ -128,7 +130,7 @@ def test_what_cannot_be_is_said_before_anything_is_made(pcs, concepts, photos, d
 
 
 @pytest.mark.parametrize("kind", ["motion", "style"])
-def test_only_things_are_shown_in_every_modality(pcs, concepts, photos, tmp_path: Path, kind: str):
+def test_only_subjects_and_identities_are_evaluated_across_modalities(pcs, concepts, photos, tmp_path: Path, kind: str):
     concept = shutil.copytree(concepts["mug"], tmp_path / "other.concept")
     meta = json.loads((concept / "concept.json").read_text())
     (concept / "concept.json").write_text(json.dumps({**meta, "kind": kind}))
@@ -136,14 +138,14 @@ def test_only_things_are_shown_in_every_modality(pcs, concepts, photos, tmp_path
     assert ran.code == 2 and f"is a {kind}: only a subject or identity" in ran.err
 
 
-def test_only_what_is_installed_appears():
+def test_only_installed_modalities_are_listed():
     assert list(cross_modal.modalities()) == ["image", "video", "3d"]
     assert list(cross_modal.modalities(["3d", "image"])) == ["image", "3d"]
     with pytest.raises(ValueError, match=r"--in: .*vidoe.*Did you mean 'video'"):
         cross_modal.modalities(["vidoe"])
 
 
-# --- the measure ----------------------------------------------------------------------------
+# --- the metrics ---------------------------------------------------------------------------
 
 
 def known(shown: Sequence[torch.Tensor], true: tuple[torch.Tensor, torch.Tensor], texts: str) -> Made:
@@ -159,7 +161,7 @@ def tools():
     return load_instruments(evaluators="toybox")
 
 
-def test_the_thing_itself_is_verified_in_any_modality_and_its_look_alike_is_not(tools):
+def test_the_true_subject_is_verified_in_any_modality_and_its_lookalike_is_not(tools):
     held = album.held_out("development-car")
     other, true = next(iter(album.gallery(held).values())), album.fresh(held)
     row, shots = scores_of("x", known([true, other], (true, true), "aa"), tools, Path())
@@ -171,7 +173,7 @@ def test_the_thing_itself_is_verified_in_any_modality_and_its_look_alike_is_not(
     assert row.frames == 12 and identity.low is None, "both are from one prompt"
 
 
-def test_intervals_are_shares_as_their_values_are_and_none_passes_one(tools):
+def test_intervals_are_shares_like_their_values_and_never_exceed_one(tools):
     true = album.fresh(album.held_out("development-car"))
     half = true[:6], torch.cat([true[:3], -true[:3]])  # at most half of these are verified
     row, _ = scores_of("x", known([true[:2], true[2:4]], half, "ab"), tools, Path())
@@ -180,7 +182,7 @@ def test_intervals_are_shares_as_their_values_are_and_none_passes_one(tools):
     assert identity.low is not None and identity.high == 1 and identity.low <= 1
 
 
-def test_a_modality_that_fails_stands_in_the_report_and_the_rest_is_shown(tmp_path: Path, photos: Path):
+def test_the_report_names_a_failed_modality_and_shows_the_others(tmp_path: Path, photos: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     rows = [ModalityRow(name="image", made=1, frames=1), ModalityRow(name="3d", failed="ValueError: <empty>")]
     shots = [ShotRow(modality="image", text="<b>", seed=0, file="a.png")]

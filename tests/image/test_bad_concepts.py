@@ -1,4 +1,4 @@
-"""Concepts that are missing, for another model, damaged or hostile: one clear message, and none of their content is run."""
+"""Concepts that are missing, damaged, hostile or for another model: one clear message, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_no_concept_at_all(refused, tmp_path):
     assert "is not a concept" in refused("concept", "show", tmp_path / "x.concept")
 
 
-def test_a_concept_of_other_layers(refused, concepts, make_tiny_sd, make_tiny_flux, tmp_path):
+def test_a_concept_for_other_layers(refused, concepts, make_tiny_sd, make_tiny_flux, tmp_path):
     from diffusers import UNet2DConditionModel
 
     pipe = make_tiny_sd()
@@ -68,7 +68,7 @@ def _described(concepts, tmp_path, change) -> Path:
     ],
     ids=["sampling", "steps", "metrics", "older"],
 )
-def test_a_description_that_is_not_usable_is_said_first(refused, concepts, tiny_folder, tmp_path, change, message):
+def test_an_unusable_description_is_reported_first(refused, concepts, tiny_folder, tmp_path, change, message):
     folder = _described(concepts, tmp_path, change)
     for command in (
         ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o", "--backbone", tiny_folder),
@@ -83,13 +83,13 @@ def test_the_model_of_a_strangers_concept_is_not_downloaded(refused, concepts, t
     import huggingface_hub
 
     for call in ("hf_hub_download", "snapshot_download"):
-        monkeypatch.setattr(huggingface_hub, call, lambda *a, **k: pytest.fail("the hub was asked for a model"))
+        monkeypatch.setattr(huggingface_hub, call, lambda *a, **k: pytest.fail("a model was requested from the hub"))
     folder = _described(concepts, tmp_path, lambda m: m["backbone"].update(name="owner/name", checkpoint="another"))
     message = refused("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o")
     assert "'mug' was learned on owner/name" in message and "--backbone PATH" in message
 
 
-def test_two_concepts_of_one_word(refused, concepts, tiny_folder, tmp_path):
+def test_two_concepts_that_share_their_words(refused, concepts, tiny_folder, tmp_path):
     twin = tmp_path / "twin.concept"
     shutil.copytree(concepts["rex"], twin)
     meta = json.loads((twin / "concept.json").read_text())
@@ -99,7 +99,7 @@ def test_two_concepts_of_one_word(refused, concepts, tiny_folder, tmp_path):
     assert "'twin' and 'rex' cannot be loaded together" in message and "'sks dog' and 'sks dog'" in message
 
 
-def test_a_name_that_no_concept_can_have_is_refused_before_anything_is_learned(tiny_sd, photos, tmp_path):
+def test_an_invalid_concept_name_is_refused_before_training(tiny_sd, photos, tmp_path):
     from pcs_image.runner import Runner
     from shared.backbones.stable_diffusion import StableDiffusionBackbone
     from shared.io.read_subject import read_subject

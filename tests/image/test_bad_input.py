@@ -72,7 +72,7 @@ def test_a_picture_of_one_pixel(learning, painted, tmp_path):
 
 
 def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
-    """Refused by its header: the file has nothing else."""
+    """Its header is enough to refuse it: the file has almost no other data."""
     folder = painted(tmp_path / "photos")
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -135,7 +135,7 @@ def test_an_unknown_key_or_value(learning, setting, message):
     assert message in learning(setting)
 
 
-def test_an_output_that_is_no_name(refused, learn, tmp_path):
+def test_an_output_that_is_not_a_valid_concept_name(refused, learn, tmp_path):
     message = refused(*learn("textual_inversion", f"output={tmp_path / 'my mug.concept'}"))
     assert "a concept cannot be called 'my mug'" in message and "name=" in message
 
@@ -149,7 +149,7 @@ def test_an_unknown_role_scheduler_or_precision(learning):
         assert "train.mixed_precision=fp16 needs a GPU" in learning("train.mixed_precision=fp16")
 
 
-def test_a_class_noun_that_is_needed(learning):
+def test_a_missing_class_noun(learning):
     assert "no subject.class_noun" in learning(recipe="dreambooth_lora", noun="")
     assert "set subject.class_noun or modifier.init" in learning(noun="")
 
@@ -226,10 +226,10 @@ def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
     assert "'mug' is loaded, but the prompt" in message and "write <mug>" in message
     message = refused(*generate, "a photo of a <mug> and a <dog>")
     assert "names <dog>, which is not loaded; loaded concepts: <mug>" in message
-    assert "does not name it" in refused(*generate, "a <mug>", "a mug"), "every prompt"
+    assert "does not name it" in refused(*generate, "a <mug>", "a mug"), "every prompt is checked"
 
 
-# --- what exists -----------------------------------------------------------------------------
+# --- existing files --------------------------------------------------------------------------
 
 
 def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos, tmp_path):
@@ -274,8 +274,8 @@ def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concep
     assert len(list(user_photos.iterdir())) >= 3
 
 
-def test_no_output_lies_in_what_is_read(refused, learn, painted, tiny_folder, concepts, tmp_path):
-    """Reported before anything is read: pictures, masks, a recipe's other folders, models, concepts."""
+def test_an_output_must_not_lie_inside_an_input(refused, learn, painted, tiny_folder, concepts, tmp_path):
+    """Reported before anything is read; inputs are pictures, masks, a recipe's other folders, models and concepts."""
     mine, other = painted(tmp_path / "mine"), painted(tmp_path / "other")
     source = ("sources.more.kind=folder", f"sources.more.images={other}", "sources.more.prompt=a mug")
     for out, arguments in (
@@ -302,7 +302,7 @@ def test_a_class_noun_is_a_plain_word(refused, learn, tmp_path):
     assert not out.exists()
 
 
-def test_overwrite_does_not_delete_the_concept_that_is_read(refused, concepts):
+def test_overwrite_does_not_delete_the_input_concept(refused, concepts):
     mug = concepts["mug"]
     before = {p: p.read_bytes() for p in mug.rglob("*") if p.is_file()}
     for arguments in (

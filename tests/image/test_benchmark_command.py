@@ -1,4 +1,4 @@
-"""`pcs image benchmark` on the shipped toybox, with almost no training: cells, tables, resuming, failing."""
+"""`pcs image benchmark` on the shipped toybox, with almost no training: cells, tables, resumed runs and failures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 SMALL = ("--subjects", "1", "--limit", "1", "--num", "1", "--set", "train.steps=2", "--set", "sampling.steps=2")
 
 
-def test_recipes_are_compared_and_a_second_call_keeps_what_is_done(pcs, tmp_path):
+def test_recipes_are_compared_and_a_second_call_keeps_finished_cells(pcs, tmp_path):
     arguments = ["image", "benchmark", "textual_inversion", *SMALL, "--out", tmp_path / "table"]
     ran = pcs(*arguments)
     assert ran.code == 0, ran.err
@@ -32,19 +32,19 @@ def test_recipes_are_compared_and_a_second_call_keeps_what_is_done(pcs, tmp_path
     assert other.code == 2 and "different prompts, seeds, settings, recipe or instruments" in other.err
 
 
-def test_a_run_that_fails_is_named_and_is_not_success(pcs, tmp_path):
+def test_a_failed_run_is_named_and_the_command_fails(pcs, tmp_path):
     hot = ("--set", "trainable.tokens.lr=1e30", "--set", "train.steps=6")
     ran = pcs("image", "benchmark", "textual_inversion", *SMALL, *hot, "--out", tmp_path / "table")
     assert ran.code == 2 and "Traceback" not in ran.err
     assert "1 of 1 cells failed" in ran.err and "textual_inversion on" in ran.err
 
 
-def test_a_wrong_setting_is_said_before_anything_runs(pcs, tmp_path):
+def test_a_wrong_setting_is_reported_before_anything_runs(pcs, tmp_path):
     ran = pcs("image", "benchmark", "textual_inversion", *SMALL, "--set", "trian.steps=3", "--out", tmp_path / "table")
     assert ran.code != 0 and "trian" in ran.err and not (tmp_path / "table").exists()
 
 
-def test_files_of_one_s_own_stand_beside_the_shipped_recipes(pcs, tmp_path):
+def test_own_recipe_files_can_be_compared_with_shipped_recipes(pcs, tmp_path):
     (tmp_path / "mine.yaml").write_text("base: textual_inversion\n")
     recipes = ("textual_inversion", tmp_path / "mine.yaml")
     grid = ("--grid", "trainable.tokens.lr=0.5", "--control", "mine trainable.tokens.lr=0.5")
@@ -57,7 +57,7 @@ def test_files_of_one_s_own_stand_beside_the_shipped_recipes(pcs, tmp_path):
     assert json.loads(kept.read_text())["inputs"]["recipe"]["trainable"]["tokens"]["lr"] == 0.5
 
 
-def test_two_recipes_of_one_name_are_refused(pcs, tmp_path):
+def test_two_recipes_with_the_same_name_are_refused(pcs, tmp_path):
     (tmp_path / "textual_inversion.yaml").write_text("base: pivotal_tuning\n")
     recipes = ("textual_inversion", tmp_path / "textual_inversion.yaml")
     ran = pcs("image", "benchmark", *recipes, *SMALL, "--out", tmp_path / "table")
@@ -66,7 +66,7 @@ def test_two_recipes_of_one_name_are_refused(pcs, tmp_path):
     assert gone.code == 2 and "gone.yaml does not exist" in gone.err and not (tmp_path / "table").exists()
 
 
-def test_a_control_or_subject_that_is_not_there_is_refused(pcs, tmp_path):
+def test_an_unknown_control_or_subject_is_refused(pcs, tmp_path):
     for wrong, named in ((("--control", "t_lroa"), "t_lora"), (("--subjects", "development-mgu"), "development-mug")):
         ran = pcs("image", "benchmark", "t_lora", *wrong, "--out", tmp_path / "table")
         assert ran.code == 2 and named in ran.err and not (tmp_path / "table").exists()

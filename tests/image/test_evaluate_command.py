@@ -38,7 +38,7 @@ def arguments(concepts, photos, dino, painted, tmp_path) -> list:
     ]
 
 
-def test_a_concept_is_measured(pcs, arguments, tiny_folder, tmp_path):
+def test_a_concept_is_evaluated(pcs, arguments, tiny_folder, tmp_path):
     ran = pcs(*arguments, "--out", tmp_path / "report")
     assert ran.code == 0, ran.err
     assert ran.out.splitlines()[-1] == str(tmp_path / "report" / "index.html")
@@ -52,11 +52,11 @@ def test_a_concept_is_measured(pcs, arguments, tiny_folder, tmp_path):
         p.read_text(encoding="utf-8") for p in (tmp_path / "report").iterdir() if p.suffix != ".png" and p.is_file()
     ]
     assert len(texts) > 3 and not any(str(tiny_folder.parents[1]) in text for text in texts), (
-        "no folder of this machine"
+        "reports must not contain local paths"
     )
 
 
-def test_the_headline_scores_are_a_table_too(pcs, arguments, tmp_path):
+def test_the_headline_scores_are_also_saved_as_csv(pcs, arguments, tmp_path):
     assert pcs(*arguments, "--out", tmp_path / "report").code == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     with (tmp_path / "report" / "scores.csv").open(newline="") as file:
@@ -72,7 +72,7 @@ def test_the_headline_scores_are_a_table_too(pcs, arguments, tmp_path):
     assert rows["training_seconds"]["unit"] == "seconds" and rows["concept_bytes"]["unit"] == "bytes"
 
 
-def test_pictures_are_made_as_asked_else_as_the_concept_s_recipe_says(pcs, arguments, concepts, tmp_path, monkeypatch):
+def test_options_override_the_sampling_settings_of_the_concepts_recipe(pcs, arguments, concepts, tmp_path, monkeypatch):
     seen = []
     generate = Runner.generate
 
@@ -97,7 +97,7 @@ def test_the_help_says_where_references_are_looked_for(pcs):
 
 
 def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):
-    """The same as the command; also one of several loaded concepts; concepts learned in this run need no references."""
+    """Gives the same scores as the command, evaluates one of several loaded concepts, and needs no references for new ones."""
     assert pcs(*arguments, "--out", tmp_path / "report").code == 0
     by_command = json.loads((tmp_path / "report" / "report.json").read_text())
     runner = ImageRunner(load_backbone(tiny_folder))
@@ -116,9 +116,7 @@ def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folde
     assert len(report.references) == 3 and report.costs.training_seconds is not None
 
 
-def test_the_references_are_looked_for_beside_the_concept_and_known_by_their_hashes(
-    pcs, concepts, dino, photos, tmp_path
-):
+def test_references_are_looked_for_next_to_the_concept_and_checked_by_hash(pcs, concepts, dino, photos, tmp_path):
     shutil.copytree(concepts["mug"], tmp_path / "mug.concept")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {concept} on the beach")
@@ -156,7 +154,7 @@ def test_nothing_to_measure_with_or_against(pcs, concepts, photos, dino, tmp_pat
         assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_concept_is_told_from_passes_the_same_autoencoder(tiny_sd):
+def test_round_trip_encodes_and_decodes_with_the_backbones_vae(tiny_sd):
     from shared.backbones.stable_diffusion import StableDiffusionBackbone
     from shared.runner.judging import round_trip
 

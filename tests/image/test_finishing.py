@@ -22,7 +22,7 @@ from shared.runner import learn as learn_module
         MemoryError("out of memory"),
     ],
 )
-def test_a_preview_that_cannot_be_painted_does_not_lose_the_concept(pcs, learn, tmp_path, monkeypatch, error):
+def test_the_concept_is_saved_even_if_its_preview_fails(pcs, learn, tmp_path, monkeypatch, error):
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -42,10 +42,8 @@ def test_a_preview_that_cannot_be_painted_does_not_lose_the_concept(pcs, learn, 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(9)])
-def test_a_run_that_is_stopped_while_its_preview_is_painted_gets_one_on_resuming(
-    pcs, learn, photos, tmp_path, monkeypatch, error
-):
-    """Also if one of two concepts already exists: the state is kept until both are complete."""
+def test_a_run_stopped_during_its_preview_gets_one_when_resumed(pcs, learn, photos, tmp_path, monkeypatch, error):
+    """Even if one of two concepts already exists: the state is kept until both are complete."""
 
     def stop(*arguments: Any) -> Any:
         if arguments[1] == "b":
@@ -83,7 +81,7 @@ def test_resuming_a_finished_run_says_so_and_trains_nothing(pcs, learn, painted,
     assert {p: p.stat().st_mtime_ns for p in left} == left
 
 
-def test_the_preview_follows_the_training_and_can_be_switched_off(pcs, learn, tmp_path):
+def test_the_preview_has_the_training_resolution_and_can_be_switched_off(pcs, learn, tmp_path):
     def size(name: str, *settings: str) -> tuple[int, int] | None:
         out = tmp_path / f"{name}.concept"
         ran = pcs(*learn("textual_inversion", f"output={out}", *settings))

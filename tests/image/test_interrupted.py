@@ -1,4 +1,4 @@
-"""A real process, killed or stopped in mid-training, and the run that resumes afterwards."""
+"""A real process that is killed or stopped in mid-training, and the run that resumes it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_asked_to_stop_saves_and_says_where(pcs, learn, whole, tmp_path, number, expected):
+def test_a_run_that_is_asked_to_stop_saves_its_state_and_says_where(pcs, learn, whole, tmp_path, number, expected):
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
     process = started(arguments, tmp_path)
@@ -131,7 +131,7 @@ def test_a_closed_terminal_does_not_lose_the_state(pcs, learn, whole, tmp_path):
     assert pcs(*arguments, "--resume").code == 0 and tensors(concept) == tensors(whole)
 
 
-def test_nohup_goes_on_when_the_terminal_is_closed(learn, whole, tmp_path):
+def test_nohup_keeps_a_run_going_when_the_terminal_is_closed(learn, whole, tmp_path):
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     process = started(learn("pivotal_tuning", *STEPS, f"output={concept}"), tmp_path, ["nohup"])
     try:
@@ -145,7 +145,7 @@ def test_nohup_goes_on_when_the_terminal_is_closed(learn, whole, tmp_path):
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("library", ["importlib.metadata", "typer", "torch"])
-def test_a_signal_while_libraries_are_imported_ends_a_command_at_once(learn, tmp_path, number, expected, library):
+def test_a_signal_while_libraries_are_imported_ends_a_command_immediately(learn, tmp_path, number, expected, library):
     """In the first second of a process: the signal arrives just before `library` is imported."""
     code = IMPORTS.format(library=library, number=int(number))
     arguments = learn("pivotal_tuning", f"output={tmp_path / 'mug.concept'}")
@@ -154,7 +154,7 @@ def test_a_signal_while_libraries_are_imported_ends_a_command_at_once(learn, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_without_an_interrupted_run_says_that_it_begins(pcs, learn, tmp_path):
+def test_resume_without_an_interrupted_run_says_that_it_starts_from_the_beginning(pcs, learn, tmp_path):
     with pytest.warns(
         UserWarning, match=r"mug\.training has no interrupted run to resume: starting from the beginning"
     ):
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_says_what_to_do(pcs, learn, tmp_path):
     assert ran.code == 2 and "checkpoint-00-0000001 is damaged" in ran.err and "delete it to start over" in ran.err
 
 
-def test_a_loss_that_is_no_number_ends_with_1_and_keeps_the_state(pcs, learn, tmp_path):
+def test_a_non_finite_loss_exits_with_1_and_keeps_the_state(pcs, learn, tmp_path):
     settings = ("trainable.tokens.lr=1e30", "train.steps=5", f"output={tmp_path / 'mug.concept'}")
     ran = pcs(*learn("textual_inversion", *settings))
     assert ran.code == 1 and "Lower the learning rate" in ran.err

@@ -36,7 +36,7 @@ def judged(pcs, photos, dino, tmp_path):
     return report
 
 
-def test_a_lora_scores_as_the_concept_that_it_was_exported_from(judged, concepts, exported, tiny_folder):
+def test_a_lora_scores_like_the_concept_it_was_exported_from(judged, concepts, exported, tiny_folder):
     ours = judged("a", "--concept", concepts["rex"], "--backbone", tiny_folder)
     theirs = judged("b", "--lora", exported, "--token", "sks dog", "--backbone", tiny_folder)
     assert theirs["class_noun"] == ours["class_noun"] == "dog"
@@ -48,7 +48,7 @@ def test_a_lora_scores_as_the_concept_that_it_was_exported_from(judged, concepts
     assert [s["value"] for s in half["scores"]] != [s["value"] for s in theirs["scores"]]
 
 
-def test_pictures_with_and_without_its_name(pcs, concepts, exported, tiny_folder, tmp_path):
+def test_a_lora_can_be_prompted_with_or_without_its_name(pcs, concepts, exported, tiny_folder, tmp_path):
     def made(name, prompt, *options):
         more = ("--backbone", tiny_folder, "--steps", 2, "--out", tmp_path / name)
         ran = pcs("image", "generate", prompt, *options, *more)
@@ -76,7 +76,7 @@ def test_an_imported_lora_is_a_concept_of_its_own(pcs, concepts, exported, tiny_
     assert shown.code == 0 and "subject (dog)" in shown.out
 
 
-def test_what_is_missing_is_said_before_anything_is_loaded(judged, concepts, exported, tmp_path, monkeypatch):
+def test_missing_options_are_reported_before_anything_is_loaded(judged, concepts, exported, tmp_path, monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("a model was loaded")
 
@@ -90,12 +90,12 @@ def test_what_is_missing_is_said_before_anything_is_loaded(judged, concepts, exp
     assert "--class-noun is only for" in judged("a", "--concept", concepts["rex"], "--class-noun", "dog", code=2)
 
 
-def test_its_references_must_be_given(pcs, exported, tmp_path):
+def test_references_are_required_to_evaluate_a_lora(pcs, exported, tmp_path):
     ran = pcs("image", "evaluate", "--lora", exported, "--token", "sks dog", "--out", tmp_path / "r")
     assert ran.code == 2 and "give --references FOLDER, the pictures that it was trained on" in ran.err
 
 
-def test_a_lora_of_another_model_is_one_message(judged, tiny_folder, tmp_path):
+def test_a_lora_for_another_model_gives_one_message(judged, tiny_folder, tmp_path):
     name = "transformer.single_transformer_blocks.0.attn.to_q"
     file = tmp_path / "flux.safetensors"
     save_file({f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(4, 1)}, file)

@@ -1,4 +1,4 @@
-"""Pictures with any name that the system allows, through the whole command line: no name makes a run lose its result."""
+"""Pictures with any name that the file system allows, in all commands: no name makes a run lose its result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def odd(painted, tmp_path: Path) -> Path:
     return folder
 
 
-def test_pictures_of_any_name_are_learned_from_shown_and_judged(pcs, learn, odd, dino, tmp_path: Path) -> None:
+def test_pictures_with_any_name_can_be_learned_from_shown_and_evaluated(pcs, learn, odd, dino, tmp_path: Path) -> None:
     concept = tmp_path / "mug.concept"
     arguments = learn("pivotal_tuning", f"output={concept}", "train.validation.every=1", images=odd)
     ran = pcs(*arguments, "--dino", dino)
@@ -50,7 +50,7 @@ def test_pictures_of_any_name_are_learned_from_shown_and_judged(pcs, learn, odd,
     assert again.code == 0 and again.out.startswith("already finished"), again.err
 
 
-def test_a_run_with_odd_names_is_interrupted_and_resumed(pcs, interrupted, learn, odd, tmp_path: Path) -> None:
+def test_a_run_with_odd_names_can_be_interrupted_and_resumed(pcs, interrupted, learn, odd, tmp_path: Path) -> None:
     settings = (f"sources.mine.images={odd}", "sources.mine.kind=folder", "sources.mine.prompt=a mug", "train.steps=3")
     whole, cut = tmp_path / "whole.concept", tmp_path / "cut.concept"
     assert pcs(*learn("pivotal_tuning", f"output={whole}", *settings, images=odd)).code == 0

@@ -36,7 +36,7 @@ def runner(late, tiny_folder):
     return out
 
 
-def test_pictures_are_made_with_it_and_with_what_is_said_instead(runner):
+def test_pictures_use_the_default_schedule_or_the_one_given_instead(runner):
     def made(*hooks: str, **how) -> torch.Tensor:
         parsed = tuple(StrengthSchedule.parse(h) for h in hooks)
         return runner.generate([PROMPT], [0], SamplingSettings(steps=4, hooks=parsed), **how)
@@ -50,7 +50,7 @@ def test_pictures_are_made_with_it_and_with_what_is_said_instead(runner):
     assert torch.equal(base, runner.generate(["a photo of a mug on the beach"], [0], SamplingSettings(steps=4)))
 
 
-def test_a_picture_says_so(pcs, late, tmp_path):
+def test_picture_metadata_contains_the_schedule(pcs, late, tmp_path):
     command = ("image", "generate", PROMPT, "--concept", late, "--steps", 2)
     for name, options in (("own", ()), ("said", ("--strength", "rex=1@0"))):
         assert pcs(*command, *options, "--out", tmp_path / name).code == 0
@@ -59,7 +59,7 @@ def test_a_picture_says_so(pcs, late, tmp_path):
     assert [h["strengths"] for h in texts["said"]["hooks"]] == [{"rex": {"0.0": 1.0}}]
 
 
-def test_pictures_of_a_training_are_made_with_it(tiny_folder, photos, tmp_path, monkeypatch):
+def test_validation_pictures_use_the_default_schedule(tiny_folder, photos, tmp_path, monkeypatch):
     from shared.io.read_subject import read_subject
 
     seen = []
@@ -77,7 +77,7 @@ def test_pictures_of_a_training_are_made_with_it(tiny_folder, photos, tmp_path, 
     assert [h.strengths for hooks in seen for h in hooks] == [{"rex": {0.0: 0.0, 0.5: 1.0}}]
 
 
-def test_what_is_no_strength_by_step_is_said(late, tmp_path):
+def test_an_invalid_strength_schedule_is_reported(late, tmp_path):
     with pytest.raises(ValueError, match=r"sampling\.strength.*'1@2' is not a strength schedule; write"):
         load("dreambooth_lora", ["sampling.strength=1@2"])
     import shutil

@@ -49,7 +49,7 @@ def predicted(backbone: Any) -> Tensor:
         return backbone.predict(noise, t, backbone.encode(["a photo of a <mug>"]))
 
 
-def test_its_start_is_textual_inversion_s(new: Callable[[], StableDiffusionBackbone]) -> None:
+def test_before_training_it_equals_textual_inversion(new: Callable[[], StableDiffusionBackbone]) -> None:
     one, apart = new(), new()
     LearnableToken().attach(one, "mug", "mug")
     placeholder = LearnableToken(per="layer").attach(apart, "mug", "mug")
@@ -63,7 +63,7 @@ def test_its_start_is_textual_inversion_s(new: Callable[[], StableDiffusionBackb
     assert pooled is not None and torch.allclose(pooled, placeholder.start[f"text_encoder.{apart.text_sites()[0]}"])
 
 
-def test_two_steps_move_the_rows_of_each_layer_apart(learned: tuple[Any, Concept]) -> None:
+def test_after_two_steps_every_layer_has_different_rows(learned: tuple[Any, Concept]) -> None:
     backbone, concept = learned
     rows, start = concept.learned_words, concept.initial_embeddings
     assert set(rows) == set(start) == {f"text_encoder.{site}" for site in backbone.text_sites()}
@@ -71,7 +71,7 @@ def test_two_steps_move_the_rows_of_each_layer_apart(learned: tuple[Any, Concept
     assert not any(torch.equal(a, b) for a, b in pairwise(rows.values()))
 
 
-def test_what_is_saved_is_loaded_bit_for_bit_and_can_be_weakened(
+def test_a_saved_concept_loads_bit_for_bit_and_can_be_weakened(
     learned: tuple[Any, Concept], new: Callable[[], StableDiffusionBackbone]
 ) -> None:
     backbone, concept = learned
@@ -95,7 +95,7 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_can_be_weakened(
     assert runner.backbone.tokens.current["text_encoder"] is not before and not runner.backbone.placeholders
 
 
-def test_it_is_not_exported_and_says_why(learned: tuple[Any, Concept], tmp_path: Path) -> None:
+def test_it_cannot_be_exported_and_the_message_says_why(learned: tuple[Any, Concept], tmp_path: Path) -> None:
     backbone, concept = learned
     with pytest.raises(
         ValueError, match="'mug' learned text_encoder.*store only one table of vectors per text encoder"
@@ -104,7 +104,7 @@ def test_it_is_not_exported_and_says_why(learned: tuple[Any, Concept], tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_of_other_layers_are_refused(new: Callable[[], StableDiffusionBackbone]) -> None:
+def test_rows_for_other_layers_are_refused(new: Callable[[], StableDiffusionBackbone]) -> None:
     backbone = new()
     placeholder = LearnableToken(per="layer").attach(backbone, "mug", "mug")
     state = placeholder.state_dict()
@@ -118,7 +118,7 @@ def test_a_model_without_cross_attention_refuses_it(make_tiny_flux: Callable[...
         LearnableToken(per="layer").attach(FluxBackbone(make_tiny_flux(), "tiny"), "mug", "mug")
 
 
-def test_on_the_toybox_it_trains_as_textual_inversion_does() -> None:
+def test_on_the_toybox_it_has_the_training_settings_of_textual_inversion() -> None:
     on_toybox, elsewhere = load("p_plus"), load("p_plus", ["backbone=x"])
     inversion = load("textual_inversion")
     assert on_toybox.train == inversion.train and on_toybox.trainable == inversion.trainable

@@ -12,7 +12,7 @@ from shared.evaluation.prompt_sets import PromptSet, load_prompts, prompt_sets
 # prompts
 
 
-def test_shipped_sets_load_and_have_what_they_promise() -> None:
+def test_shipped_sets_load_and_have_the_expected_prompts() -> None:
     assert set(prompt_sets()) >= {"toybox", "dreambench", "dreambench_objects", "dreambench_live"}
     for name in prompt_sets():
         prompts = load_prompts(name, "mug")
@@ -26,7 +26,7 @@ def test_shipped_sets_load_and_have_what_they_promise() -> None:
     assert load_prompts("dreambench_live").prompts[-1].text == "a cube shaped {concept}"
 
 
-def test_the_toybox_expects_only_what_its_world_has_and_asks_for_it_as_its_captions_do() -> None:
+def test_toybox_prompts_ask_only_for_what_its_world_has_in_the_words_of_its_captions() -> None:
     from shared.toybox import captions
 
     texts = {

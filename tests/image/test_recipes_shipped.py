@@ -1,4 +1,4 @@
-"""Every recipe in `configs/image`: its start, what is saved, and what is left after ejection. New files are included."""
+"""Every recipe in `configs/image`: its initial state, what it saves, and what remains after removal. New files are included."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_start_is_the_model_as_it_was(new, photos, tmp_path, name):
+def test_before_training_the_model_is_unchanged(new, photos, tmp_path, name):
     backbone = new()
     before = predicted(backbone)
     run = session(backbone, small(name, "train.steps=0"), photos, tmp_path / "run")
@@ -66,7 +66,7 @@ def test_the_start_is_the_model_as_it_was(new, photos, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_what_is_saved_is_what_was_learned_and_nothing_stays_behind(new, photos, tmp_path, name):
+def test_the_saved_concept_equals_the_learned_one_and_removal_restores_the_model(new, photos, tmp_path, name):
     backbone = new()
     before, look = predicted(backbone), trace(backbone)
     runner = ImageRunner(backbone)

@@ -26,7 +26,7 @@ from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.report import Report
 from shared.metrics.save_report import save_report
 
-# a stand-in world: a subject is a square of its hue, a background a colour around it
+# a stand-in world: each subject is a square with its own hue, each background a colour around it
 
 BACK = {"beach": (0.9, 0.8, 0.5), "snow": (0.95, 0.95, 1.0)}
 
@@ -120,7 +120,7 @@ def report(folder: Path) -> Report:
     return Report.load(folder)
 
 
-def test_an_evaluation_tells_of_every_denoising_step() -> None:
+def test_an_evaluation_reports_every_denoising_step() -> None:
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         for step in (1, 2):
             progress(len(seeds) * step, len(seeds) * 2)
@@ -158,7 +158,7 @@ def test_evaluation_measures_what_was_drawn(report: Report) -> None:
     )
 
 
-def test_prompts_are_told_to_each_model_as_they_must_be(report: Report) -> None:
+def test_each_model_gets_the_prompts_in_its_own_wording(report: Report) -> None:
     assert report.of_kind("concept")[0].text == "a <my-mug> on the beach"
     assert report.of_kind("base")[0].text == "a mug on the beach"
     assert report.of_kind("drift")[0].text == "a boat on the beach"
@@ -183,7 +183,7 @@ def test_json_round_trip_is_exact(report: Report, folder: Path, tmp_path: Path) 
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_csv_holds_every_picture_and_prompt(report: Report, folder: Path) -> None:
+def test_csv_contains_every_picture_and_prompt(report: Report, folder: Path) -> None:
     rows = list(csv.DictReader(io.StringIO((folder / "pictures.csv").read_text())))
     assert len(rows) == len(report.pictures)
     for row, picture in zip(rows, report.pictures, strict=True):
@@ -237,7 +237,7 @@ def _checked(text: str) -> _Page:
     return page
 
 
-def test_html_needs_nothing_else_and_escapes_what_it_shows(report: Report, folder: Path) -> None:
+def test_html_is_self_contained_and_escapes_all_text(report: Report, folder: Path) -> None:
     text = (folder / "index.html").read_text()
     page = _checked(text)
     assert len(page.pictures) == len(report.pictures) + len(report.references)
@@ -277,7 +277,7 @@ def test_without_gallery_reader_or_drift_the_report_says_so(tmp_path: Path) -> N
     _checked(report_html(only))
 
 
-def test_bad_input_is_refused_before_or_without_writing(tmp_path: Path) -> None:
+def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds"):
         evaluate(_generate(0), _generate(5), _case(), PROMPTS, TOOLS, Shots([]))
     with pytest.raises(ValueError, match="each once"):
@@ -329,7 +329,7 @@ def _run(calls: list[tuple[str, str]], fail: set[tuple[str, str]]):
     return run
 
 
-def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_comparison_resumes_where_it_stopped(tmp_path: Path) -> None:
     calls: list[tuple[str, str]] = []
     fail = {("bad", "s2")}
     both = Experiment({"bad": 1, "good": 2}, ["s1", "s2"], "two", [20, 21])
@@ -349,7 +349,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(calls) == 5
 
 
-def test_the_table_is_right_and_in_order(tmp_path: Path) -> None:
+def test_the_table_is_correct_and_sorted(tmp_path: Path) -> None:
     goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
     both = Experiment({"bad": None, "good": None}, ["s1", "s2"], "two", [1])
     comparison = benchmark(_run([], {("bad", "s2")}), both, tmp_path / "b", pictures(goal))
@@ -376,7 +376,7 @@ def test_the_table_is_right_and_in_order(tmp_path: Path) -> None:
     assert "the loss is not finite" in text and "reached" in text and "missed" in text
 
 
-def test_comparisons_refuse_mixed_instruments_and_nothing(report: Report, tmp_path: Path) -> None:
+def test_comparisons_refuse_mixed_instruments_and_empty_input(report: Report, tmp_path: Path) -> None:
     other = report.model_copy(update={"instruments": report.instruments[:1]})
     with pytest.raises(ValueError, match="different instruments"):
         compare({("a", "s"): report, ("b", "s"): other})
@@ -386,7 +386,7 @@ def test_comparisons_refuse_mixed_instruments_and_nothing(report: Report, tmp_pa
         Experiment({"a b": None, "a_b": None}, ["s"], "two", [1])
 
 
-def test_evaluations_that_share_kept_pictures_make_those_of_the_base_model_once() -> None:
+def test_evaluations_that_share_kept_pictures_generate_base_pictures_only_once() -> None:
     calls: list[tuple[str, ...]] = []
 
     def base(texts: list[str], seeds: list[int], progress: Any) -> Tensor:
@@ -399,5 +399,5 @@ def test_evaluations_that_share_kept_pictures_make_those_of_the_base_model_once(
     again = evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([1, 2], kept=kept))
     assert made > 0 and len(calls) == made and again.scores == first.scores
     assert again.costs.base_seconds_per_picture == first.costs.base_seconds_per_picture
-    evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([3], kept=kept))  # other seeds are other pictures
+    evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([3], kept=kept))  # other seeds need new pictures
     assert len(calls) > made

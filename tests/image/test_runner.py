@@ -1,4 +1,4 @@
-"""The public interface: personalize, generate, and that a saved concept reproduces its pictures."""
+"""The public interface: training, generation, and saved concepts that reproduce their pictures."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def on(folder: Path, *loaded: tuple[Path, float]) -> Runner:
         ("flux", "pivotal_tuning", STRONG),
     ],
 )
-def test_learned_saved_read_and_shown_elsewhere_is_the_same_bit_for_bit(request, photos, tmp_path, family, name, extra):
+def test_a_saved_concept_reproduces_its_pictures_elsewhere_bit_for_bit(request, photos, tmp_path, family, name, extra):
     make = request.getfixturevalue(f"make_tiny_{family}")
     wrap = FluxBackbone if family == "flux" else StableDiffusionBackbone
     recipe = load(name, [*TINY, *extra])
@@ -89,7 +89,7 @@ def test_learned_saved_read_and_shown_elsewhere_is_the_same_bit_for_bit(request,
 
 
 @pytest.mark.parametrize("family", ["sd", "sd_v"])
-def test_the_pixels_are_those_of_diffusers_with_the_exported_concept(request, photos, tmp_path, family):
+def test_pixels_equal_those_of_diffusers_with_the_exported_concept(request, photos, tmp_path, family):
     make = request.getfixturevalue(f"make_tiny_{family}")
     runner = ImageRunner(StableDiffusionBackbone(make(), "tiny"))
     recipe = load("pivotal_tuning", [*TINY, *STRONG])
@@ -114,7 +114,7 @@ def test_the_pixels_are_those_of_diffusers_with_the_exported_concept(request, ph
     assert not torch.allclose(ours, pictures(runner, seeds=[5], negative="blurry", base=True), atol=1e-2)
 
 
-def test_flux_pixels_are_those_of_diffusers_with_the_exported_lora(make_tiny_flux, photos, tmp_path):
+def test_flux_pixels_equal_those_of_diffusers_with_the_exported_lora(make_tiny_flux, photos, tmp_path):
     runner = ImageRunner(FluxBackbone(make_tiny_flux(), "tiny"))
     recipe = load("dreambooth_lora", [*TINY, LORA, "regularize=null", "sources.class_pictures=null"])
     made = runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
@@ -170,7 +170,7 @@ def test_several_concepts_each_with_its_strength(tiny_folder, concepts):
     )
 
 
-def test_attached_takes_concepts_off_again(tiny_folder, concepts):
+def test_attached_removes_its_concepts_again(tiny_folder, concepts):
     runner = on(tiny_folder)
     with pytest.raises(ValueError, match="already"), attached(runner, [(read(concepts["mug"]), 1.0)] * 2):
         pass
@@ -186,7 +186,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(tiny_folder, concepts):
     assert torch.allclose(many[9:], pictures(runner, seeds=[9]), atol=1e-4)
 
 
-def test_a_new_concept_can_be_learned_beside_a_loaded_one(tiny_folder, concepts, photos, tmp_path):
+def test_a_new_concept_can_be_learned_alongside_a_loaded_one(tiny_folder, concepts, photos, tmp_path):
     runner = on(tiny_folder, (concepts["rex"], 1.0))
     before = runner.generate(["a photo of a <rex>"], [0], SamplingSettings(**FAST))
     with pytest.raises(ValueError, match="'rex' is already loaded"):
@@ -198,7 +198,9 @@ def test_a_new_concept_can_be_learned_beside_a_loaded_one(tiny_folder, concepts,
         tensorboard=False,
     )
     assert set(runner.loaded) == {"mug", "rex"} and runner.strengths == {"mug": 1.0, "rex": 1.0}
-    assert {k.split(".")[0] for k in made["mug"].of("adapter")} == {"lora"}, "the other's adapter is not in it"
+    assert {k.split(".")[0] for k in made["mug"].of("adapter")} == {"lora"}, (
+        "it does not contain the other concept's adapter"
+    )
     runner.unload("mug")
     assert torch.equal(runner.generate(["a photo of a <rex>"], [0], SamplingSettings(**FAST)), before)
 
@@ -235,7 +237,7 @@ def test_a_run_that_fails_leaves_the_backbone_as_it_was(tiny_folder, photos, tmp
         assert {c: repr(m) for c, m in runner.backbone.components.items()} == look
 
 
-def test_pictures_are_made_while_training_in_the_phase_that_asks_for_them(tiny_folder, photos, tmp_path):
+def test_validation_pictures_are_generated_in_the_phase_that_requests_them(tiny_folder, photos, tmp_path):
     seen = []
 
     def score(pixels: Tensor, prompts) -> dict[str, float]:
@@ -253,10 +255,10 @@ def test_pictures_are_made_while_training_in_the_phase_that_asks_for_them(tiny_f
     assert made["mug"].meta.metrics["score"] == 2.0
 
 
-# --- files on both ends ----------------------------------------------------------------------
+# --- the command line ------------------------------------------------------------------------
 
 
-def test_the_command_line_learns_and_shows(pcs, learn, concepts, photos, tiny_folder, tmp_path):
+def test_the_command_line_trains_and_generates(pcs, learn, concepts, photos, tiny_folder, tmp_path):
     folder = concepts["mug"]
     assert {p.name for p in folder.iterdir()} == {
         *("concept.json", "adapter.safetensors", "embeddings.safetensors", "preview.png")
@@ -277,7 +279,7 @@ def test_the_command_line_learns_and_shows(pcs, learn, concepts, photos, tiny_fo
         assert sheet.width < 4 * 40 and one.size == (32, 32)
 
 
-def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tiny_folder, tmp_path):
+def test_a_picture_contains_all_settings_needed_to_reproduce_it(pcs, concepts, tiny_folder, tmp_path):
     out = tmp_path / "out"
     arguments = (
         "--concept",
@@ -304,7 +306,7 @@ def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tiny_
     assert about["checkpoint"] == runner.backbone.checkpoint
     steered = SamplingSettings(hooks=(NoisePrior(path=tiny_folder / "clip.mp4"),))
     told = json.loads(metadata("a <mug> and a <rex>", 0, runner, steered)["pcs"])
-    assert told["hooks"][0]["path"] == "clip.mp4", "without the folders of this machine"
+    assert told["hooks"][0]["path"] == "clip.mp4", "without local folders"
     settings = {k: about[k] for k in ("steps", "guidance", "negative", "height", "width")}
     again = runner.generate([about["prompt"]], [about["seed"]], SamplingSettings(**settings))
     assert torch.equal(read_picture(path).pixels, torch.as_tensor(_bytes(again[0])))
@@ -342,14 +344,14 @@ def _bytes(pixels: Tensor) -> Tensor:
     return to_pixels(to_image(pixels))
 
 
-def test_what_was_left_to_the_backbone_is_said_too(tiny_folder):
+def test_the_metadata_include_the_defaults_of_the_backbone(tiny_folder):
     about = json.loads(metadata("a mug", 3, on(tiny_folder), SamplingSettings(guidance=2.0))["pcs"])
     assert {k: about[k] for k in ("steps", "guidance", "height", "width", "seed")} == {
         **{"steps": 50, "guidance": 2.0, "height": 32, "width": 32, "seed": 3}
     }
 
 
-def test_photos_on_the_toybox_are_taken_with_one_plain_warning(make_tiny_sd, photos, painted, tmp_path):
+def test_photos_on_the_toybox_are_accepted_with_one_plain_warning(make_tiny_sd, photos, painted, tmp_path):
     toybox = StableDiffusionBackbone(make_tiny_sd(), "toybox")
     toybox.world = WORLDS["toybox"]
     with pytest.warns(UserWarning, match="has never seen the real world") as caught:
@@ -361,7 +363,7 @@ def test_photos_on_the_toybox_are_taken_with_one_plain_warning(make_tiny_sd, pho
         warn_unseen(StableDiffusionBackbone(make_tiny_sd(), "x"), {"mug": read_subject(photos, "mug")})
 
 
-def test_the_backbone_is_the_one_it_was_learned_on(concepts, tiny_folder):
+def test_the_default_backbone_is_the_one_the_concept_was_learned_on(concepts, tiny_folder):
     assert open_runner(ImageRunner, None, [str(concepts["mug"])], "cpu").backbone.name == str(tiny_folder)
 
 
@@ -369,7 +371,7 @@ def test_the_backbone_is_the_one_it_was_learned_on(concepts, tiny_folder):
     ("text", "expected"),
     [("a.concept", ("a.concept", 1.0)), ("a.concept:0.8", ("a.concept", 0.8)), ("x/y:-1", ("x/y", -1.0))],
 )
-def test_a_concept_with_its_strength(text, expected):
+def test_parsing_a_concept_with_its_strength(text, expected):
     assert parse_concept(text) == (Path(expected[0]), expected[1])
 
 

@@ -41,7 +41,7 @@ def theirs(folder: Path, exported: Path, prompt: str, **how: Any) -> np.ndarray:
         ),
     ],
 )
-def test_the_command_line_gives_the_pixels_of_diffusers(
+def test_the_command_line_produces_the_same_pixels_as_diffusers(
     pcs, concepts, tiny_folder, tmp_path, name, ours_say, they_say, options, how
 ):
     exported = tmp_path / "exported"
@@ -59,6 +59,8 @@ def test_the_command_line_gives_the_pixels_of_diffusers(
     painted = ours(ours_say, "--concept", concepts[name]).astype(int)
     expected = theirs(tiny_folder, exported, they_say, **how).astype(int)
     assert painted.shape == (32, 32, 3)
-    assert abs(painted - expected).max() <= 1 and (painted != expected).mean() < 0.01, "except for rounding at a border"
+    assert abs(painted - expected).max() <= 1 and (painted != expected).mean() < 0.01, (
+        "apart from differences in rounding"
+    )
     plain = ours(they_say.replace("<mug> mug", "mug").replace("sks dog", "dog")).astype(int)
     assert (plain != expected).mean() > 0.3, "the concept has an effect"

@@ -127,7 +127,7 @@ class _Square:
 
 
 def _paint(hue: float, turn: float | None = None, every_second: float | None = None):
-    """A model that draws one hue, turned by the seed or always by `turn`; every second seed shows another hue."""
+    """A model that draws `hue`, turned by the seed or always by `turn`; odd seeds show the hue `every_second` if given."""
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
@@ -163,7 +163,7 @@ def _report(generate: Any, case: Case | None = None, **settings: Any) -> Report:
     return evaluate(generate, _paint(0.5), case or _case(), PROMPTS, TOOLS, Shots([0, 1], **settings))
 
 
-def test_a_model_that_turns_the_thing_is_free_and_one_that_does_not_is_not(tmp_path: Path) -> None:
+def test_freedom_is_high_if_the_model_varies_the_pose_and_low_if_it_does_not(tmp_path: Path) -> None:
     free, rigid = _report(_paint(0.0), out=tmp_path / "free"), _report(_paint(0.0, 1.4))
     for report in (free, rigid):
         assert report.terms == ("identity", "text", "freedom") and not report.apart
@@ -178,7 +178,7 @@ def test_a_model_that_turns_the_thing_is_free_and_one_that_does_not_is_not(tmp_p
     assert (free.value("views") or 0) > (rigid.value("views") or 0)
     further = free.of_kind("freedom")
     assert {p.seed for p in further} == {2, 3} and len(further) == 4, (
-        "four seeds of each prompt that leaves the pose open"
+        "four seeds for each prompt that leaves the pose open"
     )
     assert len(free.of_kind("concept")) == 4 and len(free.of_kind("base")) == 4
     again = Report.load(tmp_path / "free")
@@ -189,14 +189,14 @@ def test_a_model_that_turns_the_thing_is_free_and_one_that_does_not_is_not(tmp_p
     ) or "freedom 1" in page.lower()
 
 
-def test_with_every_second_picture_of_another_thing_freedom_is_not_measured() -> None:
+def test_freedom_is_not_measured_if_every_second_picture_shows_another_subject() -> None:
     report = _report(_paint(0.0, None, 0.4))
     freedom = report.score("freedom")
     assert freedom is not None and freedom.value is None and report.value("trade_off") == 0
     assert "not measured" in report_html(report)
 
 
-def test_a_copied_thing_before_another_background_is_a_copy() -> None:
+def test_a_copied_subject_on_another_background_counts_as_a_copy() -> None:
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
         for text, seed in zip(prompts, seeds, strict=True):
@@ -214,7 +214,7 @@ def test_a_copied_thing_before_another_background_is_a_copy() -> None:
     assert all((p.scores["copy_thing"] or 0) > 0.95 for p in made)
 
 
-def test_figures_of_true_pictures_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:
+def test_figures_of_true_pictures_are_cached_by_their_inputs(tmp_path: Path) -> None:
     first, second = _Square(), _Square()
     reports = [_report(_paint(0.0), _case(true=thing, cache=tmp_path)) for thing in (first, second)]
     assert first.drawn >= 80 and second.drawn == 0 and reports[0].truth == reports[1].truth
@@ -222,14 +222,14 @@ def test_figures_of_true_pictures_are_kept_by_what_they_depend_on(tmp_path: Path
     assert json.loads(kept.read_text())["bars"]
     third = _Square()
     _report(_paint(0.0), _case(true=third, cache=tmp_path, references=REFERENCES[:2]))
-    assert third.drawn > 0, "other references"
+    assert third.drawn > 0, "other references need new figures"
     kept.write_text("{")
     fourth = _Square()
     _report(_paint(0.0), _case(true=fourth, cache=tmp_path))
-    assert fourth.drawn > 0, "a damaged file is measured again"
+    assert fourth.drawn > 0, "figures in a damaged file are measured again"
 
 
-def test_without_a_true_thing_or_for_a_style_there_are_two_terms_and_it_is_said() -> None:
+def test_without_true_pictures_or_for_a_style_there_are_two_terms_and_the_report_says_so() -> None:
     for case, why in ((_case(true=None), "no true pictures"), (_case(kind="style"), "a style has no pose")):
         report = _report(_paint(0.0), case)
         assert report.terms == ("identity", "text") and report.score("freedom") is None
@@ -244,7 +244,7 @@ def test_without_a_true_thing_or_for_a_style_there_are_two_terms_and_it_is_said(
     assert "each reference against the others" in report_html(alone).lower()
 
 
-def test_things_that_the_instruments_do_not_know_stand_apart() -> None:
+def test_subjects_the_instruments_cannot_verify_are_shown_separately() -> None:
     good = _report(_paint(0.0))
     identity = good.score("identity")
     assert identity is not None
@@ -256,13 +256,13 @@ def test_things_that_the_instruments_do_not_know_stand_apart() -> None:
     assert "Shown apart" in comparison.html() and comparison.three
     assert "Freedom" in comparison.markdown().splitlines()[0]
     lines = comparison.csv().splitlines()
-    assert len(lines) == 4, "the pooled line, and one for each subject"
+    assert len(lines) == 4, "the header, the pooled line, and one line for each subject"
     two = _report(_paint(0.0), _case(true=None))
     with pytest.raises(ValueError, match="different terms"):
         compare({("a", "s1"): good, ("a", "s2"): two})
 
 
-def test_faces_are_judged_where_one_can_be_seen() -> None:
+def test_faces_are_scored_where_one_is_visible() -> None:
     """In this world a square is seen from the front if its upper half is brighter."""
     tools = TOOLS
     scorer = Scorer(REFERENCES, tools, "face", "me", _case().gallery)

@@ -1,4 +1,4 @@
-"""The training folder is an output like any other: files that pcs did not write stay, and are named before a run begins."""
+"""The training folder is an output like any other: files that pcs did not write are kept, and named before a run begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MINE = ("samples/holiday.png", "tensorboard/events.out.tfevents.1.mine", "notes.
 
 @pytest.mark.parametrize("mine", MINE)
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
-def test_a_training_refuses_a_folder_that_holds_somebody_elses_files(pcs, learn, tmp_path: Path, mine, flags) -> None:
+def test_training_refuses_a_folder_that_contains_somebody_elses_files(pcs, learn, tmp_path: Path, mine, flags) -> None:
     file = tmp_path / "toy.training" / mine
     file.parent.mkdir(parents=True)
     file.write_text("mine")
@@ -22,7 +22,7 @@ def test_a_training_refuses_a_folder_that_holds_somebody_elses_files(pcs, learn,
     assert str(tmp_path / "toy.training") in message and ("checkpoint-00-1 is damaged" in message or mine in message)
 
 
-def test_a_second_run_clears_away_what_the_first_one_left_and_nothing_else(pcs, learn, tmp_path: Path) -> None:
+def test_a_second_run_deletes_the_files_of_the_first_and_nothing_else(pcs, learn, tmp_path: Path) -> None:
     validated = ("train.validation.every=1", "train.validation.num=1")
     arguments = learn("textual_inversion", f"output={tmp_path / 'toy.concept'}", *validated)
     assert pcs(*arguments).code == 0
@@ -45,7 +45,7 @@ def test_pictures_inside_the_training_folder_are_not_learned_from(pcs, learn, pa
     assert "toy.training" in refusing(pcs, tmp_path)(*arguments, "--overwrite")
 
 
-def test_an_interrupted_run_goes_on_beside_notes_but_not_over_them(pcs, interrupted, learn, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_other_files_and_refuses_to_overwrite_them(pcs, interrupted, learn, tmp_path: Path) -> None:
     arguments = learn("textual_inversion", f"output={tmp_path / 'toy.concept'}", "train.steps=3")
     training = tmp_path / "toy.training"
     assert interrupted(*arguments).code == 130 and list(training.glob("checkpoint-*"))

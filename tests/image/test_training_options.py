@@ -1,4 +1,4 @@
-"""Options and output of `pcs image personalize`: instruments, starting over, progress; and what it does not touch."""
+"""Options and output of `pcs image personalize`: instruments, starting over, progress, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_recipe_that_learns_nothing_is_refused_before_anything_is_written(pcs,
     assert not list(tmp_path.glob("x.*"))
 
 
-# --- what scores while training ------------------------------------------------------------------
+# --- scoring during training ---------------------------------------------------------------------
 
 
 def planned(photos: Path, out: Path, *settings: str) -> Plan:
@@ -46,13 +46,13 @@ def planned(photos: Path, out: Path, *settings: str) -> Plan:
 EVERY = "train.validation.every=1"
 
 
-def test_pictures_that_nothing_can_score_are_said(make_tiny_sd, photos, tmp_path):
+def test_pictures_that_nothing_can_score_give_a_warning(make_tiny_sd, photos, tmp_path):
     backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     with pytest.warns(UserWarning, match=r"nothing can score them, so the last state is kept.*give --clip FOLDER"):
         assert training_scorers(planned(photos, tmp_path, EVERY), backbone, None, None) is None
 
 
-def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, dino, tmp_path):
+def test_instruments_without_pictures_to_score_give_a_warning(make_tiny_sd, photos, dino, tmp_path):
     backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     with pytest.warns(UserWarning, match=r"none are generated: set train\.validation\.every=100"):
         assert training_scorers(planned(photos, tmp_path), backbone, None, dino) is None
@@ -69,14 +69,14 @@ def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, di
 
 
 @pytest.mark.parametrize("option", ["--clip", "--dino"])
-def test_instruments_that_are_not_there_are_an_error(pcs, learn, tmp_path, option):
+def test_missing_instruments_are_an_error(pcs, learn, tmp_path, option):
     for settings in ((), (EVERY,)):
         ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'x.concept'}", *settings), option, tmp_path / "gone")
         assert ran.code == 2 and f"{option} {tmp_path / 'gone'}: no such folder" in ran.err
         assert list(tmp_path.iterdir()) == []
 
 
-def test_the_best_state_by_a_dino_is_kept(pcs, learn, dino, tmp_path):
+def test_the_best_state_by_dino_score_is_kept(pcs, learn, dino, tmp_path):
     ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'x.concept'}", EVERY), "--dino", dino)
     assert ran.code == 0, ran.err
     metrics = read(tmp_path / "x.concept").meta.metrics
@@ -88,8 +88,8 @@ def test_the_best_state_by_a_dino_is_kept(pcs, learn, dino, tmp_path):
 # --- starting over -------------------------------------------------------------------------------
 
 
-def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path):
-    """Also with another recipe, and if the old state is damaged."""
+def test_overwrite_starts_over_after_an_interrupted_run(pcs, learn, tmp_path):
+    """Even with another recipe, or if the old state is damaged."""
     out, training = tmp_path / "x.concept", tmp_path / "x.training"
     wild = learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")
     assert pcs(*wild).code == 1 and list(training.glob("checkpoint-*"))
@@ -99,7 +99,9 @@ def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path)
     assert refused.code == 2 and "continue it with --resume, or start over with --overwrite" in refused.err
     (next(training.glob("checkpoint-*")) / "state.json").write_text("{")
     mine = pcs(*tame, "--overwrite")
-    assert mine.code == 2 and "mine.txt" in mine.err and "state.json" not in mine.err, "only what is not its own"
+    assert mine.code == 2 and "mine.txt" in mine.err and "state.json" not in mine.err, (
+        "only files that pcs did not write"
+    )
     assert (training / "mine.txt").read_text() == "keep me" and list(training.glob("checkpoint-*"))
     (training / "mine.txt").unlink()
     anew = pcs(*tame, "--overwrite")
@@ -109,17 +111,17 @@ def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path)
     assert [json.loads(x)["step"] for x in (training / "log.jsonl").read_text().splitlines()] == [1]
 
 
-def test_a_lower_rate_goes_on_through_the_command_line(pcs, learn, tmp_path):
+def test_a_failed_run_can_be_resumed_with_a_lower_learning_rate(pcs, learn, tmp_path):
     out = tmp_path / "x.concept"
     assert pcs(*learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")).code == 1
     ran = pcs(*learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e-3"), "--resume")
     assert ran.code == 0 and (out / "concept.json").is_file(), ran.err
 
 
-# --- what was learned is not lost ------------------------------------------------------------------
+# --- random numbers --------------------------------------------------------------------------------
 
 
-def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_path):
+def test_the_callers_random_state_is_left_alone(tiny_folder, photos, tmp_path):
     runner = ImageRunner(load_backbone(tiny_folder))
     subject = {"mug": read_subject(photos, "mug")}
     torch.manual_seed(7)
@@ -132,10 +134,10 @@ def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_pat
     runner.unload("mug")
     with pytest.raises(RuntimeError):
         runner.personalize(subject, broken, tmp_path / "other", tensorboard=False)
-    assert torch.equal(torch.rand(3), expected), "also when it fails"
+    assert torch.equal(torch.rand(3), expected), "even if training fails"
 
 
-# --- known before training -------------------------------------------------------------------------
+# --- checks before training ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,9 @@ def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_pat
         ("phases.tune.train.mixed_precision=fp16", r"phases\.tune\.train\.mixed_precision = 'fp16'"),
     ],
 )
-def test_what_a_phase_asks_for_is_checked_before_the_first(tiny_folder, photos, tmp_path, setting, message):
+def test_the_settings_of_every_phase_are_checked_before_the_first_begins(
+    tiny_folder, photos, tmp_path, setting, message
+):
     runner = ImageRunner(load_backbone(tiny_folder))
     with pytest.raises(ValueError, match=message):
         recipe = load("pivotal_tuning", [*TINY, setting])
@@ -156,7 +160,7 @@ def test_what_a_phase_asks_for_is_checked_before_the_first(tiny_folder, photos, 
 
 
 @pytest.mark.parametrize("guidance", ["nan", "inf"])
-def test_a_guidance_that_is_no_number_is_an_error(pcs, concepts, photos, tmp_path, guidance):
+def test_a_non_finite_guidance_is_an_error(pcs, concepts, photos, tmp_path, guidance):
     for arguments in (("generate", "a <mug>"), ("evaluate", "--references", photos)):
         out = ("--concept", concepts["mug"], "--out", tmp_path / "o", "--guidance", guidance)
         ran = pcs("image", *arguments, *out)
@@ -164,7 +168,7 @@ def test_a_guidance_that_is_no_number_is_an_error(pcs, concepts, photos, tmp_pat
         assert list(tmp_path.iterdir()) == []
 
 
-def test_class_pictures_of_a_phase_have_its_size_through_the_runner(tiny_folder, photos, tmp_path):
+def test_the_runner_makes_class_pictures_at_the_resolution_of_their_phase(tiny_folder, photos, tmp_path):
     small = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
     file = tmp_path / "own.yaml"
     file.write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}}")
@@ -184,7 +188,7 @@ def test_class_pictures_are_counted_while_they_are_made(pcs, learn, tmp_path, mo
     ran = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
     assert ran.code == 0, ran.err
     steps = re.findall(r"class pictures of 'a photo of a mug', denoising steps: (\d of \d)", ran.err)
-    assert steps == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"], "each step of two pictures of two steps, twice"
+    assert steps == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"], "two batches of two pictures, two steps each"
     shutil.rmtree(tmp_path / "x.concept")
     again = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
     assert again.code == 0 and "class pictures" not in again.err, "they already exist"
@@ -192,7 +196,7 @@ def test_class_pictures_are_counted_while_they_are_made(pcs, learn, tmp_path, mo
         assert re.search(rf"^{what}, denoising steps: (\d+) of \1$", again.err, re.MULTILINE), what
 
 
-def test_generate_tells_of_every_denoising_step(pcs, concepts, tmp_path):
+def test_generate_reports_every_denoising_step(pcs, concepts, tmp_path):
     steps = ("--steps", 4, "--concept", concepts["mug"])
     ran = pcs(
         "image",
@@ -212,7 +216,7 @@ def test_generate_tells_of_every_denoising_step(pcs, concepts, tmp_path):
     assert re.findall(r"pictures, denoising steps: (\d+) of 20", ran.err)[-1] == "20" and len(ran.err.splitlines()) >= 4
 
 
-def test_the_speed_of_training_is_that_of_the_steps_whose_time_is_known(capsys, monkeypatch):
+def test_training_speed_counts_only_steps_whose_time_is_known(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:
@@ -226,7 +230,7 @@ def test_the_speed_of_training_is_that_of_the_steps_whose_time_is_known(capsys, 
     ]
 
 
-def test_steps_that_make_pictures_have_no_loss(capsys, monkeypatch):
+def test_a_step_without_a_loss_shows_the_last_one(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:
@@ -239,7 +243,7 @@ def test_steps_that_make_pictures_have_no_loss(capsys, monkeypatch):
     ]
 
 
-def test_no_speed_is_told_of_steps_whose_time_is_not_known(capsys, monkeypatch):
+def test_no_speed_is_shown_for_steps_whose_time_is_unknown(capsys, monkeypatch):
     """Class pictures before the first step, previews between steps, and steps without a loss."""
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
@@ -255,7 +259,7 @@ def test_no_speed_is_told_of_steps_whose_time_is_not_known(capsys, monkeypatch):
     assert lines == ["tune: step 1, 1 of 9 done", "tune: step 4, 4 of 9 done, loss 0.5000, 4.0 steps/s"]
 
 
-def test_a_job_that_is_done_again_is_told_of_again(capsys):
+def test_a_repeated_job_is_reported_again(capsys):
     tenths = Tenths()
     for _ in range(2):
         for done in (1, 2):

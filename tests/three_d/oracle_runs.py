@@ -38,8 +38,8 @@ COMMON = (
     "shading={lambertian: 0, textureless: 0, ambient: 1}",
     "cameras={elevation_deg: [-10, 50], fov_deg: [24.53, 24.53], distance: [5, 5], jitter: 0, roll_deg: 0, look_at: 0}",
 )
-#: Guidance -> additional settings: no pure noise where a schedule's steps are in the thousands, a sum over a view where the
-#: recipe has a mean, and pixels instead of latents, which any shape can reproduce.
+#: Guidance -> additional settings: no pure noise if a schedule has thousands of steps, a sum over a view if the
+#: recipe uses a mean, and pixels instead of latents, which any shape can reproduce.
 GUIDANCES: dict[str, tuple[str, ...]] = {
     "dreamfusion": (),
     "csd": (),
@@ -61,7 +61,7 @@ class Found:
 
 
 def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Found:
-    """Runs a shipped recipe's guidance, without its penalties, whose weights are for a real model's scores."""
+    """Runs a shipped recipe's guidance without its penalties, because their weights suit a real model's scores."""
     how = load(name, [*COMMON, *GUIDANCES[name], *settings], "3d", Recipe3D)
     how = how.model_copy(update={"penalties": {}})
     seen = _remembered(lambda cameras: 2 * true_views(cameras, SIDE).pixels - 1)
@@ -103,7 +103,7 @@ def _oracle(seen: Callable[[Cameras], Tensor], **more: Any) -> OracleScores:
 
 
 class _Taught(Distill):
-    """With a student that is also a field: it learns what the asset currently looks like from any side."""
+    """A task whose student is also a field, which learns what the asset currently looks like from any side."""
 
     def __init__(self, context: Any, seen: Callable[[Cameras], Tensor]) -> None:
         recipe = context.recipe

@@ -105,7 +105,7 @@ class Slides(Part):
 
 
 class PictureRecipe(DistillRecipe):
-    """A recipe for such an asset, without the penalties of shipped recipes, because pictures have no shape."""
+    """A recipe for an asset of pictures, without the penalties of shipped recipes, because pictures have no shape."""
 
     field: Pictures = Pictures()
     renderer: Slides = Slides()

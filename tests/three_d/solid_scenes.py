@@ -53,6 +53,6 @@ def unseen_cameras() -> Cameras:
 
 
 def overlap(opacity: Tensor, coverage: Tensor) -> float:
-    """Intersection over union of what is more than half covered; the mean over views [B, 1, S, S]."""
+    """Intersection over union of the pixels that are more than half covered: the mean over views [B, 1, S, S]."""
     a, b = opacity > 0.5, coverage > 0.5
     return float(((a & b).sum((1, 2, 3)) / (a | b).sum((1, 2, 3))).mean())

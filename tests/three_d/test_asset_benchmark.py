@@ -1,4 +1,4 @@
-"""`pcs 3d benchmark` on the toybox with almost no training: cells, tables, resuming, and what is refused."""
+"""`pcs 3d benchmark` on the toybox with almost no training: cells, tables, resumed runs, and what is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_a_recipe_is_compared_with_itself_without_the_concept_and_what_fails_is_named(pcs, tmp_path: Path):
+def test_a_recipe_is_compared_with_itself_without_the_concept_and_failures_are_named(pcs, tmp_path: Path):
     (tmp_path / "empty.yaml").write_text("base: hifa\nexport: {threshold: 1.0e9}\n")
     out = tmp_path / "table"
     arguments = ("3d", "benchmark", tmp_path / "empty.yaml", "hifa", *SMALL, "--out", out)
@@ -96,14 +96,14 @@ def test_a_recipe_that_learns_the_subject_itself_gets_its_pictures_and_has_no_as
     assert report["base"] is None and report["made"]["prompt"] == "a photo of a duck"
     made = json.loads((kept.parent / "work" / "asset" / "asset.json").read_text())
     assert made["prompt"] == "a photo of a <development-duck>" and made["concepts"] == {}
-    assert not list(out.rglob("concept.json")), "no concept is learned that no recipe uses"
+    assert not list(out.rglob("concept.json")), "a concept that no recipe uses is not learned"
     page = (out / "index.html").read_text()
     assert "without the concept</a>" not in page and 'src=""' not in page
     again = pcs("3d", "benchmark", tmp_path / "learns.yaml", "--subjects", "1", "--out", out)
     assert "learns development-duck kept" in again.err and again.out == ran.out
 
 
-def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Path):
+def test_an_asset_is_made_again_only_if_it_would_differ(sd, tmp_path: Path):
     def how(*settings: str) -> Recipe3D:
         tiny = ("backbone=tiny", "prompt=a photo of a mug", "train.resolution=32", *SETTINGS, *settings)
         return load("hifa", tiny, "3d", Recipe3D)
@@ -121,7 +121,7 @@ def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Pat
     empty = how("train.steps=2", "export.threshold=1e9")
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert not out.exists(), "an asset of something else is not reused"
+    assert not out.exists(), "an asset made from other inputs is not reused"
     log = tmp_path / "asset.training" / "log.jsonl"
     before = log.read_text()
     with pytest.raises(ValueError, match="empty"):
@@ -129,7 +129,7 @@ def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Pat
     assert log.read_text() == before, "finished steps are not repeated"
 
 
-def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
+def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     for recipe, more, why in (
         ("hifa", ("--set", "trian.steps=3"), "trian"),
         ("hifa", ("--set-learn", "trian.steps=3"), "trian"),
@@ -167,17 +167,17 @@ def cell(identity: float, iou: float, base: float = 0.1, generic: float = 0.5, t
     return AssetCell(thing="x", made=report(identity, iou, truth), base=report(base, 0.3), generic={"iou": generic})
 
 
-def test_every_thing_counts_once_and_intervals_draw_whole_things():
+def test_every_subject_counts_once_and_intervals_resample_subjects():
     row = aggregate_assets("r", {"a": cell(1.0, 0.8), "b": cell(0.5, 0.6)}, {"c": "no"})
     assert row.value("identity_relative") == 0.75 and row.scores["identity_relative"].base == pytest.approx(0.1)
     assert (row.scores["identity_relative"].low, row.scores["identity_relative"].high) == (0.5, 1.0)
     assert row.sphere["iou"] == 0.4 and row.generic["iou"] == 0.5 and row.scores["iou"].truth == 1
     assert row.training_seconds == 10 and row.failed == {"c": "no"}
     one = aggregate_assets("r", {"a": cell(1.0, 0.8)}, {})
-    assert one.scores["iou"].low is None, "a single thing has no spread over things"
+    assert one.scores["iou"].low is None, "a single subject has no spread over subjects"
 
 
-def test_means_over_things_are_shares_where_one_asset_says_yes_or_no():
+def test_means_of_yes_or_no_scores_are_shares():
     def closed(value: float) -> AssetCell:
         made = report(0.5, 0.5)
         return cell(0.5, 0.5).model_copy(
@@ -188,7 +188,7 @@ def test_means_over_things_are_shares_where_one_asset_says_yes_or_no():
     assert "| 50\u00a0% (0\u00a0% to 100\u00a0%) |" in table.markdown()
 
 
-def test_a_thing_whose_true_renders_do_not_pass_stands_apart():
+def test_a_subject_whose_true_renders_are_not_verified_is_shown_separately():
     cells = {("r", "a"): cell(0.5, 0.6), ("r", "dark"): cell(1.0, 0.9, truth=0.3)}
     table = compare_assets(cells, {}, Path())
     assert table.rows[0].value("identity_relative") == 0.5 and table.apart == {"dark": 0.3}
@@ -196,7 +196,7 @@ def test_a_thing_whose_true_renders_do_not_pass_stands_apart():
     assert [line.split(",")[1] for line in table.csv().splitlines()[1:]] == ["", "a", "dark"]
 
 
-def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
+def test_goals_require_their_parts_and_more_than_the_floors():
     goal = AssetGoal(identity=0.5, view=0.65, iou=0.55)
     for made, met in (
         (cell(0.6, 0.7), True),
@@ -207,12 +207,12 @@ def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
     ):
         assert goal.met(aggregate_assets("r", {"a": made}, {})) is met
     alone = cell(0.6, 0.7).model_copy(update={"base": None})
-    assert goal.met(aggregate_assets("r", {"a": alone}, {})) is True, "there is nothing without the concept to beat"
+    assert goal.met(aggregate_assets("r", {"a": alone}, {})) is True, "there is no asset without the concept to beat"
     assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None
     assert goal.met(aggregate_assets("r", {}, {"a": "no"})) is False
 
 
-def test_the_best_identity_stands_first_and_other_instruments_are_refused():
+def test_the_best_identity_comes_first_and_other_instruments_are_refused():
     cells = {("bad", "a"): cell(0.2, 0.9), ("good", "a"): cell(0.6, 0.5), ("better", "a"): cell(0.6, 0.7)}
     table = compare_assets(cells, {("bad", "b"): "RuntimeError: <no>"}, Path(), AssetGoal(identity=0.5))
     assert [r.recipe for r in table.rows] == ["better", "good", "bad"]
@@ -225,7 +225,7 @@ def test_the_best_identity_stands_first_and_other_instruments_are_refused():
         compare_assets({**cells, ("bad", "b"): other}, {}, Path())
 
 
-def test_curves_are_means_over_the_things():
+def test_curves_are_means_over_subjects():
     def with_curve(values: list[float | None]) -> AssetCell:
         curve = Curve(key="iou", title="Overlap", azimuth_deg=[0.0, 180.0], asset=values, truth=[1.0, 1.0])
         made = report(0.5, 0.5).model_copy(update={"curves": [curve]})

@@ -1,4 +1,4 @@
-"""Assets with every kind of field: optimised, interrupted, and written as files that other programs open."""
+"""Assets with every kind of field: optimised, interrupted, and written as files that other programs can open."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_field_of_each_kind_becomes_an_asset(sd, tmp_path, kind):
     assert len(shown.faces) == len(mesh.faces) and shown.visual.material.baseColorTexture is not None
 
 
-def test_the_page_says_what_was_known_asked_and_spent(sd, tmp_path):
+def test_the_page_shows_the_concept_the_prompt_and_the_costs(sd, tmp_path):
     preview = tmp_path / "preview.png"
     Image.new("RGB", (8, 8), (1, 2, 3)).save(preview)
     token = LearnableToken(vectors=1)
@@ -105,7 +105,7 @@ def test_the_page_says_what_was_known_asked_and_spent(sd, tmp_path):
     assert "whole process" in page and "default-src 'none'" in page
 
 
-def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path):
+def test_a_field_without_a_surface_gives_no_asset_and_its_state_is_kept(sd, tmp_path):
     how = recipe("voxels", "train.steps=1", "field.start.density=0.001")
     with pytest.raises(ValueError, match="the field is empty"):
         create(Runner3D(sd), how, AssetFiles(tmp_path / "asset"))
@@ -116,7 +116,7 @@ def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "stop"), [("voxels", 2), ("gaussians", 3), ("gaussians", 2)])
-def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, kind, stop):
+def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, kind, stop):
     """Bit for bit. The Gaussians are split before their third and fifth step (2 and 4): `stop` is just before a split or just
     after one."""
     settings = ("train.steps=5", f"train.checkpoint_every={stop}")
@@ -154,11 +154,11 @@ def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
     assert float(moved.max()) > 0 and float((moved - fresh).abs().median()) > 1e-3 * fresh
 
 
-# --- what belongs together -------------------------------------------------------------------
+# --- incompatible settings -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [*FIELDS, "frequency_mlp", "hash_grid"])
-def test_a_recipe_draws_each_field_with_its_renderer_and_survives_its_dump(kind):
+def test_a_recipe_draws_each_field_with_its_renderer_and_survives_a_round_trip(kind):
     how = recipe(kind)
     assert how.renderer.kind == how.field.drawn_by
     assert validate(Recipe3D, json.loads(json.dumps(dump(how)))) == how
@@ -174,12 +174,12 @@ def test_a_recipe_draws_each_field_with_its_renderer_and_survives_its_dump(kind)
         (["penalties.sparsty={}"], "Did you mean 'sparsity'"),
     ],
 )
-def test_what_does_not_go_together_is_said_by_the_recipe(settings, why):
+def test_a_recipe_refuses_incompatible_settings(settings, why):
     with pytest.raises(ValueError, match=why):
         load("dreamfusion", [*TINY, *settings], "3d", Recipe3D)
 
 
-def test_a_penalty_that_wakes_late_is_refused_before_the_first_step(sd, tmp_path):
+def test_an_unsuitable_penalty_that_starts_late_is_refused_before_the_first_step(sd, tmp_path):
     how = recipe("voxels", "penalties.eikonal.weight=[4, 0.0, 1.0, 5]")
     with pytest.raises(ValueError, match=r"penalties: eikonal needs field.kind=tetrahedra"):
         finish(run_of(sd, how, tmp_path / "run"))
@@ -201,7 +201,7 @@ def red_pictures(folder: Path) -> Path:
     return folder
 
 
-def test_the_field_comes_to_look_like_the_pictures_from_where_they_were_taken(sd, tmp_path):
+def test_the_field_learns_to_look_like_the_pictures_from_their_cameras(sd, tmp_path):
     subject = read_subject(red_pictures(tmp_path / "photos"), "mug", masks=tmp_path / "photos" / "masks")
     references = ("references.azimuth_deg=[0, 90]", "penalties.reference_views={count: 2, weight: 100}",
                   "penalties.silhouette.weight=100", "guidance.weight=0.0")  # fmt: skip

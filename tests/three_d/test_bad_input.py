@@ -39,7 +39,7 @@ def test_a_loaded_subject_that_the_prompt_does_not_name_is_refused(sd, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_concept_of_another_architecture_is_refused(sd, flux):
+def test_a_concept_for_another_architecture_is_refused(sd, flux):
     Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "lora", 0)
     LearnableToken(vectors=1).attach(sd, "mug", "mug", 0)
     concept = capture(sd, "mug", Provenance("subject", "mug", LearnableToken(vectors=1)))
@@ -67,14 +67,14 @@ def test_cameras_that_see_nothing_are_refused_by_the_recipe(setting):
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """After its call, no file may grow beyond this many bytes: writes fail as on a full disk."""
+    """Calling it limits every file to the given number of bytes, so writes fail as on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, usual)
 
 
-def test_a_full_disk_leaves_no_asset_and_the_state_to_go_on_from(sd, tmp_path, full_disk):
+def test_a_full_disk_leaves_no_asset_and_a_state_to_resume_from(sd, tmp_path, full_disk):
     def full(field: Any, folder: Path, how: Any) -> Any:
         full_disk(4 << 10)
         return export_asset(field, folder, how)

@@ -1,4 +1,4 @@
-"""Cameras: where they look, at every batch size, and that they match the toybox's."""
+"""Cameras: where they look, for any batch size, and that they match the toybox's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def random_cameras(count: int) -> Cameras:
     return Cameras.of(azimuth, elevation, 3 + torch.rand(count, generator=draw), 40.0, roll)
 
 
-def test_axes_are_orthonormal_and_three_cameras_are_as_each_alone():
+def test_axes_are_orthonormal_and_three_cameras_equal_each_alone():
     cameras = random_cameras(3)
     assert torch.allclose(cameras.axes @ cameras.axes.mT, torch.eye(3).expand(3, 3, 3), atol=1e-6)
     assert torch.allclose(torch.linalg.det(cameras.axes), torch.ones(3), atol=1e-6)
@@ -43,7 +43,7 @@ def test_rays_and_projection_agree():
     assert through_middle.abs().max() < 1e-5
 
 
-def test_a_picture_of_the_toybox_is_seen_by_the_same_camera():
+def test_cameras_match_those_of_the_toybox():
     rng = np.random.default_rng(2)
     seen = Camera(azimuth_deg=37.0, elevation_deg=21.0, roll_deg=12.0, x=0.0, y=0.0, scale=1.0)
     things = instances([sample_scene(rng, camera=seen, two=False)], torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Concepts that guide an asset: weights of the whole network (DreamBooth), a LoRA, and both in one prompt at any strengths."""
+"""Concepts that guide an asset: weights of the whole network (DreamBooth), a LoRA, and both in one prompt at any strength."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def noisy() -> Tensor:
 
 @pytest.fixture
 def concepts(new_sd) -> dict[str, Concept]:
-    """A concept that changes every weight of the denoiser, and one of a token and a LoRA."""
+    """A concept that changes every weight of the denoiser, and one with a token and a LoRA."""
     out, draw = {}, torch.Generator().manual_seed(1)
     for name, (noun, modifier, part) in PARTS.items():
         backbone = new_sd()
@@ -66,7 +66,7 @@ def guided(new_sd, concepts, tmp_path):
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
-def test_all_weights_guide_as_a_model_with_these_weights(guided, new_sd, concepts, strength):
+def test_learned_weights_guide_like_a_model_with_these_weights(guided, new_sd, concepts, strength):
     _, task = guided("a photo of a <mug>", {"mug": strength})
     (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
     model = new_sd()
@@ -79,7 +79,7 @@ def test_all_weights_guide_as_a_model_with_these_weights(guided, new_sd, concept
 
 
 @pytest.mark.parametrize("strengths", [{"mug": 1.0, "dog": 1.0}, {"dog": 0.7, "mug": 0.4}])
-def test_two_concepts_guide_as_they_make_pictures(guided, strengths):
+def test_two_concepts_guide_with_the_predictions_that_generate_pictures(guided, strengths):
     backbone, task = guided(BOTH, strengths)
     (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
     ((_, text),) = task.prompts.rows("prompt", VIEW)[0]
@@ -90,7 +90,7 @@ def test_two_concepts_guide_as_they_make_pictures(guided, strengths):
         )
 
 
-def test_each_strength_changes_the_gradient_and_0_is_the_model_without_it(guided, new_sd, tmp_path):
+def test_each_strength_changes_the_gradient_and_0_equals_the_model_without_the_concept(guided, new_sd, tmp_path):
     strengths = [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
     grads = [gradient(guided(BOTH, {"mug": mug, "dog": dog})[1]) for mug, dog in strengths]
     for i, one in enumerate(grads):

@@ -49,10 +49,10 @@ def wrote(field, folder: Path, settings) -> None:
 
 @pytest.mark.parametrize("place", [[], ["backbone=some/folder"]], ids=["toybox", "elsewhere"])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
+def test_every_shipped_recipe_resolves_and_survives_a_round_trip(name, place):
     found = load(name, place, "3d", Recipe3D)
     assert validate(Recipe3D, json.loads(json.dumps(dump(found)))) == found
-    assert (found.setting != "") == (not place), "the toybox's words are used only there"
+    assert (found.setting != "") == (not place), "the toybox's words are used only on the toybox"
     lines = recipe_files("3d")[name].read_text().splitlines()
     assert "https://" in lines[0] + lines[1]
     assert all(paper in "".join(lines[:6]) for paper in read_yaml(recipe_files("3d")[name])["papers"])
@@ -60,7 +60,7 @@ def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
 
 @pytest.mark.parametrize("place", [[], ["backbone=some/folder"]], ids=["toybox", "elsewhere"])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_field_is_shown_while_it_grows_and_seldom_enough(name, place):
+def test_the_field_is_previewed_during_training_but_not_too_often(name, place):
     for phase, how in expand_phases(load(name, place, "3d", Recipe3D)):
         if isinstance(how.task, DistillTask):
             every, steps = how.train.validation.every, how.train.steps
@@ -91,7 +91,7 @@ def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path, monkeypatc
     assert asset.views(how.cameras.sample(3, _start(), torch.Generator())).pixels.shape == (3, 3, 32, 32)
     assert checkpoint.load(tmp_path / "asset.training") is None and not sd.adapters
     assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "renders during training"
-    assert about["backbone"] == "sd" and str(tmp_path) not in json.dumps(about), "without the folders of this machine"
+    assert about["backbone"] == "sd" and str(tmp_path) not in json.dumps(about), "without local folders"
     with pytest.raises(ValueError, match="exists"):
         AssetFiles(tmp_path / "asset").check()
     assert AssetFiles(tmp_path / "asset", resume=True).check(), "there is nothing left to do"
@@ -103,7 +103,7 @@ def _start():
     return Moment(0, 1)
 
 
-def test_an_export_that_fails_leaves_the_state_to_go_on_from(sd, tmp_path):
+def test_a_failed_export_leaves_a_state_to_resume_from(sd, tmp_path):
     def empty(field, folder, settings) -> None:
         raise ValueError("the field is empty")
 
@@ -128,13 +128,13 @@ def test_an_export_that_fails_leaves_the_state_to_go_on_from(sd, tmp_path):
         (["task=tune"], "no phase of the recipe makes an asset"),
     ],
 )
-def test_a_prompt_that_cannot_be_is_refused_before_anything_begins(sd, tmp_path, settings, why):
+def test_an_impossible_prompt_is_refused_before_anything_begins(sd, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         Runner3D(sd).create(recipe("dreamfusion", *FEW, *settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_runner_s_own_task_is_the_one_that_runs(sd, tmp_path):
+def test_a_runner_can_replace_a_task(sd, tmp_path):
     seen = []
 
     class Watched(Distill):
@@ -149,7 +149,7 @@ def test_a_runner_s_own_task_is_the_one_that_runs(sd, tmp_path):
     assert seen == [0, 1]
 
 
-def test_the_command_refuses_a_concept_s_output_and_names_its_own(tmp_path):
+def test_the_command_refuses_the_output_setting_and_names_its_own_option(tmp_path):
     from typer.testing import CliRunner
 
     from pcs_3d.commands.three_d import app

@@ -21,18 +21,20 @@ export: {resolution: 24, picture: 32, frames: 8, texture: 64}
 """
 
 
-def test_a_thing_becomes_a_mesh_and_one_whole_turn(tmp_path: Path) -> None:
+def test_a_subject_becomes_a_mesh_and_a_turntable_clip(tmp_path: Path) -> None:
     (tmp_path / "quick.yaml").write_text(QUICK)
     recipe = str(tmp_path / "quick.yaml")
     asked = Asked(tmp_path, "development-robot", "t_lora", "development-zigzag", "motion_director", recipe)
     demo.check(asked)
-    with pytest.raises(ValueError, match="--asset-recipe dreambooth3d learns the subject from its pictures itself"):
+    with pytest.raises(ValueError, match="--asset-recipe dreambooth3d itself learns the subject from its pictures"):
         demo.check(replace(asked, asset_recipe="dreambooth3d"))
     line, shown = demo.show(asked, Bars(nullcontext, nullcontext))
     assert isinstance(line, str) and "asset.glb" in line
-    assert isinstance(shown, Exhibit) and "a photo of a robot" in shown.text  # nothing learned: its class is used
+    assert (
+        isinstance(shown, Exhibit) and "a photo of a robot" in shown.text
+    )  # nothing was learned, so its class is used
     assert all(file.is_file() for file in shown.more.values())
     turn = read_clip(shown.file, ClipWindow(length=24)).frames
     assert turn.shape[1] == 24
     first, half, last = (turn[:, i] for i in (0, 12, 23))
-    assert (first - half).abs().mean() > (first - last).abs().mean()  # the last is a step before the first
+    assert (first - half).abs().mean() > (first - last).abs().mean()  # the last frame is one step before the first

@@ -1,4 +1,4 @@
-"""Score distillation on the loop: what is trained, which adapters predict what, interruption and NaNs."""
+"""Score distillation in the training loop: what is trained, which adapters predict what, interruptions and NaNs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
-    """A concept `mug` with a token and a LoRA that has an effect."""
+    """Attaches a concept `mug` with a token and a LoRA that has an effect."""
     LearnableToken(vectors=1).attach(backbone, "mug", "mug", 0)
     Lora(rank=2).inject(backbone, "mug", "lora", 0)
     draw = torch.Generator().manual_seed(1)
@@ -46,7 +46,7 @@ def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("name", ["dreamfusion", "prolificdreamer"])
-def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, name, stop):
+def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, name, stop):
     """Bit for bit: the field, whose parameters are replaced at step 3, the student, moments and random draws."""
     whole = finish(session(new_sd(), recipe(name, *GROWS), tmp_path / "whole"))
     run = session(new_sd(), recipe(name, *GROWS, f"train.checkpoint_every={stop}"), tmp_path / "run")
@@ -68,7 +68,7 @@ phases:
 """
 
 
-def test_the_field_goes_on_in_the_next_phase_and_a_run_resumes_between_them(new_sd, tmp_path):
+def test_the_field_continues_in_the_next_phase_and_a_run_resumes_between_phases(new_sd, tmp_path):
     (tmp_path / "two.yaml").write_text(PHASES)
     small = [s for s in SMALL if not s.startswith("train.steps")]
     two, one = (
@@ -86,7 +86,7 @@ def test_the_field_goes_on_in_the_next_phase_and_a_run_resumes_between_them(new_
     assert same(coarse, dict(state.carried)) and not same(coarse, whole)
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(new_sd, tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(new_sd, tmp_path):
     class Broken(Distill):
         def updates(self, step, micro):
             if step == 4:
@@ -136,7 +136,7 @@ def gradient(task: Distill) -> torch.Tensor:
     return grad
 
 
-def test_a_concept_changes_the_gradient_and_only_where_it_is_on(new_sd, tmp_path):
+def test_a_concept_changes_the_gradient_only_while_it_is_on(new_sd, tmp_path):
     plain = gradient(first_step(new_sd(), recipe("dreamfusion"), tmp_path / "a"))
     backbone = new_sd()
     teach(backbone)
@@ -154,7 +154,7 @@ def test_a_concept_changes_the_gradient_and_only_where_it_is_on(new_sd, tmp_path
     assert torch.equal(off, plain)
 
 
-def test_the_student_is_the_teacher_s_set_and_its_own_and_starts_as_the_teacher(new_sd, tmp_path):
+def test_the_student_adds_its_adapters_to_the_teachers_and_starts_equal_to_the_teacher(new_sd, tmp_path):
     backbone = new_sd()
     teach(backbone)
     task = first_step(backbone, recipe("prolificdreamer", "prompt=a photo of a <mug>"), tmp_path / "run")
@@ -179,7 +179,7 @@ def test_the_student_is_the_teacher_s_set_and_its_own_and_starts_as_the_teacher(
     assert torch.allclose(task.scores.eps([Ask(told)], z, t, looked(90.0, 170.0))[0], teacher, atol=1e-5)
 
 
-def test_a_step_trains_the_field_and_then_the_student_each_by_its_own_loss(new_sd, tmp_path):
+def test_a_step_trains_the_field_and_then_the_student_each_with_its_own_loss(new_sd, tmp_path):
     backbone = new_sd()
     frozen = {k: v.clone() for k, v in backbone.denoiser.state_dict().items()}
     run = session(backbone, recipe("prolificdreamer", "train.steps=2"), tmp_path / "run")
@@ -202,13 +202,13 @@ def test_a_step_trains_the_field_and_then_the_student_each_by_its_own_loss(new_s
         (["cameras.ring=4"], "must be a multiple of cameras.ring"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_before_the_first_step(new_sd, tmp_path, settings, why):
+def test_settings_that_do_not_fit_are_refused_before_the_first_step(new_sd, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         finish(session(new_sd(), recipe("prolificdreamer", *settings), tmp_path / "run"))
     assert checkpoint.load(tmp_path / "run") is None
 
 
-def test_parts_and_teachers_of_every_parametrisation(new_sd, make_tiny_sd_v, flux, tmp_path):
+def test_teachers_of_every_parametrisation(new_sd, make_tiny_sd_v, flux, tmp_path):
     """Epsilon, v and flow: the teacher's noise prediction follows from its own formulas."""
     for i, backbone in enumerate((new_sd(), StableDiffusionBackbone(make_tiny_sd_v(), "tiny"), flux)):
         side = f"train.resolution={32}"
@@ -225,10 +225,10 @@ def test_parts_and_teachers_of_every_parametrisation(new_sd, make_tiny_sd_v, flu
             "flow": z + alpha * prediction,
         }
         assert torch.allclose(eps, expected[backbone.prediction_type], atol=1e-5)
-        assert gradient(task).abs().sum() > 0, "through the encoder"
+        assert gradient(task).abs().sum() > 0, "the gradient passes through the encoder"
 
 
-def test_a_run_of_its_own_names_needs_no_subject(new_sd, tmp_path):
+def test_a_run_without_concepts_needs_no_subject(new_sd, tmp_path):
     run: TrainingRun = session(new_sd(), recipe("sjc", "train.resolution=null", "field.side=8"), tmp_path / "run")
     found = finish(run)
     assert found["field/raw"].shape == (4, 4, 8, 8)

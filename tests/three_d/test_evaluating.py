@@ -31,7 +31,7 @@ from tests.three_d.pages import viewer_of
 
 AROUND = cameras()
 AZIMUTHS = AROUND.azimuth_deg.tolist()
-PLAIN_CAR = TrueToy(HeldOut("plain", Thing("car", "red", "blue"), ()))  # its shape is the class's own
+PLAIN_CAR = TrueToy(HeldOut("plain", Thing("car", "red", "blue"), ()))  # its shape is that of its class
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def turned(path, out, degrees):
 
 
 @pytest.mark.parametrize("scale, offset", [(1.0, (0, 0, 0)), (0.6, (0.2, -0.15, 0.1))])
-def test_a_mesh_is_like_itself_wherever_it_stands_and_however_large(box, scale, offset):
+def test_a_mesh_matches_itself_at_any_position_and_size(box, scale, offset):
     mesh = painted_mesh(box)
     found = compared(mesh.placed(scale, offset), draw(mesh, AROUND), AROUND)
     assert found.iou.min() > 0.95 and found.psnr_of_all > 20
@@ -63,27 +63,27 @@ def test_a_mesh_is_like_itself_wherever_it_stands_and_however_large(box, scale, 
         assert found.iou.min() == 1 and found.psnr_of_all == BEST_DB
 
 
-def test_a_turned_mesh_is_not_turned_back(box, tmp_path):
+def test_a_rotated_mesh_is_not_rotated_back(box, tmp_path):
     truth, mesh = draw(painted_mesh(box), AROUND), painted_mesh(turned(box, tmp_path / "t.glb", 90))
     found = compared(mesh, truth, AROUND)
     assert found.iou.mean() < 0.65  # the best that size and position can do
     assert iou(draw(mesh, AROUND).masks, truth.masks.roll(4, 0)).min() > 0.97  # what rotation would have given
 
 
-def test_what_is_missing_does_not_pass_for_a_white_thing():
+def test_an_empty_view_does_not_match_a_white_object():
     white = draw(sphere(torch.ones(3)), AROUND[:2])
     assert compared(sphere(torch.ones(3)), white, AROUND[:2]).psnr_of_all == BEST_DB
     empty = Views(torch.ones_like(white.pixels), torch.zeros_like(white.masks))
     gone = compared(sphere(torch.ones(3)), empty, AROUND[:2])
-    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # half of the errors, on black, are 1
+    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # half of the errors, those on black, are 1
 
 
-def test_outlines_drawn_together_are_those_drawn_one_by_one(box):
+def test_silhouettes_drawn_together_equal_those_drawn_one_by_one(box):
     for mesh in (painted_mesh(box), painted_mesh(box).placed(1.3, (0.3, 0.2, -0.3))):  # partly outside
         assert torch.equal(silhouettes(mesh, AROUND[:4], 48), draw(mesh, AROUND[:4], 48).masks)
 
 
-def test_true_views_of_the_toybox_are_those_of_the_same_cameras():
+def test_true_views_of_the_toybox_match_the_cameras():
     views = PLAIN_CAR.views(AROUND[2:15:4])
     places, _ = AROUND[2:15:4].project(torch.from_numpy(cloud("car").points))
     column, row = ((places[..., 0] + 1) * 64).long(), ((1 - places[..., 1]) * 64).long()
@@ -95,7 +95,7 @@ def test_true_views_of_the_toybox_are_those_of_the_same_cameras():
         assert grown[mask].float().mean() > 0.99  # and nothing is drawn where there are no points
 
 
-def test_a_thing_with_four_fronts_is_found_out():
+def test_an_object_with_four_fronts_is_detected():
     toy = TrueToy(held_out("development-robot"))
     for views, expected, least, most in (
         (toy.views(AROUND), 1, 14, 16),
@@ -148,7 +148,7 @@ def test_true_renders_are_verified_and_a_sphere_is_not():
     assert np.mean(ball.scores["clip_t"]) < np.mean(looks.scores["clip_t"]) - 0.05
 
 
-def test_the_command_writes_a_whole_report(box, tmp_path):
+def test_the_command_writes_a_complete_report(box, tmp_path):
     folder = tmp_path / "asset"
     folder.mkdir()
     (folder / "asset.glb").write_bytes(box.read_bytes())
@@ -196,12 +196,12 @@ def test_a_bare_mesh_says_what_was_not_measured(box, tmp_path):
     assert save_asset_report(report, tmp_path / "r").is_file()
 
 
-def test_learned_names_are_read_as_what_they_are():
+def test_learned_names_are_replaced_by_the_class_noun():
     assert plain("a photo of a <my-mug>", "mug") == "a photo of a mug"
     assert plain("a <my-x> in the snow", "owl") == "an owl in the snow"
 
 
-def test_what_cannot_be_judged_is_refused(box, tmp_path):
+def test_what_cannot_be_evaluated_is_refused(box, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "meshless").mkdir()
     (tmp_path / "meshless" / "asset.json").write_text("{}")

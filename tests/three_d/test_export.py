@@ -1,4 +1,4 @@
-"""Exported assets: a ball's volume, a closed surface, its colours in the files read back; and what cannot be exported."""
+"""Exported assets: a ball's volume, closed surface and colours, read back from its files; and what cannot be exported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Striped(Solid):
         return SimpleNamespace(density=density, features=colors)
 
 
-def test_a_ball_becomes_a_closed_mesh_of_its_volume_whose_files_hold_its_colours(tmp_path):
+def test_a_ball_becomes_a_closed_mesh_with_its_volume_and_its_colours(tmp_path):
     made = export_asset(Striped(0.6), tmp_path, ExportSettings(resolution=28, texture=96, threshold=20))
     assert made.watertight and made.volume == pytest.approx(BALL, rel=0.06)
     assert [f.name for f in made.files] == ["asset.glb", "asset.obj", "asset.mtl", "asset.png", "asset.ply"]
@@ -51,7 +51,7 @@ def test_a_ball_becomes_a_closed_mesh_of_its_volume_whose_files_hold_its_colours
     assert ply.is_watertight and (ply.visual.vertex_colors[ply.vertices[:, 1] > 0.1, 0] == 255).all()
 
 
-def test_the_mesh_has_the_outline_that_is_seen():
+def test_the_mesh_has_the_silhouette_of_the_render():
     field = Voxels(resolution=16, start=Blob(radius=0.7, softness=0.5, density=15)).build()
     camera = Cameras.of([20.0], 30.0)
     opacity = Volume(samples=64).render(field, camera, view(1)).opacity.detach()
@@ -67,7 +67,7 @@ def test_the_mesh_has_the_outline_that_is_seen():
     assert float((covered & seen).sum() / (covered | seen).sum()) > 0.93
 
 
-def test_what_is_not_connected_is_left_out_and_said_to_be():
+def test_disconnected_parts_are_left_out_with_a_note():
     field = Voxels(resolution=24, start=Blob(radius=0.5, density=40)).build()
     field.raw_density.data[20:23, 20:23, 20:23] = 40.0
     found, whole = extract(field, 32), extract(field, 32, all_parts=True)
@@ -75,7 +75,7 @@ def test_what_is_not_connected_is_left_out_and_said_to_be():
     assert np.abs(found.vertices).max() < 0.7 < np.abs(whole.vertices).max()
 
 
-def test_a_thing_that_fills_the_bound_is_closed_there():
+def test_an_object_that_fills_the_bound_is_closed_there():
     found = extract(Solid(5.0, 30.0, cube=True), 24)
     mesh = trimesh.Trimesh(found.vertices, found.faces, process=False)
     assert mesh.is_watertight and mesh.volume == pytest.approx(2.2**3, rel=0.3)
@@ -90,7 +90,7 @@ def test_an_empty_field_is_an_error_and_leaves_nothing(tmp_path, density):
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_that_are_none_and_latents_are_errors(tmp_path):
+def test_nans_and_latents_are_errors(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         export_asset(Solid(0.6, float("nan")), tmp_path, SMALL)
     with pytest.raises(ValueError, match="latents with 4 channels"):
@@ -114,14 +114,14 @@ def test_values_that_are_not_finite_are_errors_before_anything_is_written(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_the_threshold_is_the_middle_of_what_fits():
+def test_the_threshold_is_the_middle_of_the_range_that_fits():
     grid = np.zeros((20, 20, 20))
     grid[5:15, 5:15, 5:15] = 50.0
     grid += 0.01
     assert 15 < automatic_threshold(grid, 0.1) < 35
 
 
-def test_the_grid_is_asked_at_its_nodes():
+def test_the_grid_is_evaluated_at_its_nodes():
     grid = export_grid(Solid(0.6, 7.0, cube=True), 23)  # nodes every 0.1
     assert grid.shape == (23,) * 3 and int((grid > 0).sum()) in (11**3, 13**3)
 
@@ -135,7 +135,7 @@ def test_simplifying_keeps_the_shape():
     assert "simplified" in fewer.notes[-1]
 
 
-def test_texture_has_no_seams_of_another_colour():
+def test_a_texture_has_no_seams_in_another_colour():
     ball = trimesh.creation.icosphere(2)
     mesh = Extracted(np.asarray(ball.vertices), np.asarray(ball.faces))
     made = textured(mesh, lambda p: torch.full((len(p), 3), 0.6), 64)
@@ -144,7 +144,7 @@ def test_texture_has_no_seams_of_another_colour():
     assert np.allclose(np.sort(corners, 0), np.sort(mesh.vertices[mesh.faces].reshape(-1, 3), 0), atol=1e-6)
 
 
-def test_a_file_that_does_not_hold_its_mesh_is_refused_and_not_kept(tmp_path, monkeypatch):
+def test_a_file_that_does_not_contain_its_mesh_is_refused_and_not_kept(tmp_path, monkeypatch):
     ball = trimesh.creation.icosphere(1)
     vertices, faces = np.asarray(ball.vertices), np.asarray(ball.faces)
     box = trimesh.creation.box().export(file_type="ply")
@@ -154,7 +154,7 @@ def test_a_file_that_does_not_hold_its_mesh_is_refused_and_not_kept(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_tetrahedra_and_gaussians_are_exported_too(tmp_path):
+def test_tetrahedra_and_gaussians_can_also_be_exported(tmp_path):
     made = export_asset(
         Tetrahedra(resolution=14, color_resolution=4, start=Blob(radius=0.6)).build(), tmp_path, SMALL, "t"
     )
@@ -164,7 +164,7 @@ def test_tetrahedra_and_gaussians_are_exported_too(tmp_path):
     assert made.files[-1].name == "g.splats.ply" and made.volume == pytest.approx(BALL, rel=0.6)
 
 
-def test_gaussians_in_a_file_are_in_the_layout_of_3dgs(tmp_path):
+def test_gaussians_are_written_in_the_layout_of_3dgs(tmp_path):
     field = Gaussians(count=9, opacity=0.25).build()
     file = write_gaussians(tmp_path / "x.ply", field.splats())
     table = read_gaussians(file)

@@ -1,4 +1,4 @@
-"""What every field must do: save and load, train all parameters, begin as its start; and what individual fields promise."""
+"""What every field must do: save and load, train all parameters, begin as its start; and what individual fields guarantee."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(field, cameras, **settings):
 
 
 def stirred(field):
-    """The same field, moved away from its start, where networks' last layers are 0 and pass no gradient."""
+    """The same field, perturbed, because at its start the networks' last layers are 0 and pass no gradient."""
     pull = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for group in field.groups()["main"]:
@@ -46,7 +46,7 @@ def stirred(field):
 
 @pytest.mark.parametrize("kind", SMALL)
 @pytest.mark.parametrize("channels", [3, 4])
-def test_every_parameter_learns_and_comes_back_from_its_state(kind, channels):
+def test_every_parameter_gets_a_gradient_and_is_restored_from_the_state(kind, channels):
     field = stirred(build(kind, channels))
     cameras = Cameras.of([10.0, 130.0, 250.0], 20.0)
     drawn = draw(field, cameras)
@@ -79,7 +79,7 @@ def test_every_field_begins_as_its_blob(kind):
 
 
 @pytest.mark.parametrize("kind", ["voxels", "triplane", "hash_grid", "frequency_mlp"])
-def test_normals_point_away_from_what_is_dense(kind):
+def test_normals_point_away_from_dense_regions(kind):
     field = build(kind, start={"kind": "blob", "softness": 0.5})
     points = torch.nn.functional.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), dim=-1) * 0.5
     normals = field.normals(points)
@@ -88,7 +88,7 @@ def test_normals_point_away_from_what_is_dense(kind):
     assert float(field.density(points * 4).abs().max()) == 0  # outside the bound
 
 
-def test_values_between_nodes_are_those_of_torch_with_both_gradients():
+def test_interpolated_values_and_both_gradients_equal_those_of_torch():
     grid = torch.randn(5, 5, 5, 3, dtype=torch.float64, requires_grad=True)
     points = (1.8 * torch.rand(40, 3, dtype=torch.float64) - 0.9).requires_grad_()
     mine = grids.trilinear(grid, points, 1.0)
@@ -113,7 +113,7 @@ def test_finer_levels_of_a_hash_grid_join_later():
         TypeAdapter(FieldSettings).validate_python({"kind": "hash_grid", "levels": 0})
 
 
-def test_gaussians_split_where_they_are_pulled_and_vanish_where_nothing_is_seen():
+def test_gaussians_with_large_gradients_split_and_transparent_ones_are_removed():
     part = Gaussians(count=30, every=5, threshold=0.5, prune=0.05, most=33)
     field = part.build()
     weight = torch.zeros(30, 1)
@@ -134,7 +134,7 @@ def test_gaussians_split_where_they_are_pulled_and_vanish_where_nothing_is_seen(
     assert torch.equal(same.means, field.means)
 
 
-def test_gaussians_split_once_at_a_step_also_when_a_run_resumes_there():
+def test_gaussians_split_only_once_at_a_step_even_if_a_run_resumes_there():
     part = Gaussians(count=30, every=5, threshold=0.5)
     field = part.build()
     field.means.sum().backward()
@@ -144,10 +144,10 @@ def test_gaussians_split_once_at_a_step_also_when_a_run_resumes_there():
     again.load_state_dict(field.state_dict())
     assert torch.equal(again.means, field.means)
     assert again.advance(5, 100) is None and len(again.means) == len(field.means) > 30
-    assert again.advance(0, 100) is None and again.advance(5, 100) is not None, "in a later phase, again"
+    assert again.advance(0, 100) is None and again.advance(5, 100) is not None, "it splits again in a later phase"
 
 
-def test_a_surface_is_closed_and_turned_outward_even_where_it_meets_the_bound():
+def test_a_surface_is_closed_and_faces_outward_even_where_it_meets_the_bound():
     import trimesh
 
     for radius in (0.6, 3.0):
@@ -161,7 +161,7 @@ def test_a_surface_is_closed_and_turned_outward_even_where_it_meets_the_bound():
         field.surface()
 
 
-def test_only_fields_of_grids_have_a_total_variation():
+def test_only_grid_fields_have_a_total_variation():
     flat = Voxels(resolution=6, start=Blob(density=1e-4)).build()
     flat.raw_density.data.fill_(2.0)
     assert float(flat.total_variation()) == 0

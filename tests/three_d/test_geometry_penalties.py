@@ -40,14 +40,14 @@ def of_opacity(*values: float) -> Seen:
     return Seen(None, CAMERAS, Rendering(opacity, opacity, opacity))
 
 
-def test_penalties_on_opacity_are_their_formulas():
+def test_penalties_on_opacity_equal_their_formulas():
     views = of_opacity(0.0, 0.5, 1.0)
     assert float(penalty("sparsity").value(views)) == pytest.approx((0.1 + math.sqrt(0.26) + math.sqrt(1.01)) / 3)
     assert float(penalty("opaque").value(of_opacity(0.5))) == pytest.approx(math.log(2))
     assert float(penalty("opaque").value(of_opacity(0.0, 1.0))) < 0.01
 
 
-def test_depth_of_fog_varies_and_that_of_a_surface_does_not():
+def test_depth_varies_in_fog_but_not_on_a_surface():
     distances = torch.tensor([1.0, 2, 3]).view(1, 1, 1, 3)
     fog, wall = torch.full((1, 1, 1, 3), 1 / 3), torch.tensor([0.0, 1, 0]).view(1, 1, 1, 3)
     one = torch.ones(1, 1, 1, 1)
@@ -59,7 +59,7 @@ def test_depth_of_fog_varies_and_that_of_a_surface_does_not():
 
 
 @pytest.mark.parametrize("kind", ["orientation", "normal_smoothness", "normal_image_smoothness", "total_variation"])
-def test_a_smooth_ball_is_better_than_a_rough_one_and_learning_makes_it_smoother(kind):
+def test_a_smooth_ball_has_a_lower_penalty_than_a_rough_one_which_training_smooths(kind):
     smooth = Voxels(resolution=16, start=Blob(softness=0.4, radius=0.8)).build()
     rough = Voxels(resolution=16, start=Blob(softness=0.4, radius=0.8)).build()
     rough.raw_density.data += 2 * torch.randn(rough.raw_density.shape, generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ def test_a_smooth_ball_is_better_than_a_rough_one_and_learning_makes_it_smoother
 
 
 @pytest.mark.parametrize("kind", ["eikonal", "laplacian", "normal_consistency"])
-def test_penalties_on_surfaces_prefer_a_ball_of_true_distances(kind):
+def test_penalties_on_surfaces_prefer_a_ball_with_true_distances(kind):
     ball = Tetrahedra(resolution=14, color_resolution=4, start=Blob(radius=0.7)).build()
     bent = Tetrahedra(resolution=14, color_resolution=4, start=Blob(radius=0.7)).build()
     bent.distances.data += 0.4 * torch.randn(bent.distances.shape, generator=torch.Generator().manual_seed(2))
@@ -109,7 +109,7 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
         part(drawn(field))
 
 
-def test_what_masks_leave_out_may_count_for_nothing():
+def test_pixels_outside_the_masks_can_be_ignored():
     """For silhouettes that should not follow the pictures: anything may be visible outside the masks."""
     field = Voxels(resolution=12).build()
     field.raw_features.data += 3  # different from the grey background
@@ -135,7 +135,7 @@ def test_what_masks_leave_out_may_count_for_nothing():
         ("normal_consistency", Voxels(resolution=6), Volume(samples=8), "triangles"),
     ],
 )
-def test_what_a_penalty_cannot_look_at_is_said(kind, field, renderer, why):
+def test_a_penalty_says_which_field_or_renderer_it_needs(kind, field, renderer, why):
     with pytest.raises(ValueError, match=f"{kind} needs .*{why}"):
         penalty(kind)(drawn(field.build(), renderer))
     assert float(penalty(kind, weight=0.0)(drawn(field.build(), renderer))) == 0

@@ -1,4 +1,4 @@
-"""One engine: the methods as its settings, compared with their papers' formulas in float64."""
+"""The guidance methods, as settings of one engine, compared with their papers' formulas in float64."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def close(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-10) -> bool:
 # --- the surrogate and the convention --------------------------------------------------------
 
 
-def test_the_surrogate_s_slope_is_the_gradient_per_view():
+def test_the_slope_of_the_surrogate_is_the_gradient_per_view():
     grad = random(2, 3, 4, 4, seed=2)
     z = Z.clone().requires_grad_(True)
     surrogate(z, grad).backward()
@@ -81,14 +81,14 @@ def test_the_surrogate_s_slope_is_the_gradient_per_view():
     assert slope == pytest.approx(float((grad / 2 * direction).sum()), rel=1e-6)
 
 
-def test_guidance_scale_0_is_without_the_prompt_and_1_is_plain(scores):
+def test_guidance_scale_0_ignores_the_prompt_and_1_is_the_plain_prediction(scores):
     for scale, told in ((0.0, "negative"), (1.0, "prompt")):
         made = guided(shipped("dreamfusion", f"guidance.scale={scale}"), scores)
         _, _, ask = parts(scores, made)
         assert close(made.eps, ask(told))
 
 
-def test_a_prediction_that_is_the_noise_gives_no_gradient():
+def test_a_prediction_equal_to_the_noise_gives_no_gradient():
     z = Z.clone()
     scores = OracleScores({"prompt": (lambda cameras: z, 0.0)})
     made = guided(shipped("dreamfusion", "guidance.scale=1"), scores)
@@ -107,7 +107,7 @@ def test_sds(scores):
     assert close(made.noised.z_t, alpha * Z + sigma * made.noised.target)
 
 
-def test_sjc_is_its_paper_s_gradient_with_less_variance(scores):
+def test_sjc_equals_the_gradient_of_its_paper_with_less_variance(scores):
     """At noise level s = sigma / alpha: D = z + s noise - s eps(z_t); the gradient is (z - D) / s."""
     made = guided(shipped("sjc", "guidance.scale=1"), scores)
     alpha, sigma, ask = parts(scores, made)
@@ -117,7 +117,7 @@ def test_sjc_is_its_paper_s_gradient_with_less_variance(scores):
     assert close(made.grad, -((noisy - level * ask("prompt")) - Z) / level, rtol=1e-7)
 
 
-def test_csd_is_sds_at_an_endless_scale(scores):
+def test_csd_is_sds_at_an_infinite_scale(scores):
     last = Moment(9, 10)
     csd = guided(shipped("csd"), scores, last)
     _, _, ask = parts(scores, csd)
@@ -131,7 +131,7 @@ def test_csd_is_sds_at_an_endless_scale(scores):
 
 
 @pytest.mark.parametrize(("t", "with_noise"), [(199, False), (200, True)])
-def test_nfsd_takes_the_noise_away_from_t_200_on(scores, t, with_noise):
+def test_nfsd_removes_the_noise_from_t_200_on(scores, t, with_noise):
     made = guided(shipped("nfsd", f"guidance.times.low={t / 1000}", f"guidance.times.high={t / 1000}"), scores)
     assert made.noised.t.tolist() == [t, t]
     _, sigma, ask = parts(scores, made)
@@ -148,7 +148,7 @@ def test_vsd_compares_with_the_student(scores):
     assert guided(shipped("prolificdreamer", "guidance.scale=1"), same).grad.abs().max() < 1e-12
 
 
-def test_ism_compares_two_predictions_of_one_trajectory(scores):
+def test_ism_compares_two_predictions_on_one_trajectory(scores):
     settings = shipped("lucid_dreamer")
     made = guided(settings, scores)
     alpha, sigma, ask = parts(scores, made)
@@ -162,7 +162,7 @@ def test_ism_compares_two_predictions_of_one_trajectory(scores):
         update={"target": "none", "terms": {**settings.terms, "start": Term(kind="null", at="s", plain=-1.0)}}
     )
     assert close(guided(as_term, scores).grad, made.grad), "the target as a term at the earlier point"
-    assert torch.equal(guided(settings, scores).grad, made.grad), "the same seed"
+    assert torch.equal(guided(settings, scores).grad, made.grad), "the same seed gives the same gradient"
 
 
 def test_ism_without_an_interval_gives_no_gradient():
@@ -173,7 +173,7 @@ def test_ism_without_an_interval_gives_no_gradient():
     assert wide.grad.abs().max() > 1e-3
 
 
-def test_sdi_moves_to_x0_and_stays_where_the_teacher_wants_it():
+def test_sdi_moves_towards_x0_and_has_no_gradient_where_the_teacher_agrees():
     settings = shipped("sdi", "guidance.perp_neg=null", "guidance.noiser.eta=0", "guidance.normalize=sum")
     z = Z.clone()
     made = guided(settings, OracleScores({"prompt": (lambda cameras: z, 0.0)}), z=z)
@@ -184,7 +184,7 @@ def test_sdi_moves_to_x0_and_stays_where_the_teacher_wants_it():
     assert close(elsewhere.grad, z - elsewhere.x0, rtol=1e-6), "the gradient of half the squared distance to x0"
 
 
-def test_inversion_asks_for_less_of_the_prompt(scores):
+def test_inversion_guides_away_from_the_prompt(scores):
     """eps_u + s (eps_c - eps_u) with s = -6.5: the paper's -7.5 is for eps_c + s (eps_c - eps_u)."""
     t = torch.tensor([500, 500])
     asked = Inversion()._eps(scores, Z, t, VIEWS)
@@ -192,7 +192,7 @@ def test_inversion_asks_for_less_of_the_prompt(scores):
     assert close(asked, c - 7.5 * (c - u))
 
 
-# --- what is done to the sum -----------------------------------------------------------------
+# --- rescaling, clipping, normalization -------------------------------------------------------
 
 
 def test_x0_reconstruction_and_its_rescaling(scores):
@@ -220,12 +220,12 @@ def test_score_debiasing_clips_each_value_at_a_limit_that_grows(scores):
         assert close(made.grad, free.grad.clamp(-limit, limit)) and float(free.grad.abs().max()) > limit
 
 
-def test_the_mean_does_not_depend_on_the_size(scores):
+def test_the_mean_gradient_does_not_depend_on_the_size(scores):
     mean, total = (guided(shipped("dreamfusion", f"guidance.normalize={n}"), scores) for n in ("mean", "sum"))
     assert close(mean.grad * Z[0].numel(), total.grad)
 
 
-def test_a_term_that_counts_for_nothing_is_not_asked_for(scores):
+def test_a_term_with_weight_0_is_not_evaluated(scores):
     asked = []
 
     class Watched(OracleScores):
@@ -242,7 +242,7 @@ def test_a_term_that_counts_for_nothing_is_not_asked_for(scores):
 
 
 @pytest.mark.parametrize("name", ["dreamfusion", "sdi"])
-def test_a_batch_of_views_is_each_view_alone(scores, name):
+def test_a_batch_of_views_equals_each_view_alone(scores, name):
     settings = shipped(name, "guidance.times.low=0.4", "guidance.times.high=0.4", "guidance.times.anneal=1")
     fixed = {"noiser": settings.noiser.model_copy(update={"eta": 0.0, "jitter": 0.0})} if name == "sdi" else {}
     settings = settings.model_copy(update=fixed)

@@ -1,4 +1,4 @@
-"""Each phase starts from the previous one's result, whatever their fields; and the recipes that need this."""
+"""Each phase starts from the previous one's result, whatever kinds of field they have; and the recipes that need this."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_recipes_with_fields_of_their_own_take_two_steps_a_phase(sd, tmp_path, name):
+def test_recipes_with_their_own_kinds_of_field_take_two_steps_per_phase(sd, tmp_path, name):
     how = small(name, tmp_path)
     check_fields(how)
     last = LAST[name]
@@ -107,7 +107,7 @@ def _start():
 
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("name", ["magic3d", "dream_gaussian"])
-def test_a_run_resumed_behind_the_hand_over_equals_the_uninterrupted(new_sd, tmp_path, name, every):
+def test_a_run_resumed_after_the_hand_over_equals_an_uninterrupted_one(new_sd, tmp_path, name, every):
     """Bit for bit, from the first phase's end (`every` = 0: nothing is saved within phases) or one step later. In the end
     only the later field is carried."""
 
@@ -140,7 +140,7 @@ def first() -> torch.nn.Module:
 
 
 def solid(field, resolution: int = 32) -> Tensor:
-    """bool [R, R, R]: what is inside the surface that would be exported."""
+    """bool [R, R, R]: which points are inside the surface that would be exported."""
     mesh = extract(field, 40)
     inside = trimesh.Trimesh(mesh.vertices, mesh.faces).voxelized(2.2 / resolution).fill()
     places = nodes(resolution, 1.05).reshape(-1, 3).numpy()
@@ -156,7 +156,7 @@ def solid(field, resolution: int = 32) -> Tensor:
     ],
     ids=lambda part: part.kind,
 )
-def test_the_later_field_has_the_shape_and_the_colours_of_the_earlier(part: FieldPart):
+def test_the_later_field_has_the_shape_and_the_colours_of_the_earlier_one(part: FieldPart):
     field = first()
     start = handed(field, part.start)  # type: ignore[arg-type]
     later = part.model_copy(update={"start": start}).build()
@@ -181,7 +181,7 @@ def test_gaussians_start_on_the_surface_and_a_mesh_starts_from_gaussians():
 
 def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_path):
     split = trimesh.creation.icosphere(1)
-    split.unmerge_vertices()  # as exporters write flat triangles and seams of textures
+    split.unmerge_vertices()  # as exporters write flat triangles and texture seams
     split.export(tmp_path / "split.obj")
     field = TexturedMesh(start={"path": tmp_path / "split.obj"}, resolution=6).build()  # type: ignore[arg-type]
     assert len(field.vertices) == 42 and len(field.faces) == 80
@@ -191,7 +191,7 @@ def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_
     assert torch.equal(again.surface().faces, field.faces)
 
 
-# --- what cannot be --------------------------------------------------------------------------
+# --- refused settings ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,14 @@ def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_
          "set the same guidance.space in both"),
     ],
 )  # fmt: skip
-def test_fields_that_cannot_begin_are_refused_before_anything_does(sd, tmp_path, name, settings, why):
+def test_fields_without_a_valid_start_are_refused_before_anything_begins(sd, tmp_path, name, settings, why):
     how = load(name, [*TINY, *settings], "3d", Recipe3D)
     with pytest.raises(ValueError, match=why):
         Runner3D(sd).create(how, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_field_is_nothing_to_start_from():
+def test_starting_from_an_empty_field_is_refused():
     empty = Voxels(resolution=10, start=Blob(density=1e-3)).build()
     with pytest.raises(ValueError, match=r"start.kind = phase: the earlier phase left nothing .* the field is empty"):
         handed(empty, PhaseStart(resolution=12))
@@ -224,7 +224,7 @@ def test_a_penalty_that_does_not_fit_says_how_to_leave_it_out(sd, tmp_path):
         finish(session(sd, how, tmp_path / "run"))  # type: ignore[arg-type]
 
 
-def test_rules_of_a_small_world_add_no_part_to_a_package_s_own_slots():
+def test_rules_for_a_small_world_add_no_part_to_a_packages_own_slots():
     rules = Rules({"recipes": {"a": {"penalties": {"sparsity": {"weight": 1}, "opaque": {"weight": 2}}}}}, "3d", {},
                   ("penalties",))  # fmt: skip
     found = rules.of({"penalties": {"sparsity": {}, "opaque": None}}, ["a"])

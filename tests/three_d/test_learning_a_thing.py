@@ -1,4 +1,4 @@
-"""A field trained only on pictures becomes the object in them: its shape and colours, also from unseen sides."""
+"""A field trained only on pictures becomes the object in them: its shape and colours, even from unseen sides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.three_d.closed_forms import view
 
 
 class Doll(BaseVolume):
-    """A body and a nose at its front, in four colours, so that no two sides look alike."""
+    """A body with a nose at its front, in four colours, so no two sides look alike."""
 
     def __init__(self) -> None:
         super().__init__(1.1, 3)
@@ -83,7 +83,7 @@ def agreement(field) -> tuple[float, float]:
     ],
     ids=["voxels", "tetrahedra", "gaussians"],
 )
-def test_eight_pictures_become_the_thing_from_every_side(part, steps, overlap, psnr):
+def test_a_field_trained_on_eight_pictures_matches_the_object_from_unseen_sides(part, steps, overlap, psnr):
     field = part.build()
     before, _ = agreement(field)
     iou, decibels = agreement(learned(field, steps))

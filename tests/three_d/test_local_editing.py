@@ -32,7 +32,7 @@ BOX = Box(lo=(-0.4, -0.4, 0.3), hi=(0.4, 0.4, 0.9), softness=0.1)
 
 
 def edited(fill: float = 2.0) -> LocalEditField:
-    """A ball whose region holds something completely different."""
+    """A ball whose region contains something completely different."""
     start = Blob(radius=0.5, density=40)
     field = LocalEdit(resolution=20, start=start, regions={"hat": BOX}, fill=fill).build()
     with torch.no_grad():
@@ -43,12 +43,12 @@ def edited(fill: float = 2.0) -> LocalEditField:
 
 
 def places() -> tuple[Tensor, Tensor]:
-    """Points, and the depth of each in the box (below 0: outside)."""
+    """Points, and the depth of each in the box (negative outside)."""
     at = 2.2 * torch.rand(6000, 3, generator=torch.Generator().manual_seed(1)) - 1.1
     return at, torch.minimum(at - torch.tensor(BOX.lo), torch.tensor(BOX.hi) - at).amin(-1)
 
 
-def test_outside_of_its_regions_a_field_is_the_start_bit_for_bit():
+def test_outside_its_regions_a_field_equals_its_start_bit_for_bit():
     field, (at, depth) = edited(), places()
     plain = Voxels(resolution=20, start=Blob(radius=0.5, density=40)).build()
     out = depth <= 0
@@ -63,12 +63,12 @@ def test_outside_of_its_regions_a_field_is_the_start_bit_for_bit():
     middle = (depth > 0.04) & (depth < 0.06)
     part = (depth / BOX.softness)[middle]
     mixed = (1 - part) * plain.density(at)[middle] + part * field.learned.density(at)[middle]
-    assert torch.allclose(field.density(at)[middle], mixed, atol=1e-5), "and it fades in"
+    assert torch.allclose(field.density(at)[middle], mixed, atol=1e-5), "the edit fades in at the border"
     least, most = (bound[:, 0] for bound in field.between(at, torch.zeros_like(at), torch.zeros(len(at), 1)))
     assert bool((least <= field.density(at) + 1e-5).all() and (field.density(at) <= most + 1e-5).all())
 
 
-def test_the_surface_outside_stays_where_it_was():
+def test_the_surface_outside_the_region_does_not_move():
     """Vertices of marching cubes on the same grid, at the same density."""
     before = extract(edited().kept, 40, 5.0, all_parts=True).vertices
     after = extract(edited(), 40, 5.0, all_parts=True).vertices
@@ -82,7 +82,7 @@ def test_the_surface_outside_stays_where_it_was():
     assert {tuple(v) for v in before} != {tuple(v) for v in after}
 
 
-def test_only_what_is_seen_in_the_region_is_learned_and_it_starts_as_a_fog():
+def test_only_the_region_is_trained_and_it_starts_as_fog():
     field = LocalEdit(resolution=20, start=Blob(radius=0.3, density=40), regions={"hat": BOX}, fill=2.0).build()
     at = torch.tensor([[0.0, 0.0, 0.6], [0.0, 0.0, 0.0], [0.7, 0.0, 0.6]])
     assert torch.allclose(field.density(at[:1]), torch.tensor([2.0]), atol=1e-3)
@@ -119,8 +119,8 @@ def recipe(*more: str) -> Recipe3D:
     return load("local_editing", [*SMALL, "field.start={kind: blob, radius: 0.5}", *more], "3d", Recipe3D)
 
 
-def test_what_the_teacher_knows_of_the_region_grows_there(sd, tmp_path):
-    """The whole's teacher knows the start in red, which the field cannot become; the region's knows a green block there."""
+def test_what_the_regions_teacher_knows_grows_in_the_region(sd, tmp_path):
+    """The teacher for the full view knows only plain red, which the field cannot match; the region's knows a green block."""
     settings = ("train.steps=40", "field.lr=0.5", "field.lr_features=0.5", "guidance.scale=7.5",
                 "guidance.regions.hat.prompt=a photo of a green hat", "cameras.elevation_deg=[0, 40]", "penalties=null",
                 "background.random=0.0", "background.colors=[[1.0, 1.0, 1.0]]")  # fmt: skip
@@ -159,7 +159,7 @@ def shown(field: LocalEditField, cameras: Cameras) -> Tensor:
         return Volume(samples=32).render(field, cameras, view(len(cameras), 24, background=1.0)).pixels
 
 
-def test_a_region_s_concepts_are_on_there_and_nowhere_else():
+def test_the_concepts_of_a_region_are_active_only_there():
     more = ("guidance.regions.hat.concepts=[b]", "guidance.regions.like={kind: sdf}", "negative=dull",
             "guidance.regions.bow={kind: sdf, prompt: a bow, negative: ugly}")  # fmt: skip
     asked: list[Any] = []
@@ -171,12 +171,12 @@ def test_a_region_s_concepts_are_on_there_and_nowhere_else():
     scores: Any = regional_scores(recipe(*more), {}, {"a": 1.0, "b": 0.5}, opened)
     said = "a photo of a ball with a hat"
     assert asked == [(said, "dull", {"a": 1.0}), (said, "dull", {"b": 0.5}), ("a bow", "ugly", {"a": 1.0})]
-    assert set(scores.regions) == {"hat", "bow"}, "a region without its own prompt is like the rest"
+    assert set(scores.regions) == {"hat", "bow"}, "a region without its own prompt is treated like the rest"
     with pytest.raises(ValueError, match=r"regions.hat.concepts: .*'c'.* a, b"):
         regional_scores(recipe("guidance.regions.hat.concepts=[c]"), {}, {"a": 1.0, "b": 0.5}, opened)
 
 
-def test_an_edit_takes_steps_and_equals_its_resumed_run(new_sd, tmp_path):
+def test_a_resumed_edit_equals_an_uninterrupted_one(new_sd, tmp_path):
     how = recipe("train.steps=3", "train.checkpoint_every=1", "train.resolution=16")
     whole = finish(session(new_sd(), how, tmp_path / "whole"))  # type: ignore[arg-type]
     steps = session(new_sd(), how, tmp_path / "run").steps()  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def test_an_edit_takes_steps_and_equals_its_resumed_run(new_sd, tmp_path):
         (["guidance.regions.more={kind: sdf, path: nowhere.glb}"], r"nowhere.glb"),
     ],
 )
-def test_regions_that_cannot_be_are_refused_before_anything_is_learned(sd, tmp_path, settings, why):
+def test_invalid_regions_are_refused_before_training(sd, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         Runner3D(sd).create(recipe("train.steps=1", *settings), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint-00-0000000").exists()

@@ -1,4 +1,4 @@
-"""Runs that fit into a memory budget: the estimate matches the use, and saving memory gives the same field."""
+"""Runs that fit into a memory budget: the estimate matches the actual use, and saving memory gives the same field."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ AGAIN = ("train.gradient_checkpointing=true", "renderer.recompute=true", "render
 @pytest.mark.parametrize(
     ("text", "size"), [("8G", 8 * 2**30), ("1.5 GiB", 3 * 2**29), ("512m", 2**29), ("64KB", 2**16), ("77", 77)]
 )
-def test_sizes_are_read_as_people_write_them(text, size):
+def test_sizes_are_parsed_in_common_notations(text, size):
     assert parse_bytes(text, "--vram") == size
 
 
 @pytest.mark.parametrize("text", ["", "8 giga", "-1G", "0", "nan", "G"])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ValueError, match="--vram .* is not a size"):
         parse_bytes(text, "--vram")
 
 
-def test_the_peak_is_that_of_what_is_there_at_once():
+def test_the_peak_counts_what_is_allocated_at_the_same_time():
     def work():
         for _ in range(3):
             first = torch.zeros(1000, 1000)
@@ -55,7 +55,7 @@ def actual(backbone, folder, *settings):
     return peak_during(lambda: step_once(run, task), CPU)
 
 
-def test_the_estimate_is_what_a_step_takes(sd, tmp_path):
+def test_the_estimate_matches_the_memory_of_a_step(sd, tmp_path):
     run = run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run")
     tries = Tries(run, 0, [])
     eight, four = (actual(sd, tmp_path / "run", f"train.batch_size={n}") for n in (8, 4))
@@ -64,7 +64,7 @@ def test_the_estimate_is_what_a_step_takes(sd, tmp_path):
     assert less < 0.8 * eight and less < tries.costs(Levers(8, 8, 2))[1] * 8 + 2**20
 
 
-def test_what_is_computed_again_gives_the_same_field(new_sd, tmp_path):
+def test_recomputation_gives_the_same_field(new_sd, tmp_path):
     plain, less = (
         finish(run_of(new_sd(), recipe("voxels", *RENDERS, *CHUNKS, *how), tmp_path / str(len(how))))
         for how in ((), AGAIN)
@@ -72,7 +72,7 @@ def test_what_is_computed_again_gives_the_same_field(new_sd, tmp_path):
     assert same(plain, less)
 
 
-def test_views_go_through_in_turns_where_they_do_not_fit_together(sd, tmp_path):
+def test_views_are_processed_in_smaller_batches_if_they_do_not_fit_together(sd, tmp_path):
     tries = Tries(run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run"), 0, [])
     fixed, one_more = tries.costs(Levers(8, 8))
     assert fitting(tries, fixed + 8 * one_more, True) == (Levers(8, 8), fixed + 8 * one_more)
@@ -83,7 +83,7 @@ def test_views_go_through_in_turns_where_they_do_not_fit_together(sd, tmp_path):
         fitting(tries, 2**20, True)
 
 
-def test_an_asset_says_what_was_estimated_and_what_was_used(sd, tmp_path):
+def test_an_asset_records_the_memory_estimate_and_the_budget(sd, tmp_path):
     runner, how = Runner3D(sd), recipe("voxels", *RENDERS)
     plan = runner.fit(how, tmp_path / "run", memory=2**40)
     assert plan.recipe == how and "8 views at once" in str(plan) and not list(tmp_path.iterdir())
@@ -93,13 +93,13 @@ def test_an_asset_says_what_was_estimated_and_what_was_used(sd, tmp_path):
     assert "Estimated before" in (tmp_path / "asset" / "report.html").read_text()
 
 
-def test_a_run_that_was_fitted_resumes_as_it_was_begun():
+def test_a_fitted_run_resumes_with_its_fitted_settings():
     how = recipe("voxels", *RENDERS)
     fitted = recipe("voxels", *RENDERS, *AGAIN, "train.batch_size=2", "train.gradient_accumulation=4")
     assert as_begun(how, dump(fitted)) == fitted != how
 
 
-def test_renders_are_smaller_where_nothing_else_helps_and_nobody_says_how_large(sd, tmp_path):
+def test_renders_shrink_only_if_nothing_else_helps_and_no_size_was_given(sd, tmp_path):
     run = run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run")
     tries = Tries(run, 0, [])
     assert [level.side for level in tries.ladder(True)] == [None] * 3

@@ -1,4 +1,4 @@
-"""Triangles and Gaussians: silhouettes and depths in closed form, gradients, occlusion, every batch size."""
+"""Triangles and Gaussians: silhouettes and depths in closed form, gradients, occlusion, and any batch size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ball(radius: float = 0.6):
     return Tetrahedra(resolution=20, color_resolution=8, start=Blob(radius=radius)).build()
 
 
-def test_a_ball_of_triangles_covers_what_it_should_and_its_outline_has_the_right_gradient():
+def test_a_ball_of_triangles_covers_the_right_area_and_its_outline_has_the_right_gradient():
     field = ball()
     drawn = Mesh().render(field, CAMERAS, view(3, 48, normals=True))
     assert torch.allclose(drawn.opacity.mean((1, 2, 3)), torch.tensor(area(0.6)).expand(3), rtol=0.02)
@@ -40,13 +40,13 @@ def test_a_ball_of_triangles_covers_what_it_should_and_its_outline_has_the_right
     assert grown == pytest.approx((area(0.61) - area(0.59)) / 0.02, rel=0.08)
 
 
-def test_each_view_of_triangles_is_as_if_it_were_alone():
+def test_each_view_of_triangles_is_independent_of_the_others():
     field = ball()
     assert_each_is_as_if_alone(Mesh(finer=2), field, shading="lambertian")
 
 
 def assert_each_is_as_if_alone(renderer, field, **how) -> None:
-    """Three cameras together draw what each draws alone, all of it, and no two of them the same."""
+    """Three cameras together draw what each draws alone, in every output, and no two draw the same."""
     three = renderer.render(field, CAMERAS, view(3, 24, normals=True, **how))
     for i in range(3):
         one = renderer.render(field, CAMERAS[i : i + 1], view(1, 24, normals=True, **how))
@@ -103,13 +103,13 @@ def test_gaussians_in_front_hide_those_behind_whatever_their_order():
 
 
 @pytest.mark.parametrize("shading", ["albedo", "lambertian"])
-def test_each_view_of_gaussians_is_as_if_it_were_alone(shading):
+def test_each_view_of_gaussians_is_independent_of_the_others(shading):
     field = Gaussians(count=60).build()
     field.raw_features.data.normal_(generator=torch.Generator().manual_seed(2))
     assert_each_is_as_if_alone(Splat(), field, shading=shading)
 
 
-def test_tiles_of_any_size_draw_the_same_picture_of_any_shape():
+def test_tiles_of_any_size_draw_the_same_picture():
     field = Gaussians(count=60).build()
     pictures = [Splat(tile=t).render(field, CAMERAS, view(3, 20)).pixels for t in (3, 8, 32)]
     assert torch.allclose(pictures[0], pictures[1], atol=5e-3) and torch.allclose(pictures[1], pictures[2], atol=5e-3)
@@ -119,7 +119,7 @@ def test_tiles_of_any_size_draw_the_same_picture_of_any_shape():
 
 @pytest.fixture
 def installed_gsplat(tmp_path, monkeypatch):
-    """Installs a stand-in for gsplat with this text."""
+    """A function that installs a stand-in for gsplat with the given source."""
 
     def install(text: str) -> None:
         (tmp_path / "gsplat.py").write_text(text)
@@ -141,14 +141,14 @@ def installed_gsplat(tmp_path, monkeypatch):
     ],
     ids=["library", "dependency", "build", "without-cuda"],
 )
-def test_gsplat_that_does_not_work_is_left_with_the_reason(installed_gsplat, text, why):
-    """Its kernels are built when it is first used, so it may fail then and not when it is imported."""
+def test_a_broken_gsplat_is_not_used_and_the_reason_is_given(installed_gsplat, text, why):
+    """Its kernels are built when it is first used, so it may fail then rather than on import."""
     installed_gsplat(text)
     with pytest.warns(UserWarning, match=f"gsplat is installed but does not work .*{why}.*drawn in torch"):
         assert gsplat(torch.device("cpu")).rasterization is None
 
 
-def test_gaussians_are_drawn_in_torch_where_gsplat_does_not_work_unless_it_was_asked_for(installed_gsplat):
+def test_gaussians_are_drawn_in_torch_if_gsplat_is_broken_unless_it_was_requested(installed_gsplat):
     installed_gsplat("raise OSError('libcudart.so.12')")
     with pytest.warns(UserWarning, match="libcudart"):
         assert not Splat().uses_gsplat(torch.device("cuda"))
@@ -158,14 +158,14 @@ def test_gaussians_are_drawn_in_torch_where_gsplat_does_not_work_unless_it_was_a
         Splat(engine="gsplat").uses_gsplat(torch.device("cuda"))
 
 
-def test_gsplat_that_draws_one_gaussian_is_used(installed_gsplat, recwarn):
+def test_a_gsplat_that_can_draw_a_gaussian_is_used(installed_gsplat, recwarn):
     installed_gsplat(
         "import torch\ndef rasterization(*a, **k): return torch.ones(1, 8, 8, 4), torch.ones(1, 8, 8, 1), {}"
     )
     assert gsplat(torch.device("cpu")).rasterization is not None and not recwarn.list
 
 
-def test_gsplat_that_is_not_installed_is_an_error_only_where_it_was_asked_for(monkeypatch, recwarn):
+def test_a_missing_gsplat_is_an_error_only_if_it_was_requested(monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "gsplat", None)
     gsplat.cache_clear()
     assert not Splat().uses_gsplat(torch.device("cuda")) and not recwarn.list
@@ -174,7 +174,7 @@ def test_gsplat_that_is_not_installed_is_an_error_only_where_it_was_asked_for(mo
     gsplat.cache_clear()
 
 
-def test_gradients_of_gaussians_are_those_of_differences():
+def test_gradients_of_gaussians_match_finite_differences():
     field = Gaussians(count=12).build().double()
     cameras = Cameras(*(value.double() for value in vars(CAMERAS[:1]).values()))
     target = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1)).double()

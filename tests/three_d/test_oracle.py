@@ -1,4 +1,4 @@
-"""Every guidance, through the whole task and loop, recovers the scene that a perfect teacher knows."""
+"""Every guidance, run through the complete task and loop, recovers the scene that a perfect teacher knows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_guidance_recovers_the_scene(sd, tmp_path, name, settings):
     assert fidelity(found) > 25
 
 
-def test_a_field_of_latents_recovers_them_too(sd, tmp_path):
+def test_a_field_of_latents_also_recovers_the_scene(sd, tmp_path):
     """SJC optimises the teacher's latents directly, without an encoder; here they are the picture in [-1, 1]."""
     how = recipe("sjc", *LONG, "train.resolution=32")
     truth = true_pictures()
@@ -68,7 +68,7 @@ def test_a_field_of_latents_recovers_them_too(sd, tmp_path):
 
 
 class Taught(Distill):
-    """With an oracle's student, which learns a picture for each view."""
+    """A task with an oracle's student, which learns a picture for each view."""
 
     def __init__(self, context, pictures: nn.Parameter) -> None:
         self.learned = pictures
@@ -81,7 +81,7 @@ class Taught(Distill):
         return {**self.field.groups(), "student": [TrainableGroup("student", [self.learned], 0.02)]}
 
 
-def test_vsd_recovers_the_scene_with_a_student_that_learns_beside_the_field(sd, tmp_path):
+def test_vsd_recovers_the_scene_with_a_student_trained_alongside_the_field(sd, tmp_path):
     pictures = nn.Parameter(torch.zeros(VIEWS, 3, 32, 32))
     how = recipe(
         "prolificdreamer",
@@ -97,7 +97,7 @@ def test_vsd_recovers_the_scene_with_a_student_that_learns_beside_the_field(sd, 
     assert psnr(pictures.detach(), true_pictures()) > 20, "the student has learned the current renders"
 
 
-def test_a_thing_in_space_is_found_again_from_sides_that_were_never_seen(sd, tmp_path):
+def test_a_3d_object_is_recovered_even_from_unseen_sides(sd, tmp_path):
     """Shape and colours, with a field, a renderer and cameras as in real use; `bench_oracle.py` does this for all guidances."""
     found = reconstructed(sd, "dreamfusion", tmp_path)
     assert found.iou > 0.9

@@ -168,7 +168,7 @@ def test_phases_that_do_not_fit_are_refused(sd, tmp_path, subject, settings, why
         Runner3D(sd).create(dreambooth3d(*settings), tmp_path / "run", subject, tensorboard=False)
 
 
-def test_without_masks_a_field_is_compared_on_the_colour_around_each_picture():
+def test_without_masks_a_field_is_compared_on_the_border_colour_of_each_picture():
     pictures = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     pictures[:, :, [0, -1]], pictures[:, :, :, [0, -1]] = 0.25, 0.25
     pictures[1, :, 0, :6] = 0.9  # a part of the object may touch the border
@@ -178,7 +178,7 @@ def test_without_masks_a_field_is_compared_on_the_colour_around_each_picture():
 # --- multi-view DreamBooth -------------------------------------------------------------------
 
 
-def test_views_of_a_ring_attend_to_each_other_and_to_no_others(sd):
+def test_views_of_a_ring_attend_only_to_each_other(sd):
     """Equal views change nothing; a different view in the ring changes a view; a different ring does not."""
     prompts = ScenePrompts("a photo of a mug")
     plain, joint = BackboneScores(sd, prompts, {}), BackboneScores(sd, prompts, {}, joint_views=2)
@@ -200,7 +200,7 @@ def test_views_of_a_ring_attend_to_each_other_and_to_no_others(sd):
         joint.eps([Ask("prompt")], z[:3], t[:3], Views(turntable(3), (False,) * 3))
 
 
-def test_multi_view_dreambooth_takes_two_steps_a_phase(sd, tmp_path, subject):
+def test_multi_view_dreambooth_takes_two_steps_per_phase(sd, tmp_path, subject):
     few = ("phases.learn.train.steps=2", "phases.learn.train.resolution=32", "phases.learn.trainable.lora.rank=2",
            "phases.grow.train={steps: 2, batch_size: 4, resolution: 16}")  # fmt: skip
     how = load("mv_dreambooth", [*SMALL, *few, "negative="], "3d", Recipe3D)

@@ -20,7 +20,7 @@ def named(sd):
     return sd
 
 
-def test_a_text_is_encoded_once_and_anew_where_its_concept_was_trained_on(named):
+def test_a_text_is_encoded_once_and_again_after_its_concept_has_changed(named):
     cache = PromptCache(named)
     first = cache.encode(["a <mug>", "a dog", "a <mug>"], T.expand(3)).context
     assert len(cache) == 2 and torch.equal(first[0], first[2])
@@ -36,14 +36,14 @@ def test_a_text_is_encoded_once_and_anew_where_its_concept_was_trained_on(named)
     assert len(cache) == 3
 
 
-def test_strengths_and_adapters_of_text_encoders_count_and_others_do_not(named):
+def test_only_strengths_and_adapters_of_text_encoders_affect_the_cache(named):
     Lora(rank=1).inject(named, "unet-only", "lora", 0)
     cache = PromptCache(named)
     cache.encode(["a dog"], T)
     with torch.no_grad():
         next(named.adapters["unet-only"][0].parameters()).add_(1.0)
     cache.encode(["a dog"], T)
-    assert len(cache) == 1, "adapters only in the denoiser change no text"
+    assert len(cache) == 1, "adapters that are only in the denoiser change no text embedding"
     Lora(rank=1, roles=("text_encoder",)).inject(named, "wordy", "lora", 0)
     cache.encode(["a dog"], T)
     assert len(cache) == 2
@@ -62,7 +62,7 @@ def test_rows_are_mixed_by_their_weights(sd):
     assert torch.allclose(mixed[0], 0.25 * dog + 0.75 * cat, atol=1e-6) and torch.allclose(mixed[1], mug, atol=1e-6)
 
 
-def test_a_camera_embedding_starts_as_nothing_and_leaves_without_a_trace(sd):
+def test_a_camera_embedding_starts_without_effect_and_is_removed_without_a_trace(sd):
     z, t, text = torch.randn(2, 4, 8, 8), torch.tensor([100, 500]), sd.encode(["a mug", "a dog"])
     with torch.no_grad():
         before = sd.predict(z, t, text)
@@ -85,10 +85,10 @@ def test_a_camera_embedding_starts_as_nothing_and_leaves_without_a_trace(sd):
         assert torch.equal(sd.predict(z, t, text), before)
 
 
-def test_matrices_take_the_camera_to_the_world():
+def test_matrices_map_camera_coordinates_to_world_coordinates():
     cameras = looked(30.0, -110.0, 170.0).cameras
     made = matrices(cameras).reshape(3, 4, 4)
     origin = torch.tensor([0.0, 0.0, 0.0, 1.0])
     assert torch.allclose((made @ origin)[:, :3], cameras.positions)
     ahead = (made @ torch.tensor([0.0, 0.0, -1.0, 0.0]))[:, :3]
-    assert torch.allclose(ahead * cameras.distance[:, None], -cameras.positions, atol=1e-5), "it looks at the thing"
+    assert torch.allclose(ahead * cameras.distance[:, None], -cameras.positions, atol=1e-5), "it looks at the object"

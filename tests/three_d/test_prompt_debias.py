@@ -1,4 +1,4 @@
-"""Words that imply one view are left out of the others' prompts, as judged by a real masked language model."""
+"""Words that imply one view are left out of prompts for other views, as judged by a real masked language model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_smile_is_asked_for_from_the_front_alone(folder):
+def test_a_smile_is_prompted_only_from_the_front(folder):
     likely = _Reader(folder).views("a smiling red dog")
     assert float(likely[0]) > 0.7 and float(likely.sum()) == pytest.approx(1)
     prompts = PromptDebias(model=folder).prompts("a smiling red dog", {})
@@ -49,11 +49,11 @@ def test_a_smile_is_asked_for_from_the_front_alone(folder):
     assert all("smiling" not in prompts[d] and "dog" in prompts[d] for d in ("side", "back", "overhead"))
 
 
-def test_a_concept_and_its_class_always_stay(folder):
+def test_a_concept_and_its_class_are_always_kept(folder):
     prompts = PromptDebias(model=folder, threshold=1.9).prompts("a smiling <my-dog>", {"my-dog": "dog"})
     assert all("<my-dog>" in text and "smiling" not in text for text in prompts.values())
 
 
-def test_a_folder_without_such_a_model_is_refused(tmp_path):
+def test_a_folder_without_a_masked_language_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a masked language model"):
         PromptDebias(model=tmp_path).prompts("a dog", {})

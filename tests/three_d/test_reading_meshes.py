@@ -29,7 +29,7 @@ PARTS = [
 
 
 def ball(scale: float = 1.0) -> trimesh.Trimesh:
-    """A ball with a red left half (+x of the file: the object's left) and a blue right one."""
+    """A ball with a red left half (+x in the file is the object's left) and a blue right half."""
     mesh = trimesh.creation.icosphere(3)
     red = np.asarray(mesh.vertices)[:, :1] > 0
     mesh.visual.vertex_colors = np.where(red, [255, 0, 0, 255], [0, 0, 255, 255]).astype(np.uint8)
@@ -38,18 +38,18 @@ def ball(scale: float = 1.0) -> trimesh.Trimesh:
 
 @pytest.mark.parametrize("name", ["x.glb", "x.obj", "x.ply"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e7])
-def test_a_ball_of_any_size_is_a_ball_of_radius_one(tmp_path, name, scale):
+def test_a_ball_of_any_size_is_scaled_to_radius_1(tmp_path, name, scale):
     ball(scale).export(tmp_path / name, **({"digits": 12} if name == "x.obj" else {}))
     shape = shape_of_file(tmp_path / name)
     points = 2.4 * torch.rand(1500, 3, generator=torch.Generator().manual_seed(0)) - 1.2
     assert (shape.distance(points) - (points.norm(dim=-1) - 1)).abs().max() < 0.06
-    left = 0 if name == "x.ply" else 1  # PLY: z up, as the world; else y up and x to the left
+    left = 0 if name == "x.ply" else 1  # PLY: z up, as in the world; otherwise y up and x to the left
     sides = torch.eye(3)[[left, left]] * torch.tensor([[1.0], [-1]])
     assert shape.colors(sides).argmax(-1).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda p: p.kind)
-def test_fields_begin_as_the_thing_in_a_file(tmp_path, part):
+def test_fields_start_as_the_object_in_a_file(tmp_path, part):
     ball().export(tmp_path / "x.glb")
     field = (
         type(part).model_validate({**part.model_dump(), "start": {"kind": "file", "path": tmp_path / "x.glb"}}).build()
@@ -90,7 +90,7 @@ def test_points_without_triangles_are_filled(tmp_path):
     assert shape.colors(torch.zeros(1, 3)) is None
 
 
-def test_open_and_non_manifold_meshes_are_shells(tmp_path):
+def test_open_and_non_manifold_meshes_become_shells(tmp_path):
     plate = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.5, 0.5, 0.8]]
     faces = [[0, 1, 2], [0, 2, 3], [0, 2, 4]]  # three triangles at one edge
     (tmp_path / "x.obj").write_text(_obj(plate, faces))
@@ -108,7 +108,7 @@ def _obj(vertices, faces) -> str:
     )
 
 
-def test_points_that_are_no_numbers_and_flat_triangles_go(tmp_path):
+def test_non_finite_points_and_degenerate_triangles_are_removed(tmp_path):
     corners = [[0, 0, 0], [1, 0, 0], [0, 1, 0], ["nan", 0, 0], ["1e39", 0, 0], [2, 0, 0]]
     (tmp_path / "x.obj").write_text(_obj(corners, [[0, 1, 2], [0, 1, 3], [0, 1, 4], [0, 1, 5], [1, 1, 2]]))
     (piece,) = read_mesh(tmp_path / "x.obj")
@@ -123,7 +123,7 @@ def test_points_that_are_no_numbers_and_flat_triangles_go(tmp_path):
         ([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [], "too few points|cannot be read|no triangles"),
     ],
 )
-def test_what_has_nothing_in_it_is_said_to(tmp_path, vertices, faces, why):
+def test_empty_meshes_are_refused(tmp_path, vertices, faces, why):
     (tmp_path / "x.obj").write_text(_obj(vertices, faces))
     with pytest.raises(ValueError, match=why):
         read_mesh(tmp_path / "x.obj")
@@ -137,7 +137,7 @@ def textured_obj(folder, texture="t.png"):
     return folder / "x.obj"
 
 
-def test_textures_are_read_inside_the_folder_alone(tmp_path):
+def test_textures_are_read_only_from_inside_the_folder(tmp_path):
     file = textured_obj(tmp_path / "in")
     Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "in" / "t.png")
     points, colors = sampled(read_mesh(file), 50)
@@ -158,7 +158,7 @@ def test_textures_are_read_inside_the_folder_alone(tmp_path):
         read_mesh(textured_obj(tmp_path / "in", "link.png"))
 
 
-def test_a_texture_that_would_be_huge_is_refused_by_its_head(tmp_path):
+def test_a_huge_texture_is_refused_from_its_header_alone(tmp_path):
     file = textured_obj(tmp_path / "in")
     head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", len(head)) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
@@ -226,7 +226,7 @@ def repeated(nodes: int = 1, primitives: int = 1) -> bytes:
     return glb(tree, np.eye(3, dtype="<f4").tobytes())
 
 
-def test_a_mesh_counts_for_each_node_and_its_values_for_each_primitive(tmp_path, monkeypatch):
+def test_points_are_counted_per_node_and_values_per_primitive(tmp_path, monkeypatch):
     monkeypatch.setattr(file_checks, "MAX_POINTS", 30)
     file = tmp_path / "x.glb"
     for nodes, primitives, why in (
@@ -241,14 +241,14 @@ def test_a_mesh_counts_for_each_node_and_its_values_for_each_primitive(tmp_path,
     assert len(read_mesh(file)) == 20
 
 
-def test_triangles_count_for_each_node_too(tmp_path, monkeypatch):
+def test_too_many_triangles_are_refused(tmp_path, monkeypatch):
     ball().export(tmp_path / "x.ply")
     monkeypatch.setattr(file_checks, "MAX_FACES", 1279)
     with pytest.raises(ValueError, match="has 1280 triangles in total, repeated ones included; at most 1279"):
         read_mesh(tmp_path / "x.ply")
 
 
-def test_a_texture_counts_once_for_each_material(tmp_path, monkeypatch):
+def test_a_texture_is_counted_once_per_material(tmp_path, monkeypatch):
     scene = trimesh.Scene()
     for green in (100, 200):
         material = PBRMaterial(baseColorTexture=Image.new("RGB", (8, 8), (0, green, 0)))
@@ -284,7 +284,7 @@ def test_other_bad_files_are_refused(tmp_path, name, content, why):
         read_mesh(tmp_path / "missing.obj")
 
 
-def test_too_large_a_file_is_refused_unread(tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(file_checks, "MAX_BYTES", 10)
     (tmp_path / "x.obj").write_text("v 0 0 0\nv 1 0 0\n")
     with pytest.raises(ValueError, match="simplify"):

@@ -1,4 +1,4 @@
-"""Cameras of pictures from unknown places: found by comparing with renders, or by the toybox's pose estimator."""
+"""Cameras of pictures from unknown viewpoints: found by comparison with renders, or by the toybox's pose estimator."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def elsewhere(pictures: Tensor, place: tuple[float, float], scale: float) -> Ten
     return F.grid_sample(pictures, where, padding_mode="zeros", align_corners=False)
 
 
-def test_cameras_are_found_wherever_the_thing_is_in_its_picture():
+def test_cameras_are_found_wherever_the_object_is_in_its_picture():
     true = FRAMING.cameras(torch.tensor([20.0, 95.0, -170.0, -62.0]), torch.tensor([20.0, 8.0, 35.0, 55.0]))
     seen = true_views(true, 96)
     place, scale = (0.2, -0.15), 0.7
@@ -73,7 +73,7 @@ def test_a_rough_azimuth_narrows_the_search():
     assert found.agreement is not None and float(found.agreement[0]) > float(found.agreement[1])
 
 
-def test_another_thing_agrees_less():
+def test_another_object_has_a_lower_agreement():
     true = FRAMING.cameras(torch.tensor([20.0]), torch.tensor([20.0]))
     seen = true_views(true, 48)
     right = from_renders(renders, FRAMING, seen.pixels, seen.coverage).agreement
@@ -108,7 +108,7 @@ def test_the_toyboxs_own_pictures_are_read_by_its_pose_estimator():
 
 
 @pytest.mark.parametrize("roll_deg", [25.0, -25.0])
-def test_a_roll_is_clockwise_for_our_cameras_as_for_the_toyboxs(roll_deg):
+def test_a_positive_roll_is_clockwise_for_our_cameras_and_the_toyboxs(roll_deg):
     """Otherwise the estimator's rolls would be applied the wrong way round."""
     thing = next(s for s in subjects("development") if s.name == "development-robot").thing
     (upright,) = reference_scenes(thing, 1, 0)
@@ -129,7 +129,7 @@ def reconstruction(*more: str) -> Recipe3D:
     return load("reference_reconstruction", [*SMALL, *more], "3d", Recipe3D)
 
 
-def test_the_field_is_fitted_to_pictures_whose_cameras_were_found(sd, subject, tmp_path):
+def test_the_field_is_fitted_to_pictures_whose_cameras_were_estimated(sd, subject, tmp_path):
     """The subject is not learned: it gets no name, and the prompt need not name it."""
     compared: dict[str, int] = {}
 
@@ -152,12 +152,12 @@ def test_the_field_is_fitted_to_pictures_whose_cameras_were_found(sd, subject, t
     assert asset.recipe.field.kind == "textured_mesh"
 
 
-def test_what_compares_with_pictures_to_come_can_be_fitted_into_memory(sd, subject, tmp_path):
+def test_phases_that_use_pictures_of_earlier_phases_can_be_fitted_into_memory(sd, subject, tmp_path):
     plan = Runner3D(sd).fit(reconstruction(), tmp_path / "run", subject, memory=2**36)
     assert set(plan.how) == {"form", "fit", "paint"} and plan.estimate > 0
 
 
-def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_path):
+def test_a_missing_subject_or_missing_masks_are_reported_before_anything_runs(sd, subject, tmp_path):
     runner = Runner3D(sd)
     with pytest.raises(ValueError, match=r"need exactly one subject, but there are 0: give subject\.images"):
         runner.create(reconstruction(), tmp_path / "run", tensorboard=False)

@@ -21,7 +21,7 @@ def points() -> Tensor:
     return 1.2 * torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) - 0.6
 
 
-def test_a_box_is_between_its_corners_and_fades_in_behind_them():
+def test_a_box_lies_between_its_corners_and_fades_in_at_its_faces():
     box = Box(lo=(-0.5, 0.0, 0.1), hi=(0.5, 0.4, 0.9), softness=0.1)
     asked = torch.tensor([[0.0, 0.2, 0.5], [0.0, 0.05, 0.5], [0.0, -1e-4, 0.5], [0.45, 0.2, 0.5], [0.0, 0.2, 0.95]])
     assert torch.allclose(box.build()(asked), torch.tensor([1.0, 0.5, 0.0, 0.5, 0.0]), atol=1e-5)
@@ -29,14 +29,14 @@ def test_a_box_is_between_its_corners_and_fades_in_behind_them():
         Box(lo=(0, 0, 1), hi=(1, 1, 1))
 
 
-def test_a_ball_is_where_it_was_put_and_grows():
+def test_a_ball_is_at_its_centre_and_can_be_grown():
     ball = Sdf(center=(0.3, -0.2, 0.1), radius=0.4, softness=0.0, grown=0.2)
     away = (points() - torch.tensor(ball.center)).norm(dim=-1)
     assert torch.equal(ball.build()(points()) > 0, away < 0.6)
 
 
-def test_the_inside_of_a_mesh_is_a_region_where_it_was_put(tmp_path):
-    """A block of 4 by 2 by 2, anywhere, scaled so that its corners lie on a ball of radius 0.5."""
+def test_the_inside_of_a_mesh_is_a_region_at_the_given_place(tmp_path):
+    """A block of 4 by 2 by 2, placed anywhere, is scaled so that its corners lie on a ball of radius 0.5."""
     trimesh.creation.box((4, 2, 2)).apply_translation([3, 0, 0]).export(tmp_path / "block.ply")
     mesh = Sdf(path=tmp_path / "block.ply", center=(0.1, -0.1, 0.0), radius=0.5, softness=0.0)
     half = 0.5 * torch.tensor([2.0, 1, 1]) / 6**0.5
@@ -45,7 +45,7 @@ def test_the_inside_of_a_mesh_is_a_region_where_it_was_put(tmp_path):
     assert torch.equal((mesh.build()(points()) > 0)[sure], (beyond < 0)[sure])
 
 
-def test_a_drawn_mask_is_what_lies_behind_it_in_its_view(tmp_path):
+def test_a_drawn_mask_selects_what_lies_behind_it_in_its_view(tmp_path):
     """The mask's left half, seen from the object's left, where the front is on the left."""
     drawn = np.zeros((40, 60), np.uint8)
     drawn[:, :30] = 255
@@ -58,7 +58,7 @@ def test_a_drawn_mask_is_what_lies_behind_it_in_its_view(tmp_path):
 
 
 @pytest.mark.parametrize("azimuth", [0.0, 90.0, 215.0])
-def test_a_view_shows_a_region_where_rays_reach_it_before_the_thing(azimuth):
+def test_a_view_shows_a_region_where_rays_reach_it_before_the_object(azimuth):
     cameras, cells = Cameras.of([azimuth], 20.0), (16, 16)
     ball = Sdf(center=(0.3, 0.0, 0.2), radius=0.35, softness=0.0)
     origins, directions = cameras.rays(16, 16)
@@ -74,7 +74,7 @@ def test_a_view_shows_a_region_where_rays_reach_it_before_the_thing(azimuth):
     behind = torch.full((1, 1, 32, 32), float(along.max()) + 0.5)
     assert torch.equal(seen(ball.build(), cameras, behind, 1 - clear, cells, 1.1)[0, 0], shown)
     half = seen(ball.build(), cameras, wall, 0.5 * (1 - clear), cells, 1.1)[0, 0]
-    assert torch.allclose(half, 0.5 * shown), "half of it shines through"
+    assert torch.allclose(half, 0.5 * shown), "half of the region is visible"
 
 
 def constant(value: float) -> OracleScores:
@@ -97,12 +97,16 @@ def test_each_cell_is_guided_by_the_region_that_it_shows():
         assert torch.equal(found[i][:, :, 2:, 2:], a[i][:, :, 2:, 2:])
         assert torch.allclose(found[i][:, :, 2, :2], b[i][:, :, 2, :2])
         assert torch.allclose(found[i][0, :, :2, 2:], c[i][0, :, :2, 2:])
-        assert torch.allclose(found[i][0, :, :2, :2], (b[i] + c[i])[0, :, :2, :2] / 2), "they share"
+        assert torch.allclose(found[i][0, :, :2, :2], (b[i] + c[i])[0, :, :2, :2] / 2), (
+            "overlapping regions share a cell equally"
+        )
         assert torch.allclose(found[i][:, :, 3, 0], (0.75 * a[i] + 0.25 * b[i])[:, :, 3, 0])
-    assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), "unconditional predictions and the base stay"
+    assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), (
+        "unconditional and base predictions are unchanged"
+    )
 
 
-def test_a_region_that_no_view_shows_is_not_asked():
+def test_a_region_that_no_view_shows_is_not_evaluated():
     asked = []
 
     class Watched(OracleScores):

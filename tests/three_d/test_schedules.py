@@ -32,7 +32,7 @@ def test_schedules_in_steps_and_in_shares_of_the_run():
      ([0.0, 1.0, 2.0, 1.5], "shares"),
      ([-1, 1.0, 2.0, 3], "shares")],
 )  # fmt: skip
-def test_what_is_no_schedule_is_refused(wrong, why):
+def test_invalid_schedules_are_refused(wrong, why):
     with pytest.raises(ValueError, match=why):
         CHECKED.validate_python(wrong)
 
@@ -41,7 +41,7 @@ def drawn(times: Times, step: int, steps: int = 100, count: int = 4, discrete: b
     return times.draw(count, Moment(step, steps), generator(0, step), discrete)
 
 
-def test_annealed_times_fall_as_the_papers_say():
+def test_annealed_times_fall_as_in_the_papers():
     square_root, line = Times(low=0.3, high=0.98, anneal=0.5), Times(low=0.02, high=0.98, anneal=1.0)
     falling = [float(drawn(square_root, i)[0]) for i in range(100)]
     assert falling == sorted(falling, reverse=True) and falling[0] == 980
@@ -49,7 +49,7 @@ def test_annealed_times_fall_as_the_papers_say():
     assert float(drawn(line, 50, discrete=False)[0]) == pytest.approx(500.0)
 
 
-def test_random_times_stay_in_their_range_and_may_be_one_for_all_views():
+def test_random_times_stay_in_their_range_and_can_be_shared_by_all_views():
     narrowing = Times(low=0.02, high=[0.5, 0.98, 0.5, 0.5])
     late = torch.cat([drawn(narrowing, i, count=16) for i in range(50, 100)])
     early = torch.cat([drawn(narrowing, i, count=16) for i in range(50)])

@@ -1,4 +1,4 @@
-"""Colours from pictures made from renders with a concept: the recipe, the masks of views, and that no teacher is used."""
+"""Colours from pictures that are generated from renders: the recipe, the masks of views, and that no teacher is used."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SMALL = ("backbone=tiny", "prompt=a photo of a mug", "setting=", "train.mixed_pr
          *(f"phases.{p}.train={{steps: 2, batch_size: 1, resolution: 16}}" for p in ("form", "paint")))  # fmt: skip
 
 
-def test_the_last_phase_paints_the_form_by_pictures_and_asks_no_teacher(sd, tmp_path):
-    """Without its own subject: the prompt's words, or loaded concepts, determine the pictures."""
+def test_the_last_phase_paints_the_shape_from_pictures_without_a_teacher(sd, tmp_path):
+    """The recipe learns no subject: the prompt's words, or loaded concepts, determine the pictures."""
     asked: dict[str, list[int]] = {}
 
     class Counted(Distill):
@@ -43,7 +43,7 @@ def test_the_last_phase_paints_the_form_by_pictures_and_asks_no_teacher(sd, tmp_
     assert {key.removeprefix(FIELD) for key in asset.field.state_dict()} == {"faces", "vertices", "raw_features"}
 
 
-def test_what_differs_from_the_colour_of_the_border_is_the_thing(tmp_path):
+def test_pixels_that_differ_from_the_border_colour_are_the_object(tmp_path):
     pixels = torch.full((3, 16, 16), 0.8)
     pixels[:, 4:12, 6:10] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
     write_picture(pixels, tmp_path / "a.png", {})
@@ -55,7 +55,7 @@ def test_what_differs_from_the_colour_of_the_border_is_the_thing(tmp_path):
     assert PhaseViews(phase="views").pictures({}, 16, {"views": tmp_path}).masks is None
 
 
-def test_what_compares_with_views_that_are_yet_to_be_made_can_be_fitted_into_memory(sd, tmp_path):
+def test_phases_that_use_views_of_earlier_phases_can_be_fitted_into_memory(sd, tmp_path):
     plan = Runner3D(sd).fit(load("texture_refinement", list(SMALL), "3d", Recipe3D), tmp_path / "run", memory=2**36)
     assert set(plan.how) == {"form", "paint"} and plan.estimate > 0
 
@@ -74,7 +74,7 @@ def test_what_compares_with_views_that_are_yet_to_be_made_can_be_fitted_into_mem
         ),
     ],
 )
-def test_what_would_do_nothing_is_refused(sd, tmp_path, settings, why):
+def test_settings_without_effect_are_refused(sd, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         recipe = load("texture_refinement", [*SMALL, *settings], "3d", Recipe3D)
         Runner3D(sd).create(recipe, tmp_path / "run", tensorboard=False)

@@ -1,4 +1,4 @@
-"""Prompts and guidance for threestudio, tested on the contract that its documentation gives to extensions and, if a checkout is
+"""Prompts and guidance for threestudio, tested on the contract that its documentation has for extensions and, if a checkout is
 given (`PCS_THREESTUDIO=DIR`), on that checkout's own base classes."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def looked(count: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("recipe", ["dreamfusion", "csd", "lucid_dreamer", "prolificdreamer"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_gradient_is_that_of_the_engine_with_the_concept(threestudio, folders, recipe, count):
+def test_the_gradient_equals_that_of_the_engine_with_the_concept(threestudio, folders, recipe, count):
     words, guidance = both(threestudio, folders, recipe, seed=3)
     rgb = torch.rand(count, 32, 32, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     guidance.update_step(0, 4)
@@ -76,10 +76,10 @@ def test_the_gradient_is_that_of_the_engine_with_the_concept(threestudio, folder
     other, again = both(threestudio, folders, recipe, "a <my-mug> in the snow", seed=3)
     again.update_step(0, 4)
     (moved,) = torch.autograd.grad(again(rgb, other(), **looked(count))["loss_sds"], rgb)
-    assert not torch.allclose(grad, moved), "the prompt counts"
+    assert not torch.allclose(grad, moved), "the prompt has an effect"
 
 
-def test_a_student_learns_beside_the_field_and_nothing_else_does(threestudio, folders):
+def test_only_the_student_is_trained_alongside_the_field(threestudio, folders):
     words, guidance = both(threestudio, folders, "prolificdreamer")
     adapters = guidance.teacher.runner.backbone.adapters
 
@@ -104,7 +104,7 @@ def test_a_student_learns_beside_the_field_and_nothing_else_does(threestudio, fo
         both(threestudio, folders, "prolificdreamer", settings=["trainable.more.kind=lora"])
 
 
-def test_cameras_are_told_in_degrees_and_placed_as_threestudio_places_them():
+def test_cameras_have_degrees_and_positions_as_in_threestudio():
     given = looked(3)
     cameras = cameras_of(*(given[name] for name in ("elevation", "azimuth", "camera_distances", "fovy")))
     torch.testing.assert_close(cameras.fov_deg, torch.full((3,), 40.0))
@@ -113,7 +113,7 @@ def test_cameras_are_told_in_degrees_and_placed_as_threestudio_places_them():
     torch.testing.assert_close(cameras.positions, 3 * places)
 
 
-def test_latents_are_guided_as_they_are(threestudio, folders):
+def test_latents_are_guided_without_being_encoded(threestudio, folders):
     words, guidance = both(threestudio, folders)
     latents = torch.zeros(1, 8, 8, 4, requires_grad=True)
     out = guidance(latents, words(), **looked(1), rgb_as_latents=True)
@@ -126,7 +126,7 @@ def test_latents_are_guided_as_they_are(threestudio, folders):
         guidance(latents, words(), **looked(1), rgb_as_latents=True)
 
 
-def test_both_ask_one_model_and_nothing_else_will_do(threestudio, folders):
+def test_the_prompt_processor_and_the_guidance_must_share_one_model(threestudio, folders):
     words, guidance = both(threestudio, folders)
     assert words().teacher is guidance.teacher
     other, _ = both(threestudio, folders, settings=["guidance.scale=3"])
@@ -138,7 +138,7 @@ def test_both_ask_one_model_and_nothing_else_will_do(threestudio, folders):
         guidance(rgb, words(), **looked(1), guidance_eval=True)
 
 
-def test_embeddings_come_first_for_the_prompt_and_then_without_it(threestudio, folders):
+def test_embeddings_of_the_prompt_come_before_those_without_it(threestudio, folders):
     words, guidance = both(threestudio, folders)
     at = {k: v for k, v in looked(3).items() if k in ("elevation", "azimuth", "camera_distances")}
     found = words().get_text_embeddings(**at)
@@ -152,7 +152,7 @@ def test_embeddings_come_first_for_the_prompt_and_then_without_it(threestudio, f
     assert torch.equal(plain[0], plain[1]) and not torch.equal(plain[0], found[0])
 
 
-def test_a_concept_that_was_learned_anew_at_the_same_place_is_read_anew(threestudio, folders, sd, tmp_path):
+def test_a_concept_that_was_relearned_at_the_same_path_is_read_again(threestudio, folders, sd, tmp_path):
     concept = shutil.copytree(folders.concept, tmp_path / "my-mug.concept")
     folders = SimpleNamespace(backbone=folders.backbone, concept=str(concept))
     at = {k: v for k, v in looked(1).items() if k in ("elevation", "azimuth", "camera_distances")}
@@ -174,7 +174,7 @@ def test_a_concept_that_was_learned_anew_at_the_same_place_is_read_anew(threestu
         ({"settings": ["guidance.regions.hat.kind=sdf"]}, r"guidance\.regions"),
     ],
 )
-def test_what_does_not_fit_is_said_before_the_first_step(threestudio, folders, changes, message):
+def test_settings_that_do_not_fit_are_reported_before_the_first_step(threestudio, folders, changes, message):
     with pytest.raises(ValueError, match=message):
         both(threestudio, folders, **changes)
 

@@ -1,6 +1,6 @@
 """What is written into a threestudio checkout, what the doctor reports, and how its launch.py starts with packages missing.
 
-With `PCS_THREESTUDIO=DIR` the launch.py of that checkout runs 20 steps with a concept.
+With `PCS_THREESTUDIO=DIR`, the launch.py of that checkout runs 20 steps with a concept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A stand-in for one: the contract's package and a launch.py that prints its arguments."""
+    """A stand-in for a checkout: the contract's package and a launch.py that prints its arguments."""
     return Path(shutil.copytree(CONTRACT, tmp_path / "threestudio"))
 
 
@@ -48,7 +48,7 @@ def test_installing_writes_an_extension_and_a_configuration_once(checkout, pcs):
     assert pcs("3d", "threestudio", "install", checkout).out == "", "nothing is left to do"
 
 
-def test_what_someone_changed_or_wrote_is_not_lost(checkout, pcs):
+def test_files_that_someone_changed_or_wrote_are_not_lost(checkout, pcs):
     install(checkout)
     config = checkout / "configs/pcs-dreamfusion.yaml"
     config.write_text(config.read_text() + "# mine\n")
@@ -69,7 +69,7 @@ def test_another_folder_is_refused(tmp_path, pcs, command):
     assert ran.code == 2 and "launch.py" in ran.err and not listing(tmp_path)
 
 
-def test_every_key_of_the_configuration_is_one_that_the_extension_has(checkout, monkeypatch):
+def test_the_extension_has_every_key_of_the_configuration(checkout, monkeypatch):
     from importlib import import_module
 
     forget()
@@ -104,7 +104,7 @@ def test_missing_packages_are_named_and_nothing_is_tried_without_them(checkout, 
     assert bad.startswith("missing: pip install") and not any("imports" in what for _, what in found)
 
 
-def test_what_the_extension_registers_is_tried(checkout, monkeypatch):
+def test_what_the_extension_registers_is_checked(checkout, monkeypatch):
     install(checkout)
     monkeypatch.setattr(doctor, "NEEDED", {})
     found = list(doctor.findings(checkout))
@@ -124,7 +124,7 @@ def test_what_the_extension_registers_is_tried(checkout, monkeypatch):
 
 
 def asked_by(name: str, source: str) -> dict:
-    """The namespace of a module with this name and source."""
+    """Runs the source in a module with this name and returns its namespace."""
     scope = {"__name__": name}
     exec(source, scope)
     return scope
@@ -141,7 +141,7 @@ Both = Union[dr.Context, ops.Other]
 """
 
 
-def test_stand_ins_are_seen_by_threestudio_alone_and_say_what_is_missing():
+def test_only_threestudio_sees_stand_ins_and_they_say_what_is_missing():
     with standing_in(["nowhere"]):
         made = asked_by("threestudio.models.x", STATEMENTS)
         asked_by("extern.y", STATEMENTS)
@@ -160,7 +160,7 @@ def test_stand_ins_are_seen_by_threestudio_alone_and_say_what_is_missing():
     assert not hasattr(made["nowhere"], "__path__") and stand_in("tinycudann").free_temporary_memory() is None
 
 
-def test_launching_without_a_gpu_asks_for_the_cpu_to_be_said(checkout, pcs, monkeypatch):
+def test_launching_without_a_gpu_requires_the_cpu_option(checkout, pcs, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ran = pcs("3d", "threestudio", "run", checkout, "--config", "x.yaml", "--train")
     assert ran.code == 2 and "--cpu" in ran.err

@@ -69,7 +69,7 @@ def renderer(threestudio, material=None, **cfg):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("cfg", [{}, {"hidden": 0.0}, {"importance": 32}])
-def test_every_view_of_a_batch_is_drawn_as_it_should_be(threestudio, count, cfg):
+def test_every_view_of_a_batch_matches_the_closed_form(threestudio, count, cfg):
     given, made = batch(count), renderer(threestudio, chunk=100, **cfg)
     truth = opacity_of(given)
     for training in (True, False):
@@ -81,10 +81,10 @@ def test_every_view_of_a_batch_is_drawn_as_it_should_be(threestudio, count, cfg)
         assert front[0] > 5 * front[1], "the red side faces the camera at azimuth 0"
         hit = truth > 0.9
         assert ((out["depth"] / out["opacity"].clamp_min(1e-5))[hit] - 3.0).abs().max() < RADIUS + 0.1
-    assert "weights" not in out, "values per sample are only for losses"
+    assert "weights" not in out, "per-sample values are returned only in training"
 
 
-def test_training_losses_find_what_they_read_of_each_sample(threestudio):
+def test_training_losses_get_the_per_sample_values_that_they_read(threestudio):
     made = renderer(threestudio, type("Lit", (Plain,), {"requires_normal": True})()).train()
     given = batch(2)
     out = made(**given)
@@ -99,7 +99,7 @@ def test_training_losses_find_what_they_read_of_each_sample(threestudio):
     assert made.geometry.amount.grad > 0
 
 
-def test_colours_given_for_the_background_take_its_place(threestudio):
+def test_given_background_colours_replace_the_background(threestudio):
     made, given = renderer(threestudio).eval(), batch(2)
     blue = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     each = made(**given, bg_color=blue)["comp_rgb"][:, 0, 0]
@@ -110,7 +110,7 @@ def test_colours_given_for_the_background_take_its_place(threestudio):
     torch.testing.assert_close(flat, made(**given, bg_color=blue)["comp_rgb"])
 
 
-def test_three_cameras_that_were_crossed_along_the_wrong_axis_are_refused(threestudio):
+def test_three_cameras_with_a_cross_product_along_the_wrong_axis_are_refused(threestudio):
     made, c2w = renderer(threestudio), torch.eye(4).repeat(3, 1, 1)
     made(**batch(3), c2w=c2w)
     c2w[0, :3, 0] = torch.tensor([0.6, 0.8, 0.0])
@@ -118,7 +118,7 @@ def test_three_cameras_that_were_crossed_along_the_wrong_axis_are_refused(threes
         made(**batch(3), c2w=c2w)
 
 
-def test_what_was_made_is_written_as_files_that_open(threestudio):
+def test_the_exporter_writes_files_that_can_be_opened(threestudio):
     import trimesh
 
     parts = {"geometry": Ball(sharp=False), "material": Plain(), "background": White()}

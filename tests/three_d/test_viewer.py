@@ -1,4 +1,4 @@
-"""The mesh on a page: complete, centred, seen from the front, and nothing else to load."""
+"""The mesh on a page: complete, centred, seen from the front, and with nothing else to load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pieces() -> list[Piece]:
     return [painted, Piece(np.asarray(nose.vertices) + np.array([0.8, 0, 0]), np.asarray(nose.faces), colors=red)]
 
 
-def test_the_viewer_holds_the_mesh_and_looks_at_its_front():
+def test_the_viewer_contains_the_mesh_and_looks_at_its_front():
     page = viewer_html(pieces())
     scene = trimesh.load_scene(io.BytesIO(glb_in(page)), file_type="glb")
     assert sum(len(g.faces) for g in scene.geometry.values()) == sum(len(p.faces) for p in pieces())
@@ -34,13 +34,13 @@ def test_the_viewer_holds_the_mesh_and_looks_at_its_front():
     local = np.concatenate([g.vertices for g in scene.geometry.values()]) - eye[:3, 3]
     right, up, depth = (local @ eye[:3, :3]).T * [[1], [1], [-1]]
     shown = np.abs([right, up]) / (depth * np.tan(np.radians(scene.camera.fov[:, None]) / 2))
-    assert depth.min() > 0 and 0.5 < shown.max() < 0.95, "it is all in view, and fills the view"
+    assert depth.min() > 0 and 0.5 < shown.max() < 0.95, "the whole mesh is in view and fills it"
     (nose,) = [g for name, g in scene.geometry.items() if kinds[name] == "vertex"]
     assert np.linalg.norm(nose.centroid - eye[:3, 3]) < np.linalg.norm(eye[:3, 3]) - 0.5, "the front faces the camera"
-    assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "up is up, and the camera a little above"
+    assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "up is up, and the camera is slightly above"
 
 
-def test_the_viewer_loads_nothing_and_draws_textures_in_their_own_light():
+def test_the_viewer_loads_nothing_and_draws_textures_with_ambient_light():
     page = viewer_html(pieces()[:1])
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page) and "import(" not in page
     script = page[page.rindex("init();") :]

@@ -43,7 +43,7 @@ def test_elevations_are_half_uniform_in_the_angle_and_half_on_the_sphere():
     assert float(cameras.elevation_deg.min()) >= 0 and float(cameras.elevation_deg.max()) <= 90
 
 
-def test_the_distance_follows_from_how_much_is_filled():
+def test_the_distance_follows_from_the_share_of_the_view_to_fill():
     cameras = sampled(64, fov_deg=(30.0, 60.0), fill=(0.5, 0.8))
     fill = 1 / (cameras.distance * torch.tan(torch.deg2rad(cameras.fov_deg) / 2))
     assert 0.5 <= float(fill.min()) < 0.55 and 0.75 < float(fill.max()) <= 0.8001
@@ -67,7 +67,7 @@ def test_a_ring_shares_all_but_its_azimuths():
         sampled(6, ring=4)
 
 
-def test_jitter_moves_the_camera_and_not_what_it_looks_at():
+def test_jitter_moves_the_camera_but_not_its_target():
     cameras = Cameras.of([30.0, -120.0], 20.0, 4.0, centre=torch.tensor([0.1, 0.0, -0.2]))
     shift = torch.tensor([[0.3, -0.1, 0.2], [0.0, 0.0, 0.0]])
     there = moved(cameras, shift)
@@ -75,7 +75,7 @@ def test_jitter_moves_the_camera_and_not_what_it_looks_at():
     assert torch.equal(there.centre, cameras.centre) and torch.equal(there.azimuth_deg[1:], cameras.azimuth_deg[1:])
 
 
-def test_cameras_are_the_same_for_the_same_step_and_refused_where_they_see_nothing():
+def test_cameras_are_the_same_for_the_same_step_and_degenerate_ones_are_refused():
     assert torch.equal(sampled(3).positions, sampled(3).positions)
     assert not torch.equal(sampled(3).positions, sampled(3, seed=1).positions)
     degenerate = (
@@ -121,7 +121,7 @@ def test_directions_and_their_words_next_to_the_noun():
     assert words.said("the {view} of a <mug>", None) == "the of a <mug>"
 
 
-def test_some_views_from_behind_ask_for_the_class_alone():
+def test_some_back_views_are_prompted_with_only_the_class():
     words = ViewWords(drop_subject=0.5)
     prompts = ScenePrompts("a <my-mug>", words=words, class_nouns={"my-mug": "mug"})
     cameras = Cameras.of([0.0, 180.0] * 200, 0.0)
@@ -163,24 +163,26 @@ def perp_negs(settings: Guidance, moment: Moment):
     return made, ask, away
 
 
-def test_perp_neg_is_its_formula_for_every_view():
+def test_perp_neg_equals_its_formula_for_every_view():
     settings = shipped("dreamfusion", "guidance.perp_neg={}", "guidance.terms.null={plain: 1.0, scaled: -1.0}",
                        "guidance.terms.negative=null", "guidance.scale=7.5")  # fmt: skip
     made, ask, away = perp_negs(settings, NOW)
     assert torch.allclose(made.eps, ask("null") + 7.5 * (ask("prompt") - ask("null") + away), rtol=1e-9)
 
 
-def test_perp_neg_weighs_other_views_as_the_prompt_is_weighed():
+def test_perp_neg_weights_other_views_like_the_prompt():
     """CSD's prompt has the coefficient 1, whatever the guidance scale."""
     for settings, factor in (([], 1.0), (["guidance.terms.prompt.plain=2"], 2.0)):
         made, ask, away = perp_negs(shipped("csd", "guidance.perp_neg={}", *settings), Moment(0, 10))
         assert torch.allclose(made.eps, factor * (ask("prompt") + away) - ask("null"), rtol=1e-9)
     early = shipped("csd", "guidance.perp_neg={}", "guidance.terms.prompt.until_t=0.01")
     made, ask, _ = perp_negs(early, Moment(0, 10))
-    assert torch.allclose(made.eps, -ask("null"), rtol=1e-9), "where the prompt is not asked for, neither are they"
+    assert torch.allclose(made.eps, -ask("null"), rtol=1e-9), (
+        "if the prompt is not evaluated, neither are the other views"
+    )
 
 
-def test_perp_neg_mixes_neighbours_and_leaves_the_view_from_above_alone():
+def test_perp_neg_mixes_neighbours_and_leaves_the_overhead_view_alone():
     part, prompts = PerpNeg(), ScenePrompts("a <mug>")
     views = Views(Cameras.of([0.0, 45.0, -90.0, 135.0, 180.0, 10.0], torch.tensor([0.0] * 5 + [80.0])), (False,) * 6)
     rows = part.rows("prompt", prompts, views)
@@ -204,7 +206,7 @@ def around(*azimuth_deg: float, elevation_deg: float = 0.0) -> Cameras:
     return Cameras.of(torch.tensor(azimuth_deg), torch.full((len(azimuth_deg),), elevation_deg))
 
 
-def test_embeddings_are_mixed_near_the_border_of_two_views():
+def test_embeddings_are_mixed_near_the_border_between_two_views():
     words = ViewWords(front_deg=45.0, back_deg=45.0, blend_deg=10.0)
     front, near, border, side, back = words.shares(around(-20.0, 40.0, -45.0, 90.0, 170.0))
     assert front == {"front": 1.0} and side == {"side": 1.0} and back == {"back": 1.0}
@@ -221,7 +223,7 @@ def test_without_a_blend_each_camera_has_one_view():
     assert words.shares(cameras) == [{d: 1.0} for d in words.directions(cameras)]
 
 
-def test_the_teacher_is_told_the_mixed_prompts():
+def test_the_teacher_gets_the_mixed_prompts():
     scene = ScenePrompts("a photo of a duck", words=ViewWords(blend_deg=10.0))
     (row,) = scene.rows("prompt", Views(around(50.0), (False,)))
     assert dict((text, share) for share, text in row) == {

@@ -1,4 +1,4 @@
-"""Volumes: opacity, depth and colour in closed form, gradients by finite differences, the same at every batch size."""
+"""Volumes: opacity, depth and colour in closed form, gradients by finite differences, and any batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAMERAS = Cameras.of([0.0, 77.0, 200.0], [5.0, 30.0, -20.0])
 
 
 @pytest.mark.parametrize("cube", [False, True])
-def test_a_solid_thing_is_as_opaque_and_as_far_as_its_chords_say(cube):
+def test_the_opacity_and_depth_of_a_solid_follow_from_its_chords(cube):
     field = Solid(0.6, cube=cube)
     drawn = Volume(samples=400, hidden=0).render(field, CAMERAS, view(3))
     chords = field.chords(CAMERAS, 32)
@@ -30,7 +30,7 @@ def test_a_solid_thing_is_as_opaque_and_as_far_as_its_chords_say(cube):
     assert (drawn.pixels - colors).abs().mean() < 2e-3
 
 
-def test_each_view_is_as_if_it_were_alone_in_batches_of_three_and_in_small_chunks():
+def test_each_view_is_independent_of_its_batch_and_of_the_chunk_size():
     field = Voxels(resolution=12, start=Blob(softness=0.3)).build()
     renderer = Volume(samples=24, importance=16)
     settings = dict(shading="lambertian", normals=True)
@@ -43,7 +43,7 @@ def test_each_view_is_as_if_it_were_alone_in_batches_of_three_and_in_small_chunk
             assert torch.allclose(getattr(three, name)[i], getattr(small, name)[i], atol=1e-5), name
 
 
-def test_gradients_are_those_of_differences():
+def test_gradients_match_finite_differences():
     field = Voxels(resolution=5, start=Blob(softness=0.5, density=3)).build().double()
     field.raw_features.data += torch.randn(field.raw_features.shape, generator=torch.Generator().manual_seed(0))
     cameras = Cameras(*(value.double() for value in vars(CAMERAS[:1]).values()))
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_differences():
         assert parameter.grad[index].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5, abs=1e-9)
 
 
-def test_leaving_out_what_is_empty_or_hidden_changes_no_picture():
+def test_skipping_empty_or_hidden_samples_does_not_change_the_picture():
     field = Voxels(resolution=16, start=Blob(density=60, softness=0.1)).build()
     field.raw_density.data += torch.randn(field.raw_density.shape, generator=torch.Generator().manual_seed(0))
     all_of_it = Volume(samples=48, hidden=0).render(field, CAMERAS, view(3))
@@ -74,7 +74,7 @@ def test_leaving_out_what_is_empty_or_hidden_changes_no_picture():
     assert int((rest.weights > 0).sum()) < 0.6 * int((all_of_it.weights > 0).sum())
 
 
-def test_densities_lie_between_what_their_cells_say():
+def test_densities_lie_between_the_bounds_of_their_cells():
     field = Voxels(resolution=9).build()
     field.raw_density.data.normal_(generator=torch.Generator().manual_seed(0))
     points = 2.4 * torch.rand(2000, 3, generator=torch.Generator().manual_seed(1)) - 1.2
@@ -87,7 +87,7 @@ def test_densities_lie_between_what_their_cells_say():
     assert bool((field.density(points) <= field.between(*rays)[1][:, 0] + 1e-5).all())
 
 
-def test_importance_puts_edges_where_the_weight_is():
+def test_importance_sampling_puts_edges_where_the_weight_is():
     near, far = torch.zeros(2), torch.ones(2)
     edges = stratified(near, far, 10, None)
     weights = torch.zeros(2, 10)
@@ -118,7 +118,7 @@ def test_shading_shows_the_normals_of_a_ball(shading):
     assert rim[0] < 0.75 and (shading != "normal" or rim[1] > 0.8)  # the picture's right is +y
 
 
-def test_latents_are_drawn_as_they_are_and_are_not_lit():
+def test_latents_are_drawn_unchanged_and_without_shading():
     drawn = Volume(samples=64).render(Solid(0.6, 50, channels=4), CAMERAS, view(3, channels=4))
     assert drawn.pixels.shape == (3, 4, 32, 32) and float(drawn.pixels[0, 3, 16, 16].detach()) == pytest.approx(
         0.7, abs=1e-3
@@ -131,7 +131,7 @@ def test_latents_are_drawn_as_they_are_and_are_not_lit():
         Volume().render(Tetrahedra(resolution=6, color_resolution=4).build(), CAMERAS, view(3))
 
 
-def test_a_view_of_nothing_is_its_background_and_has_a_gradient():
+def test_an_empty_view_shows_its_background_and_has_a_gradient():
     field = Voxels(resolution=8, start=Blob(density=1e-4)).build()
     field.raw_density.data.fill_(-30.0)
     drawn = Volume(samples=8).render(field, CAMERAS, view(3))

@@ -34,7 +34,7 @@ def forget() -> None:
 def registry(folder: str) -> Iterator[Any]:
     """The module `threestudio` of a folder, with the extension registered."""
     forget()
-    if find_spec("omegaconf"):  # a checkout registers resolver names there, and only once
+    if find_spec("omegaconf"):  # a checkout registers resolver names there, which works only once
         import_module("omegaconf").OmegaConf.clear_resolvers()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -46,7 +46,7 @@ def registry(folder: str) -> Iterator[Any]:
 
 
 def write_concept(backbone, path: Path, seed: int = 0) -> Path:
-    """Learned words and a LoRA with a visible effect."""
+    """Saves a concept with learned words and a LoRA, both with a visible effect."""
     modifier = LearnableToken(vectors=2, with_class_noun=True)
     modifier.attach(backbone, "my-mug", "mug")
     Lora(roles=("cross_attention",), rank=2).inject(backbone, "my-mug", "lora", 0)

@@ -75,8 +75,8 @@ def test_pictures_and_clips_take_turns(clips: Any, photos: Path, tmp_path: Path,
     assert [set(record.parts) for record in records] == [{"denoising"}, {"denoising"}, {"prior"}, {"denoising"}]
 
 
-def test_words_of_the_subject_rest_in_steps_of_preservation(clips: Any, photos: Path, tmp_path: Path) -> None:
-    """Also where momentum would still move them."""
+def test_subject_tokens_do_not_change_in_prior_preservation_steps(clips: Any, photos: Path, tmp_path: Path) -> None:
+    """Not even through optimizer momentum."""
     words = ("modifier.kind=learnable_token", "trainable.words.kind=tokens", "trainable.words.group=words")
     started = run(clips, photos, tmp_path, *ALTERNATE, *words, "task.subject_only=[words]")
     values, loras = [], []
@@ -93,7 +93,7 @@ def test_words_of_the_subject_rest_in_steps_of_preservation(clips: Any, photos: 
         clips.remove("mug")
 
 
-def test_what_is_temporary_acts_in_steps_alone_and_rests_where_it_is_told(
+def test_a_temporary_adapter_is_off_between_steps_and_in_steps_where_task_rest_disables_it(
     clips: Any, photos: Path, tmp_path: Path, seen: Any
 ) -> None:
     session = run(clips, photos, tmp_path, *ALTERNATE, *TEMPORARY, "task.rest=[frozen]")
@@ -155,13 +155,13 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
         ),
     ],
 )
-def test_turns_that_cannot_be_are_refused(
+def test_impossible_alternations_are_refused(
     clips: Any, photos: Path, tmp_path: Path, settings: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         list(run(clips, photos, tmp_path, *settings).steps())
 
 
-def test_a_temporary_part_needs_a_set_of_its_own() -> None:
+def test_a_temporary_part_needs_its_own_adapter_set() -> None:
     with pytest.raises(ValueError, match="temporary: such a part needs its own adapter set; set adapter_set=NAME"):
         load("subject_lora", ["trainable.lora.temporary=true"], "video", VideoRecipe)

@@ -1,4 +1,4 @@
-"""The AnimateDiff family against diffusers: clips, pictures, the autoencoder, sampling."""
+"""The AnimateDiff family compared with diffusers: clips, pictures, the autoencoder, and sampling."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def scramble(adapter: Any, seed: int = 1) -> None:
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
 
 
-def test_it_keeps_the_protocol_and_is_frozen(clips: AnimateDiffBackbone) -> None:
+def test_it_implements_the_protocol_and_is_frozen(clips: AnimateDiffBackbone) -> None:
     assert isinstance(clips, Backbone)
     assert clips.frames == 8 and clips.reads == {"animatediff", "stable_diffusion"}
     assert not any(p.requires_grad for m in (*clips.components.values(), clips.vae) for p in m.parameters())
@@ -59,7 +59,7 @@ def test_clips_go_through_the_whole_network(clips: AnimateDiffBackbone) -> None:
     assert not torch.allclose(ask(clips, other, prompts)[:, :, 0], expected[:, :, 0])  # frames attend to each other
 
 
-def test_pictures_go_through_the_network_of_pictures(clips: AnimateDiffBackbone, make_tiny_sd: Make) -> None:
+def test_pictures_go_through_the_image_network(clips: AnimateDiffBackbone, make_tiny_sd: Make) -> None:
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     x, prompts = noise(2, 4, 8, 8), ("a mug", "a dog")
     assert torch.equal(ask(clips, x, prompts), ask(pictures, x, prompts))
@@ -68,10 +68,10 @@ def test_pictures_go_through_the_network_of_pictures(clips: AnimateDiffBackbone,
 
 
 @pytest.mark.parametrize("role", ["self_attention", "cross_attention", "denoiser", "conv"])
-def test_what_is_injected_acts_on_clips_and_pictures_alike(
+def test_injected_adapters_act_on_clips_and_pictures_alike(
     clips: AnimateDiffBackbone, make_tiny_sd: Make, role: str
 ) -> None:
-    """An adapter on image layers changes both paths as it changes the image U-Net, and leaves no trace."""
+    """An adapter on image layers changes both paths just as it changes the image U-Net; removing it restores them."""
     x, prompts = noise(1, 4, 8, 8), ("a mug",)
     before_picture, before_clip = ask(clips, x, prompts), ask(clips, noise(1, 4, 3, 8, 8), prompts)
     Lora(roles=(role,), rank=2).inject(clips, "mug", "lora", 0)
@@ -132,14 +132,14 @@ def test_clips_are_encoded_frame_by_frame(clips: AnimateDiffBackbone) -> None:
     torch.testing.assert_close(clips.decode(latents)[:, :, 2], clips.decode(latents[:, :, 2]))
 
 
-def test_the_frames_that_it_can_make(clips: AnimateDiffBackbone) -> None:
+def test_the_supported_numbers_of_frames(clips: AnimateDiffBackbone) -> None:
     assert clips.latent_shape(32, 64) == (4, 8, 16) and clips.latent_shape(32, 64, 8) == (4, 8, 8, 16)
     for wrong, nearest in ((1, 2), (9, 8)):
         with pytest.raises(ValueError, match=f"a clip of {wrong} frames .* the nearest is {nearest}"):
             clips.latent_shape(32, 32, wrong)
 
 
-def test_sampling_gives_what_the_pipeline_gives(clips: AnimateDiffBackbone) -> None:
+def test_sampling_equals_the_diffusers_pipeline(clips: AnimateDiffBackbone) -> None:
     settings = SamplingSettings("blurry", 5.0, 4, frames=6)
     ours = sample(clips, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
     pipe = clips.pipeline()
@@ -153,7 +153,7 @@ def test_sampling_gives_what_the_pipeline_gives(clips: AnimateDiffBackbone) -> N
     torch.testing.assert_close(ours, theirs.float(), atol=1e-4, rtol=0)
 
 
-def test_a_motion_module_of_another_network_is_refused(make_tiny_sd: Make) -> None:
+def test_a_motion_module_for_another_network_is_refused(make_tiny_sd: Make) -> None:
     from diffusers import MotionAdapter
 
     wrong = MotionAdapter(block_out_channels=(16, 32), motion_norm_num_groups=4, motion_num_attention_heads=2)
@@ -161,7 +161,7 @@ def test_a_motion_module_of_another_network_is_refused(make_tiny_sd: Make) -> No
         with_motion(make_tiny_sd(), wrong)
 
 
-def test_a_model_of_pictures_makes_no_clips(make_tiny_sd: Make) -> None:
+def test_an_image_model_cannot_make_clips(make_tiny_sd: Make) -> None:
     with pytest.raises(ValueError, match="frames = 4: stable_diffusion generates pictures, not clips"):
         sample(
             StableDiffusionBackbone(make_tiny_sd(), "tiny"), ["a mug"], seeds=[0], settings=SamplingSettings(frames=4)

@@ -1,4 +1,4 @@
-"""MotionDirector's appearance-debiased loss: its weights, its draws, and the whole objective against closed forms."""
+"""MotionDirector's appearance-debiased loss: its weights, its random draws, and the complete objective against closed forms."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.video.transformer_runs import FAMILIES
 ROOT = 2**0.5  # sqrt(beta^2 + 1) at beta = 1
 
 
-def test_an_error_that_all_frames_share_weighs_less_than_one_of_each_frame() -> None:
-    """MotionDirector's numbers at 16 frames and beta = 1: 0.17 and 2.82, in closed form and in a draw."""
+def test_an_error_shared_by_all_frames_weighs_less_than_independent_errors() -> None:
+    """MotionDirector's numbers at 16 frames and beta = 1: 0.17 and 2.82, in closed form and from random samples."""
     draw = torch.Generator().manual_seed(0)
     anchors = torch.randint(16, (4096,), generator=draw)
     shared = torch.randn(4096, 2, 1, 2, 2, generator=draw).expand(-1, -1, 16, -1, -1)
@@ -44,8 +44,8 @@ def test_an_error_that_all_frames_share_weighs_less_than_one_of_each_frame() -> 
     assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # beta = 0 is the plain loss
 
 
-def test_the_debiased_loss_counts_where_the_plain_one_does() -> None:
-    """With inside=0 and outside=1, both leave out the subject in each frame; errors there change neither."""
+def test_the_debiased_loss_uses_the_weights_of_the_plain_one() -> None:
+    """With inside=0 and outside=1, both losses ignore the subject in each frame; errors there change neither."""
     objective, part = Denoising(inside=0, outside=1), AppearanceDebias(beta=1.0)
     draw = torch.Generator().manual_seed(0)
     target, error = torch.randn(2, 4, 6, 8, 8, generator=draw), torch.randn(2, 4, 6, 8, 8, generator=draw)
@@ -84,7 +84,7 @@ def longer_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings: str) -> Tune:
-    """A plain tuning task with the penalty, at its start."""
+    """A plain tuning task with the penalty, before its first step."""
     asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
     asked += [f"sources.clips.window.length={length}", "regularize.debias.kind=appearance_debias", *settings]
     planned = plan(load("animatediff_motion_lora", asked, "video", VideoRecipe))
@@ -97,7 +97,7 @@ def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings
 
 
 def of_each_anchor(error: Tensor) -> list[float]:
-    """The penalty of one row's error [C, F, h, w] in float64, for each frame that it may be compared with."""
+    """The penalty for one row's error [C, F, h, w], in float64, with each frame in turn as the anchor."""
     error = error.double()
     return [float((ROOT * error - error[:, a : a + 1]).square().mean()) for a in range(error.shape[1])]
 
@@ -108,7 +108,7 @@ def clips(make_tiny_sd: Callable[..., Any]) -> AnimateDiffBackbone:
 
 
 def anchors(backbone: Any, folder: Path, tmp_path: Path, seed: int, micro: int) -> list[int]:
-    """Which frame the penalty chose in each of some steps."""
+    """The anchor frame that the penalty chose in each of eight steps."""
     task, chosen = debiased(backbone, folder, tmp_path, 9, f"seed={seed}"), []
     for step in range(8):
         with torch.no_grad(), task.state(step, micro) as state:
@@ -131,7 +131,7 @@ def test_anchors_are_drawn_anew_for_each_seed_and_micro_batch(
     assert first != drawn(1, 0, 2) and first != drawn(0, 1, 3)
 
 
-def test_class_examples_do_not_count(clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path) -> None:
+def test_class_examples_are_ignored(clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path) -> None:
     prior = {"kind": "generated_clips", "prompt": "a toy", "num_images": 1, "frames": 4, "steps": 1}
     settings = [f"sources.moving.{key}={value}" for key, value in prior.items()]
     task = debiased(clips, clip_folder, tmp_path, 4, *settings, "regularize.prior.kind=prior_preservation")
@@ -141,7 +141,7 @@ def test_class_examples_do_not_count(clips: AnimateDiffBackbone, clip_folder: Pa
     assert min(abs(v - value) for v in of_each_anchor((state.prediction - state.target)[0])) < 1e-5 * value
 
 
-# --- the whole objective ----------------------------------------------------------------------------------------
+# --- the complete objective -------------------------------------------------------------------------------------
 
 
 def flow_error(state: Step) -> Tensor:
@@ -173,7 +173,7 @@ def v_error(state: Step) -> Tensor:
 def test_the_objective_is_the_plain_loss_plus_the_debiased_one(
     new: Callable[[], Any], error_of: Callable[[Step], Tensor], longer_clips: Path, tmp_path: Path
 ) -> None:
-    """L = |e|^2 + |sqrt(2) e - e_a|^2 (arXiv 2310.08465, eq. 8), of the model's own prediction error, in each update."""
+    """L = |e|^2 + |sqrt(2) e - e_a|^2 (arXiv 2310.08465, eq. 8), where e is the model's prediction error, in each update."""
     task = debiased(new(), longer_clips, tmp_path, 9)
     for step in range(3):
         (update,) = task.updates(step, 0)

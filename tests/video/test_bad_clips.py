@@ -32,7 +32,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """Runs a command that must fail before a network is loaded and change nothing; returns its message."""
+    """A function that runs a command, which must fail before a network is loaded and change nothing; returns its message."""
 
     def unexpected(*_: Any, **__: Any) -> Any:
         raise AssertionError("a network was loaded")
@@ -58,7 +58,7 @@ def learning(refused: Refused, clip_model: Path, tmp_path: Path) -> Refused:
 
 
 def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) -> None:
-    """A run reports at its start what `tests/core/test_clip_bad_files.py` expects for each file."""
+    """At its start, a run reports the errors that `tests/core/test_clip_bad_files.py` expects for each file."""
     cases: dict[str, Callable[[Path], Any]] = {
         "found only a.mp4 (empty, 0 bytes)": lambda f: (f / "a.mp4").write_bytes(b""),
         "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
@@ -77,7 +77,7 @@ def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) ->
 
 
 def test_masks_that_do_not_match_the_frames(learning: Refused, tmp_path: Path) -> None:
-    """Too few of them, or of another size: reported at once, not when latents are computed."""
+    """Too few masks, or masks of another size, are reported immediately, not when latents are computed."""
     folder = tmp_path / "clips"
     write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
@@ -87,7 +87,7 @@ def test_masks_that_do_not_match_the_frames(learning: Refused, tmp_path: Path) -
     assert "16x16" in message and "32x32" in message
 
 
-# --- what does not go together ---------------------------------------------------------------------------------
+# --- incompatible concepts and models --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def motion(clip_model: Path, clip_folder: Path, tmp_path_factory: pytest.TempPat
     return path
 
 
-def test_a_motion_is_refused_by_a_model_of_pictures(
+def test_an_image_model_refuses_a_motion(
     motion: Path, picture_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     asked = ["image", "generate", "a mug", "--concept", motion, "--backbone", picture_model, "--out", tmp_path / "o"]
@@ -112,7 +112,7 @@ def test_a_motion_is_refused_by_a_model_of_pictures(
 def learned_on(
     tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
 ) -> Callable[[str], Path]:
-    """Saves a LoRA learned on a tiny model of this family, named after it."""
+    """A function that saves a LoRA learned on a tiny model of the given family, named after the family."""
     folder = tmp_path_factory.mktemp("families")
     models: dict[str, Callable[[], Any]] = {
         **FAMILIES,
@@ -128,7 +128,7 @@ def learned_on(
     return make
 
 
-def test_concepts_that_no_model_of_clips_can_hold_are_refused_before_one_is_loaded(
+def test_concepts_that_no_video_model_can_load_are_refused_before_loading_one(
     refused: Refused, learned_on: Callable[[str], Path], motion: Path, clip_model: Path
 ) -> None:
     thing, wan, flux = map(learned_on, ("sd", "wan", "flux"))
@@ -143,7 +143,7 @@ def test_concepts_that_no_model_of_clips_can_hold_are_refused_before_one_is_load
     assert "'on-sd' was learned on stable_diffusion, but 'on-flux' on flux" in message
 
 
-def test_the_families_that_runners_know_are_those_that_models_read(
+def test_the_families_of_the_runners_match_those_that_the_models_read(
     make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
 ) -> None:
     clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")

@@ -1,4 +1,4 @@
-"""Branches beside layers: what they compute, that they start as the identity and leave no trace, saved in a concept."""
+"""Branches alongside layers: what they compute, that they start as the identity, leave no trace, and are saved."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PARTS = [MotionEmbeddings(coarsest=None), MotionEmbeddings(values="off"), Bottle
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_branch_starts_as_nothing_and_leaves_without_a_trace(clips: AnimateDiffBackbone, part: Any) -> None:
+def test_a_branch_starts_without_effect_and_is_removed_without_a_trace(clips: AnimateDiffBackbone, part: Any) -> None:
     before, names, text = ask(clips), set(clips.unet.state_dict()), repr(clips.unet)
     part.inject(clips, "m", "part", 0)
     torch.testing.assert_close(ask(clips), before, atol=1e-6, rtol=0)
@@ -71,7 +71,7 @@ def test_a_branch_starts_as_nothing_and_leaves_without_a_trace(clips: AnimateDif
     assert torch.equal(ask(clips), before) and repr(clips.unet) == text
 
 
-def test_a_bottleneck_is_added_to_what_its_place_gives(clips: AnimateDiffBackbone) -> None:
+def test_a_bottleneck_is_added_to_the_output_of_its_layer(clips: AnimateDiffBackbone) -> None:
     part = Bottleneck(roles=("cross_attention",), width=4, blocks="0")
     adapter = learn(clips, part)
     first, branch = next(iter(adapter.branches.items()))
@@ -95,8 +95,8 @@ def test_pictures_pass_through_the_same_bottlenecks(clips: AnimateDiffBackbone) 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_embeddings_enter_queries_keys_and_values_as_the_paper_says(clips: AnimateDiffBackbone, training: bool) -> None:
-    """The same as an edit of attention that adds W_q e, W_k e and W_v e' after the projections."""
+def test_embeddings_enter_queries_keys_and_values_as_in_the_paper(clips: AnimateDiffBackbone, training: bool) -> None:
+    """Equal to an attention edit that adds W_q e, W_k e and W_v e' after the projections."""
     _, *size = clips.latent_shape(clips.resolution, clips.resolution, clips.frames)
     plain = ask(clips, *size)
     adapter = learn(clips, MotionEmbeddings(coarsest=None), training)
@@ -136,7 +136,7 @@ def test_embeddings_are_resized_for_other_frames_and_grids(clips: AnimateDiffBac
     assert torch.equal(differences(steady + 7)[:, 0], torch.tensor([7.0, 1.0, 1.0]))
 
 
-def test_only_the_coarsest_grids_are_taken(clips: AnimateDiffBackbone) -> None:
+def test_coarsest_selects_only_the_coarsest_grids(clips: AnimateDiffBackbone) -> None:
     temporal = [s for s in clips.sites() if s.kind == "temporal"]
     scales = sorted({s.scale for s in temporal}, reverse=True)
     adapter = learn(clips, MotionEmbeddings(coarsest=1))
@@ -144,7 +144,7 @@ def test_only_the_coarsest_grids_are_taken(clips: AnimateDiffBackbone) -> None:
     assert 0 < len(expected) < len(temporal) and list(adapter.branches) == expected
 
 
-def test_a_lora_on_the_same_layer_does_not_see_what_is_added(clips: AnimateDiffBackbone) -> None:
+def test_a_lora_on_the_same_layer_does_not_see_the_embeddings(clips: AnimateDiffBackbone) -> None:
     """The result is the same whichever is added first."""
     outputs = []
     for order in ("lora first", "lora last"):
@@ -166,7 +166,7 @@ def lora(backbone: Any) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_concept_keeps_its_branches(make_tiny_sd: Callable[..., Any], tmp_path: Path, part: Any) -> None:
+def test_a_concept_stores_its_branches(make_tiny_sd: Callable[..., Any], tmp_path: Path, part: Any) -> None:
     backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
     learn(backbone, part)
     made = ask(backbone)
@@ -240,7 +240,7 @@ def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_t
         Bottleneck(roles=("conv",)).inject(clips, "m", "part", 0)
 
 
-def test_where_no_layer_is_for_frames_alone_motion_embeddings_say_so() -> None:
+def test_motion_embeddings_are_refused_if_no_layer_attends_only_between_frames() -> None:
     with pytest.raises(
         ValueError, match=r"layers that attend only between frames, and wan has none; .*motion_director_joint"
     ):

@@ -25,8 +25,8 @@ def run(pan: CameraPan, x: Tensor, steps: int = 20, seeds: tuple[int, ...] = (1,
 
 
 @pytest.mark.parametrize(("right", "down"), [(0.5, 0.0), (-0.25, 0.0), (0.0, 0.5), (0.25, -0.25)])
-def test_each_frame_is_shifted_by_its_share_of_the_way(right: float, down: float) -> None:
-    """With a ramp of values, each one that was not filled in shows where it came from."""
+def test_each_frame_is_shifted_by_its_share_of_the_pan(right: float, down: float) -> None:
+    """The latents are a ramp, so each value that was not filled in shows where it came from."""
     side, frames = 16, 5
     place = torch.arange(side * side, dtype=torch.float32).view(1, 1, 1, side, side)
     made = run(CameraPan(right=right, down=down), place.repeat(2, 1, frames, 1, 1))
@@ -40,7 +40,7 @@ def test_each_frame_is_shifted_by_its_share_of_the_way(right: float, down: float
 
 
 def test_a_scheduler_with_two_calls_per_step_is_not_disturbed_between_them() -> None:
-    """Latents move as far, but only where a step begins, and there the scheduler forgets."""
+    """Latents move just as far, but only at the beginning of a step, where the scheduler's history is discarded."""
     pan, x = CameraPan(right=0.5, start=0.1, end=0.5), torch.randn(1, 1, 5, 16, 16)
     backbone: Any = type("Frames", (), {"frame_factor": 1})()
     made, jumps = x, []
@@ -54,7 +54,7 @@ def test_a_scheduler_with_two_calls_per_step_is_not_disturbed_between_them() -> 
     assert torch.equal(made[0, 0, 4, :, :8], x[0, 0, 4, :, 8:])
 
 
-def test_what_comes_into_view_is_of_its_own_row_and_outside_of_boxes() -> None:
+def test_gaps_are_filled_from_the_same_row_or_column_and_from_outside_the_boxes() -> None:
     draw = torch.Generator().manual_seed(0)
     plane = torch.arange(64, dtype=torch.float32).view(1, 8, 8)
     source = torch.ones(8, 8, dtype=torch.bool)
@@ -66,10 +66,12 @@ def test_what_comes_into_view_is_of_its_own_row_and_outside_of_boxes() -> None:
     up = shifted(plane, -2, 1, source, draw)
     assert torch.equal(up[0, 2:], plane[0, :-2])
     assert all(int(v) % 8 == x for x in range(8) for v in up[0, :2, x])
-    assert shifted(plane, 20, 2, torch.zeros_like(source), draw).shape == plane.shape  # nowhere allowed: anywhere
+    assert (
+        shifted(plane, 20, 2, torch.zeros_like(source), draw).shape == plane.shape
+    )  # if no cell is allowed, any is used
 
 
-def test_the_spread_stays_and_a_clip_does_not_depend_on_its_batch() -> None:
+def test_the_variance_is_kept_and_a_clip_does_not_depend_on_its_batch() -> None:
     x = noise(2, 4, 8, 32, 32)
     pan = CameraPan(right=0.5, down=0.25)
     moved = run(pan, x)
@@ -78,7 +80,7 @@ def test_the_spread_stays_and_a_clip_does_not_depend_on_its_batch() -> None:
     assert not torch.equal(run(pan, x, seeds=(1, 3))[1], moved[1])
 
 
-def test_a_clip_is_sampled_with_it(make_tiny_sd: Any) -> None:
+def test_a_clip_is_sampled_with_a_camera_pan(make_tiny_sd: Any) -> None:
     clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
     how: dict[str, Any] = {"guidance": 1.0, "steps": 2, "frames": 4}
 
@@ -87,7 +89,9 @@ def test_a_clip_is_sampled_with_it(make_tiny_sd: Any) -> None:
         return last.latents
 
     still = ask(CameraPan())
-    assert (ask(CameraPan(right=0.5)) - still).abs().max() > 0.01  # with so few steps, all in one of them
+    assert (
+        ask(CameraPan(right=0.5)) - still
+    ).abs().max() > 0.01  # with this few steps, the entire pan is in one of them
     for pan, frames, message in [
         (CameraPan(right=0.5), 0, "a camera can move only in a clip, not in a picture"),
         (CameraPan(right=0.01), 4, "moves by less than one of the 8x8 latent cells: use 0.12 or more"),

@@ -1,4 +1,4 @@
-"""`pcs video benchmark` on the toybox with an untrained motion module and almost no training: cells, tables, resuming."""
+"""`pcs video benchmark` on the toybox with an untrained motion module and almost no training: cells, tables, resumed runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_recipes_for_motions_are_compared_and_a_second_call_keeps_what_is_done(pcs, tmp_path: Path, adapter: Path):
+def test_motion_recipes_are_compared_and_a_second_call_keeps_finished_cells(pcs, tmp_path: Path, adapter: Path):
     arguments = ("video", "benchmark", "motion_director", *SMALL, "--motion-adapter", adapter, "--out", tmp_path / "t")
     ran = pcs(*arguments)
     assert ran.code == 0, ran.err
@@ -56,7 +56,7 @@ def test_recipes_for_motions_are_compared_and_a_second_call_keeps_what_is_done(p
     assert other.code == 2 and "different prompts, seeds, settings, recipe or instruments" in other.err
 
 
-def test_a_subject_can_be_learned_by_a_recipe_for_clips(pcs, tmp_path: Path, adapter: Path):
+def test_a_subject_can_be_learned_with_a_video_recipe(pcs, tmp_path: Path, adapter: Path):
     less = ["--set-subject", "sources.class_pictures=null", "--set-subject", "regularize.prior=null"]
     asked = [*SMALL, "--subject-recipe", "subject_lora", *less, "--motion-adapter", adapter, "--out", tmp_path / "t"]
     ran = pcs("video", "benchmark", "motion_inversion", *asked)
@@ -71,7 +71,7 @@ def test_a_subject_can_be_learned_by_a_recipe_for_clips(pcs, tmp_path: Path, ada
     assert lines[5].split(" | ")[3].replace("\xa0", " ") == "8 %" and "%" in lines[4]  # 13 candidates
 
 
-def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
+def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     for more, why in (
         (("--set", "trian.steps=3"), "trian"),
         (("--set-subject", "trian.steps=3"), "trian"),
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more
 
 
-def test_cells_are_motions_with_things_or_motions_alone():
+def test_cells_are_motions_with_subjects_or_motions_alone():
     of_four = cells_of(ClipBenchmarkSettings(motions=2, subjects=2))
     assert of_four["zigzag with duck"] == ("development-zigzag", "development-duck") and len(of_four) == 4
     assert cells_of(ClipBenchmarkSettings("reporting", motions=1, subjects=0)) == {
@@ -93,7 +93,7 @@ def test_cells_are_motions_with_things_or_motions_alone():
 
 
 def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:
-    """Clips with these scores, and as many from the base model that score 0."""
+    """A report on clips with these scores, and on the same number of clips from the base model that score 0."""
     rows = [
         ClipRow(
             kind=kind, prompt=0, text="", seed=i, file=f"{i}.webp",
@@ -119,7 +119,7 @@ def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictu
     identity = easy_row.scores["identity"]
     assert (identity.low, identity.value, identity.high) == (1.0, 1.0, 1.0)
     assert easy_row.value("both") == easy_row.value("motion_recognised") == 0.5
-    # Resampled by motion: of two, both are a, both are b, or one of each.
+    # Resampled by motion: a resample of the two contains a twice, b twice, or one of each.
     assert (row.scores["motion_recognised"].low, row.scores["motion_recognised"].high) == (0.5, 1.0)
 
 
@@ -127,7 +127,7 @@ def leaks(value: float) -> dict[str, Score]:
     return {"leakage": Score(key="leakage", title="", value=value, explanation="")}
 
 
-def test_goals_ask_for_all_their_parts_and_the_best_product_stands_first():
+def test_goals_require_all_their_parts_and_the_best_product_comes_first():
     reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
     table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
     assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]

@@ -1,4 +1,4 @@
-"""Subjects and a motion together, here and as files that diffusers' AnimateDiffPipeline loads together."""
+"""Subjects and a motion used together, here and as files loaded into diffusers' AnimateDiffPipeline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROLES = {
 
 
 def learned(backbone: Any, name: str, folder: Path, kind: str = "subject", recipe: Any = None) -> Concept:
-    """A concept with a random LoRA, on disk; nothing of it stays on the backbone."""
+    """A concept with a random LoRA, saved to disk and removed from the backbone."""
     noun = name if kind == "subject" else ""
     PlainText().attach(backbone, name, noun)
     group = Lora(roles=ROLES[name], rank=2, alpha=2).inject(backbone, name, "lora", 0)
@@ -78,8 +78,8 @@ def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept],
     assert (ask(**two) - together).abs().max() > 1e-3
 
 
-def test_two_motions_at_once_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
-    """Allowed: each acts with its own strength, in the prompt or not, in any order; a repeated name is refused."""
+def test_two_motions_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
+    """Each acts with its own strength, whether or not the prompt names it, in any order; a repeated name is refused."""
 
     def made(**strengths: float) -> Tensor:
         runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
@@ -127,7 +127,7 @@ def test_a_subject_is_weaker_while_the_motion_is_decided(
 
 
 @torch.no_grad()
-def test_diffusers_loads_a_motion_beside_a_subject(
+def test_diffusers_loads_a_motion_alongside_a_subject(
     concepts: dict[str, Concept], make_tiny_sd: Any, tmp_path: Path
 ) -> None:
     clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")

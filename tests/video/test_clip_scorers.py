@@ -1,4 +1,4 @@
-"""Scores of clips made in training, and the alarm for training that stops them; the base model's own clips are the measure."""
+"""Scores of clips made during training, and a warning if training freezes clips that the base model would animate."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def no_alarm() -> Iterator[None]:
     [
         ((MOVING, MOVING), (MOVING, MOVING), False),
         ((MOVING, MOVING), (MOVING, STILL), True),
-        ((MOVING, STILL), (MOVING, STILL), False),  # as still as the model always was
+        ((MOVING, STILL), (MOVING, STILL), False),  # as still as before training
         ((MOVING, STILL), (STILL, STILL), True),
-        ((STILL, STILL), (STILL, STILL), False),  # there was nothing to stop
+        ((STILL, STILL), (STILL, STILL), False),  # nothing moved before training either
     ],
 )
-def test_only_training_that_stops_clips_is_an_alarm(
+def test_only_training_that_freezes_clips_gives_a_warning(
     base: Sequence[Tensor], made: Sequence[Tensor], alarm: bool
 ) -> None:
     watched = Watched(ClipScorer(motion_clips=[MOVING]), "slide", lambda prompts: torch.stack(list(base)))
@@ -61,7 +61,7 @@ def test_only_training_that_stops_clips_is_an_alarm(
         assert watched(clips, prompts)["frozen"] == share
 
 
-def test_the_base_model_s_clips_are_made_once_and_only_on_suspicion() -> None:
+def test_base_model_clips_are_made_once_and_only_after_a_frozen_clip() -> None:
     asked: list[Sequence[str]] = []
 
     def base(prompts: Sequence[str]) -> Tensor:
@@ -76,10 +76,10 @@ def test_the_base_model_s_clips_are_made_once_and_only_on_suspicion() -> None:
     assert asked == [("a mug",)]
 
 
-def test_base_clips_are_of_the_model_without_what_is_learned(
+def test_base_clips_come_from_the_model_without_the_concept_being_learned(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Also after training has begun; what is loaded beside it stays on."""
+    """Even after training has begun; other loaded concepts stay active."""
     settings = [*FAST, f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'm.concept'}"]
     settings += ["train.validation.every=1", "sampling.frames=4"]
     planned = plan(load("motion_director", settings, "video", VideoRecipe))

@@ -34,7 +34,7 @@ def context(subject: Subject, cache: Path, generate: Any = None) -> SourceContex
     return SourceContext({"mug": subject}, 32, 0, cache, generate, "a model")
 
 
-def test_a_picture_stands_still_with_its_mask(tmp_path: Path) -> None:
+def test_frozen_clips_repeat_a_picture_and_its_mask(tmp_path: Path) -> None:
     subject = read_subject(paint(tmp_path / "photos"), "mug")
     pictures = list(References().examples(context(subject, tmp_path)))
     source = FrozenClips(length=3)
@@ -47,7 +47,7 @@ def test_a_picture_stands_still_with_its_mask(tmp_path: Path) -> None:
         assert all(torch.equal(frame.masks["mug"], picture.masks["mug"]) for frame in clip.frames())
 
 
-def test_frames_apart_are_pictures(clip_folder: Path, tmp_path: Path) -> None:
+def test_frames_can_be_read_as_separate_pictures(clip_folder: Path, tmp_path: Path) -> None:
     found = find_clips(clip_folder)
     subject = Subject(class_noun="mug", captions=found.captions, clips=found.clips)
     whole = list(Clips(window=ClipWindow(length=4)).examples(context(subject, tmp_path)))
@@ -57,12 +57,14 @@ def test_frames_apart_are_pictures(clip_folder: Path, tmp_path: Path) -> None:
     assert {e.caption for e in apart[:4]} == {whole[0].caption}
 
 
-def test_frames_keep_a_shape_that_is_not_square(clip_folder: Path, clip_model: Path, tmp_path: Path) -> None:
+def test_frames_need_not_be_square(clip_folder: Path, clip_model: Path, tmp_path: Path) -> None:
     found = find_clips(clip_folder)
     subject = Subject(class_noun="mug", captions=found.captions, clips=found.clips)
     wide = next(Clips(window=ClipWindow(length=4), size=(16, 32)).examples(context(subject, tmp_path))).pixels
     square = next(Clips(window=ClipWindow(length=4)).examples(context(subject, tmp_path))).pixels
-    assert wide.shape == (3, 4, 16, 32) and torch.equal(wide, square[:, :, 8:24])  # its middle: nothing is stretched
+    assert wide.shape == (3, 4, 16, 32) and torch.equal(
+        wide, square[:, :, 8:24]
+    )  # cropped to the middle, not stretched
     places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'slide.concept'}"]
     for size, wrong in (([16, 32], ""), ([16, 30], r"sources\.clips\.size = \[16, 30\]: .*multiple")):
         settings = [*places, *FAST, "preview.num=0", f"sources.clips.size={size}"]
@@ -73,7 +75,7 @@ def test_frames_keep_a_shape_that_is_not_square(clip_folder: Path, clip_model: P
 
 
 class Maker:
-    """Noise instead of a model's clips, counting the calls."""
+    """Generates noise instead of a model's clips and records the requested seeds."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -92,7 +94,7 @@ def noise(seed: int, frames: int) -> Tensor:
     return made
 
 
-def test_the_models_own_clips_are_made_once_and_kept_without_loss(tmp_path: Path) -> None:
+def test_generated_class_clips_are_made_once_and_cached_without_loss(tmp_path: Path) -> None:
     make, subject = Maker(), Subject(class_noun="mug")
     source = GeneratedClips(num_images=3, frames=4, steps=2)
     first = list(source.examples(context(subject, tmp_path, make)))
@@ -111,7 +113,7 @@ def test_the_models_own_clips_are_made_once_and_kept_without_loss(tmp_path: Path
         list(other.examples(context(subject, tmp_path)))
 
 
-def test_class_pictures_that_stand_still_are_of_the_role_that_is_asked_for(tmp_path: Path) -> None:
+def test_frozen_class_pictures_have_the_requested_role(tmp_path: Path) -> None:
     asked = {"kind": "frozen_clips", "length": 2, "role": "prior", "pictures": {"kind": "generated", "num_images": 2}}
     source = validate(FrozenClips, asked)
     assert isinstance(source.pictures, Generated) and source.gives == "prior"

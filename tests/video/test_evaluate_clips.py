@@ -75,12 +75,12 @@ def judged(makers: Makers, scorer: ClipScorer | None = None, case: ClipCase | No
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipReport, Path]:
-    """A model that has learned the motion and shows it when prompted; the base model moves things down."""
+    """A model that has learned the motion and shows it when prompted; in the base model's clips, the patch moves down."""
     out = tmp_path_factory.mktemp("judged") / "report"
     return judged(Makers(maker((3, 0)), maker((0, 3)), maker((0, 3))), out=out), out
 
 
-def test_a_motion_that_was_learned_is_told_from_the_base_model_s(good: tuple[ClipReport, Path]) -> None:
+def test_a_learned_motion_is_distinguished_from_the_base_models(good: tuple[ClipReport, Path]) -> None:
     report, _ = good
     fidelity, false, leak = (report.score(key) for key in ("motion_fidelity", "false_motion", "leakage"))
     assert fidelity and false and leak and fidelity.value and fidelity.low and fidelity.base is not None
@@ -90,7 +90,7 @@ def test_a_motion_that_was_learned_is_told_from_the_base_model_s(good: tuple[Cli
     assert leak.value is not None and leak.among_high is not None and leak.value < leak.among_high + 0.3
     assert report.value("frozen") == 0 and report.value("dynamic") == 1
     keys = [s.key for s in report.scores]
-    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, "each needs the other"
+    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, "each should be read with the other"
     assert report.value("spread") and "clip_t" not in keys and "identity" not in keys
     assert any("No CLIP was given" in note for note in report.notes)
     assert not any("whole frames" in note for note in report.notes)  # there is no subject
@@ -101,7 +101,7 @@ def test_a_motion_that_was_learned_is_told_from_the_base_model_s(good: tuple[Cli
     assert report.of_kind("unnamed")[0].text == "a photo of a red and blue car on the beach"
 
 
-def test_the_report_is_a_page_on_which_clips_play(good: tuple[ClipReport, Path]) -> None:
+def test_the_report_is_a_page_that_plays_the_clips(good: tuple[ClipReport, Path]) -> None:
     report, out = good
     assert {p.name for p in out.iterdir()} >= PAGE_FILES
     for row in report.clips:
@@ -134,7 +134,7 @@ def test_a_report_that_cannot_be_read_says_so(good: tuple[ClipReport, Path], tmp
             ClipReport.load(tmp_path)
 
 
-def test_what_is_wrong_with_a_clip_is_said_in_words() -> None:
+def test_flags_say_what_is_wrong_with_a_clip() -> None:
     def still(prompts: Sequence[str], seeds: Sequence[int], progress: Any) -> Tensor:
         return torch.stack([moving_patch((3, 0), seed=s)[:, :1].repeat(1, 5, 1, 1) for s in seeds])
 
@@ -152,7 +152,7 @@ def test_what_is_wrong_with_a_clip_is_said_in_words() -> None:
 
 
 class SeesPaths:
-    """Estimates the path from a patch's direction: to the right is the motion, anything else is standing still."""
+    """Reads the path from the patch's direction: a horizontal move is the motion, anything else is standing still."""
 
     def __init__(self, known: KnownMotion) -> None:
         self.known = known
@@ -222,7 +222,7 @@ def test_prompts_say_where_motion_and_thing_go(tmp_path: Path) -> None:
 def concepts(
     tmp_path_factory: pytest.TempPathFactory, clip_model: Path, clip_folder: Path, picture_model: Path
 ) -> Path:
-    """slide.concept beside the clips that it was learned from."""
+    """A folder with slide.concept next to the clips that it was learned from."""
     folder = tmp_path_factory.mktemp("learned")
     clips = folder / "clips"
     for i in range(2):
@@ -240,7 +240,7 @@ def prompts(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_motion_is_measured_without_any_network(
+def test_a_motion_is_evaluated_without_any_scoring_network(
     concepts: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "report"
@@ -269,7 +269,7 @@ def test_a_motion_is_measured_without_any_network(
     assert "already exists" in capsys.readouterr().err
 
 
-def test_at_strength_0_the_motion_leaves_the_base_model(concepts: Path, prompts: Path, tmp_path: Path) -> None:
+def test_at_strength_0_a_motion_gives_the_base_models_clips(concepts: Path, prompts: Path, tmp_path: Path) -> None:
     runner = open_runner(VideoRunner, None, [str(concepts / "slide.concept")], "cpu")
     small = SamplingSettings("", 2.0, 2, height=32, width=32, frames=4)
     settings = ClipEvaluationSettings(str(prompts), (3,), sampling=small, false_motion="off")
@@ -306,7 +306,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_subject_and_a_motion_are_judged_together(
+def test_a_subject_and_a_motion_are_evaluated_together(
     concepts: Path, clip_model: Path, dino: Path, prompts: Path, tmp_path: Path
 ) -> None:
     photos = paint(tmp_path / "photos")
@@ -349,7 +349,7 @@ def test_a_subject_and_a_motion_are_judged_together(
         (("--clip", "nowhere"), "no such folder"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(
+def test_impossible_evaluations_are_refused(
     concepts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: Sequence[str], message: str
 ) -> None:
     out = tmp_path / "report"
@@ -357,7 +357,7 @@ def test_what_cannot_be_judged_is_refused(
     assert message in capsys.readouterr().err and not out.exists()
 
 
-def test_which_concepts_are_judged(concepts: Path, clip_model: Path, tmp_path: Path) -> None:
+def test_which_concepts_can_be_evaluated(concepts: Path, clip_model: Path, tmp_path: Path) -> None:
     bare = open_runner(VideoRunner, str(clip_model), [], "cpu")
     with pytest.raises(ValueError, match=f"{TOO_MANY}; given concepts: none"):
         bare.evaluate_clips()
@@ -368,7 +368,7 @@ def test_which_concepts_are_judged(concepts: Path, clip_model: Path, tmp_path: P
         bare.evaluate_clips()
 
 
-def test_clips_made_while_training_are_scored_and_watched(
+def test_clips_made_during_training_are_scored_and_checked_for_motion(
     clip_model: Path, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "m.concept"
@@ -380,7 +380,7 @@ def test_clips_made_while_training_are_scored_and_watched(
     assert metrics["score"] == pytest.approx(expected, abs=1e-6) and 0 <= metrics["frozen"] <= 1
 
 
-def test_other_clips_than_the_motion_s_are_not_taken_for_them(concepts: Path, tmp_path: Path) -> None:
+def test_clips_that_the_motion_was_not_learned_from_are_refused(concepts: Path, tmp_path: Path) -> None:
     shutil.copytree(concepts, tmp_path / "moved")
     write_clip(tmp_path / "moved" / "clips" / "0", moving_square(5), 8)
     runner = open_runner(VideoRunner, None, [str(tmp_path / "moved" / "slide.concept")], "cpu")

@@ -1,4 +1,4 @@
-"""Every shipped recipe for clips: two steps on a tiny model change what it should and nothing else, and are saved."""
+"""Every shipped video recipe: two steps on a tiny model change what they should and nothing else, and are saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.core.runs import CLASS, paint
 SHORT = "sources.clips.window.length=4"
 _PICTURES = ("pictures.num_images=2", "pictures.steps=1")
 _CLIPS = ("num_images=2", "steps=1", "frames=4")
-#: Settings that make each fit a tiny model.
+#: Settings with which each recipe fits a tiny model.
 SMALL: dict[str, tuple[str, ...]] = {
     "animatediff_motion_lora": (SHORT,),
     "customcrafter": (
@@ -53,7 +53,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 }
 FOR_ALL = ("train.steps=2", "train.batch_size=1", "train.resolution=32", "sampling.steps=2", "preview.num=0")
 SETTINGS = SamplingSettings("", 3.0, 2, height=32, width=32, frames=4)
-#: Parts of the concept, by recipe: which of the trained parts are kept.
+#: The trained parts that each recipe keeps in the concept, for recipes that do not keep all.
 KEPT = {
     "still_moving": {"lora", "spatial"},
     "motion_director": {"temporal"},
@@ -61,7 +61,7 @@ KEPT = {
 }
 
 
-def test_all_of_them_are_here() -> None:
+def test_every_shipped_recipe_is_covered() -> None:
     assert SMALL.keys() == recipe_files("video").keys()
 
 
@@ -80,7 +80,7 @@ def shown(runner: VideoRunner) -> Tensor:
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_two_steps_are_learned_and_kept(
+def test_two_steps_are_learned_and_saved(
     name: str, clip_model: Path, clip_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     takes_clips = SHORT in SMALL[name]

@@ -1,4 +1,4 @@
-"""The subject of a clip moves along a trajectory while it is generated: where it goes, and what is left behind."""
+"""The subject of a clip moves along a trajectory while it is generated: where it goes, and what fills the place it leaves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.video.trajectories import arc, hook_of, path_of
 
 
 class Mixing:
-    """A backbone whose latents contain a tenth of the noise for each unit of time."""
+    """A backbone whose latents at time t contain a share t / 10 of noise."""
 
     frame_factor = 1
 
@@ -47,7 +47,7 @@ def step_of(clean: Tensor | None, index: int, steps: int = 10, seeds: Sequence[i
 
 
 def scene(side: int = 16, frames: int = 2, clips: int = 1) -> tuple[Tensor, Tensor]:
-    """Clean latents of a square with numbered cells on rows of one value each, [B, 2, f, S, S], and unit noise."""
+    """Clean latents [B, 2, f, S, S] of a square with numbered cells on rows of one value each, and unit noise."""
     rows = torch.arange(side, dtype=torch.float32)[:, None].expand(side, side)
     clean = torch.stack([rows, -rows])
     number = torch.arange(16, dtype=torch.float32).view(4, 4)
@@ -59,14 +59,14 @@ def scene(side: int = 16, frames: int = 2, clips: int = 1) -> tuple[Tensor, Tens
 def moved(
     trajectory: Trajectory, clean: Tensor, noise: Tensor, index: int = 4, seeds: Sequence[int] = (1,)
 ) -> tuple[Tensor, float, float]:
-    """Returns the latents of a clip after the hook's step `index` of 10, with the shares of signal and noise in them."""
+    """Returns a clip's latents after the hook at step `index` of 10, and the shares of signal and noise in them."""
     signal, noisy = index / 10, 1 - index / 10
     step = step_of(clean, index, seeds=seeds)
     return Following(trajectory=trajectory).latents(step, signal * clean + noisy * noise), signal, noisy
 
 
-def test_the_subject_goes_where_the_trajectory_is_and_its_background_stays() -> None:
-    """Cells of the square come with their noise; behind it each row continues, with new noise; the rest is as before."""
+def test_the_subject_follows_the_trajectory_and_its_background_does_not_move() -> None:
+    """The square's cells keep their noise; where it was, each row continues, with new noise; the rest is unchanged."""
     side, points = 16, [[-0.25, 0.0, 0.0], [0.25, -0.125, 0.0]]
     clean, noise = scene(side)
     made, signal, noisy = moved(path_of(points), clean, noise)
@@ -85,13 +85,15 @@ def test_the_subject_goes_where_the_trajectory_is_and_its_background_stays() -> 
         outside = ~hole & ~border
         torch.testing.assert_close(made[0, :, frame][:, outside], came[0, :, frame][:, outside], atol=1e-3, rtol=0)
         behind = hole & ~border
-        left = (made[0, :, frame] - signal * clean[0, :, frame, :, :1]) / noisy  # every row's value is that of its edge
+        left = (
+            made[0, :, frame] - signal * clean[0, :, frame, :, :1]
+        ) / noisy  # every row continues the value at its edge
         assert behind.sum() > 10 and left[:, behind].abs().max() < 5
         assert (left - noise[0, :, frame])[:, behind].abs().min() > 1e-4
 
 
 def test_frames_need_not_be_square() -> None:
-    """Fractions are of each side: a fifth of the width is more cells than a fifth of the height."""
+    """Fractions refer to each side: a fifth of the width is more cells than a fifth of the height."""
     clean, noise = torch.zeros(1, 1, 2, 10, 20), torch.ones(1, 1, 2, 10, 20)
     clean[..., 4:6, 9:11] = 100
     made, signal, _ = moved(path_of([[-0.2, 0, 0], [0, 0.2, 0]]), clean, noise)
@@ -99,16 +101,16 @@ def test_frames_need_not_be_square() -> None:
     assert bright == [[4.5, 5.5], [6.5, 9.5]]
 
 
-def test_between_cells_clean_latents_are_interpolated_and_noise_is_not() -> None:
+def test_a_shift_by_half_a_cell_interpolates_clean_latents_but_not_noise() -> None:
     clean, noise = scene()
     made, signal, noisy = moved(path_of([[1 / 32, 0, 0], [0, 0, 0]]), clean, noise)  # half a cell, and none
     torch.testing.assert_close(made[:, :, 1], (signal * clean + noisy * noise)[:, :, 1], atol=1e-3, rtol=0)
-    mean = (clean[0, :, 0, 6:10, 6:9] + clean[0, :, 0, 6:10, 7:10]) / 2  # each from two cells
+    mean = (clean[0, :, 0, 6:10, 6:9] + clean[0, :, 0, 6:10, 7:10]) / 2  # each is the mean of two cells
     left = (made[0, :, 0, 6:10, 7:10] - signal * mean) / noisy
-    assert (left - noise[0, :, 0, 6:10, 7:10]).abs().max() < 1e-3  # that of the nearest cell
+    assert (left - noise[0, :, 0, 6:10, 7:10]).abs().max() < 1e-3  # the noise is that of the nearest cell
 
 
-def test_a_size_enlarges_around_the_subjects_centre_and_noise_stays_noise() -> None:
+def test_a_size_change_is_centred_on_the_subject_and_noise_stays_noise() -> None:
     side = 48
     clean = torch.zeros(1, 2, 2, side, side)
     clean[..., 20:28, 12:20] = 1  # its centre is at (1/3, 1/2)
@@ -120,13 +122,13 @@ def test_a_size_enlarges_around_the_subjects_centre_and_noise_stays_noise() -> N
     inner = left[:, 18:30, 10:22]
     assert inner.std() == pytest.approx(1, abs=0.15) and len(inner.round(decimals=4).unique()) > 0.98 * inner.numel()
     outer = torch.ones(side, side, dtype=torch.bool)
-    outer[4:44, :36] = False  # the mask has a border, which is enlarged too
+    outer[4:44, :36] = False  # the mask has a border, which is also enlarged
     torch.testing.assert_close(left[:, outer], noise[0, :, 1][:, outer], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("start", "order", "at"), [(0.3, 1, 3), (0.0, 1, 0), (1.0, 1, 9), (0.3, 2, 4), (1.0, 2, 8)])
-def test_it_acts_once_where_a_step_begins(start: float, order: int, at: int) -> None:
-    """A scheduler of order 2 is called twice a step; between the calls, nothing may jump."""
+def test_it_acts_once_at_the_beginning_of_a_step(start: float, order: int, at: int) -> None:
+    """A scheduler of order 2 is called twice per step; nothing may jump between the two calls."""
     clean, noise = scene(frames=5)
     following = Following(trajectory=path_of(arc(5), start=start))
     acts, jumps = [], []
@@ -164,7 +166,7 @@ def test_other_numbers_of_frames_show_the_whole_trajectory() -> None:
 
 
 def test_a_subject_near_an_edge_is_kept_in_view() -> None:
-    """A bright square at the left would be moved out to the left; it starts farther right instead, by the smallest shift."""
+    """A bright square near the left edge would leave the frame, so it starts farther right, by the smallest shift."""
     side, points = 20, np.array([[-0.2, 0, 0], [0.2, 0, 0]])
     clean = torch.zeros(1, 2, 2, side, side)
     clean[..., 8:12, 4:8] = 20  # its centre is at 0.3 of the width
@@ -176,7 +178,7 @@ def test_a_subject_near_an_edge_is_kept_in_view() -> None:
 
 
 def test_the_subject_is_what_differs_from_its_row() -> None:
-    """Found in noise, among rows of other values, and as at most half of the frame; with nothing to find, it is all of it."""
+    """Found despite noise and rows of other values, as at most half of the frame; if nothing differs, it is the whole frame."""
     side, draw = 32, torch.Generator().manual_seed(0)
     rows = torch.randn(4, 1, side, 1, generator=draw) * 3
     clean = rows + 0.3 * torch.randn(4, 3, side, side, generator=draw)
@@ -191,8 +193,8 @@ def test_the_subject_is_what_differs_from_its_row() -> None:
     assert centre_of(truth) == pytest.approx([9 / side, 16 / side])
 
 
-def test_by_frame_all_frames_are_one_picture_whose_subject_moves(clip_model: Path) -> None:
-    """The image layers see each frame by itself, as they do pictures; frames start from the same noise and see the first."""
+def test_with_image_layers_all_frames_are_one_picture_whose_subject_moves(clip_model: Path) -> None:
+    """The image layers see each frame separately, like a picture; frames start from the same noise and see the first."""
     backbone: Any = load_backbone(clip_model)
     shape = backbone.latent_shape(32, 32, 3)
     x, t = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 20.0])
@@ -212,14 +214,14 @@ def test_by_frame_all_frames_are_one_picture_whose_subject_moves(clip_model: Pat
         made = runner.generate(["a cup"], [0], replace(how, hooks=(hook,)))
         assert torch.allclose(made[:, :, :1].expand_as(made), made, atol=1e-4) is same, (points, layers)
     hook = FollowTrajectory(name="m", trajectory=path_of(wide, start=0.5, layers="image"))
-    with pytest.raises(ValueError, match="euler_a adds other noise to each frame, so that without a motion module"):
+    with pytest.raises(ValueError, match="euler_a adds different noise to each frame, so without a motion module"):
         runner.generate(["a cup"], [0], replace(how, scheduler="euler_a", hooks=(hook,)))
     with torch.no_grad():
         assert torch.equal(backbone.predict(x, t, words), whole)  # the motion module is back
 
 
 def test_a_camera_pans_over_frames_that_are_one_picture(make_tiny_sd: Callable[..., Any]) -> None:
-    """Without motion modules, frames differ only by what hooks do to them, and that is kept."""
+    """Without motion modules, frames differ only through hooks, and these differences are kept."""
     runner = VideoRunner(PictureClipsBackbone(make_tiny_sd(), "tiny"))
     how = SamplingSettings("", 1.0, 5, height=64, width=64, frames=3, hooks=(CameraPan(right=0.5, start=0.2, end=0.6),))
     (made,) = runner.generate(["a cup"], [0], how)

@@ -32,7 +32,7 @@ Ask = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Runs `pcs video generate …`; returns exit code and standard error."""
+    """A function that runs `pcs video generate …` and returns the exit code and standard error."""
 
     def call(*arguments: Any) -> tuple[int, str]:
         capsys.readouterr()
@@ -54,7 +54,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_clip_is_steered_by_every_means_at_once(ask: Ask, given: Path, clip_model: Path, tmp_path: Path) -> None:
+def test_all_steering_options_can_be_combined(ask: Ask, given: Path, clip_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "one.mp4"
     steered = ("--invert", given / "clip", "--invert-share", 0.5, "--boxes", given / "boxes.json", "--pan", "0.5,0")
     code, error = ask(
@@ -68,7 +68,7 @@ def test_a_clip_is_steered_by_every_means_at_once(ask: Ask, given: Path, clip_mo
     assert read_clip(out, ClipWindow(length=4)).fps == 6
 
 
-def test_what_steers_is_refused_before_a_model_is_loaded(ask: Ask, given: Path, tmp_path: Path) -> None:
+def test_wrong_steering_options_are_refused_before_a_model_is_loaded(ask: Ask, given: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no clip")
     (tmp_path / "boxes.json").write_text('{"mug": [0, 0, 5, 1]}')
     clip, photo = given / "clip", given / "photos" / "0.png"
@@ -84,6 +84,12 @@ def test_what_steers_is_refused_before_a_model_is_loaded(ask: Ask, given: Path, 
         (("--prefix", photo), "--prefix: .*0.png is one picture: use --first-frame"),
         (("--prefix", clip, "--first-frame", photo), "both set how the clip begins"),
         (("--prefix-frames", 2), "--prefix-frames sets how much of --prefix is used"),
+        (("--fps", "1e300"), "--fps.* 1e300 is not a number from 0.1 to 1000"),
+        (("--fps", "nan"), "--fps.* nan is not a number from 0.1 to 1000"),
+        (("--guidance", "1e300"), "--guidance.* 1e300 is not a number from -1000 to 1000"),
+        (("--concept", "a.concept:1e300"), r"--concept 'a.concept:1e300': the strength must be from -100 to 100"),
+        (("--concept", "a.concept:nan"), r"--concept 'a.concept:nan': the strength must be from -100 to 100"),
+        (("--strength", "a=1e300@0"), "--strength: .*a: strengths must be from -100 to 100"),
         (("--prefix", clip, "--prefix-frames", 9), "--prefix: .*clip has only 6 frames, but its first 9"),
         (("--out", given / "clip", "--invert", given / "clip" / "0.png", "--overwrite"), "clip"),
     ]:
@@ -97,7 +103,7 @@ def test_what_steers_is_refused_before_a_model_is_loaded(ask: Ask, given: Path, 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Wan and LTX as folders."""
+    """Folders of tiny Wan and LTX models."""
     root = tmp_path_factory.mktemp("transformers")
     for name, pipe in (("wan", build_wan()), ("ltx", build_ltx())):
         pipe.save_pretrained(root / name)
@@ -106,7 +112,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if any model is loaded."""
+    """Makes the test fail if any model is loaded."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a network was loaded")
@@ -123,10 +129,10 @@ def said(ask: Callable[[int], Any], frames: int) -> str:
     return ""
 
 
-def test_a_model_s_folder_says_what_it_can_make(
+def test_a_model_folder_says_how_many_frames_its_model_can_make(
     folders: dict[str, Path], clip_model: Path, picture_model: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
-    """The same as the loaded model itself."""
+    """Gives the same answers as the loaded model itself."""
     cases = [(folders["wan"], None), (folders["ltx"], None), (clip_model, None), (picture_model, adapter_folder)]
     for source, adapter in cases:
         check = frame_check(source, adapter)
@@ -154,7 +160,7 @@ def test_windows_that_do_not_fit_are_refused_before_anything_is_loaded(
         assert code == 2 and "--frames: a clip of 16 frames does not fit" in " ".join(error.split())
 
 
-def test_the_rate_of_frames_is_told_to_a_network_that_asks(folders: dict[str, Path], ask: Ask, tmp_path: Path) -> None:
+def test_the_frame_rate_is_passed_to_a_network_that_uses_it(folders: dict[str, Path], ask: Ask, tmp_path: Path) -> None:
     how = ("--backbone", folders["ltx"], "--frames", 9, "--steps", 1, "--height", 32, "--width", 32, "--device", "cpu")
     for name, fps in (("own.mp4", ()), ("said.mp4", ("--fps", 12))):
         assert ask("a mug", *how, *fps, "--out", tmp_path / name)[0] == 0

@@ -65,7 +65,7 @@ def test_ltx_is_told_that_a_first_frame_is_clean(photo: Path) -> None:
     assert (ours - plain)[:, :, 1].abs().max() > 1e-3  # the other frames follow
 
 
-def test_wan_with_a_time_per_token_is_told_so_too(photo: Path) -> None:
+def test_wan_with_a_time_per_token_is_told_that_a_first_frame_is_clean(photo: Path) -> None:
     wan = WanBackbone(build_wan(time_per_token=True), "tiny")
     given = GivenFrames(path=photo)
     ours = latents(wan, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=5, hooks=(given,)))
@@ -92,7 +92,7 @@ def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
 
 
 @pytest.mark.parametrize("family", FRAMES)
-def test_a_prefix_stays_and_what_follows_follows_it(family: str, clip: Path, make_tiny_sd: Any) -> None:
+def test_a_prefix_is_kept_and_changes_the_frames_after_it(family: str, clip: Path, make_tiny_sd: Any) -> None:
     backbone, (frames, prefix, kept) = make(family, make_tiny_sd), FRAMES[family]
     given = GivenFrames(path=clip, frames=prefix)
     how = SamplingSettings("", 1.0, 3, height=32, width=32, frames=frames)
@@ -101,8 +101,8 @@ def test_a_prefix_stays_and_what_follows_follows_it(family: str, clip: Path, mak
     assert (made - latents(backbone, how))[:, :, kept:].abs().max() > 1e-3
 
 
-def test_a_region_of_a_clip_stays(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
-    """The upper half, only in the second and third frame."""
+def test_a_region_of_a_clip_is_kept(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
+    """Only the upper half of the second and third frame."""
     backbone = make("animatediff", make_tiny_sd)
     masks = torch.full((3, 9, 32, 32), -1.0)
     masks[:, 1:3, :16] = 1
@@ -128,7 +128,7 @@ def test_a_first_frame_and_a_region_are_given_together(photo: Path, clip: Path, 
     assert not torch.equal(made[:, :, 1, 2:], of_clip[:, :, 1, 2:])
 
 
-def test_what_does_not_fit_is_refused_by_its_name(photo: Path, clip: Path, tmp_path: Path) -> None:
+def test_frames_that_do_not_fit_are_refused_by_name(photo: Path, clip: Path, tmp_path: Path) -> None:
     wan = WanBackbone(build_wan(), "tiny")
     write_clip(tmp_path / "short", moving_square(0, 3), 8)
     for given, message in [
@@ -142,10 +142,10 @@ def test_what_does_not_fit_is_refused_by_its_name(photo: Path, clip: Path, tmp_p
             latents(wan, SamplingSettings("", 1.0, 2, height=32, width=32, frames=9, hooks=(given,)))
 
 
-# --- times of frames ------------------------------------------------------------------------------------------------
+# --- the time of each frame -----------------------------------------------------------------------------------------
 
 
-def test_each_frame_has_its_own_time_where_the_network_reads_one(make_tiny_sd: Any) -> None:
+def test_each_frame_can_have_its_own_time_if_the_network_supports_it(make_tiny_sd: Any) -> None:
     ltx = LTXBackbone(build_ltx(), "tiny")
     x0, eps = noise(2, 4, 3, 4, 4), noise(2, 4, 3, 4, 4, seed=1)
     t = torch.tensor([[0.0, 500.0, 900.0], [0.0, 100.0, 100.0]])
@@ -165,7 +165,7 @@ def test_each_frame_has_its_own_time_where_the_network_reads_one(make_tiny_sd: A
         assert not torch.allclose(ltx.predict(x_t, t, text), alike, atol=1e-4)
 
 
-def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
+def test_a_network_with_one_time_per_clip_refuses_different_times(make_tiny_sd: Any) -> None:
     clips = make("animatediff", make_tiny_sd)
     x, text = noise(1, 4, 3, 8, 8), clips.encode(["a mug"])
     with torch.no_grad():
@@ -177,8 +177,8 @@ def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
         clips.add_noise(x, x, torch.tensor([[0, 300]]))
 
 
-def test_a_first_frame_that_is_given_while_learning_has_no_noise_and_no_loss(tmp_path: Path) -> None:
-    """For the requested share of clips; a network with a single time per clip refuses it."""
+def test_a_first_frame_given_in_training_has_no_noise_and_no_loss(tmp_path: Path) -> None:
+    """For the requested share of clips."""
     part, x = Uniform(clean_first_frame=0.25), noise(400, 1, 3, 1, 1)
     t = part.draw_times(400, torch.Generator().manual_seed(0), False)
     each = part.of_frames(t, x, torch.Generator().manual_seed(1))
@@ -191,7 +191,7 @@ def test_a_first_frame_that_is_given_while_learning_has_no_noise_and_no_loss(tmp
 
 
 def test_learning_with_given_first_frames(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
-    """The whole step, compared with the noisy frame's loss computed by hand."""
+    """A step's loss equals that of its noisy frame, computed by hand; a network with one time per clip refuses this."""
     folder = tmp_path / "clips"
     folder.mkdir()
     clip.rename(folder / "a")

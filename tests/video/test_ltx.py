@@ -1,4 +1,4 @@
-"""What is specific to LTX: masked padding, positions in seconds, noise shifted by size, a decoder with noise."""
+"""What is specific to LTX: masked padding, positions in seconds, noise shifted by size, and a decoder that adds noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ltx() -> LTXBackbone:
     return LTXBackbone(build_ltx(), "tiny")
 
 
-def test_encoding_and_network_equal_the_pipeline_s(ltx: LTXBackbone) -> None:
+def test_the_encoding_and_the_network_equal_the_pipelines(ltx: LTXBackbone) -> None:
     prompts, pipe = ["a photo of a mug", "a dog"], ltx.pipeline()
     theirs, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=48)
     ours = ltx.encode(prompts)
@@ -50,7 +50,7 @@ def test_encoding_and_network_equal_the_pipeline_s(ltx: LTXBackbone) -> None:
 
 
 @torch.no_grad()
-def test_padding_is_not_looked_at(ltx: LTXBackbone) -> None:
+def test_padding_is_ignored(ltx: LTXBackbone) -> None:
     x, t, text = noise(1, 4, 2, 4, 4), torch.tensor(500), ltx.encode(["a mug"])
     assert isinstance(text.context, torch.Tensor) and text.context_mask is not None
     plain = ltx.predict(x, t, text)
@@ -77,7 +77,7 @@ def test_masks_are_stacked_or_refused(ltx: LTXBackbone) -> None:
         wan.predict(x, t, replace(wan.encode(["a mug"]), context_mask=a.context_mask))
 
 
-def test_the_frame_rate_says_when_a_frame_is(ltx: LTXBackbone) -> None:
+def test_the_frame_rate_sets_the_time_of_each_frame(ltx: LTXBackbone) -> None:
     usual = sample(ltx, **ASKED)
     ltx.frame_rate = 8.0
     ours = sample(ltx, **ASKED)
@@ -85,7 +85,7 @@ def test_the_frame_rate_says_when_a_frame_is(ltx: LTXBackbone) -> None:
     assert not torch.allclose(ours, usual, atol=1e-4)
 
 
-def test_noise_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone) -> None:
+def test_the_noise_schedule_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone) -> None:
     times = []
     for frames in (9, 25):
         solver = make_scheduler(ltx)
@@ -97,7 +97,7 @@ def test_noise_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone) -> None:
     assert bool((times[0][1:] < times[1][1:]).all())  # longer clips stay longer at high noise
 
 
-def test_a_decoder_that_adds_noise_is_the_pipeline_s_and_the_same_each_time() -> None:
+def test_a_decoder_that_adds_noise_equals_the_pipelines_and_is_deterministic() -> None:
     ltx = LTXBackbone(build_ltx(timed_decoder=True), "tiny")
     for module in ltx.vae.decoder.modules():  # they are initialised to 0
         for key in ("per_channel_scale1", "per_channel_scale2"):
@@ -119,7 +119,7 @@ def test_a_decoder_that_adds_noise_is_the_pipeline_s_and_the_same_each_time() ->
         ({"patch_size": 2, "in_channels": 16}, "patches of 1x2x2 are not supported"),
     ],
 )
-def test_other_kinds_of_ltx_are_refused(change: dict[str, Any], message: str) -> None:
+def test_unsupported_variants_of_ltx_are_refused(change: dict[str, Any], message: str) -> None:
     pipe = build_ltx()
     config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
     pipe.transformer = type(pipe.transformer)(**{**config, **change})

@@ -1,4 +1,4 @@
-"""Parts for motion: which adapters are on when, one random draw for a whole clip."""
+"""Parts for learning motion: which adapters are active when, and one random draw for an entire clip."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def run(backbone: Any, clip_folder: Path, tmp_path: Path, *settings: str, resume
     )
 
 
-def test_each_clip_has_spatial_adapters_of_its_own(
+def test_each_clip_has_its_own_spatial_adapters(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In each step one clip's spatial adapters learn from one frame, with the temporal ones off; then the temporal ones
-    learn from the clip while its spatial ones are fixed. Nothing of the other clip changes."""
+    learn from the clip while its spatial ones are fixed. The other clip's adapters do not change."""
     seen: list[tuple[int, dict[str, float]]] = []
     predict = AnimateDiffBackbone.predict
 
@@ -100,7 +100,7 @@ def test_class_clips_are_learned_without_any_clips_own_adapters(
     assert set(record.parts) == {"spatial", "denoising", "debias", "prior"}
 
 
-def test_the_spatial_path_rests_as_often_as_asked(
+def test_the_spatial_path_is_skipped_as_often_as_requested(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path
 ) -> None:
     session = run(clips, clip_folder, tmp_path, "train.steps=40", "task.skip=0.25")
@@ -120,7 +120,7 @@ def test_the_spatial_path_rests_as_often_as_asked(
         (("train.batch_size=2",), "a batch can hold only one picture or clip; set train.batch_size=1"),
     ],
 )
-def test_paths_that_cannot_be_are_refused(
+def test_impossible_dual_paths_are_refused(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, settings: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -159,5 +159,5 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
                 assert torch.equal(value, b.state_dict()[key]), (name, key)
 
 
-def test_dual_path_is_what_its_task_part_stands_for() -> None:
+def test_the_task_part_of_motion_director_selects_dual_path() -> None:
     assert VideoRunner.tasks[type(load("motion_director", (), "video", VideoRecipe).task)] is DualPath

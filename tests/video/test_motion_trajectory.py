@@ -1,4 +1,4 @@
-"""Motions that are a trajectory: learned, kept in a concept, followed by clips that name them, refused elsewhere."""
+"""Motions that are a trajectory: learned, saved in a concept, followed by clips that name them, and refused elsewhere."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
     return personalize(plan(recipe), runner)["slide"]
 
 
-def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, clip_model: Path) -> None:
+def test_a_concept_stores_a_trajectory_and_only_clips_that_name_it_follow_it(learned: Path, clip_model: Path) -> None:
     concept = read(learned)
     points = np.array(concept.meta.recipe["sampling"]["trajectory"]["points"])
     assert len(points) == 4 and bool((np.diff(points[:, 0]) > 0.03).all())  # the square slides to the right
@@ -71,7 +71,7 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     made = runner.generate(prompts, [0, 0, 1], how, must_name=False)
     torch.testing.assert_close(made[:1], runner.generate(prompts[:1], [0], how), atol=1e-4, rtol=0)
     torch.testing.assert_close(made[2:], runner.generate(prompts[2:], [1], how), atol=1e-4, rtol=0)
-    assert (made[0] - made[1]).abs().max() > 0.01  # the words are the same: a motion has none
+    assert (made[0] - made[1]).abs().max() > 0.01  # the encoded text is the same, because a motion has no words
     given = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
     with pytest.raises(ValueError, match=r"names <another> and <slide>, but a clip can follow only one trajectory"):
         runner.generate(["a mug <slide>"], [0], given)
@@ -80,7 +80,9 @@ def test_a_concept_keeps_it_and_only_clips_that_name_it_follow(learned: Path, cl
     runner.unload("slide")
     plain = runner.generate(["a mug"], [0], how)
     torch.testing.assert_close(plain, made[1:2], atol=1e-4, rtol=0)
-    assert (runner.generate(["a mug"], [0], given) - plain).abs().max() > 0.01  # a hook of the caller's needs no name
+    assert (
+        runner.generate(["a mug"], [0], given) - plain
+    ).abs().max() > 0.01  # a hook from the caller acts without being named
     runner.load(concept, 0.0)
     torch.testing.assert_close(runner.generate(prompts[:1], [0], how), plain, atol=1e-4, rtol=0)
     runner.unload("slide")
@@ -99,7 +101,7 @@ def test_a_concept_with_a_damaged_trajectory_is_refused(learned: Path, points: A
         read(learned)
 
 
-def test_progress_counts_all_clips_and_what_is_given_comes_last(learned: Path, clip_model: Path) -> None:
+def test_progress_counts_all_clips_and_the_callers_hooks_run_last(learned: Path, clip_model: Path) -> None:
     runner, seen, order = VideoRunner(load_backbone(clip_model)), [], []
     runner.load(read(learned))
 
@@ -115,10 +117,12 @@ def test_progress_counts_all_clips_and_what_is_given_comes_last(learned: Path, c
     assert {of for _, of in seen} == {12} and [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (12, 12)
     following, resting = ([x[:1] for index, x in order if index == 1][k] for k in (0, 1))
-    assert (following - resting).abs().max() > 0.1  # moved before the other hook looks
+    assert (following - resting).abs().max() > 0.1  # moved before the other hook runs
 
 
-def test_files_tell_the_strength_and_exports_and_strengths_by_step_are_refused(learned: Path, clip_model: Path) -> None:
+def test_files_record_the_strength_and_exports_and_strength_schedules_are_refused(
+    learned: Path, clip_model: Path
+) -> None:
     concept, runner = read(learned), VideoRunner(load_backbone(clip_model))
     runner.load(concept, 0.5)
     how = runner.with_own_sampling(SamplingSettings("", 1.0, 2, frames=4))
@@ -132,8 +136,8 @@ def test_files_tell_the_strength_and_exports_and_strengths_by_step_are_refused(l
         runner.generate(["a <slide>"], [0], stepwise)
 
 
-def test_another_recipe_takes_a_trajectory_too(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
-    """A LoRA and a path: both act where the prompt names the motion, only the LoRA elsewhere."""
+def test_other_recipes_can_also_use_a_trajectory(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
+    """A LoRA and a path: both act if the prompt names the motion, otherwise only the LoRA does."""
     places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'both.concept'}"]
     asked = [
         "personalize",
@@ -153,10 +157,10 @@ def test_another_recipe_takes_a_trajectory_too(clip_model: Path, clip_folder: Pa
     assert (lora - plain).abs().max() > 1e-3 and (both - lora).abs().max() > 0.01
 
 
-def test_layers_that_are_left_out_cannot_be_what_moves(
+def test_layers_that_are_left_out_cannot_contain_the_motion(
     learned: Path, clip_folder: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither in a recipe that trains them, nor in a prompt that also names a motion they have learned."""
+    """Refused in a recipe that trains them, and in a prompt that also names a motion they have learned."""
     asked = ["personalize", "motion_director", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     path = [f"output={tmp_path / 'lora.concept'}", "sampling.trajectory.layers=image"]
     assert run(app, [*asked, *path]) == 2
@@ -171,7 +175,7 @@ def test_layers_that_are_left_out_cannot_be_what_moves(
     assert runner.generate(["a <slide>", "a <lora>"], [0, 1], how, must_name=False).shape[0] == 2
 
 
-def test_a_motion_with_words_of_its_own_can_follow_a_path(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
+def test_a_motion_with_its_own_words_can_follow_a_path(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
     """Words act on the image layers, so nothing is left out; a pan and a path together also make a clip."""
     asked = ["personalize", "motion_trajectory", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     words = ["modifier={kind: learnable_token, init: moving}", "trainable.words={kind: tokens}", "train.steps=1"]
@@ -184,7 +188,9 @@ def test_a_motion_with_words_of_its_own_can_follow_a_path(clip_model: Path, clip
     assert panned.isfinite().all() and (panned - plain).abs().max() > 0.01
 
 
-def test_a_model_without_image_layers_uses_all_and_says_so(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_image_layers_uses_all_layers_and_says_so(
+    clip_model: Path, clip_folder: Path, tmp_path: Path
+) -> None:
     path = ClipSampling(trajectory=path_of(arc(5), layers="image"))
     wan = WanBackbone(build_wan(), "tiny")
     assert (
@@ -215,9 +221,9 @@ def test_a_trajectory_of_two_motions_is_refused_before_a_model_is_loaded(
     asked = ["personalize", "motion_trajectory", *two, f"output={tmp_path / 'out'}", *FAST, "train.steps=0"]
     broken = shutil.copytree(clip_model, tmp_path / "broken")
     for file in broken.rglob("*.safetensors"):
-        file.write_bytes(b"")  # loading it would be another error
+        file.write_bytes(b"")  # loading it would raise another error
     assert run(app, [*asked, f"backbone={broken}"]) == 2
-    assert "sampling.trajectory: measured on the clips of exactly one motion" in capsys.readouterr().err
+    assert "sampling.trajectory is measured on the clips of exactly one motion" in capsys.readouterr().err
 
 
 def test_a_subject_has_no_trajectory(clip_model: Path, tmp_path: Path) -> None:
@@ -230,7 +236,7 @@ def test_a_subject_has_no_trajectory(clip_model: Path, tmp_path: Path) -> None:
     ]
     recipe: Any = load("motion_trajectory", settings, "video", VideoRecipe)
     runner = open_runner(VideoRunner, recipe.backbone, [], "cpu")
-    with pytest.raises(ValueError, match=r"sampling.trajectory: measured on the clips of exactly one motion"):
+    with pytest.raises(ValueError, match=r"sampling.trajectory is measured on the clips of exactly one motion"):
         runner.measured({"mug": Subject((), "mug")}, recipe)
     given = load(
         "motion_trajectory", [*settings, "sampling.trajectory.points=[[0,0,0],[0.1,0,0]]"], "video", VideoRecipe
@@ -273,15 +279,15 @@ def test_clips_without_the_motion_are_generated_once_for_many_motions(
         files.append([report.files[report.of_kind(kind)[0].file] for kind in ("base", "unnamed")])
         runner.unload(concept.meta.name)
         costs.append(report.costs.base_seconds_per_clip)
-    assert files[0] == files[1] and costs[0] == costs[1]  # the time they took, not that of finding them
+    assert files[0] == files[1] and costs[0] == costs[1]  # the time to generate them, not to look them up
     a, b, plain = "a red mug <slide> on the beach", "a red mug <hop> on the beach", "a red mug on the beach"
     assert sorted(made) == sorted([(False, a), (False, b), (False, plain), (True, plain)])
 
 
-def test_a_picture_model_alone_moves_its_subject_along_a_trajectory_and_nothing_else(
+def test_an_image_model_alone_moves_its_subject_along_a_trajectory_and_nothing_else(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Learned, followed, named in the file; without the motion's name, the clip stands still, and that is said."""
+    """Learned, followed and named in the file; without the motion's name the clip stands still, with a warning."""
     make_tiny_sd().save_pretrained(tmp_path / "sd")
     model = [f"backbone={tmp_path / 'sd'}", "motion_adapter=none"]
     asked = ["personalize", "motion_trajectory", *model, f"subject.clips={clip_folder}", *FAST, "train.steps=0"]

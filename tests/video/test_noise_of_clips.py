@@ -1,4 +1,4 @@
-"""Motions whose clips start from the noise of the clip that they were learned from (Tune-A-Video, Motion Inversion)."""
+"""Motions whose clips start from the noise of the clip they were learned from (Tune-A-Video, Motion Inversion)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_only_clips_that_name_the_motion_start_from_its_clip(learned: Path, clip
     by_hand = NoisePrior(path=learned.parent / "clips" / "a.mp4", share=0.8, refine=1)
     given = runner.generate(prompts, [0, 0], replace(HOW, hooks=(by_hand,)), must_name=False)
     torch.testing.assert_close(made[:1], given[:1], atol=1e-4, rtol=0)
-    assert (made[0] - made[1]).abs().max() > 0.01  # the words are the same: a motion has none
-    assert (given[1] - made[1]).abs().max() > 0.01  # a prior of the caller's needs no name
+    assert (made[0] - made[1]).abs().max() > 0.01  # the encoded text is the same, because a motion has no words
+    assert (given[1] - made[1]).abs().max() > 0.01  # a prior from the caller acts without being named
     own = runner.with_own_sampling(HOW)  # as `pcs video generate` passes it
     torch.testing.assert_close(runner.generate(prompts[:1], [0], own), made[:1], atol=1e-4, rtol=0)
     base = runner.generate(prompts[:1], [0], own, base=True)
@@ -103,4 +103,4 @@ def test_two_priors_in_one_prompt_and_recipes_without_clips_are_refused(
     asked = ["personalize", "subject_lora", f"subject.images={tmp_path / 'photos'}", "subject.class_noun=mug"]
     asked.append("sampling.noise_prior.share=0.5")
     assert run(app, [*asked, f"output={tmp_path / 'mug.concept'}", f"backbone={clip_model}"]) == 2
-    assert "sampling.noise_prior: takes noise from the motion's own clips" in capsys.readouterr().err
+    assert "sampling.noise_prior takes noise from the motion's own clips" in capsys.readouterr().err

@@ -47,7 +47,9 @@ def clips(runner: VideoRunner, prompt: str = "a mug on the beach", **how: Any) -
 
 
 @pytest.mark.parametrize("name", ["motion_director", "animatediff_motion_lora"])
-def test_a_motion_is_learned_saved_and_shown(name: str, clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
+def test_a_motion_is_learned_saved_and_reproduced(
+    name: str, clip_model: Path, clip_folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "slide.concept"
     rates = ["trainable.temporal.lr=0.05"]
     runner = learn(name, clip_model, out, f"subject.clips={clip_folder}", *rates)
@@ -63,11 +65,11 @@ def test_a_motion_is_learned_saved_and_shown(name: str, clip_model: Path, clip_f
     meta = read(out).meta
     assert meta.kind == "motion" and meta.backbone.family == "animatediff"
     touched = [layer for layers in meta.layers.values() for layer in layers]
-    assert touched and all("motion_modules" in layer for layer in touched)  # the clips' looks are not kept
+    assert touched and all("motion_modules" in layer for layer in touched)  # the clips' appearance is not kept
     assert sorted(r.file for r in meta.references) == ["a.mp4", "b"] and all(r.sha256 for r in meta.references)
 
 
-def test_a_motion_and_a_thing_learned_from_pictures_act_together(
+def test_a_motion_and_a_subject_learned_from_pictures_act_together(
     clip_model: Path, picture_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     """The folder made by `pcs image` works unchanged in a clip, together with a motion."""
@@ -92,7 +94,7 @@ def test_a_motion_and_a_thing_learned_from_pictures_act_together(
         open_runner(ImageRunner, str(picture_model), [str(tmp_path / "slide.concept")], "cpu")
 
 
-def test_a_model_of_pictures_gets_a_motion_module(
+def test_an_image_model_gets_a_motion_module(
     picture_model: Path, clip_model: Path, adapter_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     whole = VideoRunner(load_backbone(clip_model))
@@ -106,7 +108,7 @@ def test_a_model_of_pictures_gets_a_motion_module(
         open_runner(VideoRunner, str(picture_model), [], "cpu", motion_adapter=tmp_path)
 
 
-def test_clips_are_written_with_what_made_them(clip_model: Path, tmp_path: Path) -> None:
+def test_clips_are_written_with_their_settings(clip_model: Path, tmp_path: Path) -> None:
     runner = VideoRunner(load_backbone(clip_model))
     paths = generate(runner, ["a mug"], ClipFiles(tmp_path / "one.mp4", 6, with_sheet=True), SETTINGS, seeds=[7])
     assert [p.name for p in paths] == ["one.mp4", "one-sheet.png"]
@@ -119,7 +121,7 @@ def test_clips_are_written_with_what_made_them(clip_model: Path, tmp_path: Path)
     assert all(p.is_file() for p in many)
 
 
-def test_where_clips_cannot_go_is_said_first(tmp_path: Path) -> None:
+def test_impossible_outputs_are_reported_first(tmp_path: Path) -> None:
     (tmp_path / "there.mp4").write_text("mine")
     for files, count, message in (
         (ClipFiles(tmp_path / "x.avi"), 1, "can be written as .mp4, .gif or .webp"),
@@ -131,7 +133,7 @@ def test_where_clips_cannot_go_is_said_first(tmp_path: Path) -> None:
             files.check(count)
 
 
-def test_a_clip_that_is_too_short_is_said_before_a_model_is_loaded(
+def test_a_clip_that_is_too_short_is_reported_before_a_model_is_loaded(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     asked = recipe(

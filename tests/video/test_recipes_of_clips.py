@@ -15,7 +15,7 @@ SHIPPED = sorted(recipe_files("video"))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_recipe_resolves_and_is_kept_as_it_is(name: str) -> None:
+def test_a_recipe_resolves_and_survives_a_round_trip(name: str) -> None:
     recipe = load(name, (), "video", VideoRecipe)
     assert validate(VideoRecipe, dump(recipe)) == recipe
     full = written(name, "video", VideoRecipe)
@@ -24,7 +24,7 @@ def test_a_recipe_resolves_and_is_kept_as_it_is(name: str) -> None:
     assert recipe.train.steps <= full.train.steps  # the toybox learns faster
 
 
-def test_the_small_world_leaves_motions_on_motion_modules() -> None:
+def test_on_the_toybox_motions_still_train_motion_modules() -> None:
     """The rules for pictures (LoRAs on all kinds of layers) do not apply to clips."""
     recipe = load("motion_director", (), "video", VideoRecipe)
     assert recipe.trainable["temporal"].places == ("temporal_attention", "temporal_feed_forward")

@@ -22,7 +22,7 @@ from tests.video.clip_models import build_animatediff
 from tests.video.transformer_models import build_wan
 
 
-def test_boxes_go_straight_from_one_to_the_next() -> None:
+def test_boxes_are_interpolated_linearly() -> None:
     track = {2: (0.0, 0.0, 0.5, 0.5), 6: (0.4, 0.2, 0.9, 0.7)}
     assert at(track, 0) == at(track, 2) == track[2] and at(track, 9) == track[6]
     assert at(track, 3) == pytest.approx((0.1, 0.05, 0.6, 0.55))
@@ -32,7 +32,7 @@ def test_boxes_go_straight_from_one_to_the_next() -> None:
     assert box_masks({0: (0.41, 0.5, 0.44, 0.52)}, [0], 4, 4).sum() == 1  # narrower than a cell
 
 
-def test_boxes_as_they_are_written(tmp_path: Path) -> None:
+def test_boxes_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"my-mug": [0, 0, 0.5, 1], "dog": {"0": [0, 0, 1, 1], "7": [0, 0, 0.1, 0.1]}}))
     assert read_tracks(path) == {"my-mug": {0: (0, 0, 0.5, 1)}, "dog": {0: (0, 0, 1, 1), 7: (0, 0, 0.1, 0.1)}}
@@ -64,7 +64,7 @@ def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
 
 @pytest.mark.parametrize("family", BACKBONES)
 @torch.no_grad()
-def test_words_are_looked_at_inside_the_box_of_each_frame_alone(family: str, make_tiny_sd: Any) -> None:
+def test_words_are_attended_to_only_inside_the_box_of_each_frame(family: str, make_tiny_sd: Any) -> None:
     """Compares the maps with the softmax of the plain maps' logarithms plus the bias."""
     backbone, prompts = make(family, make_tiny_sd), ["a red mug on a table", "a dog and a red mug"]
     side = 4 if family == "wan" else 8
@@ -98,7 +98,7 @@ def test_words_are_looked_at_inside_the_box_of_each_frame_alone(family: str, mak
             torch.testing.assert_close(after[2 + row, frame], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_boxes_act_in_the_first_steps_alone(make_tiny_sd: Any) -> None:
+def test_boxes_act_only_in_the_first_steps(make_tiny_sd: Any) -> None:
     sd = StableDiffusionBackbone(make_tiny_sd())
     how: dict[str, Any] = {"seeds": [1], "guidance": 4.0, "steps": 4}
     plain = sample(sd, ["a red mug"], **how)

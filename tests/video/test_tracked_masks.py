@@ -1,4 +1,4 @@
-"""One mask, of a clip's first frame, is enough: it is tracked wherever clips are read, and trains as masks of all frames do."""
+"""One mask for a clip's first frame is enough: it is tracked wherever clips are read, and used like masks for all frames."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def truth() -> Tensor:
     return masks
 
 
-def test_every_frame_gets_a_mask_that_follows_the_thing(marked: Path) -> None:
+def test_every_frame_gets_a_mask_that_follows_the_subject(marked: Path) -> None:
     (whole,) = examples(marked)
     masks = whole.masks["mug"][0]
     both, either = torch.minimum(masks, truth()).sum((1, 2)), torch.maximum(masks, truth()).sum((1, 2))
     assert bool((both / either > 0.75).all())
-    assert float((truth()[0] * truth()[-1]).sum() / truth()[0].sum()) < 0.5  # a mask that stays would miss it
+    assert float((truth()[0] * truth()[-1]).sum() / truth()[0].sum()) < 0.5  # a mask that did not move would miss it
     apart = examples(marked, apart=True)
     assert torch.equal(torch.cat([frame.masks["mug"] for frame in apart]), masks)
 
@@ -74,7 +74,7 @@ def test_a_path_is_measured_on_the_same_masks(marked: Path) -> None:
 def test_one_mask_restricts_the_loss_of_a_whole_run(
     recipe: str, pcs: Callable[..., Any], clip_model: Path, marked: Path, tmp_path: Path
 ) -> None:
-    """From the folder to the concept, on clips and on frames apart; without masks, it learns something else."""
+    """From the folder to the concept, on clips and on separate frames; without masks, the run learns something else."""
     settings = [*FAST, "preview.num=0", "subject.class_noun=mug", f"backbone={clip_model}", f"subject.clips={marked}"]
     for name, masked in (("on", "true"), ("off", "false")):
         ran = pcs("video", "personalize", recipe, *settings, f"objective.masked={masked}", f"output={tmp_path / name}")

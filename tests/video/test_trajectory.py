@@ -35,7 +35,7 @@ def test_masks_give_the_path_of_centre_and_size(tmp_path: Path, growth: float) -
     assert found == pytest.approx(truth - truth.mean(0), abs=0.02)
 
 
-def test_without_masks_it_is_the_path_of_the_points_that_move(tmp_path: Path) -> None:
+def test_without_masks_the_path_is_that_of_the_moving_points(tmp_path: Path) -> None:
     truth = arc(12)
     found = np.array(measure(subject_of(tmp_path, truth, False), source(12), SIDE))
     assert found[:, :2] == pytest.approx((truth - truth.mean(0))[:, :2], abs=0.04)
@@ -43,7 +43,7 @@ def test_without_masks_it_is_the_path_of_the_points_that_move(tmp_path: Path) ->
 
 
 def test_clips_are_averaged_around_their_own_means(tmp_path: Path) -> None:
-    """The same motion from two places: its trajectory is that of either."""
+    """The same motion at two places gives the same trajectory as either of them alone."""
     paths = [arc(), arc() + np.array([0.1, -0.1, 0])]
     both = [subject_of(tmp_path / str(i), path, True) for i, path in enumerate(paths)]
     masks = {**both[0].masks, **both[1].masks}
@@ -52,7 +52,7 @@ def test_clips_are_averaged_around_their_own_means(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_what_does_not_move_has_none(tmp_path: Path, masked: bool) -> None:
+def test_a_subject_that_does_not_move_has_no_trajectory(tmp_path: Path, masked: bool) -> None:
     still = np.tile([0.5, 0.5, 0.0], (8, 1))
     with pytest.raises(
         ValueError, match=r"sampling.trajectory: nothing moves across the frame in .*a: leave this clip out"

@@ -47,7 +47,7 @@ def backbone(new: Callable[[], Any]) -> Any:
 # --- the protocol and the autoencoder ---------------------------------------------------------------------------
 
 
-def test_it_keeps_the_protocol_and_is_frozen(backbone: Any) -> None:
+def test_it_implements_the_protocol_and_is_frozen(backbone: Any) -> None:
     assert isinstance(backbone, Backbone)
     assert backbone.prediction_type == "flow" and not backbone.discrete_time and backbone.frames is not None
     assert not any(p.requires_grad for m in (*backbone.components.values(), backbone.vae) for p in m.parameters())
@@ -69,7 +69,7 @@ def test_pictures_are_clips_of_one_frame(backbone: Any) -> None:
 
 
 def test_clips_to_latents_and_back(backbone: Any) -> None:
-    """Compared with the autoencoder by itself and the tiny models' mean and spread of each channel."""
+    """Compared with the bare autoencoder and the tiny models' mean and standard deviation of each channel."""
     frames, vae = frames_of(backbone), backbone.vae
     pixels = noise(2, 3, frames, 32, 32).clamp(-1, 1)
     mean = torch.tensor([0.3, -0.2, 0.1, 0.0]).view(1, -1, 1, 1, 1)
@@ -107,7 +107,7 @@ def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 
-def test_sampling_gives_what_the_pipeline_gives(backbone: Any) -> None:
+def test_sampling_equals_the_diffusers_pipeline(backbone: Any) -> None:
     frames = frames_of(backbone)
     settings = SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=frames)
     ours = sample(backbone, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
@@ -116,7 +116,7 @@ def test_sampling_gives_what_the_pipeline_gives(backbone: Any) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_a_model_s_folder_is_opened_whole(backbone: Any, tmp_path: Path) -> None:
+def test_a_saved_model_folder_is_loaded_completely(backbone: Any, tmp_path: Path) -> None:
     backbone.pipeline().save_pretrained(tmp_path / "model")
     opened: Any = load_backbone(tmp_path / "model", dtype=torch.bfloat16)
     assert type(opened) is type(backbone) and opened.components.keys() == backbone.components.keys()
@@ -132,7 +132,7 @@ def test_a_model_s_folder_is_opened_whole(backbone: Any, tmp_path: Path) -> None
 EXCLUSIVE = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
 
 
-def test_roles_are_exact_and_apart_or_ports_that_say_whose_layers_they_borrow(backbone: Any) -> None:
+def test_roles_are_exact_and_disjoint_or_ports_that_name_the_role_they_borrow_from(backbone: Any) -> None:
     exact: dict[tuple[str, str], str] = {}
     ports: dict[str, set[tuple[str, str]]] = {}
     for role in (r for r in EXCLUSIVE if r in backbone.roles()):
@@ -161,7 +161,7 @@ def test_roles_are_exact_and_apart_or_ports_that_say_whose_layers_they_borrow(ba
 
 
 @pytest.mark.parametrize("role", ["temporal_attention", "cross_attention", "feed_forward", "denoiser", "text_encoder"])
-def test_what_is_injected_acts_and_leaves_no_trace(backbone: Any, role: str) -> None:
+def test_injected_adapters_act_and_leave_no_trace(backbone: Any, role: str) -> None:
     text, before = {c: repr(m) for c, m in backbone.components.items()}, ask(backbone)
     learn(backbone, roles=(role,))
     adapted = {a.component for a in backbone.adapters["my-mug"]}
@@ -240,7 +240,7 @@ def test_attention_is_watched_and_edited(backbone: Any, t: int) -> None:
     assert torch.equal(one_side(backbone, t), plain)
 
 
-def test_a_processor_of_somebody_s_own_is_left_alone(backbone: Any) -> None:
+def test_a_custom_processor_is_left_alone(backbone: Any) -> None:
     site = backbone.sites()[1]
     layer = backbone.components[networks(backbone)[-1]].get_submodule(site.name)
 
@@ -255,7 +255,7 @@ def test_a_processor_of_somebody_s_own_is_left_alone(backbone: Any) -> None:
 # --- words ------------------------------------------------------------------------------------------------------
 
 
-def test_learned_tokens_are_said_and_learn(backbone: Any) -> None:
+def test_learned_tokens_are_encoded_and_trained(backbone: Any) -> None:
     plain = backbone.encode(["a mug on the beach"])
     placeholder = LearnableToken(vectors=2).attach(backbone, "my-mug", "mug")
     (vectors,) = placeholder.parameters()

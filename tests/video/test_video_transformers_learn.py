@@ -58,7 +58,7 @@ def longer_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_step_on_pictures_changes_the_adapter_alone(backbone: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_step_on_pictures_changes_only_the_adapter(backbone: Any, photos: Path, tmp_path: Path) -> None:
     before = snapshot(backbone)
     settings = ("sources.class_pictures=null", "regularize.prior=null", "train.steps=1", "trainable.lora.rank=2")
     learned = finish(session(backbone, small("dreambooth_lora", *settings), photos, tmp_path / "run"))
@@ -71,7 +71,7 @@ def test_a_step_on_pictures_changes_the_adapter_alone(backbone: Any, photos: Pat
         assert torch.equal(after[name], value), key
 
 
-def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: Path, tmp_path: Path) -> None:
+def test_a_step_on_clips_changes_only_the_adapter(backbone: Any, longer_clips: Path, tmp_path: Path) -> None:
     before = snapshot(backbone)
     run = run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone))
     learned = finish(run)
@@ -86,8 +86,8 @@ def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: 
 def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
     backbone: Any, longer_clips: Path, tmp_path: Path
 ) -> None:
-    """MotionDirector's port works without layers for time only: the motion goes into Q and K of the chosen blocks, the clips'
-    looks go elsewhere and are not kept."""
+    """MotionDirector's port works without temporal layers: the motion goes into Q and K of the chosen blocks; the clips'
+    appearance goes elsewhere and is not kept."""
     settings = (
         "task.skip=0",
         "trainable.temporal.blocks=1",
@@ -108,16 +108,16 @@ def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
     assert any("self_attention" in note for note in run.ports)
 
 
-def test_a_motion_can_be_kept_to_one_expert() -> None:
+def test_a_motion_can_be_limited_to_one_expert() -> None:
     backbone = FAMILIES["wan 2.2"]()
     learn(backbone, networks=("transformer",))
     assert {key.split(".")[0] for a in backbone.adapters["my-mug"] for key in a.state_dict()} == {"transformer"}
 
 
-def test_the_path_of_pictures_learns_the_frame_that_is_one(
+def test_the_spatial_path_learns_from_the_latent_frame_of_a_single_picture(
     backbone: Any, longer_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A latent frame of several frames is not a picture: MotionDirector's spatial path always takes the first."""
+    """A latent frame that covers several frames is not a picture: MotionDirector's spatial path always takes the first."""
     shown: list[Tensor] = []
     add_noise = type(backbone).add_noise
 
@@ -126,7 +126,10 @@ def test_the_path_of_pictures_learns_the_frame_that_is_one(
         return add_noise(self, x0, noise, t)
 
     monkeypatch.setattr(type(backbone), "add_noise", watched)
-    here = ("trainable.temporal.roles=[temporal_attention]", "trainable.temporal.blocks=")  # two blocks, all of them
+    here = (
+        "trainable.temporal.roles=[temporal_attention]",
+        "trainable.temporal.blocks=",
+    )  # all blocks, of which there are two
     settings = (*here, "task.skip=0", "train.steps=3")
     finish(run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director", *settings))
     assert [x.ndim for x in shown] == [4, 5] * 3
@@ -136,7 +139,7 @@ def test_the_path_of_pictures_learns_the_frame_that_is_one(
         assert torch.equal(picture, clip[:, :, 0])
 
 
-def test_masks_of_clips_are_joined_as_the_autoencoder_joins_frames(backbone: Any, tmp_path: Path) -> None:
+def test_clip_masks_are_averaged_over_the_frames_of_each_latent_frame(backbone: Any, tmp_path: Path) -> None:
     """A mask only in the second frame covers nothing of the first latent frame, and 1/r of the next."""
     frames = frames_of(backbone)
     mask = torch.zeros(1, frames, 32, 32)
@@ -177,8 +180,8 @@ def test_a_concept_is_saved_and_loaded(new: Callable[[], Any], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_exports_are_what_diffusers_loads(new: Callable[[], Any], tmp_path: Path, dora: bool) -> None:
-    """A pipeline that loads the files as the README says makes the same clips as the concept does here."""
+def test_diffusers_loads_the_exported_files(new: Callable[[], Any], tmp_path: Path, dora: bool) -> None:
+    """A pipeline that loads the files as the README describes makes the same clips as the concept does here."""
     backbone = new()
     modifier = LearnableToken(vectors=2)
     words = modifier.attach(backbone, "Cup_2", "mug").words
@@ -214,7 +217,7 @@ def test_exports_are_what_diffusers_loads(new: Callable[[], Any], tmp_path: Path
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
-def test_what_diffusers_has_no_place_for_is_refused(backbone: Any, tmp_path: Path) -> None:
+def test_exporting_what_diffusers_cannot_load_is_refused(backbone: Any, tmp_path: Path) -> None:
     learn(backbone, roles=("text_encoder",))
     concept = capture(backbone, "my-mug", Provenance(class_noun="mug"))
     with pytest.raises(ValueError, match=f"diffusers loads LoRA for {backbone.family} into .*not into text_encoder"):

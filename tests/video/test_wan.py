@@ -1,4 +1,4 @@
-"""What is specific to Wan: UMT5's zeros at the padding, two experts by noise, one time per token."""
+"""What is specific to Wan: UMT5's zeroed padding, two experts chosen by noise level, and one time per token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wan() -> WanBackbone:
 
 @pytest.fixture
 def experts() -> WanBackbone:
-    """Two experts that change at t = 700."""
+    """A backbone with two experts that switch at t = 700."""
     return WanBackbone(build_wan(experts=2), "tiny")
 
 
@@ -35,7 +35,7 @@ def ask(backbone: WanBackbone, t: Any, rows: int = 2) -> Tensor:
     return backbone.predict(noise(rows, 4, 2, 4, 4), torch.as_tensor(t), backbone.encode(prompts))
 
 
-def test_encoding_and_network_equal_the_pipeline_s(wan: WanBackbone) -> None:
+def test_the_encoding_and_the_network_equal_the_pipelines(wan: WanBackbone) -> None:
     prompts, pipe = ["a photo of a mug", "a dog"], wan.pipeline()
     theirs = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=48)[0]
     ours = wan.encode(prompts)
@@ -85,7 +85,7 @@ def test_only_the_expert_that_predicts_learns(experts: WanBackbone) -> None:
         assert reached == {id(p) for p in by_expert[learns]}
 
 
-def test_the_second_expert_has_a_guidance_of_its_own(experts: WanBackbone) -> None:
+def test_the_second_expert_can_have_its_own_guidance(experts: WanBackbone) -> None:
     settings = SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=5)
     prompts: Any = {"prompts": ["a red mug", "a dog"], "seeds": [3, 4], "settings": settings}
     same = sample(experts, **prompts)
@@ -96,7 +96,7 @@ def test_the_second_expert_has_a_guidance_of_its_own(experts: WanBackbone) -> No
     assert not torch.allclose(ours, same, atol=1e-3)
 
 
-def test_attention_of_both_experts_at_once_is_refused(experts: WanBackbone) -> None:
+def test_editing_the_attention_of_both_experts_in_one_batch_is_refused(experts: WanBackbone) -> None:
     mixed = [300, 900]
     with (
         experts.attending(nothing),
@@ -106,8 +106,8 @@ def test_attention_of_both_experts_at_once_is_refused(experts: WanBackbone) -> N
     ask(experts, mixed)
 
 
-def test_one_time_per_token_is_the_pipeline_s(wan: WanBackbone) -> None:
-    """As for Wan 2.2 5B."""
+def test_one_time_per_token_equals_the_pipeline(wan: WanBackbone) -> None:
+    """As in Wan 2.2 5B."""
     backbone = WanBackbone(build_wan(time_per_token=True), "tiny")
     seen: list[Tensor] = []
     backbone.denoiser.register_forward_pre_hook(lambda m, a, k: seen.append(k["timestep"]), with_kwargs=True)
@@ -117,7 +117,7 @@ def test_one_time_per_token_is_the_pipeline_s(wan: WanBackbone) -> None:
     torch.testing.assert_close(ours, pipeline_clips(backbone.pipeline(), 5), atol=2e-5, rtol=0)
 
 
-def test_both_experts_are_exported_each_to_a_file_that_says_how(experts: WanBackbone, tmp_path: Any) -> None:
+def test_each_expert_is_exported_to_its_own_file_with_loading_instructions(experts: WanBackbone, tmp_path: Any) -> None:
     learn(experts)
     concept = capture(experts, "my-mug", Provenance(class_noun="mug"))
     report = export(concept, tmp_path / "out", backbone=experts)
@@ -145,7 +145,7 @@ def test_another_scheduler_keeps_the_shift(wan: WanBackbone) -> None:
         ({"patch_size": (2, 2, 2)}, r"has patches of \[2, 2, 2\]"),
     ],
 )
-def test_other_kinds_of_wan_are_refused(change: dict[str, Any], message: str) -> None:
+def test_unsupported_variants_of_wan_are_refused(change: dict[str, Any], message: str) -> None:
     pipe = build_wan()
     config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
     pipe.transformer = type(pipe.transformer)(**{**config, **change})

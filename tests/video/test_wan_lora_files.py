@@ -34,7 +34,7 @@ def wan_s_own(pairs: Pairs) -> Pairs:
 
 
 @pytest.mark.parametrize("program", ["diffusers", "diffusion-pipe", "musubi"])
-def test_wan_by_every_program_s_names(tmp_path: Path, program: str) -> None:
+def test_wan_files_with_the_layer_names_of_each_program(tmp_path: Path, program: str) -> None:
     wan = WanBackbone(build_wan(), "tiny")
     pairs = low_rank(wan, ROLES, scaled=program == "musubi")
     if program == "diffusers":
@@ -53,7 +53,7 @@ def test_wan_by_every_program_s_names(tmp_path: Path, program: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
-def test_ltx_by_every_program_s_names(tmp_path: Path, prefix: str) -> None:
+def test_ltx_files_with_the_layer_names_of_each_program(tmp_path: Path, prefix: str) -> None:
     ltx = LTXBackbone(build_ltx(), "tiny")
     pairs = low_rank(ltx, ROLES, scaled=False)
     state = spelled(pairs, {"transformer": prefix}, ("lora_A", "lora_B"), flat=False, alphas=False)
@@ -64,7 +64,7 @@ def test_ltx_by_every_program_s_names(tmp_path: Path, prefix: str) -> None:
     same(ours, by_diffusers(ltx, build_ltx(), tmp_path / LORA))
 
 
-def test_files_of_two_experts_find_theirs(tmp_path: Path) -> None:
+def test_the_files_of_two_experts_are_loaded_into_the_right_ones(tmp_path: Path) -> None:
     backbone: Any = WanBackbone(build_wan(experts=2), "tiny")
     learn(backbone)
     expected = ask(backbone)
@@ -77,7 +77,7 @@ def test_files_of_two_experts_find_theirs(tmp_path: Path) -> None:
     assert (ask(backbone) - expected).abs().max() < 1e-4
 
 
-def test_whose_expert_a_file_is_for_must_be_known(tmp_path: Path) -> None:
+def test_a_file_that_does_not_name_its_expert_is_refused(tmp_path: Path) -> None:
     one, two = WanBackbone(build_wan(), "tiny"), WanBackbone(build_wan(experts=2), "tiny")
     pairs = wan_s_own(low_rank(one, ("self_attention",), scaled=False))
     state = spelled(pairs, {"transformer": "diffusion_model."}, ("lora_A", "lora_B"), flat=False, alphas=False)

@@ -10,7 +10,7 @@ from tests.conftest import build_t5_tokenizer
 
 
 def build_wan(seed: int = 0, *, experts: int = 1, time_per_token: bool = False) -> Any:
-    """A fresh `WanPipeline`: two blocks, 4n + 1 frames; with two experts they change at t = 700."""
+    """A fresh `WanPipeline`: two blocks, 4n + 1 frames; if there are two experts, they switch at t = 700."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -10,7 +10,7 @@ info = logging.getLogger("threestudio").info
 def register(name):
     def keep(cls):
         if name in __modules__:
-            raise ValueError(f"{name} is registered already")
+            raise ValueError(f"{name} is already registered")
         __modules__[name] = cls
         return cls
 
