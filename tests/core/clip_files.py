@@ -14,18 +14,18 @@ MILLI = Fraction(1, 1000)
 
 
 def greys(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """[F, H, W, 3]: frame i is grey at level 20 + 20 i, so that its level identifies a frame; size is (width, height)."""
+    """[F, H, W, 3]: frame i is grey at level 20 + 20 i, so the level identifies the frame; size is (width, height)."""
     levels = 20 + 20 * np.arange(count)
     return np.broadcast_to(levels[:, None, None, None], (count, size[1], size[0], 3)).astype(np.uint8)
 
 
 def numbers(frames: Any) -> list[int]:
-    """For each frame of [3, F, H, W] in [-1, 1], its number in `greys`."""
+    """The number in `greys` of each frame of [3, F, H, W] in [-1, 1]."""
     return [round((float(level) * 127.5 + 127.5 - 20) / 20) for level in frames.mean((0, 2, 3))]
 
 
 def noisy(count: int = 8, size: tuple[int, int] = (48, 32), seed: int = 0) -> np.ndarray:
-    """[F, H, W, 3] that no encoder can compress well."""
+    """[F, H, W, 3]: noise that no encoder can compress well."""
     return np.random.default_rng(seed).integers(0, 256, (count, size[1], size[0], 3), dtype=np.uint8)
 
 
@@ -82,7 +82,7 @@ def folder(path: Path, frames: np.ndarray, name: str = "frame_{}.png") -> Path:
 
 
 def remuxed(source: Path, path: Path, matrix: list[int]) -> Path:
-    """The same video with a display matrix (a, b, c, d), as a phone writes it."""
+    """The same video with a display matrix (a, b, c, d), as phones write it."""
     a, b, c, d = (v << 16 for v in matrix)
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream: Any = new.add_stream_from_template(old.streams.video[0])

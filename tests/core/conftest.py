@@ -1,4 +1,4 @@
-"""Tiny backbones of each family, for tests of what runs on any of them."""
+"""Tiny backbones of each family, for tests of code that runs on any of them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def output(backbone: Any) -> tuple[Tensor, Tensor]:
 
 
 def merged(backbone: Any, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The outputs with each pair added to its weight: the closed form."""
+    """The outputs with each pair's product added to its weight: the closed form."""
     weights = {key: backbone.components[key[0]].get_submodule(key[1]).weight for key in pairs}
     before = {key: weight.data.clone() for key, weight in weights.items()}
     for key, (down, up, alpha) in pairs.items():

@@ -41,12 +41,12 @@ def paint(folder: Path) -> Path:
 
 
 def sample(backbone: Any, prompts: Any, *, seeds: Any, **settings: Any) -> Tensor:
-    """`shared.sampling.sample` with the settings' fields as arguments."""
+    """`shared.sampling.sample`, taking the fields of the settings as arguments."""
     return sampler.sample(backbone, prompts, seeds=seeds, settings=SamplingSettings(**settings))
 
 
 def small(name: str, *settings: str) -> Recipe:
-    """A shipped recipe, for two steps on tiny pictures."""
+    """A shipped recipe, shortened to two steps on tiny pictures."""
     return load(name, [*SMALL, *(CLASS if "class_pictures" in load(name).sources else ()), *settings])
 
 
@@ -88,6 +88,6 @@ def tuning(run: TrainingRun) -> Tune:
 
 
 def predicted(task: Tune, step: int = 0) -> Step:
-    """The state of one step."""
+    """The state of one training step."""
     with task.state(step, 0) as state:
         return state

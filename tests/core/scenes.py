@@ -1,4 +1,4 @@
-"""A picture to write in every format, and how it is read back."""
+"""A picture to write in any format, and helpers that write it and read it back."""
 
 from __future__ import annotations
 

@@ -48,13 +48,13 @@ def train(task: PretrainTask, folder: Path, steps: int, resume: bool = True, pau
 
 
 def tiny_run(out: Path, data: Squares) -> cache.Cache:
-    """A run with a tokenizer of few words and an autoencoder after three steps. Returns the latents of `data`."""
+    """A run with a small tokenizer and an autoencoder trained for three steps. Returns the latents of `data`."""
     words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / run_folder.TOKENIZER_FOLDER)
     train(vae.VaeTask(TINY_VAE, data, out, Compute()), run_folder.training_folder(out, "vae"), 3)
     return cache.build(out / "latents", data, run_folder.frozen_vae(out), run_folder.tokenizer_of(out))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Asserts that both are equal bit for bit."""
+    """Asserts that the two are equal bit for bit."""
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []

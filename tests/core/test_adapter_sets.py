@@ -1,4 +1,4 @@
-"""Adapters in their own set: trained, kept across an interruption, saved and loaded with the concept."""
+"""Adapters in a set of their own: trained, kept across an interruption, saved and loaded with the concept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def output(backbone: Any) -> torch.Tensor:
     return backbone.predict(noise, torch.tensor([400]), backbone.encode([backbone.placeholders["mug"].words]))
 
 
-def test_what_another_set_learned_is_in_the_concept(tiny, photos, tmp_path):
+def test_a_concept_contains_what_another_set_learned(tiny, photos, tmp_path):
     run = two_sets(tiny(), photos, tmp_path / "run")
     finish(run)
     backbone = run.backbone
@@ -44,13 +44,13 @@ def test_what_another_set_learned_is_in_the_concept(tiny, photos, tmp_path):
     for name, slot in (("mug", "near"), ("far", "far")):
         (adapter,) = backbone.adapters[name]
         assert adapter.slot == slot and same(adapter.state_dict(), by_slot[slot])
-        assert any(v.abs().max() > 0 for k, v in by_slot[slot].items() if "lora_B" in k), "it was trained"
+        assert any(v.abs().max() > 0 for k, v in by_slot[slot].items() if "lora_B" in k), "the set was not trained"
     assert torch.equal(output(fresh), output(backbone))
     fresh.remove("mug")
     assert not fresh.adapters
 
 
-def test_what_another_set_learned_outlives_an_interruption(tiny, photos, tmp_path):
+def test_what_another_set_learned_survives_an_interruption(tiny, photos, tmp_path):
     whole = finish(two_sets(tiny(), photos, tmp_path / "whole"))
     assert any(key.startswith("adapter/far/") for key in whole)
     cut = two_sets(tiny(), photos, tmp_path / "run")
@@ -61,7 +61,7 @@ def test_what_another_set_learned_outlives_an_interruption(tiny, photos, tmp_pat
     assert same(finish(two_sets(tiny(), photos, tmp_path / "run"), resume=True), whole)
 
 
-def test_a_set_called_like_a_loaded_concept_is_refused(tiny, photos, tmp_path):
+def test_a_set_with_the_name_of_a_loaded_concept_is_refused(tiny, photos, tmp_path):
     """Otherwise it would be trained further, and removed at the end of the run."""
     backbone = tiny()
     Lora(rank=2).inject(backbone, "far", "lora", seed=0)

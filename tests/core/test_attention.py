@@ -1,4 +1,4 @@
-"""The one owner of attention: computes the same as diffusers, applies edits in order, and records the real maps."""
+"""Our attention processors: they compute the same as diffusers', apply edits in order, and record the real maps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_gradients(backbone: Any) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("mode", ["edit", "watch"])
-def test_our_processors_compute_what_diffusers_do(backbone: Any, adapted: bool, mode: str) -> None:
+def test_our_processors_compute_the_same_as_those_of_diffusers(backbone: Any, adapted: bool, mode: str) -> None:
     if adapted:
         targets = [n for g in backbone.group("attention") for n in g.modules]
         peft.inject_adapter_in_model(
@@ -80,7 +80,7 @@ def test_an_edit_that_changes_nothing_changes_no_bit(backbone: Any) -> None:
             assert torch.equal(ask(backbone), expected)
 
 
-def test_watched_attention_is_diffusers_own_bit_for_bit(sd: StableDiffusionBackbone) -> None:
+def test_watched_attention_equals_diffusers_own_bit_for_bit(sd: StableDiffusionBackbone) -> None:
     with torch.no_grad(), sd.attending(Watch()):
         got = ask(sd)
     sd.unet.set_attn_processor(AttnProcessor())
@@ -105,7 +105,7 @@ def layer(**options: Any) -> tuple[Attention, Tensor]:
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_variant_of_the_layer(options: dict[str, Any], masked: bool) -> None:
+def test_every_variant_of_the_layer_computes_the_same(options: dict[str, Any], masked: bool) -> None:
     from shared.backbones.attention_processors import Plan, UNetProcessor
     from shared.backbones.attention_rows import PredictionRows
 
@@ -122,7 +122,7 @@ def test_every_variant_of_the_layer(options: dict[str, Any], masked: bool) -> No
             assert got.shape == expected.shape and (got - expected).abs().max() <= (1e-6 if records else 0)
 
 
-def test_maps_are_the_softmax_of_what_the_layer_computed(sd: StableDiffusionBackbone) -> None:
+def test_maps_are_the_softmax_that_the_layer_computed(sd: StableDiffusionBackbone) -> None:
     site = sd.sites()[1]
     attn: Any = sd.unet.get_submodule(site.name)
     seen: list[Tensor] = []
@@ -142,7 +142,7 @@ def test_maps_are_the_softmax_of_what_the_layer_computed(sd: StableDiffusionBack
         mean["other"]
 
 
-def test_joint_maps_have_a_part_of_picture_to_text(flux: FluxBackbone) -> None:
+def test_the_text_map_is_the_picture_to_text_part_of_a_joint_map(flux: FluxBackbone) -> None:
     with torch.no_grad(), flux.attending(Watch()) as record:
         ask(flux)
     length = flux.tokens.max_length["text_encoder_2"]
@@ -165,8 +165,8 @@ def test_self_attention_has_no_text_map(sd: StableDiffusionBackbone) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_flow_through_maps_and_recomputing_keeps_one_map(backbone: Any, recompute: bool) -> None:
-    """Gradient checkpointing does not change the gradient, and a site has one map, not two."""
+def test_gradients_flow_through_maps_and_recomputation_keeps_one_map(backbone: Any, recompute: bool) -> None:
+    """Gradient checkpointing does not change the gradient, and each site has one map, not two."""
     backbone.denoiser.requires_grad_(True)
     backbone.denoiser.train()  # diffusers recomputes only in training mode
     if recompute:
@@ -201,7 +201,7 @@ def test_the_first_prediction_can_be_kept(backbone: Any) -> None:
             other[backbone.sites()[0].name]
 
 
-def test_edits_act_in_order_where_they_were_asked_for(sd: StableDiffusionBackbone) -> None:
+def test_edits_act_in_order_at_the_sites_they_were_requested_for(sd: StableDiffusionBackbone) -> None:
     calls: list[tuple[str, str]] = []
 
     def edit(name: str) -> Callable[..., Any]:
@@ -224,7 +224,7 @@ def test_edits_act_in_order_where_they_were_asked_for(sd: StableDiffusionBackbon
 
 def test_an_edit_changes_the_output_and_the_record_sees_it(backbone: Any) -> None:
     def only_first(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-        """Everything attends only to the first key, and an additional key gets no attention."""
+        """All queries attend only to the first key; any added key gets no attention."""
         k, v = (torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v))
         away = torch.zeros(1, 1, 1, k.shape[2])
         away[..., 1:] = -torch.inf
@@ -252,7 +252,7 @@ def noting(backbone: Any) -> Iterator[list[Rows]]:
         yield seen
 
 
-def test_edits_know_the_rows_under_guidance(sd: StableDiffusionBackbone) -> None:
+def test_edits_get_the_right_rows_under_guidance(sd: StableDiffusionBackbone) -> None:
     positive, negative = sd.encode(PROMPTS), sd.encode(["", ""])
     with torch.no_grad(), noting(sd) as seen:
         sd.predict_guided(torch.randn(2, 4, 8, 8), torch.tensor(300), positive, negative, 5.0)
@@ -265,7 +265,7 @@ def test_edits_know_the_rows_under_guidance(sd: StableDiffusionBackbone) -> None
     assert Rows((0, 1), (True, False), 2).negatives(torch.device("cpu")).tolist() == [True, True, False, False]
 
 
-def test_edits_know_the_rows_when_a_pass_is_recomputed(sd: StableDiffusionBackbone) -> None:
+def test_edits_get_the_right_rows_when_a_pass_is_recomputed(sd: StableDiffusionBackbone) -> None:
     sd.unet.requires_grad_(True).train()
     sd.unet.enable_gradient_checkpointing()
     positive, negative = sd.encode(PROMPTS), sd.encode(["", ""])
@@ -286,7 +286,7 @@ def test_edits_know_the_rows_when_a_pass_is_recomputed(sd: StableDiffusionBackbo
             loss.backward()
 
 
-def test_processors_come_back_as_the_same_objects(backbone: Any) -> None:
+def test_the_same_processor_objects_are_restored(backbone: Any) -> None:
     before = processors(backbone)
     with backbone.attending(Watch()):
         outer = processors(backbone)
@@ -299,13 +299,13 @@ def test_processors_come_back_as_the_same_objects(backbone: Any) -> None:
         assert all(a is b for a, b in zip(processors(backbone), before, strict=True))
 
 
-def test_an_edit_inside_does_not_stop_a_record(backbone: Any) -> None:
+def test_a_nested_edit_does_not_stop_a_record(backbone: Any) -> None:
     with torch.no_grad(), backbone.attending(Watch()) as record, backbone.attending(nothing):
         ask(backbone)
     assert set(record) == {s.name for s in backbone.sites()}
 
 
-def test_somebody_elses_processor_is_refused_or_left_alone(sd: StableDiffusionBackbone) -> None:
+def test_a_foreign_processor_is_refused_or_left_alone(sd: StableDiffusionBackbone) -> None:
     names = [s.name for s in sd.sites()]
     odd: Any = sd.unet.get_submodule(names[3])
     odd.processor = strange = AttnProcessor()
@@ -330,7 +330,7 @@ def test_a_watch_that_matches_nothing_is_an_error(sd: StableDiffusionBackbone) -
             pass
 
 
-def test_attention_over_time_is_watched_and_edited_too(tiny_sd: Any) -> None:
+def test_temporal_attention_can_be_watched_and_edited(tiny_sd: Any) -> None:
     tiny_sd.unet = motion_unet(tiny_sd.unet)
     backbone = StableDiffusionBackbone(tiny_sd)
     plain = ask_motion(backbone, frames=3)

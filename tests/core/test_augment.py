@@ -14,7 +14,7 @@ from shared.types import Example
 
 
 class Recipe(Part):
-    """The slots as in recipes."""
+    """The same slots as in recipes."""
 
     augment: Slot[Augment] = Field(default={})
     masks: Slot[Mask] = Field(default={})
@@ -40,7 +40,7 @@ def example(side: int = 48, **changes: object) -> Example:
 AUGMENTATIONS = [Flip(), RandomResize(), ColorJitter(), Background()]
 
 
-def test_the_slots_read_kinds_from_keys() -> None:
+def test_the_key_names_the_kind_in_each_slot() -> None:
     recipe = validate(Recipe, {"augment": {"flip": {"p": 1}, "color_jitter": {}}, "masks": {"grow": {"by": 2}}})
     assert [type(a) for a in recipe.augment.values()] == [Flip, ColorJitter] and recipe.masks["grow"] == Grow(by=2)
     with pytest.raises(ValueError, match=r"augment.flap: unknown kind 'flap'. Did you mean 'flip'"):
@@ -52,7 +52,7 @@ def test_the_slots_read_kinds_from_keys() -> None:
 
 
 @pytest.mark.parametrize("part", AUGMENTATIONS, ids=lambda p: p.kind)
-def test_the_contract(part: Augmentation) -> None:
+def test_every_random_augmentation_keeps_the_contract(part: Augmentation) -> None:
     start = example()
     before = start.pixels.clone()
     state = torch.random.get_rng_state()
@@ -71,7 +71,7 @@ def test_the_contract(part: Augmentation) -> None:
     assert only(start, seeded()) is start
 
 
-def test_what_is_not_random_says_so() -> None:
+def test_augmentations_state_whether_they_are_random() -> None:
     quiet = [
         Flip(p=0),
         Flip(p=1),
@@ -85,7 +85,7 @@ def test_what_is_not_random_says_so() -> None:
         assert torch.equal(one.pixels, two.pixels) and one.caption == two.caption
 
 
-def test_flip_mirrors_everything_and_respects_captions() -> None:
+def test_flip_mirrors_everything_unless_the_caption_names_a_side() -> None:
     start = example(valid=torch.rand(1, 48, 48, generator=seeded()))
     out = Flip(p=1)(start, seeded())
     for name in ("pixels", "mask", "valid"):
@@ -99,7 +99,7 @@ def test_flip_mirrors_everything_and_respects_captions() -> None:
     assert 0.43 < share < 0.57
 
 
-def test_random_resize_places_says_and_marks() -> None:
+def test_random_resize_moves_the_mask_captions_the_size_and_marks_padding() -> None:
     start, captions = example(64), set()
     generator = seeded()
     for _ in range(200):
@@ -134,14 +134,14 @@ def test_random_resize_at_one_factor_is_a_plain_resize() -> None:
     assert same.caption == "a photo of a mug" and same.valid is not None and same.valid.min() == 1
 
 
-def test_random_resize_keeps_padding_that_was_there() -> None:
+def test_random_resize_keeps_existing_padding() -> None:
     valid = torch.ones(1, 48, 48)
     valid[:, :, :24] = 0
     out = RandomResize(scale=(2, 2))(example(valid=valid), seeded(1))
     assert out.valid is not None and 0 < out.valid.mean() < 1
 
 
-def test_color_jitter_changes_light_a_little_and_no_padding() -> None:
+def test_color_jitter_changes_brightness_slightly_and_not_the_padding() -> None:
     valid = torch.ones(1, 48, 48)
     valid[:, :10] = 0
     start = example(valid=valid)
@@ -156,7 +156,7 @@ def test_color_jitter_changes_light_a_little_and_no_padding() -> None:
     assert bright.std() < 1e-6 and 0.6 * 0.8 - 1e-6 <= float((bright.mean() + 1) / 2) <= 0.6 * 1.2 + 1e-6
 
 
-def test_background_replaces_what_is_outside_the_mask() -> None:
+def test_background_replaces_everything_outside_the_mask() -> None:
     start = example()
     assert start.mask is not None
     inside = start.mask[0] == 1
@@ -180,7 +180,7 @@ def test_background_replaces_what_is_outside_the_mask() -> None:
 
 
 @pytest.mark.parametrize("part", [Given(), Grow(by=3, soften=1), Box(margin=1)], ids=lambda p: p.kind)
-def test_masks_are_deterministic_and_leave_the_rest_alone(part: MaskPart) -> None:
+def test_mask_parts_are_deterministic_and_change_only_the_mask(part: MaskPart) -> None:
     start = example()
     out, again = part(start, seeded(1)), part(start)
     assert not part.random and torch.equal(out.pixels, start.pixels)
@@ -190,7 +190,7 @@ def test_masks_are_deterministic_and_leave_the_rest_alone(part: MaskPart) -> Non
     assert part(bare) is bare
 
 
-def test_given_can_require_and_sharpen() -> None:
+def test_given_can_require_a_mask_and_binarize_it() -> None:
     with pytest.raises(ValueError, match=r"a\.png has no mask, but this recipe requires one: put it in masks/"):
         Given(require=True)(example(mask=None))
     prior = example(mask=None, role="prior")
@@ -211,7 +211,7 @@ def test_grow_is_dilation_by_a_disc(radius: int) -> None:
     assert out is not None and torch.equal(out[0], expected)
 
 
-def test_grow_shrinks_and_softens() -> None:
+def test_grow_can_also_shrink_and_soften() -> None:
     start = example()
     assert start.mask is not None
     small = Grow(by=-3)(start).mask

@@ -24,7 +24,7 @@ from shared.types import ImageTokens
 
 
 def add_lora(backbone: Any, name: str, role: str, seed: int) -> None:
-    """A LoRA with random weights, so that it has an effect."""
+    """A LoRA with random weights, so it has an effect."""
     for group in backbone.group(role):
         config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=list(group.modules), init_lora_weights=False)
         PeftAdapter.inject(backbone, name, role.replace(".", "_"), group.component, config, seed)
@@ -36,7 +36,7 @@ def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
         return backbone.predict(x, torch.tensor(300), backbone.encode(prompts))
 
 
-def test_both_families_keep_the_protocol(backbone: Any) -> None:
+def test_both_families_implement_the_protocol(backbone: Any) -> None:
     assert isinstance(backbone, Backbone)
     assert backbone.name == "tiny" and backbone.device.type == "cpu" and backbone.dtype == torch.float32
     frozen = [p.requires_grad for m in (*backbone.components.values(), backbone.vae) for p in m.parameters()]
@@ -58,7 +58,7 @@ class Exact(ForwardProcess):
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_parametrisations_invert_exactly(kind: str) -> None:
+def test_parametrisations_can_be_inverted_exactly(kind: str) -> None:
     process, t = Exact(kind), torch.tensor([10.0, 500.0, 990.0])
     x0, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     x_t, prediction = process.add_noise(x0, noise, t), process.target(x0, noise, t)
@@ -97,7 +97,7 @@ _TAKE_TIMES = {
 
 @pytest.mark.parametrize("name", _TAKE_TIMES)
 @torch.no_grad()
-def test_times_of_another_shape_are_refused(backbone: Any, name: str) -> None:
+def test_times_of_a_wrong_shape_are_refused(backbone: Any, name: str) -> None:
     take, x, conditioning = _TAKE_TIMES[name], torch.randn(3, 4, 8, 8), backbone.encode(["a mug"] * 3)
     for fine in (torch.tensor(300), torch.tensor([1, 300, 999]), torch.tensor([1.5, 300.0, 999.0])):
         take(backbone, x, conditioning, fine)
@@ -114,7 +114,7 @@ def test_a_conditioning_for_another_batch_is_refused(backbone: Any) -> None:
         backbone.predict(torch.randn(3, 4, 8, 8), torch.tensor(300), backbone.encode(["a mug"]))
 
 
-def test_times_between_whole_ones(sd: StableDiffusionBackbone) -> None:
+def test_fractional_times_are_interpolated(sd: StableDiffusionBackbone) -> None:
     whole = sd.alpha_sigma(torch.arange(1000))
     same = sd.alpha_sigma(torch.arange(1000).float())
     assert torch.equal(whole[0], same[0]) and torch.equal(whole[1], same[1])
@@ -170,7 +170,7 @@ def test_packing_equals_flux_pipeline() -> None:
     assert torch.equal(picture_ids(3, 5), FluxPipeline._prepare_latent_image_ids(1, 3, 5, "cpu", torch.float32))
 
 
-def test_pictures_to_latents_and_back(backbone: Any) -> None:
+def test_pictures_are_encoded_and_decoded(backbone: Any) -> None:
     vae, pixels = backbone.vae, torch.rand(2, 3, 32, 32) * 2 - 1
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     posterior = vae.encode(pixels).latent_dist
@@ -186,7 +186,7 @@ def test_pictures_to_latents_and_back(backbone: Any) -> None:
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
 
-def test_sizes_that_fit(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_sizes_that_the_family_accepts(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
     assert sd.latent_shape(32, 64) == (4, 8, 16) and flux.latent_shape(32, 64) == (4, 8, 16)
     assert sd.latent_shape(36, 36) == (4, 9, 9) and sd.resolution == 32
     with pytest.raises(ValueError, match="36x36 does not fit flux: both sides must be multiples of 8"):
@@ -195,7 +195,7 @@ def test_sizes_that_fit(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None
         sd.encode_pixels(torch.zeros(1, 3, 30, 32))
 
 
-def test_what_a_family_cannot_do_yet_is_said(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_a_family_says_what_it_does_not_support_yet(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
     for backbone in (sd, flux):
         conditioning = backbone.encode(["a mug"])
         extra = type(conditioning)(conditioning.context, conditioning.pooled, (ImageTokens(torch.zeros(1, 4, 16)),))
@@ -216,14 +216,14 @@ def test_what_a_family_cannot_do_yet_is_said(sd: StableDiffusionBackbone, flux: 
         sd.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), partial)
 
 
-def test_unusual_unets_are_refused(tiny_sd: Any) -> None:
+def test_unsupported_unets_are_refused(tiny_sd: Any) -> None:
     config = {**tiny_sd.unet.config, "in_channels": 9, "_use_default_values": []}
     tiny_sd.unet = diffusers.UNet2DConditionModel.from_config(config)
     with pytest.raises(ValueError, match="inpainting"):
         StableDiffusionBackbone(tiny_sd)
 
 
-def test_word_rows(backbone: Any) -> None:
+def test_word_embeddings_are_rows_of_the_table(backbone: Any) -> None:
     for component in [c for c in backbone.components if c.startswith("text_encoder")]:
         tokenizer, model = backbone.tokens.base[component], backbone.components[component]
         ids = tokenizer("red mug", add_special_tokens=False).input_ids
@@ -256,7 +256,7 @@ def test_exactly_the_named_adapters_are_on(backbone: Any) -> None:
     assert torch.equal(predict(backbone), both)
 
 
-def test_what_was_before_comes_back(sd: StableDiffusionBackbone) -> None:
+def test_strengths_are_restored_after_the_context(sd: StableDiffusionBackbone) -> None:
     for i, name in enumerate(["a", "b"]):
         add_lora(sd, name, "cross_attention", i)
     with sd.active({"a": 0.5}):
@@ -276,8 +276,8 @@ def test_what_was_before_comes_back(sd: StableDiffusionBackbone) -> None:
 
 
 @pytest.mark.parametrize("on", [{"b": 1.0}, {"c": 1.0}, {}, {"a": 0.5, "c": 1.0}])
-def test_what_comes_back_is_the_same_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
-    """Several adapters meet on one layer, and a sum in another order gives another number."""
+def test_restored_adapters_give_the_same_output_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
+    """Several adapters act on one layer, and adding them in another order would give another number."""
     for i, name in enumerate("abc"):
         add_lora(backbone, name, "attention", i)
     before = predict(backbone)
@@ -288,7 +288,7 @@ def test_what_comes_back_is_the_same_bit_for_bit(backbone: Any, on: dict[str, fl
     assert torch.equal(predict(backbone), before)
 
 
-def test_changed_weights_come_back_bit_for_bit(sd: StableDiffusionBackbone) -> None:
+def test_changed_weights_are_restored_bit_for_bit(sd: StableDiffusionBackbone) -> None:
     weight = sd.denoiser.get_parameter("conv_in.weight")
     for name in "abc":
         DeltaAdapter.inject(sd, name, "weights", {"unet.conv_in.weight": torch.randn_like(weight)})

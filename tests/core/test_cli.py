@@ -40,8 +40,8 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 TREE = sorted(commands(typer.main.get_command(build())))
 
 
-def test_help_imports_nothing_heavy():
-    """It takes as long as the CLI library, because nothing else heavy is imported."""
+def test_help_imports_no_heavy_packages():
+    """Help takes only as long as the CLI library does, because nothing else heavy is imported."""
     code, out, err = ran(
         "-c",
         "import sys; from shared.cli import build, run; code = run(build(), ['--help']); "
@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy():
         assert f"\n  {name}" in out
 
 
-def test_help_takes_at_most_twice_the_cli_library_s_own_modules():
+def test_importing_for_help_takes_at_most_twice_as_long_as_the_cli_library_alone():
     """Uses `-X importtime` in microseconds, the best of three because machines are noisy."""
 
     def cost(statement: str) -> int:
@@ -77,7 +77,7 @@ def test_every_command_has_help(capsys, path):
     assert (*path,) == () or path[-1] in output.splitlines()[0]
 
 
-def test_the_commands_of_the_design_are_there():
+def test_all_main_commands_exist():
     for path in (
         *(
             ("image", "personalize"),
@@ -99,7 +99,7 @@ def test_the_commands_of_the_design_are_there():
 
 
 @pytest.mark.parametrize("long", [False, True])
-def test_methods_can_be_read_at_80_columns(capsys, monkeypatch, long):
+def test_methods_are_readable_at_80_columns(capsys, monkeypatch, long):
     """Every value of every recipe is printed in full, and long values are broken between words."""
     monkeypatch.setenv("COLUMNS", "80")
     assert run(build(), ["methods", *(["--long"] if long else [])]) == 0
@@ -128,7 +128,7 @@ def test_methods_show_prints_the_resolved_recipe(capsys, name):
 
 
 @pytest.mark.parametrize("arguments", [["methods", "show", "nothing"], ["methods", "show", "dreambooth_lora", "a=1"]])
-def test_what_the_user_got_wrong_is_one_message_and_code_2(capsys, arguments):
+def test_a_user_s_mistake_is_one_message_and_exit_code_2(capsys, arguments):
     assert run(build(), arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("pcs: ") and captured.out == "" and len(captured.err.splitlines()) == 1
@@ -154,8 +154,8 @@ def test_exit_codes(capsys, error, code, message):
     assert capsys.readouterr().err.strip() == message
 
 
-def test_every_count_has_a_bound():
-    """10**12 pictures are rejected at once, instead of running for ages."""
+def test_every_count_has_an_upper_limit():
+    """10**12 pictures are rejected immediately instead of being generated."""
     app = build()
     groups = [group.typer_instance for group in app.registered_groups]
     made = [command.callback for group in groups for command in group.registered_commands if command.callback]
@@ -169,13 +169,13 @@ def test_every_count_has_a_bound():
     ["train.batch_size=1e5", "train.steps=1e12", "train.resolution=1e6", "sampling.steps=1e9", "preview.num=1e6",
      "sources.class_pictures.num_images=1e11", "trainable.lora.rank=1e9", "train.validation.num=1e9"],
 )  # fmt: skip
-def test_every_count_of_a_recipe_has_a_bound(setting):
+def test_every_count_in_a_recipe_has_an_upper_limit(setting):
     key = re.escape(setting.partition("=")[0])
     with pytest.raises(ValueError, match=rf"^(\S*: )?{key} = .*less than or equal to"):
         load("dreambooth_lora", [setting])
 
 
-def test_a_recipe_of_megabytes_or_of_a_thousand_brackets_is_refused_before_it_is_read(tmp_path):
+def test_a_recipe_of_megabytes_or_a_thousand_brackets_is_refused_before_parsing(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("title: " + 1_100_000 * "x")
     with pytest.raises(ValueError, match=r"mine\.yaml has 1,100,007 bytes, and the limit is 1,000,000"):
@@ -192,7 +192,7 @@ def test_a_byte_that_is_not_utf8_is_refused_everywhere(capsys):
         assert "'a \\udcff mug' is not UTF-8 text" in capsys.readouterr().err
 
 
-def test_a_bug_is_not_dressed_up():
+def test_a_bug_is_raised_as_it_is():
     app = typer.Typer()
 
     @app.command()
@@ -203,7 +203,7 @@ def test_a_bug_is_not_dressed_up():
         run(app, [])
 
 
-def test_a_package_that_cannot_be_loaded_does_not_take_the_others_with_it(capsys, monkeypatch):
+def test_a_package_that_cannot_be_loaded_does_not_break_the_others(capsys, monkeypatch):
     from importlib import metadata
 
     from shared.cli import GROUP

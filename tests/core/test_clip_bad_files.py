@@ -1,4 +1,4 @@
-"""Clips that cannot be used: the errors, which name the file."""
+"""Clips that cannot be used: the errors name the file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.core.clip_files import animation, folder, greys, noisy, sound, video
 
 
 def refused(path: Path, *words: str, **settings: Any) -> None:
-    """Reading fails with one message that names the file and contains the words in this order."""
+    """Asserts that reading fails with one message that names the file and contains the words in this order."""
     with pytest.raises(ValueError) as error:
         read_clip(path, ClipWindow(**settings))
     assert re.search(".*".join(re.escape(w) for w in (str(path), *words)), str(error.value)), error.value
 
 
-def test_a_clip_shorter_than_asked_says_how_long_it_is(tmp_path: Path) -> None:
+def test_the_error_for_a_clip_that_is_too_short_says_how_long_it_is(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(8))
     refused(path, "has 8 frames, but length=9", "length=8 or less", length=9)
     refused(
@@ -39,7 +39,7 @@ def test_one_frame_is_a_clip_of_one_frame(tmp_path: Path) -> None:
     assert read_clip(path, ClipWindow(length=1)).frames.shape == (3, 1, 32, 48)
 
 
-def test_what_is_no_clip(tmp_path: Path) -> None:
+def test_files_that_are_not_clips_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video at all")
     refused(tmp_path / "a.mp4", "is not a clip", "mp4, mov, webm")
     (tmp_path / "b.mp4").touch()
@@ -51,12 +51,12 @@ def test_what_is_no_clip(tmp_path: Path) -> None:
     refused(single, "is one picture, not a clip")
 
 
-def test_sound_without_pictures(tmp_path: Path) -> None:
+def test_a_file_with_only_audio_is_refused(tmp_path: Path) -> None:
     refused(sound(tmp_path / "a.mp4"), "has no video stream, only audio")
 
 
 @pytest.mark.parametrize("ending", ["mp4", "webm", "gif", "webp", "png"])
-def test_a_file_that_is_cut_off(tmp_path: Path, ending: str) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, ending: str) -> None:
     whole = tmp_path / f"whole.{ending}"
     if ending in ("mp4", "webm"):
         options = {"deadline": "realtime"} if ending == "webm" else {}
@@ -69,23 +69,23 @@ def test_a_file_that_is_cut_off(tmp_path: Path, ending: str) -> None:
         path = tmp_path / f"cut.{ending}"
         path.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(ValueError, match="truncated") as error:
-            read_clip(path, ClipWindow(length=1))  # even though the beginning, which exists, would suffice
+            read_clip(path, ClipWindow(length=1))  # even though the frames that are there would suffice
         assert str(path) in str(error.value)
 
 
-def test_a_video_that_is_cut_off_says_how_much_is_there(tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_video_says_how_much_is_there(tmp_path: Path) -> None:
     data = video(tmp_path / "a.mp4", noisy(16)).read_bytes()
     (tmp_path / "b.mp4").write_bytes(data[: len(data) * 6 // 10])
     refused(tmp_path / "b.mp4", "is truncated: it has ", " of 16 frames", "ffmpeg")
 
 
-def test_a_video_whose_index_is_missing(tmp_path: Path) -> None:
+def test_a_video_without_its_index_is_refused(tmp_path: Path) -> None:
     data = video(tmp_path / "a.mp4", noisy(4)).read_bytes()
     (tmp_path / "b.mp4").write_bytes(data.replace(b"moov", b"moof"))
     refused(tmp_path / "b.mp4", "")
 
 
-def test_a_video_that_is_damaged_inside(tmp_path: Path) -> None:
+def test_a_video_with_damaged_frames_is_refused(tmp_path: Path) -> None:
     data = bytearray(video(tmp_path / "a.mp4", noisy(16)).read_bytes())
     middle = len(data) // 2
     data[middle : middle + 400] = bytes(400)
@@ -101,7 +101,7 @@ def test_frames_are_in_natural_order(tmp_path: Path) -> None:
     assert [p.name for p in open_frames(path).files] == [f"shot3_frame{i}.png" for i in range(12)]  # type: ignore[attr-defined]
 
 
-def test_gaps_in_the_numbering(tmp_path: Path) -> None:
+def test_gaps_in_the_numbering_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(6))
     (path / "frame_3.png").unlink()
     refused(path, "gap in its numbering: frame_2.png is followed by frame_4.png")
@@ -111,20 +111,20 @@ def test_gaps_in_the_numbering(tmp_path: Path) -> None:
     assert read_clip(even, ClipWindow(length=6)).frames.shape[1] == 6  # every second frame makes a clip
 
 
-def test_a_number_that_comes_twice(tmp_path: Path) -> None:
+def test_duplicate_frame_numbers_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     (path / "frame_01.png").write_bytes((path / "frame_1.png").read_bytes())
     refused(path, "holds the same frame number twice: frame_01.png, frame_1.png")
 
 
-def test_two_series_in_one_folder(tmp_path: Path) -> None:
+def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     for i in range(3):
         (path / f"other_{i}.png").write_bytes((path / f"frame_{i}.png").read_bytes())
     refused(path, "holds 2 series of frames", "its own folder")
 
 
-def test_frames_of_different_sizes(tmp_path: Path) -> None:
+def test_frames_of_different_sizes_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     folder(tmp_path / "b", greys(1, (32, 32)))
     (tmp_path / "b/frame_0.png").rename(path / "frame_3.png")
@@ -134,18 +134,18 @@ def test_frames_of_different_sizes(tmp_path: Path) -> None:
         read_clip(path)
 
 
-def test_a_folder_without_frames(tmp_path: Path) -> None:
+def test_a_folder_without_frames_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     refused(tmp_path / "a", "")
 
 
-def test_seconds_mean_nothing_in_a_folder_without_a_rate(tmp_path: Path) -> None:
+def test_a_start_in_seconds_needs_a_rate_for_a_folder(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(8))
     refused(path, "without a rate", "set fps", start=0.25, length=2)
     assert read_clip(path, ClipWindow(start=0.25, fps=8, length=2)).picks == (2, 3)
 
 
-def test_bounded_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_checked_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [
         video(tmp_path / "a.mp4", greys(2)),
         animation(tmp_path / "a.gif", greys(2)),

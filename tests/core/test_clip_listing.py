@@ -25,7 +25,7 @@ def quietly(*given: object, **settings: object) -> ClipListing:
         return find_clips(*given, **settings)  # type: ignore[arg-type]
 
 
-def test_clips_of_every_kind_with_captions_and_masks(tmp_path: Path, mp4: bytes) -> None:
+def test_clips_of_every_kind_are_found_with_captions_and_masks(tmp_path: Path, mp4: bytes) -> None:
     root = tmp_path / "clips"
     frames = folder(root / "c", greys(2))
     folder(root / "c/masks", greys(2))
@@ -53,7 +53,7 @@ def test_a_folder_of_frames_is_one_clip(tmp_path: Path) -> None:
     assert found.clips == (frames,) and found.captions == {frames: "a ball"} and found.masks == {frames: frames}
 
 
-def test_what_is_skipped_is_said_with_the_reason(tmp_path: Path, mp4: bytes) -> None:
+def test_skipped_files_are_named_with_the_reason(tmp_path: Path, mp4: bytes) -> None:
     (tmp_path / "a.mp4").write_bytes(mp4)
     (tmp_path / "b.mp4").write_bytes(mp4[:100])
     (tmp_path / "empty.mov").touch()
@@ -83,7 +83,7 @@ def test_what_is_skipped_is_said_with_the_reason(tmp_path: Path, mp4: bytes) -> 
         find_clips(tmp_path / "song.m4a")
 
 
-def test_gaps_are_said_and_what_is_named_must_be_there(tmp_path: Path, mp4: bytes) -> None:
+def test_missing_captions_are_reported_and_named_files_must_exist(tmp_path: Path, mp4: bytes) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.mp4").write_bytes(mp4)
     (tmp_path / "a.txt").write_text("a ball")
@@ -103,7 +103,7 @@ def test_gaps_are_said_and_what_is_named_must_be_there(tmp_path: Path, mp4: byte
         assert len(find_clips([tmp_path / "b.mp4", tmp_path / "b.mp4"]).clips) == 1
 
 
-def test_a_folder_without_clips(tmp_path: Path) -> None:
+def test_a_folder_without_clips_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no clips in .*: found nothing; give mp4"):
         find_clips(tmp_path)
     (tmp_path / "a.txt").write_text("x")

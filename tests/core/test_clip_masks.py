@@ -21,14 +21,14 @@ ALL = ClipWindow(length=8)
 
 
 def boxes(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """[F, H, W, 3]: a white box that moves by 4 pixels per frame on black; none in the last frame."""
+    """[F, H, W, 3]: a white box on black that moves by 4 pixels per frame and is gone in the last one."""
     out = np.zeros((count, size[1], size[0], 3), np.uint8)
     for i in range(count - 1):
         out[i, 8:24, 4 * i : 4 * i + 16] = 255
     return out
 
 
-def test_masks_beside_a_clip_are_read_with_its_frames(tmp_path: Path) -> None:
+def test_masks_next_to_a_clip_are_read_with_its_frames(tmp_path: Path) -> None:
     clip = video(tmp_path / "a.mp4", greys())
     given = [
         video(tmp_path / "m.mkv", boxes(), "ffv1", "bgr0"),
@@ -42,7 +42,7 @@ def test_masks_beside_a_clip_are_read_with_its_frames(tmp_path: Path) -> None:
         assert window.masks is not None and torch.equal(window.masks[0], truth[list(window.picks)]), path
 
 
-def test_masks_in_a_folder_of_frames(tmp_path: Path) -> None:
+def test_masks_inside_a_folder_of_frames_are_read(tmp_path: Path) -> None:
     frames = folder(tmp_path / "a", greys())
     folder(tmp_path / "a/masks", boxes())
     clip = read_clip(frames, ALL, mask=frames)
@@ -56,7 +56,7 @@ def test_masks_in_a_folder_of_frames(tmp_path: Path) -> None:
     assert clip.masks is not None and clip.masks.shape == (1, 1, 32, 48)
 
 
-def test_one_mask_is_of_the_first_frame(tmp_path: Path) -> None:
+def test_a_single_mask_belongs_to_the_first_frame(tmp_path: Path) -> None:
     clip = video(tmp_path / "a.mp4", greys())
     Image.fromarray(boxes(2)[0]).save(tmp_path / "m.png")
     first = read_clip(clip, ALL, mask=tmp_path / "m.png").masks
@@ -65,7 +65,7 @@ def test_one_mask_is_of_the_first_frame(tmp_path: Path) -> None:
         list(read_windows(clip, ClipWindow(length=2, windows=2), mask=tmp_path / "m.png"))
 
 
-def test_masks_that_do_not_match_the_frames(tmp_path: Path) -> None:
+def test_masks_that_do_not_match_the_frames_are_refused(tmp_path: Path) -> None:
     clip = video(tmp_path / "a.mp4", greys())
     few = folder(tmp_path / "few", boxes(6), "{}.png")
     with pytest.raises(ValueError, match=f"{re.escape(str(few))} holds 6 masks, but .* 8 frames"):
@@ -94,7 +94,7 @@ def test_pooling_is_the_mean_over_each_latent_cell(frames: int, latents: int, ra
                 torch.testing.assert_close(pooled[:, 0, z, y, x], cell.mean((1, 2, 3)))
 
 
-def test_pooling_refuses_what_no_autoencoder_makes() -> None:
+def test_pooling_refuses_shapes_that_no_autoencoder_produces() -> None:
     with pytest.raises(
         ValueError, match=r"masks of 9 frames cannot be pooled to 4 latent frames, only to \[2, 3, 5, 9\]"
     ):
@@ -109,13 +109,13 @@ def test_pooling_refuses_what_no_autoencoder_makes() -> None:
 
 
 def smooth(side: int, seed: int) -> Tensor:
-    """[3, side, side]: a texture with patches of a tenth of the side."""
+    """[3, side, side]: a texture whose patches are a tenth of the side long."""
     coarse = torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)[0].clamp(0, 1) * 2 - 1
 
 
 def scene(side: int = 64) -> tuple[Tensor, Tensor]:
-    """16 frames [3, F, H, W] of a textured ellipse crossing another texture in waves, and its masks [1, F, H, W]."""
+    """16 frames [3, F, H, W] of a textured ellipse that crosses another texture on a wavy path, and its masks [1, F, H, W]."""
     ground, skin = smooth(side, 1), smooth(side, 2)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     frames, masks = [], []
@@ -134,7 +134,7 @@ def overlap(a: Tensor, b: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("flow", ["dis", "farneback"])
-def test_a_mask_is_followed_through_a_clip(flow: str) -> None:
+def test_a_mask_is_tracked_through_a_clip(flow: str) -> None:
     frames, truth = scene()
     followed = Track.model_validate({"flow": flow}).follow(frames, truth[:, 0])
     assert followed.shape == truth.shape and torch.equal(followed[:, 0], truth[:, 0])
@@ -143,12 +143,12 @@ def test_a_mask_is_followed_through_a_clip(flow: str) -> None:
     assert min(overlap(truth[:, :1].expand_as(truth), truth)) < 0.1  # a static mask would fail
 
 
-def test_what_stands_still_keeps_its_mask() -> None:
+def test_a_still_object_keeps_its_mask() -> None:
     frames, truth = scene()
     still = frames[:, :1].expand(-1, 4, -1, -1)
     assert min(overlap(Track().follow(still, truth[:, 0]), truth[:, :1].expand(-1, 4, -1, -1))) > 0.97
 
 
-def test_a_mask_of_another_size_is_not_followed() -> None:
+def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be tracked"):
         Track().follow(torch.zeros(3, 4, 32, 32), torch.zeros(1, 16, 16))

@@ -1,4 +1,4 @@
-"""Amount of motion, steadiness, and appearance of frames, compared with sums written out."""
+"""Amount of motion, consistency, and appearance of frames, compared with formulas written out."""
 
 from __future__ import annotations
 
@@ -29,25 +29,27 @@ def vectors(*shape: int, seed: int = 0) -> Tensor:
 
 
 def fields_of(steps: list[float], share: float, side: int = 100, back: float = -1.0) -> FlowFields:
-    """A flow to the right by this many cells per step in a share of the frame, and back; elsewhere nothing moves."""
+    """Flow to the right by this many cells per step in a share of the frame, and the backward flow; the rest is still."""
     forward = torch.zeros(len(steps), side, side, 2)
     for i, step in enumerate(steps):
         forward[i, : round(share * side), :, 0] = step
     return FlowFields(forward, back * forward, torch.zeros(len(steps), side, side), (side, side))
 
 
-def test_the_degree_is_the_mean_of_the_longest_twentieth_of_the_flow() -> None:
+def test_the_dynamic_degree_is_the_mean_of_the_longest_twentieth_of_the_flow() -> None:
     looks = vectors(4, 6)
     assert dynamics(fields_of([2, 4, 6], 1.0), looks).degree == pytest.approx((2 + 4 + 6) / 3 / 100)
     assert dynamics(fields_of([2, 4, 6], 0.05), looks).degree == pytest.approx((2 + 4 + 6) / 3 / 100)
     assert dynamics(fields_of([2, 4, 6], 0.02), looks).degree == pytest.approx(0.4 * (2 + 4 + 6) / 3 / 100)
-    assert dynamics(fields_of([2, 4, 6], 1.0, back=0.3), looks).degree == 0, "the flow back says otherwise"
+    assert dynamics(fields_of([2, 4, 6], 1.0, back=0.3), looks).degree == 0, (
+        "the backward flow contradicts the forward flow"
+    )
 
 
 @pytest.mark.parametrize(
     ("frames", "fast", "expected"), [(16, 3, False), (16, 4, True), (8, 1, False), (8, 2, True), (2, 1, True)]
 )
-def test_a_clip_is_dynamic_when_a_quarter_of_its_frames_pass_the_threshold(
+def test_a_clip_is_dynamic_if_a_quarter_of_its_frames_exceed_the_threshold(
     frames: int, fast: int, expected: bool
 ) -> None:
     threshold = 100 * 6 / 256
@@ -55,7 +57,7 @@ def test_a_clip_is_dynamic_when_a_quarter_of_its_frames_pass_the_threshold(
     assert dynamics(fields_of(steps, 1.0), vectors(frames, 6)).dynamic is expected
 
 
-def test_consistency_is_the_cosine_of_neighbours_and_apart_of_all_pairs() -> None:
+def test_consistency_is_the_mean_cosine_of_neighbours_and_separately_of_all_pairs() -> None:
     looks = vectors(5, 7)
     moved = dynamics(fields_of([1] * 4, 1.0), looks)
 
@@ -71,7 +73,7 @@ def test_consistency_is_the_cosine_of_neighbours_and_apart_of_all_pairs() -> Non
             dynamics(fields_of([1.0] * (frames - 1), 1.0), vectors(count, 7))
 
 
-def test_the_degree_of_real_frames_is_how_far_they_go() -> None:
+def test_the_dynamic_degree_of_real_frames_is_their_displacement() -> None:
     for step in (1, 3):
         clip = panned(step)
         moved = dynamics(flow_fields(clip), PixelEncoder().images(clip.transpose(0, 1)))
@@ -79,19 +81,19 @@ def test_the_degree_of_real_frames_is_how_far_they_go() -> None:
         assert moved.dynamic is (step == 3)
 
 
-def test_a_picture_shown_for_a_while_is_frozen_also_when_it_flickers() -> None:
+def test_a_still_picture_is_frozen_even_if_it_flickers() -> None:
     still = texture((64, 64), 0)[:, None].repeat(1, 5, 1, 1)
     flicker = still + 0.03 * vectors(3, 5, 64, 64)
     glimmer = still + 0.02 * F.interpolate(vectors(3, 5, 8, 8), (64, 64), mode="bilinear")
     assert frozen(still) and frozen(flicker) and frozen(glimmer) and frozen(still[:, :1])
     assert frozen(torch.zeros(3, 4, 32, 32))
     assert not frozen(moving_patch((1, 0))) and not frozen(panned(1))
-    assert not frozen(moving_patch((14, 0), frames=4, side=12)), "faster than points can be followed"
+    assert not frozen(moving_patch((14, 0), frames=4, side=12)), "it moves faster than points can be tracked"
     moved = dynamics(flow_fields(still), PixelEncoder().images(still.transpose(0, 1)))
     assert moved.degree == 0 and moved.consistency == pytest.approx(1) and not moved.dynamic
 
 
-def test_clip_t_is_of_each_frame() -> None:
+def test_clip_t_is_computed_for_each_frame() -> None:
     frames, text = vectors(4, 6), vectors(6, seed=1)
     expected = [float(f @ text / f.norm() / text.norm()) for f in frames]
     torch.testing.assert_close(clip_t_per_frame(frames, text), torch.tensor(expected).double(), atol=1e-6, rtol=0)
@@ -114,7 +116,7 @@ def test_leakage_is_the_best_match_of_each_frame() -> None:
         leakage(frames, [])
 
 
-def test_the_spread_is_between_the_seeds_of_one_prompt_at_the_same_moment() -> None:
+def test_the_spread_compares_seeds_of_one_prompt_at_the_same_frame() -> None:
     looks = F.normalize(vectors(5, 3, 4).double(), dim=2)
     spread = seed_spread(looks, ["a", "b", "a", "a", "c"])
     pairs = [(0, 2), (0, 3), (2, 3)]
@@ -125,17 +127,17 @@ def test_the_spread_is_between_the_seeds_of_one_prompt_at_the_same_moment() -> N
         seed_spread(looks, [0, 1])
 
 
-def test_pixels_stand_in_for_a_network() -> None:
+def test_the_pixel_encoder_can_replace_a_network() -> None:
     one, two = texture((48, 64), 0), texture((48, 64), 9)
     looks = PixelEncoder().images(torch.stack([one, one.mul(0.5).add(0.2), two, torch.zeros_like(one)]))
     assert torch.allclose(looks.norm(dim=1), torch.ones(4))
     between = looks @ looks.T
-    assert between[0, 1] > 0.999, "brightness and contrast do not count"
+    assert between[0, 1] > 0.999, "brightness and contrast make no difference"
     assert between[0, 2].abs() < 0.3 and between[0, 3] < 0.01 and between[3, 3] == pytest.approx(1)
 
 
-def test_masked_likeness_does_not_see_what_is_around_the_thing() -> None:
-    """The same patch elsewhere on another background; another patch on the same background."""
+def test_masked_similarity_ignores_the_background() -> None:
+    """Compares the same patch elsewhere on another background, and another patch on the same background."""
     same, other = moving_patch((3, 0), seed=0), moving_patch((3, 0), seed=7)
     elsewhere = same.clone()
     where = torch.zeros(5, 64, 64)
@@ -150,14 +152,14 @@ def test_masked_likeness_does_not_see_what_is_around_the_thing() -> None:
     assert near.shape == (5,) and near.min() > 0.9 and far.max() < 0.4
 
 
-def test_the_score_of_a_checkpoint() -> None:
+def test_how_a_checkpoint_is_scored() -> None:
     means = {"identity": 0.8, "motion_fidelity": 0.5, "leakage": 0.25}
     assert checkpoint_score(means) == pytest.approx(0.8 * 0.5 * 0.75)
     assert checkpoint_score({**means, "motion_recognised": 0.9}) == pytest.approx(0.8 * 0.9 * 0.75)
     assert checkpoint_score({"motion_fidelity": -0.4}) == 0 and checkpoint_score({}) == 1
 
 
-def test_while_training_frozen_clips_are_an_alarm_and_copies_score_nothing() -> None:
+def test_during_training_frozen_clips_are_counted_and_copies_score_zero() -> None:
     right, left = moving_patch((4, 0), seed=0), moving_patch((-4, 0), seed=3)
     again = moving_patch((3, 0), seed=6)
     still = right[:, :1].repeat(1, 5, 1, 1)
@@ -173,7 +175,7 @@ def test_while_training_frozen_clips_are_an_alarm_and_copies_score_nothing() -> 
         scorer.measure(right[None], ["a", "b"])
 
 
-def test_frames_that_show_what_was_asked_for_are_counted() -> None:
+def test_frames_that_show_what_the_prompt_describes_are_counted() -> None:
     class Reader:
         info = PixelEncoder.info
 

@@ -1,4 +1,4 @@
-"""How clips move: flow and tracks against known motion, motion fidelity against its formula and on true clips."""
+"""How clips move: flow and tracks against known motion, and motion fidelity against its formula and on true clips."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def right() -> Clip:
 
 
 @pytest.mark.parametrize(("size", "step"), [((64, 64), (2, -1)), ((48, 80), (-3, 0)), ((300, 280), (4, 4))])
-def test_points_inside_a_mask_go_where_the_patch_goes(size: tuple[int, int], step: tuple[int, int]) -> None:
+def test_points_inside_a_mask_follow_the_patch(size: tuple[int, int], step: tuple[int, int]) -> None:
     side = 20 if max(size) < 100 else 80
     clip = moving_patch(step, size=size, side=side)
     mask = torch.zeros(1, *size)
@@ -45,12 +45,12 @@ def test_points_inside_a_mask_go_where_the_patch_goes(size: tuple[int, int], ste
     assert (found.points - expected).norm(dim=2).median() < 0.2
 
 
-def test_what_is_covered_or_leaves_the_frame_is_lost_for_good() -> None:
+def test_points_that_are_covered_or_leave_the_frame_stay_lost() -> None:
     found = track_points(moving_patch((4, 0), frames=6, side=24))
     seen = found.visible.int()
     assert (seen.diff(dim=1) <= 0).all() and seen[:, 0].all()
     x, y = found.points[:, 0].unbind(1)
-    # The patch starts at x = 10 and ends at x = 30: it covers the background between its right edge then (34) and later (54).
+    # The patch moves from x = 10 to x = 30, so it covers the background between its first right edge (34) and its last (54).
     covered = (x > 40) & (x < 52) & (y > 24) & (y < 40)
     assert covered.any() and seen[covered, -1].double().mean() < 0.1
     far = (y < 10) | (y > 54)
@@ -60,7 +60,7 @@ def test_what_is_covered_or_leaves_the_frame_is_lost_for_good() -> None:
     assert not gone.visible[leaves, -1].any() and gone.visible[~leaves & (gone.points[:, 0, 0] > 24), -1].all()
 
 
-def test_flow_is_what_the_renderer_knows(right: Clip) -> None:
+def test_estimated_flow_matches_the_renderer_s(right: Clip) -> None:
     fields = flow_fields(pixels(right))
     assert fields.forward.shape == (5, 256, 256, 2) and fields.cells_per_pixel == 4
     found = torch.nn.functional.avg_pool2d(fields.forward.permute(0, 3, 1, 2), 4).permute(0, 2, 3, 1) / 4
@@ -69,7 +69,7 @@ def test_flow_is_what_the_renderer_knows(right: Clip) -> None:
     assert (found - right.flow)[sure].norm(dim=1).median() < 0.3
 
 
-def test_masks_that_do_not_fit_are_refused() -> None:
+def test_masks_of_a_wrong_shape_are_refused() -> None:
     clip = moving_patch((1, 0))
     with pytest.raises(ValueError, match=r"a mask of shape \[1, 32, 32\] does not fit frames of 64x64"):
         track_points(clip, torch.ones(1, 32, 32))
@@ -95,14 +95,14 @@ def by_the_formula(a: list[list[list[float]]], b: list[list[list[float]]], e: fl
     return (there + back) / 2
 
 
-def test_fidelity_is_the_paper_s_formula_in_both_directions() -> None:
+def test_fidelity_averages_the_paper_s_formula_over_both_directions() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 6, 2, generator=draw, dtype=torch.float64) * 3 + 4 for n in (7, 5))
     expected = by_the_formula(a.tolist(), b.tolist(), 100 * STILL)
     assert motion_fidelity(tracks_of(a), tracks_of(b)) == pytest.approx(expected, abs=1e-12)
     assert motion_fidelity(tracks_of(b), tracks_of(a)) == pytest.approx(expected, abs=1e-12)
     assert motion_fidelity(tracks_of(a), tracks_of(a)) == 1.0
-    # Relative to the frame, the same clip at twice the size moves alike.
+    # Relative to the frame, the same clip at twice the size has the same motion.
     assert motion_fidelity(tracks_of(2 * a, side=200), tracks_of(b)) == pytest.approx(expected, abs=1e-12)
 
 
@@ -112,15 +112,15 @@ def test_fidelity_of_simple_movements() -> None:
     assert motion_fidelity(right, still) == motion_fidelity(still, right) == 0.0
     assert motion_fidelity(right, along((-5, 0))) == pytest.approx(-1, abs=0.02)
     assert motion_fidelity(right, along((0, 5))) == pytest.approx(0, abs=0.02)
-    # What does not move is not counted, or a still background alone would make any two clips alike.
+    # Points that do not move are not counted; otherwise a still background alone would make any two clips alike.
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), along((-5, 0), *[(0, 0)] * 50)) < -0.95
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), still) == 0.0
-    # Both directions count: one clip has a movement that the other lacks.
+    # Both directions count: here one clip has a movement that the other lacks.
     both = along((5, 0), (-5, 0))
     assert motion_fidelity(both, along((5, 0))) == pytest.approx((0 + 1) / 2, abs=0.02)
 
 
-def test_fidelity_compares_rhythm_and_takes_clips_of_other_lengths() -> None:
+def test_fidelity_compares_rhythm_and_accepts_clips_of_different_lengths() -> None:
     steady, halting = along((4, 0), frames=9), tracks_of(torch.tensor([[[8.0, 0]] * 4 + [[0, 0]] * 4]))
     assert 0.4 < motion_fidelity(steady, halting) < 0.6
     assert motion_fidelity(along((4, 0), frames=9), along((8, 0), frames=5)) == pytest.approx(1, abs=1e-6)
@@ -130,7 +130,7 @@ def test_fidelity_compares_rhythm_and_takes_clips_of_other_lengths() -> None:
         motion_fidelity(along((1, 0), frames=1), steady)
 
 
-def test_fidelity_looks_only_where_both_are_visible() -> None:
+def test_fidelity_uses_only_frames_where_both_tracks_are_visible() -> None:
     steps = torch.tensor([[[5.0, 0]] * 3 + [[-50.0, 0]] * 2])
     lost = torch.tensor([[True] * 4 + [False] * 2])
     assert motion_fidelity(tracks_of(steps, lost), along((5, 0), frames=6)) == pytest.approx(1, abs=1e-3)
@@ -140,7 +140,7 @@ def test_fidelity_looks_only_where_both_are_visible() -> None:
     assert resampled(tracks_of(steps, lost), 3).visible.tolist() == [[True, True, False]]
 
 
-def test_a_camera_s_own_movement_can_be_taken_off() -> None:
+def test_camera_movement_can_be_subtracted() -> None:
     ground = [(-6.0, 0.0)] * 8
     seen = along(*ground, (-1, 0))  # an object that moves right by 5, while the camera follows too fast
     fixed = along(*[(0.0, 0.0)] * 8, (5, 0))
@@ -149,7 +149,7 @@ def test_a_camera_s_own_movement_can_be_taken_off() -> None:
 
 
 def test_fidelity_of_true_clips(right: Clip) -> None:
-    """The same motion by another object in another place; the opposite direction; played backwards; a still of it."""
+    """Compares a clip with the same motion of another object elsewhere, the opposite motion, its reverse, and a still of it."""
     clip = pixels(right)
     again, left = (pixels(drawn(name, seed)) for name, seed in (("slide right", 3), ("slide left", 1)))
     one, two, other, back, still = (
@@ -161,7 +161,7 @@ def test_fidelity_of_true_clips(right: Clip) -> None:
     assert motion_fidelity(one, still) == 0.0
 
 
-def test_tracks_of_other_shapes_are_refused() -> None:
+def test_tracks_of_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected points \[N, F, 2\]"):
         Tracks(torch.zeros(3, 4, 2), torch.ones(3, 5, dtype=torch.bool), (8, 8))
     flat = follow(flow_fields(texture((32, 32), 0)[:, None]))

@@ -1,4 +1,4 @@
-"""Held-out motions are recognised by their paths, told apart from their look-alikes, and measured."""
+"""Held-out motions are recognised by their paths and told apart from their look-alikes, and errors are measured."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KNOWN = {name: KnownMotion(name, motion) for name, motion in motion_names().item
 
 
 def noisy(path: Array, seed: int, amount: float = 0.3) -> Array:
-    """A path as an estimator would give it: off by a fraction of a unit in every frame."""
+    """A path as an estimator would return it: off by a fraction of a unit in every frame."""
     rng = np.random.default_rng(seed)
     return path + amount * rng.normal(0, 1, path.shape) * list(UNITS.values())
 
 
 @pytest.mark.parametrize("name", list(KNOWN))
-def test_a_motion_is_recognised_wherever_it_begins_and_its_look_alikes_are_not(name: str) -> None:
+def test_a_motion_is_recognised_from_any_starting_point_and_its_look_alikes_are_not(name: str) -> None:
     known, rng = KNOWN[name], np.random.default_rng(0)
     for frames in (16, 12):
         for i, path in enumerate(sample_paths(rng, known.motion, 2, frames)):
@@ -39,7 +39,7 @@ def test_a_motion_is_recognised_wherever_it_begins_and_its_look_alikes_are_not(n
             assert not hit and found.name == other.name and found.margin > 0
 
 
-def test_what_a_motion_is_told_from() -> None:
+def test_the_candidates_that_a_motion_is_told_apart_from() -> None:
     for known in KNOWN.values():
         names = list(known.candidates(16))
         others = [m.motion.name for n, m in KNOWN.items() if m.split == known.split and n != known.name]
@@ -65,7 +65,7 @@ def test_the_error_of_a_path_is_in_pixels_and_degrees_after_the_best_shift() -> 
     assert path_error(truth[::3], truth, 64).position_px < 1e-6  # 6 of 16 frames, at the same times
 
 
-def test_clips_say_which_motion_they_show(tmp_path: Path) -> None:
+def test_clips_record_which_motion_they_show(tmp_path: Path) -> None:
     frames = write_motion("reporting-loop", tmp_path / "loop", 2, frames=2)
     found = known_motion(frames)
     assert found is not None and (found.name, found.split, found.motion.name) == ("reporting-loop", "reporting", "loop")
@@ -79,7 +79,7 @@ def test_clips_say_which_motion_they_show(tmp_path: Path) -> None:
 
 
 class Says:
-    """A reader that sees the same path in every clip."""
+    """A reader that reads the same path from every clip."""
 
     def __init__(self, path: Array) -> None:
         self.path, self.seen = path, []
@@ -89,7 +89,7 @@ class Says:
         return self.path
 
 
-def test_the_ceiling_is_the_share_of_true_clips_that_are_recognised() -> None:
+def test_the_ceiling_is_the_share_of_true_clips_recognised() -> None:
     known = KNOWN["development-zigzag"]
     right, wrong = Says(known.motion.path(3)), Says(still(3))
     assert recognition_ceiling(right, known, 3, clips=2, through=lambda pixels: pixels / 2) == 1
@@ -98,7 +98,7 @@ def test_the_ceiling_is_the_share_of_true_clips_that_are_recognised() -> None:
     assert torch.equal(right.seen[0], wrong.seen[0] / 2) and not torch.equal(wrong.seen[0], wrong.seen[1])
 
 
-def test_a_clip_is_scored_by_the_path_that_is_read_off_it() -> None:
+def test_a_clip_is_scored_by_the_path_read_from_it() -> None:
     known = KNOWN["development-zigzag"]
     clip = torch.rand(1, 3, 6, 32, 32, generator=torch.Generator().manual_seed(0))
     true = known.motion.path(6)

@@ -44,12 +44,14 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_every_kind_gives_its_frames_in_order(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_clip_returns_its_frames_in_order(tmp_path: Path, kind: str) -> None:
     clip = read_clip(MAKERS[kind](tmp_path), ALL)
     assert clip.frames.shape == (3, 8, 32, 48) and clip.frames.dtype == torch.float32
     assert numbers(clip.frames) == list(range(8)) and clip.picks == tuple(range(8))
     assert clip.masks is None and clip.valid is None
-    assert clip.fps == (None if kind == "folder" else pytest.approx(8, rel=0.05))  # a GIF counts in hundredths
+    assert clip.fps == (
+        None if kind == "folder" else pytest.approx(8, rel=0.05)
+    )  # a GIF stores times in hundredths of a second
 
 
 @pytest.mark.parametrize("kind", ["ffv1", "webp", "png"])
@@ -71,7 +73,7 @@ STAMPS = [0, 100, 150, 400, 450, 900, 1000, 1600]  # milliseconds
 
 @pytest.mark.parametrize("ending", ["mp4", "webm", "gif"])
 @pytest.mark.parametrize("fps", [5, 10, 24])
-def test_variable_frame_rates_are_sampled_by_their_times(tmp_path: Path, ending: str, fps: int) -> None:
+def test_variable_frame_rates_are_sampled_by_time(tmp_path: Path, ending: str, fps: int) -> None:
     path = tmp_path / f"a.{ending}"
     if ending == "gif":
         animation(path, greys(), [*np.diff(STAMPS).tolist(), 400])
@@ -84,7 +86,7 @@ def test_variable_frame_rates_are_sampled_by_their_times(tmp_path: Path, ending:
     assert clip.picks == tuple(on_screen) and numbers(clip.frames) == on_screen and clip.fps == fps
 
 
-def test_a_clock_of_milliseconds_repeats_and_drops_nothing(tmp_path: Path) -> None:
+def test_millisecond_timestamps_repeat_and_drop_no_frame(tmp_path: Path) -> None:
     """At 24 frames per second the second frame is shown at 41.67 ms, but WebM says 42."""
     path = video(tmp_path / "a.webm", greys(12, (16, 16)), "libvpx-vp9", fps=24, options={"deadline": "realtime"})
     assert read_clip(path, ClipWindow(fps=24, length=12)).picks == tuple(range(12))
@@ -92,12 +94,12 @@ def test_a_clock_of_milliseconds_repeats_and_drops_nothing(tmp_path: Path) -> No
     assert read_clip(path, ClipWindow(fps=48, length=24)).picks == tuple(i // 2 for i in range(24))
 
 
-def test_a_rate_that_is_said_rounded_is_the_rate_itself(tmp_path: Path) -> None:
+def test_a_rounded_rate_is_taken_as_the_exact_rate(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(12, (16, 16)), fps=Fraction(30000, 1001))
     assert read_clip(path, ClipWindow(fps=29.98, length=12)).picks == tuple(range(12))
 
 
-def test_very_short_delays_of_a_gif_are_those_of_browsers(tmp_path: Path) -> None:
+def test_very_short_gif_delays_are_replaced_as_in_browsers(tmp_path: Path) -> None:
     timing = open_frames(animation(tmp_path / "a.gif", greys(), 10)).timing
     assert timing is not None and [float(t) for t in timing.times[:3]] == pytest.approx([0, 0.1, 0.2])
 
@@ -114,8 +116,8 @@ def test_stride_start_and_windows(tmp_path: Path) -> None:
         assert len(list(read_windows(path, ClipWindow(length=11, windows=5)))) == 2
 
 
-def test_any_frame_is_found_without_those_before(tmp_path: Path) -> None:
-    """Seeking lands on key frames; this file has few, and some are reached late."""
+def test_any_frame_is_found_without_reading_all_before_it(tmp_path: Path) -> None:
+    """Seeking lands on key frames; this file has few, and some come late."""
     frames = greys(12, (16, 16))
     path = video(tmp_path / "a.mp4", frames, options={"g": "5", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"})
     source = open_frames(path)
@@ -145,7 +147,7 @@ def test_display_matrices_are_applied(tmp_path: Path, matrix: tuple[int, int, in
     np.testing.assert_allclose(levels(clip.frames)[1], shown, atol=6)
 
 
-def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
+def test_non_square_pixels_are_made_square(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("libx264", rate=8)
@@ -156,9 +158,9 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
     assert open_frames(path).size == (96, 32)
 
 
-def test_transparency_is_a_mask_on_a_neutral_ground(tmp_path: Path) -> None:
+def test_transparency_becomes_a_mask_on_a_neutral_background(tmp_path: Path) -> None:
     frames = np.concatenate([greys(4), np.full((4, 32, 48, 1), 255, np.uint8)], -1)
-    frames[1:, :, :24, 3] = 0  # the first frame is opaque, the others only on one half
+    frames[1:, :, :24, 3] = 0  # the first frame is opaque, the others only in one half
     vp9 = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0"}
     paths = [
         animation(tmp_path / "a.webp", frames, exact=True),
@@ -176,7 +178,7 @@ def test_transparency_is_a_mask_on_a_neutral_ground(tmp_path: Path) -> None:
         np.testing.assert_allclose(shown[2, :, 30:], 60, atol=4)
 
 
-def test_a_gif_of_changes_only_is_put_together(tmp_path: Path) -> None:
+def test_a_gif_that_stores_only_changes_is_composed(tmp_path: Path) -> None:
     frames = greys(1, (32, 32)).repeat(4, 0)
     for i in range(4):
         frames[i, 4:8, 4 + 6 * i : 8 + 6 * i] = (250, 10, 10)
@@ -209,11 +211,13 @@ def test_ten_bits_become_eight() -> None:
     assert shown(plain("yuv420p10le", (64 + 876 * 0.5, 512, 512))) == pytest.approx([127.5] * 3, abs=1)
 
 
-def test_matrix_and_range_are_those_stated() -> None:
+def test_the_stated_matrix_and_range_are_used() -> None:
     red_709, red_601 = (63, 102, 240), (81, 90, 240)
     assert shown(plain("yuv420p", red_709, colorspace=1)) == pytest.approx([255, 0, 0], abs=2)
     assert shown(plain("yuv420p10le", tuple(4 * c for c in red_709), colorspace=1)) == pytest.approx([255, 0, 0], abs=2)
-    assert shown(plain("yuv420p", red_601)) == pytest.approx([255, 0, 0], abs=2)  # small and unstated: BT.601
+    assert shown(plain("yuv420p", red_601)) == pytest.approx(
+        [255, 0, 0], abs=2
+    )  # a small frame without a stated matrix: BT.601
     assert shown(plain("yuv420p", (100, 128, 128), color_range=2)) == pytest.approx([100] * 3, abs=1)
 
 
@@ -221,8 +225,8 @@ def oetf(light: float) -> float:
     return 255 * (1.055 * light ** (1 / 2.4) - 0.055)
 
 
-def test_hdr_is_brought_to_what_srgb_shows() -> None:
-    """203 nits are diffuse white, in PQ (58.06 %) and in HLG (75 %), ITU-R BT.2408."""
+def test_hdr_is_converted_to_the_range_of_srgb() -> None:
+    """Diffuse white is 203 nits: 58.06 % of the signal in PQ and 75 % in HLG (ITU-R BT.2408)."""
     tags = {"colorspace": 9, "color_primaries": 9}
     white = oetf(0.75 + 0.25 * (1 - np.exp(-1)))
     pq, hlg = (64 + 876 * 0.5806, 512, 512), (64 + 876 * 0.75, 512, 512)
@@ -247,7 +251,7 @@ def test_wide_primaries_are_converted() -> None:
 # --- size -------------------------------------------------------------------------------------
 
 
-def test_cover_cuts_all_frames_alike_about_the_masks(tmp_path: Path) -> None:
+def test_cover_crops_all_frames_alike_around_the_masks(tmp_path: Path) -> None:
     frames = np.concatenate([greys(3, (96, 32)), np.zeros((3, 32, 96, 1), np.uint8)], -1)
     for i in range(3):
         frames[i, 8:24, 60 + 8 * i : 68 + 8 * i, 3] = 255  # columns 60 to 84: the crop is 56 to 88
@@ -258,7 +262,7 @@ def test_cover_cuts_all_frames_alike_about_the_masks(tmp_path: Path) -> None:
         assert (int(columns[0]), int(columns[-1]) + 1) == (4 + 8 * i, 12 + 8 * i)
 
 
-def test_cover_says_once_what_it_loses_and_contain_keeps_all(tmp_path: Path) -> None:
+def test_cover_warns_once_what_it_loses_and_contain_keeps_all(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(4, (96, 32)))
     with pytest.warns(UserWarning, match="the crop loses 67%") as said:
         read_clip(path, ClipWindow(length=4), size=16)

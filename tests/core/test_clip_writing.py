@@ -1,4 +1,4 @@
-"""Writing clips: what is read back, what the file says, and that nothing half-written is ever left."""
+"""Writing clips: what is read back, what the file records, and that no partial file is ever left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = ["clip.mp4", "clip.gif", "clip.webp", "frames"]
 
 
 def moving(frames: int = 6, size: tuple[int, int] = (64, 64)) -> Tensor:
-    """[3, F, H, W]: a shaded disc that crosses a smooth background; more than 256 colours."""
+    """[3, F, H, W]: a shaded disc that crosses a smooth background, with more than 256 colours."""
     height, width = size
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     ground = torch.stack([x * 0.5, y * 0.5, x * y])
@@ -44,23 +44,23 @@ def moving(frames: int = 6, size: tuple[int, int] = (64, 64)) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """In decibels, for values from -1 to 1."""
+    """The PSNR in decibels, for values from -1 to 1."""
     return -10 * math.log10(float(((a - b) ** 2).mean()) / 4 + 1e-12)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_clip_comes_back_with_its_rate_and_what_made_it(tmp_path: Path, name: str) -> None:
+def test_a_clip_comes_back_with_its_rate_and_metadata(tmp_path: Path, name: str) -> None:
     clip = moving()
     assert write_clip(tmp_path / name, clip, 8, ABOUT) == tmp_path / name
     back = read_clip(tmp_path / name, ClipWindow(length=6), size=64)
-    bound = {"clip.mp4": 38, "clip.gif": 34, "clip.webp": 44, "frames": 55}[name]  # 8 bits alone: 59
+    bound = {"clip.mp4": 38, "clip.gif": 34, "clip.webp": 44, "frames": 55}[name]  # rounding to 8 bits alone gives 59
     assert psnr(back.frames, clip) > bound
     assert back.fps == pytest.approx(8, rel=0.01)
     assert read_clip_metadata(tmp_path / name) == ABOUT
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_both_layouts_are_the_same_clip(tmp_path: Path) -> None:
+def test_both_tensor_layouts_give_the_same_clip(tmp_path: Path) -> None:
     clip = moving()
     write_clip(tmp_path / "a", clip, 8)
     write_clip(tmp_path / "b", clip.movedim(1, 0), 8)
@@ -79,13 +79,13 @@ def test_lossless_formats_are_exact(tmp_path: Path) -> None:
     assert (read_clip(tmp_path / "few.gif", ClipWindow(length=6)).frames - few).abs().max() < 1e-5
 
 
-def test_small_clips_are_enlarged_sharply_and_odd_ones_made_even(tmp_path: Path) -> None:
+def test_small_clips_are_enlarged_without_blur_and_odd_sizes_made_even(tmp_path: Path) -> None:
     checks = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
     write_clip(tmp_path / "a.mp4", checks.expand(3, 4, 64, 64), 8)
     large = read_clip(tmp_path / "a.mp4", ClipWindow(length=4)).frames
     assert large.shape == (3, 4, 256, 256)
     centres = large[:, :, 1::4, 1::4]
-    assert (centres - checks).abs().max() < 0.2  # every pixel keeps its own value
+    assert (centres - checks).abs().max() < 0.2  # every pixel keeps its value
     write_clip(tmp_path / "b.mp4", moving(4, (33, 35)), 8, enlarge=1)
     odd = read_clip(tmp_path / "b.mp4", ClipWindow(length=4)).frames
     assert odd.shape == (3, 4, 34, 36) and psnr(odd[..., :33, :35], moving(4, (33, 35))) > 28
@@ -96,10 +96,10 @@ def test_small_clips_are_enlarged_sharply_and_odd_ones_made_even(tmp_path: Path)
     )
 
 
-def test_mp4_is_what_every_player_takes(tmp_path: Path) -> None:
+def test_mp4_can_be_played_everywhere(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", moving(), 12.5, ABOUT)
     data = (tmp_path / "a.mp4").read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat")  # plays while it loads
+    assert data.index(b"moov") < data.index(b"mdat")  # it plays while loading
     with av.open(str(tmp_path / "a.mp4")) as file:
         stream = file.streams.video[0]
         context = stream.codec_context
@@ -109,7 +109,7 @@ def test_mp4_is_what_every_player_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.webp"])
-def test_animations_are_endless_and_keep_their_length(tmp_path: Path, name: str) -> None:
+def test_animations_loop_forever_and_keep_their_length(tmp_path: Path, name: str) -> None:
     write_clip(tmp_path / name, moving(12), 12, enlarge=1)  # 83.3 ms, which a GIF cannot store
     with Image.open(tmp_path / name) as image:
         assert image.info["loop"] == 0
@@ -123,7 +123,7 @@ def test_animations_are_endless_and_keep_their_length(tmp_path: Path, name: str)
 
 
 def test_a_gif_does_not_flicker(tmp_path: Path) -> None:
-    """What is still in the clip is still in the GIF, to the bit, and smooth colours stay unbiased."""
+    """Pixels that do not change in the clip do not change in the GIF either, and smooth colours stay unbiased."""
     clip = moving(6)
     clip[:, :, :12] = clip[:, :1, :12]
     write_clip(tmp_path / "a.gif", clip, 8, enlarge=1)
@@ -134,13 +134,13 @@ def test_a_gif_does_not_flicker(tmp_path: Path) -> None:
 
 
 def test_a_frozen_clip_keeps_its_length(tmp_path: Path) -> None:
-    """Equal frames become one that is shown longer."""
+    """Equal frames become one frame that is shown longer."""
     for name in ("a.gif", "a.webp"):
         write_clip(tmp_path / name, moving(1).expand(-1, 8, -1, -1), 8)
         assert read_clip(tmp_path / name, ClipWindow(fps=8, length=8)).frames.shape[1] == 8
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_clips_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     for path, clip, fps, words in [
         ("a.avi", moving(), 8, r"a\.avi: use one of \.mp4, \.gif, \.webp"),
         ("a.mp4", moving()[0], 8, r"must have the shape \[3, F, H, W\]; this one has \[6, 64, 64\]"),
@@ -154,7 +154,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_pcs_did_not_write_is_kept(tmp_path: Path) -> None:
+def test_a_folder_that_pcs_did_not_write_is_not_replaced(tmp_path: Path) -> None:
     write_clip(tmp_path / "ours", moving(4), 8)
     write_clip(tmp_path / "ours", moving(2), 8)
     assert len(list((tmp_path / "ours").glob("*.png"))) == 2
@@ -164,7 +164,7 @@ def test_a_folder_that_pcs_did_not_write_is_kept(tmp_path: Path) -> None:
     assert len(list(theirs.iterdir())) == 3
 
 
-def test_the_metadata_of_others(tmp_path: Path) -> None:
+def test_metadata_of_files_that_pcs_did_not_write(tmp_path: Path) -> None:
     assert read_clip_metadata(video(tmp_path / "a.mp4", greys(2))) == {}
     write_picture(moving()[:, 0], tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png is not a kind of clip that pcs writes"):
@@ -173,12 +173,12 @@ def test_the_metadata_of_others(tmp_path: Path) -> None:
         read_clip_metadata(tmp_path / "b.mp4")
 
 
-# --- whole or not at all ----------------------------------------------------------------------
+# --- complete or not at all ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 16 KB: writing more fails, as on a full disk."""
+    """Limits files to 16 KB: writing more fails, as on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, before[1]))
     yield
@@ -188,7 +188,7 @@ def full_disk() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, name: str) -> None:
     noise = torch.rand(3, 8, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     if "." in name:
         (tmp_path / name).write_bytes(b"what was there")
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, name: str) -> None:
     assert "." not in name or (tmp_path / name).read_bytes() == b"what was there"
 
 
-def test_a_killed_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_killed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"what was there")
     code = """
@@ -209,15 +209,15 @@ write_clip(sys.argv[1], torch.rand(3, 150, 128, 128) * 2 - 1, 8, enlarge=1)
     child = subprocess.Popen([sys.executable, "-c", code, str(path)])
     try:
         while not any(is_temporary(p.name) and p.stat().st_size > 0 for p in tmp_path.iterdir()):
-            assert child.poll() is None, "it ended before it could be killed"
+            assert child.poll() is None, "the process ended before it could be killed"
             time.sleep(0.005)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert path.read_bytes() == b"what was there"
     (left,) = (p.name for p in tmp_path.iterdir() if p != path)
-    assert is_temporary(left) and not left.endswith(".mp4")  # nothing that looks like a clip is cut short
-    write_clip(path, moving(2), 8)  # removes what the dead process left
+    assert is_temporary(left) and not left.endswith(".mp4")  # no truncated file looks like a clip
+    write_clip(path, moving(2), 8)  # removes what the killed process left
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 

@@ -31,7 +31,7 @@ def output(backbone: Any, prompt: str = "a photo of a mug") -> torch.Tensor:
 
 
 def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", seed: int = 0, **settings: Any) -> None:
-    """An adapter with an effect, as if it had been trained."""
+    """Adds an adapter that has an effect, as if it had been trained."""
     group = Lora(**{"roles": ROLES, "rank": 4, "alpha": 2.0, "dropout": 0.3, **settings}).inject(
         backbone, name, slot, 0
     )
@@ -59,7 +59,7 @@ def expanded(backbone: Any, name: str = "my-mug") -> str:
 
 
 def traces(backbone: Any) -> tuple[Any, ...]:
-    """Everything that must be as before once a concept is removed."""
+    """Everything that must be the same as before after a concept is removed."""
     networks = [(repr(m), sorted(m.state_dict()), hasattr(m, "peft_config")) for m in backbone.components.values()]
     return (
         networks,
@@ -92,7 +92,7 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(family: str, request: A
     assert traces(fresh) == before
 
 
-def test_everything_in_the_description_survives(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_everything_in_the_description_survives_saving(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     learned(backbone)
     picture = tmp_path / "IMG 1.jpg"
@@ -141,7 +141,7 @@ def test_strength_goes_from_the_base_to_the_concept(new_sd: Callable[..., Any]) 
     assert 0 < (outs[0.5] - base).norm() < (full - base).norm()
 
 
-def test_plain_words_are_a_concept_too(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_rare_token_is_saved_and_loaded(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     RareToken().attach(backbone, "my-mug", "mug")
     learn(backbone)
@@ -153,7 +153,7 @@ def test_plain_words_are_a_concept_too(new_sd: Callable[..., Any], tmp_path: Pat
     assert torch.equal(output(fresh, expanded(fresh)), output(backbone, expanded(backbone)))
 
 
-def test_dora_conv_and_several_slots_come_back(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_dora_convolutions_and_several_slots_come_back(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     RareToken().attach(backbone, "lora_x", "mug")
     learn(backbone, "lora_x", "lora_A", roles=("self_attention", "conv"), rank=3)
@@ -165,7 +165,7 @@ def test_dora_conv_and_several_slots_come_back(new_sd: Callable[..., Any], tmp_p
     assert torch.equal(output(fresh), output(backbone))
 
 
-def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_changed_weights_follow_the_strength_and_leave_no_trace(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     before = traces(backbone)
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
@@ -191,7 +191,7 @@ def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[...
     assert traces(backbone) == before
 
 
-def test_two_adapters_of_one_kind_stay_two(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_adapters_of_one_kind_stay_separate(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     learn(backbone, slot="wide", rank=2, roles=("self_attention",), seed=1)
     learn(backbone, slot="deep", rank=5, roles=("attention", "text_encoder"), seed=2)
@@ -234,7 +234,7 @@ def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> 
     for concept in both:
         attach(concept, fresh, 0.7)
     with fresh.active({"cup": 1.0, "pot": 1.0}):
-        assert torch.equal(output(fresh), expected)  # once, not twice
+        assert torch.equal(output(fresh), expected)  # the shared adapter acts once, not twice
     with fresh.active({"pot": 1.0}):
         assert torch.equal(output(fresh), expected)
     with fresh.active({}):
@@ -251,7 +251,7 @@ def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> 
     assert traces(fresh) == before
 
 
-def test_removing_one_leaves_the_others_as_they_were(new_sd: Callable[..., Any]) -> None:
+def test_removing_one_concept_leaves_the_others_unchanged(new_sd: Callable[..., Any]) -> None:
     a, b = learned(new_sd(), "cup", seed=1), learned(new_sd(), "pot", seed=2)
     backbone, alone = new_sd(), new_sd()
     attach(a, backbone, 0.0)
@@ -298,7 +298,7 @@ def test_another_family_or_shape_is_refused_with_the_reason(
         assert traces(other) == before
 
 
-def test_words_of_another_width_are_the_reason(new_sd: Callable[..., Any]) -> None:
+def test_word_embeddings_of_another_width_are_refused_with_the_reason(new_sd: Callable[..., Any]) -> None:
     concept, wide = learned(new_sd(), roles=("cross_attention",)), new_sd()
     table = wide.components["text_encoder"].get_input_embeddings()
     table.weight = torch.nn.Parameter(torch.zeros(len(table.weight), 24))
@@ -308,7 +308,7 @@ def test_words_of_another_width_are_the_reason(new_sd: Callable[..., Any]) -> No
         attach(concept, wide)
 
 
-def test_another_checkpoint_warns_and_works(new_sd: Callable[..., Any]) -> None:
+def test_another_checkpoint_works_with_a_warning(new_sd: Callable[..., Any]) -> None:
     concept, other = learned(new_sd()), new_sd(seed=1)
     with pytest.warns(UserWarning, match="a checkpoint with different weights"):
         attach(concept, other)
@@ -362,7 +362,7 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
     ],
 )
-def test_a_concept_that_fits_in_part_is_refused_and_leaves_nothing(
+def test_a_concept_that_fits_only_in_part_is_refused_and_leaves_nothing(
     new_sd: Callable[..., Any], change: Callable[[Concept], Concept], message: str
 ) -> None:
     concept, backbone = change(learned(new_sd())), new_sd()
@@ -389,7 +389,7 @@ def test_modules_that_match_nothing_are_refused(new_sd: Callable[..., Any]) -> N
     assert traces(backbone) == before
 
 
-def test_nothing_attached_is_nothing_to_save(new_sd: Callable[..., Any]) -> None:
+def test_without_a_concept_there_is_nothing_to_save(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     with pytest.raises(ValueError, match="nothing is attached under 'x'"):
         capture(backbone, "x")

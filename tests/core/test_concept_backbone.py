@@ -1,4 +1,4 @@
-"""Finding the model of a concept again, and what `pcs concept show` prints about its training."""
+"""Finding a concept's model again, and what `pcs concept show` prints about its training."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
     recipe = {"method": "x", "backbone": "./sd"}
     concept = read(save(learned(load_backbone("./sd"), recipe=recipe), tmp_path / "x.concept").path or "")
     assert concept.meta.backbone.name == concept.meta.recipe["backbone"] == "sd"
-    assert str(tmp_path) not in (tmp_path / "x.concept" / "concept.json").read_text(), "it is made to be given away"
+    assert str(tmp_path) not in (tmp_path / "x.concept" / "concept.json").read_text(), "concepts are meant to be shared"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_backbone_of(concept).checkpoint == concept.meta.backbone.checkpoint
 
 
-def test_a_model_that_has_moved_is_asked_for_once(
+def test_the_place_of_a_moved_model_is_needed_only_once(
     tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: Path
 ) -> None:
     tiny_sd.save_pretrained(tmp_path / "sd")
@@ -57,10 +57,10 @@ def test_a_model_that_has_moved_is_asked_for_once(
     assert run(build(), arguments) == 2 and not (tmp_path / "out").exists()
     assert "the concept 'x' was learned on" in capsys.readouterr().err
     assert load_backbone_of(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
-    assert run(build(), arguments) == 0, "where it is now was said once"
+    assert run(build(), arguments) == 0, "its new place is remembered"
 
 
-def test_an_index_that_is_damaged_or_cannot_be_written_is_no_error(
+def test_a_damaged_or_unwritable_index_is_no_error(
     tiny_sd: Any, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_sd.save_pretrained(tmp_path / "sd")
@@ -77,10 +77,10 @@ def test_an_index_that_is_damaged_or_cannot_be_written_is_no_error(
         load_backbone_of(concept)
 
 
-def test_what_a_concept_names_is_never_downloaded(
+def test_a_model_that_a_concept_names_is_never_downloaded(
     new_sd: Callable[..., Any], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's client is replaced by one that fails the test: no concept may reach it, wherever it comes from."""
+    """The hub's client is replaced by one that fails the test: no concept may cause a download, wherever it comes from."""
     import huggingface_hub
 
     for call in ("hf_hub_download", "snapshot_download"):
@@ -94,14 +94,14 @@ def test_what_a_concept_names_is_never_downloaded(
             load_backbone_of(concept)
 
 
-def test_a_folder_in_half_precision_only_loads(tiny_sd: Any, tmp_path: Path) -> None:
+def test_a_folder_with_only_half_precision_files_loads(tiny_sd: Any, tmp_path: Path) -> None:
     tiny_sd.save_pretrained(tmp_path / "both")
     tiny_sd.save_pretrained(tmp_path / "half", variant="fp16")
     assert not list((tmp_path / "half" / "unet").glob("diffusion_pytorch_model.safetensors"))
     half, whole = load_backbone(tmp_path / "half"), load_backbone(tmp_path / "both")
     assert half.checkpoint == whole.checkpoint and half.dtype == torch.float32
     shutil.copytree(tmp_path / "both" / "vae", tmp_path / "half" / "vae", dirs_exist_ok=True)
-    assert load_backbone(tmp_path / "half").checkpoint == whole.checkpoint, "where one network has both"
+    assert load_backbone(tmp_path / "half").checkpoint == whole.checkpoint, "one network has both precisions"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_folder_in_half_precision_only_loads(tiny_sd: Any, tmp_path: Path) -> 
     ],
     ids=["phases", "plain", "a phase without its own", "nothing said"],
 )
-def test_steps_are_told_by_phase(new_sd: Callable[..., Any], recipe: Any, steps: str) -> None:
+def test_steps_are_shown_by_phase(new_sd: Callable[..., Any], recipe: Any, steps: str) -> None:
     plain = recipe if isinstance(recipe, dict) else dump(recipe)
     shown_lines = lines(learned(new_sd(), recipe=plain))
     assert next(line for line in shown_lines if line.startswith("recipe")).removeprefix("recipe").strip() == steps

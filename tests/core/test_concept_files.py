@@ -1,4 +1,4 @@
-"""Concept folders: written whole or not at all, and read without executing anything, however hostile."""
+"""Concept folders: written completely or not at all, and read without executing anything, however hostile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def learned(backbone: Any, name: str = "my-mug") -> Concept:
 
 
 class _Bomb:
-    """A pickle that leaves a trace when it is loaded."""
+    """An object whose pickle leaves a trace when it is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -62,7 +62,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """What somebody would do who tampers with a concept on purpose."""
+    """Updates the recorded hashes, as somebody who tampers with a concept on purpose would."""
     edit(folder, files={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")})
 
 
@@ -124,7 +124,7 @@ def test_damaged_tensors_are_refused(
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "model.ckpt", "x.pt", "sub/old.pkl", "setup.py", "recipe.yaml"])
-def test_files_that_can_carry_code_are_refused_unopened(saved: Path, tmp_path: Path, name: str) -> None:
+def test_files_that_can_contain_code_are_refused_unopened(saved: Path, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "executed"
     file = saved / name
     file.parent.mkdir(exist_ok=True)
@@ -142,7 +142,7 @@ def test_other_files_are_left_alone(saved: Path) -> None:
     assert read(saved).name == "my-mug"
 
 
-def test_links_that_lead_out_are_not_followed(saved: Path, tmp_path: Path) -> None:
+def test_links_that_lead_out_of_the_folder_are_not_followed(saved: Path, tmp_path: Path) -> None:
     outside = tmp_path / "adapter.safetensors"
     shutil.move(saved / "adapter.safetensors", outside)
     (saved / "adapter.safetensors").symlink_to(outside)
@@ -203,7 +203,7 @@ def test_a_broken_description_is_refused(saved: Path, text: str) -> None:
         read(saved)
 
 
-def test_what_is_no_concept_is_said(tmp_path: Path, saved: Path) -> None:
+def test_the_error_says_when_something_is_not_a_concept(tmp_path: Path, saved: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "nowhere")
@@ -216,7 +216,7 @@ def test_what_is_no_concept_is_said(tmp_path: Path, saved: Path) -> None:
         read(saved)
 
 
-def test_a_preview_that_is_no_picture_is_refused(sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_preview_that_is_not_a_picture_is_refused(sd: Callable[..., Any], tmp_path: Path) -> None:
     from PIL import Image
 
     concept = learned(sd())
@@ -230,7 +230,7 @@ def test_a_preview_that_is_no_picture_is_refused(sd: Callable[..., Any], tmp_pat
 # --- writing
 
 
-def test_an_existing_folder_is_kept_unless_asked(sd: Callable[..., Any], saved: Path) -> None:
+def test_an_existing_folder_is_kept_unless_overwriting_is_requested(sd: Callable[..., Any], saved: Path) -> None:
     other = learned(sd(), "pot")
     with pytest.raises(ValueError, match="already exists"):
         save(other, saved)

@@ -23,7 +23,7 @@ CLIP = (1, 4, 3, 8, 8)  # [B, C, F, h, w]
 
 
 class ClipBackbone(StableDiffusionBackbone):
-    """A `UNetMotionModel` in place of the plain U-Net: clips [B, C, F, h, w] with the same concepts."""
+    """A `UNetMotionModel` in place of the plain U-Net: predicts clips [B, C, F, h, w] with the same concepts."""
 
     family = "tiny_clips"
     reads = frozenset({"tiny_clips", "stable_diffusion"})
@@ -53,7 +53,7 @@ def clip(backbone: Any, prompt: str = "a photo of a mug") -> Tensor:
 
 @pytest.fixture(scope="module")
 def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Concept:
-    """A learned token and a LoRA, trained for two steps each on the plain U-Net, saved and read."""
+    """A learned token and a LoRA, trained for two steps each on the plain U-Net, saved and read back."""
     root, backbone = tmp_path_factory.mktemp("run"), StableDiffusionBackbone(make_tiny_sd(), "tiny")
     rates = ("trainable.tokens.lr=0.5", "phases.tune.trainable.lora.lr=0.05")
     recipe = small("pivotal_tuning", "phases.pivot.train.steps=2", "phases.tune.train.steps=2", *rates)
@@ -63,7 +63,7 @@ def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     return read(save(concept, root / "mug.concept").path or root)
 
 
-def test_a_motion_unet_takes_what_its_plain_unet_learned(
+def test_a_motion_unet_accepts_what_its_plain_unet_learned(
     concept: Concept, make_tiny_sd: Callable[..., Any], recwarn: pytest.WarningsRecorder
 ) -> None:
     backbone = clips(make_tiny_sd())
@@ -71,15 +71,17 @@ def test_a_motion_unet_takes_what_its_plain_unet_learned(
     assert len(concept.meta.layers["unet"]) == len(concept.of("adapter")) // 2 > 20
     assert fits(concept, backbone) is None
     attach(concept, backbone)
-    assert not [w for w in recwarn if "checkpoint" in str(w.message)], "the layers are those that it was learned on"
+    assert not [w for w in recwarn if "checkpoint" in str(w.message)], "the layers are the ones it was learned on"
     words = backbone.placeholders["mug"].words
     adapted, named = clip(backbone), clip(backbone, f"a photo of a {words}")
-    assert not torch.allclose(adapted, base, atol=1e-4), "the LoRA acts"
+    assert not torch.allclose(adapted, base, atol=1e-4), "the LoRA has an effect"
     with backbone.active({}):
         assert torch.equal(clip(backbone), base)
         learned = clip(backbone, f"a photo of a {words}")
     with backbone.active({"mug": 0.0}):
-        assert not torch.allclose(clip(backbone, f"a photo of a {words}"), learned, atol=1e-5), "the token acts"
+        assert not torch.allclose(clip(backbone, f"a photo of a {words}"), learned, atol=1e-5), (
+            "the token has an effect"
+        )
     assert not torch.allclose(named, adapted, atol=1e-5)
     for path in concept.meta.layers["unet"]:  # the same change as in the plain U-Net, layer by layer
         layer = backbone.unet.get_submodule(path)
@@ -88,7 +90,7 @@ def test_a_motion_unet_takes_what_its_plain_unet_learned(
     assert torch.equal(clip(backbone), base)
 
 
-def test_the_same_change_in_both_models(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
+def test_the_concept_makes_the_same_change_in_both_models(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
     plain, motion = StableDiffusionBackbone(make_tiny_sd(), "tiny"), clips(make_tiny_sd())
     attach(concept, plain)
     attach(concept, motion)
@@ -99,12 +101,12 @@ def test_the_same_change_in_both_models(concept: Concept, make_tiny_sd: Callable
             assert torch.equal(a(x), b(x))
 
 
-def test_other_weights_under_the_same_layers_are_a_warning(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
+def test_other_weights_in_the_same_layers_are_a_warning(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
     with pytest.warns(UserWarning, match="a checkpoint with different weights"):
         attach(concept, clips(make_tiny_sd(1)))
 
 
-def test_one_missing_layer_is_the_reason(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
+def test_one_missing_layer_is_named_as_the_reason(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
     backbone = clips(make_tiny_sd())
     block = backbone.unet.mid_block.attentions[0].transformer_blocks[0]
     block.attn2.to_v = nn.Identity()
@@ -115,7 +117,9 @@ def test_one_missing_layer_is_the_reason(concept: Concept, make_tiny_sd: Callabl
     assert torch.equal(clip(backbone), before) and not backbone.adapters and not backbone.placeholders
 
 
-def test_a_family_reads_its_own_unless_it_says_more(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
+def test_a_family_reads_only_its_own_concepts_unless_it_declares_more(
+    concept: Concept, make_tiny_sd: Callable[..., Any]
+) -> None:
     class UnknownFamily(ClipBackbone):
         reads = frozenset({"tiny_clips"})
 
@@ -167,12 +171,14 @@ def test_a_package_adds_a_family(
         "def wrap(pipe, name):\n    return Mine(pipe, name)\n"
     )
     monkeypatch.syspath_prepend(str(package))
-    assert "StableDiffusionImg2ImgPipeline" in families() and "a_family" not in sys.modules, "imported when it is used"
+    assert "StableDiffusionImg2ImgPipeline" in families() and "a_family" not in sys.modules, (
+        "it must be imported only when it is used"
+    )
     assert load_backbone(tmp_path / "model").family == "mine"
     sys.modules.pop("a_family", None)
 
 
-def test_a_family_can_be_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_can_be_registered_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.backbones.load.FAMILIES", dict(FAMILIES))
     register_family("TextToVideoSDPipeline", lambda pipe, name: ClipBackbone(pipe, name))
     assert "TextToVideoSDPipeline" in families()

@@ -28,7 +28,7 @@ def learned(
     roles: tuple[str, ...] = ("cross_attention.kv",),
     vectors: int = 1,
 ) -> Concept:
-    """A word and changed weights, as if trained."""
+    """A concept with a word and changed weights, as if trained."""
     generator = torch.Generator().manual_seed(seed)
     modifier = LearnableToken(with_class_noun=True, vectors=vectors)
     placeholder = modifier.attach(backbone, name, noun)
@@ -84,8 +84,8 @@ def test_the_closed_form_is_the_constrained_least_squares_solution():
     assert torch.allclose((weight + change) @ targets.T, values.T, atol=1e-9)
 
 
-def test_several_changes_of_one_weight_add_up(sd, both):
-    """They may come from two parts of one recipe."""
+def test_several_changes_to_one_weight_add_up(sd, both):
+    """The changes may come from two parts of one recipe."""
     whole = both[0]
     (paths,) = whole.meta.weights.values()
     halves = {f"{slot}.{k}": v / 2 for slot in ("one", "two") for k, v in changes(whole).items()}
@@ -97,7 +97,7 @@ def test_several_changes_of_one_weight_add_up(sd, both):
 
 
 @pytest.mark.parametrize("method", ["closed_form", "sum"])
-def test_another_concept_that_is_loaded_is_not_merged_in(sd, both, method):
+def test_another_loaded_concept_is_not_merged_in(sd, both, method):
     alone = merge(both, sd, CAPTIONS, method)
     loaded = Lora(rank=2, roles=("text_encoder", "cross_attention.kv")).inject(sd, "other", "lora", seed=0)
     weights = Weights(roles=("text_encoder", "cross_attention.kv")).inject(sd, "other", "weights", seed=0)
@@ -109,7 +109,7 @@ def test_another_concept_that_is_loaded_is_not_merged_in(sd, both, method):
         assert all(torch.equal(v, two.of("weights")[k]) for k, v in one.of("weights").items())
 
 
-def test_each_concept_s_words_mean_what_they_meant_to_it_at_the_least_cost_to_other_text(sd, both):
+def test_each_concept_s_words_keep_their_meaning_with_the_least_change_to_other_text(sd, both):
     merged = merge(both, sd, CAPTIONS)
     assert [c.name for c in merged] == ["rex", "cup"] and not sd.adapters and not sd.placeholders
     word_features = [words(sd, c) for c in both]
@@ -132,9 +132,9 @@ def test_each_concept_s_words_mean_what_they_meant_to_it_at_the_least_cost_to_ot
         assert (regular @ delta.T).square().sum() <= least * (1 + 1e-5) + 1e-12
 
 
-def test_merged_concepts_are_loaded_once_and_say_what_they_came_from(sd, both, tmp_path):
+def test_merged_concepts_are_loaded_once_and_record_their_sources(sd, both, tmp_path):
     merged = merge(both, sd, CAPTIONS)
-    assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, "also before they are saved"
+    assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, "also before saving"
     for concept in merged:
         save(concept, tmp_path / f"{concept.name}.concept")
     again = [read(tmp_path / f"{c.name}.concept") for c in both]
@@ -152,13 +152,13 @@ def test_merged_concepts_are_loaded_once_and_say_what_they_came_from(sd, both, t
     assert torch.equal(weight, start)
 
 
-def test_the_sum_adds_the_changes_up(sd, both):
+def test_the_method_sum_adds_up_the_changes(sd, both):
     summed = changes(merge(both, sd, [], "sum")[0])
     a, b = (changes(c) for c in both)
     assert all(torch.allclose(v, a[k] + b[k], atol=1e-6) for k, v in summed.items())
 
 
-def test_what_cannot_be_merged_is_refused_with_the_reason(sd, flux, both):
+def test_concepts_that_cannot_be_merged_are_refused_with_the_reason(sd, flux, both):
     rex, cup = both
     lora = Lora(rank=2).inject(sd, "lora", "lora", 0) and capture(sd, "lora")
     sd.remove("lora")

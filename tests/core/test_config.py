@@ -22,7 +22,7 @@ from shared.recipe import overrides
 
 
 def parse_overrides(items):
-    """For a model without fields, where every value is YAML."""
+    """Parses overrides for a model without fields, so every value is YAML."""
     return overrides.parse_overrides(items, BaseModel)
 
 
@@ -55,11 +55,11 @@ def build(data: dict) -> Settings:
 # --- merge -----------------------------------------------------------------------------------
 
 
-def test_merge_goes_into_mappings_and_replaces_everything_else():
+def test_merging_recurses_into_mappings_and_replaces_everything_else():
     base = {"a": {"x": 1, "y": [1, 2]}, "b": 2}
     over = {"a": {"y": [3]}, "c": {"d": {"e": 1}}}
     assert merge(base, over) == {"a": {"x": 1, "y": [3]}, "b": 2, "c": {"d": {"e": 1}}}
-    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 2}, "the layers themselves stay what they were"
+    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 2}, "the layers themselves do not change"
 
 
 def test_a_changed_kind_drops_its_stale_siblings():
@@ -70,13 +70,13 @@ def test_a_changed_kind_drops_its_stale_siblings():
     }
 
 
-def test_a_kind_that_was_left_to_the_name_counts_as_that_kind():
+def test_a_kind_implied_by_the_key_counts_as_that_kind():
     base = {"parts": {"wide": {"rank": 4}}}
     assert merge(base, {"parts": {"wide": {"kind": "wide"}}}) == {"parts": {"wide": {"kind": "wide", "rank": 4}}}
     assert merge(base, {"parts": {"wide": {"kind": "deep"}}}) == {"parts": {"wide": {"kind": "deep"}}}
 
 
-def test_in_a_slot_of_one_part_the_kind_that_was_left_out_is_its_default():
+def test_in_a_slot_for_one_part_an_omitted_kind_is_the_default():
     class Single(Part):
         slot: Annotated[Annotated[Wide | Deep, Field(discriminator="kind")], default_kind("wide")] = Wide()
         deep: Deep = Deep()
@@ -97,7 +97,7 @@ def test_kind_defaults_to_the_key():
     assert made.parts == {"deep": Deep(), "second": Wide(rank=2)}
 
 
-def test_null_takes_a_part_out():
+def test_null_removes_a_part():
     assert build(merge({"parts": {"deep": {}, "wide": {}}}, {"parts": {"deep": None}})).parts == {"wide": Wide()}
 
 
@@ -129,17 +129,17 @@ def test_null_takes_a_part_out():
         ("v1e4", "v1e4"),
     ],
 )
-def test_values_are_read_as_everybody_means_them(text, value):
+def test_values_are_read_as_users_mean_them(text, value):
     parsed = parse_overrides([f"a.b={text}"])["a"]["b"]
     assert parsed == value and type(parsed) is type(value)
 
 
-def test_overrides_gather_under_their_keys_and_the_last_one_wins():
+def test_overrides_are_nested_by_key_and_the_last_one_wins():
     assert parse_overrides(["a.b=1", "a.c.d=2", "x=3", "a.b=4"]) == {"a": {"b": 4, "c": {"d": 2}}, "x": 3}
     assert parse_overrides([]) == {}
 
 
-def test_overrides_are_one_layer_their_order_does_not_matter():
+def test_overrides_are_one_layer_whose_order_does_not_matter():
     overrides = ["parts.x.rank=3", "parts.x.kind=wide", "one.rank=2", "one.kind=wide"]
     both = {"parts": {"x": {"kind": "wide", "rank": 3}}, "one": {"kind": "wide", "rank": 2}}
     assert parse_overrides(overrides) == both == parse_overrides(overrides[::-1])
@@ -148,7 +148,7 @@ def test_overrides_are_one_layer_their_order_does_not_matter():
 
 
 @pytest.mark.parametrize("item", ["train.steps", "=5", " =5", "--steps"])
-def test_what_is_no_setting_is_said_so(item):
+def test_an_argument_that_is_not_a_setting_is_an_error(item):
     with pytest.raises(ValueError, match=r"is not a setting.*train\.steps=500"):
         parse_overrides([item])
 
@@ -159,7 +159,7 @@ def test_an_empty_name_in_a_key_is_an_error(item):
         parse_overrides([item])
 
 
-def test_a_value_that_is_no_yaml_names_the_setting():
+def test_the_error_for_a_value_that_is_not_yaml_names_the_setting():
     with pytest.raises(ValueError, match=r"roles=\[a"):
         parse_overrides(["roles=[a"])
 
@@ -207,13 +207,13 @@ def test_a_file_holds_one_mapping(tmp_path):
         ("[" * 3000 + "]" * 3000, "not readable YAML"),
     ],
 )
-def test_a_broken_file_says_where(tmp_path, text, message):
+def test_the_error_for_a_broken_file_says_where(tmp_path, text, message):
     with pytest.raises(ValueError, match=r"a\.yaml") as error:
         read_yaml(write(tmp_path, text))
     assert message in str(error.value)
 
 
-def test_a_bomb_of_aliases_costs_nothing(tmp_path):
+def test_an_alias_bomb_is_refused_quickly(tmp_path):
     lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
     with pytest.raises(ValueError, match="line 2"):
         read_yaml(write(tmp_path, "\n".join(lines)))
@@ -253,7 +253,7 @@ def test_messages_name_key_place_value_and_the_nearest_choice(data, message):
     assert "pydantic" not in text and "https://errors" not in text
 
 
-def test_all_problems_are_told_at_once_each_on_its_line():
+def test_all_problems_are_reported_together_each_on_its_own_line():
     with pytest.raises(ValueError) as error:
         build({"group": {"step": 1}, "parts": {"wide": {"rank": 0}, "x": {"kind": "y"}}})
     lines = str(error.value).splitlines()

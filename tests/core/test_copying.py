@@ -29,7 +29,7 @@ def test_exact_noisy_shifted_and_mirrored_copies_are_found() -> None:
     assert copying.aligned_similarity(zoomed, references)[0, 1] > 0.97
 
 
-def test_new_pictures_are_no_copies_and_the_nearest_is_named() -> None:
+def test_new_pictures_are_not_copies_and_the_nearest_is_named() -> None:
     references = smooth_pictures(4)
     fresh = smooth_pictures(30, seed=7)
     assert not any(_copied(fresh, references))
@@ -39,7 +39,7 @@ def test_new_pictures_are_no_copies_and_the_nearest_is_named() -> None:
     torch.testing.assert_close(copies.pixel, torch.ones(4, dtype=torch.float64))
 
 
-def test_alike_references_raise_the_limit() -> None:
+def test_similar_references_raise_the_limit() -> None:
     base = smooth_pictures(1)
     alike = torch.cat([base, (base + 0.5 * smooth_pictures(1, seed=3)).clamp(-1, 1)])
     strict, loose = (copying.calibrate(r, embed(r)) for r in (alike, smooth_pictures(4)))

@@ -41,20 +41,20 @@ class Painter:
         yield demo.Exhibit("Title", file, "<b> & text", [("identity", "0.91")], {"the report": file})
 
 
-def test_parts_share_a_thing_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_share_one_subject_and_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".png"), "video": Painter(".webp")})
     asked = replace(ASKED, out=tmp_path / "demo")
     lines = list(demo.run(asked, [], False, BARS))
     assert [line for line in lines if line.startswith("made")] == ["made .png", "made .webp"]
     page = (asked.out / "index.html").read_text("utf-8")
-    assert page.count("data:image/png") == 6 and page.count("data:image/webp") == 1  # five references, and a picture
+    assert page.count("data:image/png") == 6 and page.count("data:image/webp") == 1  # five references and one picture
     assert "&lt;b&gt; &amp; text" in page and 'href="made.webp"' in page and "0.91" in page
     assert asked.concept.name == "my-robot.concept"
     with pytest.raises(ValueError, match="exists"):
         next(demo.run(asked, [], False, BARS))
 
 
-def test_what_is_unknown_is_refused_before_anything_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_are_refused_before_anything_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "demo"
     asked = replace(ASKED, out=kept)
     monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".png"), "video": Painter(".webp", "none")})
@@ -77,7 +77,7 @@ def test_the_installed_packages_offer_their_parts() -> None:
             part.check(replace(ASKED, recipe="nonesuch", motion_recipe="nonesuch", asset_recipe="nonesuch"))
 
 
-def test_the_overview_has_a_row_of_each_part_that_gives_pictures(
+def test_the_overview_has_a_row_for_each_part_that_returns_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Shown(Painter):
@@ -93,5 +93,5 @@ def test_the_overview_has_a_row_of_each_part_that_gives_pictures(
         with Image.open(tmp_path / "demo" / "overview.png") as sheet:
             sizes.append(sheet.size)
             pixels = np.asarray(sheet.convert("RGB"))
-    assert sizes[1][0] == sizes[0][0] and sizes[1][1] > sizes[0][1] + 128  # five pictures in a row, a row more
+    assert sizes[1][0] == sizes[0][0] and sizes[1][1] > sizes[0][1] + 128  # five pictures in a row, and one more row
     assert (pixels[-100:-20, -600:-20] == 0).mean() > 0.9  # the pictures, with gaps between them

@@ -52,7 +52,7 @@ def one_step(backbone: Any) -> tuple[Conditioning, Tensor]:
     return text, loss
 
 
-def test_a_training_step_mixes_no_devices(new):
+def test_a_training_step_does_not_mix_devices(new):
     """`meta` tensors have no values, so the position of a learned word is unknown: this trains a LoRA instead, in the
     text encoder and the denoiser."""
     backbone = new()
@@ -82,13 +82,13 @@ def marked(function: Any) -> Any:
 
 @marked
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_step_of_training_on_a_gpu(on_gpu, photos, tmp_path, precision):
+def test_a_training_step_on_a_gpu(on_gpu, photos, tmp_path, precision):
     learned = finish(session(on_gpu(), small("pivotal_tuning", f"train.mixed_precision={precision}"), photos, tmp_path))
     assert learned and all(t.isfinite().all() for t in learned.values())
 
 
 @marked
-def test_a_picture_of_a_gpu_is_that_of_the_cpu(new, on_gpu):
+def test_a_picture_from_a_gpu_matches_the_one_from_the_cpu(new, on_gpu):
     seen = sample(on_gpu(), ["a mug"], seeds=[0], settings=SETTINGS).cpu()
     assert torch.allclose(seen, sample(new(), ["a mug"], seeds=[0], settings=SETTINGS), atol=2e-2)
 
@@ -108,8 +108,8 @@ def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu,
 
 
 @marked
-def test_networks_that_take_turns_on_a_gpu_paint_and_learn_the_same(new, on_gpu, photos, tmp_path):
-    """Within the memory of the largest of them, plus what torch itself holds."""
+def test_networks_that_take_turns_on_a_gpu_generate_and_learn_the_same(new, on_gpu, photos, tmp_path):
+    """They stay within the memory of the largest network, plus what torch itself holds."""
     make, whole = tmp_path / "model", on_gpu()  # the files have the same weights
     whole.pipeline().save_pretrained(make)
     limit = max(size_of(m) for m in (*whole.components.values(), whole.vae))

@@ -77,7 +77,7 @@ def test_clip_equals_transformers_called_directly(clip_folder: Path) -> None:
     )
 
 
-def test_clip_says_when_a_text_is_cut(clip_folder: Path) -> None:
+def test_clip_warns_when_a_text_is_truncated(clip_folder: Path) -> None:
     with pytest.warns(UserWarning, match="reads at most 12 tokens"):
         encoders.load_clip(clip_folder).texts(["a very long prompt indeed"])
 
@@ -110,7 +110,7 @@ def test_old_and_fast_processor_names_load_without_torchvision(clip_folder: Path
     )
 
 
-def test_wrong_folders_are_refused_by_name(clip_folder: Path, dino_folder: Path, tmp_path: Path) -> None:
+def test_wrong_folders_are_refused_and_named(clip_folder: Path, dino_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a model folder"):
         encoders.load_clip(tmp_path)
     with pytest.raises(ValueError, match="'dinov2'; expected clip"):
@@ -124,7 +124,7 @@ def test_wrong_folders_are_refused_by_name(clip_folder: Path, dino_folder: Path,
         instruments.load_instruments()
 
 
-def test_pictures_are_checked_and_cut_to_the_middle() -> None:
+def test_pictures_are_checked_and_centre_cropped() -> None:
     with pytest.raises(ValueError, match="not finite"):
         encoders.to_pil(torch.full((1, 3, 4, 4), math.nan))
     with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\]"):

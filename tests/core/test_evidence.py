@@ -70,7 +70,7 @@ def judge(through: Callable[[Tensor], Tensor]) -> Scorer:
 
 
 def _scenes(each: int, seed: int, camera: Callable[[int], Camera] | None = None) -> list[Scene]:
-    """`each` true scenes for every prompt, one prompt after another."""
+    """`each` ground-truth scenes for every prompt, one prompt after another."""
     asked = [p.expects for p in PROMPTS for _ in range(each)]
     scenes = asked_scenes(ROBOT.thing, asked, seed)
     return scenes if camera is None else [replace(s, cameras=(camera(i),)) for i, s in enumerate(scenes)]
@@ -100,7 +100,7 @@ def test_true_pictures_pass_and_are_free(judge: Scorer, through: Callable[[Tenso
     assert freedom is not None and freedom >= 0.9
 
 
-def test_one_pose_is_not_free_wherever_it_stands(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+def test_one_pose_is_not_free_wherever_it_is_placed(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
     rng, found = np.random.default_rng(3), []
     for pose in (
         POSE,
@@ -117,20 +117,20 @@ def test_one_pose_is_not_free_wherever_it_stands(judge: Scorer, through: Callabl
     assert sum(found) / len(found) <= 0.1 and max(found) <= 0.2, found
 
 
-def test_a_picture_that_is_shifted_about_is_not_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+def test_one_picture_shifted_around_is_not_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
     one = through(_drawn(_scenes(1, 7, lambda _: POSE)))
     _, freedom, _ = _measured(judge, shifted(one, np.random.default_rng(4)), 4)
     assert freedom is not None and freedom <= 0.1
 
 
-def test_pivotal_tunings_one_pose_is_not_free(judge: Scorer) -> None:
+def test_pivotal_tuning_s_single_pose_is_not_free(judge: Scorer) -> None:
     sheet = torch.from_numpy(np.array(Image.open(SHEET).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
     tiles = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
     _, freedom, _ = _measured(judge, tiles, 4)
     assert freedom is not None and freedom <= 0.2
 
 
-def test_garbage_and_every_second_picture_of_something_else_are_not_measured(
+def test_noise_and_sets_with_half_the_pictures_of_another_subject_are_not_measured(
     judge: Scorer, through: Callable[[Tensor], Tensor]
 ) -> None:
     noise = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

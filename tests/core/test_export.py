@@ -1,4 +1,4 @@
-"""Exports: diffusers itself loads them and gives the same numbers."""
+"""Exports: diffusers itself loads them and computes the same numbers."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_lora_for_flux(new_flux: Callable[..., Any], tmp_path: Path, dora: bool)
     assert all(k.startswith("text_encoder.text_model.encoder.layers.") for k in keys if k.startswith("text"))
 
 
-def test_a_half_precision_backbone_is_checked_too(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_half_precision_backbone_is_also_checked(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd().to(dtype=torch.bfloat16)
     learn(backbone, roles=("attention", "text_encoder"), rank=8)
     assert export(taken(backbone), tmp_path / "out", backbone=backbone)["checks"]["denoiser"]["ok"]
@@ -143,7 +143,7 @@ def test_tokens_and_lora_for_flux(new_flux: Callable[..., Any], tmp_path: Path, 
     )
 
 
-def test_an_old_clip_is_told_where_the_text_ends(
+def test_the_readme_sets_the_end_token_of_an_old_clip(
     new_flux: Callable[..., Any], make_tiny_flux: Callable[..., Any], tmp_path: Path
 ) -> None:
     pipe = make_tiny_flux()
@@ -159,7 +159,7 @@ def test_an_old_clip_is_told_where_the_text_ends(
     assert line not in (tmp_path / "new/README.txt").read_text()
 
 
-def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_code_in_the_readme_works(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     model = tmp_path / "model"
     backbone.pipeline().save_pretrained(model)
@@ -167,7 +167,7 @@ def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) 
     modifier = with_tokens(backbone, 2)
     learn(backbone, roles=("attention", "text_encoder"), alpha=2.0)
     concept = taken(backbone, modifier)
-    export(concept, tmp_path / "out", strength=0.8)  # the backbone is loaded from the concept's record of it
+    export(concept, tmp_path / "out", strength=0.8)  # the backbone is found through the concept's record
     text = (tmp_path / "out/README.txt").read_text()
     code = "\n".join(re.findall(r"^    (.*)$", text, re.M)).replace("{folder}", str(tmp_path / "out"))
     assert str(tmp_path) not in text and "{model} the path of model (weights " in text
@@ -209,7 +209,7 @@ def _weights(backbone: Any) -> None:
         (_weights, "has changed weights"),
     ],
 )
-def test_what_the_format_cannot_hold_is_said(
+def test_the_error_says_what_the_format_cannot_store(
     new_sd: Callable[..., Any], tmp_path: Path, build: Callable[[Any], None], message: str
 ) -> None:
     backbone = new_sd()
@@ -219,7 +219,9 @@ def test_what_the_format_cannot_hold_is_said(
     assert list(tmp_path.iterdir()) == [] and not backbone.adapters
 
 
-def test_a_text_encoder_that_diffusers_does_not_adapt_is_said(new_flux: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_error_names_a_text_encoder_that_diffusers_does_not_adapt(
+    new_flux: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone = new_flux()
     learn(backbone, roles=("text_encoder_2",))
     with pytest.raises(ValueError, match="into transformer, text_encoder, not into text_encoder_2"):
@@ -233,7 +235,7 @@ def test_plain_words_have_nothing_to_export(new_sd: Callable[..., Any], tmp_path
         export(taken(backbone, modifier), tmp_path / "out", backbone=backbone)
 
 
-def test_bad_requests_are_said_before_any_work(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_bad_requests_are_refused_before_any_work(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     learn(backbone)
     concept = taken(backbone)
@@ -252,7 +254,7 @@ def test_bad_requests_are_said_before_any_work(new_sd: Callable[..., Any], tmp_p
 
 
 @pytest.mark.parametrize("fault", ["scale", "lost layer", "empty"])
-def test_an_export_that_is_not_the_same_is_not_kept(
+def test_an_export_that_computes_something_else_is_not_kept(
     new_sd: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     backbone = new_sd()
@@ -276,7 +278,7 @@ def test_an_export_that_is_not_the_same_is_not_kept(
     assert list(tmp_path.iterdir()) == [] and not backbone.adapters and not backbone.placeholders
 
 
-def test_other_concepts_stay_out_of_it(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_other_loaded_concepts_are_not_exported(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     learn(backbone)
     concept = taken(backbone)

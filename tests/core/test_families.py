@@ -1,4 +1,4 @@
-"""The families of methods cover every shipped recipe, and their statements are true."""
+"""The families of methods cover every shipped recipe, and what they say is true."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _has(data, path):
 
 
 @pytest.mark.parametrize(("modality", "name"), [("video", "motion_director"), ("3d", "magic3d")])
-def test_an_explained_recipe_is_still_that_recipe(modality, name):
+def test_the_explained_recipe_is_still_the_same_recipe(modality, name):
     recipe = load(name, [], modality, model_of(modality))
     assert yaml.safe_load(explained(recipe, dump(recipe))) == dump(recipe)
 
 
-def test_settings_are_explained_by_what_their_classes_say():
+def test_settings_are_explained_by_their_classes_docstrings():
     recipe = load("t_lora", [], "image", model_of("image"))
     lines = explained(recipe, dump(recipe)).splitlines()
     (line,) = [line for line in lines if line.strip().startswith("min_rank:")]

@@ -31,21 +31,21 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_escaped_name_is_printable_and_says_the_whole_name(name: str) -> None:
+def test_an_escaped_name_is_printable_and_keeps_the_complete_name(name: str) -> None:
     escaped = escaped_name(name)
     assert escaped.isprintable() and "/" not in escaped
     escaped.encode("utf-8")
     assert codecs.decode(escaped.encode("ascii", "backslashreplace").decode(), "unicode_escape") == name
 
 
-def test_plain_names_stay_as_they_are_and_others_stay_different() -> None:
+def test_plain_names_are_unchanged_and_others_stay_distinct() -> None:
     assert escaped_name("写真 naïve 🚀.png") == "写真 naïve 🚀.png"
     assert escaped_name("a\u00a0b") == "a\\u00a0b" != escaped_name("a\\u00a0b")
     assert escaped_name("\U000e0041/") == "\\U000e0041\\u002f"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_captions_and_masks_are_found_beside_any_name(tmp_path: Path, name: str) -> None:
+def test_captions_and_masks_are_found_for_any_name(tmp_path: Path, name: str) -> None:
     images = tmp_path / name
     (images / "masks").mkdir(parents=True)
     for folder in ("captions", "other masks"):
@@ -63,17 +63,17 @@ def test_captions_and_masks_are_found_beside_any_name(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prompt_that_utf_8_cannot_hold_goes_into_a_png(tmp_path: Path, name: str) -> None:
+def test_a_prompt_that_is_not_valid_utf_8_goes_into_a_png(tmp_path: Path, name: str) -> None:
     write_picture(torch.zeros(3, 16, 16), tmp_path / f"{name}.png", {"Description": f"a {name}"})
     description = read_metadata(tmp_path / f"{name}.png")["Description"]
     assert description == f"a {name}".encode(errors="backslashreplace").decode()
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not UTF-8, and safetensors cannot write to such a path"):
         check_output(tmp_path / "caf\udce9" / "mug.concept")
 
 
-def test_text_that_utf_8_cannot_hold_is_written_as_json_reads_it(tmp_path: Path) -> None:
+def test_text_that_is_not_valid_utf_8_is_written_as_json_reads_it(tmp_path: Path) -> None:
     text = json.dumps({"file": "caf\udce9 写"}, ensure_ascii=False)
     assert json.loads(write_text(tmp_path / "a.json", text).read_text(encoding="utf-8")) == {"file": "caf\udce9 写"}

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; foreign files are read with care."""
+"""Files are written completely or not at all; files from elsewhere are read with care."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def raw(path: Path, header: object, data: bytes = b"", length: int | None = None
     return path
 
 
-def test_good_files_load_as_they_were(tmp_path: Path) -> None:
+def test_good_files_load_unchanged(tmp_path: Path) -> None:
     kinds = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
     tensors = {str(k): torch.arange(6).reshape(2, 3).to(k) for k in kinds}
     tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(2.0), "f8": torch.ones(3).to(torch.float8_e4m3fn)}
@@ -59,7 +59,7 @@ def test_good_files_load_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_values_that_are_not_numbers(tmp_path: Path, value: float, kind: torch.dtype) -> None:
+def test_non_finite_values_are_refused(tmp_path: Path, value: float, kind: torch.dtype) -> None:
     save_file({"good": torch.ones(2), "up.weight": torch.tensor([1.0, value], dtype=kind)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"a\.safetensors: tensor 'up\.weight' contains NaN or Inf"):
         safe_load_safetensors(tmp_path / "a.safetensors")
@@ -89,7 +89,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_safetensors(tmp_path: Path, case: str) -> None:
+def test_hostile_safetensors_are_refused(tmp_path: Path, case: str) -> None:
     header, data, length, message = HOSTILE[case]
     path = raw(tmp_path / "bad.safetensors", header, data, length)
     with pytest.raises(ValueError, match=message) as caught:
@@ -97,7 +97,7 @@ def test_hostile_safetensors(tmp_path: Path, case: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_files_that_are_missing_empty_or_something_else(tmp_path: Path) -> None:
+def test_files_that_are_missing_empty_or_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone\.safetensors cannot be read: No such file"):
         safe_load_safetensors(tmp_path / "gone.safetensors")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):

@@ -16,7 +16,7 @@ LONG = "a photo of a mug on the beach " * 5  # 40 tokens of T5, which reads 48; 
 
 
 @pytest.mark.parametrize(("distilled", "steps"), [(True, 28), (False, 4)], ids=["dev", "schnell"])
-def test_at_its_defaults_it_is_diffusers_pipeline(make_tiny_flux: Any, distilled: bool, steps: int) -> None:
+def test_with_its_defaults_it_equals_diffusers_pipeline(make_tiny_flux: Any, distilled: bool, steps: int) -> None:
     pipe = make_tiny_flux(guidance_embeds=distilled)
     backbone = FluxBackbone(pipe, "tiny")
     assert (backbone.default_guidance, backbone.default_steps) == ((3.5, 28) if distilled else (1.0, 4))
@@ -26,13 +26,13 @@ def test_at_its_defaults_it_is_diffusers_pipeline(make_tiny_flux: Any, distilled
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_what_only_clip_cuts_is_said_aloud(flux: FluxBackbone, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_that_only_clip_truncates_is_a_warning(flux: FluxBackbone, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         flux.check_prompt(LONG)
         flux.encode([LONG])
     assert [r.getMessage() for r in caplog.records] == [
         "prompt truncated to 32 tokens for text_encoder: 'the beach a photo of a mug on the beach' is ignored"
-    ], "once"
+    ], "the warning is given only once"
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         flux.encode([LONG * 2])
@@ -43,7 +43,7 @@ def test_what_only_clip_cuts_is_said_aloud(flux: FluxBackbone, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("modifier", [LearnableToken(vectors=2), RareToken()], ids=["tokens", "words"])
-def test_a_concept_s_name_that_clip_would_cut_is_an_error(flux: FluxBackbone, modifier: Any) -> None:
+def test_a_concept_s_name_that_clip_would_truncate_is_an_error(flux: FluxBackbone, modifier: Any) -> None:
     words = modifier.attach(flux, "my-mug", "mug").words
     flux.encode([f"a {words} " + LONG])
     for refuses in (flux.check_prompt, lambda prompt: flux.encode([prompt])):

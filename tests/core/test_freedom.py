@@ -24,17 +24,17 @@ def _box(size: int, top: int, left: int, height: int, width: int) -> Tensor:
     return where
 
 
-def test_a_box_is_placed_where_it_is() -> None:
+def test_placement_finds_the_centre_and_size_of_a_box() -> None:
     x, y, half = placements(_box(32, 4, 10, 8, 12))[0].tolist()
     assert (x, y) == pytest.approx((16 / 16 - 1, 8 / 16 - 1))
     assert half == pytest.approx(12 / 32, rel=0.01)  # half the larger side, in half-pictures
-    assert placements(torch.zeros(1, 8, 8))[0].tolist() == [0, 0, 1], "nothing found: the whole picture"
+    assert placements(torch.zeros(1, 8, 8))[0].tolist() == [0, 0, 1], "if nothing is found, the whole picture counts"
     assert torch.equal(placements(_box(8, 2, 2, 4, 4)), placements(_box(8, 2, 2, 4, 4) * 0.5)), (
-        "a map of half the height"
+        "half the values give the same placement"
     )
 
 
-def test_crops_hold_the_thing_at_one_place_and_size() -> None:
+def test_crops_show_the_thing_at_one_place_and_size() -> None:
     coarse = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
     thing = F.interpolate(coarse, (32, 32), mode="bilinear")
     pictures, maps = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64)
@@ -49,7 +49,7 @@ def test_crops_hold_the_thing_at_one_place_and_size() -> None:
     assert (blurred[0] - blurred[1]).abs().mean() < (large - small).abs().mean()
     wide = aligned_crops(pictures[:1], maps[:1], 2.0)
     assert wide[0, :, 16:48, 16:48].abs().sum() > 0.9 * wide.abs().sum(), (
-        "the thing is half as large with twice the margin"
+        "with twice the margin, the thing is half as large"
     )
 
 
@@ -83,7 +83,7 @@ def test_effective_views_are_the_exponential_of_the_entropy() -> None:
     assert math.isnan(freedom.effective_views([]))
 
 
-def test_the_spread_of_places_is_within_prompts() -> None:
+def test_the_spread_of_placement_is_measured_within_prompts() -> None:
     at = torch.tensor([[0.1, 0.2, 0.5], [0.3, 0.2, 0.7], [0.9, 0.9, 0.3], [0.9, 0.9, 0.3]])
     place, size = freedom.placement_spread(at, ["a", "a", "b", "b"])
     assert place == pytest.approx(math.sqrt(0.02 / 2)) and size == pytest.approx(math.sqrt(0.02 / 2))
@@ -101,7 +101,7 @@ def _scene(thing: Tensor, mask: Tensor, background: float, dy: int, dx: int) -> 
     return torch.roll(picture, (dy, dx), (2, 3)), torch.roll(where, (dy, dx), (1, 2))
 
 
-def test_a_pasted_thing_is_found_and_another_is_not() -> None:
+def test_a_pasted_thing_is_found_and_another_thing_is_not() -> None:
     draws = torch.Generator().manual_seed(3)
     one, two = (F.interpolate(torch.rand(1, 3, 7, 7, generator=draws) * 2 - 1, (32, 32), mode="bilinear") for _ in "ab")
     row = torch.arange(32) - 15.5
@@ -134,12 +134,12 @@ def test_the_trade_off_is_the_harmonic_mean_of_three() -> None:
     assert two.freedom is None and two.trade_off == pytest.approx(trade_off(0.5, 0.75))
 
 
-def test_identity_is_at_most_one_per_subject_and_subjects_weigh_the_same() -> None:
+def test_identity_is_at_most_one_per_subject_and_subjects_have_equal_weight() -> None:
     tallies = [_tally("a", 0, 1.0, 1.0), _tally("b", 0, 0.2, 1.0), _tally("b", 1, 0.2, 1.0)]
     assert measured_terms(tallies, {}).identity == pytest.approx((1 + 0.25) / 2)
 
 
-def test_a_freedom_that_cannot_be_measured_is_none_and_counts_as_nothing() -> None:
+def test_freedom_that_cannot_be_measured_is_none_and_counts_as_zero() -> None:
     rare = [_tally("a", 0, 0.9, 1.0, Pairs(6, 1, 0.3))]
     terms = measured_terms(rare, {"a": Range(0.3, 0.1)})
     assert terms.trade_off == 0 and terms.unmeasured == ("a",)
@@ -147,7 +147,7 @@ def test_a_freedom_that_cannot_be_measured_is_none_and_counts_as_nothing() -> No
     assert both.freedom == pytest.approx(0.75 / 2) and both.unmeasured == ("a",)
 
 
-def test_intervals_of_the_terms_draw_prompts_and_hold_the_value() -> None:
+def test_intervals_of_the_terms_resample_prompts_and_contain_the_value() -> None:
     rng = np.random.default_rng(0)
     tallies = [
         _tally(
@@ -163,7 +163,7 @@ def test_intervals_of_the_terms_draw_prompts_and_hold_the_value() -> None:
     assert more["trade_off"][1] - more["trade_off"][0] < 0.6 * (spans["trade_off"][1] - spans["trade_off"][0])
 
 
-def test_certainty_of_few_prompts_is_not_taken_at_its_word() -> None:
+def test_extreme_results_of_few_prompts_still_have_wide_intervals() -> None:
     low, high = bootstrap_terms([_tally("a", i, 0.0, 1.0) for i in range(10)], {}, rounds=50)["trade_off"]
     assert low == 0 and 0.2 < high < 0.7
     assert all(math.isnan(v) for span in bootstrap_terms([], {}).values() for v in span)

@@ -1,4 +1,4 @@
-"""Regions of pictures that are kept, compared with diffusers' inpainting with a plain U-Net."""
+"""Kept regions of pictures, compared with diffusers' inpainting with a plain U-Net."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FromPureNoise(KeptLatents):
         return latents if step.index == 0 else super().latents(step, latents)
 
 
-def test_equal_to_inpainting_of_diffusers(tiny_sd: Any, given: GivenFrames) -> None:
+def test_equal_to_diffusers_inpainting(tiny_sd: Any, given: GivenFrames) -> None:
     sd = StableDiffusionBackbone(tiny_sd)
     kept = given.ready(sd, SamplingSettings())
     hook = FromPureNoise(known=kept.known, kept=kept.kept)
@@ -54,8 +54,8 @@ def test_equal_to_inpainting_of_diffusers(tiny_sd: Any, given: GivenFrames) -> N
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
-def test_what_is_kept_is_kept(tiny_sd: Any, given: GivenFrames, scheduler: str) -> None:
-    """Whatever units the scheduler computes in; and the rest is generated to match."""
+def test_the_kept_region_does_not_change(tiny_sd: Any, given: GivenFrames, scheduler: str) -> None:
+    """It holds in whatever units the scheduler computes, and the rest is generated to match."""
     sd = StableDiffusionBackbone(tiny_sd)
     how: dict[str, Any] = {"seeds": [1, 2], "guidance": 1.0, "steps": 3, "scheduler": scheduler}
     settings = SamplingSettings(guidance=1.0, steps=3, scheduler=scheduler, hooks=(given,))
@@ -67,7 +67,7 @@ def test_what_is_kept_is_kept(tiny_sd: Any, given: GivenFrames, scheduler: str) 
     assert (kept - plain)[..., 20:].abs().max() > 0.01 and (kept[0] - kept[1])[..., 20:].abs().max() > 0.01
 
 
-def test_what_does_not_fit_is_refused(tiny_sd: Any, given: GivenFrames, tmp_path: Path) -> None:
+def test_given_pictures_that_do_not_fit_are_refused(tiny_sd: Any, given: GivenFrames, tmp_path: Path) -> None:
     sd = StableDiffusionBackbone(tiny_sd)
     Image.new("L", (16, 16), 255).save(tmp_path / "small.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "all.png")

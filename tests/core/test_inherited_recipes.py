@@ -43,7 +43,7 @@ def _differences(expected: Any, actual: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["textual_inversion", "dreambooth_lora", "pivotal_tuning"])
-def test_on_the_toybox_the_first_three_are_what_the_readme_s_figures_were_made_with(name: str) -> None:
+def test_the_first_three_recipes_resolve_on_the_toybox_as_for_the_readme_s_figures(name: str) -> None:
     expected = read_yaml(Path(__file__).parent / "toybox_recipes.yaml")[name]
     assert not _differences(expected, dump(load(name)))
 
@@ -51,7 +51,7 @@ def test_on_the_toybox_the_first_three_are_what_the_readme_s_figures_were_made_w
 # --- inheriting -------------------------------------------------------------------------------
 
 
-def test_a_variant_says_only_what_differs(user_recipe: UserRecipe) -> None:
+def test_a_variant_states_only_what_differs(user_recipe: UserRecipe) -> None:
     base = load("dreambooth_lora", [ELSEWHERE])
     variant = user_recipe({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {dora: true}}\nseed: 3"}, ELSEWHERE)
     lora = base.trainable["lora"].model_copy(update={"dora": True})
@@ -59,7 +59,7 @@ def test_a_variant_says_only_what_differs(user_recipe: UserRecipe) -> None:
     assert "base" not in dump(variant) and validate(Recipe, yaml.safe_load(yaml.safe_dump(dump(variant)))) == variant
 
 
-def test_a_base_is_found_by_name_beside_the_file_and_in_the_home(
+def test_a_base_is_found_by_name_next_to_the_file_and_in_the_home_folder(
     user_recipe: UserRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {
@@ -74,7 +74,7 @@ def test_a_base_is_found_by_name_beside_the_file_and_in_the_home(
     assert user_recipe({"third.yaml": "base: ~/sub/leaf.yaml\nseed: 9"}, ELSEWHERE).train.steps == 3
 
 
-def test_another_kind_drops_its_siblings_and_null_takes_a_part_away(user_recipe: UserRecipe) -> None:
+def test_another_kind_drops_its_siblings_and_null_removes_a_part(user_recipe: UserRecipe) -> None:
     variant = user_recipe(
         {
             "mine.yaml": "base: dreambooth_lora\nsources: {class_pictures: null}\n"
@@ -87,24 +87,26 @@ def test_another_kind_drops_its_siblings_and_null_takes_a_part_away(user_recipe:
     joined = user_recipe(
         {"mine.yaml": "base: textual_inversion\nsources: {more: {kind: folder, images: x}}"}, ELSEWHERE
     )
-    assert set(joined.sources) == {"references", "more"}, "a part that a variant adds joins those there are"
+    assert set(joined.sources) == {"references", "more"}, "a part that a variant adds joins the existing ones"
 
 
-def test_a_variant_outranks_the_phases_of_its_base(user_recipe: UserRecipe) -> None:
-    """As the command line does: a setting that the phases have is not silently lost."""
+def test_a_variant_overrides_the_phases_of_its_base(user_recipe: UserRecipe) -> None:
+    """A variant acts like the command line: a setting that the phases also have is not silently lost."""
     text = "base: pivotal_tuning\ntrain: {steps: 7}\ntrainable: {lora: {rank: 2}}\nphases: {tune: {train: {steps: 9}}}"
     pivot, tune = dict(expand_phases(user_recipe({"mine.yaml": text}, ELSEWHERE))).values()
     assert (pivot.train.steps, tune.train.steps) == (7, 9)
     assert set(pivot.trainable) == {"tokens"} and tune.trainable["lora"].rank == 2
 
 
-def test_the_overlay_lies_between_shipped_files_and_one_s_own(user_recipe: UserRecipe) -> None:
+def test_the_overlay_comes_between_shipped_files_and_the_user_s(user_recipe: UserRecipe) -> None:
     shipped = load("dreambooth_lora")
     variant = user_recipe(
         {"mine.yaml": "base: dreambooth_lora\ntrain: {batch_size: 2}\ntrainable: {more: {kind: lora}}"}
     )
-    assert variant.trainable["lora"] == shipped.trainable["lora"], "the small world's rates"
-    assert variant.trainable["more"].lr == shipped.trainable["lora"].lr, "also of parts that a variant adds"
+    assert variant.trainable["lora"] == shipped.trainable["lora"], "the overlay sets the small world's rates"
+    assert variant.trainable["more"].lr == shipped.trainable["lora"].lr, (
+        "the overlay also sets those of parts that a variant adds"
+    )
     assert (variant.train.batch_size, variant.train.steps) == (2, shipped.train.steps)
     assert user_recipe({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {lr: 0.5}}"}).trainable["lora"].lr == 0.5
     faster = user_recipe({"mine.yaml": "base: pivotal_tuning\ntrainable: {lora: {lr: 0.5}}"})
@@ -128,7 +130,9 @@ def test_the_overlay_lies_between_shipped_files_and_one_s_own(user_recipe: UserR
         ({"a.yaml": "base: b.yaml", "b.yaml": "phases: {one: {train: {stps: 3}}}"}, "^b.yaml: phases.one: train: unk"),
     ],
 )
-def test_a_wrong_base_is_said_with_file_and_key(user_recipe: UserRecipe, files: dict[str, str], message: str) -> None:
+def test_the_error_for_a_wrong_base_names_file_and_key(
+    user_recipe: UserRecipe, files: dict[str, str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         user_recipe(files)
 
@@ -141,7 +145,7 @@ def test_a_base_belongs_in_a_file(user_recipe: UserRecipe) -> None:
 # --- which phases may be named ----------------------------------------------------------------
 
 
-def test_the_command_line_names_phases_that_there_are(user_recipe: UserRecipe) -> None:
+def test_the_command_line_may_name_only_existing_phases(user_recipe: UserRecipe) -> None:
     with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase 'tokens'.*Available: pivot, tune\."):
         load("pivotal_tuning", ["phases.tokens.train.steps=5"])
     with pytest.raises(ValueError, match=r"phases\.tune: unknown phase 'tune'.*Available: none\."):
@@ -151,7 +155,7 @@ def test_the_command_line_names_phases_that_there_are(user_recipe: UserRecipe) -
     assert dict(expand_phases(load("pivotal_tuning", ["phases.tune.train.steps=5"])))["tune"].train.steps == 5
 
 
-def test_a_variant_adds_phases_that_say_what_they_do(user_recipe: UserRecipe) -> None:
+def test_a_variant_may_add_phases_that_define_what_they_do(user_recipe: UserRecipe) -> None:
     more = "base: pivotal_tuning\nphases: {last: {trainable: {lora: {rank: 2}}, train: {steps: 1}}}"
     assert list(dict(expand_phases(user_recipe({"mine.yaml": more})))) == ["pivot", "tune", "last"]
     with pytest.raises(ValueError, match=r"mine\.yaml: phases\.tun: unknown phase 'tun'\. Did you mean 'tune'"):
@@ -161,7 +165,7 @@ def test_a_variant_adds_phases_that_say_what_they_do(user_recipe: UserRecipe) ->
     )
 
 
-def test_null_takes_a_phase_away(user_recipe: UserRecipe) -> None:
+def test_null_removes_a_phase(user_recipe: UserRecipe) -> None:
     assert set(user_recipe({"mine.yaml": "base: pivotal_tuning\nphases: {pivot: null}"}).phases) == {"tune"}
     assert set(load("pivotal_tuning", ["phases.tune=null"]).phases) == {"pivot"}
     with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase"):

@@ -1,4 +1,4 @@
-"""Inverting latents to noise: against diffusers' inverse scheduler, there and back, and as a start for sampling."""
+"""Inverting latents to noise: compared with diffusers' inverse scheduler, as a round trip, and as a start for sampling."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def there_and_back(backbone: Any, clean: Tensor, steps: int, refine: int = 0) ->
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v", "flow"])
-def test_there_and_back(kind: str, request: Any) -> None:
+def test_sampling_from_the_inverted_noise_returns_the_picture(kind: str, request: Any) -> None:
     backbone = backbone_of(kind, request)
     clean = 0.7 * noise(2, 4, 8, 8)
     coarse, fine = there_and_back(backbone, clean, 5), there_and_back(backbone, clean, 40)
@@ -53,7 +53,7 @@ def test_there_and_back(kind: str, request: Any) -> None:
 
 
 @torch.no_grad()
-def test_equal_to_the_inverse_scheduler_of_diffusers(request: Any) -> None:
+def test_equal_to_diffusers_inverse_scheduler(request: Any) -> None:
     backbone = backbone_of("epsilon", request)
     clean, steps = noise(1, 4, 8, 8), 4
     solver: Any = DDIMInverseScheduler.from_config(backbone.scheduler.config)
@@ -75,7 +75,7 @@ def test_the_mixture_keeps_the_variance() -> None:
 
 
 class Kept(SamplingHookBase):
-    """Stores what the first step starts from."""
+    """Stores the latents that the first step starts from."""
 
     seen: list[Tensor]
 
@@ -85,14 +85,14 @@ class Kept(SamplingHookBase):
 
 
 @pytest.mark.parametrize(("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)])  # Euler rounds its own first level
-def test_a_picture_is_where_sampling_starts(tiny_sd: Any, scheduler: str, close: float, tmp_path: Path) -> None:
-    """In the scheduler's units, and once for all pictures generated together."""
+def test_sampling_can_start_from_a_picture(tiny_sd: Any, scheduler: str, close: float, tmp_path: Path) -> None:
+    """The inverted noise is in the scheduler's units and computed once for all pictures generated together."""
     sd = StableDiffusionBackbone(tiny_sd)
     photo = paint(tmp_path / "photos") / "0.png"
     prior, kept = NoisePrior(path=photo, share=1.0), Kept(seen=[])
     how: dict[str, Any] = {"seeds": [1, 2], "guidance": 1.0, "steps": 3, "scheduler": scheduler}
     made = sample(sd, ["a mug"], hooks=(prior, kept), **how)
-    assert torch.equal(made[0], made[1])  # nothing is left of their seeds
+    assert torch.equal(made[0], made[1])  # the seeds have no effect
     first = kept.seen[0]
     assert first.shape == (2, 4, 8, 8) and torch.equal(first[0], first[1])
     inverted = invert(sd, picture_latents(sd, photo, (32, 32)), steps=3)
@@ -101,7 +101,7 @@ def test_a_picture_is_where_sampling_starts(tiny_sd: Any, scheduler: str, close:
     assert (part[0] - part[1]).abs().max() > 0.01
 
 
-def test_what_gives_no_noise_is_refused(tiny_sd: Any, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_inverted_are_refused(tiny_sd: Any, tmp_path: Path) -> None:
     sd = StableDiffusionBackbone(tiny_sd)
     photo = paint(tmp_path / "photos") / "0.png"
     for prior, message in [

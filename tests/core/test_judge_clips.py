@@ -1,4 +1,4 @@
-"""The bars of the motion module: true clips meet them, and pictures without a motion module do not."""
+"""The acceptance thresholds of the motion module: true clips meet them, pictures without a motion module do not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def untrained():
     )
 
 
-def test_true_clips_meet_the_bars_and_unrelated_frames_do_not(untrained):
+def test_true_clips_meet_the_thresholds_and_unrelated_frames_do_not(untrained):
     found = judge_clips(untrained, 20, guidance=1.0, steps=1)
     assert all(found["instrument"][name] >= bar for name, bar in BARS.items()), found["instrument"]
     assert found["scores"]["motion"] <= 0.4 and not found["bars"]["motion"]["met"] and not found["met"], found
@@ -31,7 +31,7 @@ def test_true_clips_meet_the_bars_and_unrelated_frames_do_not(untrained):
         judge_clips(untrained, 5)
 
 
-def test_captions_name_every_motion_and_clips_have_seeds_of_their_own(untrained):
+def test_captions_name_every_motion_and_each_clip_has_its_own_seed(untrained):
     moving, texts = clip_captions(2 * len(MOTIONS), 0)
     assert [m.motion.name for m in moving[: len(MOTIONS)]] == list(MOTIONS)
     assert "spinning" in texts[0] and "moving to the left" in texts[1]

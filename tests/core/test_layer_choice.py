@@ -17,7 +17,7 @@ WORDS = [
 ]
 
 
-def test_projections_are_known_in_every_family() -> None:
+def test_projections_are_named_in_every_family() -> None:
     assert of_projections(WORDS, ("q",)) == ["a.to_q", "b.add_q_proj", "c.q_proj", "d.SelfAttention.q"]
     assert of_projections(WORDS, ("out",)) == ["a.to_out.0", "b.to_add_out", "c.out_proj", "d.SelfAttention.o"]
     assert of_projections(WORDS, ("k", "v")) == ["a.to_k", "a.to_v"]
@@ -27,7 +27,7 @@ def test_blocks_are_counted_in_the_order_of_the_forward_pass() -> None:
     flux = ["x_embedder", "transformer_blocks.0.attn.to_q", "transformer_blocks.10.ff", "single_transformer_blocks.0.a"]
     assert block_names(flux) == ["transformer_blocks.0", "transformer_blocks.10", "single_transformer_blocks.0"]
     unet = ["conv_in", "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"]
-    unet += ["up_blocks.0.resnets.0.conv1", "mid_block.attentions.0.proj_in"]  # in the order of the modules' names
+    unet += ["up_blocks.0.resnets.0.conv1", "mid_block.attentions.0.proj_in"]  # in module order
     assert block_names(unet) == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0"]
     assert of_blocks([*flux, "transformer_blocks.1.x"], (0,), ["transformer_blocks.1"]) == ["transformer_blocks.1.x"]
     assert block_names(["encoder.block.3.layer.0.SelfAttention.q", "text_model.encoder.layers.2.mlp.fc1"]) == [
@@ -36,7 +36,7 @@ def test_blocks_are_counted_in_the_order_of_the_forward_pass() -> None:
     ]
 
 
-def test_ranges_are_read_and_wrong_ones_refused() -> None:
+def test_ranges_are_parsed_and_wrong_ones_refused() -> None:
     assert parse_ranges("0-2,7") == (0, 1, 2, 7)
     for text, message in (
         ("9-4", "the range 9-4 runs backwards"),
@@ -55,14 +55,14 @@ def backbone(make_tiny_sd: Callable[..., Any]) -> Any:
 
 
 @pytest.mark.parametrize("part", [Lora(projections=("k",)), Peft(type="LOHA", projections=("k",)), Weights(roles=("attention",), projections=("k",))])  # fmt: skip  # noqa: E501
-def test_every_part_on_roles_takes_the_chosen_layers_alone(backbone: Any, part: Any) -> None:
+def test_every_part_with_roles_uses_only_the_chosen_layers(backbone: Any, part: Any) -> None:
     part.inject(backbone, "mug", "part", 0)
     (adapter,) = backbone.adapters["mug"]
     keys = list(adapter.state_dict())
     assert keys and all(".to_k" in key for key in keys)
 
 
-def test_blocks_and_projections_meet(backbone: Any) -> None:
+def test_blocks_and_projections_are_intersected(backbone: Any) -> None:
     targets, _ = Lora(blocks="0", projections=("q", "out")).modules(backbone, "lora")
     everywhere, _ = Lora().modules(backbone, "lora")
     expected = [n for n in everywhere["unet"] if n.startswith("down_blocks.0.") and n.endswith((".to_q", ".to_out.0"))]
@@ -84,7 +84,7 @@ def test_blocks_and_projections_meet(backbone: Any) -> None:
         ),
     ],
 )
-def test_a_choice_that_is_empty_is_refused(backbone: Any, settings: dict[str, Any], message: str) -> None:
+def test_an_empty_choice_is_refused(backbone: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Lora(**settings).inject(backbone, "mug", "lora", 0)
     assert not backbone.adapters

@@ -26,13 +26,13 @@ def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
         return backbone.predict(x, torch.tensor(300), backbone.encode(prompts))
 
 
-def test_checkpoint_is_of_the_weights(make_tiny_sd: Any) -> None:
+def test_the_checkpoint_identifies_the_weights(make_tiny_sd: Any) -> None:
     one, again, other = (StableDiffusionBackbone(make_tiny_sd(seed)) for seed in (0, 0, 1))
     assert one.checkpoint == again.checkpoint != other.checkpoint
     half = make_tiny_sd().to(torch.bfloat16)
     assert (
         StableDiffusionBackbone(half).checkpoint == one.checkpoint
-    )  # the precision it is loaded in makes no difference
+    )  # the precision in which it is loaded makes no difference
 
 
 def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
         assert load_backbone(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_one_file_loads_offline_with_the_configuration_beside_it(tiny_sd: Any, tmp_path: Path) -> None:
+def test_one_file_loads_offline_with_the_configuration_next_to_it(tiny_sd: Any, tmp_path: Path) -> None:
     file = write_single_file(tiny_sd, tmp_path / "mine.safetensors")
     with pytest.raises(
         ValueError, match=rf"configuration and tokenizer.* folder {tmp_path / 'mine'} .*from_single_file"
@@ -60,7 +60,7 @@ def test_one_file_loads_offline_with_the_configuration_beside_it(tiny_sd: Any, t
     assert torch.allclose(predict(loaded), predict(direct), atol=1e-5)
 
 
-def test_weights_in_a_format_that_runs_code_are_explained(tiny_sd: Any, tmp_path: Path) -> None:
+def test_weights_in_a_format_that_can_run_code_are_refused_with_the_reason(tiny_sd: Any, tmp_path: Path) -> None:
     tiny_sd.save_pretrained(tmp_path)
     (weights,) = (tmp_path / "unet").glob("*.safetensors")
     weights.rename(weights.with_suffix(".bin"))
@@ -69,7 +69,7 @@ def test_weights_in_a_format_that_runs_code_are_explained(tiny_sd: Any, tmp_path
         load_backbone(tmp_path)
 
 
-def test_what_cannot_be_loaded_is_explained(tiny_sd: Any, tmp_path: Path) -> None:
+def test_the_error_explains_why_a_model_cannot_be_loaded(tiny_sd: Any, tmp_path: Path) -> None:
     folder, stray, foreign, broken = (tmp_path / n for n in ("sd", "stray", "foreign", "broken"))
     tiny_sd.save_pretrained(folder)
     for path in (stray, foreign, broken):
@@ -120,7 +120,7 @@ def hub(tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "someone/tiny-sd"
 
 
-def test_the_network_is_not_asked_for_a_model_unless_the_user_says_so(hub: str, tiny_sd: Any) -> None:
+def test_no_model_is_downloaded_unless_the_user_allows_it(hub: str, tiny_sd: Any) -> None:
     loaded = load_backbone(hub)
     assert loaded.name == hub and loaded.checkpoint == StableDiffusionBackbone(tiny_sd).checkpoint
     with pytest.raises(
@@ -131,7 +131,7 @@ def test_the_network_is_not_asked_for_a_model_unless_the_user_says_so(hub: str, 
         load_backbone("someone/other", download=True)
 
 
-def test_one_file_does_not_ask_the_network_either(hub: str, tmp_path: Path) -> None:
+def test_loading_one_file_does_not_use_the_network_either(hub: str, tmp_path: Path) -> None:
     import safetensors.torch
 
     safetensors.torch.save_file(

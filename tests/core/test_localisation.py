@@ -1,4 +1,4 @@
-"""The localisation loss compared with Break-A-Scene's own computation, its gradient, and which rows and concepts count."""
+"""The localisation loss: compared with Break-A-Scene's own computation, its gradient, and which rows and concepts count."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def example_inputs(batch: int = 3) -> Any:
     return maps, positions, masks, torch.ones(batch, dtype=torch.bool)
 
 
-def test_it_is_the_papers_loss() -> None:
-    """As in the published training script: one token per concept, divided by its maximum, summed over concepts."""
+def test_it_equals_the_paper_s_loss() -> None:
+    """As in the published training script: one token per concept, its map divided by its maximum, summed over concepts."""
     maps, positions, masks, rows = example_inputs()
     expected = torch.zeros(())
     for row in range(3):
@@ -52,16 +52,16 @@ def test_it_is_the_papers_loss() -> None:
 
 
 def test_the_distance_can_be_cross_entropy() -> None:
-    """As in MotionBooth, compared with torch's own."""
+    """Computed as in MotionBooth and compared with torch's own."""
     maps, positions, masks, rows = example_inputs()
     only, target = {"mug": positions["mug"]}, F.adaptive_avg_pool2d(masks["mug"], (4, 4)).flatten(1)
     got = localisation_loss(maps, (4, 4), only, masks, rows, "none", "cross_entropy")
     assert torch.allclose(got, F.binary_cross_entropy(maps[..., 2], target), rtol=1e-5)
     sure = localisation_loss(maps, (4, 4), only, masks, rows, "max", "cross_entropy")
-    assert torch.isfinite(sure), "a map that is divided by its maximum is 1 somewhere"
+    assert torch.isfinite(sure), "a map divided by its maximum is 1 somewhere"
 
 
-def test_several_tokens_of_a_concept_count_together() -> None:
+def test_several_tokens_of_a_concept_are_combined() -> None:
     maps, positions, masks, rows = example_inputs()
     positions["mug"][:, 3] = True
     together = maps.clone()
@@ -71,7 +71,7 @@ def test_several_tokens_of_a_concept_count_together() -> None:
     assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_only_rows_that_show_and_name_a_concept_count() -> None:
+def test_only_rows_that_both_show_and_name_a_concept_count() -> None:
     maps, positions, masks, rows = example_inputs()
     one = localisation_loss(maps[:1], (4, 4), {k: v[:1] for k, v in positions.items()}, masks_of(masks, [0]), rows[:1])
     rows[1:] = False  # class pictures
@@ -90,7 +90,7 @@ def masks_of(masks: Any, rows: list[int]) -> Any:
 
 @pytest.fixture
 def named(request: pytest.FixtureRequest) -> Any:
-    """A backbone with two concepts with learned tokens."""
+    """A backbone with two concepts that have learned tokens."""
     backbone = request.getfixturevalue(request.param)
     for i, name in enumerate(("cat", "mug")):
         backbone.add_placeholder(FixedPlaceholder(name, (f"<{name}>",), lambda c, t, s, i=i: fixed(1, i)[c]))
@@ -105,7 +105,7 @@ def batch_of(**masks: Tensor) -> Batch:
 
 @contextmanager
 def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
-    """A step as the tuning task makes it: the need is open during the prediction and what follows."""
+    """A step as in the tuning task: the need stays open during the prediction and the loss."""
     t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
     with need.around(backbone, batch) as entered:
         prediction = backbone.predict(x_t, t, conditioning)
@@ -126,7 +126,7 @@ def test_training_on_it_moves_attention_onto_the_mask(named: Any) -> None:
     for _ in range(8):
         with step(named, batch, need) as state:
             with torch.no_grad():
-                named.predict(state.x_t.flip(0), state.t, state.conditioning)  # another part's own prediction
+                named.predict(state.x_t.flip(0), state.t, state.conditioning)  # a prediction made by another part
             loss = part(state)
             optimizer.zero_grad()
             loss.backward()
@@ -154,13 +154,13 @@ def test_the_scale_nearest_to_sixteen_is_watched(named: Any) -> None:
 
 
 @pytest.mark.parametrize("named", ["sd"], indirect=True)
-def test_a_batch_without_masks_says_nothing_about_places(named: Any) -> None:
+def test_a_batch_without_masks_has_no_localisation_loss(named: Any) -> None:
     part = Localisation()
     with step(named, batch_of(), part.provides[0]) as state:
         assert part(state) == 0
 
 
-def test_a_run_with_checkpointing_learns_what_one_without_does(tiny: Any, photos: Any, tmp_path: Any) -> None:
+def test_a_run_with_checkpointing_learns_the_same_as_one_without(tiny: Any, photos: Any, tmp_path: Any) -> None:
     asked = ("masks.given.kind=given", "regularize.localisation.weight=0.1", "regularize.prior.kind=prior_prediction")
     after = []
     for name, extra in (("kept", ()), ("again", ("train.gradient_checkpointing=true",)), ("without", ())):

@@ -32,7 +32,9 @@ from tests.core.lora_pairs import (
 
 @pytest.mark.parametrize("linear", [False, True], ids=["convolutions around attention", "linear layers"])
 @pytest.mark.parametrize("text", [(), TEXT], ids=["network", "text too"])
-def test_kohya_s_names(new_sd: Callable[..., Any], make_tiny_sd: Any, tmp_path: Path, text: Any, linear: bool) -> None:
+def test_kohya_s_key_names(
+    new_sd: Callable[..., Any], make_tiny_sd: Any, tmp_path: Path, text: Any, linear: bool
+) -> None:
     backbone, path = new_sd(linear=linear), tmp_path / "sks.safetensors"
     roles = ("attention", "feed_forward", "proj", *text)
     pairs = low_rank(backbone, roles)
@@ -47,7 +49,7 @@ def test_kohya_s_names(new_sd: Callable[..., Any], make_tiny_sd: Any, tmp_path: 
 
 
 def test_kohya_s_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
-    """Including those at the checkpoint's ends and between blocks, and LyCORIS' Tucker form."""
+    """Includes the first and last convolutions of the network, those between blocks, and LyCORIS' Tucker form."""
     pairs = low_rank(sd, ("denoiser",))
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} < {path for _, path in pairs}
     tensors = kohya(pairs, SD_KOHYA)
@@ -64,7 +66,7 @@ def test_kohya_s_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
     x = torch.randn(1, inputs, 8, 8, generator=draw)
     convolve = torch.nn.functional.conv2d
     one = convolve(x, torch.einsum("abij,bc->acij", mid, outer[:, :, 0, 0]), padding=1)
-    assert torch.allclose(one, convolve(convolve(x, outer), mid, padding=1), atol=1e-3), "the oracle itself"
+    assert torch.allclose(one, convolve(convolve(x, outer), mid, padding=1), atol=1e-3), "the oracle itself is right"
     pairs[key] = torch.einsum("abij,bc->acij", mid, outer[:, :, 0, 0]), up, 1.5
     same(imported(sd, tmp_path / "tucker.safetensors"), merged(sd, pairs))
 
@@ -80,13 +82,13 @@ def test_kohya_s_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
     ],
     ids=["diffusers", "an adapter's name", "older", "oldest", "without a prefix"],
 )
-def test_diffusers_names_of_every_age(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
+def test_diffusers_key_names_of_every_version(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
     pairs = low_rank(sd, (*SD_ROLES, *TEXT), scaled=False)
     save_file(spelled(pairs, prefixes, ends, flat=False, alphas=False), tmp_path / LORA)
     same(imported(sd, tmp_path / LORA), merged(sd, pairs))
 
 
-def test_attention_processors_of_the_first_scripts(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_attention_processor_names_of_the_first_scripts(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("attention",), ranks=(4,), scaled=False)
     tensors = {}
     for (_, path), (down, up, _) in pairs.items():
@@ -99,8 +101,8 @@ def test_attention_processors_of_the_first_scripts(sd: Any, make_tiny_sd: Any, t
     same(ours, by_diffusers(sd, make_tiny_sd(), tmp_path / LORA))
 
 
-def test_the_ldm_checkpoint_s_names(sd: Any, tmp_path: Path) -> None:
-    """For the tiny U-Net's four levels of blocks, written out as the original repository counts them."""
+def test_the_ldm_checkpoint_s_key_names(sd: Any, tmp_path: Path) -> None:
+    """The names for the tiny U-Net's four levels of blocks, written out as the original repository counts them."""
     pairs = low_rank(sd, ("attention",), ranks=(2,))
     theirs = {
         "down_blocks.0.attentions.0": "input_blocks.1.1",
@@ -133,8 +135,8 @@ def test_the_ldm_checkpoint_s_names(sd: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_what_diffusers_itself_saves(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
-    """With a text encoder, and with the settings in the header, where alpha is."""
+def test_files_saved_by_diffusers_itself(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
+    """With a text encoder, and with the settings, including alpha, in the header."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -161,7 +163,7 @@ def test_what_diffusers_itself_saves(sd: Any, make_tiny_sd: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_what_peft_itself_saves(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
+def test_files_saved_by_peft_itself(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     pipe = make_tiny_sd()
@@ -180,7 +182,7 @@ def test_what_peft_itself_saves(sd: Any, make_tiny_sd: Any, tmp_path: Path, sett
         import_lora(tmp_path / "mug-lora", sd, "sks mug")
 
 
-def test_a_text_encoder_that_peft_saved(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_a_text_encoder_saved_by_peft(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     pipe = make_tiny_sd()

@@ -55,7 +55,7 @@ def test_an_imported_file_is_a_concept_like_any_other(sd: Any, tmp_path: Path) -
     same(imported(sd, tmp_path / "out"), expected)
 
 
-def test_a_strength_scales_it(sd: Any, tmp_path: Path) -> None:
+def test_a_strength_scales_the_imported_file(sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("attention",))
     save_file(kohya(pairs, SD_KOHYA), tmp_path / "sks.safetensors")
     attach(import_lora(tmp_path / "sks.safetensors", sd), sd, 0.5)
@@ -64,21 +64,21 @@ def test_a_strength_scales_it(sd: Any, tmp_path: Path) -> None:
     same(half, merged(sd, {key: (down, up, 0.5 * alpha) for key, (down, up, alpha) in pairs.items()}))
 
 
-def test_half_precision_tensors_keep_their_values(sd: Any, tmp_path: Path) -> None:
+def test_half_precision_tensors_keep_their_exact_values(sd: Any, tmp_path: Path) -> None:
     pairs = {k: (d.half(), u.half(), a) for k, (d, u, a) in low_rank(sd, ("attention",)).items()}
     save_file(kohya(pairs, SD_KOHYA), tmp_path / "sks.safetensors")
     same(imported(sd, tmp_path / "sks.safetensors"), merged(sd, pairs))
 
 
 @pytest.mark.parametrize("as_stored", [torch.Tensor.int, torch.Tensor.half, lambda alpha: alpha.reshape(1)])
-def test_alpha_in_every_form(sd: Any, tmp_path: Path, as_stored: Any) -> None:
+def test_alpha_is_read_in_every_form(sd: Any, tmp_path: Path, as_stored: Any) -> None:
     pairs = {key: (down, up, 2.0) for key, (down, up, _) in low_rank(sd, ("attention",)).items()}
     tensors = {k: as_stored(v) if k.endswith(".alpha") else v for k, v in kohya(pairs, SD_KOHYA).items()}
     save_file(tensors, tmp_path / "sks.safetensors")
     same(imported(sd, tmp_path / "sks.safetensors"), merged(sd, pairs))
 
 
-def test_names(tmp_path: Path) -> None:
+def test_the_concept_is_named_after_the_file_or_its_folder(tmp_path: Path) -> None:
     (tmp_path / "my mug").mkdir()
     for file, name in (
         (LORA, "my-mug"),
@@ -150,7 +150,7 @@ def test_another_architecture_is_one_error(sd: Any, tmp_path: Path, build: Any, 
     assert not sd.adapters and not sd.placeholders
 
 
-def test_the_header_s_own_word_for_its_model_comes_first(sd: Any, tmp_path: Path) -> None:
+def test_the_model_named_in_the_header_is_believed_first(sd: Any, tmp_path: Path) -> None:
     save_file(_flux(sd), tmp_path / "x.safetensors", metadata={"ss_base_model_version": "flux1"})
     with pytest.raises(ValueError, match=r"\(apparently flux1"):
         import_lora(tmp_path / "x.safetensors", sd)
@@ -196,13 +196,13 @@ def test_a_file_that_is_not_safetensors_is_refused_unopened(
         ({"x.lora_down.weight": torch.full((1, 1), float("nan"))}, "NaN or Inf"),
     ],
 )
-def test_files_that_cannot_be_read_are_said(sd: Any, tmp_path: Path, tensors: Any, message: str) -> None:
+def test_the_error_says_why_a_file_cannot_be_read(sd: Any, tmp_path: Path, tensors: Any, message: str) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         import_lora(tmp_path / "x.safetensors", sd)
 
 
-def test_one_layer_twice_is_said(sd: Any, tmp_path: Path) -> None:
+def test_the_same_layer_twice_is_an_error(sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("cross_attention.q",))
     both = kohya(pairs, SD_KOHYA) | spelled(pairs, SD_DOTTED, ("lora_A", "lora_B"), flat=False, alphas=False)
     save_file({key: tensor.clone() for key, tensor in both.items()}, tmp_path / "x.safetensors")
@@ -210,7 +210,7 @@ def test_one_layer_twice_is_said(sd: Any, tmp_path: Path) -> None:
         import_lora(tmp_path / "x.safetensors", sd)
 
 
-def test_settings_of_another_rank_are_said(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_settings_with_another_rank_are_an_error(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(make_tiny_sd().unet, LoraConfig(r=4, target_modules=["to_q"]))

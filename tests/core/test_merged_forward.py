@@ -42,7 +42,7 @@ def inside() -> Iterator[None]:
 
 @contextmanager
 def peft_s_own(backbone: Any) -> Iterator[None]:
-    """Inside, layers compute with peft's own forward."""
+    """A context in which layers compute with peft's own forward."""
     ours = {
         m: vars(m).pop("forward") for c in backbone.components.values() for m in c.modules() if "forward" in vars(m)
     }
@@ -68,7 +68,7 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_the_output_is_peft_s_and_training_is_left_to_it(sd: Any, merges: list[Any]) -> None:
+def test_the_output_equals_peft_s_and_training_uses_peft_s_forward(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 4)
     found = sd_output(double(sd))
     assert {(len(s), s[-1]) for s in merges if len(s) == 4} == {(4, 1), (4, 3)} and any(len(s) == 2 for s in merges)
@@ -98,7 +98,7 @@ def sd_output(backbone: Any, dtype: torch.dtype = torch.float64, rows: int = 16,
     return backbone.predict(x, torch.full((rows,), time), backbone.encode(["a photo of a mug"] * rows))
 
 
-def test_what_stands_between_the_factors_is_left_to_peft(sd: Any, merges: list[Any]) -> None:
+def test_dropout_and_dora_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
     for changes in ({"dropout": 0.5}, {"dora": True}):
         inject(sd, "mug", 4, ROLES[:-1], **changes)
         sd_output(sd, torch.float32)
@@ -106,7 +106,7 @@ def test_what_stands_between_the_factors_is_left_to_peft(sd: Any, merges: list[A
         sd.remove("mug")
 
 
-def test_a_rank_that_falls_with_the_noise_is_merged_where_all_rows_have_the_same(sd: Any, merges: list[Any]) -> None:
+def test_a_noise_dependent_rank_is_merged_if_it_is_the_same_for_all_rows(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 8, ROLES[:-1], min_rank=0)
     double(sd)
     seen = []
@@ -118,7 +118,7 @@ def test_a_rank_that_falls_with_the_noise_is_merged_where_all_rows_have_the_same
             torch.testing.assert_close(seen[-1], sd_output(sd, time=time), **EXACT)
     assert not torch.equal(seen[0], seen[1])
     merges.clear()
-    with torch.no_grad():  # rows of several times
+    with torch.no_grad():  # rows with several times
         times = torch.linspace(1, 999, 16).long()
         sd.predict(torch.randn(16, 4, 8, 8).double(), times, sd.encode(["a mug"] * 16))
     assert not merges
@@ -136,7 +136,7 @@ def test_half_precision_and_autocast_are_left_to_peft(new_sd: Any, merges: list[
     assert not merges
 
 
-def test_few_rows_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
+def test_small_inputs_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 4, ("conv",))
     sd_output(sd, torch.float32, rows=1)
     few = set(merges)
@@ -145,7 +145,7 @@ def test_few_rows_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
     assert few < set(merges)
 
 
-def test_a_start_is_the_base_bit_for_bit_and_ejecting_leaves_no_trace(sd: Any) -> None:
+def test_a_new_adapter_equals_the_base_bit_for_bit_and_ejecting_leaves_no_trace(sd: Any) -> None:
     before = sd_output(sd, torch.float32)
     Lora(roles=ROLES, rank=4).inject(sd, "mug", "lora", seed=0)
     assert torch.equal(sd_output(sd, torch.float32), before)
@@ -155,7 +155,7 @@ def test_a_start_is_the_base_bit_for_bit_and_ejecting_leaves_no_trace(sd: Any) -
 
 
 def test_layers_are_merged_only_for_sampling(new_sd: Any, merges: list[Any]) -> None:
-    """Outside of `merged_layers` a prediction without gradients is bit for bit the one with them."""
+    """Outside `merged_layers`, a prediction without gradients equals the one with gradients bit for bit."""
     backbone = new_sd()
     inject(backbone, "mug", 4)
 

@@ -12,7 +12,7 @@ from shared.metrics import scores
 from tests.core.smooth_pictures import drawn
 
 
-def test_cosine_is_that_of_numpy_and_scale_free() -> None:
+def test_cosine_matches_numpy_and_ignores_scale() -> None:
     a, b = drawn(4, 7), drawn(5, 7, seed=1)
     expected = (
         (a.numpy() @ b.numpy().T) / np.linalg.norm(a.numpy(), axis=1)[:, None] / np.linalg.norm(b.numpy(), axis=1)
@@ -21,7 +21,7 @@ def test_cosine_is_that_of_numpy_and_scale_free() -> None:
     assert scores.cosine(torch.zeros(1, 7), b).abs().max() == 0
 
 
-def test_clip_t_is_row_by_row_and_clip_i_is_the_mean_over_references() -> None:
+def test_clip_t_is_computed_per_row_and_clip_i_is_the_mean_over_references() -> None:
     a, b = drawn(4, 7), drawn(4, 7, seed=1)
     full = scores.cosine(a, b)
     torch.testing.assert_close(scores.clip_t(a, b), full.diagonal())
@@ -37,11 +37,11 @@ def test_clip_t_is_row_by_row_and_clip_i_is_the_mean_over_references() -> None:
         scores.clip_i(a, b[:0])
 
 
-def test_text_score_is_clipscore() -> None:
+def test_the_text_score_is_clipscore() -> None:
     assert scores.text_score(torch.tensor([-0.2, 0.0, 0.2, 0.3, 0.9])).tolist() == pytest.approx([0, 0, 0.5, 0.75, 1])
 
 
-def test_retrieval_with_synthetic_embeddings() -> None:
+def test_retrieval_on_synthetic_embeddings() -> None:
     axes = torch.eye(5, dtype=torch.float64)
     gallery = {"me": torch.stack([axes[0], axes[0] + 0.1 * axes[4]]), **{f"d{i}": axes[i : i + 1] for i in (1, 2, 3)}}
     outputs = torch.stack([axes[0], axes[0] + 0.5 * axes[1], axes[1] + 0.5 * axes[0], axes[3]])
@@ -52,7 +52,7 @@ def test_retrieval_with_synthetic_embeddings() -> None:
     assert retrieved.margin[0] > retrieved.margin[1] > 0 > retrieved.margin[3]
 
 
-def test_a_tie_is_no_hit_and_guessing_gives_chance() -> None:
+def test_a_tie_is_not_a_hit_and_guessing_gives_chance() -> None:
     same = drawn(1, 8)
     assert not scores.retrieve(same, {"me": same, "twin": same}, "me").hits.any()
     gallery = {str(i): drawn(1, 64, seed=i) for i in range(9)}
@@ -97,7 +97,7 @@ def test_kid_is_the_double_sum_of_the_paper() -> None:
     assert scores.kid(x, y) == pytest.approx(xx + yy - 2 * xy, rel=1e-12)
 
 
-def test_kid_is_unbiased_on_one_distribution_and_grows_with_distance() -> None:
+def test_kid_is_unbiased_for_one_distribution_and_grows_with_distance() -> None:
     values = [scores.kid(drawn(40, 8, seed=2 * i), drawn(40, 8, seed=2 * i + 1)) for i in range(200)]
     error = np.std(values) / math.sqrt(len(values))
     assert abs(np.mean(values)) < 4 * error
@@ -128,7 +128,7 @@ def test_bootstrap_matches_the_normal_interval() -> None:
     assert (low, high) == scores.bootstrap(values)
 
 
-def test_bootstrap_draws_clusters_whole() -> None:
+def test_bootstrap_resamples_whole_clusters() -> None:
     means = drawn(20)
     values = means.repeat_interleave(50).tolist()
     clusters = [i for i in range(20) for _ in range(50)]
@@ -136,7 +136,7 @@ def test_bootstrap_draws_clusters_whole() -> None:
     assert together[1] - together[0] > 4 * (alone[1] - alone[0])
 
 
-def test_bootstrap_of_nothing_of_nan_and_of_certainty() -> None:
+def test_bootstrap_of_no_values_of_nan_and_of_equal_values() -> None:
     assert all(math.isnan(v) for v in scores.bootstrap([]))
     assert all(math.isnan(v) for v in scores.bootstrap([math.nan]))
     assert scores.bootstrap([0.25, 0.25, math.nan]) == (0.25, 0.25)

@@ -43,7 +43,7 @@ def expanded(backbone, prompt="a photo of a <mug>"):
         (RareToken(with_class_noun=False), "sks"),
     ],
 )
-def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
+def test_words_of_the_vocabulary_add_nothing_to_learn(sd, part, words):
     placeholder = part.attach(sd, "mug", "mug")
     assert placeholder.words == words and expanded(sd) == f"a photo of a {words}".strip()
     assert placeholder.tokens == () and not list(placeholder.parameters()) and placeholder.state_dict() == {}
@@ -67,7 +67,7 @@ def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(
     assert len(caught) == 1 and "text_encoder_2: 'q' + 'z' + 'w'" in str(caught[0].message)
 
 
-def test_one_token_is_no_warning_nor_is_a_concept_that_is_loaded(sd, make_tiny_flux):
+def test_neither_one_token_nor_a_loaded_concept_causes_a_warning(sd, make_tiny_flux):
     with pytest.warns(UserWarning):
         RareToken(token="qzw").attach(sd, "cup", "mug")
     concept = capture(sd, "cup", Provenance(class_noun="mug", modifier=RareToken(token="qzw")))
@@ -96,18 +96,18 @@ def test_without_a_class_noun_nothing_is_left_over(sd):
         (3, True, "<mug> <mug>_1 <mug>_2 mug"),
     ],
 )
-def test_one_name_becomes_so_many_tokens(sd, vectors, noun, words):
+def test_one_name_becomes_this_many_tokens(sd, vectors, noun, words):
     placeholder = LearnableToken(vectors=vectors, with_class_noun=noun).attach(sd, "mug", "mug")
     assert expanded(sd) == f"a photo of a {words}"
     assert len(placeholder.tokens) == vectors
     ids = sd.tokens.current["text_encoder"](placeholder.words, add_special_tokens=False)["input_ids"]
-    assert len(ids) == vectors + noun, "each is one token"
+    assert len(ids) == vectors + noun, "each word is one token"
     assert [p.shape for p in placeholder.parameters()] == [(vectors, 16)]
     conditioning = sd.encode([expanded(sd)])
     assert int(conditioning.token_positions["mug"].sum()) == vectors
 
 
-def test_rows_start_as_the_words_of_init_or_the_class_noun(sd):
+def test_rows_start_from_the_words_of_init_or_the_class_noun(sd):
     rows = table(sd)
     word = {w: rows[sd.tokens.word_ids("text_encoder", w)[0]] for w in ("mug", "red", "dog")}
     one = LearnableToken().attach(sd, "a", "mug").state_dict()["text_encoder"]
@@ -116,25 +116,27 @@ def test_rows_start_as_the_words_of_init_or_the_class_noun(sd):
     assert torch.equal(one, word["mug"][None])
     assert torch.equal(two, torch.stack([word["red"], word["dog"]]))
     mean = torch.stack([word["dog"], word["red"], word["mug"]]).mean(0, keepdim=True)
-    assert torch.equal(cut, mean), "one vector for more words starts as their mean"
+    assert torch.equal(cut, mean), "a single vector for several words starts as their mean"
     few = LearnableToken(vectors=2, init="dog red mug").attach(sd, "d", "").state_dict()["text_encoder"]
-    assert torch.equal(few, torch.stack([(word["dog"] + word["red"]) / 2, word["mug"]])), "each has its share"
+    assert torch.equal(few, torch.stack([(word["dog"] + word["red"]) / 2, word["mug"]])), (
+        "each vector starts as the mean of its share of the words"
+    )
 
 
-def test_a_class_noun_of_several_sub_tokens_starts_as_their_mean(sd):
+def test_a_token_for_a_class_noun_of_several_pieces_starts_as_their_mean(sd):
     pieces = sd.word_embeddings("text_encoder", "coffee mug")
     assert len(pieces) > 2
     rows = LearnableToken().attach(sd, "a", "coffee mug").state_dict()["text_encoder"]
     assert torch.equal(rows, pieces.mean(0, keepdim=True))
 
 
-def test_a_start_from_one_word_acts_as_that_word(sd):
+def test_a_token_that_starts_from_one_word_acts_like_that_word(sd):
     LearnableToken().attach(sd, "a", "mug")
     same = sd.encode([expanded(sd, "a photo of a <a>")]).context
     assert torch.equal(same, sd.encode(["a photo of a mug"]).context)
 
 
-def test_further_vectors_start_near_the_words_and_apart_from_each_other(sd):
+def test_additional_vectors_start_near_the_words_and_differ_from_each_other(sd):
     rows = LearnableToken(vectors=4, init="red dog").attach(sd, "a", "").state_dict()["text_encoder"]
     words = sd.word_embeddings("text_encoder", "red dog")
     assert torch.equal(rows[:2], words)
@@ -142,7 +144,7 @@ def test_further_vectors_start_near_the_words_and_apart_from_each_other(sd):
         assert 0 < (far - near).norm() < 0.5 * words.std() * far.numel() ** 0.5
 
 
-def test_a_random_start_has_the_table_s_spread_and_its_seed(sd):
+def test_a_random_start_has_the_table_s_spread_and_depends_on_the_seed(sd):
     part = LearnableToken(vectors=64, init="<rand>")
     first = part.attach(sd, "a", "", seed=3).state_dict()["text_encoder"]
     again = part.attach(sd, "b", "", seed=3).state_dict()["text_encoder"]
@@ -151,14 +153,14 @@ def test_a_random_start_has_the_table_s_spread_and_its_seed(sd):
     assert abs(float(first.std() / table(sd).std()) - 1) < 0.15
 
 
-def test_the_spread_of_a_random_start_is_not_that_of_one_word(sd):
+def test_the_spread_of_a_random_start_is_not_taken_from_one_word(sd):
     with torch.no_grad():
         table(sd)[sd.tokens.word_ids("text_encoder", "a")[0]] *= 20
     first = LearnableToken(vectors=64, init="<rand>").attach(sd, "a", "", seed=3).state_dict()["text_encoder"]
     assert abs(float(first.std() / table(sd).std()) - 1) < 0.15
 
 
-def test_no_word_to_start_from_is_an_error(sd):
+def test_having_no_word_to_start_from_is_an_error(sd):
     with pytest.raises(ValueError, match=r"set subject\.class_noun or modifier\.init"):
         LearnableToken().attach(sd, "a", "")
     assert not sd.placeholders
@@ -173,7 +175,7 @@ def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
     assert list(sd.placeholders) == ["a"] and sd.tokens.tokens == ("<a>",)
 
 
-def test_every_other_row_is_bit_equal_after_training(sd):
+def test_every_other_row_is_unchanged_bit_for_bit_after_training(sd):
     before, size = table(sd).detach().clone(), len(table(sd))
     tokenizer = sd.tokens.base["text_encoder"]
     placeholder = LearnableToken(vectors=2).attach(sd, "mug", "mug")
@@ -191,7 +193,7 @@ def test_every_other_row_is_bit_equal_after_training(sd):
     assert "<mug>" not in tokenizer.get_vocab()
 
 
-def test_the_state_goes_round(sd):
+def test_the_state_survives_a_round_trip(sd):
     one = LearnableToken(vectors=2, init="<rand>").attach(sd, "a", "", seed=1)
     two = LearnableToken(vectors=2, init="<rand>").attach(sd, "b", "", seed=2)
     two.load_state_dict(one.state_dict())
@@ -202,7 +204,7 @@ def test_the_state_goes_round(sd):
         two.load_state_dict({"text_encoder_2": torch.zeros(2, 16)})
 
 
-def test_two_text_encoders_have_rows_of_their_own(make_tiny_flux):
+def test_each_of_two_text_encoders_has_its_own_rows(make_tiny_flux):
     flux = FluxBackbone(make_tiny_flux(), "tiny")
     placeholder = LearnableToken(vectors=2, with_class_noun=True).attach(flux, "mug", "mug")
     shapes = {c: tuple(v.shape) for c, v in placeholder.state_dict().items()}

@@ -81,7 +81,7 @@ def ask(net: Any, frames: int = 3) -> Tensor:
     return net(noisy, torch.tensor([300]), torch.full((1, 32), 7))
 
 
-def test_the_words_of_motions_are_single_tokens_and_no_word_of_a_picture_changes(tiny_backbone: Path) -> None:
+def test_motion_words_are_single_tokens_and_no_picture_word_changes(tiny_backbone: Path) -> None:
     pipe, known = opened(tiny_backbone), opened(tiny_backbone)
     ids = add_words(pipe.tokenizer, pipe.text_encoder)
     assert len(ids) == len(motion_words()) == len(set(ids)) and "falling" in motion_words()
@@ -90,10 +90,10 @@ def test_the_words_of_motions_are_single_tokens_and_no_word_of_a_picture_changes
         assert pipe.tokenizer(text)["input_ids"] == known.tokenizer(text)["input_ids"]
     old = known.text_encoder.get_input_embeddings().weight
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[: len(old)], old)
-    assert add_words(pipe.tokenizer, pipe.text_encoder) == ids  # once is enough
+    assert add_words(pipe.tokenizer, pipe.text_encoder) == ids  # adding them again changes nothing
 
 
-def test_it_starts_as_the_network_of_pictures_on_each_frame(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_it_starts_as_the_picture_network_applied_to_each_frame(tiny_backbone: Path, tmp_path: Path) -> None:
     made = task(tiny_backbone, tmp_path)
     noisy = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     context = made.pipe.text_encoder(torch.full((1, 32), 7)).last_hidden_state
@@ -102,7 +102,7 @@ def test_it_starts_as_the_network_of_pictures_on_each_frame(tiny_backbone: Path,
     torch.testing.assert_close(ask(made.net), torch.stack(each, dim=2), atol=1e-5, rtol=1e-4)
 
 
-def test_only_motion_modules_and_the_words_of_motions_are_trained(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_only_motion_modules_and_motion_words_are_trained(tiny_backbone: Path, tmp_path: Path) -> None:
     made = task(tiny_backbone, tmp_path)
     before = {name: p.detach().clone() for name, p in made.net.named_parameters()}
     train(made, tmp_path, 4)
@@ -111,10 +111,10 @@ def test_only_motion_modules_and_the_words_of_motions_are_trained(tiny_backbone:
     assert "words" in changed and any("attn" in name for name in changed)
     said = made.net.place[made.data.tokens[:, 0].astype(np.int64)]
     moved = (made.net.words - before["words"]).abs().amax(1) > 0
-    assert set(moved.nonzero()[:, 0].tolist()) == set(said[said >= 0].tolist())  # those that captions use
+    assert set(moved.nonzero()[:, 0].tolist()) == set(said[said >= 0].tolist())  # exactly the words that captions use
 
 
-def test_what_moves_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_motion_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, short=0.0, caption_dropout=0.0)
     made = task(tiny_backbone, tmp_path, steps=60, settings=settings)
     probe = [made.draw(1000 + i) for i in range(8)]
@@ -128,7 +128,7 @@ def test_what_moves_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
     assert error() < 0.8 * before
 
 
-def test_in_half_precision_it_predicts_and_learns_alike(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_in_half_precision_it_predicts_and_learns_the_same(tiny_backbone: Path, tmp_path: Path) -> None:
     whole, half = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b", compute=Compute(bf16=True))
     assert whole.trained.keys() == half.trained.keys() and half.half is not None
     assert all(p.dtype == torch.float32 for p in half.trained.values())
@@ -141,7 +141,7 @@ def test_in_half_precision_it_predicts_and_learns_alike(tiny_backbone: Path, tmp
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.95, name
 
 
-def test_what_changes_over_time_counts_more(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_errors_that_change_over_time_have_more_weight(tiny_backbone: Path, tmp_path: Path) -> None:
     made = task(tiny_backbone, tmp_path)
     batch = replace(made.draw(3), weight=torch.ones(2, 4, 4, 4))
 
@@ -156,11 +156,11 @@ def test_what_changes_over_time_counts_more(tiny_backbone: Path, tmp_path: Path)
     assert loss(at_times) == pytest.approx(made.settings.moving_weight, rel=1e-4)
 
 
-def test_words_are_made_visible_to_what_follows_cross_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_words_are_made_visible_behind_cross_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = opened(backbone_path())
     ids = add_words(pipe.tokenizer, pipe.text_encoder)
     table = pipe.text_encoder.get_input_embeddings().weight
-    with torch.no_grad():  # as with a tokenizer that never saw them
+    with torch.no_grad():  # as if the words were new to the text encoder
         table[ids] = table.mean(0) + 0.1 * table.std(0) * torch.randn(
             len(ids), table.shape[1], generator=torch.Generator().manual_seed(0)
         )
@@ -177,8 +177,8 @@ def test_words_are_made_visible_to_what_follows_cross_attention(monkeypatch: pyt
     assert torch.equal(after[same], before[same]) and not torch.equal(after[ids], before[ids])
 
 
-def test_words_of_opposite_motions_meet_often() -> None:
-    """They share most words, so drawn like any two motions, they would be the last to differ."""
+def test_captions_of_opposite_motions_are_often_compared() -> None:
+    """They share most words, so if drawn like any two motions, they would be the last to differ."""
     meet = {0.0: 0, 1.0: 0}
     for opposite in meet:
         for step in range(20):
@@ -187,14 +187,14 @@ def test_words_of_opposite_motions_meet_often() -> None:
     assert meet[1.0] >= 6 and meet[1.0] >= 3 * meet[0.0]
 
 
-def test_short_clips_come_first_at_twice_the_number(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_short_clips_come_first_with_twice_as_many_per_batch(tiny_backbone: Path, tmp_path: Path) -> None:
     made = task(tiny_backbone, tmp_path, steps=4)
     assert made.draw(0).latents.shape[:3] == (4, 4, 2) and made.draw(2).latents.shape[:3] == (2, 4, 4)
     assert torch.equal(made.draw(1).latents, made.draw(1).latents)
     assert not torch.equal(made.draw(0).noise, made.draw(1).noise)
 
 
-def test_an_interrupted_training_equals_an_uninterrupted_one(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_an_interrupted_training_run_equals_an_uninterrupted_one(tiny_backbone: Path, tmp_path: Path) -> None:
     whole, first = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b")
     train(whole, tmp_path / "a", 4)
     train(first, tmp_path / "b", 4, pause_at=2)
@@ -204,13 +204,13 @@ def test_an_interrupted_training_equals_an_uninterrupted_one(tiny_backbone: Path
         assert torch.equal(a, b), name
 
 
-def test_shares_of_a_batch_add_up(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_parts_of_a_batch_add_up_to_the_batch_loss(tiny_backbone: Path, tmp_path: Path) -> None:
     one, two = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b", workers=2)
     losses = [float(next(made.updates(0, 0)).loss) for made in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_what_is_shipped_is_what_was_averaged(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_the_shipped_weights_are_the_averaged_ones(tiny_backbone: Path, tmp_path: Path) -> None:
     import shutil
 
     from diffusers import MotionAdapter, UNetMotionModel
@@ -234,7 +234,7 @@ def test_what_is_shipped_is_what_was_averaged(tiny_backbone: Path, tmp_path: Pat
         expected = made.net(noisy, torch.tensor([300]), ids)
     torch.testing.assert_close(shown, expected, atol=5e-3, rtol=5e-2)  # half precision
     plain = torch.tensor([before.tokenizer("a photo of a red cat")["input_ids"]])
-    with torch.no_grad():  # pictures have not changed
+    with torch.no_grad():  # pictures are predicted as before
         assert torch.equal(before.text_encoder(plain).last_hidden_state, after.text_encoder(plain).last_hidden_state)
 
 

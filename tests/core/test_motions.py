@@ -1,4 +1,4 @@
-"""The toybox's motions: their functions of time, things stay in the picture, and training never shows held-out ones."""
+"""The toybox's motions: they are functions of time, keep things in the picture, and held-out ones are never trained on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def training() -> dict[str, Array]:
     return {name: sample_paths(rng, motion, DRAWN) for name, motion in MOTIONS.items()}
 
 
-def test_there_are_enough_motions_in_two_splits() -> None:
+def test_there_are_enough_held_out_motions_in_each_split() -> None:
     assert len(MOTIONS) >= 8
     assert [len(held_out_motions(split)) for split in SPLITS] == [6, 6]
-    assert len({motion.name for motion in EVERY.values()}) == len(EVERY), "no name twice"
+    assert len({motion.name for motion in EVERY.values()}) == len(EVERY), "every name is unique"
     with pytest.raises(ValueError, match="Did you mean 'development-zigzag'"):
         held_out_motion("development-zigzig")
     with pytest.raises(ValueError, match="captioned motion"):
@@ -36,7 +36,7 @@ def test_there_are_enough_motions_in_two_splits() -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_motion_is_a_function_of_time_whatever_the_number_of_frames(name: str) -> None:
+def test_a_motion_is_a_function_of_time_for_any_number_of_frames(name: str) -> None:
     motion, rng = EVERY[name], np.random.default_rng(1)
     drawn = motion.draw(rng, 3)
     few, many = motion.offsets(drawn, 8), motion.offsets(drawn, 15)
@@ -49,7 +49,7 @@ def test_a_motion_is_a_function_of_time_whatever_the_number_of_frames(name: str)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_things_stay_in_the_picture_and_turn_slowly_enough_to_be_followed(name: str) -> None:
+def test_things_stay_in_the_picture_and_turn_slowly_enough_to_be_tracked(name: str) -> None:
     paths = sample_paths(np.random.default_rng(2), EVERY[name], 300, frames=8)
     scale, away = np.exp(paths[..., 2]), np.abs(paths[..., :2]).max(-1)
     assert scale.min() > 0.4 and scale.max() < 1.1 and (away <= room(scale) + 1e-9).all()
@@ -57,15 +57,15 @@ def test_things_stay_in_the_picture_and_turn_slowly_enough_to_be_followed(name: 
     assert np.abs(np.diff(paths[..., 3], axis=1)).max() < 90, "a quarter turn or more cannot be told from its opposite"
 
 
-def test_a_thing_that_must_look_ahead_does() -> None:
+def test_things_that_must_face_their_direction_do() -> None:
     """A lap starts to the right, seen from the thing's right side: at azimuth -90 its front points to the right."""
     lap = held_out_motion("reporting-lap")
     path = place(np.random.default_rng(0), lap.offsets(lap.draw(np.random.default_rng(0), 5), 41), lap.facing_deg)
     assert np.allclose(path[:, 0, 3], -90) and (np.diff(path[:, :2, 0], axis=1) > 0).all()
     assert np.allclose(views(path)[:, 10, :2] / np.cos(np.radians(path[:, 10, 4:5])), (-1, 0)), (
-        "then it is seen from behind"
+        "a quarter through the lap it is seen from behind"
     )
-    assert (np.diff(path[:, 10:12, 2], axis=1) < 0).all(), "while it goes away"
+    assert (np.diff(path[:, 10:12, 2], axis=1) < 0).all(), "there it moves away"
 
 
 def test_views_are_unit_vectors_towards_the_camera() -> None:
@@ -74,8 +74,8 @@ def test_views_are_unit_vectors_towards_the_camera() -> None:
     assert np.allclose(views(path), [(1, 0, 0), (0, 1, 0), (-1, 0, 0), (0, 0, 1)], atol=1e-12)
 
 
-def test_training_cannot_reach_a_held_out_motion(training: dict[str, Array]) -> None:
-    """Its nearest training path is farther away than 99 % of training paths are from others of their motion."""
+def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array]) -> None:
+    """Its nearest training path is farther away than 99 % of training paths are from others of the same motion."""
     within = []
     for paths in training.values():
         far = distances(paths, paths)
@@ -88,11 +88,13 @@ def test_training_cannot_reach_a_held_out_motion(training: dict[str, Array]) -> 
         assert distances(motion.path()[None], every).min() > 2 * bar, f"{name}, the median draw"
         assert distances(sample_paths(rng, motion, 30), every).min() > 2 * bar, f"{name}, any draw"
     held = motion_names().values()
-    assert min(distance(a.path(), b.path()) for a in held for b in held if a is not b) > 1, "nor is one near another"
+    assert min(distance(a.path(), b.path()) for a in held for b in held if a is not b) > 1, (
+        "held-out motions are not near each other either"
+    )
 
 
-def test_captioned_motions_are_told_apart_by_their_paths(training: dict[str, Array]) -> None:
-    """For any side, size, place and rhythm, the nearest other training path is of the same motion."""
+def test_captioned_motions_can_be_told_apart_by_their_paths(training: dict[str, Array]) -> None:
+    """For any side, size, place and rhythm, the nearest other training path belongs to the same motion."""
     names, every = np.repeat(list(training), DRAWN), np.concatenate(list(training.values()))
     for name, paths in training.items():
         far = distances(paths[:40], every)
@@ -101,7 +103,7 @@ def test_captioned_motions_are_told_apart_by_their_paths(training: dict[str, Arr
 
 
 @pytest.mark.parametrize("name", motion_names())
-def test_a_held_out_motion_is_told_from_its_look_alikes(name: str) -> None:
+def test_a_held_out_motion_can_be_told_from_its_look_alikes(name: str) -> None:
     motion, split = held_out_motion(name), name.split("-")[0]
     known = {other.name: other.path() for other in look_alikes(motion)}
     assert len(known) >= 4
@@ -118,7 +120,7 @@ def test_a_held_out_motion_is_told_from_its_look_alikes(name: str) -> None:
     assert ranked(frozen, among)[0][0] == "still"
 
 
-def test_the_steady_look_alike_takes_away_the_stops() -> None:
+def test_the_steady_look_alike_removes_the_stops() -> None:
     motion = held_out_motion("development-stop-and-go")
     steady = next(other for other in look_alikes(motion) if other.name.endswith("steady"))
     x = steady.path(16)[:, 0]

@@ -30,7 +30,7 @@ NO_MOTION = Motion("made", lambda t, p: {})
 def clip(
     frames: int = 3, pan: float = 0.0, background: str = "gray studio", scale: float = 0.7, **moved: float
 ) -> Clip:
-    """A car that moves evenly by this much over the clip."""
+    """A clip of a car whose path parameters change linearly, by the amounts in `moved`."""
     path = still(frames) + PLACED
     path[:, 2] = np.log(scale)
     for name, value in moved.items():
@@ -61,16 +61,16 @@ def warped(values: Tensor, flow: Tensor) -> Tensor:
     return torch.nn.functional.grid_sample(values, at, align_corners=False, padding_mode="border")
 
 
-def test_a_thing_that_slides_has_the_same_flow_everywhere() -> None:
+def test_a_sliding_thing_has_the_same_flow_everywhere() -> None:
     drawn = clip(x=0.2, y=-0.1)
     known = inside(drawn)
     assert known[0].sum() > 300
     assert torch.allclose(drawn.flow[known], torch.tensor([6.4, -3.2]), atol=1e-4)
-    assert (drawn.flow[drawn.mask[:-1] == 0] == 0).all(), "what is behind it stays"
+    assert (drawn.flow[drawn.mask[:-1] == 0] == 0).all(), "the background does not move"
 
 
-def test_flow_of_growing_and_rolling_is_that_of_the_plane() -> None:
-    """A point is up to half a pixel from its pixel's centre, so the flow differs by that times its slope."""
+def test_flow_of_scaling_and_rolling_matches_the_2d_formula() -> None:
+    """A visible point is up to half a pixel from its pixel's centre, so the flow differs by that distance times its slope."""
     grown, at = clip(log_scale=0.4), None
     at = centres(grown)
     factor = np.exp(0.2) - 1
@@ -78,15 +78,17 @@ def test_flow_of_growing_and_rolling_is_that_of_the_plane() -> None:
     rolled = clip(roll_deg=30.0)
     turn = np.radians(15)
     spin = torch.tensor([[np.cos(turn) - 1, np.sin(turn)], [-np.sin(turn), np.cos(turn) - 1]]).float()
-    assert (rolled.flow - at @ spin)[inside(rolled)].abs().max() < 0.9 * turn, "clockwise, in a picture with y down"
+    assert (rolled.flow - at @ spin)[inside(rolled)].abs().max() < 0.9 * turn, "clockwise, as y points down"
 
 
-def test_the_flow_of_a_turning_thing_leads_to_the_same_point_of_its_surface() -> None:
-    """Checked with `render`, which gives the point of the thing that each pixel shows."""
+def test_flow_of_a_turning_thing_leads_to_the_same_point_on_its_surface() -> None:
+    """Checked with `render`, which returns the surface point that each pixel shows."""
     moving = sample_moving(np.random.default_rng(0), MOTIONS["orbit"], 6, thing=CAR, style="photo", background="beach")
     drawn, pictures = draw_clip(moving), render(moving.scenes())
     assert torch.equal(drawn.mask, pictures.mask[:, 0])
-    assert torch.allclose(drawn.frames, pictures.pixels.permute(0, 2, 3, 1), atol=1e-6), "a frame is a picture"
+    assert torch.allclose(drawn.frames, pictures.pixels.permute(0, 2, 3, 1), atol=1e-6), (
+        "each frame equals the rendered picture"
+    )
     known = inside(drawn)
     assert known.sum() > 0.5 * (drawn.mask[:-1] == 1).sum()
     gap = (warped(pictures.position[1:], drawn.flow) - pictures.position[:-1]).norm(dim=1)[known]
@@ -95,30 +97,30 @@ def test_the_flow_of_a_turning_thing_leads_to_the_same_point_of_its_surface() ->
 
 
 @pytest.mark.parametrize("name", ["slide left", "spin", "approach", "development-pendulum"])
-def test_a_frame_is_the_next_one_brought_back_by_the_flow(name: str) -> None:
+def test_warping_the_next_frame_by_the_flow_restores_this_frame(name: str) -> None:
     motion = {**MOTIONS, **motion_names()}[name]
     moving = sample_moving(np.random.default_rng(1), motion, 12, thing=CAR, style="photo", background="gray studio")
     drawn = draw_clip(moving)
     known, frames = inside(drawn), drawn.frames.permute(0, 3, 1, 2)
     back = (warped(frames[1:], drawn.flow) - frames[:-1]).abs().mean(1)[known].mean()
     plain = (frames[1:] - frames[:-1]).abs().mean(1)[known].mean()
-    assert back < 0.08 and back < 0.6 * plain, "what is left is light, and pixels that are no points"
+    assert back < 0.08 and back < 0.6 * plain, "only shading and pixels that mix several points differ"
 
 
-def test_what_is_hidden_in_the_next_frame_is_not_known() -> None:
+def test_flow_is_unknown_where_the_next_frame_hides_the_point() -> None:
     drawn = clip(frames=2, azimuth_deg=85.0)
     share = inside(drawn).sum() / (drawn.mask[:-1] == 1).sum()
     assert 0.05 < share < 0.7, "a side of the car has turned away"
     slid = clip(frames=2, x=0.3)
     covered = (slid.mask[1] == 1) & (slid.mask[0] == 0)
-    assert covered.any() and not slid.flow_known[0][covered].any(), "the car stands before it now"
+    assert covered.any() and not slid.flow_known[0][covered].any(), "the car now covers it"
     edge = (slid.mask[0] > 0) & (slid.mask[0] < 1)
-    assert not slid.flow_known[0][edge].any(), "half thing, half background"
+    assert not slid.flow_known[0][edge].any(), "edge pixels mix thing and background"
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_only_a_camera_moves_the_background(background: str) -> None:
-    """Far from the thing and its shadow nothing changes; if the camera moves, everything moves equally, to the pixel."""
+def test_only_the_camera_moves_the_background(background: str) -> None:
+    """Far from the thing and its shadow nothing changes; if the camera moves, everything moves by the same whole pixels."""
     kept = clip(frames=2, scale=0.35, background=background, azimuth_deg=50.0, roll_deg=10.0)
     assert torch.equal(kept.frames[0, :, :6], kept.frames[1, :, :6])
     panned = clip(frames=2, scale=0.35, pan=0.125, background=background)
@@ -127,10 +129,10 @@ def test_only_a_camera_moves_the_background(background: str) -> None:
     free[:, 8:] = False  # without the thing's shadow
     back = (warped(panned.frames[1:].permute(0, 3, 1, 2), panned.flow) - panned.frames[:1].permute(0, 3, 1, 2)).abs()
     assert free.any() and back.mean(1)[0][free].max() < 0.02
-    assert not panned.flow_known[0, :, 56:].any(), "it has left the picture"
+    assert not panned.flow_known[0, :, 56:].any(), "these pixels leave the picture"
 
 
-def test_a_sampled_clip_is_one_thing_in_one_place() -> None:
+def test_a_sampled_clip_shows_one_thing_in_one_place() -> None:
     rng = np.random.default_rng(2)
     for name, motion in MOTIONS.items():
         moving = sample_moving(rng, motion, 8)
@@ -139,7 +141,9 @@ def test_a_sampled_clip_is_one_thing_in_one_place() -> None:
         assert scenes[0].cameras == moving.scene.cameras and (len({s.pan for s in scenes}) > 1) == (
             name in CAMERA_MOTIONS
         )
-        assert name not in CAMERA_MOTIONS or "studio" not in moving.scene.background, "there it could not be seen"
+        assert name not in CAMERA_MOTIONS or "studio" not in moving.scene.background, (
+            "a camera move would be invisible in a studio"
+        )
     one, other = (sample_moving(np.random.default_rng(5), frames=3) for _ in range(2))
     drawn = draw_clip(one)
     assert torch.equal(drawn.frames, draw_clip(other).frames)
@@ -157,7 +161,9 @@ def test_captions_name_the_motion_and_fit_the_tokenizer() -> None:
         moving = sample_moving(rng, motion, 4, thing=long, style="watercolor painting", background="mountain")
         texts = [clip_caption(moving, rng, full=True), *(clip_caption(moving, rng) for _ in range(60))]
         assert max(len(shipped(text)["input_ids"]) for text in texts) <= MAX_LENGTH
-        assert motion_phrase(name) in texts[0] and "mountain" in texts[0], "canonical, with its place"
+        assert motion_phrase(name) in texts[0] and "mountain" in texts[0], (
+            "the full caption has the canonical phrase and the place"
+        )
         for text in texts:
             said = {m for m, options in PHRASES.items() if any(re.search(rf"{o}\b(?! it)", text) for o in options)}
             assert said == {name}, text
@@ -165,7 +171,7 @@ def test_captions_name_the_motion_and_fit_the_tokenizer() -> None:
     assert all(met[name] == set(PHRASES[name]) for name in MOTIONS), "every wording is used"
 
 
-def test_a_view_is_said_only_where_it_stays() -> None:
+def test_captions_name_the_view_only_if_it_does_not_change() -> None:
     rng = np.random.default_rng(7)
     path = still(4) + np.array([0, 0, 0, 90.0, 10.0, 0])
     scene = Scene((CAR,), "water", sample_moving(rng, frames=2).scene.cameras, "photo", 1)
@@ -173,15 +179,15 @@ def test_a_view_is_said_only_where_it_stays() -> None:
     slid = replace(slid, scene=slid.scenes()[0])
     assert clip_caption(slid, rng, True) == (
         "a photo of a red car with a blue roof moving to the left on the water, side view"
-    ), "it does not float while it moves"
+    ), "a moving thing is still described as on the water"
     path = path.copy()
     path[:, 3] += np.linspace(0, 300, 4)
     assert clip_caption(replace(slid, motion=MOTIONS["spin"], path=path), rng, True).endswith("spinning on the water")
 
 
-def test_captions_of_held_out_motions_say_nothing_of_them() -> None:
+def test_captions_of_held_out_motions_do_not_describe_the_motion() -> None:
     rng, words = np.random.default_rng(8), set(captions.vocabulary())
     for motion in motion_names().values():
         moving = sample_moving(rng, motion, 4)
         for text in (clip_caption(moving, rng), clip_caption(moving, rng, True), plain_clip_caption(moving)):
-            assert set(text.replace(",", " ,").split()) <= words, "words for pictures only"
+            assert set(text.replace(",", " ,").split()) <= words, "only the still-picture vocabulary is used"

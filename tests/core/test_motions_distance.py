@@ -14,12 +14,12 @@ SHIFT = np.array([0.2, -0.3, 0.5, 200.0, 12.0, -9.0])
 def paths(n: int, frames: int = 9, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     steps = rng.normal(0, 1, (n, frames, len(PATH))) * list(UNITS.values())
-    steps[..., 3] *= 3  # around the circle more than once
+    steps[..., 3] *= 3  # more than one full turn
     return steps.cumsum(1)
 
 
 def test_it_is_the_smallest_difference_over_all_shifts() -> None:
-    """Each column separately, with its shift found by trying."""
+    """Each column is compared separately, with its shift found by trying all."""
     a, b = paths(2)
     total = 0.0
     for i, (name, unit) in enumerate(UNITS.items()):
@@ -35,7 +35,7 @@ def test_it_is_the_smallest_difference_over_all_shifts() -> None:
 
 
 def test_one_unit_in_one_column_counts_as_one() -> None:
-    """Columns on a line are one unit below the mean half of the time and one above otherwise; 45 degrees for turns."""
+    """A linear column is one unit below its mean half of the time and one above otherwise; for angles it is 45 degrees."""
     for i, (name, unit) in enumerate(UNITS.items()):
         path = still(8)
         path[::2, i] = 2 * unit
@@ -46,7 +46,7 @@ def test_one_unit_in_one_column_counts_as_one() -> None:
     assert distance(far, still(8)) > distance(near, still(8)) > 0
 
 
-def test_it_is_a_metric_of_paths_up_to_where_they_begin() -> None:
+def test_it_is_a_metric_of_paths_regardless_of_where_they_begin() -> None:
     a, b = paths(6), paths(6, seed=1)
     far = distances(a, b)
     assert far.dtype == np.float64 and far.shape == (6, 6)
@@ -54,20 +54,20 @@ def test_it_is_a_metric_of_paths_up_to_where_they_begin() -> None:
     assert np.allclose(distances(a + SHIFT, b), far) and np.allclose(distances(a, b - SHIFT), far)
     turns = np.array([0, 0, 0, 360.0, 0, 0])
     whole = a + turns * np.random.default_rng(2).integers(-2, 3, (6, 9, 1))
-    assert np.allclose(distances(whole, b), far), "whole turns change nothing that is seen"
+    assert np.allclose(distances(whole, b), far), "full turns change nothing visible"
     assert np.diagonal(distances(a, a + SHIFT)).max() < 1e-6
     every = distances(np.concatenate([a, b]), np.concatenate([a, b]))
     assert (every[:, :, None] <= every[:, None] + every.T[None] + 1e-9).all()
 
 
-def test_time_direction_mirrors_and_size_are_seen() -> None:
+def test_it_distinguishes_timing_direction_mirroring_and_size() -> None:
     a = paths(1)[0]
     mirror = np.array([-1, 1, 1, -1, 1, -1])
     for other in (a[::-1], np.roll(a, 2, 0), a * mirror, a * 0.5, np.concatenate([a[:1], a[:-1]])):
         assert distance(a, other) > 0.3
 
 
-def test_a_path_at_other_frames_is_the_same_path() -> None:
+def test_a_path_sampled_at_other_frames_is_the_same_path() -> None:
     t = np.linspace(0, 1, 25)[:, None]
     line = t * np.array([0.5, -0.2, 0.8, 500.0, 10.0, 20.0])
     wrapped = line.copy()
@@ -83,7 +83,7 @@ def test_the_nearest_comes_first() -> None:
     assert order[0][0] == "a" and [d for _, d in order] == sorted(d for _, d in order)
 
 
-def test_what_is_no_path_is_refused() -> None:
+def test_arrays_that_are_not_paths_are_refused() -> None:
     a = paths(1)
     with pytest.raises(ValueError, match="9 and 5 frames"):
         distances(a, a[:, :5])

@@ -39,7 +39,7 @@ def test_a_motion_becomes_a_folder_of_clips_to_learn_from(tmp_path: Path, capsys
         assert (folder / "caption.txt").read_text("utf-8") == plain_clip_caption(scene) + "\n"
 
 
-def test_the_motion_is_what_the_clips_share() -> None:
+def test_the_clips_share_only_the_motion() -> None:
     moving = reference_moving("reporting-lap", 8, 1)
     assert len({m.scene.things[0].class_name for m in moving}) == len({m.scene.background for m in moving}) == 8
     assert all(m.scene.things[0].pattern_seed is None and m.scene.style == "photo" for m in moving)
@@ -49,7 +49,7 @@ def test_the_motion_is_what_the_clips_share() -> None:
     assert [m.scene for m in moving] == [m.scene for m in reference_moving("reporting-lap", 8, 1)]
 
 
-def test_another_writer_takes_the_frames(tmp_path: Path) -> None:
+def test_another_writer_can_receive_the_frames(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
     def write(frames: torch.Tensor, path: Path, about: dict[str, str]) -> Path:
@@ -63,7 +63,7 @@ def test_another_writer_takes_the_frames(tmp_path: Path) -> None:
     assert seen[0].shape == (3, 3, 64, 64) and seen[0].min() >= -1
 
 
-def test_what_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_outputs_are_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = (
         (("subjects", "development-zigzig", "--out", tmp_path / "a"), "Did you mean 'development-zigzag'?"),
         (("subjects", "development-mug", "--frames", 8, "--out", tmp_path / "a"), "only motions are written as clips"),

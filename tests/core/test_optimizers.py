@@ -21,7 +21,7 @@ from tests.core.runs import finish, paint, same, session, small
 
 
 class Bowl:
-    """Two groups of numbers, each in its own bowl, with a little noise that depends on the step."""
+    """Two groups of parameters, each with its own quadratic loss and a little noise that depends on the step."""
 
     steps = 6
 
@@ -61,18 +61,18 @@ KINDS: dict[str, OptimizerPart] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_k_and_m_steps_equal_k_saved_and_m(kind):
+def test_k_plus_m_steps_equal_k_steps_saved_and_m_more(kind):
     whole, part = Bowl(), Bowl()
     run(whole, {"main": KINDS[kind]})
     first = run(part, {"main": KINDS[kind]}, steps=4)
     flat, progress = first.state_dict(), first.progress()
-    assert all(isinstance(v, torch.Tensor) for v in flat.values()), "safetensors holds nothing else"
+    assert all(isinstance(v, torch.Tensor) for v in flat.values()), "safetensors stores nothing else"
     run(part, {"main": KINDS[kind]}, start=4, saved=(flat, progress))
     assert all(torch.equal(x, y) for x, y in zip(whole.state(), part.state(), strict=True))
     assert not torch.equal(whole.a, Bowl().a) and not torch.equal(whole.b, Bowl().b)
 
 
-def test_each_group_has_the_optimizer_that_it_was_given():
+def test_each_group_uses_the_optimizer_it_was_given():
     """Compared with calling the two libraries by hand."""
     from prodigyopt import Prodigy as Theirs
 
@@ -92,7 +92,7 @@ def test_each_group_has_the_optimizer_that_it_was_given():
     assert torch.allclose(task.a, plain.a, rtol=1e-6) and torch.allclose(task.b, plain.b, rtol=1e-6)
 
 
-def test_lbfgs_sees_the_same_noise_each_time_it_looks():
+def test_lbfgs_sees_the_same_noise_at_each_evaluation():
     task, looks = Bowl(), []
     original = task.updates
 
@@ -103,10 +103,10 @@ def test_lbfgs_sees_the_same_noise_each_time_it_looks():
 
     task.updates = spy  # type: ignore[method-assign]
     run(task, {"main": Lbfgs(max_iter=5)}, steps=2)
-    assert len(looks) > 4 and len(set(looks)) == 2, "one seed a step, however often it is computed"
+    assert len(looks) > 4 and len(set(looks)) == 2, "one seed per step, however often the loss is evaluated"
 
 
-def test_the_average_is_what_is_looked_at_and_the_other_point_what_goes_on():
+def test_the_average_is_evaluated_and_training_continues_from_the_other_point():
     optimizers = run(task := Bowl(), {"main": ScheduleFree()})
     going = task.state()[0]
     optimizers.average(True)
@@ -139,7 +139,7 @@ TWO = ("phases=null", "trainable.tokens.group=words", "trainable.lora.rank=2", "
 
 
 @pytest.mark.parametrize("kind", ["prodigy", "schedule_free"])
-def test_a_run_with_two_optimizers_resumes_to_the_same_bits(tiny, photos, tmp_path, kind):
+def test_a_run_with_two_optimizers_resumes_bit_for_bit(tiny, photos, tmp_path, kind):
     settings = (*TWO, f"train.optimizers.words.kind={kind}", "train.steps=4", "train.checkpoint_every=1")
     recipe = small("pivotal_tuning", *settings, "train.validation.every=2", "sampling.steps=1", "regularize=null")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))

@@ -1,4 +1,4 @@
-"""Outputs are written whole or not at all, and replace only what pcs wrote itself."""
+"""Outputs are written completely or not at all, and replace only what pcs wrote itself."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_check_output(tmp_path: Path) -> None:
         check_output("/", overwrite=True)
 
 
-def test_what_holds_the_home_or_the_working_folder_is_never_overwritten(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_folder_containing_the_home_or_working_folder_is_never_overwritten(tmp_path: Path, monkeypatch: Any) -> None:
     home, working = tmp_path / "people" / "home", tmp_path / "work" / "here"
     home.mkdir(parents=True)
     working.mkdir(parents=True)
@@ -68,7 +68,7 @@ def test_what_holds_the_home_or_the_working_folder_is_never_overwritten(tmp_path
     assert check_output("out", overwrite=True) == Path("out") and check_output("~/out") == home / "out"
 
 
-def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
+def test_an_atomic_folder_appears_only_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "sub/my.concept"
     with atomic_folder(target) as folder:
         (folder / "a").write_text("1")
@@ -79,7 +79,7 @@ def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
         raise AssertionError("must not start")
 
 
-def test_atomic_folder_leaves_nothing_on_an_error(tmp_path: Path) -> None:
+def test_an_atomic_folder_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), atomic_folder(tmp_path / "x") as folder:
             (folder / "half").write_text("1")
@@ -87,7 +87,7 @@ def test_atomic_folder_leaves_nothing_on_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overwriting_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path: Path) -> None:
     target = earlier(tmp_path / "x")
     with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
@@ -109,13 +109,13 @@ def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fails)
-    monkeypatch.setattr(outputs, "exchanged", lambda *_: False)  # a system that cannot do it
+    monkeypatch.setattr(outputs, "exchanged", lambda *_: False)  # a system that cannot exchange folders
     with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and seen(target) == ["old"]
 
 
-def test_there_is_no_moment_without_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_always_an_output_while_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, rename = earlier(tmp_path / "x"), Path.rename
 
     def watched(self: Path, to: Path) -> Path:
@@ -129,7 +129,7 @@ def test_there_is_no_moment_without_an_output(tmp_path: Path, monkeypatch: pytes
     assert seen(target) == ["new"] and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_links_are_followed_and_one_that_leads_nowhere_is_refused_first(tmp_path: Path) -> None:
+def test_links_are_followed_and_dangling_ones_are_refused_first(tmp_path: Path) -> None:
     place = earlier(tmp_path / "disk" / "big")
     (tmp_path / "x").symlink_to(place)
     with atomic_folder(tmp_path / "x", overwrite=True) as folder:
@@ -153,13 +153,15 @@ def test_atomic_write(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.json", "één")
     assert path.read_text(encoding="utf-8") == "één"
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        assert temporary.suffix == ".partial" and temporary.parent == tmp_path  # no program takes it for the whole file
+        assert (
+            temporary.suffix == ".partial" and temporary.parent == tmp_path
+        )  # no program takes it for the finished file
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # not only for the owner, unlike temporary files
+    assert path.stat().st_mode == plain.stat().st_mode  # unlike temporary files, not only for the owner
 
 
 # --- what may be overwritten --------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_the_users_own_folders_are_never_overwritten(tmp_path: Path) -> None:
     assert sorted(p.name for p in user_photos.iterdir()) == ["a.png", "b.jpg"]
 
 
-def test_what_pcs_wrote_is_overwritten_unless_something_was_added(tmp_path: Path) -> None:
+def test_folders_that_pcs_wrote_are_overwritten_unless_something_was_added(tmp_path: Path) -> None:
     made = earlier(tmp_path / "made")
     pictures = tmp_path / "pictures"
     with atomic_folder(pictures) as folder:
@@ -209,8 +211,8 @@ def test_what_pcs_wrote_is_overwritten_unless_something_was_added(tmp_path: Path
             check_output(folder, overwrite=True)
 
 
-def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
-    """As after a demo: an album, a concept, a training folder, a report, a page."""
+def test_a_folder_that_contains_only_outputs_of_pcs_may_be_overwritten(tmp_path: Path) -> None:
+    """As after a demo: an album, a concept, a training folder, a report and a page."""
     demo = tmp_path / "demo"
     write_picture(torch.zeros(3, 20, 20), demo / "references/00.png", {"toybox-subject": "development-duck"})
     write_picture(torch.zeros(3, 20, 20), demo / "references/masks/00.png")
@@ -245,7 +247,7 @@ def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
         (demo / mine).unlink()
 
 
-def test_an_output_has_no_place_in_common_with_what_is_read(tmp_path: Path) -> None:
+def test_an_output_must_not_overlap_with_an_input(tmp_path: Path) -> None:
     user_photos = photos(tmp_path / "mine" / "photos")
     (tmp_path / "link").symlink_to(user_photos)
     for path, how in (
@@ -267,7 +269,7 @@ def test_an_output_has_no_place_in_common_with_what_is_read(tmp_path: Path) -> N
     assert check_output(tmp_path / "mine" / "out", inputs=[user_photos]) == tmp_path / "mine" / "out"
 
 
-def test_what_comes_while_the_folder_is_written_is_not_replaced(tmp_path: Path) -> None:
+def test_files_added_while_the_folder_is_written_are_not_replaced(tmp_path: Path) -> None:
     for overwrite in (False, True):
         target = tmp_path / f"x{overwrite}"
         with pytest.raises(ValueError, match="x(True|False) "), atomic_folder(target, overwrite) as folder:
@@ -278,7 +280,7 @@ def test_what_comes_while_the_folder_is_written_is_not_replaced(tmp_path: Path) 
     assert seen(tmp_path) == ["xFalse", "xTrue"]
 
 
-def test_the_list_of_files_is_no_stray_picture(tmp_path: Path) -> None:
+def test_the_list_of_files_is_not_reported_as_a_stray_file(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "x") as folder:
         Image.new("RGB", (32, 32)).save(folder / "a.png")
     assert (tmp_path / "x" / MARK).is_file() and list_pictures(tmp_path / "x")[1] == []
@@ -298,10 +300,10 @@ def test_check_file(tmp_path: Path) -> None:
         check_file(tmp_path / "a.png" / "b.png")
 
 
-# --- file modes, and what killed processes leave -------------------------------------------------
+# --- file modes, and what killed processes leave behind -------------------------------------------------
 
 
-def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+def test_every_file_has_the_mode_set_by_the_umask(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     usual = (tmp_path / "plain").stat().st_mode
     with atomic_folder(tmp_path / "x") as folder:
@@ -326,13 +328,13 @@ with atomic_folder(sys.argv[1]) as folder:
 """
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WAITS, tmp_path / "x"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     with atomic_folder(tmp_path / "y") as folder:
         (folder / "a").touch()
     alive = [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")]
-    assert len(alive) == 1 and f"-{process.pid}-" in alive[0], "what is being written stays"
+    assert len(alive) == 1 and f"-{process.pid}-" in alive[0], "files still being written stay"
     process.kill()
     process.wait()
     foreign = tmp_path / ".z.000000-999999999-01234567.partial"
@@ -342,7 +344,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, "y", "z"], "other machines' files stay"
 
 
-def test_an_output_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
+def test_an_output_that_was_moved_aside_is_restored(tmp_path: Path) -> None:
     from shared.io.temporary_names import replaced
 
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -1,4 +1,4 @@
-"""The toybox's overlay: rules by trained parts, kind and modality, for shipped files and your own."""
+"""The toybox's overlay: rules by trained parts, kind and modality, for shipped files and the user's own."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def rules(data: dict[str, Any], modality: str = "image", **more: Any) -> dict[st
     return Rules(FILE, modality, {}).of(data, **more)
 
 
-def test_how_long_follows_from_what_is_trained() -> None:
+def test_the_number_of_steps_follows_from_what_is_trained() -> None:
     both = {"trainable": {"t": {"kind": "tokens"}, "lora": {}}}
-    assert rules(both)["train"]["steps"] == 10, "the first kind of the file counts"
+    assert rules(both)["train"]["steps"] == 10, "the first kind in the file counts"
     assert rules({"trainable": {"t": {"kind": "tokens"}}})["train"]["steps"] == 20
     assert "steps" not in rules({"trainable": {"x": {"kind": "svd"}}})["train"]
     laid = rules({"trainable": {"tokens": {}}, "phases": {"a": None, "b": {"trainable": {"lora": {}}}}})
@@ -48,12 +48,12 @@ def test_how_long_follows_from_what_is_trained() -> None:
     assert [laid["phases"][name]["train"]["steps"] for name in "ab"] == [2, 5]
 
 
-def test_a_phase_that_does_not_tune_has_no_length() -> None:
+def test_the_overlay_sets_no_steps_for_a_phase_that_does_not_tune() -> None:
     laid = rules({"trainable": {"lora": {}}, "phases": {"a": {"task": "generate"}, "b": {"task": {"kind": "tune"}}}})
     assert "train" not in laid["phases"]["a"] and laid["phases"]["b"]["train"] == {"steps": 5}
 
 
-def test_each_medium_and_each_type_has_its_own() -> None:
+def test_each_modality_and_each_type_has_its_own_rules() -> None:
     assert rules({})["train"] == {"batch_size": 3, "resolution": 8}
     assert rules({}, "video")["train"] == {"batch_size": 3, "resolution": 4}
     assert rules({}, "3d")["train"] == {"batch_size": 3}
@@ -62,7 +62,7 @@ def test_each_medium_and_each_type_has_its_own() -> None:
     assert rules({}, methods=["a", "b"])["seed"] == 2 and rules({}, methods=["b"])["seed"] == 2
 
 
-def test_a_rule_for_a_method_brings_back_no_part_that_a_variant_took_away() -> None:
+def test_a_rule_for_a_method_does_not_restore_a_part_that_a_variant_removed() -> None:
     rule = {"trainable": {"lora": {"kind": "lora", "rank": 4}, "tokens": {"lr": 1}}, "train": {"steps": 7}}
     file = {"recipes": {"a": {**rule, "phases": {"p": rule}}}}
 
@@ -70,34 +70,36 @@ def test_a_rule_for_a_method_brings_back_no_part_that_a_variant_took_away() -> N
         return Rules(file, "image", {}).of(data, ["a"])
 
     assert laid({"trainable": {"lora": None}})["trainable"] == {}
-    assert laid({})["train"] == {"steps": 7}, "all else holds"
+    assert laid({})["train"] == {"steps": 7}, "all other rules apply"
     assert laid({"trainable": {"lora": {"kind": "peft"}}})["trainable"] == {}, "a part of another kind"
     assert laid({"trainable": {"lora": {}}})["trainable"] == {"lora": {"kind": "lora", "rank": 4}}
     phased = laid({"phases": {"p": {"trainable": {"tokens": {}}}}})
     assert phased["trainable"] == {} and phased["phases"]["p"]["trainable"] == {"tokens": {"lr": 1}}
 
 
-def test_a_rule_for_one_kind_of_a_single_part_is_passed_over_for_another() -> None:
+def test_a_rule_for_one_kind_of_a_single_part_is_skipped_for_another() -> None:
     rule = {"field": {"kind": "voxels", "resolution": 24}}
     file = {"recipes": {"a": rule}}
     for data, laid in (({}, rule), ({"field": {"bound": 1}}, rule), ({"field": {"kind": "gaussians"}}, {})):
         assert Rules(file, "3d", {}).of(data, ["a"]) == laid, data
     any_kind = {"recipes": {"a": {"field": {"resolution": 24}}}}
     laid = Rules(any_kind, "3d", {}).of({"field": {"kind": "tetrahedra"}}, ["a"])
-    assert laid == {"field": {"resolution": 24}}, "a rule that says no kind holds for any"
+    assert laid == {"field": {"resolution": 24}}, "a rule without a kind applies to every kind"
 
 
-def test_a_rule_gives_way_to_what_was_said_and_still_holds() -> None:
+def test_a_rule_yields_to_settings_that_still_apply() -> None:
     stated = [{"x": {"a": 1, "b": 2}}]
     rule = {"x": {"a": 10, "b": 10, "c": 10}}
-    assert unstated(rule, stated, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, "b was dropped with another kind"
-    assert unstated(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value stays, to be refused"
+    assert unstated(rule, stated, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, (
+        "b no longer counts: it was dropped with another kind"
+    )
+    assert unstated(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value stays so that it is refused"
     phased = {"phases": {"p": {"x": {"a": 10}}, "gone": {"x": {"a": 10}}}}
     assert unstated(phased, [], {"x": {}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {"a": 10}}}}
     assert unstated(phased, stated, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
 
 
-def test_a_file_of_one_s_own_gets_the_small_world_s_lengths_and_rates(user_recipe: Callable[..., Recipe]) -> None:
+def test_a_user_s_file_gets_the_small_world_s_steps_and_rates(user_recipe: Callable[..., Recipe]) -> None:
     shipped = {name: load(name) for name in ("dreambooth_lora", "textual_inversion", "pivotal_tuning")}
     lora, tokens = (
         user_recipe("trainable: {lora: {rank: 2}}"),

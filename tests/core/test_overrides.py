@@ -53,7 +53,7 @@ ODD = (
         *("modifier.token", "sampling.scheduler", "phases.tune.sources.mine.prompt"),
     ],
 )
-def test_a_path_or_a_string_is_what_was_typed(tmp_path, monkeypatch, key: str, name: str) -> None:
+def test_a_path_or_a_string_is_taken_as_typed(tmp_path, monkeypatch, key: str, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     value = parse_overrides([f"{key}={name}"], Recipe)
@@ -75,19 +75,21 @@ def test_a_recipe_learns_from_the_folder_that_was_named(tmp_path, monkeypatch, n
     assert check_output(recipe.output).parent.samefile(tmp_path / name)
 
 
-def test_several_files_are_a_list_unless_a_file_is_called_so(tmp_path, monkeypatch) -> None:
+def test_a_comma_separates_files_unless_a_file_has_that_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def images(text: str):
         return parse_overrides([f"subject.images={text}"], Recipe)["subject"]["images"]
 
     assert images("[a.png, b c.png]") == ["a.png", "b c.png"]
-    assert images("[2024, 007, true, ~, no]") == ["2024", "007", "true", "~", "no"], "strings, all of them"
+    assert images("[2024, 007, true, ~, no]") == ["2024", "007", "true", "~", "no"], "all of them are strings"
     assert images(' ["a, b.png"]') == ["a, b.png"]
     assert images("[{a: 1}]") == "[{a: 1}]" and images("[]") == "[]" and images("[*a]") == "[*a]"
     (tmp_path / "[a.png, b c.png]").mkdir()
     assert images("[a.png, b c.png]") == "[a.png, b c.png]"
-    assert parse_overrides(["subject.masks=[a, b]"], Recipe)["subject"]["masks"] == "[a, b]", "one folder, not several"
+    assert parse_overrides(["subject.masks=[a, b]"], Recipe)["subject"]["masks"] == "[a, b]", (
+        "the value is one folder, not several"
+    )
 
 
 def test_how_a_field_is_unset() -> None:
@@ -120,7 +122,7 @@ class Settings(Part):
     parts: Slot[Annotated[One | Two, Field(discriminator="kind")]] = {}
 
 
-def test_what_is_not_only_text_is_yaml() -> None:
+def test_values_of_fields_that_are_not_only_text_are_yaml() -> None:
     parsed = parse_overrides(
         ["parts.x.amount=1e-4", "parts.x.words=[a, 1]", "parts={y: {kind: two}}", "no.such=1"], Settings
     )
@@ -178,6 +180,6 @@ def test_every_option_that_is_a_path_is_expanded(home) -> None:
     assert seen > 10 and PATH["parser"]("~/x") == home / "x" and os.fspath(PATH["parser"](Path("out"))) == "out"
 
 
-def test_a_settings_file_with_a_path_that_is_no_text_is_an_error() -> None:
+def test_a_settings_file_with_a_path_that_is_not_text_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"images = 2024"):
         validate(Recipe, {"subject": {"images": 2024}})

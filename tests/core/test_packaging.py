@@ -1,4 +1,4 @@
-"""What is installed, and where: packages by name, pins for every Python, and an error if Python is too old."""
+"""What is installed, and where: packages by name, pins for every Python version, and an error if Python is too old."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_package_is_listed_by_name():
     assert sorted(".".join(p.parts) for p in packages) == sorted(PROJECT["tool"]["setuptools"]["packages"])
 
 
-def test_the_data_that_code_reads_is_shipped():
+def test_data_files_that_the_code_reads_are_shipped():
     globs = PROJECT["tool"]["setuptools"]["package-data"]
     shipped = {p for package, many in globs.items() for glob in many for p in (ROOT / package).glob(glob)}
     for data in ("configs/image/dreambooth_lora.yaml", "configs/overlays/toybox.yaml", "configs/prompts/toybox.yaml"):
@@ -30,7 +30,7 @@ def test_the_data_that_code_reads_is_shipped():
     assert {p for folder in (weights, templates) for p in folder.rglob("*") if p.is_file()} <= shipped
 
 
-def test_pins_come_once_for_each_python():
+def test_each_package_is_pinned_once_per_python_version():
     seen: dict[tuple[str, str], str] = {}
     for pin in PINS:
         match = re.fullmatch(r"([\w.-]+)==([\w.]+)(?: ; python_version (<|>=) \"3\.11\")?", pin)
@@ -42,7 +42,7 @@ def test_pins_come_once_for_each_python():
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11"])
-def test_every_dependency_is_pinned_inside_its_range(python):
+def test_every_dependency_is_pinned_within_its_range(python):
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -56,7 +56,7 @@ def test_every_dependency_is_pinned_inside_its_range(python):
         assert pins[requirement.name.lower()] in requirement.specifier, f"{requirement} on Python {python}"
 
 
-def test_make_says_when_python_is_too_old(tmp_path):
+def test_make_reports_a_python_that_is_too_old(tmp_path):
     old = tmp_path / "python3.9"
     old.write_text(
         f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 1); exec(sys.argv[1])' \"$2\"\n"

@@ -32,7 +32,7 @@ SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
         (["vae", "text_encoder"], "transformer", 5, [], ["vae", "text_encoder"]),
     ],
 )
-def test_the_least_recently_used_leave_and_no_more_than_must(present, needed, budget, pinned, leave):
+def test_the_least_recently_used_networks_leave_and_no_more_than_necessary(present, needed, budget, pinned, leave):
     assert to_evict(present, SIZES, needed, budget, pinned) == leave
 
 
@@ -44,7 +44,7 @@ def test_a_network_larger_than_the_device_is_refused_with_both_sizes():
 
 
 class Recorded(Placement):
-    """Records what was moved where."""
+    """Records which network was moved where."""
 
     moves: list[tuple[str, str]]
 
@@ -54,7 +54,7 @@ class Recorded(Placement):
 
 
 def taking_turns(backbone: Any, budget: int) -> Recorded:
-    """The backbone on DEVICE, which has `budget` bytes."""
+    """Places the backbone on DEVICE with a memory budget of `budget` bytes."""
     backbone.placement = Recorded({**backbone.components, "vae": backbone.vae}, DEVICE, budget)
     backbone.placement.moves = []
     backbone.placement.watch()
@@ -69,7 +69,7 @@ SETTINGS = SamplingSettings(steps=3, height=32, width=32)
 
 
 def test_a_picture_needs_each_network_once_and_one_at_a_time(new_flux):
-    """For FLUX: both text encoders, then three steps of the transformer, then the autoencoder; the pixels are the same."""
+    """For FLUX: both text encoders, then three steps of the transformer, then the autoencoder. The pixels are the same."""
     whole, parts = new_flux(), new_flux()
     expected = sample(whole, ["a mug"], seeds=[0], settings=SETTINGS)
     placement = taking_turns(parts, largest(parts))
@@ -83,7 +83,7 @@ def test_a_picture_needs_each_network_once_and_one_at_a_time(new_flux):
     assert parts.device == DEVICE
 
 
-def test_what_is_used_again_moves_only_when_it_had_to_leave(new_sd):
+def test_a_network_moves_again_only_if_it_had_to_leave(new_sd):
     backbone = new_sd()
     placement = taking_turns(backbone, 10**9)
     for seed in range(2):
@@ -92,11 +92,11 @@ def test_what_is_used_again_moves_only_when_it_had_to_leave(new_sd):
     assert [name for name, _ in placement.moves] == ["text_encoder", "unet", "vae"]
     backbone.to("cpu")
     sample(backbone, ["a mug"], seeds=[0], settings=SETTINGS)
-    assert len(placement.moves) == 3 and backbone.placement is None, "all of them stay now"
+    assert len(placement.moves) == 3 and backbone.placement is None, "all of them now stay on the device"
 
 
 @pytest.mark.parametrize("recipe", ["dreambooth_lora", "textual_inversion"])
-def test_a_run_learns_the_same_and_what_is_trained_stays(tiny, photos, tmp_path, recipe):
+def test_a_run_learns_the_same_and_trained_networks_stay_on_the_device(tiny, photos, tmp_path, recipe):
     settings = small(recipe, "train.steps=3", "train.cache=false")  # each step encodes pictures and text anew
     expected = finish(session(tiny(), settings, photos, tmp_path / "a"))
     backbone = tiny()
@@ -111,7 +111,7 @@ def test_a_run_learns_the_same_and_what_is_trained_stays(tiny, photos, tmp_path,
     assert same(expected, learned(run))
 
 
-def test_only_what_does_not_fit_takes_turns(new_sd, saved_sd):
+def test_networks_take_turns_only_if_they_do_not_fit_together(new_sd, saved_sd):
     backbone = new_sd()
     total = sum(size_of(m) for m in (*backbone.components.values(), backbone.vae))
     place(backbone, DEVICE)

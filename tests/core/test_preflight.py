@@ -26,7 +26,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(recipe: str, settings: tuple[str, ...], tiny: Any, folder: Path, work: Path, match: str) -> None:
-    """By the plan, which loads no model, and by a run made without a plan."""
+    """Asserts that both the plan, which loads no model, and a run without a plan refuse this."""
     given = (f"subject.images={folder}", "subject.class_noun=mug", f"output={work / 'mug.concept'}")
     with pytest.raises(ValueError, match=match):
         plan(load(recipe, [*SMALL, *given, *settings]))
@@ -42,11 +42,11 @@ def refused(recipe: str, settings: tuple[str, ...], tiny: Any, folder: Path, wor
         ("pivotal_tuning", "phases.tune.regularize.localisation.weight=0.1"),
     ],
 )
-def test_masks_that_a_penalty_needs(recipe, setting, tiny, bare, tmp_path):
+def test_missing_masks_that_a_penalty_needs_are_reported(recipe, setting, tiny, bare, tmp_path):
     refused(recipe, (setting,), tiny, bare, tmp_path, rf"regularize\.localisation .* {BARE}")
 
 
-def test_one_mask_of_several_is_enough_for_a_penalty_and_not_where_each_is_required(tiny, photos, bare, tmp_path):
+def test_one_mask_is_enough_for_a_penalty_unless_every_picture_needs_one(tiny, photos, bare, tmp_path):
     folder = Path(shutil.copytree(bare, tmp_path / "some"))
     (folder / "masks").mkdir()
     shutil.copy(photos / "masks" / "0.png", folder / "masks" / "0.png")
@@ -56,21 +56,21 @@ def test_one_mask_of_several_is_enough_for_a_penalty_and_not_where_each_is_requi
     refused("textual_inversion", required, tiny, folder, tmp_path / "no", "1.png has no mask, but this recipe requires")
 
 
-def test_a_folder_of_pictures(tiny, photos, tmp_path):
+def test_a_missing_folder_of_pictures_is_reported(tiny, photos, tmp_path):
     missing = tmp_path / "nowhere"
     for recipe, place in (("dreambooth_lora", "sources"), ("pivotal_tuning", "phases.tune.sources")):
         settings = (f"{place}.mine.kind=folder", f"{place}.mine.images={missing}")
         refused(recipe, settings, tiny, photos, tmp_path, r"sources\.mine: .*nowhere")
 
 
-def test_class_pictures_of_a_subject_without_a_class_noun(tiny, photos, tmp_path):
+def test_class_pictures_need_a_class_noun(tiny, photos, tmp_path):
     subjects = {"mug": read_subject(photos)}
     recipe = small("dreambooth_lora", "modifier.kind=plain_text", "modifier.words=sks")
     with pytest.raises(ValueError, match=r"sources\.class_pictures: class pictures use .*'mug' has no"):
         session(tiny(), recipe, photos, tmp_path / "run", subjects=subjects)
 
 
-def test_pictures_of_a_phase_that_does_not_come_before(tiny, photos, tmp_path):
+def test_pictures_from_a_phase_that_does_not_come_earlier_are_refused(tiny, photos, tmp_path):
     settings = ("phases.tune.sources.made.kind=phase_pictures", "phases.tune.sources.made.phase=tune")
     refused("pivotal_tuning", settings, tiny, photos, tmp_path, r"sources\.made: .*'tune'.* Available: pivot")
 

@@ -22,7 +22,7 @@ TIMES = torch.tensor([990, 250])
 
 
 def learned(backbone: Any, name: str = "mug", **settings: Any) -> list[Any]:
-    """A LoRA of rank 4 with values as after training; its adapters."""
+    """Injects a LoRA of rank 4 with values as after training. Returns its adapters."""
     roles = (*ROLES, "conv") if "conv" in backbone.roles() else ROLES
     group = Lora(**{"roles": roles, "rank": 4, "min_rank": 1, **settings}).inject(backbone, name, "lora", 0)
     draw = torch.Generator().manual_seed(7)
@@ -51,7 +51,7 @@ def plain_with_rows(backbone: Any, state: dict[str, Tensor], rows: int, t: Tenso
     return out
 
 
-def test_the_rank_falls_as_the_paper_says() -> None:
+def test_the_rank_falls_with_the_noise_as_in_the_paper() -> None:
     t = torch.tensor([0, 1, 125, 499, 500, 875, 999])
     assert rank_at(t, 16, 8).tolist() == [16, 15, 15, 12, 12, 9, 8]  # floor(8 (1000 - t) / 1000) + 8
     assert rank_at(torch.tensor([1000.0]), 64, 32).tolist() == [32] and rank_at(t, 4, 4).tolist() == [4] * 7
@@ -73,7 +73,7 @@ def test_each_picture_has_the_rank_of_its_own_time(backbone: Any) -> None:
         assert not torch.allclose(oracle, plain_with_rows(backbone, state, 4, TIMES[i : i + 1]), atol=1e-4)
 
 
-def test_the_mask_holds_with_guidance(sd: Any) -> None:
+def test_the_mask_also_applies_under_guidance(sd: Any) -> None:
     (adapter,) = learned(sd)
     state, t = adapter.state_dict(), torch.tensor(700)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -86,7 +86,7 @@ def test_the_mask_holds_with_guidance(sd: Any) -> None:
         torch.testing.assert_close(sd.predict_guided(x, t, positive, negative, 5.0), guided, atol=1e-5, rtol=1e-4)
 
 
-def test_it_starts_as_the_identity_and_leaves_without_a_trace(backbone: Any) -> None:
+def test_it_starts_as_the_identity_and_is_removed_without_a_trace(backbone: Any) -> None:
     with torch.no_grad():
         before, printed = predict(backbone), repr(backbone.denoiser)
         Lora(roles=ROLES, rank=4, min_rank=0, orthogonal=True).inject(backbone, "mug", "lora", 0)
@@ -98,7 +98,7 @@ def test_it_starts_as_the_identity_and_leaves_without_a_trace(backbone: Any) -> 
         assert torch.equal(predict(backbone), before) and repr(backbone.denoiser) == printed
 
 
-def test_what_is_masked_learns_nothing(sd: Any) -> None:
+def test_masked_rows_learn_nothing(sd: Any) -> None:
     (adapter,) = learned(sd)
     predict(sd, torch.tensor([999])).square().mean().backward()
     for key, parameter in sd.unet.named_parameters():
@@ -111,7 +111,7 @@ def test_what_is_masked_learns_nothing(sd: Any) -> None:
     assert any(p.grad is not None and p.grad.any() for p in adapter.parameters())
 
 
-def test_recomputed_layers_see_the_times_of_their_own_prediction(backbone: Any) -> None:
+def test_recomputed_layers_use_the_times_of_their_own_prediction(backbone: Any) -> None:
     (adapter,) = learned(backbone)
     gradients = []
     for on in (False, True):
@@ -130,7 +130,7 @@ def test_recomputed_layers_see_the_times_of_their_own_prediction(backbone: Any) 
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_a_concept_keeps_the_falling_rank(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_saved_concept_keeps_the_falling_rank(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     learned(backbone)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_a_concept_keeps_the_falling_rank(new_sd: Callable[..., Any], tmp_path: 
 
 
 @pytest.mark.parametrize("least", [5, -1, 1.5, "many", True])
-def test_a_file_s_least_rank_is_checked(new_sd: Callable[..., Any], tmp_path: Path, least: Any) -> None:
+def test_a_file_s_minimum_rank_is_checked(new_sd: Callable[..., Any], tmp_path: Path, least: Any) -> None:
     backbone = new_sd()
     learned(backbone)
     path = tmp_path / "mug.concept"
@@ -164,7 +164,7 @@ def test_a_file_s_least_rank_is_checked(new_sd: Callable[..., Any], tmp_path: Pa
         read(path)
 
 
-def test_what_cannot_be_is_said(sd: Any) -> None:
+def test_impossible_settings_are_refused(sd: Any) -> None:
     with pytest.raises(ValueError, match="min_rank = 9 must not exceed rank = 8"):
         validate(Lora, {"rank": 8, "min_rank": 9})
     with pytest.raises(ValueError, match="min_rank: DoRA's magnitude"):
@@ -174,7 +174,7 @@ def test_what_cannot_be_is_said(sd: Any) -> None:
     assert not sd.adapters and not hasattr(sd.unet, "peft_config")
 
 
-def test_orthogonal_rows(sd: Any) -> None:
+def test_orthogonal_rows_are_orthonormal(sd: Any) -> None:
     Lora(roles=("attention", "conv"), rank=4, orthogonal=True).inject(sd, "mug", "lora", 3)
     state: dict[str, Tensor] = sd.adapters["mug"][0].state_dict()
     downs = [v.flatten(1) for k, v in state.items() if "lora_A" in k]

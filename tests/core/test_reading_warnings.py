@@ -1,4 +1,4 @@
-"""Warnings while a user's pictures are read: gaps, losses; and foreign text on a terminal."""
+"""Warnings while a user's pictures are read, about missing files and crops; and untrusted text on a terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def warned(folder: Path, **settings) -> list[str]:
     return [str(w.message) for w in caught]
 
 
-def test_pictures_without_what_others_have_are_named(tmp_path: Path) -> None:
+def test_pictures_without_a_caption_or_mask_that_others_have_are_named(tmp_path: Path) -> None:
     images = photos(tmp_path / "photos", (32, 32), (32, 32), (32, 32))
     assert warned(images) == []
     (tmp_path / "words").mkdir()
@@ -46,10 +46,12 @@ def test_pictures_without_what_others_have_are_named(tmp_path: Path) -> None:
     cut = Image.fromarray(scene(32, 32))
     cut.putalpha(Image.fromarray(np.eye(32, dtype=np.uint8) * 255))
     cut.save(images / "2.png")
-    assert warned(images) == [], "its transparency is its mask"
+    assert warned(images) == [], "its transparency serves as its mask"
     (images / "2.txt").write_text("  ")
     (images / "0.txt").write_text("in the snow")
-    assert warned(images)[0].startswith("2 of 3 pictures have no caption: 1.png, 2.png; "), "an empty one is none"
+    assert warned(images)[0].startswith("2 of 3 pictures have no caption: 1.png, 2.png; "), (
+        "an empty mask counts as none"
+    )
 
 
 @pytest.mark.parametrize(("size", "lost"), [((800, 40), 95), ((90, 160), 44), ((40, 62), 35)])
@@ -65,7 +67,7 @@ def test_a_crop_that_loses_much_names_the_picture_and_the_remedy(tmp_path: Path,
         resize(read_picture(save(tmp_path / "photo.png", scene(60, 40))), 32, "cover")  # 2:3 loses only a third
 
 
-def test_a_crop_that_keeps_the_whole_mask_loses_nothing(tmp_path: Path) -> None:
+def test_a_crop_that_keeps_the_whole_mask_causes_no_warning(tmp_path: Path) -> None:
     for name, columns in (("inside", slice(150, 170)), ("cut", slice(50, 170))):
         image = Image.fromarray(scene(192, 64))
         alpha = np.zeros((64, 192), np.uint8)
@@ -84,7 +86,7 @@ def test_a_crop_that_keeps_the_whole_mask_loses_nothing(tmp_path: Path) -> None:
 HOSTILE = "mug\x1b[2J\x1b]0;owned\x07\x9b31m\r\x08\x00\u202egpj.exe\u2066 é 猫 🦆\nnext\tline\ud800"
 
 
-def test_control_characters_are_taken_out() -> None:
+def test_control_characters_are_removed() -> None:
     assert printable(HOSTILE) == "mug[2J]0;owned31mgpj.exe é 猫 🦆\nnext\tline"
     assert "\n" not in printable(HOSTILE, line=True) and "next line" in printable(HOSTILE, line=True)
     assert printable(3.5) == "3.5"
@@ -107,7 +109,7 @@ def test_errors_and_warnings_are_printed_without_control_characters(capsys: pyte
     err = capsys.readouterr().err
     assert err.startswith("warning: mug[2J") and "\x1b" not in err
     cli._warn(UserWarning(HOSTILE), UserWarning, "elsewhere", 3)
-    assert capsys.readouterr().err == "", "the same words once"
+    assert capsys.readouterr().err == "", "the same warning is printed once"
 
 
 def test_a_hostile_concept_does_not_reach_the_terminal_through_an_error(tmp_path: Path, capsys) -> None:

@@ -61,7 +61,7 @@ def test_the_classic_recipes_are_shipped():
 
 @pytest.mark.parametrize("place", [[], [ELSEWHERE]], ids=["toybox", "elsewhere"])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
+def test_every_shipped_recipe_resolves_and_survives_a_dump(name, place):
     recipe = load(name, place)
     assert recipe.method == name
     assert validate(Recipe, json.loads(json.dumps(dump(recipe)))) == recipe
@@ -71,7 +71,7 @@ def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_links_its_papers_at_the_top_and_says_where_it_stands(name):
+def test_every_shipped_recipe_links_its_papers_at_the_top_and_states_its_status(name):
     lines = recipe_files("image")[name].read_text().splitlines()
     head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
     data, recipe = read_yaml(recipe_files("image")[name]), written(name)
@@ -81,7 +81,7 @@ def test_every_shipped_recipe_links_its_papers_at_the_top_and_says_where_it_stan
     assert place.modifier and place.trains
 
 
-def test_where_a_recipe_stands_follows_from_its_parts(user_recipe):
+def test_the_status_of_a_recipe_follows_from_its_parts(user_recipe):
     text = """
 taxonomy: {concept: [face], augmentation: in my own words}
 modifier: {kind: learnable_token, vectors: 3}
@@ -101,10 +101,10 @@ phases:
     assert place.trains == "token embeddings, then DoRA on cross-attention K/V"
     assert place.prompt_engineering == "one template, some empty, template captions"
     assert (place.mask, place.regularization) == ("grown masks, masked loss", "prior prediction")
-    assert place.augmentation == "in my own words", "what a file says in its own words stays"
+    assert place.augmentation == "in my own words", "a file's own wording stays"
 
 
-def test_what_the_recipes_are():
+def test_the_shipped_recipes_have_the_parts_of_their_methods():
     inversion, dreambooth, pivotal = (
         load(n, [ELSEWHERE]) for n in ("textual_inversion", "dreambooth_lora", "pivotal_tuning")
     )
@@ -118,7 +118,7 @@ def test_what_the_recipes_are():
 # --- finding ---------------------------------------------------------------------------------
 
 
-def test_an_unknown_recipe_lists_them_and_the_nearest():
+def test_the_error_for_an_unknown_recipe_lists_all_and_the_nearest():
     with pytest.raises(
         ValueError, match="unknown recipe 'dreambooth_lra'.*Did you mean 'dreambooth_lora'.*textual_inversion"
     ):
@@ -129,7 +129,7 @@ def test_an_unknown_recipe_lists_them_and_the_nearest():
         load(str(config_folder()))
 
 
-def test_a_path_is_the_same_recipe_as_its_name():
+def test_a_path_loads_the_same_recipe_as_its_name():
     path = recipe_files("image")["dreambooth_lora"]
     assert load(str(path)) == load("dreambooth_lora")
 
@@ -154,13 +154,13 @@ def test_a_path_is_the_same_recipe_as_its_name():
         ("prompts: {templates: [a photo]}", "has no {concept}"),
     ],
 )
-def test_a_wrong_file_names_the_place(user_recipe, text, message):
+def test_the_error_for_a_wrong_file_names_the_place(user_recipe, text, message):
     with pytest.raises(ValueError) as error:
         user_recipe(text)
     assert message in str(error.value)
 
 
-def test_values_of_the_wrong_kind_on_the_command_line():
+def test_values_of_the_wrong_kind_on_the_command_line_are_refused():
     with pytest.raises(ValueError, match=r"train\.steps = 'many'"):
         load("dreambooth_lora", ["train.steps=many"])
     with pytest.raises(ValueError, match=r"subject\.images is required"):
@@ -172,7 +172,7 @@ def test_values_of_the_wrong_kind_on_the_command_line():
 # --- layers ----------------------------------------------------------------------------------
 
 
-def test_the_toybox_overlay_is_laid_on_the_toybox_only():
+def test_the_toybox_overlay_applies_only_on_the_toybox():
     on_toybox = load("dreambooth_lora")
     elsewhere = load("dreambooth_lora", [ELSEWHERE])
     plain = validate(Recipe, {**read_yaml(recipe_files("image")["dreambooth_lora"]), "method": "dreambooth_lora"})
@@ -195,19 +195,21 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(user_recipe, tmp_path, m
     text = "trainable: {first: {kind: lora}, lora: {rank: 2}}\nphases: " + phases_text
     recipe = user_recipe(text, "backbone=toybox")
     assert [recipe.trainable[k].lr for k in ("first", "lora")] == [0.5, 0.5] and recipe.trainable["lora"].rank == 2
-    assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 3, 0), "recipes: the shipped ones'"
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 3, 0), (
+        "rules under `recipes` apply only to the shipped ones"
+    )
     assert Rules.read("toybox", "image", {}).of(read_yaml(tmp_path / "mine.yaml"), ["mine"])["train"] == {
         "steps": 7,
         "batch_size": 4,
     }
     a, b = phases(recipe).values()
     assert a.trainable["t"].lr == 0.25 and set(b.trainable) == {"first", "lora"}
-    assert (a.train.steps, b.train.steps) == (7, 2), "a phase outranks what is common"
+    assert (a.train.steps, b.train.steps) == (7, 2), "a phase overrides common settings"
     assert user_recipe(text, "backbone=toybox", "trainable.lora.lr=0.125").trainable["lora"].lr == 0.125
     assert user_recipe(text).train.batch_size == 1
 
 
-def test_the_overlay_lies_under_a_file_of_one_s_own(user_recipe):
+def test_a_user_s_file_overrides_the_overlay(user_recipe):
     """Its rates, roles, batch size and prompts are as written; what it leaves open comes from the overlay."""
     text = """
 trainable: {lora: {lr: 3.0e-4, roles: [cross_attention]}, second: {kind: lora, rank: 2}, tokens: {}}
@@ -227,7 +229,7 @@ phases:
     shipped = load("dreambooth_lora").trainable["lora"]
     assert recipe.trainable["second"].lr == shipped.lr and recipe.trainable["second"].roles == shipped.roles
     one, two = phases(recipe).values()
-    assert one.trainable["lora"].lr == 3e-4 and one.trainable["lora"].rank == 2, "the file's base outranks the overlay"
+    assert one.trainable["lora"].lr == 3e-4 and one.trainable["lora"].rank == 2, "the file's base overrides the overlay"
     assert two.trainable["more"].lr == 0.5 and two.trainable["last"].lr == shipped.lr
     assert user_recipe(text, "backbone=toybox", "trainable.second.lr=0.25").trainable["second"].lr == 0.25
 
@@ -246,7 +248,7 @@ def test_the_overlay_reaches_parts_that_come_from_the_command_line(user_recipe):
 
 
 @pytest.mark.parametrize("turn", [1, -1], ids=["as given", "the other way round"])
-def test_overrides_count_in_any_order_also_beside_a_kind(user_recipe, turn):
+def test_overrides_work_in_any_order_even_together_with_a_kind(user_recipe, turn):
     def loaded(*overrides: str) -> Recipe:
         return user_recipe("regularize: {prior: {kind: embedding_anchor}}", *overrides[::turn])
 
@@ -256,7 +258,7 @@ def test_overrides_count_in_any_order_also_beside_a_kind(user_recipe, turn):
     noise = loaded("noise.offset=0.1", "noise.kind=logit_normal", "noise.std=2").noise
     assert (noise.kind, noise.offset, noise.std) == ("logit_normal", 0.1, 2)
     assert user_recipe("noise: {offset: 0.2}", "noise.kind=uniform").noise.offset == 0.2, (
-        "the same kind: nothing is stale"
+        "with the same kind, nothing is dropped"
     )
     assert user_recipe("prompts: {set: style}", "prompts.kind=templates").prompts.set == "style"
 
@@ -271,7 +273,7 @@ def test_a_part_s_kind_in_a_phase_and_on_the_command_line(user_recipe):
     assert b.noise.kind == "uniform" == a.noise.kind and a.noise.offset == 0.2
 
 
-def test_the_user_outranks_the_file():
+def test_the_command_line_overrides_the_file():
     recipe = load("dreambooth_lora", ["train.steps=3", "trainable.lora.rank=2", "regularize.prior.weight=0.5"])
     assert (recipe.train.steps, recipe.trainable["lora"].rank, recipe.regularize["prior"].weight) == (3, 2, 0.5)
     other = load("dreambooth_lora", ["regularize.prior.kind=prior_prediction", "sources.class_pictures=null"])
@@ -285,7 +287,7 @@ def test_a_slot_of_one_part_needs_no_kind(user_recipe):
     assert user_recipe("seed: 1", "noise.kind=logit_normal", "noise.shift=3").noise.shift == 3
 
 
-def test_a_source_that_is_added_joins_the_references(user_recipe):
+def test_an_added_source_is_used_alongside_the_references(user_recipe):
     recipe = user_recipe("seed: 1", "regularize.prior.kind=prior_preservation", "sources.class_pictures.kind=generated")
     assert set(recipe.sources) == {"references", "class_pictures"}
 
@@ -310,22 +312,22 @@ def test_a_recipe_without_phases_is_one_phase(user_recipe):
     assert set(phases(user_recipe("train: {steps: 3}\nphases:\n  one:\n  two: {train: {steps: 4}}"))) == {"one", "two"}
 
 
-def test_a_phase_is_laid_on_the_recipe(user_recipe):
+def test_a_phase_is_merged_over_the_recipe(user_recipe):
     first, second = phases(user_recipe(TWO)).values()
     assert set(first.trainable) == {"tokens"} and set(second.trainable) == {"tokens", "lora"}
-    assert set(first.regularize) == {"anchor"} and set(second.regularize) == {"prior"}, "null takes a part away"
+    assert set(first.regularize) == {"anchor"} and set(second.regularize) == {"prior"}, "null removes a part"
     assert (first.train.steps, second.train.steps, second.train.batch_size) == (4, 6, 2)
     assert first.modifier == second.modifier
 
 
-def test_the_user_outranks_a_phase(user_recipe):
+def test_the_command_line_overrides_a_phase(user_recipe):
     first, second = phases(user_recipe(TWO, "train.steps=1", "train.batch_size=5")).values()
     assert (first.train.steps, second.train.steps, first.train.batch_size) == (1, 1, 5)
     first, second = phases(user_recipe(TWO, "phases.second.train.steps=1")).values()
     assert (first.train.steps, second.train.steps) == (4, 1)
 
 
-def test_a_setting_of_a_part_that_one_phase_has_stays_in_that_phase(user_recipe):
+def test_a_setting_of_a_part_that_only_one_phase_has_stays_in_that_phase(user_recipe):
     first, second = phases(user_recipe(TWO, "trainable.lora.rank=2", "regularize.prior.weight=0.5")).values()
     assert set(first.trainable) == {"tokens"} and second.trainable["lora"].rank == 2
     assert second.trainable["lora"].lr == 1e-4 and second.regularize["prior"].weight == 0.5
@@ -335,19 +337,19 @@ def test_a_setting_of_a_part_that_one_phase_has_stays_in_that_phase(user_recipe)
     assert set(shipped["pivot"].trainable) == {"tokens"}
 
 
-def test_a_part_that_a_phase_took_away_is_not_brought_back(user_recipe):
+def test_a_part_that_a_phase_removed_is_not_restored(user_recipe):
     first, second = phases(user_recipe(TWO, "regularize.anchor.weight=0.7")).values()
     assert first.regularize["anchor"].weight == 0.7 and "anchor" not in second.regularize
 
 
-def test_the_user_changes_the_kind_of_a_phase_s_part(user_recipe):
+def test_the_command_line_can_change_the_kind_of_a_phase_s_part(user_recipe):
     text = TWO.replace("prior: {kind: prior_prediction, weight: 1.0}", "prior: {kind: prior_prediction, weight: 3.0}")
     second = phases(user_recipe(text, "regularize.prior.kind=embedding_anchor"))["second"]
     assert second.regularize["prior"].kind == "embedding_anchor" and second.regularize["prior"].weight == 1e-5
     assert "prior" not in phases(user_recipe(text, "regularize.prior=null"))["second"].regularize
 
 
-def test_a_part_that_is_new_goes_to_every_phase(user_recipe):
+def test_a_new_part_is_added_to_every_phase(user_recipe):
     first, second = phases(user_recipe(TWO, "trainable.more.kind=lora", "trainable.more.rank=2")).values()
     assert first.trainable["more"].rank == second.trainable["more"].rank == 2
 
@@ -360,7 +362,7 @@ def test_a_wrong_key_inside_a_phase_is_found_at_load(user_recipe):
 
 
 @pytest.mark.parametrize("key", ["modifier: {kind: plain_text}", "backbone: x", "phases: {}", "name: x"])
-def test_what_is_the_same_in_all_phases_cannot_be_said_in_one(user_recipe, key):
+def test_settings_shared_by_all_phases_cannot_be_set_in_one(user_recipe, key):
     with pytest.raises(ValueError, match=r"phases\.a\." + key.split(":")[0] + ": all phases share this setting"):
         user_recipe(f"phases: {{a: {{{key}}}}}")
 

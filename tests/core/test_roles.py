@@ -1,4 +1,4 @@
-"""Roles and sites are exact, ported or refused, whatever wraps the layers."""
+"""Roles and sites are exact, ported or refused, no matter what wraps the layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
         return backbone.predict(x, torch.tensor(300), backbone.encode(prompts))
 
 
-def test_every_role_is_made_of_leaves(backbone: Any) -> None:
+def test_every_role_consists_of_leaf_modules(backbone: Any) -> None:
     for role in backbone.roles():
         for group in backbone.group(role):
             assert group.modules and len(set(group.modules)) == len(group.modules)
@@ -60,7 +60,7 @@ def test_roles_of_flux_are_ports_or_errors(flux: FluxBackbone) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "twice"])
-def test_roles_do_not_see_what_wraps_the_layers(tiny_sd: Any, kind: str) -> None:
+def test_roles_are_independent_of_wrappers(tiny_sd: Any, kind: str) -> None:
     backbone = StableDiffusionBackbone(tiny_sd)
     before = {role: backbone.group(role) for role in backbone.roles()}
     targets = [n for r in ("attention", "conv") for g in before[r] for n in g.modules]
@@ -70,7 +70,7 @@ def test_roles_do_not_see_what_wraps_the_layers(tiny_sd: Any, kind: str) -> None
     assert {role: backbone.group(role) for role in backbone.roles()} == before
 
 
-def test_sites_say_where_and_how_small(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_sites_give_their_place_and_scale(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
     seen: dict[str, int] = {}
     handles = [
         sd.unet.get_submodule(s.name).to_q.register_forward_hook(
@@ -132,7 +132,9 @@ def build(kind: str, request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("kind", _OTHERS)
-def test_no_layer_has_two_roles_and_those_without_are_known(kind: str, request: pytest.FixtureRequest) -> None:
+def test_no_layer_has_two_roles_and_the_layers_without_a_role_are_listed(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     backbone = build(kind, request)
     taken: dict[str, str] = {}
     for role in (r for r in DISJOINT if r in backbone.roles()):
@@ -152,13 +154,13 @@ def test_no_layer_has_two_roles_and_those_without_are_known(kind: str, request: 
     assert ("temporal_attention" in names) == (kind == "motion")
 
 
-def test_a_model_without_motion_modules_lists_the_roles_that_it_has(sd: StableDiffusionBackbone) -> None:
+def test_the_error_for_a_model_without_motion_modules_lists_its_roles(sd: StableDiffusionBackbone) -> None:
     with pytest.raises(ValueError, match="'temporal_attention' matches no layer of this unet. Available: ") as error:
         sd.group("temporal_attention")
     assert "cross_attention.kv" in str(error.value) and str(error.value).count("temporal_attention") == 1
 
 
-def test_the_whole_denoiser_is_every_parameter_whatever_wraps_it(backbone: Any) -> None:
+def test_the_role_denoiser_covers_every_parameter_whatever_wraps_it(backbone: Any) -> None:
     (group,) = backbone.group("denoiser.all")
     network, before = backbone.denoiser, backbone.group("denoiser.all")
     grouped = {f"{m}.{n}" for m in group.modules for n, _ in network.get_submodule(m).named_parameters(recurse=False)}
@@ -168,7 +170,7 @@ def test_the_whole_denoiser_is_every_parameter_whatever_wraps_it(backbone: Any) 
     assert backbone.group("denoiser.all") == before
 
 
-def test_a_parameter_of_the_network_itself_has_a_holder() -> None:
+def test_a_parameter_held_by_the_network_itself_belongs_to_a_module() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.ReLU())
     network.register_parameter("scale", nn.Parameter(torch.ones(1)))
     assert parameter_holders(network) == ("", "0", "1")

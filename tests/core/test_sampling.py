@@ -36,7 +36,7 @@ def sd(tiny_sd: Any) -> StableDiffusionBackbone:
 
 
 def add_lora(backbone: StableDiffusionBackbone, name: str, roles: Sequence[str], seed: int = 0) -> None:
-    """A LoRA with random weights, so that it has an effect."""
+    """A LoRA with random weights, so it has an effect."""
     for role in roles:
         for group in backbone.group(role):
             config = LoraConfig(r=2, lora_alpha=2, target_modules=list(group.modules), init_lora_weights=False)
@@ -67,7 +67,7 @@ def test_equal_without_guidance(tiny_sd: Any, sd: StableDiffusionBackbone) -> No
     assert (ours - diffusers_pixels(tiny_sd, guidance_scale=1.0)).abs().max() < TOLERANCE
 
 
-def test_the_comparison_is_not_blind(sd: StableDiffusionBackbone) -> None:
+def test_the_comparison_would_notice_a_difference(sd: StableDiffusionBackbone) -> None:
     """Prompt, seed, negative prompt and guidance all change these pixels by far more than the tolerance."""
     options: dict[str, Any] = {"seeds": [1], "guidance": 5.0, "steps": 4}
     plain = sample(sd, ["a mug"], **options)
@@ -80,8 +80,8 @@ def test_the_comparison_is_not_blind(sd: StableDiffusionBackbone) -> None:
         assert (other - plain).abs().max() > 0.01
 
 
-def test_equal_with_a_concept_in_place(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
-    """A LoRA on U-Net and text encoder acts in our sampler as in a pipeline of the same networks."""
+def test_equal_with_a_loaded_concept(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
+    """A LoRA on the U-Net and text encoder acts in our sampler as in a pipeline of the same networks."""
     before = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
     add_lora(sd, "my-mug", ["cross_attention", "text_encoder"])
     ours = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
@@ -146,7 +146,7 @@ def test_same_seed_same_bits(sd: StableDiffusionBackbone) -> None:
     assert torch.equal(one, two)
 
 
-def test_one_prompt_stands_for_all_seeds(sd: StableDiffusionBackbone) -> None:
+def test_one_prompt_is_used_for_all_seeds(sd: StableDiffusionBackbone) -> None:
     got = sample(sd, ["a mug"], seeds=[1, 2, 3], steps=2)
     assert got.shape[0] == 3 and torch.equal(got, sample(sd, ["a mug"] * 3, seeds=[1, 2, 3], steps=2))
 
@@ -208,7 +208,7 @@ class Varying:
         return context
 
 
-def test_names_per_time_and_per_site(sd: StableDiffusionBackbone) -> None:
+def test_names_can_vary_by_time_and_site(sd: StableDiffusionBackbone) -> None:
     row = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
     ask: dict[str, Any] = {"prompts": ["a <x>"], "seeds": [1], "steps": 4, "guidance": 5.0}
     pictures = {}
@@ -269,7 +269,7 @@ def test_strengths_in_closed_form() -> None:
             StrengthSchedule(strengths={"a": points})
 
 
-def test_strengths_as_they_are_written() -> None:
+def test_strengths_are_parsed_as_written() -> None:
     held = StrengthSchedule.parse("my-mug=0@0,1@0.2")
     assert held == StrengthSchedule(strengths={"my-mug": {0.0: 0.0, 0.2: 1.0}})
     for text in ("my-mug", "my-mug=", "my-mug=1", "my-mug=a@0", "my-mug=1@0@1", "my-mug=0@0,1@0"):
@@ -282,20 +282,20 @@ def test_strengths_as_they_are_written() -> None:
 
 
 class Later(SamplingHookBase):
-    """Uses other words in the first half."""
+    """A hook that uses other words in the first half."""
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
         return ["a dog"] * len(prompts) if step.fraction < 0.5 else prompts
 
 
 class Shift(SamplingHookBase):
-    """Shifts the latents before the first step."""
+    """A hook that shifts the latents before the first step."""
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents + 1 if step.index == 0 else latents
 
 
-def test_words_and_latents_can_change(sd: StableDiffusionBackbone) -> None:
+def test_hooks_can_change_words_and_latents(sd: StableDiffusionBackbone) -> None:
     ask: dict[str, Any] = {"seeds": [1], "steps": 4, "guidance": 5.0}
     how = {k: v for k, v in ask.items() if k != "seeds"}
     mug, dog = sample(sd, ["a mug"], **ask), sample(sd, ["a dog"], **ask)

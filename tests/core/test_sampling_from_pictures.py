@@ -70,7 +70,9 @@ def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> 
 
 
 @pytest.mark.parametrize("name", [*sorted(DIFFUSION), *sorted(FLOW)])
-def test_schedulers_that_add_noise_are_those_that_draw_it(tiny_sd: Any, tiny_flux: Any, name: str) -> None:
+def test_the_schedulers_listed_as_adding_noise_are_the_ones_that_draw_it(
+    tiny_sd: Any, tiny_flux: Any, name: str
+) -> None:
     """A scheduler that draws noise changes the state of its generator."""
     solver = make_scheduler((FluxBackbone(tiny_flux) if name in FLOW else StableDiffusionBackbone(tiny_sd)), name)
     draw, x = torch.Generator().manual_seed(0), torch.randn(1, 4, 4, 4)
@@ -87,7 +89,7 @@ DETERMINISTIC = ["ddim", "deis", "dpm++", "euler", "heun", "pndm", "unipc"]
 
 @pytest.mark.parametrize("forgets", [True, False])
 @pytest.mark.parametrize("scheduler", [*DETERMINISTIC, "dpm++_karras", "euler_a", "ddpm", "dpm++_sde"])
-def test_latents_that_jump_to_another_picture_lead_to_it(tiny_sd: Any, scheduler: str, forgets: bool) -> None:
+def test_sampling_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, scheduler: str, forgets: bool) -> None:
     """A perfect model of one picture, and of another one from the jump on: hooks see the first as `clean` before it, and the
     second after it. With deterministic schedulers, all later latents are the second one noised to their level. Those that
     remember earlier predictions would otherwise still mix in the first."""
@@ -125,7 +127,7 @@ def test_latents_that_jump_to_another_picture_lead_to_it(tiny_sd: Any, scheduler
     how = SamplingSettings("", 1.0, 12, scheduler, height=32, width=32, hooks=(Jumping(),))
     *_, last = denoise(Perfect(), ["a mug"], seeds=[3], settings=how)  # type: ignore[arg-type]
     assert seen[0] is one and seen[-1] is other
-    if forgets:  # DDIM stops at the first training time, before all noise is gone
+    if forgets:  # DDIM stops at the first training time, with a little noise left
         assert (last.latents - other).abs().max() < 0.15
     if scheduler in DETERMINISTIC:
         remembers = scheduler in {"deis", "dpm++", "pndm", "unipc"}

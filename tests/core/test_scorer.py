@@ -30,7 +30,7 @@ def test_accuracies_come_from_the_card_after_the_round_trip(tmp_path: Path) -> N
 
 
 class _Pool:
-    """A tiny encoder with known behaviour: the mean colours of a grid."""
+    """A tiny encoder with known behaviour: it returns the mean colours of a grid."""
 
     info = InstrumentInfo("pool", "test")
 
@@ -51,7 +51,7 @@ class _Reader:
         return {"background": ["beach"] * len(pixels), "view": ["front"] * len(pixels)}
 
 
-def test_scorer_counts_copies_as_failures_and_names_the_class() -> None:
+def test_the_scorer_counts_copies_as_failures_and_names_the_class() -> None:
     references, text = smooth_pictures(4), _PoolText()
     gallery = {f"other {i}": smooth_pictures(3, seed=20 + i) for i in range(8)}
     scorer = Scorer(references, Instruments(text, _Pool()), "mug", "my-mug", gallery)
@@ -71,7 +71,7 @@ def test_scorer_counts_copies_as_failures_and_names_the_class() -> None:
     ]
 
 
-def test_scorer_score_prefers_the_subject_and_the_prompt() -> None:
+def test_the_score_prefers_the_right_subject_and_prompt() -> None:
     references = smooth_pictures(4)
     near = (0.5 * references[:1] + 0.5 * references[1:2]).clamp(-1, 1)
     tools = Instruments(_PoolText(), _Pool(), _Reader())
@@ -89,7 +89,7 @@ def test_scorer_score_prefers_the_subject_and_the_prompt() -> None:
         scorer.measure(near, ["a", "b"])
 
 
-def test_scorer_needs_references_and_an_encoder() -> None:
+def test_the_scorer_needs_references_and_an_encoder() -> None:
     with pytest.raises(ValueError, match="no references"):
         Scorer(torch.zeros(0, 3, 8, 8), Instruments(identity=_Pool()))
     with pytest.raises(ValueError, match="at least one image encoder"):

@@ -1,4 +1,4 @@
-"""Signals that stop a training: the first waits for the step, the second does not, and ignored ones stay ignored."""
+"""Signals that stop training: the first waits for the step, the second does not, and ignored ones stay ignored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _handlers():
 
 @pytest.mark.parametrize("first", NUMBERS)
 @pytest.mark.parametrize("second", NUMBERS)
-def test_the_first_waits_and_the_second_acts_at_once(first, second) -> None:
+def test_the_first_signal_waits_and_the_second_acts_immediately(first, second) -> None:
     with pytest.raises(KeyboardInterrupt), interruptible() as stop:
         os.kill(os.getpid(), first)
         assert stop.is_set() and exit_code() == 128 + first
@@ -37,8 +37,8 @@ def test_the_first_waits_and_the_second_acts_at_once(first, second) -> None:
     assert exit_code() == 128 + second
 
 
-def test_one_that_was_lost_is_not_forgotten() -> None:
-    with contextlib.suppress(BaseException):  # as a library may do
+def test_a_swallowed_signal_still_stops_the_run() -> None:
+    with contextlib.suppress(BaseException):  # a library may swallow the exception
         os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), interruptible():
         raise AssertionError("not reached")
@@ -56,7 +56,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_library_leaves_the_handlers_and_what_came_as_they_were() -> None:
+def test_as_a_library_pcs_restores_the_handlers_and_forgets_handled_stops() -> None:
     """Where no program handles stops (a notebook), a stop already dealt with does not stop the next run."""
     for number in NUMBERS:
         signal.signal(number, signal.default_int_handler)

@@ -21,7 +21,7 @@ from shared.types import Subject
 
 
 class Recipe(Part):
-    """The slot as in recipes."""
+    """The same slot as in recipes."""
 
     sources: Slot[Source] = Field(default={})
 
@@ -36,7 +36,7 @@ def photos(folder: Path, *names: str, size: tuple[int, int] = (60, 40)) -> Path:
 
 
 class Painter:
-    """Takes the sampler's place: a picture depends only on its prompt and its seed."""
+    """Replaces the sampler: a picture depends only on its prompt and its seed."""
 
     def __init__(self, side: int = 32) -> None:
         self.calls: list[tuple[list[str], list[int], float, int]] = []
@@ -67,7 +67,7 @@ def context(tmp_path: Path, painter: Painter | None = None, **changes: object) -
     return SourceContext(cache_dir=tmp_path / "cache", generate=painter, **settings)  # type: ignore[arg-type]
 
 
-def test_the_slot_reads_kinds_from_keys_and_names_mistakes() -> None:
+def test_the_key_names_the_kind_and_mistakes_are_reported() -> None:
     data = {"sources": {"references": {}, "more": {"kind": "folder", "images": "x"}, "generated": {"num_images": 8}}}
     recipe = validate(Recipe, data)
     assert [type(s) for s in recipe.sources.values()] == [References, Folder, Generated]
@@ -82,7 +82,7 @@ def test_the_slot_reads_kinds_from_keys_and_names_mistakes() -> None:
             validate(Recipe, {"sources": {"generated": {"prompt": prompt}}})
 
 
-def test_references_of_two_subjects(tmp_path: Path) -> None:
+def test_references_can_show_two_subjects(tmp_path: Path) -> None:
     one, two = photos(tmp_path / "one", "a.png", "b.png"), photos(tmp_path / "two", "c.jpg")
     (one / "a.txt").write_text("{concept} on a table")
     (one / "masks").mkdir()
@@ -112,7 +112,7 @@ def test_references_can_keep_the_whole_picture(tmp_path: Path) -> None:
     assert example.valid is not None and example.valid.mean() == pytest.approx(21 / 32)
 
 
-def test_references_say_what_is_wrong(tmp_path: Path) -> None:
+def test_the_errors_for_references_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"subject.images=FOLDER"):
         list(References().examples(context(tmp_path, subjects={})))
     one = photos(tmp_path / "one", "a.png")
@@ -135,7 +135,7 @@ def test_references_say_what_is_wrong(tmp_path: Path) -> None:
         list(References().examples(context(tmp_path, subjects={"x": read_subject(one)}, resolution=512)))
 
 
-def test_folder_of_class_pictures(tmp_path: Path) -> None:
+def test_class_pictures_can_come_from_a_folder(tmp_path: Path) -> None:
     real = photos(tmp_path / "real", "a.png", "b.png", "c.png")
     (real / "a.txt").write_text("a mug on a shelf")
     examples = list(Folder(images=str(real), limit=2).examples(context(tmp_path)))
@@ -158,7 +158,7 @@ def test_folder_of_class_pictures(tmp_path: Path) -> None:
         list(Folder(images=str(tmp_path / "nowhere")).examples(context(tmp_path)))
 
 
-def test_class_pictures_are_made_once_and_kept(tmp_path: Path) -> None:
+def test_class_pictures_are_generated_once_and_kept(tmp_path: Path) -> None:
     painter = Painter()
     part = Generated(num_images=5, batch_size=2, guidance=3.0, steps=7)
     first = list(part.examples(context(tmp_path, painter)))
@@ -177,7 +177,7 @@ def test_class_pictures_are_made_once_and_kept(tmp_path: Path) -> None:
     assert meta["prompt"] == "a photo of a mug" and meta["seed"] == str(painter.calls[0][1][0])
 
 
-def test_more_pictures_are_added_and_damaged_ones_made_again(tmp_path: Path) -> None:
+def test_missing_pictures_are_added_and_damaged_ones_generated_again(tmp_path: Path) -> None:
     painter = Painter()
     first = list(Generated(num_images=3).examples(context(tmp_path, painter)))
     more = list(Generated(num_images=6, batch_size=1).examples(context(tmp_path, painter)))
@@ -201,14 +201,14 @@ def test_more_pictures_are_added_and_damaged_ones_made_again(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "change", [{"guidance": 1.0}, {"steps": 3}, {"seed": 1}, {"prompt": "a {class_noun}"}, {"batch_size": 1}]
 )
-def test_the_cache_knows_what_pictures_depend_on(tmp_path: Path, change: dict[str, object]) -> None:
+def test_the_cache_key_contains_everything_that_pictures_depend_on(tmp_path: Path, change: dict[str, object]) -> None:
     painter = Painter()
     list(Generated(num_images=2).examples(context(tmp_path, painter)))
     list(Generated.model_validate({"num_images": 2, **change}).examples(context(tmp_path, painter)))
     assert painter.made == (2 if "batch_size" in change else 4)
 
 
-def test_the_cache_knows_the_weights_and_the_size_but_not_the_seed_of_the_run(tmp_path: Path) -> None:
+def test_the_cache_key_contains_weights_and_size_but_not_the_seed_of_the_run(tmp_path: Path) -> None:
     painter = Painter()
     list(Generated(num_images=2).examples(context(tmp_path, painter)))
     list(Generated(num_images=2).examples(context(tmp_path, painter, seed=7)))
@@ -220,7 +220,7 @@ def test_the_cache_knows_the_weights_and_the_size_but_not_the_seed_of_the_run(tm
         list(Generated(num_images=2).examples(context(tmp_path, Painter(24), resolution=48)))
 
 
-def test_an_interrupted_run_keeps_what_is_whole(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_complete_pictures(tmp_path: Path) -> None:
     class Tired(Painter):
         def __call__(self, *args: object, **settings: object) -> torch.Tensor:
             if self.calls:
@@ -245,7 +245,7 @@ def test_two_subjects_of_one_class_share_pictures_and_a_class_is_needed(tmp_path
         list(Generated().examples(context(tmp_path, painter, subjects={"d": Subject(())})))
 
 
-def test_nothing_is_warned_about_in_the_ordinary_case(tmp_path: Path) -> None:
+def test_there_are_no_warnings_in_the_ordinary_case(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one = photos(tmp_path / "one", "a.png")

@@ -1,4 +1,4 @@
-"""The score that chooses the best checkpoint, compared with closed forms: soft, and blind to look-alikes and true pictures."""
+"""The score that chooses the best checkpoint: soft, without look-alikes and true pictures, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def _made(look: Look, prompts: Sequence[str], expects: Sequence[Mapping[str, str
     return Previewed(torch.zeros(n, 3, 8, 8), prompts, expects or [{}] * n, look, {"identity_i": [0.3] * n})
 
 
-def test_identity_lies_between_a_stranger_and_the_thing_itself() -> None:
+def test_soft_identity_is_0_for_a_stranger_and_1_for_the_thing_itself() -> None:
     look = _look([0.5, 0.7, 0.9, 0.99, 0.9], copied=[False, False, False, False, True])
     assert soft_identity(look, TYPICAL, {}).tolist() == pytest.approx([0, 0.5, 1, 1, 0])
     assert soft_identity(look, None, {"dino_i": [0.2] * 5}).tolist() == pytest.approx([0.2, 0.2, 0.2, 0.2, 0])
 
 
-def test_freedom_weighs_pairs_by_how_much_both_show_the_thing() -> None:
+def test_freedom_weights_pairs_by_how_clearly_both_show_the_thing() -> None:
     axes = torch.eye(3)
     crops = torch.stack([axes[0], axes[0], axes[1]])
     made = _made(_look([0.9] * 3, crops), ["p"] * 3)
@@ -64,13 +64,13 @@ class _Sure:
         return [dict.fromkeys(of, 0.4) for of in asked]
 
 
-def test_the_score_is_the_harmonic_mean_of_soft_readings() -> None:
+def test_the_score_is_the_harmonic_mean_of_the_soft_terms() -> None:
     crops = torch.eye(2)[[0, 0]]
     made = _made(_look([0.7, 0.7], crops), ["p", "p"], [{"background": "beach"}] * 2)
     found = stand_ins(made, Instruments(attributes=_Sure(), typical=TYPICAL))
-    assert found["stand_in_text"] == pytest.approx(0.4), "misread, but nearly read"
+    assert found["stand_in_text"] == pytest.approx(0.4), "wrongly read, but by a small margin"
     assert found["stand_in_freedom"] == 0 and found["score"] == pytest.approx(trade_off(0.5, 0.4, FLOOR))
     better = stand_ins(
         _made(_look([0.8, 0.8], crops), ["p", "p"], made.expects), Instruments(attributes=_Sure(), typical=TYPICAL)
     )
-    assert better["score"] > found["score"], "two rigid states still differ by the rest"
+    assert better["score"] > found["score"], "two states without any freedom still differ in the other terms"

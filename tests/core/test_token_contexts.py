@@ -22,7 +22,7 @@ def timed(c: str, t: Tensor | None, s: str | None) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_a_name_that_varies_with_time(family: str, request: pytest.FixtureRequest) -> None:
+def test_a_name_can_vary_with_time(family: str, request: pytest.FixtureRequest) -> None:
     backbone = request.getfixturevalue(family)
     backbone.add_placeholder(FixedPlaceholder("x", ("<x>",), timed, ("time",)))
     assert backbone.varies_with(["a <x>"]) == {"time"} and backbone.varies_with(["a dog"]) == frozenset()
@@ -51,7 +51,7 @@ def count_runs(backbone: StableDiffusionBackbone) -> tuple[list[int], Any]:
     return runs, backbone.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
 
 
-def test_equal_rows_at_all_sites_are_the_plain_path(sd: StableDiffusionBackbone) -> None:
+def test_equal_rows_at_all_sites_equal_the_plain_path(sd: StableDiffusionBackbone) -> None:
     rows = by_site(sd, equal=True)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: next(iter(rows.values()))))
@@ -61,7 +61,7 @@ def test_equal_rows_at_all_sites_are_the_plain_path(sd: StableDiffusionBackbone)
     runs, handle = count_runs(sd)
     conditioning = sd.encode(["a <x>", "a dog"])
     handle.remove()
-    assert len(runs) == 1  # equal rows that nobody learns need one run
+    assert len(runs) == 1  # equal rows that are not trained need only one run
     assert set(conditioning.context) == set(sd.text_sites())
     assert torch.equal(sd.predict(x, t, conditioning), plain)
 
@@ -95,7 +95,7 @@ def test_each_site_reads_its_own_rows(sd: StableDiffusionBackbone) -> None:
     assert not torch.allclose(sd.predict(x, t, sd.encode(["a <x>"])), first, atol=1e-5)
 
 
-def test_sites_that_start_equal_learn_apart(sd: StableDiffusionBackbone) -> None:
+def test_sites_that_start_equal_learn_separately(sd: StableDiffusionBackbone) -> None:
     rows = {s: nn.Parameter(v) for s, v in by_site(sd, equal=True).items()}
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     sd.predict(torch.randn(1, 4, 8, 8), torch.tensor(10), sd.encode(["a <x>"])).square().mean().backward()
@@ -104,7 +104,7 @@ def test_sites_that_start_equal_learn_apart(sd: StableDiffusionBackbone) -> None
     assert len({tuple(g.flatten().tolist()) for g in gradients if g is not None}) == len(rows)
 
 
-def test_gradient_checkpointing_sees_the_same_sites(sd: StableDiffusionBackbone) -> None:
+def test_gradient_checkpointing_uses_the_same_sites(sd: StableDiffusionBackbone) -> None:
     rows = {s: nn.Parameter(v) for s, v in by_site(sd, equal=False).items()}
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor(10)
@@ -134,8 +134,8 @@ def test_site_hooks_are_removed_with_the_last_placeholder_that_needs_them(sd: St
     assert repr(sd.unet) == text and torch.equal(sd.predict(x, t, sd.encode(["a dog"])), before)
 
 
-def test_keys_and_values_apart(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
-    """An edit of V only (as in Perfusion) becomes a context per site; a joint-attention family refuses it."""
+def test_keys_and_values_can_differ(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+    """An edit of V only (as in Perfusion) results in a context per site; a joint-attention family refuses it."""
 
     def edit(context: SiteContext, positions: Tensor, site: str | None) -> SiteContext:
         return SiteContext(context.key, context.value + positions[..., None].to(context.value))
@@ -155,7 +155,7 @@ def test_keys_and_values_apart(sd: StableDiffusionBackbone, flux: FluxBackbone) 
         flux.encode(["a sks mug"])
 
 
-def test_site_and_time_together(sd: StableDiffusionBackbone) -> None:
+def test_rows_can_vary_with_site_and_time_together(sd: StableDiffusionBackbone) -> None:
     rows = by_site(sd, equal=False)
 
     def both(c: str, t: Tensor | None, s: str | None) -> Tensor:

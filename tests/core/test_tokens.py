@@ -16,7 +16,7 @@ from tests.core.placeholders import FixedPlaceholder, fixed
 
 
 def resized(model: Any, tokenizer: Any, tokens: tuple[str, ...], rows: Tensor) -> tuple[Any, Any]:
-    """The ordinary way: the tokens are really added to the tokenizer, and their rows to the table."""
+    """The usual way: tokens are really added to the tokenizer, and their rows to the table."""
     model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
     tokenizer.add_tokens(list(tokens))
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -29,7 +29,7 @@ TOKENS = ("<my-mug>", "<my-mug>_1", "<my-mug>_2")
 PROMPTS = ["a photo of a <my-mug> <my-mug>_1 <my-mug>_2 mug on the beach", "a dog"]
 
 
-def test_overlay_equals_a_really_resized_clip(tiny_sd: Any) -> None:
+def test_the_overlay_equals_a_clip_with_a_resized_table(tiny_sd: Any) -> None:
     rows = fixed(3)
     model, tokenizer = resized(tiny_sd.text_encoder, tiny_sd.tokenizer, TOKENS, rows["text_encoder"])
     text = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
@@ -43,7 +43,7 @@ def test_overlay_equals_a_really_resized_clip(tiny_sd: Any) -> None:
 
 
 @pytest.mark.parametrize("legacy_eos", [False, True])
-def test_overlay_equals_really_resized_encoders_of_flux(tiny_flux: Any, legacy_eos: bool) -> None:
+def test_the_overlay_equals_flux_encoders_with_resized_tables(tiny_flux: Any, legacy_eos: bool) -> None:
     rows = fixed(3)
     t5, tokenizer_2 = resized(tiny_flux.text_encoder_2, tiny_flux.tokenizer_2, TOKENS, rows["text_encoder_2"])
     text = tokenizer_2(PROMPTS, padding="max_length", truncation=True, max_length=48, return_tensors="pt")
@@ -51,7 +51,7 @@ def test_overlay_equals_really_resized_encoders_of_flux(tiny_flux: Any, legacy_e
     clip, tokenizer = resized(tiny_flux.text_encoder, tiny_flux.tokenizer, TOKENS, rows["text_encoder"])
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt").input_ids
     pooled = clip(ids).pooler_output
-    if legacy_eos:  # OpenAI's configuration pools at the largest id: an added token would take that place
+    if legacy_eos:  # OpenAI's configuration pools at the largest id, which an added token would have
         tiny_flux.text_encoder.eos_token_id = 2
     backbone = FluxBackbone(tiny_flux)
     backbone.add_placeholder(FixedPlaceholder("my-mug", TOKENS, lambda c, t, s: rows[c]))
@@ -72,7 +72,7 @@ def test_gradients_reach_the_rows_and_nothing_else(sd: StableDiffusionBackbone) 
     assert all(torch.equal(v, before[k]) for k, v in sd.components["text_encoder"].state_dict().items())
 
 
-def test_rows_per_sample(sd: StableDiffusionBackbone) -> None:
+def test_rows_can_differ_per_sample(sd: StableDiffusionBackbone) -> None:
     rows = torch.randn(2, 1, 16)
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows))
     both = sd.encode(["a <x>", "a <x>"]).context
@@ -117,7 +117,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("tokens", "message"), REFUSED)
-def test_tokens_that_cannot_be_added(sd: StableDiffusionBackbone, tokens: tuple[str, ...], message: str) -> None:
+def test_tokens_that_cannot_be_added_are_refused(
+    sd: StableDiffusionBackbone, tokens: tuple[str, ...], message: str
+) -> None:
     sd.add_placeholder(FixedPlaceholder("taken", ("<taken>",), lambda c, t, s: torch.zeros(1, 16)))
     with pytest.raises(ValueError, match=message):
         sd.add_placeholder(FixedPlaceholder("new", tokens))
@@ -126,7 +128,7 @@ def test_tokens_that_cannot_be_added(sd: StableDiffusionBackbone, tokens: tuple[
         sd.add_placeholder(FixedPlaceholder("taken", ()))
 
 
-def test_positions_of_plain_words(sd: StableDiffusionBackbone) -> None:
+def test_positions_of_plain_words_are_found(sd: StableDiffusionBackbone) -> None:
     sd.add_placeholder(FixedPlaceholder("m", (), words="sks mug"))
     got = sd.encode(["a sks mug and a sks mug", "a sks dog and a mug", "sks mug"])
     assert got.token_positions["m"].sum(1).tolist() == [4, 0, 2]
@@ -140,7 +142,9 @@ def test_wrong_rows_are_refused(sd: StableDiffusionBackbone) -> None:
         sd.encode(["<x>"])
 
 
-def test_prompts_past_the_limit_name_what_is_cut(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_the_warning_for_prompts_past_the_limit_names_the_text_that_is_cut(
+    sd: StableDiffusionBackbone, flux: FluxBackbone
+) -> None:
     long = "a photo of a mug " * 5 + "a mug on the snow and the beach with a dog"
     sd.check_prompt("a photo of a mug")
     with pytest.raises(ValueError, match="reads 32 tokens, and would cut 'and the beach with a dog'"):
@@ -159,7 +163,7 @@ def test_same_rows_compares_memory_where_something_is_learned() -> None:
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_words_are_found_whole_and_everywhere(family: str, request: pytest.FixtureRequest) -> None:
+def test_every_occurrence_of_a_whole_word_is_found(family: str, request: pytest.FixtureRequest) -> None:
     backbone, two = request.getfixturevalue(family), lambda c, t, s: fixed(2)[c]
     backbone.add_placeholder(FixedPlaceholder("x", ("<x>", "<x>_1"), two, words="<x> <x>_1 mug"))
     backbone.add_placeholder(FixedPlaceholder("a-mug", ("<a-mug>",), lambda c, t, s: fixed(1)[c]))
@@ -193,7 +197,7 @@ def test_words_are_found_whole_and_everywhere(family: str, request: pytest.Fixtu
             backbone.word_positions(prompts, nothing)
 
 
-def test_words_that_are_cut_are_not_there(sd: StableDiffusionBackbone) -> None:
+def test_truncated_words_are_not_found(sd: StableDiffusionBackbone) -> None:
     prompts = ["dog " * 29 + "mug", "dog " * 30 + "mug"]  # 30 tokens fit between the special ones
     positions = sd.word_positions(prompts, "mug").nonzero().tolist()
     assert positions == [[0, 30]]

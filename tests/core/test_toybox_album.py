@@ -1,4 +1,4 @@
-"""Held-out things as a user would bring them: pictures, captions that give nothing away, and masks."""
+"""Held-out things as a user would provide them: pictures, captions that give nothing away, and masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.toybox.subjects import reference_scenes
 from shared.toybox.world import SEEDS, Camera, Scene, Thing
 
 
-def test_an_album_has_a_caption_and_the_exact_mask_beside_each_picture(tmp_path):
+def test_an_album_has_a_caption_and_the_exact_mask_for_each_picture(tmp_path):
     files = album.write_album("development-mug", tmp_path / "mug")
     subject = read_subject(tmp_path / "mug", "mug")
     assert list(subject.images) == files and len(files) == 5
@@ -24,18 +24,20 @@ def test_an_album_has_a_caption_and_the_exact_mask_beside_each_picture(tmp_path)
         mask = read_picture(subject.masks[path], min_side=1).pixels[:1] / 2 + 0.5
         assert torch.allclose(mask, exact.mask[i], atol=1 / 255)
         text = subject.captions[path]
-        assert text == plain_caption(scene) and text.startswith("a photo of a mug "), "no colour, no pattern"
+        assert text == plain_caption(scene) and text.startswith("a photo of a mug "), (
+            "captions name neither colour nor pattern"
+        )
     assert album.shown_in(files).name == "development-mug"
 
 
-def test_a_plain_caption_says_the_side_only_where_it_is_clear():
+def test_a_plain_caption_names_the_side_only_if_it_is_clear():
     thing = Thing("car", "red", "blue", SEEDS["development"].start)
     clear, between = (Scene((thing,), "snow", (Camera(azimuth),)) for azimuth in (90.0, 45.0))
     assert plain_caption(clear) == "a photo of a car in the snow, side view"
     assert plain_caption(between) == "a photo of a car in the snow"
 
 
-def test_the_second_look_is_at_the_thing():
+def test_the_second_pass_looks_at_the_thing():
     """A small thing in a corner, cut out where it is found, fills the picture and sits in its middle."""
     thing = album.held_out("development-duck").thing
     corners = ((-0.25, 0.2), (0.25, -0.2))

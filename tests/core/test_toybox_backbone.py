@@ -1,4 +1,4 @@
-"""The toybox's trainings at tiny size, and the pipeline folder they produce."""
+"""Training the toybox's networks at a tiny size, and the resulting pipeline folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a tokenizer of few words, an autoencoder after three steps and a U-Net after two."""
+    """A run with a small tokenizer, an autoencoder after three steps and a U-Net after two."""
     out = tmp_path_factory.mktemp("run")
     cached = tiny_run(out, Squares(40))
     _train(out, cached, 2, resume=False)
@@ -109,7 +109,7 @@ def test_latents_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, mad
     assert not np.array_equal(cache.build(tmp_path, all_, model, tokenizer).latents[:10], stamp)
 
 
-def test_vae_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_the_vae_resumes_bit_for_bit(tmp_path: Path) -> None:
     def task(name: str) -> vae.VaeTask:
         return vae.VaeTask(TINY_VAE, Squares(40), tmp_path / name, Compute())
 
@@ -126,7 +126,7 @@ def test_vae_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_unet_resumes_to_the_same_bits(tmp_path: Path, made: Path, workers: int) -> None:
+def test_the_unet_resumes_bit_for_bit(tmp_path: Path, made: Path, workers: int) -> None:
     cached = cache.load(made / "latents")
     for name in ("a", "b"):
         words.save(run_folder.tokenizer_of(made), tmp_path / name / run_folder.TOKENIZER_FOLDER)
@@ -141,14 +141,14 @@ def test_unet_resumes_to_the_same_bits(tmp_path: Path, made: Path, workers: int)
     assert [run_folder.snapshot_facts(path)["pictures"] for path in kept] == [8, 16]
 
 
-def test_adopted_weights_go_on_with_a_new_optimizer(tmp_path: Path, made: Path) -> None:
+def test_training_continues_from_adopted_weights_with_a_new_optimizer(tmp_path: Path, made: Path) -> None:
     state = _state(made)
     words.save(run_folder.tokenizer_of(made), tmp_path / run_folder.TOKENIZER_FOLDER)
     checkpoint.save(_folder(tmp_path), replace(state, optimizer={}))
     _train(tmp_path, cache.load(made / "latents"), 3, resume=True)
     found = _state(tmp_path)
     assert (found.step, found.info["pictures"]) == (3, 12)
-    assert float(found.optimizer["main.0.step"]) == 1, "of an optimizer that began with the third step"
+    assert float(found.optimizer["main.0.step"]) == 1, "the optimizer began with the third step"
 
 
 def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tmp_path: Path) -> None:
@@ -165,12 +165,12 @@ def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tm
 
 @torch.no_grad()
 def _held_loss(task: unet.UnetTask) -> float:
-    """The loss on batches of steps that the run never reaches."""
+    """The loss on batches for steps that the run never reaches."""
     batches = [denoising.draw_batch(task.data, task.empty, task.settings, 10_000 + i) for i in range(8)]
     return sum(float(task.loss(batch)) for batch in batches)
 
 
-def test_shares_of_a_batch_add_up_to_its_gradient(made: Path) -> None:
+def test_gradients_of_parts_of_a_batch_add_up(made: Path) -> None:
     cached = cache.load(made / "latents")
     one, two = (_task(made, cached, workers=n) for n in (1, 2))
     batch = denoising.draw_batch(cached, one.empty, TINY_UNET, 0)
@@ -185,7 +185,7 @@ def test_shares_of_a_batch_add_up_to_its_gradient(made: Path) -> None:
         _task(made, cached, workers=3)
 
 
-def test_what_a_share_does_not_use_has_no_gradient() -> None:
+def test_parameters_that_a_part_of_a_batch_does_not_use_have_no_gradient() -> None:
     used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     shares = BatchShares(2)
     loss = shares.mean_loss(lambda x: (used * x).sum(), [torch.ones(2), 3 * torch.ones(2)], [used, unused])
@@ -193,7 +193,7 @@ def test_what_a_share_does_not_use_has_no_gradient() -> None:
     assert loss.item() == 8 / 2 and used.grad is not None and used.grad.tolist() == [2, 2] and unused.grad is None
 
 
-def test_times_fill_the_range_and_favour_the_middle() -> None:
+def test_times_cover_the_range_and_favour_the_middle() -> None:
     g = torch.Generator().manual_seed(0)
     t = torch.cat([denoising.draw_times(32, 0.1, 0.0, g) for _ in range(300)])
     assert 0 <= int(t.min()) < 10 and 990 < int(t.max()) < 1000
@@ -204,7 +204,7 @@ def test_times_fill_the_range_and_favour_the_middle() -> None:
     assert not torch.equal(denoising.draw_times(8, 0.1, 0.0, g), denoising.draw_times(8, 0.1, 0.0, g))
 
 
-def test_v_target_is_that_of_diffusers() -> None:
+def test_the_v_target_equals_diffusers() -> None:
     scheduler, bars = models.build_scheduler(), models.alphas_bar()
     g = torch.Generator().manual_seed(0)
     x, noise = torch.randn(8, 4, 4, 4, generator=g), torch.randn(8, 4, 4, 4, generator=g)
@@ -224,7 +224,7 @@ def test_v_target_is_that_of_diffusers() -> None:
     assert float(bars[-1]) < 1e-3, "sampling starts from pure noise, so training must end there"
 
 
-def test_the_loss_counts_more_where_things_are(made: Path) -> None:
+def test_the_loss_has_more_weight_on_things(made: Path) -> None:
     cached, empty = cache.load(made / "latents"), torch.zeros(32, dtype=torch.long)
     inputs = denoising.draw_batch(cached, empty, replace(TINY_UNET, thing_weight=3.0, batch=16), 0)
     assert float(inputs.weight.mean()) == pytest.approx(1, rel=1e-5)
@@ -235,7 +235,7 @@ def test_the_loss_counts_more_where_things_are(made: Path) -> None:
     assert np.array_equal(cache.cover(np.eye(4, dtype=bool)[None], 2), [[[128, 0], [0, 128]]])
 
 
-def test_plain_attention_equals_the_fused_one() -> None:
+def test_plain_attention_equals_fused_attention() -> None:
     net = models.build_unet(16, TINY_UNET.unet).eval()
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([3, 900]), torch.randn(2, 7, 16)
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_plain_attention_equals_the_fused_one() -> None:
 # --- averages ---
 
 
-def test_average_follows_its_closed_form() -> None:
+def test_the_average_follows_its_closed_form() -> None:
     module = torch.nn.Linear(2, 1, bias=False)
     averages, expected = Averages(dict(module.named_parameters()), cap=0.5), module.weight.detach().clone()
     for step in range(12):
@@ -283,7 +283,7 @@ def _load_elsewhere(folder: Path, cwd: Path) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_assembled_folder_loads_without_this_project(made: Path, tmp_path: Path) -> None:
+def test_the_assembled_folder_loads_without_this_project(made: Path, tmp_path: Path) -> None:
     target = assemble.assemble(made, tmp_path / "backbone")
     found = _load_elsewhere(target, tmp_path)
     assert found["class"] == "StableDiffusionPipeline" and found["size"] == [16, 16] and found["ours"] == []
@@ -292,11 +292,11 @@ def test_assembled_folder_loads_without_this_project(made: Path, tmp_path: Path)
     assert (facts["step"], facts["pictures"]) == (2, 8) and facts["last"]["vae"]["psnr"] > 0
     assert str(made) not in "".join(p.read_text() for p in target.glob("**/*.json"))
     assert [p.name for p in tmp_path.iterdir()] == ["backbone"]
-    again = assemble.assemble(made, target)  # replaces
+    again = assemble.assemble(made, target)  # replaces the folder
     assert again == target and [p.name for p in tmp_path.iterdir()] == ["backbone"]
 
 
-def test_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Path) -> None:
+def test_the_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     target = assemble.assemble(made, tmp_path / "backbone")
@@ -306,7 +306,7 @@ def test_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Path) -
         assert tensor.dtype == torch.float16 and torch.equal(tensor, average[f"unet.{name}"].half()), name
 
 
-def test_shipped_backbone_is_small_and_loads_at_64_pixels(tmp_path: Path) -> None:
+def test_the_shipped_backbone_is_small_and_generates_64_pixels(tmp_path: Path) -> None:
     folder = weights.backbone_path()
     assert sum(p.stat().st_size for p in folder.glob("**/*") if p.is_file()) < 40e6
     assert _load_elsewhere(folder, tmp_path)["size"] == [64, 64]

@@ -39,7 +39,7 @@ def _folder(out: Path) -> Path:
     return run_folder.training_folder(out, "decoder")
 
 
-def test_the_decoder_changes_and_the_latents_do_not(run: tuple[Path, cache.Cache]) -> None:
+def test_the_decoder_changes_but_the_latents_do_not(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
     before, trained = run_folder.frozen_vae(out), _task(out, cached)
     train(trained, _folder(out), 4)
@@ -55,7 +55,7 @@ def test_the_decoder_changes_and_the_latents_do_not(run: tuple[Path, cache.Cache
     same(dict(average.named_parameters()), trained.averages.state_dict())
 
 
-def test_it_decodes_what_the_autoencoder_decodes(run: tuple[Path, cache.Cache]) -> None:
+def test_it_decodes_the_same_as_the_autoencoder(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
     trained, model = _task(out, cached), run_folder.frozen_vae(out)
     latents = torch.from_numpy(cached.latents[:3].astype("float32"))
@@ -64,7 +64,7 @@ def test_it_decodes_what_the_autoencoder_decodes(run: tuple[Path, cache.Cache]) 
         torch.testing.assert_close(trained.decode(latents), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_resumes_to_the_same_bits(run: tuple[Path, cache.Cache], tmp_path: Path) -> None:
+def test_it_resumes_bit_for_bit(run: tuple[Path, cache.Cache], tmp_path: Path) -> None:
     out, cached = run
     shutil.copytree(out, tmp_path / "other")
     train(_task(out, cached), tmp_path / "halves", 6, pause_at=3)
@@ -94,7 +94,7 @@ def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cach
     def retrain(steps: int) -> None:
         train(vae.VaeTask(TINY_VAE, Squares(40), out, Compute()), run_folder.training_folder(out, "vae"), steps)
 
-    retrain(3)  # already trained this far: nothing to do, and the decoder stays
+    retrain(3)  # already trained this far: nothing is done, and the decoder stays
     assert checkpoint.load(_folder(out)) is not None
     same(run_folder.frozen_vae(out).state_dict(), written)
     retrain(4)
@@ -103,7 +103,7 @@ def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cach
     )
 
 
-def test_the_discriminator_learns_to_tell_blurred_pictures() -> None:
+def test_the_discriminator_learns_to_recognise_blurred_pictures() -> None:
     torch.manual_seed(0)
     real = vae.to_signed(Squares(64).pixels(slice(None)))
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(real, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -118,8 +118,10 @@ def test_the_discriminator_learns_to_tell_blurred_pictures() -> None:
         assert float(critic(real)[0].mean()) > 0.3 > -0.3 > float(critic(blurred)[0].mean())
 
 
-def test_the_discriminator_s_share_is_of_the_faithful_gradient(run: tuple[Path, cache.Cache]) -> None:
-    """At the last layer the adversarial gradient is `adversarial` times as long as the rest (arXiv 2012.09841, eq. 7)."""
+def test_the_adversarial_gradient_is_a_fixed_share_of_the_reconstruction_gradient(
+    run: tuple[Path, cache.Cache],
+) -> None:
+    """At the last layer, the adversarial gradient's norm is `adversarial` times that of the rest (arXiv 2012.09841, eq. 7)."""
     out, cached = run
     data = Squares(40)
     real, thing = vae.to_signed(data.pixels(slice(8))), torch.from_numpy(data.masks(slice(8)))[:, None]

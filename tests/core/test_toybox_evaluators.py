@@ -27,7 +27,7 @@ from shared.toybox.weights import WEIGHTS as BACKBONES
 from shared.toybox.weights import sampling_defaults
 
 TINY = TrunkConfig(widths=(4, 8), blocks=(1, 1))
-BF16 = Compute(bf16=True)  # in fp32, torch 2.13 crashes in the backward pass of so few channels on some CPUs
+BF16 = Compute(bf16=True)  # in fp32, torch 2.13 crashes in the backward pass with this few channels on some CPUs
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def tiny_task(name: str, seed: int = 0) -> tasks.EvaluatorTask:
     return tasks.ClipTask(fake_pictures(), settings, BF16, tokenizer.build(["red", "duck", "beach"]), config)
 
 
-def test_things_are_varied_alike_in_all_pictures_of_a_group():
+def test_all_pictures_of_a_group_are_varied_alike():
     pixels, faces = torch.rand(6 * 5, 3, 4, 4), torch.tensor([False] * 5 + [True])
     seen = set()
     for seed in range(40):
@@ -81,7 +81,7 @@ def test_things_are_varied_alike_in_all_pictures_of_a_group():
             mirrored = torch.equal(shown, group.flip(3)[:, order])
             assert mirrored or torch.equal(shown, group[:, order])
             seen.add((mirrored, *order.tolist()))
-    assert len(seen) == 12, "both sides, every order of the channels"
+    assert len(seen) == 12, "mirrored and not, with every order of the channels"
 
 
 def test_accents_follow_the_channels_they_are_shown_in():
@@ -93,7 +93,7 @@ def test_accents_follow_the_channels_they_are_shown_in():
 def fit(
     name: str, place: Path, steps: int = 4, pause_at: int | None = None, **changed
 ) -> tuple[tasks.EvaluatorTask, int]:
-    """A tiny evaluator trained in `place`, with its weights in `out` next to it, and the number of steps done."""
+    """A tiny evaluator trained in `place`, with its weights in `out` next to it, and the number of completed steps."""
     task = tiny_task(name, changed.pop("seed", 0))
     settings = RunSettings(steps, pause_at=pause_at, device="cpu", **changed)
     return task, train.fit(task, settings, train.Folders(place, place.parent / "out", place))
@@ -104,7 +104,7 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path):
     before = tiny_task(name).state_dict()
     whole, steps = fit(name, tmp_path / "a" / "whole")
     assert steps == 4 and fit(name, tmp_path / "b" / "halves", pause_at=2)[1] == 2
-    assert train.written_steps(tmp_path / "b" / "out") == 2, "a pause leaves weights"
+    assert train.written_steps(tmp_path / "b" / "out") == 2, "a paused run leaves weights"
     resumed, steps = fit(name, tmp_path / "b" / "halves")
     assert steps == 4
     state, found = whole.state_dict(), resumed.state_dict()
@@ -115,7 +115,7 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["recognizer", "identity", "clip", "pose"])
-def test_finished_weights_go_on_with_a_new_optimizer(name: str, tmp_path: Path):
+def test_training_continues_from_finished_weights_with_a_new_optimizer(name: str, tmp_path: Path):
     out = tmp_path / "out"
     assert fit(name, tmp_path / "first", 3, pause_at=2)[1] == 2
     adopted = tiny_task(name)
@@ -125,17 +125,17 @@ def test_finished_weights_go_on_with_a_new_optimizer(name: str, tmp_path: Path):
     assert all(torch.equal(getattr(adopted, state).state_dict()[k], v) for k, v in written.items())
     assert fit(name, tmp_path / "second", 3)[1] == 3
     assert fit(name, tmp_path / "third", 3, pause_at=2, resume=False)[1] == 2
-    assert not adopt_state(torch.nn.Linear(2, 2), out), "another architecture is left alone"
+    assert not adopt_state(torch.nn.Linear(2, 2), out), "weights of another architecture are not used"
 
 
-def test_what_a_kill_kept_from_being_written_is_written_when_resumed(tmp_path: Path):
+def test_files_missing_after_a_kill_are_written_on_resuming(tmp_path: Path):
     fit("recognizer", tmp_path / "work")
     for file in (tmp_path / "out").iterdir():
         file.unlink()
     assert fit("recognizer", tmp_path / "work")[1] == 4 and train.written_steps(tmp_path / "out") == 4
 
 
-def test_saved_weights_load_back(tmp_path: Path):
+def test_saved_weights_can_be_loaded(tmp_path: Path):
     loads = {"recognizer": load_recognizer, "identity": load_identity, "clip": load_clip, "pose": load_pose}
     for name, load in loads.items():
         task = tiny_task(name)
@@ -170,7 +170,7 @@ def test_clip_is_an_ordinary_transformers_folder():
     assert torch.allclose(mine, output.image_embeds, atol=1e-4)
 
 
-def test_recognizer_is_as_good_as_the_card_says():
+def test_the_recognizer_is_as_accurate_as_the_card_says():
     found = measure.measure_recognizer(240, seed=11)
     for name, bar in {
         "class": 0.93,
@@ -190,14 +190,14 @@ def test_identity_finds_held_out_subjects_among_distractors():
     assert found["retrieval"] >= 0.86, found
 
 
-def test_faces_are_judged_where_one_can_be_seen_and_the_rest_is_counted():
+def test_faces_are_judged_only_where_visible_and_the_rest_is_counted():
     found = measure.measure_identity("development", queries=1, seed=5, faces=True)
     assert found["no_face"] > 0 and found["queries"] + found["no_face"] == 4 * found["gallery"]
     things = measure.measure_identity("development", references=2, queries=1, seed=5)
     assert things["no_face"] == 0 and things["queries"] == 12 * things["gallery"]
 
 
-def test_calibration_finds_known_freedoms_and_keeps_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_calibration_recovers_known_freedoms_and_saves_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from shared.pretrain.evaluators import calibrate
 
     monkeypatch.setattr(calibrate, "CROPS", calibrate.CROPS[:1])
@@ -211,7 +211,7 @@ def test_calibration_finds_known_freedoms_and_keeps_what_it_chose(tmp_path: Path
     assert kept["typical"]["same"] > kept["typical"]["other"]
 
 
-def test_clip_knows_captions():
+def test_clip_retrieves_the_right_captions():
     found = measure.measure_clip(128, seed=7)
     assert found["swap_background"] >= 0.95 and found["swap_main"] >= 0.85 and found["caption_of_64"] >= 0.6, found
 
@@ -232,18 +232,18 @@ def test_predictions_and_probabilities_agree():
             recognizer.predict(wrong)
 
 
-def test_the_two_closest_of_equally_many_pictures_count():
+def test_with_equally_many_pictures_the_two_closest_count():
     front, side, other = torch.eye(3)
     query = torch.tensor([[0.0, 1.0, 0.2]])
     views = torch.stack([front, front, side, side])
-    assert similarities(query, [views, other.expand(4, 3)]).argmax() == 0, "one good side is enough"
+    assert similarities(query, [views, other.expand(4, 3)]).argmax() == 0, "two pictures from the right side are enough"
     one = similarities(query, [views, other])
-    assert one[0, 0] == 0, "beside an entry of one picture, the first alone counts"
+    assert one[0, 0] == 0, "next to an entry with one picture, only the first counts"
     cosine = (query / query.norm()) @ other
     assert torch.allclose(one[0, 1], cosine.double())
 
 
-def test_retrieve_by_single_embeddings_and_several():
+def test_retrieval_with_one_or_several_embeddings():
     gallery = [torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0], [0.1, 0.9]])]
     assert retrieve(torch.tensor([[0.9, 0.1], [0.2, 0.7]]), gallery).tolist() == [0, 1]
     assert torch.allclose(load_identity().embed(torch.rand(2, 3, 64, 64)).norm(dim=1), torch.ones(2), atol=1e-5)
@@ -251,7 +251,7 @@ def test_retrieve_by_single_embeddings_and_several():
         retrieve(torch.ones(1, 2), [])
 
 
-def test_contrastive_loss_against_the_formula():
+def test_contrastive_loss_equals_the_formula():
     torch.manual_seed(0)
     z, y = torch.nn.functional.normalize(torch.randn(6, 4), dim=1), torch.tensor([0, 0, 1, 1, 1, 2])
     expected = []
@@ -284,7 +284,7 @@ def test_groups_of_the_identity_set_share_everything_but_the_individual():
     assert all(t.pattern_seed is None or t.pattern_seed in world.SEEDS["train"] for row in things for t in row)
 
 
-def test_kid_and_psnr():
+def test_kid_and_psnr_of_known_pictures():
     torch.manual_seed(0)
     x, y, z = torch.randn(400, 8), torch.randn(400, 8), torch.randn(400, 8) + 0.5
     assert abs(judge.kid(x, y)) < 0.05 < judge.kid(x, z)
@@ -304,7 +304,7 @@ def test_the_card_prints_how_often_clips_move_as_asked():
     assert "| motion | 25.0 % | 75.0 % | **no** | 50.0 % |" in text and "| still | 25.0 % |  |  | 50.0 % |" in text
 
 
-def test_the_shipped_backbone_draws_what_captions_say():
+def test_the_shipped_backbone_generates_what_captions_say():
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(str(BACKBONES / "backbone"), local_files_only=True)
@@ -318,7 +318,7 @@ def test_the_shipped_backbone_draws_what_captions_say():
         judge.judge_backbone(pipeline, n=1)
 
 
-def test_the_curve_judges_what_it_lacks_and_the_card_prints_it(tmp_path: Path):
+def test_the_curve_evaluates_only_missing_points_and_the_card_prints_it(tmp_path: Path):
     from shared.pretrain.evaluators import model_card_page as page
     from shared.pretrain.evaluators import training_curve as curve
     from shared.pretrain.toybox.initial_weights import adopt_backbone
@@ -333,7 +333,7 @@ def test_the_curve_judges_what_it_lacks_and_the_card_prints_it(tmp_path: Path):
     save_snapshot(training_folder(work / "run", "unet"), average, {**facts, "step": 7, "pictures": 224})
     points = list(curve.extend(work, 8, 4.0, weights=kept))
     assert [p["pictures"] for p in points] == [224, facts["pictures"]]
-    assert points[0]["class"] == points[1]["class"], "the same weights"
+    assert points[0]["class"] == points[1]["class"], "both points have the same weights"
     assert list(curve.extend(work, 8, 4.0, weights=kept)) == []
     with pytest.raises(ValueError, match="other settings"):
         list(curve.extend(work, 8, 5.0, weights=kept))

@@ -36,13 +36,13 @@ def test_the_shipped_autoencoder_stays_unless_a_run_trains_its_own(tmp_path: Pat
     assert not adopt_vae(tmp_path / "b") and not run_folder.has_vae(tmp_path / "b")
 
 
-def test_a_new_folder_keeps_what_the_shipped_weights_say_of_their_trainings(tmp_path: Path) -> None:
+def test_a_new_folder_keeps_the_training_facts_of_the_shipped_weights(tmp_path: Path) -> None:
     assert adopt_backbone(tmp_path) and not adopt_backbone(tmp_path)
     shipped = json.loads((BACKBONE / "training.json").read_text())
     assert assemble.training_facts(tmp_path) == shipped and set(shipped["last"]) == {"vae", "decoder", "unet"}
 
 
-def test_the_unet_of_a_new_folder_is_the_shipped_one(tmp_path: Path) -> None:
+def test_a_new_folder_starts_with_the_shipped_unet(tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     assert adopt_backbone(tmp_path)
@@ -69,7 +69,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_round_of_more_pictures_ends_with_a_rate_of_zero() -> None:
+def test_a_round_with_more_pictures_ends_at_a_rate_of_zero() -> None:
     first = adopted_steps()
     for minutes in (None, 5.0):  # the time limit pauses the round without affecting its rates
         spend, settings = stages.unet_training(replace(WORK, minutes=minutes))

@@ -1,4 +1,4 @@
-"""The pose estimator: its targets, how it is read, and how accurate its shipped weights are."""
+"""The pose estimator: its targets, how its output is read, and how accurate its shipped weights are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared.toybox.motions.motion import PATH, still
 from shared.toybox.motions.placing import sample_paths
 
 
-def test_the_way_through_azimuths_is_the_most_probable_of_all():
+def test_the_sequence_of_azimuths_is_the_most_probable_one():
     chances = np.random.default_rng(0).dirichlet(np.ones(6), 4)
 
     def score(way: tuple[int, ...]) -> float:
@@ -32,17 +32,17 @@ def test_the_way_through_azimuths_is_the_most_probable_of_all():
     assert followed(chances, step_deg=60).tolist() == list(best)
 
 
-def test_asked_azimuths_are_read_back():
+def test_encoded_azimuths_are_read_back():
     asked = torch.tensor([-180.0, -179.0, -7.0, 0.0, 33.3, 90.0, 171.0])
     poses = Poses(torch.zeros(7, 5), soft_azimuths(asked, 36))
     read = path_of(poses, follow=False)[:, PATH.index("azimuth_deg")]
     assert np.abs((read - asked.numpy() + 180) % 360 - 180).max() < 0.5
 
 
-def test_a_turn_is_followed_past_half_a_turn_and_over_a_frame_that_is_mistaken():
+def test_a_turn_is_tracked_past_180_degrees_and_across_a_misread_frame():
     turn = torch.linspace(120, 480, 16)
     azimuths = soft_azimuths(turn, 36)
-    azimuths[5] = 0.6 * soft_azimuths(turn[5:6] + 180, 36)[0] + 0.4 * azimuths[5]  # mistaken for its opposite side
+    azimuths[5] = 0.6 * soft_azimuths(turn[5:6] + 180, 36)[0] + 0.4 * azimuths[5]  # misread as the opposite side
     linear = torch.arange(80.0).view(16, 5)
     path = path_of(Poses(linear, azimuths))
     read = path[:, PATH.index("azimuth_deg")]
@@ -50,7 +50,7 @@ def test_a_turn_is_followed_past_half_a_turn_and_over_a_frame_that_is_mistaken()
     assert np.array_equal(path[:, [PATH.index(name) for name in LINEAR]], linear.numpy())
 
 
-def test_poses_of_a_data_set_are_those_of_its_scenes(tmp_path: Path):
+def test_poses_in_a_data_set_match_its_scenes(tmp_path: Path):
     (tmp_path / "recipe.json").write_text(json.dumps({"seed": 5}))
     poses = poses_of(tmp_path, 40)
     scenes = [dataset.scene_of(5, i)[0] for i in range(40)]
@@ -64,7 +64,7 @@ def test_poses_of_a_data_set_are_those_of_its_scenes(tmp_path: Path):
     assert {len(s.things) for s in scenes} == {1, 2}
 
 
-def test_captioned_motions_are_told_apart_by_true_paths():
+def test_captioned_motions_can_be_told_apart_by_true_paths():
     rng = np.random.default_rng(9)
     found = {name: [nearest_captioned(p) for p in sample_paths(rng, m, 40)] for name, m in MOTIONS.items()}
     right = {name: np.mean([answer == name for answer in answers]) for name, answers in found.items()}

@@ -32,7 +32,7 @@ CPU = RunSettings(steps=1, device="cpu")
 
 @pytest.fixture
 def cached() -> cache.Cache:
-    """Latents whose first channel is the class and whose second is the view, with captions that name both or the class."""
+    """Latents whose first channel is the class and whose second is the view, with captions that name both or just the class."""
     rng, texts = np.random.default_rng(0), []
     latents = rng.normal(0, 0.3, (64, 4, 8, 8)).astype(np.float16)
     for i in range(64):
@@ -46,7 +46,7 @@ def cached() -> cache.Cache:
     return cache.Cache(latents, ids, np.full((64, 8, 8), 255, np.uint8), attributes)
 
 
-def test_the_loss_is_cross_entropy_of_what_is_named() -> None:
+def test_the_loss_is_the_cross_entropy_of_the_named_attributes() -> None:
     torch.manual_seed(0)
     reads, bars = reader.Reader(4), models.alphas_bar()
     clean, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 300, 599])
@@ -68,7 +68,7 @@ def _read(cached: cache.Cache, out: Path, steps: int) -> reader.Reader:
     return reader.train_reader(cached, out, CPU, reader.ReaderTraining(steps=steps))
 
 
-def test_it_learns_to_read_and_is_kept(cached: cache.Cache, tmp_path: Path) -> None:
+def test_it_learns_to_read_and_is_saved(cached: cache.Cache, tmp_path: Path) -> None:
     reads = _read(cached, tmp_path, 60)
     clean = torch.from_numpy(cached.latents.astype(np.float32))
     attributes = torch.from_numpy(cached.caption_attributes[:, 0].astype(np.int64))
@@ -78,7 +78,7 @@ def test_it_learns_to_read_and_is_kept(cached: cache.Cache, tmp_path: Path) -> N
     log = run_folder.log_of(tmp_path, "reader").read_text()
     again = _read(cached, tmp_path, 60)
     same(again.state_dict(), reads.state_dict())
-    assert run_folder.log_of(tmp_path, "reader").read_text() == log, "it was finished: nothing is trained"
+    assert run_folder.log_of(tmp_path, "reader").read_text() == log, "it was finished, so nothing is trained"
     assert not any(p.requires_grad for p in again.parameters())
 
 
@@ -98,7 +98,7 @@ def test_softening_blurs_half_and_keeps_the_mean() -> None:
     assert float(spread[0, 2].sum()) == pytest.approx(1, abs=1e-5) and not spread[0, [0, 1, 3]].any()
 
 
-def test_dropped_captions_say_nothing(cached: cache.Cache) -> None:
+def test_dropped_captions_name_no_attributes(cached: cache.Cache) -> None:
     empty = torch.full((32,), 7)
     inputs = denoising.draw_batch(cached, empty, replace(TINY, batch=64, caption_dropout=0.5), 0)
     dropped = (inputs.ids == 7).all(1)
@@ -107,7 +107,7 @@ def test_dropped_captions_say_nothing(cached: cache.Cache) -> None:
     assert int(inputs.level.max()) < 600
 
 
-def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Cache, tmp_path: Path) -> None:
+def test_the_reading_loss_acts_until_the_rate_has_decayed(cached: cache.Cache, tmp_path: Path) -> None:
     words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
     reads = _read(cached, tmp_path, 30)
     falling = AdamW(schedule="linear", decay=0.5)
@@ -127,7 +127,7 @@ def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Ca
     assert [round(task.reading(s), 3) for s in (0, 50, 75)] == [1, 1, round(0.2 / 0.7, 3)]
 
 
-def test_the_probe_reads_the_middle_and_resumes_to_the_same_bits(cached: cache.Cache, tmp_path: Path) -> None:
+def test_the_probe_reads_the_middle_block_and_resumes_bit_for_bit(cached: cache.Cache, tmp_path: Path) -> None:
     words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
     settings = replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0), lr=3e-3, optimizer=AdamW(betas=(0.9, 0.99)))
     reads = reader.Reader(4).eval().requires_grad_(False)
@@ -152,7 +152,7 @@ def test_the_probe_reads_the_middle_and_resumes_to_the_same_bits(cached: cache.C
     assert unread(run("b", 60)) < 0.5 * before
 
 
-def test_a_readable_guess_costs_less(cached: cache.Cache, tmp_path: Path) -> None:
+def test_a_readable_prediction_has_a_lower_loss(cached: cache.Cache, tmp_path: Path) -> None:
     bars = models.alphas_bar()
     reads = _read(cached, tmp_path, 60)
     settings = replace(TINY, reading=(1.0, 1.0, 1.0), caption_dropout=0.0, batch=32)

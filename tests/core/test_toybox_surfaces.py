@@ -19,7 +19,7 @@ CAMERA = world.Camera(35, 20, 0, 0, 0, 1.0)
 
 
 def hits(thing: world.Thing) -> tuple[world.Scene, HitImage, Tensor]:
-    """A scene, its hits on 2 SIDE × 2 SIDE subpixels, and their normals [M, 3] as the camera sees them."""
+    """A scene, its hits on 2 SIDE × 2 SIDE subpixels, and their normals [M, 3] in camera coordinates."""
     scene, cpu = world.Scene((thing,), "gray studio", (CAMERA,)), torch.device("cpu")
     things = instances([scene], cpu)
     seen = visible(things, groups(things, SPACING * 64 / SIDE, cpu), 1, 2 * SIDE)
@@ -36,7 +36,7 @@ def test_nothing_to_draw_is_refused() -> None:
         render([])
 
 
-def test_parts_have_the_colors_that_are_seen() -> None:
+def test_parts_have_the_colors_that_are_visible() -> None:
     scene, image, _ = hits(world.Thing("duck", "blue", "red"))
     pixels = render([scene], SIDE).pixels[0]
     slot = image.scatter(image.hits.slot[:, None], -1)[0, 0, ::2, ::2]
@@ -45,7 +45,7 @@ def test_parts_have_the_colors_that_are_seen() -> None:
     assert beak.any() and (pixels[0, beak].mean() > pixels[2, beak].mean() + 0.2)
 
 
-def test_normals_are_those_of_the_positions() -> None:
+def test_normals_match_the_positions() -> None:
     _, image, normals = hits(world.Thing("bear", "blue", "red"))
     az, el = np.radians([CAMERA.azimuth_deg, CAMERA.elevation_deg])
     right = np.array([-np.sin(az), np.cos(az), 0])

@@ -11,7 +11,7 @@ from shared.pretrain.toybox import models
 from shared.toybox import tokenizer as words
 
 
-def test_each_word_of_the_world_is_one_token_and_the_rest_falls_back() -> None:
+def test_each_word_of_the_world_is_one_token_and_other_words_are_split() -> None:
     tokenizer = words.build()
     broken = [word for word in words.world_words() if not words.is_one_token(tokenizer, word)]
     assert not broken
@@ -29,7 +29,7 @@ def test_the_captions_of_the_world_fit_without_splitting_a_word() -> None:
     assert captions.MAX_WORDS + 2 <= words.MAX_LENGTH
 
 
-def test_saved_tokenizer_is_the_same_also_from_vocab_and_merges(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_unchanged_even_from_vocab_and_merges(tmp_path: Path) -> None:
     first, text = words.build(), "A photo of a zzqx red cat, 3 dogs ü"
     words.save(first, tmp_path)
     assert words.build().get_vocab() == first.get_vocab()
@@ -40,7 +40,7 @@ def test_saved_tokenizer_is_the_same_also_from_vocab_and_merges(tmp_path: Path) 
     assert CLIPTokenizer.from_pretrained(str(tmp_path))(text)["input_ids"] == first(text)["input_ids"]
 
 
-def test_added_tokens_are_one_token_and_do_not_move_the_pooled_output() -> None:
+def test_added_tokens_are_single_tokens_and_do_not_move_the_pooled_position() -> None:
     tokenizer = words.build(["a", "cat"])
     text = models.build_text(tokenizer, models.TextSize(hidden=16, layers=1, heads=2)).eval()
     assert text.config.eos_token_id == tokenizer.eos_token_id

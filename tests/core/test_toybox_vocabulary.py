@@ -14,7 +14,7 @@ from shared.toybox import captions, tokenizer
 from shared.toybox.weights import backbone_path
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
-# What the small world has neither pictures nor words for: professions, one sight, a crowd.
+# Phrases for which the small world has neither pictures nor words: professions, one sight, a crowd.
 NEVER_SHOWN = {"chef", "crowded", "eiffel", "firefighter", "monocle", "police", "tower", "wizard"}
 # Prompts that the world shows literally: places, accessories, colours.
 SHOWN = {
@@ -43,7 +43,7 @@ def shipped() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(backbone_path() / "tokenizer"))
 
 
-def test_the_shipped_tokenizer_is_the_one_that_is_built_and_the_words_for_motions(shipped: CLIPTokenizer) -> None:
+def test_the_shipped_tokenizer_equals_a_newly_built_one_plus_motion_words(shipped: CLIPTokenizer) -> None:
     built, found = tokenizer.build().get_vocab(), shipped.get_vocab()
     added = sorted(found.keys() - built.keys(), key=found.__getitem__)
     assert added and set(added) <= set(motion_words())
@@ -51,7 +51,7 @@ def test_the_shipped_tokenizer_is_the_one_that_is_built_and_the_words_for_motion
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN))
-def test_each_dreambench_word_that_the_world_can_show_is_one_token(shipped: CLIPTokenizer, name: str) -> None:
+def test_each_dreambench_word_the_world_can_show_is_one_token(shipped: CLIPTokenizer, name: str) -> None:
     every = {word for text in texts(name) for word in words(text)}
     split = {word for word in every if not tokenizer.is_one_token(shipped, word)}
     assert split <= NEVER_SHOWN, "listed words are in the vocabulary"
@@ -62,7 +62,7 @@ def test_each_dreambench_word_that_the_world_can_show_is_one_token(shipped: CLIP
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN))
-def test_the_world_s_own_captions_say_what_dreambench_says(name: str) -> None:
+def test_the_world_s_captions_use_the_phrases_of_dreambench(name: str) -> None:
     phrases = {p for options in captions.PLACES.values() for p in options} | {
         f"wearing {worn}" for worn in captions.WORN.values()
     }

@@ -1,4 +1,4 @@
-"""The world's vocabularies, scenes, captions, and what is held out from training."""
+"""The world's vocabularies, scenes and captions, and what is held out from training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_same_seed_gives_the_same_scenes():
     assert scenes(50) != scenes(50, seed=1)
 
 
-def test_the_distribution_is_what_the_design_says():
+def test_the_distribution_follows_the_design():
     drawn = scenes(3000)
     share = {
         "pattern": np.mean([s.things[0].pattern_seed is not None for s in drawn]),
@@ -50,8 +50,8 @@ def test_the_distribution_is_what_the_design_says():
         assert set(got) == set(values)
 
 
-def test_places_sizes_and_turns_reach_as_far_as_the_design_says():
-    """±35 % in both axes, scale 0.4 to 1.1, roll ±25 degrees, every azimuth; none beyond, with rare exceptions."""
+def test_positions_sizes_and_angles_cover_the_designed_range():
+    """±35 % in both axes, scale 0.4 to 1.1, roll ±25 degrees, every azimuth; values outside are rare."""
     cameras = [s.cameras[0] for s in scenes(20_000, seed=8) if len(s.things) == 1]
     x, y, scale, roll, azimuth = np.array([(c.x, c.y, c.scale, c.roll_deg, c.azimuth_deg) for c in cameras]).T
     for values, limit in ((x, 0.35), (y, 0.35), (roll, 25.0)):
@@ -59,9 +59,9 @@ def test_places_sizes_and_turns_reach_as_far_as_the_design_says():
     assert 0.4 <= scale.min() < 0.41 and 1.09 < scale.max() <= 1.1
     assert np.histogram(azimuth, 24, (-180, 180))[0].min() > 0.015 * len(cameras)
     off = np.maximum(abs(x), abs(y)) > 0.15
-    assert 0.1 < off.mean() < 0.2, "off-centre places are common, not only possible"
+    assert 0.1 < off.mean() < 0.2, "off-centre positions are common, not just possible"
     assert np.mean(abs(roll) > 10) > 0.1
-    # A thing keeps most of itself in the picture: only small ones reach the border.
+    # Most of a thing stays in the picture: only small ones reach the border.
     assert scale[np.maximum(abs(x), abs(y)) > 0.3].max() < 0.7 and abs(x[scale > 0.8]).max() > 0.2
 
 
@@ -84,7 +84,7 @@ def test_views(azimuth, elevation, view):
     assert Camera(azimuth, elevation).view == view
 
 
-def test_a_fixed_view_is_clear_and_right():
+def test_a_fixed_view_is_clear_and_correct():
     for view in world.VIEWS:
         assert all(s.view == view and s.cameras[0].view_is_clear for s in scenes(60, view=view))
 
@@ -116,7 +116,7 @@ def test_impossible_things_are_refused():
         Thing("face", "red", "blue")
 
 
-def test_glasses_are_not_promised_from_behind():
+def test_scenes_with_glasses_are_not_viewed_from_behind():
     for s in scenes(200, accessory="pink glasses"):
         camera = s.cameras[0]
         assert abs(camera.azimuth_deg) <= 105 or camera.elevation_deg >= 60
@@ -143,7 +143,7 @@ def test_the_full_caption_names_everything():
     assert text == "a pencil sketch of a red duck with blue wings wearing a red hat on the beach, side view"
 
 
-def test_captions_tell_accessory_and_style_always_and_pattern_never():
+def test_captions_always_name_accessory_and_style_and_never_the_pattern():
     rng = np.random.default_rng(2)
     for s in scenes(500, seed=2):
         text = captions.caption(s, rng)
@@ -155,13 +155,13 @@ def test_captions_tell_accessory_and_style_always_and_pattern_never():
         assert captions.caption(s, np.random.default_rng(5)) == captions.caption(plain, np.random.default_rng(5))
 
 
-def test_views_are_captioned_in_seventy_percent():
+def test_seventy_percent_of_captions_name_the_view():
     rng = np.random.default_rng(3)
     named = [("view" in text or "seen" in text) for text in (captions.caption(s, rng) for s in scenes(2000, seed=3))]
     assert np.mean(named) == pytest.approx(0.7, abs=0.04)
 
 
-def test_what_a_caption_says_is_what_the_scene_shows():
+def test_captions_match_their_scenes():
     named, heard = 0, 0
     for i in range(600):
         scene, rng = dataset.scene_of(5, i)
@@ -174,7 +174,7 @@ def test_what_a_caption_says_is_what_the_scene_shows():
         named, heard = named + 1, heard + (view >= 0)
         assert view in (-1, labels["view"])
     assert 0.6 < heard / named < 0.85
-    assert captions.caption_attributes("a red house on top of green grass")[1] == -1, "'top' alone is no view"
+    assert captions.caption_attributes("a red house on top of green grass")[1] == -1, "'top' alone is not a view"
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -210,7 +210,7 @@ def test_held_out_seeds_and_styles_are_disjoint_from_training():
 
 
 def test_no_held_out_pattern_is_a_near_duplicate_of_a_training_one():
-    """Compares the parameters, not just the seeds: every held-out pattern with all that training can draw."""
+    """Compares the parameters, not just the seeds: every held-out pattern against all patterns that training can draw."""
     held = {t.pattern_seed for split in SPLITS for h in subjects.subjects(split) for t in (h.thing, *h.distractors)}
     inner = np.stack([patterns.fingerprint(s) for s in held if s is not None])
     train = np.stack([patterns.fingerprint(s) for s in world.SEEDS["train"]])
@@ -227,7 +227,7 @@ def test_no_held_out_face_is_a_near_duplicate_of_a_training_one():
 
 
 def test_training_scenes_never_show_a_held_out_face_pattern_or_style():
-    """Checks what is really drawn: the scenes of the world, of the data set and of the identity encoder's groups."""
+    """Checks what is actually drawn: the scenes of the world, the data set and the identity encoder's groups."""
     things = [(t, s.style) for s in (*scenes(1500, seed=9), *scenes(400, seed=9, class_name="face")) for t in s.things]
     things += [(t, s.style) for s in (dataset.scene_of(0, i)[0] for i in range(1500)) for t in s.things]
     groups = (sample_group(np.random.default_rng(i), 4, 2) for i in range(60))

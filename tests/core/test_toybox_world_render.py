@@ -29,7 +29,7 @@ def some(n: int, seed: int = 0, **fixed) -> list[Scene]:
     return [world.sample_scene(rng, **fixed) for _ in range(n)]
 
 
-def test_shapes_ranges_and_bits():
+def test_shapes_and_ranges_are_right_and_renders_are_deterministic():
     scenes = some(40)
     first, again = render(scenes), render(scenes)
     assert first.pixels.shape == (40, 3, 64, 64) and first.pixels.dtype == torch.float32
@@ -83,7 +83,7 @@ def test_masks_have_no_holes(name):
     depth = torch.where(drawn.mask > 0, drawn.depth, torch.full_like(drawn.depth, torch.nan)).nan_to_num(DISTANCE)
     pool = torch.nn.functional.max_pool2d
     flat = pool(depth, 3, 1, 1) + pool(-depth, 3, 1, 1) < 0.4
-    # A pixel that is not full although its neighbours on the same surface are (between two parts there may be a gap).
+    # Finds pixels that are not full although their neighbours on the same surface are (two parts may have a gap between them).
     assert not ((drawn.mask < 1) & full & flat).any()
 
 
@@ -96,7 +96,7 @@ def test_front_and_back_show_their_halves():
         assert (drawn.pixels[0] - drawn.pixels[1]).abs().mean() > 0.01, name
 
 
-def test_a_turning_camera_sees_a_still_background():
+def test_the_background_does_not_turn_with_the_camera():
     for background in world.BACKGROUNDS:
         turned = [one("mug", background, replace(CAMERA, azimuth_deg=a)) for a in (0, 40, 200)]
         drawn = render(turned)
@@ -126,7 +126,7 @@ def test_things_stand_out_from_a_background_of_their_color(background):
         assert (drawn.pixels - bare.pixels).abs().mean(1)[0][inside].mean() > 0.04, name
 
 
-def test_main_color_dominates_also_under_patterns():
+def test_the_main_color_dominates_even_with_patterns():
     for seed in range(24):
         name = [c for c in world.CLASSES if c != "face"][seed % 12]
         plain, patterned = render([one(name), one(name, pattern_seed=None)]), render([one(name, pattern_seed=seed)])
@@ -145,7 +145,7 @@ def test_patterns_show_from_every_view():
         assert (change.sum((1, 2, 3)) / both.sum((1, 2, 3))).min() > 0.04, held.name
 
 
-def test_accessories_are_seen():
+def test_accessories_are_visible():
     for name in world.CLASSES:
         for accessory in world.ACCESSORIES[1:]:
             scene = one(name)
@@ -164,7 +164,7 @@ def test_styles_change_the_picture_and_unknown_ones_are_refused():
         render([replace(scene, style="fresco")])
 
 
-def test_two_things_are_told_apart():
+def test_two_things_have_separate_masks_from_left_to_right():
     scenes = some(12, seed=4, two=True)
     drawn = render(scenes)
     for index in range(12):
@@ -180,7 +180,7 @@ def test_another_size_shows_the_same_picture():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_the_same():
+def test_a_gpu_renders_the_same():
     scenes = some(32)
     on_cpu, on_gpu = render(scenes), render(scenes, device="cuda")
     assert (on_cpu.pixels - on_gpu.pixels.cpu()).abs().mean() < 2e-3

@@ -1,4 +1,4 @@
-"""What affects a run besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
+"""What affects a run besides its pictures: penalties, loaded concepts, several subjects, and compute options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.core.runs import finish, predicted, sample, session, small, tuning
 
 
 def with_old(backbone: Any, strength: float = 1.0) -> Any:
-    """The backbone with an earlier concept: an adapter that has an effect."""
+    """Loads an earlier concept on the backbone: an adapter that has an effect."""
     group = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def with_old(backbone: Any, strength: float = 1.0) -> Any:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
-def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, photos, tmp_path, strength):
+def test_the_base_of_prior_prediction_includes_concepts_loaded_before(tiny, photos, tmp_path, strength):
     recipe = small("pivotal_tuning", "phases=null", "trainable.lora.rank=2", "regularize.prior_prediction.weight=2")
     backbone = with_old(tiny(), strength)
     run = session(backbone, recipe, photos, tmp_path / "run", loaded_strengths={"old": strength})
@@ -46,10 +46,10 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
     step = predicted(task)
     now, base = step.need("class_prediction"), step.need("base_class_prediction")
     assert now.requires_grad and not base.requires_grad and not torch.allclose(now, base, atol=1e-3)
-    assert backbone.strengths == {"old": strength, "mug": 1.0}, "switched back"
+    assert backbone.strengths == {"old": strength, "mug": 1.0}, "the strengths are restored"
 
     def elsewhere(other: Any) -> Tensor:
-        """The same on a backbone on which the concept was never trained."""
+        """The same prediction by a backbone on which the concept was never trained."""
         prompts = [c.replace(backbone.placeholders["mug"].words, "mug") for c in step.batch.captions]
         with torch.no_grad():
             return other.predict(step.x_t, step.t, other.encode(prompts))
@@ -61,7 +61,7 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
     assert penalty.item() == pytest.approx(2 * float(((now - loaded) ** 2).mean()), rel=1e-5)
 
 
-def test_prior_preservation_counts_class_pictures_apart(tiny, photos, tmp_path):
+def test_prior_preservation_weights_class_pictures_separately(tiny, photos, tmp_path):
     recipe = small("dreambooth_lora", "regularize.prior.weight=0.25", "objective.masked=false")
     backbone = tiny()
     run = session(backbone, recipe, photos, tmp_path / "run")
@@ -76,8 +76,8 @@ def test_prior_preservation_counts_class_pictures_apart(tiny, photos, tmp_path):
     assert float(update.loss) == pytest.approx(float(rows[:2].mean() + 0.25 * rows[2:].mean()), rel=1e-5)
 
 
-def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, photos, tmp_path):
-    """They are generated once, kept for the next run, and not shared with a run that has another concept loaded."""
+def test_class_pictures_are_generated_by_the_untrained_model_with_loaded_concepts(tiny, photos, tmp_path):
+    """They are generated once, reused by the next run, and not shared with a run that has another concept loaded."""
     recipe = small("dreambooth_lora", "train.steps=1")
     made = []
 
@@ -97,10 +97,10 @@ def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, 
     run("five", with_old(tiny()), loaded_strengths={"old": 1.0})
     assert [name for name, _ in made] == ["one", "three", "four"]
     assert [on.get("old") for _, on in made] == [None, 1.0, 0.5]
-    assert all(on["mug"] == 0.0 for _, on in made), "what is being trained is off"
+    assert all(on["mug"] == 0.0 for _, on in made), "the concept being trained is off"
 
 
-def test_the_anchor_pulls_every_row_to_where_it_began(tiny, photos, tmp_path):
+def test_the_anchor_pulls_every_row_towards_its_start(tiny, photos, tmp_path):
     settings = ("train.steps=3", "modifier.vectors=2", "trainable.tokens.lr=0.1")
     anchor = ("regularize.anchor.kind=embedding_anchor", "regularize.anchor.weight=1e4")
     start, free, held = (
@@ -114,7 +114,7 @@ def test_the_anchor_pulls_every_row_to_where_it_began(tiny, photos, tmp_path):
         finish(session(tiny(), small("dreambooth_lora", *anchor), photos, tmp_path / "none"))
 
 
-def test_masked_training_does_not_see_the_background(tiny, photos, tmp_path):
+def test_masked_training_ignores_the_background(tiny, photos, tmp_path):
     """Apart from the autoencoder's blur, the gradient of the masked loss is 0 outside the mask."""
     recipe = small("textual_inversion", "objective.masked=true")
     backbone = tiny()
@@ -134,7 +134,7 @@ def two_subjects(photos: Path) -> dict[str, Subject]:
     return {"mug": read_subject(photos, "mug"), "rex": read_subject(photos.parent / "other", "dog")}
 
 
-def test_several_subjects_in_one_run_each_with_its_token(tiny, photos, tmp_path):
+def test_several_subjects_in_one_run_each_have_their_own_token(tiny, photos, tmp_path):
     recipe = small("pivotal_tuning", "train.steps=3")
     backbone = tiny()
     run = session(backbone, recipe, photos, tmp_path / "run", subjects=two_subjects(photos))
@@ -158,7 +158,7 @@ def test_several_subjects_in_one_run_each_with_its_token(tiny, photos, tmp_path)
     assert list(backbone.adapters) == ["mug+rex"]
 
 
-def test_two_that_would_be_called_the_same_are_refused(tiny, photos, tmp_path):
+def test_two_subjects_with_the_same_name_are_refused(tiny, photos, tmp_path):
     subjects = {"a": read_subject(photos, "mug"), "b": read_subject(photos, "mug")}
     with pytest.raises(ValueError, match="'b' and 'a' would be 'sks mug' and 'sks mug'"):
         finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "run", subjects=subjects))
@@ -170,7 +170,7 @@ def test_two_that_would_be_called_the_same_are_refused(tiny, photos, tmp_path):
     finish(session(tiny(), wordless, photos, tmp_path / "two", subjects=two_subjects(photos)))
 
 
-# --- how compute is spent --------------------------------------------------------------------
+# --- compute options --------------------------------------------------------------------
 
 
 def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_again(tiny, photos, tmp_path):
@@ -183,7 +183,7 @@ def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_aga
     assert not backbone.denoiser.is_gradient_checkpointing
 
 
-def test_half_precision_keeps_what_is_learned_in_full_and_runs_after_each_other(make_tiny_sd, photos, tmp_path):
+def test_learned_parameters_stay_in_fp32_even_if_precision_changes_between_runs(make_tiny_sd, photos, tmp_path):
     for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
         backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny").to(dtype=dtype)
         recipe = small("pivotal_tuning", f"train.mixed_precision={precision}")

@@ -1,4 +1,4 @@
-"""The contexts in which a loss was computed hold through its backward pass, also with recomputed activations."""
+"""The contexts in which a loss was computed stay open during its backward pass, even with recomputed activations."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ def gradients(tiny: Callable[[], Any], checkpointing: bool, inside: bool = True)
     return torch.cat(kept)
 
 
-def test_a_loss_that_is_yielded_inside_its_context_has_the_right_gradient(tiny):
+def test_a_loss_yielded_inside_its_context_has_the_right_gradient(tiny):
     right = gradients(tiny, checkpointing=False)
     assert torch.allclose(gradients(tiny, checkpointing=True), right, atol=1e-6)
     wrong = gradients(tiny, checkpointing=True, inside=False)
     assert (wrong - right).norm() > 0.05 * right.norm(), (
-        "the rule is needed: outside, the layers run at another strength"
+        "outside the context, recomputed layers would run at another strength"
     )
 
 
-# --- needs that hold a context around the prediction -----------------------------------------
+# --- needs that keep a context open around the prediction -----------------------------------------
 
 
 class Watch:
@@ -131,7 +131,7 @@ def watching(tiny: Callable[[], Any], photos: Any, folder: Any) -> Any:
     return tuning(session(tiny(), recipe, photos, folder))
 
 
-def test_a_part_may_bring_a_need_that_holds_through_the_backward_pass(tiny, photos, tmp_path):
+def test_a_part_may_provide_a_need_that_stays_open_during_the_backward_pass(tiny, photos, tmp_path):
     task = watching(tiny, photos, tmp_path)
     WATCH.open.clear()
     updates = task.updates(0, 0)
@@ -142,7 +142,7 @@ def test_a_part_may_bring_a_need_that_holds_through_the_backward_pass(tiny, phot
     assert WATCH.open == ["entered", "left"]
 
 
-def test_pixels_and_where_rows_came_from_travel_with_a_batch_that_is_asked_for_them(tiny, photos, tmp_path):
+def test_a_batch_contains_pixels_and_sources_only_if_they_are_requested(tiny, photos, tmp_path):
     class WantsPixels(Watches):
         needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
         provides: ClassVar[tuple[Any, ...]] = ()

@@ -1,4 +1,4 @@
-"""The loop, checkpoints and logs: exact numbers, and what an interruption leaves behind."""
+"""The loop, checkpoints and logs: exact values, and what an interruption leaves behind."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from shared.trainable import TrainableGroup
 
 
 class Line:
-    """A straight line through points, in one batch or in pieces."""
+    """Fits a straight line to points, in one batch or in pieces."""
 
     def __init__(self, pieces: int) -> None:
-        # float64: Adam divides gradients by their own size, which magnifies rounding from another order of addition
+        # float64: Adam divides gradients by their own magnitude, which amplifies rounding from another order of addition
         self.weight = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
         x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         y = x @ torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -54,7 +54,7 @@ def trained(task, pieces: int, steps: int = 5, start: int = 0, **settings):
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
-def test_accumulated_gradients_equal_those_of_a_larger_batch(clip):
+def test_accumulated_gradients_equal_the_gradient_of_a_larger_batch(clip):
     whole, parts = Line(1), Line(4)
     one, _ = trained(whole, 1, max_grad_norm=clip)
     four, _ = trained(parts, 4, max_grad_norm=clip)
@@ -64,7 +64,7 @@ def test_accumulated_gradients_equal_those_of_a_larger_batch(clip):
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5) and a.parts == pytest.approx(b.parts, rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_leaves_the_parameters_alone():
+def test_a_non_finite_loss_leaves_the_parameters_unchanged():
     good, bad = Line(1), Line(1)
     bad.bad = 3
     trained(good, 1, steps=3)
@@ -73,7 +73,7 @@ def test_a_loss_that_is_no_number_leaves_the_parameters_alone():
     assert torch.equal(bad.weight, good.weight) and bad.weight.grad is None
 
 
-def test_a_gradient_that_is_no_number_leaves_the_parameters_alone():
+def test_a_non_finite_gradient_leaves_the_parameters_unchanged():
     class Root(Line):
         def updates(self, step, micro):
             yield Update((self.weight * 0).sum().sqrt())  # the loss is 0, but its gradient is not finite
@@ -90,7 +90,7 @@ def factors(kind: str, steps: int, warmup: int = 0) -> list[float]:
     return [settings.factor(s, budget.spent(s, warmup)) for s in range(steps)]
 
 
-def test_schedules():
+def test_learning_rate_schedules():
     assert factors("constant", 5, 3) == [0.25, 0.5, 0.75, 1, 1]
     assert factors("linear", 4) == [1, 0.75, 0.5, 0.25]
     assert factors("cosine", 4) == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 4)) for s in range(4)])
@@ -98,7 +98,7 @@ def test_schedules():
     assert [r.lr["line"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
-def test_the_optimizer_s_state_goes_round_and_is_checked():
+def test_the_optimizer_s_state_survives_a_round_trip_and_is_checked():
     task = Line(1)
     _, optimizers = trained(task, 1, steps=2)
     state = optimizers.state_dict()
@@ -120,7 +120,7 @@ def a_state(step: int = 3, phase: int = 1) -> checkpoint.State:
     return checkpoint.State(phase, step, tensors, {"main.0.step": torch.ones(())}, tensors, {"recipe": {"seed": 1}})
 
 
-def test_a_checkpoint_goes_round_and_replaces_the_older_one(tmp_path):
+def test_a_checkpoint_survives_a_round_trip_and_replaces_the_older_one(tmp_path):
     assert checkpoint.load(tmp_path / "none") is None
     for step in (3, 12):
         checkpoint.save(tmp_path, a_state(step))
@@ -133,7 +133,7 @@ def test_a_checkpoint_goes_round_and_replaces_the_older_one(tmp_path):
     assert state.optimizer["main.0.step"].shape == ()
 
 
-def test_the_same_step_again_never_leaves_a_moment_without_a_checkpoint(tmp_path, monkeypatch):
+def test_there_is_always_a_checkpoint_while_a_step_is_saved_again(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, a_state())
     seen = []
     rename = checkpoint.os.rename
@@ -142,7 +142,7 @@ def test_the_same_step_again_never_leaves_a_moment_without_a_checkpoint(tmp_path
     assert seen[0] is not None and checkpoint.load(tmp_path) is not None and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path):
+def test_leftovers_of_a_kill_are_ignored_and_removed(tmp_path):
     checkpoint.save(tmp_path, a_state(3))
     half = beside(tmp_path / "checkpoint-01-0000004")
     half = half.with_name(half.name.replace(f"-{os.getpid()}-", "-999999999-"))
@@ -166,7 +166,7 @@ def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path):
         lambda f: (f / "state.json").unlink(),
     ],
 )
-def test_a_damaged_checkpoint_says_so(tmp_path, harm):
+def test_a_damaged_checkpoint_is_reported(tmp_path, harm):
     harm(checkpoint.save(tmp_path, a_state()))
     with pytest.raises(ValueError, match=r"checkpoint-01-0000003 is damaged \(.+\); delete it to start over"):
         checkpoint.load(tmp_path)
@@ -176,9 +176,9 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_log_drops_what_comes_again_and_half_a_line(tmp_path):
+def test_a_log_drops_repeated_steps_and_a_partial_line(tmp_path):
     log = Log(tmp_path / "run", tensorboard=False)
-    assert not (tmp_path / "run").exists(), "nothing is made before there is something to write"
+    assert not (tmp_path / "run").exists(), "nothing is created before there is something to write"
     for step in range(1, 6):
         log.scalars(step, {"loss": step / 2})
     log.close()
@@ -210,7 +210,7 @@ def test_tensorboard_events_are_written(tmp_path):
 # --- parameters that change -------------------------------------------------------------------
 
 
-def test_what_is_trained_may_change_between_steps_and_what_stays_keeps_its_moments():
+def test_the_parameters_may_change_between_steps_and_kept_ones_keep_their_moments():
     class Splits(Line):
         """From step 3 on, a second parameter is added to the first and trained by another optimizer group."""
 
@@ -238,17 +238,17 @@ def test_what_is_trained_may_change_between_steps_and_what_stays_keeps_its_momen
         if record.step == 3:
             at_three = task.first.detach().clone()
     trained(plain, 1, steps=3)
-    assert torch.equal(at_three, plain.weight), "up to there nothing is different"
+    assert torch.equal(at_three, plain.weight), "up to step 3 nothing differs"
     moments = optimizers.state_dict()
     assert float(moments["main.0.step"]) == 5 and float(moments["more.0.step"]) == 2
     assert [set(r.lr) for r in records] == [{"line"}] * 3 + [{"line", "more"}] * 2 and task.more.abs().sum() > 0
     assert good.put_back() == 4 and torch.equal(task.more, good._kept[1][0]), (
-        "and the state to go back to is of all of them"
+        "the last good state contains all parameters"
     )
 
 
-def test_rows_that_stay_keep_their_moments_and_new_rows_begin_anew():
-    """As when Gaussians are split: each row afterwards learns what it would have learned alone."""
+def test_kept_rows_keep_their_moments_and_new_rows_start_from_zero():
+    """As when Gaussians are split: afterwards, each row learns what it would have learned alone."""
 
     def steps(optimizers: Optimizers, parameter: nn.Parameter, pulls: torch.Tensor) -> None:
         for step, pull in enumerate(pulls):

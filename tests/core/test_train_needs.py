@@ -1,4 +1,4 @@
-"""What parts need from a step, errors found before the first step, and the cost of a run."""
+"""What parts need from a step, errors found before the first step, and a run's costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.core.runs import CLASS, finish, learned, predicted, same, sample, ses
 
 
 class Asks(Penalty):
-    """A part that asks for `asks`; its subclass decides what it declares."""
+    """A part that uses the need `asks`; its subclass decides what it declares."""
 
     kind: str = "asks"
     asks: str = "example_loss"
@@ -48,16 +48,16 @@ def task(backbone: Any, photos: Path, folder: Path, *settings: str, **parts: Par
     return tuning(run)
 
 
-def test_a_declared_need_is_served(tiny, photos, tmp_path):
+def test_a_declared_need_is_provided(tiny, photos, tmp_path):
     tuned = task(tiny(), photos, tmp_path, mine=Declares(asks="class_prediction"))
     assert tuned.needs == {"class_prediction"}
     (update,) = tuned.updates(0, 0)
     step = predicted(tuned)
-    assert sorted(step.lazy) == ["class_prediction", "example_loss"], "what nobody declared is not there"
+    assert sorted(step.lazy) == ["class_prediction", "example_loss"], "undeclared needs are not provided"
     assert float(update.parts["mine"]) == pytest.approx(float(step.need("class_prediction").mean()), rel=1e-5)
 
 
-def test_a_need_that_nothing_serves_is_said_when_the_task_is_built(tiny, photos, tmp_path):
+def test_a_need_that_nothing_provides_is_an_error_when_the_task_is_built(tiny, photos, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"regularize\.mine needs 'attention_maps', which nothing here provides\. Available: base_class.*example_loss",
@@ -66,7 +66,7 @@ def test_a_need_that_nothing_serves_is_said_when_the_task_is_built(tiny, photos,
 
 
 @pytest.mark.parametrize("asks", ["example_loss", "token_drift"])
-def test_a_need_that_a_part_did_not_declare_fails_though_others_did(tiny, photos, tmp_path, asks):
+def test_a_need_that_only_other_parts_declared_is_an_error(tiny, photos, tmp_path, asks):
     anchor = ("regularize.anchor.kind=embedding_anchor",)
     tuned = task(tiny(), photos, tmp_path, *anchor, mine=Declares(asks=asks))
     with pytest.raises(AssertionError, match=f"did not declare the need '{asks}'"):
@@ -74,7 +74,7 @@ def test_a_need_that_a_part_did_not_declare_fails_though_others_did(tiny, photos
 
 
 def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
-    """Even if the text encoder learns: what the base model reads never changes."""
+    """This holds even if the text encoder is trained: what the base model reads never changes."""
     backbone, runs = tiny(), []
     prior = ("regularize.prior.kind=prior_prediction", "prompts.set=plain", "train.batch_size=1")
     kept, anew = (
@@ -85,7 +85,7 @@ def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
     backbone.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
     losses = [[float(next(t.updates(step, 0)).loss.detach()) for step in range(4)] for t in (kept, anew)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(runs) == 4 * 2 + 1, "two of the concept being trained at each step, one of the base in all"
+    assert len(runs) == 4 * 2 + 1, "two texts of the trained concept per step, and one text of the base in total"
 
 
 # --- errors before the first step ----------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_
     finish(session(tiny(), small("pivotal_tuning", *off), photos, tmp_path / "off"))
 
 
-def test_a_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
+def test_each_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
     """A phase may change the resolution; its class pictures follow."""
     settings = ("phases.a.train.resolution=16", "phases.b.train.steps=1", "phases.a.train.steps=1")
     (tmp_path / "own.yaml").write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}, b: {trainable: {}}}")
@@ -123,7 +123,7 @@ def test_a_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
 # --- costs ---------------------------------------------------------------------------------------
 
 
-def test_a_clock_counts_each_kind_of_work_apart(monkeypatch):
+def test_a_clock_counts_each_kind_of_work_separately(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("shared.train.costs.time.perf_counter", lambda: now[0])
     clock = Clock({"a": 100.0})
@@ -139,9 +139,7 @@ def test_a_clock_counts_each_kind_of_work_apart(monkeypatch):
     assert clock.spent == {"a": 103.0, "b": 10.0}
 
 
-def test_seconds_of_optimisation_are_without_class_pictures_pictures_and_the_caller(
-    tiny, photos, tmp_path, monkeypatch
-):
+def test_training_seconds_exclude_class_pictures_validation_and_the_caller(tiny, photos, tmp_path, monkeypatch):
     slept, real = [0.0], time.perf_counter
     monkeypatch.setattr("shared.train.costs.time.perf_counter", lambda: real() + slept[0])
     recipe = small("dreambooth_lora", "train.validation.every=1", "train.steps=1")
@@ -167,7 +165,7 @@ def test_seconds_of_optimisation_are_without_class_pictures_pictures_and_the_cal
         assert batch["training_peak_memory"] > 2**20 and batch["training_peak_memory_of"] == "process"
 
 
-def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
+def test_costs_continue_to_add_up_after_an_interruption(tiny, photos, tmp_path):
     recipe = small("textual_inversion", "train.checkpoint_every=1")
     steps = session(tiny(), recipe, photos, tmp_path / "run").steps()
     next(steps)
@@ -184,8 +182,8 @@ def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
 # --- memory --------------------------------------------------------------------------------------
 
 
-def test_the_autoencoder_sees_a_bounded_number_of_pixels_at_a_time(tiny, photos, tmp_path, monkeypatch):
-    """In encoding and decoding alike, without changing the result."""
+def test_the_autoencoder_processes_a_limited_number_of_pixels_at_a_time(tiny, photos, tmp_path, monkeypatch):
+    """This holds for encoding and decoding, without changing the result."""
     whole = finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "a"))
     pictures = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
     for limit in ("shared.train.batches._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):
@@ -203,7 +201,7 @@ def test_the_autoencoder_sees_a_bounded_number_of_pixels_at_a_time(tiny, photos,
 
 
 @pytest.mark.parametrize(("pixels", "limit", "rows"), [(64 * 64, 2**18, 8), (512 * 512, 2**18, 1), (2048**2, 2**20, 1)])
-def test_rows_at_once(pixels, limit, rows):
+def test_rows_per_batch_follow_from_the_pixel_limit(pixels, limit, rows):
     assert sampler.images_per_batch(pixels, limit) == rows
 
 

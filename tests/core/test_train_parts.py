@@ -60,14 +60,14 @@ def data(backbone, examples, words="sks mug", **changes) -> Data:
 # --- draws -----------------------------------------------------------------------------------
 
 
-def test_every_step_has_a_stream_of_its_own():
+def test_every_step_has_its_own_random_stream():
     keys = [(seed, step, micro) for seed in range(3) for step in range(20) for micro in range(3)]
     first = {float(torch.rand((), generator=generator(*k))) for k in keys}
     assert len(first) == len(keys)
     assert torch.equal(torch.rand(4, generator=generator(1, 2)), torch.rand(4, generator=generator(1, 2, 0)))
 
 
-def test_times_are_uniform_whole_and_within_their_stage():
+def test_times_are_uniform_integers_within_their_range():
     draw = torch.Generator().manual_seed(0)
     t = Uniform(low=0.2, high=0.6).draw_times(20_000, draw, discrete=True)
     assert t.min() == 200 and t.max() == 599 and torch.equal(t, t.floor())
@@ -88,7 +88,7 @@ def test_logit_normal_times_have_their_quantiles():
             assert abs(float((t < expected).double().mean()) - share) < 0.01
 
 
-def test_noise_offset_is_one_shift_per_picture_and_channel():
+def test_the_noise_offset_is_one_shift_per_picture_and_channel():
     like = torch.zeros(64, 4, 16, 16)
     plain = Uniform().draw_noise(like, torch.Generator().manual_seed(0))
     shifted = Uniform(offset=0.5).draw_noise(like, torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def test_noise_offset_is_one_shift_per_picture_and_channel():
 # --- batches and caches ----------------------------------------------------------------------
 
 
-def test_every_picture_comes_once_per_epoch_in_another_order(sd):
+def test_every_picture_comes_once_per_epoch_in_a_new_order(sd):
     examples = pictures(4, caption="a")
     examples = [e.with_(caption=f"{i}") for i, e in enumerate(examples)]
     source = data(sd, examples)
@@ -117,7 +117,7 @@ def test_latents_and_captions_are_the_same_with_and_without_the_cache(sd):
         one, two = cached.batch(step, 0), fresh.batch(step, 0)
         assert one.captions == two.captions and one.owners == two.owners == (("mug",), ("mug",))
         assert torch.allclose(one.latents, two.latents, atol=1e-5) and torch.equal(one.mask, two.mask)
-    assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, "captions are drawn anew"
+    assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, "captions are drawn again"
 
 
 def test_the_cached_latents_are_the_autoencoder_s_mean_and_spread(sd):
@@ -128,7 +128,7 @@ def test_the_cached_latents_are_the_autoencoder_s_mean_and_spread(sd):
     assert abs(float(latents.std(0).mean() / std.mean()) - 1) < 0.1
 
 
-def test_an_augmentation_that_is_not_random_acts_with_the_cache_too(sd):
+def test_an_augmentation_that_is_not_random_also_works_with_the_cache(sd):
     flip = {"flip": {"p": 1.0}}
     plain, cached, fresh = (
         data(sd, pictures(), **k)
@@ -141,7 +141,7 @@ def test_an_augmentation_that_is_not_random_acts_with_the_cache_too(sd):
     assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5
 
 
-def test_random_augmentation_is_drawn_each_time_or_kept_as_variants(sd):
+def test_random_augmentations_are_drawn_each_time_or_cached_as_variants(sd):
     jitter = {"color_jitter": {"brightness": 0.9}}
 
     def means(**train) -> set[float]:
@@ -156,7 +156,7 @@ def test_random_augmentation_is_drawn_each_time_or_kept_as_variants(sd):
     assert len(means(cache=False, variants=3)) == 12
 
 
-def test_masks_and_valid_areas_shrink_by_area(sd):
+def test_masks_and_valid_areas_are_downscaled_by_area(sd):
     example = pictures(1, mask=True)[0]
     valid = torch.ones(1, 32, 32)
     valid[:, :, 16:] = 0
@@ -168,12 +168,12 @@ def test_masks_and_valid_areas_shrink_by_area(sd):
     assert rows[64][1].all(), "a picture without a mask counts everywhere"
 
 
-def test_a_mask_that_is_asked_for_and_missing_is_said(sd):
+def test_a_required_mask_that_is_missing_is_reported(sd):
     with pytest.warns(UserWarning, match="no picture has a mask"):
         data(sd, pictures(), objective={"masked": True})
 
 
-def test_class_pictures_follow_when_a_penalty_asks_for_them(sd):
+def test_class_pictures_are_added_if_a_penalty_needs_them(sd):
     sources = {"references": {}, "class_pictures": {"kind": "generated"}}
     prior = {"sources": sources, "regularize": {"prior_preservation": {}}}
     both = [*pictures(), *pictures(2, "prior", caption="a photo of a mug")]
@@ -216,7 +216,7 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
         error = ((prediction.double() - target.double()) ** 2).mean(1, keepdim=True)
         expected = (weight * error).sum((1, 2, 3)) / weight.sum((1, 2, 3))
         assert torch.allclose(rows.double(), expected, rtol=1e-5)
-    assert torch.equal(Denoising().weight(mask, None), mask), "a mask that was given counts unless it is switched off"
+    assert torch.equal(Denoising().weight(mask, None), mask), "a given mask is used unless masking is switched off"
     assert Denoising().weight(None, None) is None
     plain = Denoising(masked=False)
     assert plain.weight(mask, None) is None and torch.equal(plain.weight(mask, valid), valid)
@@ -225,7 +225,7 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
 
 
 def test_the_loss_can_leave_the_subject_out():
-    """For motions, everything except who performs it. Examples without a mask, that is with 1 everywhere, count in full."""
+    """For motions, the loss excludes whoever performs them. Examples without a mask (1 everywhere) count fully."""
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 1, 5, 8, 8, generator=draw)
     mask[1] = 1.0
@@ -240,14 +240,14 @@ def test_the_loss_can_leave_the_subject_out():
         Denoising(inside=0)
 
 
-def test_that_no_picture_has_a_mask_to_leave_out_is_said(sd):
+def test_the_warning_if_no_picture_has_a_mask_to_leave_out(sd):
     with pytest.warns(UserWarning, match="objective.inside is below objective.outside, but no picture has a mask"):
         data(sd, pictures(2), objective={"inside": 0.0, "outside": 1.0})
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("family", ["epsilon", "v", "flow"])
-def test_min_snr_is_the_weight_of_the_loss_on_x0(request, family, gamma):
+def test_min_snr_weights_the_loss_on_x0(request, family, gamma):
     """Closed forms in float64 (arXiv 2303.09556): min(SNR, gamma) on |x_0 - x_0'|^2, in the model's parameterization."""
     if family == "flow":
         backbone = FluxBackbone(request.getfixturevalue("make_tiny_flux")(), "tiny")
@@ -293,7 +293,7 @@ def test_text_that_does_not_change_is_encoded_once_and_gives_the_same_loss(sd):
         return [float(u.loss.detach()) for step in range(12) for u in task.updates(step, 0)]
 
     first = losses(kept)
-    assert 0 < len(runs) <= 11, "once for each of the eleven templates"
+    assert 0 < len(runs) <= 11, "each of the eleven templates is encoded once"
     before = len(runs)
     assert losses(kept) == first and len(runs) == before
     assert torch.allclose(torch.tensor(losses(anew)), torch.tensor(first), rtol=1e-4) and len(runs) == before + 12

@@ -1,4 +1,4 @@
-"""Phases with tasks other than tuning: pictures are generated with what was learned so far, chosen, and learned from."""
+"""Phases other than tuning: pictures are generated with what was learned so far, chosen, and learned from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PHASES = {
 
 
 def feedback(**train: Any) -> Recipe:
-    """Tune -> generate and choose -> tune on what was chosen."""
+    """Tune -> generate and choose -> tune on the chosen pictures."""
     plain = dump(small("textual_inversion", "sampling.steps=1", "trainable.tokens.lr=0.1"))
     return validate(Recipe, {**plain, "phases": PHASES, "train": {**plain["train"], "steps": 3, **train}})
 
@@ -51,7 +51,7 @@ def run_of(tiny: Callable[[], Any], photos: Path, workdir: Path, **train: Any) -
     return session(tiny(), feedback(**train), photos, workdir, scorers={"mug": brightest})
 
 
-def test_what_was_made_and_chosen_is_what_the_next_phase_learns_from(tiny, photos, tmp_path):
+def test_the_next_phase_learns_from_the_generated_and_chosen_pictures(tiny, photos, tmp_path):
     run = run_of(tiny, photos, tmp_path / "run")
     finish(run)
     kept = read_kept(run.folder("look"))
@@ -59,7 +59,7 @@ def test_what_was_made_and_chosen_is_what_the_next_phase_learns_from(tiny, photo
     assert len(made) == 5 and len(kept) == 2 and len({entry["file"] for entry in kept}) == 2
     scores = {entry["file"]: entry["score"] for entry in kept}
     rest = [brightest(picture(p)[None], ["x"])["score"] for p in made if p.name not in scores]
-    assert min(scores.values()) >= max(rest), "the best by score"
+    assert min(scores.values()) >= max(rest), "the pictures with the best scores are chosen"
     examples = list(run.examples(run.phases[2][1]))
     assert [Path(e.source).name for e in examples] == [entry["file"] for entry in kept]
     assert all(e.caption == "a photo of a {concept}" and e.role == "instance" for e in examples)
@@ -73,24 +73,24 @@ def picture(path: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
-def test_a_kill_in_any_phase_resumes_to_the_same_bits(tiny, photos, tmp_path, stop):
+def test_a_kill_in_any_phase_resumes_bit_for_bit(tiny, photos, tmp_path, stop):
     """Steps 1-2 tune, 3-5 generate pictures, 6-8 tune on them."""
     whole = finish(run_of(tiny, photos, tmp_path / "whole", checkpoint_every=1))
     killed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     steps = killed.steps()
     for _ in range(stop):
         next(steps)
-    steps.close()  # as after kill -9: nothing is saved on exit
+    steps.close()  # as with kill -9: nothing is saved on exit
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "part" / "phases").rglob("*.png")}
     resumed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     assert same(finish(resumed, resume=True), whole)
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "part" / "phases").rglob("*.png")}
-    assert all(after[name] == when for name, when in before.items()), "what was made is not made again"
+    assert all(after[name] == when for name, when in before.items()), "finished pictures are not generated again"
     one, two = (json.loads((tmp_path / n / "phases" / "look" / "kept.json").read_text()) for n in ("whole", "part"))
     assert one == two
 
 
-def test_pictures_of_another_state_are_not_taken_for_this_one_s(tiny, photos, tmp_path):
+def test_pictures_from_another_state_are_not_reused(tiny, photos, tmp_path):
     finish(run_of(tiny, photos, tmp_path / "run"))
     folder = tmp_path / "run" / "phases" / "look"
     before = {p.name: picture(p) for p in folder.glob("*.png")}
@@ -105,13 +105,13 @@ def test_choosing_without_a_scorer_is_refused_before_the_first_phase(tiny, photo
         session(tiny(), feedback(), photos, tmp_path / "run")
 
 
-def test_pictures_of_a_phase_that_is_not_there_are_an_error(tiny, photos, tmp_path):
+def test_pictures_of_a_phase_that_does_not_exist_are_an_error(tiny, photos, tmp_path):
     recipe = small("textual_inversion", "sources.made.kind=phase_pictures", "sources.made.phase=lok")
     with pytest.raises(ValueError, match=r"unknown earlier phase with pictures 'lok'"):
         finish(session(tiny(), recipe, photos, tmp_path / "run"))
 
 
-def test_pictures_that_a_later_phase_left_are_not_learned_from(tiny, photos, tmp_path):
+def test_pictures_left_by_a_later_phase_are_not_learned_from(tiny, photos, tmp_path):
     """They belong to an earlier run."""
     finish(run_of(tiny, photos, tmp_path / "run"))
     run = run_of(tiny, photos, tmp_path / "run")
@@ -171,7 +171,7 @@ def run_again(tiny: Callable[[], Any], recipe: Recipe, photos: Path, folder: Pat
 
 
 @pytest.mark.parametrize("phases", [0, 2])
-def test_an_update_that_ends_a_phase_is_checked_too(tiny, photos, tmp_path, phases):
+def test_an_update_that_ends_a_phase_is_also_checked(tiny, photos, tmp_path, phases):
     """Only finite values are saved, and the advice in the message works."""
     recipe = small("textual_inversion", "train.steps=1", "trainable.tokens.lr=0.1")
     if phases:
@@ -203,6 +203,6 @@ def huge(run: Callable[[TrainingRun], Any], owner: TrainingRun) -> Any:
         torch.optim.AdamW.step = original  # type: ignore[method-assign]
 
 
-def test_the_state_of_a_run_is_the_learned_rows(tiny, photos, tmp_path):
+def test_the_state_of_a_run_consists_of_the_learned_rows(tiny, photos, tmp_path):
     run = session(tiny(), small("textual_inversion"), photos, tmp_path / "run")
     assert set(finish(run)) == {"placeholder/mug/text_encoder"} == set(learned(run))

@@ -1,4 +1,4 @@
-"""Precision: which one a device gets, fp16's scaler, and groups of updates that do not affect each other."""
+"""Precision: which one is used on a device, fp16's scaler, and groups of updates that do not affect each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("amx", "avx", "expected"), [(1, 0, "bf16"), (0, 1, "bf16"), (0, 0, "no"), (None, None, "no")])
-def test_auto_on_a_cpu_is_bf16_where_it_has_instructions_for_it(monkeypatch, amx, avx, expected):
+def test_auto_on_a_cpu_is_bf16_if_it_has_instructions_for_it(monkeypatch, amx, avx, expected):
     for name, value in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx)):
         if value is None:
             monkeypatch.delattr(torch.cpu, name, raising=False)
@@ -43,7 +43,7 @@ def test_auto_on_a_cpu_is_bf16_where_it_has_instructions_for_it(monkeypatch, amx
     assert [resolve_precision(p, "cpu") for p in ("no", "bf16")] == ["no", "bf16"]
 
 
-def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(monkeypatch):
+def test_auto_on_a_gpu_is_bf16_if_it_is_not_emulated(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(
             torch.cuda,
@@ -58,7 +58,7 @@ def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(monkeypatch):
         resolve_precision("fp8", "cpu")
 
 
-def test_going_on_where_auto_is_another_precision_is_said(make_tiny_sd, photos, tmp_path, monkeypatch):
+def test_resuming_where_auto_means_another_precision_is_a_warning(make_tiny_sd, photos, tmp_path, monkeypatch):
     recipe = small("textual_inversion", "train.mixed_precision=auto", "train.checkpoint_every=1")
     for amx, resume in ((True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
@@ -74,7 +74,7 @@ def test_going_on_where_auto_is_another_precision_is_said(make_tiny_sd, photos, 
         steps.close()
 
 
-def test_a_run_says_what_auto_became_and_all_its_pictures_are_made_in_it(make_tiny_sd, photos, tmp_path, monkeypatch):
+def test_a_run_reports_what_auto_became_and_generates_all_pictures_in_it(make_tiny_sd, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.precision._fast_bf16", lambda: True)
     backbone, seen, encoded = StableDiffusionBackbone(make_tiny_sd(), "tiny"), [], set()
     backbone.vae.encoder.conv_in.register_forward_hook(lambda _, __, out: encoded.add(out.dtype))
@@ -120,7 +120,7 @@ def test_the_precision_is_the_same_in_all_phases(make_tiny_sd, photos, tmp_path)
 
 
 class Line:
-    """A weight whose loss overflows in fp16 for as long as `bad(step)`."""
+    """A weight whose loss overflows in fp16 at steps where `bad(step)` is true."""
 
     def __init__(self, bad=lambda step: False) -> None:
         self.weight = nn.Parameter(torch.tensor([0.5, -0.5]))
@@ -128,13 +128,13 @@ class Line:
 
     def updates(self, step, micro):
         loss = (self.weight**2).sum()
-        if self.bad(step):  # the loss is finite, its gradient is not
+        if self.bad(step):  # the loss is finite, but its gradient is not
             loss = loss + (self.weight * 0).sum().abs().sqrt()
         yield Update(loss)
 
 
 def scaled(task: Line) -> tuple[Optimizers, Accelerator]:
-    """An accelerator on a CPU that behaves as on a GPU with fp16."""
+    """An accelerator on a CPU that behaves as if on a GPU with fp16."""
     accelerator = Accelerator(cpu=True)
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
@@ -169,7 +169,7 @@ def test_some_overflows_are_skipped_and_the_scale_is_halved():
     for record in Loop(task, optimizers, Budget(steps=3), 0, accelerator).run():
         if record.step == 1:
             before = task.weight.detach().clone()
-        assert before is not None and torch.equal(task.weight, before), "bad gradients move nothing"
+        assert before is not None and torch.equal(task.weight, before), "bad gradients change nothing"
         assert math.isfinite(record.grad_norm) == (record.step == 1)
     assert optimizers.skipped == 2 and accelerator.scaler.get_scale() == 2.0**8
 
@@ -185,12 +185,12 @@ def test_twenty_overflows_in_a_row_end_the_run_with_the_last_good_state():
     assert steps == 22 and good.put_back() == 2 and torch.equal(task.weight, states[1])
 
 
-def test_overflows_that_end_are_not_counted_together():
+def test_separate_series_of_overflows_are_not_added_up():
     records, optimizers, _ = trained(Line(lambda step: step % 4 != 3), 40)
     assert len(records) == 40 and optimizers.skipped == 0
 
 
-def test_the_scaler_goes_on_where_it_was():
+def test_the_scaler_continues_where_it_was():
     def bad(step: int) -> bool:
         return step == 2
 
@@ -203,7 +203,7 @@ def test_the_scaler_goes_on_where_it_was():
     assert torch.equal(whole.weight, part.weight) and one.scaler_state() == second.scaler_state()
 
 
-def test_a_log_holds_null_for_what_is_no_number(tmp_path):
+def test_a_log_contains_null_for_non_finite_values(tmp_path):
     log = Log(tmp_path, tensorboard=False)
     log.scalars(1, {"loss": 0.5, "grad_norm": math.inf, "other": math.nan})
     log.close()
@@ -227,8 +227,8 @@ class Two:
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_a_loss_moves_its_own_group_only(pieces):
-    """Compared with plain gradients, written out."""
+def test_a_loss_changes_only_its_own_group(pieces):
+    """Compared with plain gradient steps, written out."""
     task = Two(pieces)
     accelerator = Accelerator(cpu=True)
     groups = {n: [TrainableGroup(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}

@@ -1,4 +1,4 @@
-"""After a NaN loss, and after an interruption: what is kept, what may change, and what must be the same."""
+"""After a NaN loss or an interruption: what is kept, what may change, and what must be the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.core.runs import finish, learned, same, session, small
 
 
 def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
-    """From here on, the loss of this step (counted from 0) is `value`."""
+    """Patches the loss of this step (counted from 0) to be `value`."""
     before = Tune.updates
 
     def updates(self, index, micro):
@@ -39,7 +39,7 @@ def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 200])
-def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos, tmp_path, monkeypatch, every):
+def test_the_state_that_gave_a_non_finite_loss_is_not_kept(tiny, photos, tmp_path, monkeypatch, every):
     """The parameters after step 3 gave the bad loss: those after step 2 are kept, whatever was saved in between."""
     recipe = small("textual_inversion", "train.steps=6", f"train.checkpoint_every={every}")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
@@ -57,10 +57,10 @@ def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos,
     assert state is not None and len(states) == 3 and state.step == 2
     assert same(dict(state.learned), states[1]) and same(learned(run), states[1])
     assert state.optimizer["main.0.step"] == 2
-    assert same(finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True), whole), "moments and all"
+    assert same(finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True), whole), "moments included"
 
 
-def test_a_run_goes_on_with_a_lower_rate(tiny, photos, tmp_path):
+def test_a_run_can_continue_with_a_lower_rate(tiny, photos, tmp_path):
     """The first update was far too large: what follows equals a run that never made it."""
     lower = small("textual_inversion", "trainable.tokens.lr=0.005", "train.steps=5")
     with pytest.raises(NotFinite, match="the last good state, from step 0"):
@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_a_lower_rate(tiny, photos, tmp_path):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1"), photos, tmp_path / "run"), True)
 
 
-def test_a_checkpoint_from_before_stays_when_the_first_step_after_it_fails(tiny, photos, tmp_path, monkeypatch):
+def test_an_earlier_checkpoint_stays_if_the_first_step_after_it_fails(tiny, photos, tmp_path, monkeypatch):
     recipe = small("textual_inversion", "train.steps=4", "train.checkpoint_every=2")
     steps = session(tiny(), recipe, photos, tmp_path / "run").steps()
     next(steps), next(steps)
@@ -91,7 +91,7 @@ def test_a_checkpoint_from_before_stays_when_the_first_step_after_it_fails(tiny,
     finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
 
 
-def test_what_may_change_after_a_loss_that_was_no_number():
+def test_settings_that_may_change_after_a_non_finite_loss():
     old = {
         "train": {"steps": 5, "mixed_precision": "fp16", "optimizers": {"main": {"eps": 1e-8, "betas": [0.9, 0.99]}}},
         "trainable": {"lora": {"kind": "lora", "lr": 1.0, "rank": 4}},
@@ -122,7 +122,7 @@ def test_what_may_change_after_a_loss_that_was_no_number():
             same_recipe(old, changed(*path), after_not_finite=True)
 
 
-def test_what_cannot_matter_may_change():
+def test_settings_without_influence_on_the_result_may_change():
     old = {
         "backbone": "/a/sd",
         "title": "x",
@@ -174,7 +174,7 @@ class Standing:
         pass
 
 
-def test_a_state_on_its_way_to_no_number_is_not_good():
+def test_a_diverging_state_is_not_a_good_one():
     """A loss that has grown a thousandfold is still finite, but not a state to continue from."""
     model: Any = Standing()
     good = LastGood(model)
@@ -187,7 +187,7 @@ def test_a_state_on_its_way_to_no_number_is_not_good():
     assert LastGood(model).put_back() is None
 
 
-def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
+def test_states_too_large_to_copy_are_not_copied(monkeypatch):
     monkeypatch.setattr("shared.train.last_good_state.MOST", 3)
     small_one, large = (LastGood(Standing(n)) for n in (3, 4))  # type: ignore[arg-type]
     for good in (small_one, large):
@@ -195,7 +195,7 @@ def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
     assert small_one.put_back() == 1 and large.put_back() is None
 
 
-def test_without_a_copy_the_last_checkpoint_is_what_is_left(tiny, photos, tmp_path, monkeypatch):
+def test_without_a_copy_only_the_last_checkpoint_is_left(tiny, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.last_good_state.MOST", 0)
     broken_at(monkeypatch, 3)
     for every, message in ((2, "the last good state, from step 2"), (0, "no good state is left")):
@@ -219,7 +219,7 @@ def cut(run: Any) -> None:
 RECIPE = ("textual_inversion", "train.steps=2", "train.checkpoint_every=1")
 
 
-def test_going_on_with_other_pictures_is_refused(tiny, photos, tmp_path):
+def test_resuming_with_other_pictures_is_refused(tiny, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     recipe, workdir = small(*RECIPE), tmp_path / "run"
@@ -257,7 +257,7 @@ def test_going_on_with_other_pictures_is_refused(tiny, photos, tmp_path):
     go_on()
 
 
-def test_going_on_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_path):
+def test_resuming_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_path):
     recipe = small(*RECIPE)
     cut(session(tiny(), recipe, photos, tmp_path / "run"))
     other = StableDiffusionBackbone(make_tiny_sd(1), "tiny")
@@ -266,8 +266,8 @@ def test_going_on_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_
     finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True)
 
 
-def test_a_run_that_begins_anew_leaves_nothing_of_an_earlier_one_to_go_on_from(tiny, photos, tmp_path):
-    """Even if it is killed before its first checkpoint; but a run that is refused removes nothing."""
+def test_a_run_that_starts_over_leaves_nothing_of_an_earlier_one_to_resume(tiny, photos, tmp_path):
+    """This holds even if it is killed before its first checkpoint; but a run that is refused removes nothing."""
     cut(session(tiny(), small(*RECIPE), photos, tmp_path / "run"))
     (tmp_path / "run" / "samples").mkdir()
     with pytest.raises(ValueError, match="trains nothing"):
@@ -277,7 +277,9 @@ def test_a_run_that_begins_anew_leaves_nothing_of_an_earlier_one_to_go_on_from(t
     assert checkpoint.load(tmp_path / "run") is None and not (tmp_path / "run" / "samples").exists()
 
 
-def test_a_run_goes_on_with_the_same_weights_loaded_in_another_precision(make_tiny_sd, photos, tmp_path, monkeypatch):
+def test_a_run_can_resume_with_the_same_weights_loaded_in_another_precision(
+    make_tiny_sd, photos, tmp_path, monkeypatch
+):
     half = StableDiffusionBackbone(make_tiny_sd().to(torch.bfloat16), "tiny")
     recipe = small("textual_inversion", "train.mixed_precision=bf16")
     with monkeypatch.context() as patch, pytest.raises(NotFinite):
@@ -292,7 +294,7 @@ def with_old(backbone: Any, seed: int = 9) -> Any:
     return backbone
 
 
-def test_going_on_with_other_concepts_is_refused(tiny, photos, tmp_path):
+def test_resuming_with_other_concepts_is_refused(tiny, photos, tmp_path):
     recipe, workdir = small(*RECIPE), tmp_path / "run"
     cut(session(with_old(tiny()), recipe, photos, workdir, loaded_strengths={"old": 1.0}))
 
@@ -313,7 +315,7 @@ def test_going_on_with_other_concepts_is_refused(tiny, photos, tmp_path):
     go_on(with_old(tiny()), loaded_strengths={"old": 1.0})
 
 
-def test_two_subjects_whose_pictures_have_the_same_names(tiny, photos, tmp_path):
+def test_two_subjects_may_have_pictures_with_the_same_names(tiny, photos, tmp_path):
     subjects = {"mug": read_subject(photos, "mug"), "rex": read_subject(photos.parent / "other", "dog")}
     recipe = small("pivotal_tuning", "train.steps=2", "train.checkpoint_every=1")
     cut(session(tiny(), recipe, photos, tmp_path / "run", subjects=subjects))
@@ -322,7 +324,7 @@ def test_two_subjects_whose_pictures_have_the_same_names(tiny, photos, tmp_path)
         finish(session(tiny(), recipe, photos, tmp_path / "run", subjects=turned), resume=True)
 
 
-def test_clearing_leaves_what_is_not_of_a_run(tmp_path):
+def test_clearing_keeps_files_that_do_not_belong_to_the_run(tmp_path):
     log = Log(tmp_path)
     log.scalars(1, {"loss": 1.0})
     log.samples(1, torch.zeros(1, 3, 16, 16))
@@ -335,7 +337,7 @@ def test_clearing_leaves_what_is_not_of_a_run(tmp_path):
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(mine)
 
 
-def test_clearing_what_is_all_of_a_run_leaves_nothing(tmp_path):
+def test_clearing_a_folder_with_only_a_run_leaves_nothing(tmp_path):
     log = Log(tmp_path)
     log.scalars(1, {"loss": 1.0})
     log.samples(1, torch.zeros(1, 3, 16, 16))
@@ -345,7 +347,7 @@ def test_clearing_what_is_all_of_a_run_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_log_never_takes_the_place_of_somebody_elses_file(tmp_path):
+def test_a_log_never_replaces_a_file_that_pcs_did_not_write(tmp_path):
     for name in ("log.jsonl", "samples/step-000001.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")

@@ -31,7 +31,7 @@ def flux(make_tiny_flux):
 
 @torch.no_grad()
 def output(backbone: Any, prompt: str = PROMPT) -> Tensor:
-    """One prediction, from words to the denoiser's output."""
+    """One complete prediction, from the prompt to the denoiser's output."""
     x_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     return backbone.predict(x_t, torch.tensor([500]), backbone.encode([prompt]))
 
@@ -46,7 +46,7 @@ def trained(backbone: Any) -> set[int]:
 
 @torch.no_grad()
 def stir(parameters: Any, seed: int = 7, size: float = 0.3) -> None:
-    """Moves every parameter, as if it had been trained."""
+    """Changes every parameter, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.add_(size * torch.randn(p.shape, generator=generator))
@@ -57,7 +57,7 @@ def stir(parameters: Any, seed: int = 7, size: float = 0.3) -> None:
 
 @KINDS
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_the_start_is_the_identity_exactly_and_ejecting_restores_everything(request, family, dora):
+def test_the_start_is_exactly_the_identity_and_ejecting_restores_everything(request, family, dora):
     backbone = request.getfixturevalue(family)
     before, look = output(backbone), {c: repr(m) for c, m in backbone.components.items()}
     bytes_before = {n: p.detach().clone() for n, p in everything(backbone).items()}
@@ -76,7 +76,7 @@ def test_the_start_is_the_identity_exactly_and_ejecting_restores_everything(requ
     assert not backbone.adapters and not any(hasattr(m, "peft_config") for m in backbone.components.values())
 
 
-def test_convolutions_can_be_adapted_too(sd):
+def test_convolutions_can_also_be_adapted(sd):
     before = output(sd)
     group = Lora(roles=("conv", "proj"), rank=2).inject(sd, "mug", "lora", seed=0)
     assert torch.equal(output(sd), before)
@@ -86,7 +86,7 @@ def test_convolutions_can_be_adapted_too(sd):
     assert torch.equal(output(sd), before)
 
 
-def test_the_same_seed_gives_the_same_start_and_leaves_the_global_generator_alone(sd):
+def test_the_same_seed_gives_the_same_start_without_using_the_global_generator(sd):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -131,11 +131,11 @@ def test_a_loaded_concept_stays_frozen_when_another_is_injected_and_trained(sd, 
     assert all(p.grad is None for p in old.parameters)
     assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
     sd.remove("new")
-    assert trained(sd) == set(), "taking one out unfreezes nothing"
+    assert trained(sd) == set(), "removing one concept unfreezes nothing"
     assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
 
 
-def test_a_bare_injection_starts_frozen_and_changes_nobody_else(sd):
+def test_a_bare_injection_starts_frozen_and_does_not_affect_others(sd):
     group = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "lora", seed=0)
     config = LoraConfig(r=2, target_modules=list(sd.group("attention")[0].modules))
     loaded = PeftAdapter.inject(sd, "old", "lora", "unet", config, seed=0)
@@ -143,15 +143,15 @@ def test_a_bare_injection_starts_frozen_and_changes_nobody_else(sd):
     assert trained(sd) == {id(p) for p in group.parameters}
 
 
-def test_dropout_is_on_for_this_adapter_alone(sd):
+def test_dropout_is_on_only_for_the_trained_adapter(sd):
     old = Lora(rank=2, dropout=0.5).inject(sd, "old", "lora", seed=0)
     stir(old.parameters)
     sd.adapters["old"][0].train(False)
     new = Lora(rank=2, dropout=0.5).inject(sd, "new", "lora", seed=1)
     stir(new.parameters)
-    assert not torch.equal(output(sd), output(sd)), "in training it drops"
+    assert not torch.equal(output(sd), output(sd)), "the trained adapter applies dropout"
     with sd.active({"old": 1.0}):
-        assert torch.equal(output(sd), output(sd)), "the loaded one does not"
+        assert torch.equal(output(sd), output(sd)), "the loaded adapter does not"
     sd.adapters["new"][0].train(False)
     assert torch.equal(output(sd), output(sd))
 
@@ -180,7 +180,7 @@ def test_strength_scales_the_change_of_each_layer(sd):
         assert torch.equal(layer(x), plain)
     with sd.active({}):
         assert torch.equal(layer(x), plain)
-    assert torch.allclose(layer(x), plain + full, atol=1e-5), "and afterwards it is as strong as before"
+    assert torch.allclose(layer(x), plain + full, atol=1e-5), "afterwards the strength is the same as before"
 
 
 @KINDS
@@ -199,7 +199,7 @@ def test_strengths_of_the_whole_network(sd, dora):
 # --- side by side ----------------------------------------------------------------------------
 
 
-def test_two_slots_with_other_roles_and_ranks_stand_side_by_side(sd):
+def test_two_slots_with_different_roles_and_ranks_work_together(sd):
     before = output(sd)
     one = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "narrow", seed=0)
     two = Lora(roles=("self_attention", "cross_attention.q"), rank=5).inject(sd, "mug", "wide", seed=0)
@@ -207,7 +207,7 @@ def test_two_slots_with_other_roles_and_ranks_stand_side_by_side(sd):
     first, second = sd.adapters["mug"]
     assert {v.shape[0] for k, v in first.state_dict().items() if "lora_A" in k} == {2}
     assert {v.shape[0] for k, v in second.state_dict().items() if "lora_A" in k} == {5}
-    assert any(".attn2.to_q." in k for k in first.state_dict()), "on one layer at once"
+    assert any(".attn2.to_q." in k for k in first.state_dict()), "both are on the same layer"
     assert any(".attn2.to_q." in k for k in second.state_dict())
     stir(one.parameters)
     alone = output(sd)
@@ -220,12 +220,12 @@ def test_two_slots_with_other_roles_and_ranks_stand_side_by_side(sd):
 
 
 @KINDS
-def test_the_state_makes_the_same_adapter_elsewhere(make_tiny_sd, dora):
+def test_the_state_recreates_the_same_adapter_elsewhere(make_tiny_sd, dora):
     one, two = (StableDiffusionBackbone(make_tiny_sd(), "tiny") for _ in range(2))
     part = Lora(roles=("attention", "text_encoder"), rank=3, alpha=6.0, dora=dora)
     stir(part.inject(one, "mug", "lora", seed=0).parameters)
     part.inject(two, "mug", "lora", seed=5)
-    assert len(one.adapters["mug"]) == 2, "one per component"
+    assert len(one.adapters["mug"]) == 2, "there is one adapter per component"
     for first, second in zip(one.adapters["mug"], two.adapters["mug"], strict=True):
         state = first.state_dict()
         assert all(v.dtype == torch.float32 and v.device.type == "cpu" for v in state.values())
@@ -234,7 +234,7 @@ def test_the_state_makes_the_same_adapter_elsewhere(make_tiny_sd, dora):
     assert torch.equal(output(one), output(two))
 
 
-def test_a_state_that_does_not_fit_is_refused_whole(sd):
+def test_a_state_that_does_not_fit_is_refused_completely(sd):
     Lora(rank=2).inject(sd, "mug", "lora", seed=0)
     adapter = sd.adapters["mug"][0]
     state = adapter.state_dict()
@@ -288,7 +288,7 @@ def test_flux_s_second_text_encoder_can_be_adapted(flux):
 # --- token rows ------------------------------------------------------------------------------
 
 
-def test_tokens_wakes_the_rows_in_training_and_no_loaded_ones(sd):
+def test_tokens_unfreezes_only_the_rows_being_trained(sd):
     old = LearnableToken(vectors=2).attach(sd, "old", "dog")
     old.frozen = True
     new = LearnableToken(vectors=3).attach(sd, "new", "mug")

@@ -1,4 +1,4 @@
-"""All of peft's methods: those offered keep their promises, the others are refused with a reason."""
+"""All of peft's methods: the ones offered work as promised, the others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED
 
 PROMPT = "a photo of a mug on the beach"
 LINEAR = ("self_attention", "cross_attention", "feed_forward", "text_encoder")
-#: Settings that fit layers of 16 to 80 columns; the rest is peft's default.
+#: Settings that fit layers with 16 to 80 columns; the others are peft's defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "BOFT": {"boft_dropout": 0.2},
     "C3A": {"block_size": 8},
@@ -85,7 +85,7 @@ def test_every_method_of_this_peft_is_offered_or_refused_with_a_reason():
     [(name, LINEAR) for name in sorted(ADAPTER_TYPES)] + [(name, ("conv", "proj")) for name in WITH_CONVOLUTIONS],
     ids=[*sorted(ADAPTER_TYPES), *(f"{name} on convolutions" for name in WITH_CONVOLUTIONS)],
 )
-def test_start_gradient_switch_saved_loaded_and_ejected(new_sd, name, roles):
+def test_each_method_starts_trains_switches_saves_loads_and_ejects_correctly(new_sd, name, roles):
     backbone = new_sd()
     before, look = output(backbone), trace(backbone)
     group = part(name, roles).inject(backbone, "mug", "x", seed=0)
@@ -141,7 +141,7 @@ def test_layers_that_a_method_does_not_adapt_are_refused(sd, name):
     assert trace(sd) == look and not sd.adapters
 
 
-def test_orthogonal_finetuning_of_convolutions_of_one_pixel_is_offered(sd):
+def test_orthogonal_finetuning_of_1x1_convolutions_is_offered(sd):
     before = output(sd)
     group = part("OFT", ("proj",)).inject(sd, "mug", "x", seed=0)
     assert torch.equal(output(sd), before)
@@ -175,7 +175,7 @@ class Holder(Part):
         ),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_injected(parts, message):
+def test_errors_are_reported_before_anything_is_injected(parts, message):
     with pytest.raises(ValueError, match=message):
         validate(Holder, {"trainable": parts})
 

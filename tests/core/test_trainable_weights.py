@@ -66,7 +66,7 @@ def stir(parameters: Any, size: float = 0.3) -> None:
 
 
 @ROLES
-def test_the_start_is_the_base_only_what_was_declared_changes_and_ejecting_restores_it(sd, roles):
+def test_it_starts_as_the_base_changes_only_declared_weights_and_ejects_cleanly(sd, roles):
     before, look = output(sd), {c: repr(m) for c, m in sd.components.items()}
     values = {n: p.detach().clone() for n, p in everything(sd).items()}
     group = Weights(roles=roles).inject(sd, "mug", "weights", seed=0)
@@ -79,7 +79,7 @@ def test_the_start_is_the_base_only_what_was_declared_changes_and_ejecting_resto
     if "denoiser.all" in roles:
         assert all(id(p) in declared for n, p in everything(sd).items() if n.startswith("unet."))
         names = {n for n, p in everything(sd).items() if id(p) in declared and "k_proj.bias" not in n}
-        assert moved >= names, "but for biases of keys, on which no attention depends"
+        assert moved >= names, "except biases of keys, on which no attention depends"
     else:
         assert moved == {n for n in values if ".attn2.to_k." in n or ".attn2.to_v." in n}
     assert all(id(everything(sd)[n]) in declared for n in moved)
@@ -93,7 +93,7 @@ def test_the_start_is_the_base_only_what_was_declared_changes_and_ejecting_resto
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradient_is_that_of_the_weights_themselves_also_past_a_look_at_the_base(new_sd, checkpointing):
+def test_gradients_equal_those_of_the_plain_weights_even_after_using_the_base(new_sd, checkpointing):
     plain = new_sd()
     for p in plain.unet.parameters():
         p.requires_grad_(True)
@@ -113,7 +113,7 @@ def test_the_gradient_is_that_of_the_weights_themselves_also_past_a_look_at_the_
         assert torch.allclose(parameter.grad, originals[name].grad, atol=1e-6), name
 
 
-def test_what_is_off_has_no_gradient(sd):
+def test_weights_that_are_switched_off_have_no_gradient(sd):
     group = Weights().inject(sd, "mug", "weights", seed=0)
     x_t = noise().requires_grad_(True)
     with sd.active({}):
@@ -125,7 +125,7 @@ def test_what_is_off_has_no_gradient(sd):
 
 
 @ROLES
-def test_the_base_is_exact_while_training_and_the_trained_weights_come_back(sd, roles):
+def test_the_base_is_exact_during_training_and_the_trained_weights_are_restored(sd, roles):
     before = output(sd)
     group = Weights(roles=roles).inject(sd, "mug", "weights", seed=0)
     for _ in range(2):
@@ -161,7 +161,7 @@ def test_the_base_is_exact_inside_one_autocast(sd):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in group.parameters)
 
 
-def test_between_the_change_is_scaled(sd):
+def test_the_strength_scales_the_change(sd):
     group = Weights().inject(sd, "mug", "weights", seed=0)
     start = [p.detach().double() for p in group.parameters]
     stir(group.parameters)
@@ -173,7 +173,7 @@ def test_between_the_change_is_scaled(sd):
     assert all(torch.equal(p.double(), b) for p, b in zip(group.parameters, trained, strict=True))
 
 
-def test_beside_another_concept_s_changes_and_adapters_on_the_same_layers(sd):
+def test_it_works_with_another_concept_s_changes_and_adapters_on_the_same_layers(sd):
     layer = "unet." + sd.group("cross_attention.kv")[0].modules[0]
     before = output(sd)
     delta = 0.3 * torch.randn(sd.unet.get_submodule(layer[5:]).weight.shape, generator=torch.Generator().manual_seed(2))
@@ -202,7 +202,7 @@ def test_beside_another_concept_s_changes_and_adapters_on_the_same_layers(sd):
     assert torch.equal(output(sd), before)
 
 
-def test_two_slots_do_not_share_a_weight_and_a_second_concept_is_learned_on_the_first(sd):
+def test_two_slots_may_not_share_a_weight_but_a_second_concept_builds_on_the_first(sd):
     group = Weights().inject(sd, "mug", "one", seed=0)
     with pytest.raises(ValueError, match=r"trainable\.two and trainable\.one train the same weights"):
         Weights(roles=("cross_attention",)).inject(sd, "mug", "two", seed=0)
@@ -221,8 +221,8 @@ def test_two_slots_do_not_share_a_weight_and_a_second_concept_is_learned_on_the_
 
 
 @ROLES
-@pytest.mark.parametrize("lr", [1e-3, 0.1], ids=["near", "far"])  # far: many weights cross zero, and more
-def test_what_is_saved_is_what_was_trained_bit_for_bit(new_sd, roles, lr):
+@pytest.mark.parametrize("lr", [1e-3, 0.1], ids=["near", "far"])  # far: many weights even cross zero
+def test_saved_weights_equal_the_trained_ones_bit_for_bit(new_sd, roles, lr):
     backbone = new_sd()
     learn(backbone, Weights(roles=roles).inject(backbone, "mug", "weights", seed=0), lr=lr)
     backbone.adapters["mug"][0].train(False)
@@ -240,8 +240,8 @@ def test_what_is_saved_is_what_was_trained_bit_for_bit(new_sd, roles, lr):
         again.adapters["mug"][0].load_state_dict(dict(list(state.items())[1:]))
 
 
-def test_half_precision_weights_are_trained_in_full_and_used_in_half(new_sd):
-    """A step of 1e-4 is smaller than bf16 can add to most weights."""
+def test_half_precision_weights_are_trained_in_fp32_and_used_in_half(new_sd):
+    """A step of 1e-4 is too small to change most weights in bf16."""
     with torch.autocast("cpu", torch.bfloat16):
         backbone = new_sd().to(dtype=torch.bfloat16)
         before = output(backbone)
@@ -297,7 +297,7 @@ def held(like: set[tuple[int, ...]]) -> int:
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in copies}.values())
 
 
-def test_one_further_copy_is_held_and_no_other_while_the_base_is_on(sd):
+def test_only_one_additional_copy_is_held_even_while_the_base_is_on(sd):
     keys = [p for n, p in everything(sd).items() if ".attn2.to_k." in n or ".attn2.to_v." in n]
     shapes, size = {tuple(p.shape) for p in keys}, sum(p.numel() * 4 for p in keys)
     before = held(shapes)

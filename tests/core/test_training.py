@@ -46,13 +46,13 @@ def test_two_steps_change_the_declared_parameters_and_nothing_else(request, phot
     run = session(backbone, small(name), photos, tmp_path / "b")
     after = finish(run)
     assert after.keys() == start.keys() and after
-    assert all(not torch.equal(v, start[k]) for k, v in after.items()), "everything declared has moved"
+    assert all(not torch.equal(v, start[k]) for k, v in after.items()), "everything declared has changed"
     left, trained = (
         weights(backbone),
         {slot for _, p in run.phases for slot, t in p.trainable.items() if t.kind == "weights"},
     )
     learned = {k.split("/", 2)[2] for k in after if k.startswith("adapter/") and k.split("/")[1] in trained}
-    assert same(left, {k: v for k, v in before.items() if k not in learned}), "and nothing else, bit for bit"
+    assert same(left, {k: v for k, v in before.items() if k not in learned}), "nothing else has changed, bit for bit"
     declared = {slot for _, phase in run.phases for slot in phase.trainable}
     assert {k.split("/")[1] for k in after if k.startswith("adapter/")} == declared - {"tokens"}
     assert any(k.startswith("placeholder/mug/") for k in after) == ("tokens" in declared)
@@ -60,7 +60,7 @@ def test_two_steps_change_the_declared_parameters_and_nothing_else(request, phot
     assert bool(run.ports) == (family == "flux")
 
 
-def test_a_run_is_the_same_every_time_and_other_with_another_seed(tiny, photos, tmp_path):
+def test_a_run_is_reproducible_and_depends_on_the_seed(tiny, photos, tmp_path):
     one, two, other = (
         finish(session(tiny(), small("dreambooth_lora", f"seed={s}"), photos, tmp_path / f"{i}"))
         for i, s in enumerate((0, 0, 1))
@@ -101,7 +101,7 @@ RICH = (
     ],
     ids=["tokens", "rich", "class pictures", "first phase", "at the end of a phase", "second phase"],
 )
-def test_k_and_m_steps_equal_k_a_stop_and_m(tiny, photos, tmp_path, name, settings, stop):
+def test_k_plus_m_steps_equal_k_steps_a_stop_and_m_more(tiny, photos, tmp_path, name, settings, stop):
     recipe = small(name, *settings)
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     first = session(tiny(), recipe, photos, tmp_path / "cut")
@@ -118,8 +118,8 @@ def test_k_and_m_steps_equal_k_a_stop_and_m(tiny, photos, tmp_path, name, settin
     assert logs[0] == logs[1] and [r["step"] for r in logs[1]] == list(range(1, len(logs[0]) + 1))
 
 
-def test_a_kill_goes_back_to_the_last_checkpoint_also_at_a_phase_s_border(tiny, photos, tmp_path):
-    """Abandoned silently, as by kill -9, in the second phase, whose only checkpoint is its start."""
+def test_after_a_kill_a_run_resumes_from_the_last_checkpoint_even_at_a_phase_s_start(tiny, photos, tmp_path):
+    """The run is abandoned, as by kill -9, in the second phase, whose only checkpoint is its start."""
     recipe = small("pivotal_tuning", "train.steps=3", "train.checkpoint_every=2")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     for stop, expected in ((1, None), (2, (0, 2)), (4, (1, 0)), (5, (1, 2))):
@@ -132,7 +132,7 @@ def test_a_kill_goes_back_to_the_last_checkpoint_also_at_a_phase_s_border(tiny, 
         assert (state and (state.phase, state.step)) == expected
         assert same(finish(session(tiny(), recipe, photos, workdir), resume=True), whole)
         rows = [json.loads(x)["step"] for x in (workdir / "log.jsonl").read_text().splitlines()]
-        assert rows == list(range(1, 7)), "no step is there twice"
+        assert rows == list(range(1, 7)), "no step is logged twice"
 
 
 def test_a_finished_run_is_not_trained_again(tiny, photos, tmp_path):
@@ -167,7 +167,7 @@ class Judge:
 
 
 @pytest.mark.parametrize("cut", [None, 3, 4])
-def test_the_state_with_the_best_score_is_what_is_returned(tiny, photos, tmp_path, cut):
+def test_the_state_with_the_best_score_is_returned(tiny, photos, tmp_path, cut):
     recipe = small("textual_inversion", "train.steps=5", "train.validation.every=2", "trainable.tokens.lr=0.1")
     judge = Judge({2: 0.9, 4: 0.5, 5: 0.7})
     run = session(tiny(), recipe, photos, tmp_path / "run", preview=judge)

@@ -15,7 +15,7 @@ from shared.pretrain.toybox.denoising_loss import UnetTraining
 from shared.pretrain.toybox.motion_module import MotionTraining
 
 
-def test_batches_drawn_ahead_are_those_of_their_steps() -> None:
+def test_batches_drawn_ahead_are_the_right_ones_for_their_steps() -> None:
     drawn: list[tuple[int, bool]] = []
 
     def draw(step: int) -> int:
@@ -25,13 +25,15 @@ def test_batches_drawn_ahead_are_those_of_their_steps() -> None:
         return 10 * step
 
     ahead = Prefetch(draw, torch.device("meta"))
-    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # 9: as in a run resumed elsewhere
+    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # 9: as when a run resumes at another step
     assert dict(drawn)[3] and not dict(drawn)[4] and dict(drawn)[9]
     assert ahead(6) == 60
     with pytest.raises(ValueError, match="no picture 7"):
         ahead(7)
     drawn.clear()
-    assert Prefetch(draw, torch.device("cpu"))(1) == 10 and drawn == [(1, True)]  # its cores are busy
+    assert Prefetch(draw, torch.device("cpu"))(1) == 10 and drawn == [
+        (1, True)
+    ]  # on a CPU nothing is drawn ahead: its cores are busy
 
 
 @pytest.mark.parametrize(("usual", "batch"), [(UnetTraining(), 32), (MotionTraining(), 4)])

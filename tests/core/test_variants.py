@@ -31,12 +31,12 @@ def test_a_grid_is_every_combination_after_the_common_settings():
         (("seed=" + ",".join(map(str, range(1001))),), "the grid has 1,001 rows"),
     ],
 )
-def test_what_is_no_grid_is_refused(grid, reason):
+def test_invalid_grids_are_refused(grid, reason):
     with pytest.raises(ValueError, match=reason):
         varied({"a": "a"}, (), grid)
 
 
-def test_subjects_are_a_number_or_names():
+def test_subjects_are_given_by_number_or_by_name():
     assert count_or_names("3") == 3 and count_or_names("x, y") == ("x", "y")
     assert chosen_things("development", ("development-mug", "development-mug")) == ["development-mug"]
     assert len(chosen_things("reporting", 2)) == 2
@@ -52,7 +52,7 @@ def _report(recipe: str, subject: str, value: float) -> Report:
     return Report(name=subject, recipe=recipe, scores=[score])
 
 
-def test_the_difference_to_the_control_is_paired_by_subject():
+def test_the_difference_from_the_control_is_paired_by_subject():
     control, ours = {"x": 0.2, "y": 0.7, "z": 0.5}, {"x": 0.3, "y": 0.8, "z": 0.6, "only-ours": 1.0}
     reports = {("c", s): _report("c", s, v) for s, v in control.items()}
     reports |= {("o", s): _report("o", s, v) for s, v in ours.items()}

@@ -1,4 +1,4 @@
-"""An incomplete model folder is refused, with the file and the key, by backbones and instruments alike."""
+"""Backbones and instruments refuse an incomplete model folder and name the file and the key."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ PARTS += [("flux", part) for part in ("transformer", "text_encoder", "text_encod
 
 
 def tail(key: str) -> str:
-    """The key as transformers names it, without the prefix in older files."""
+    """The key as transformers names it, without the prefix that older files have."""
     return key.removeprefix("text_model.").replace(".", r"\.")
 
 
 @pytest.mark.parametrize(("model", "part"), PARTS)
-def test_a_key_that_is_missing_or_has_another_shape_is_named(folder, model, part):
+def test_a_key_that_is_missing_or_has_a_wrong_shape_is_named(folder, model, part):
     root = folder(model)
     file = next((root / part).glob("*.safetensors"))
     key = edit(file, reshape)
@@ -89,7 +89,7 @@ def test_the_keys_of_another_network_are_not_filled_with_random_numbers(folder):
     load_backbone(root)
 
 
-def test_a_key_too_many_is_a_warning_unless_it_is_known_to_be_harmless(folder):
+def test_an_unexpected_key_is_a_warning_unless_known_to_be_harmless(folder):
     root = folder("sd")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -104,7 +104,7 @@ def test_a_key_too_many_is_a_warning_unless_it_is_known_to_be_harmless(folder):
         load_backbone(root)
 
 
-def test_shards_load_and_one_that_is_missing_is_said(folder):
+def test_shards_load_and_a_missing_one_is_named(folder):
     root = folder("shards")
     shards = sorted((root / "transformer").glob("*-of-*.safetensors"))
     assert len(shards) > 1
@@ -119,7 +119,7 @@ def test_shards_load_and_one_that_is_missing_is_said(folder):
 
 @pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",), ("vocab.json",)])
 @pytest.mark.parametrize(("model", "part"), [("sd", "tokenizer"), ("flux", "tokenizer"), ("flux", "tokenizer_2")])
-def test_without_its_files_there_is_no_tokenizer_for_which_all_prompts_are_the_same(folder, model, part, kept):
+def test_a_tokenizer_without_its_files_is_refused(folder, model, part, kept):
     root = folder(model)
     for file in (root / part).iterdir():
         if file.name not in kept:
@@ -128,7 +128,7 @@ def test_without_its_files_there_is_no_tokenizer_for_which_all_prompts_are_the_s
         load_backbone(root)
 
 
-def test_a_tokenizer_of_another_model_does_not_fit(folder):
+def test_a_tokenizer_of_another_model_is_refused(folder):
     from shared.toybox.tokenizer import build
 
     root = folder("sd")
@@ -140,7 +140,7 @@ def test_a_tokenizer_of_another_model_does_not_fit(folder):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_part_that_is_not_there_is_named(folder, part):
+def test_a_missing_part_is_named(folder, part):
     root = folder("sd")
     index = root / "model_index.json"
     content = json.loads(index.read_text())
@@ -167,7 +167,7 @@ def clip(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("load", [load_clip, load_toybox_clip.__wrapped__])
-def test_a_clip_that_is_not_whole_measures_nothing(clip, load):
+def test_an_incomplete_clip_is_refused(clip, load):
     load(clip)
     file = clip / "model.safetensors"
     kept = file.read_bytes()
@@ -181,7 +181,7 @@ def test_a_clip_that_is_not_whole_measures_nothing(clip, load):
         load(clip)
 
 
-def test_a_dino_needs_all_but_its_pooler(tmp_path):
+def test_a_dino_needs_everything_but_its_pooler(tmp_path):
     from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
     sizes: dict[str, Any] = {
@@ -200,7 +200,7 @@ def test_a_dino_needs_all_but_its_pooler(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "load"), [("recognizer", load_recognizer), ("identity", load_identity)])
-def test_the_toybox_s_own_instruments_are_whole(tmp_path, name, load):
+def test_the_toybox_s_own_instruments_are_complete(tmp_path, name, load):
     folder = Path(shutil.copytree(WEIGHTS / name, tmp_path / name))
     load.__wrapped__(folder)
     edit(folder / "model.safetensors", lambda tensors: tensors.update(aaa=torch.zeros(1)))
@@ -217,7 +217,7 @@ def test_the_toybox_s_own_instruments_are_whole(tmp_path, name, load):
         load.__wrapped__(folder)
 
 
-def test_a_file_that_leaves_parameters_without_values_is_not_whole(tiny_sd):
+def test_a_file_that_leaves_parameters_without_values_is_incomplete(tiny_sd):
     check_filled(tiny_sd.components, Path("model.safetensors"))
     tiny_sd.unet.conv_in.to("meta")
     with pytest.raises(

@@ -23,7 +23,7 @@ from shared.train.training_run import TrainingRun
 
 
 class Spread(PlaceholderBase):
-    """One row per attention site, and another that grows with time."""
+    """One row per attention site, and another row that grows with time."""
 
     varies_with = frozenset({"time", "site"})
     components = ("text_encoder",)
@@ -98,11 +98,11 @@ def test_it_is_trained_saved_and_loaded(trained: Any, new_sd: Callable[..., Any]
     fresh.placeholders["mug"].load_state_dict(
         Spread("o", fresh.word_embeddings("text_encoder", "mug")[:1], fresh.text_sites()).state_dict()
     )
-    assert not torch.equal(predicted(fresh), learned), "two steps have moved it"
+    assert not torch.equal(predicted(fresh), learned), "two steps have changed it"
     assert any("rows.time: 1 × 16" in line for line in lines(loaded))
 
 
-def test_what_cannot_be_done_with_it_is_said(trained: Any, new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_unsupported_uses_are_refused(trained: Any, new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone, recipe = trained
     concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe))
     fresh = new_sd()

@@ -1,4 +1,4 @@
-"""Learned words have a strength, as adapters do: 0 is what they started from, 1 what was learned."""
+"""Learned words have a strength, as adapters do: at 0 they equal their start, at 1 what was learned."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_rows_lie_on_the_line(backbone: Any) -> None:
         backbone.remove("x")
 
 
-def test_a_switched_set_says_the_words_as_strongly_and_gives_them_back(new_sd: Callable[..., Any]) -> None:
+def test_switching_sets_also_sets_and_restores_the_strength_of_words(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     attach(learned(backbone), backbone, 0.5)
     before = picture(backbone)
@@ -79,7 +79,7 @@ def test_a_switched_set_says_the_words_as_strongly_and_gives_them_back(new_sd: C
             raise RuntimeError
         assert backbone.strengths == {"x": 0.0}
     with backbone.active({}):
-        assert torch.equal(picture(backbone), before), "words act where they are said"
+        assert torch.equal(picture(backbone), before), "words without a new strength keep theirs"
     assert torch.equal(picture(backbone), before)
 
 
@@ -98,11 +98,13 @@ def test_an_older_concept_without_a_start_starts_from_this_model_s_words(new_sd:
     concept = learned(backbone, vectors=2)
     old = replace(concept, tensors={"embeddings": concept.learned_words})
     for strength in (0.0, 0.5, 1.0):
-        assert torch.equal(at(backbone, old, strength), at(backbone, concept, strength)), "its seed is that of the run"
+        assert torch.equal(at(backbone, old, strength), at(backbone, concept, strength)), (
+            "the start is computed again from the run's seed"
+        )
 
 
 @pytest.mark.parametrize("modifier", [PlainText(words="red"), RareToken()])
-def test_words_that_learned_nothing_have_no_strength(new_sd: Callable[..., Any], modifier: Any) -> None:
+def test_words_without_learned_rows_have_no_strength(new_sd: Callable[..., Any], modifier: Any) -> None:
     backbone = new_sd()
     modifier.attach(backbone, "x", "mug")
     concept = capture(backbone, "x", Provenance(class_noun="mug", modifier=modifier))
@@ -113,7 +115,7 @@ def test_words_that_learned_nothing_have_no_strength(new_sd: Callable[..., Any],
     attach(concept, backbone)
 
 
-def test_a_naming_without_a_way_between_refuses(new_sd: Callable[..., Any]) -> None:
+def test_a_placeholder_without_interpolation_refuses_other_strengths(new_sd: Callable[..., Any]) -> None:
     class Learned(PlaceholderBase):
         components = ("text_encoder",)
 

@@ -1,4 +1,4 @@
-"""A backbone states what its world is; nothing else depends on its name."""
+"""A backbone states its world; nothing else depends on the backbone's name."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from shared.runner.plan import warn_unseen
 SMALL = replace(WORLDS["toybox"], side=16, unseen="are of elsewhere.")
 
 
-def test_what_a_world_names_is_there() -> None:
+def test_the_files_that_a_world_names_exist() -> None:
     for world in WORLDS.values():
         assert (config_folder() / "overlays" / f"{world.overlay}.yaml").is_file()
         assert (config_folder() / "prompts" / f"{world.prompts}.yaml").is_file()
         assert world.instruments in OWN
 
 
-def test_the_overlay_is_that_of_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_world_determines_the_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WORLDS, "elsewhere", SMALL)  # type: ignore[arg-type]
     assert dump(load("pivotal_tuning", ["backbone=elsewhere"])) == {
         **dump(load("pivotal_tuning")),
@@ -40,7 +40,7 @@ def test_the_overlay_is_that_of_the_world(monkeypatch: pytest.MonkeyPatch) -> No
     assert load("pivotal_tuning", ["backbone=elsewhere"]).train.resolution is None
 
 
-def test_only_a_model_of_a_world_of_its_own_warns_of_other_pictures(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_only_a_model_with_its_own_world_warns_about_other_pictures(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "small.png")
     subjects, backbone = {"mug": read_subject(tmp_path, "mug")}, new_sd()
     with warnings.catch_warnings():
@@ -53,5 +53,5 @@ def test_only_a_model_of_a_world_of_its_own_warns_of_other_pictures(new_sd: Call
         warn_unseen(backbone, subjects)
 
 
-def test_the_loader_says_which_world_it_is(tmp_path: Path) -> None:
+def test_the_loader_states_the_world(tmp_path: Path) -> None:
     assert load_backbone().world is WORLDS["toybox"]
