@@ -6,8 +6,9 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from shared.io.failures import writing
 from shared.io.foreign_files import claim, foreign_files
 from shared.io.outputs import write_text
 from shared.io.terminal import names
+from shared.train.event_file import EventFile
 from shared.train.loop import Record
 
 
@@ -32,14 +34,14 @@ class Log:
     """Writes `log.jsonl` and TensorBoard events into one folder, which is created on the first write.
 
     Lines of an earlier log past step `start` are dropped. Written files are added to the folder's list of files
-    (`shared.io.foreign_files`); ValueError when one would replace a file that pcs did not write.
+    (`shared.io.foreign_files`); raises ValueError when one would replace a file that pcs did not write.
     """
 
     def __init__(self, folder: Path, start: int = 0, tensorboard: bool = True) -> None:
         self.folder, self.path, self.start, self.tensorboard = folder, folder / "log.jsonl", start, tensorboard
         check_log(folder)
         self._file: TextIO | None = None
-        self._board: Any = None
+        self._board: EventFile | None = None
 
     def _open(self) -> TextIO:
         if self._file is not None:
@@ -50,13 +52,10 @@ class Log:
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= self.start]
             write_text(self.path, "".join(line + "\n" for line in kept))
         if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
             folder = self.folder / "tensorboard"
-            before = set(folder.iterdir()) if folder.is_dir() else set()
-            self._board = SummaryWriter(str(folder), purge_step=self.start + 1 if before else None)
-            for events in sorted(set(folder.iterdir()) - before):
-                claim(self.folder, f"tensorboard/{events.name}", made=True)
+            resumed = folder.is_dir() and any(folder.iterdir())
+            self._board = EventFile(folder, self.start + 1 if resumed else None)
+            claim(self.folder, f"tensorboard/{self._board.path.name}", made=True)
         self._file = self.path.open("a", encoding="utf-8")
         return self._file
 
@@ -66,15 +65,15 @@ class Log:
         with writing(self.path):
             file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
             file.flush()
-            if self._board is not None:
-                for key, value in values.items():
-                    self._board.add_scalar(key, value, step)
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.scalar(key, value, step)
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
         """Logs a picture to TensorBoard: `pixels` [3, H, W] in [0, 1]."""
         self._open()
         if self._board is not None:
-            self._board.add_image(name, pixels.clamp(0, 1).numpy(), step)
+            self._board.picture(name, pixels, step)
 
     def samples(self, step: int, pixels: Tensor) -> None:
         """Logs pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1], generated with the current state: a sheet in
@@ -90,10 +89,11 @@ class Log:
             self.picture(step, f"sample/{i}", (picture + 1) / 2)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Closes the files. What could not be written was an error when it was logged, and is none again here."""
+        for file in (self._file, self._board):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
 
 
 def flat(record: Record) -> dict[str, float]:

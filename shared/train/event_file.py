@@ -1,0 +1,54 @@
+"""Writes TensorBoard's event files."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shared.io.failures import writing
+
+
+class EventFile:
+    """A new event file in a folder, which is created.
+
+    Every event is on disk when its call returns. torch's `SummaryWriter` writes in a thread of its own instead: on a full disk
+    that thread prints a traceback, and the error that reaches the caller names no file.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        """`purge_step`: TensorBoard hides what earlier files in the folder say of this step and later ones."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"  # TensorBoard reads them by name
+        self._file = self.path.open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        self._write(step=step, summary=scalar(tag, value))
+
+    def picture(self, tag: str, pixels: Tensor, step: int) -> None:
+        """`pixels`: [3, H, W] in [0, 1]."""
+        from torch.utils.tensorboard.summary import image
+
+        self._write(step=step, summary=image(tag, pixels.clamp(0, 1).numpy(), dataformats="CHW"))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        with writing(self.path):
+            self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
+            self._records.flush()
