@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import typer
@@ -26,12 +27,12 @@ def install(
     check_installed()
     for path in write(checkout, overwrite):
         print(path)
-    typer.echo("to check what works on this machine: pcs 3d threestudio doctor " + str(checkout), err=True)
+    typer.echo("to check what works on this machine: pcs 3d threestudio doctor " + shlex.quote(str(checkout)), err=True)
 
 
 @app.command()
 def doctor(checkout: Path = _CHECKOUT) -> None:
-    """Report which parts of a checkout work on this machine, and how to fix the others. Exits with 1 if any must be fixed."""
+    """Report which parts of a checkout work on this machine, and how to fix the others. Exit with 1 if any must be fixed."""
     from pcs_3d.threestudio.doctor import findings
 
     bad = False

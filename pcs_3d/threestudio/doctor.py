@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,17 +25,17 @@ def findings(folder: Path) -> Iterator[Finding]:
     """Yields what works, what does not, and how to fix it. Raises ValueError for a folder that is not a checkout."""
     folder = check_checkout(folder)
     yield True, f"{folder}: threestudio {version_of(folder) or 'of an unknown version'}"
-    wrong = differing(folder)
+    wrong, installing = differing(folder), f"pcs 3d threestudio install {shlex.quote(str(folder))}"
     for name in WRITTEN:
         if name not in wrong:
             yield True, f"{name} is up to date"
         elif not wrong[name]:
-            yield False, f"{name} is missing: pcs 3d threestudio install {folder}"
+            yield False, f"{name} is missing: {installing}"
         else:
             theirs = name.endswith(".yaml")  # users are meant to change a configuration
             yield (
                 (None if theirs else False),
-                (f"{name} differs from what this program writes: pcs 3d threestudio install {folder} --overwrite"),
+                (f"{name} differs from what this program writes: {installing} --overwrite"),
             )
     missing = [module for module in NEEDED if find_spec(module) is None]
     if missing:
@@ -82,7 +83,7 @@ def _how_to_start(folder: Path, gone: list[str]) -> Finding:
     why = " and ".join(["packages are missing"] * bool(gone) + ["there is no GPU"] * (not gpu))
     cpu = "" if gpu else " --cpu"
     return None, (
-        f"{why}, so launch.py cannot start on its own; use: pcs 3d threestudio run {folder}{cpu} "
+        f"{why}, so launch.py cannot start on its own; use: pcs 3d threestudio run {shlex.quote(str(folder))}{cpu} "
         "--config configs/pcs-dreamfusion.yaml --train. Whatever is listed above as missing (hash grids, rasterizers, …) "
         "then stops with an error when it is used"
     )

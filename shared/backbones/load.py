@@ -1,4 +1,4 @@
-"""Loads a backbone from what a user gives: a folder, a file, a hub id, or nothing."""
+"""Loads a backbone from a folder, a file or a hub id; by default, the embedded toybox."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.backbones.synthetic_world import World
-from shared.config import expanded
+from shared.config import absent, expanded
 from shared.io.failures import of_the_machine
-from shared.io.model_folders import check_tokenizer, first_line, load_network, quiet
+from shared.io.model_folders import check_tokenizer, first_line, load_network, python_command, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -74,12 +74,13 @@ def load_backbone(
             checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` next to `NAME.safetensors`, or
             in the hub's cache); or a hub id `owner/name`
         download: whether to download files that are not in the hub's cache; if False, nothing is fetched over the internet
-        memory: bytes of `device` for the networks; if they do not all fit at once, they take turns there
+        memory: bytes on `device` for the networks; if these do not all fit at once, they take turns there
             (`shared.backbones.placement`). Default: a share of the free memory on a GPU, no limit elsewhere
         prepare: modifies the backbone before it goes to the device (adds motion modules, for example)
 
     Raises:
-        ValueError: if it cannot be loaded; says what was found and which families exist, or which file lacks which key
+        ValueError: if it cannot be loaded; the message says what was found and which families exist, or which file
+            lacks which key
     """
     import torch
 
@@ -97,7 +98,7 @@ def load_backbone(
     elif _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
         backbone = _from_folder(_from_hub(name, download), name, dtype)
     else:
-        raise ValueError(f"no model at {name}: no such file or folder. {_families()}")
+        raise ValueError(f"no model at {name}: {absent(path, 'no such file or folder')}. {_families()}")
     backbone.world = WORLDS.get(name)
     if name == TOYBOX:
         _toybox_defaults(backbone)
@@ -119,7 +120,7 @@ def register_family(pipeline: str, wrap: Wrap) -> None:
     """Registers a family, so that `load_backbone` opens diffusers pipelines of this class for the rest of the process.
 
     An installed package instead registers its families under the entry point group `pcs.families`, and is imported only when
-    such a model is opened. ValueError when the class already has a family.
+    such a model is opened. Raises ValueError when the class already has a family.
     """
     if pipeline in families():
         raise ValueError(f"{pipeline} already has a family, and a pipeline class can have only one")
@@ -129,7 +130,7 @@ def register_family(pipeline: str, wrap: Wrap) -> None:
 def families() -> dict[str, Wrap]:
     """Returns diffusers pipeline class -> wrapper, for our families and those of installed packages; imports no package.
 
-    ValueError when two packages register the same class.
+    Raises ValueError when two packages register the same class.
     """
     from importlib.metadata import entry_points
 
@@ -209,8 +210,8 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
 
 
 def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
-    """Returns the network classes of a diffusers folder. ValueError when a required part is missing, or an optional one (Wan's
-    second expert) that the folder's index lists."""
+    """Returns the network classes of a diffusers folder. Raises ValueError when a required part is missing, or an optional one
+    (Wan's second expert) that the folder's index lists."""
     from torch import nn
 
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
@@ -252,12 +253,17 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
         if of_the_machine(error):
             raise
         more = "" if download else f" {_MAY_DOWNLOAD}"
+        uncached = offline and "HF_HUB_OFFLINE" in str(error)
+        why = "its configuration is not in the hub's cache" if uncached else first_line(error).rstrip(".")
+        convert = (
+            "from diffusers import StableDiffusionPipeline as P; "
+            "P.from_single_file(sys.argv[1]).save_pretrained(sys.argv[2])"
+        )
         raise ValueError(
-            f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
+            f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {why}. "
             f"A single file also needs the model's configuration and tokenizer, from the hub's cache or from a diffusers "
             f"folder {beside} (which needs no weights).{more} A diffusers folder is complete on its own. To convert the file "
-            "into one, run this on a machine with internet access: python -c 'from diffusers import StableDiffusionPipeline "
-            f"as P; P.from_single_file({str(path)!r}).save_pretrained({path.stem!r})'"
+            f"into one, run this on a machine with internet access: {python_command(convert, path, path.stem)}"
         ) from error
     check_filled(pipe.components, path)
     return _wrap(pipe, name)
@@ -289,7 +295,9 @@ def _from_hub(name: str, download: bool) -> Path:
             raise
         why = f"the hub did not provide it ({first_line(error)})" if download else "it is not in the hub's cache"
         more = "" if download else f" {_MAY_DOWNLOAD}"
-        raise ValueError(f"no model at {name}: no such folder, and {why}.{more} {_families()}") from error
+        raise ValueError(
+            f"no model at {name}: {absent(name, 'no such folder')}, and {why}.{more} {_families()}"
+        ) from error
 
 
 def _wrap(pipe: Any, name: str) -> Backbone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -163,7 +164,7 @@ def _bytes(size: float) -> str:
 
 def _use(concept: Concept) -> str:
     """Returns a command that uses the concept; a style takes effect without being named."""
-    folder = concept.path.name if concept.path else f"{concept.meta.name}.concept"
+    folder = shlex.quote(concept.path.name if concept.path else f"{concept.meta.name}.concept")
     if concept.meta.kind == "motion":
         return f'pcs video generate "a photo of a mug <{concept.meta.name}> on the beach" --concept {folder} --out clip.mp4'
     named = concept.meta.kind in ("subject", "identity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import shlex
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from shared.io.failures import of_the_machine
 #: Expected stray keys: from older files, and from the other half of a model that is used only for text.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_PADDED = 0.9  # the smallest share of a table's rows that are tokens: tables are padded by a few rows, not by half
+_PADDED = 0.9  # the smallest share of a table's rows that must be tokens: tables are padded by a few rows, not by half
 _WORDS = ("dog", "mug", "teapot")
 
 
@@ -29,7 +30,7 @@ def load_network(
         kind: a model class of diffusers or transformers
         folder: contains `config.json` and the weights as safetensors, in one file or in shards
         unused: patterns of model keys that are not used here and may be missing
-        variant: such as fp16, as in `model.fp16.safetensors`; default: fp16 if all the files have it, else none
+        variant: the files' variant, such as fp16 in `model.fp16.safetensors`; default: fp16 if all files have it, else none
         dtype: the dtype of the weights (default: float32)
 
     Raises:
@@ -69,12 +70,20 @@ def _check_format(kind: Any, folder: Path) -> None:
     """Raises ValueError if the weights exist only in an unsupported format."""
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLED)
     if pickled and not any(folder.glob("*.safetensors")):
-        library, name, place = kind.__module__.partition(".")[0], kind.__name__, str(folder)
+        library, name = kind.__module__.partition(".")[0], kind.__name__
+        convert = (
+            f"from {library} import {name} as M; "
+            "M.from_pretrained(sys.argv[1], use_safetensors=False).save_pretrained(sys.argv[1])"
+        )
         raise ValueError(
             f"{folder} has its weights only as {pickled[0]}: that format can run code when it is read, so it is not "
-            f"supported. If you trust its source, convert it once: python -c 'from {library} import {name} as M; "
-            f"M.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})'"
+            f"supported. If you trust its source, convert it once: {python_command(convert, folder)}"
         )
+
+
+def python_command(code: str, *arguments: str | Path) -> str:
+    """Returns a command for the user's shell that runs Python code with `sys.argv[1:]` = arguments."""
+    return shlex.join(["python", "-c", f"import sys; {code}", *(str(argument) for argument in arguments)])
 
 
 def _check_keys(info: Any, folder: Path, kind: str, unused: Sequence[str]) -> None:

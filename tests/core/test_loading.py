@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,36 @@ def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
         assert loaded.checkpoint == direct.checkpoint
         assert torch.allclose(predict(loaded), predict(direct), atol=1e-5)
         assert load_backbone(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def command_in(error: Any) -> list[str]:
+    """The words of the command at the end of a message, as a shell reads them: python, -c, the code, its arguments."""
+    words = shlex.split(line := str(error.value)[str(error.value).index("python -c") :])
+    subprocess.run(["bash", "-n", "-c", line], check=True)
+    compile(words[2], "<command>", "exec")
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], check=True, capture_output=True, text=True)
+    assert shown.stdout.splitlines() == words
+    return words
+
+
+def test_the_commands_for_converting_a_model_can_be_pasted_into_a_shell(tiny_sd: Any, tmp_path: Path) -> None:
+    place = tmp_path / "it's my $HOME; (copy)"
+    tiny_sd.unet.save_pretrained(place / "unet")
+    file = next((place / "unet").glob("*.safetensors"))
+    with pytest.raises(ValueError, match=r"in the hub's cache") as error:
+        load_backbone(file)
+    assert "HF_HUB_OFFLINE" not in str(error.value) and ".." not in str(error.value)
+    *_, code, source, target = command_in(error)
+    assert (source, target) == (str(file), file.stem) and "P.from_single_file(sys.argv[1])" in code
+    tiny_sd.save_pretrained(place)
+    torch.save(tiny_sd.unet.state_dict(), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(ValueError, match="only as") as error:
+        load_backbone(place)
+    words = command_in(error)
+    assert words[3:] == [str(place / "unet")]
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    assert load_backbone(place).family == "stable_diffusion", "the converted folder loads"
 
 
 def test_one_file_loads_offline_with_the_configuration_next_to_it(tiny_sd: Any, tmp_path: Path) -> None:
