@@ -1,11 +1,10 @@
-"""Compares recipes for assets on the toybox's held-out subjects, each learned from its pictures once for all recipes, except
-for those that learn the subject themselves."""
+"""Compares recipes for assets on the toybox's held-out subjects. Each subject is learned from its pictures once for all recipes
+that do not learn it themselves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.backbones import load_backbone
 from shared.benchmark.experiment import Experiment, benchmark
-from shared.benchmark.toybox import Things, evaluators, named, say
+from shared.benchmark.toybox import Things, check_place, evaluators, named, say
 from shared.concept import read
 from shared.config import unknown
 from shared.io.checksums import sha256
@@ -51,8 +50,8 @@ GOAL = AssetGoal(identity=0.50, view=0.65, iou=0.55)
 class AssetBenchmarkSettings:
     """Settings of a comparison: the subjects, the recipe that learns them, and the output folder."""
 
-    split: str = "development"  # of the held-out subjects; "reporting" once, at the end
-    subjects: int = 4  # the first of the split
+    split: str = "development"  # of the held-out subjects; use "reporting" once, at the end
+    subjects: int = 4  # how many of the split, from its first
     learn: str = "t_lora"  # recipe that learns subjects from pictures
     prompt: str = "a photo of a {concept}"
     out: Path = Path("benchmark")
@@ -63,8 +62,8 @@ class AssetBenchmarkSettings:
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
     """Learns the split's subjects, then makes and scores assets of them with every recipe (names or YAML files; `RECIPES` if
-    none are given), once with the concept and once without it, prompted only with the class. Recipes that learn the subject
-    themselves get its pictures instead of the concept, and make one asset.
+    none are given), once with the concept and once without it, with only the class in the prompt. Recipes that learn the
+    subject themselves get its pictures instead of the concept, and make one asset.
 
     Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt, pictures and a concept.
     Resumes an interrupted call with the same arguments.
@@ -78,6 +77,7 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     learning = dump(load(settings.learn, settings.learn_overrides))
     for name, recipe in asked.items():
         _check(name, recipe)
+    check_place(settings.out, [*chosen.values(), settings.learn], asked.values())
     runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
     things = [h.name for h in held_out(settings.split)][: settings.subjects]
     with TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ class _Bench:
     yardsticks: dict[str, Yardstick] = field(default_factory=dict)
 
     def cell(self, recipe: str, thing: str, workdir: Path) -> AssetCell:
-        """One cell: an asset, in most cases another one without the concept, and their reports."""
+        """Makes one cell: an asset, in most cases a second one without the concept, and their reports."""
         noun = album.held_out(thing).thing.class_name
         plain = _loaded(recipe, self.settings, noun)
         alone = learns_subjects(plain)
@@ -181,23 +181,30 @@ def make_once(
     subjects: dict[str, Subject] | None = None,
 ) -> None:
     """Makes the asset in a folder: reuses the one from an earlier call with identical inputs, and resumes an interrupted call.
-    concept: its files and their hashes; subjects: pictures for recipes that learn from them or compare views with them."""
+
+    Args:
+        concept: its files and their hashes
+        subjects: pictures for recipes that learn from them or compare views with them
+    """
     pictures = {f.name: sha256(f) for subject in (subjects or {}).values() for f in subject.files}
     inputs = {"concept": dict(concept), **({"pictures": pictures} if pictures else {})}
     made_with = {"recipe": dump(recipe), "checkpoint": runner.backbone.checkpoint, **inputs}
     mark = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
-    marked = out.with_name(f"{out.name}.made-with")
-    same = marked.is_file() and marked.read_text(encoding="utf-8") == mark
-    if same and (out / ABOUT).is_file():
+    done, begun = (out.with_name(f"{out.name}.{step}-with") for step in ("made", "begun"))
+    if _holds(done, mark) and (out / ABOUT).is_file():
         return
     files = AssetFiles(out, overwrite=True)
-    files = replace(files, resume=same and checkpoint.load(files.workdir) is not None)
+    files = replace(files, resume=_holds(begun, mark) and checkpoint.load(files.workdir) is not None)
     files.check()
-    if out.exists():  # made from other inputs; if the new asset fails, the old one must not be mistaken for it
-        shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(marked, mark)
-    create(runner, recipe, files, subjects)
+    write_text(begun, mark)
+    create(runner, recipe, files, subjects)  # replaces an asset made from other inputs, which stays until then
+    write_text(done, mark)
+    begun.unlink()
+
+
+def _holds(file: Path, mark: str) -> bool:
+    return file.is_file() and file.read_text(encoding="utf-8") == mark
 
 
 def _judged(asset: Path, report: Path, by: Yardstick) -> AssetReport:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from shared.config import expanded
-from shared.io.outputs import atomic_write
+from shared.io.outputs import atomic_write, check_file
 
 #: Written files: path in the checkout -> the file of this package that is copied there.
 WRITTEN = {"custom/pcs/__init__.py": "custom_pcs.py.txt", "configs/pcs-dreamfusion.yaml": "pcs-dreamfusion.yaml"}
@@ -56,6 +56,8 @@ def install(folder: Path, overwrite: bool = False) -> list[Path]:
             raise ValueError(f"{folder / name} already exists and was not written by this program: move it away")
         if not overwrite:
             raise ValueError(f"{folder / name} differs from what would be written: give --overwrite to replace it")
+    for name in wanted:
+        check_file(folder / name, overwrite=True)
     for name in wanted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / name) as temporary:

@@ -19,10 +19,11 @@ from pydantic import BaseModel
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
 from shared.io.failures import of_the_disk
-from shared.io.locks import hold
-from shared.io.outputs import write_text
+from shared.io.foreign_files import claim, is_cell, is_claimed
+from shared.io.outputs import check_resumable, write_text
 from shared.metrics.report import SCHEMA_VERSION, Instrument, Report
 
+_TABLES = ("comparison.md", "comparison.csv", "index.html")
 R = TypeVar("R", bound=BaseModel)
 Run = Callable[[str, str, Path], R]
 T = TypeVar("T", bound="Table")
@@ -74,8 +75,8 @@ class Reporting(Generic[R, T]):
 
 
 def pictures(goal: Goal = Goal(), control: str | None = None) -> Reporting[Report, Comparison]:
-    """Returns the functions that turn reports of pictures into a table. control: the recipe that the others are compared
-    with, subject by subject."""
+    """Returns the report type and the function that turns reports of pictures into a table. control: the recipe that the
+    others are compared with, subject by subject."""
     return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal, control))
 
 
@@ -93,12 +94,11 @@ def benchmark(
 
     A cell's key consists of prompts, seeds, settings and the resolved recipe: a saved cell with another key is an error, so
     that two experiments never mix. A cell that raises is saved as failed, marked as such in every table, and run again next
-    time (`retry`). Raises ValueError while another process writes to `out`.
+    time (if `retry`). Raises ValueError while another process writes to `out`.
 
     progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
     """
-    out = Path(out)
-    hold(out)
+    out = check_benchmark(out)
     shared = {
         "prompts": experiment.prompts,
         "seeds": list(experiment.seeds),
@@ -106,6 +106,8 @@ def benchmark(
         "schema": reporting.schema,  # scores from other versions are not comparable
     }
     out.mkdir(parents=True, exist_ok=True)
+    for name in _TABLES:  # from now on the folder is known as a benchmark's, even if no cell is ever finished
+        claim(out, name, made=True)
     reports: dict[tuple[str, str], R] = {}
     failures: dict[tuple[str, str], str] = {}
     kept = _Kept(run, reporting.kind, retry, progress or (lambda *_: None))
@@ -118,10 +120,21 @@ def benchmark(
             else:
                 reports[recipe, subject] = outcome
     comparison = reporting.table(reports, failures)
-    write_text(out / "comparison.md", comparison.markdown())
-    write_text(out / "comparison.csv", comparison.csv())
-    write_text(out / "index.html", comparison.html())
+    for name, text in zip(_TABLES, (comparison.markdown(), comparison.csv(), comparison.html()), strict=True):
+        write_text(out / name, text)
     return comparison
+
+
+def check_benchmark(out: Path | str, inputs: Iterable[Path] = ()) -> Path:
+    """Returns the folder of a benchmark. Call this before work starts.
+
+    Raises ValueError if it holds files, but not of an earlier benchmark, and as `check_output` does.
+    """
+    return check_resumable(out, "benchmark", _is_benchmark, inputs)
+
+
+def _is_benchmark(folder: Path) -> bool:
+    return is_claimed(folder, _TABLES[0]) or any(map(is_cell, folder.glob("cells/*/*/cell.json")))
 
 
 @dataclass(frozen=True)
@@ -182,8 +195,8 @@ def compare(
     goal: Goal = Goal(),
     control: str | None = None,
 ) -> Comparison:
-    """Builds the table from reports by (recipe, subject). ValueError if they were not measured with the same instruments, or
-    if their trade-offs have different terms."""
+    """Builds the table from reports by (recipe, subject). Raises ValueError if they were not measured with the same
+    instruments, or if their trade-offs have different terms."""
     failures = failures or {}
     terms = {r.terms for r in reports.values() if not r.apart}
     if len(terms) > 1:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.backbones import load_backbone
 from shared.benchmark.aggregate import Goal
 from shared.benchmark.comparison_table import Comparison
-from shared.benchmark.experiment import Experiment, benchmark, pictures
+from shared.benchmark.experiment import Experiment, benchmark, check_benchmark, pictures
 from shared.benchmark.variants import Variant, varied
 from shared.concept import read
-from shared.config import unknown
+from shared.config import expanded, unknown
 from shared.evaluation.evaluate import KeptPictures
 from shared.metrics.report import Report
 from shared.metrics.toybox import CALIBRATION
 from shared.recipe.catalog import recipe_files
+from shared.recipe.reads import paths_read
 from shared.recipe.resolve import load
 from shared.recipe.schema import Recipe, dump
 from shared.runner.base import Runner
@@ -28,8 +29,10 @@ from shared.runner.plan import Plan, plan
 from shared.toybox import reference_sets as album
 from shared.toybox.evaluators.convnet import WEIGHTS
 from shared.toybox.subjects import subjects as held_out
+from shared.toybox.weights import backbone_path
 from shared.train.device import pick_device
 
+_YAML = (".yaml", ".yml")
 #: The maximum number of subjects in a benchmark.
 MOST = 10_000
 #: Keys of a concept's recipe whose paths are removed when it is saved, so they are not compared.
@@ -60,12 +63,14 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
     Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
     """
     chosen = varied(named(recipes or list(recipe_files("image"))), settings.overrides, settings.grid)
-    contents = {  # a wrong setting raises an error now instead of failing the cell
-        name: dump(load(v.recipe, v.overrides)) for name, v in chosen.items()
-    }
+    resolved = {
+        name: load(v.recipe, v.overrides) for name, v in chosen.items()
+    }  # a wrong setting is an error now, not later
+    contents = {name: dump(recipe) for name, recipe in resolved.items()}
     if settings.control is not None and settings.control not in chosen:
         raise ValueError(unknown(settings.control, chosen, "control"))
     things = chosen_things(settings.split, settings.subjects)
+    check_place(settings.out, recipes, resolved.values())
     runner = kind(load_backbone("toybox", device=pick_device(settings.device)))
     experiment = Experiment(
         contents,
@@ -85,8 +90,17 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
     return benchmark(cell, experiment, settings.out, reporting, progress=say)
 
 
+def check_place(out: Path, recipes: Iterable[str], resolved: Iterable[Recipe], more: Iterable[Path] = ()) -> None:
+    """Raises ValueError, before a model is loaded, if a benchmark cannot be written to `out` or resumed there, or overlaps with
+    what it reads: recipe files, the files they name, the toybox's weights, and `more`."""
+    files = [expanded(recipe) for recipe in recipes if recipe.endswith(_YAML)]
+    check_benchmark(
+        out, [*files, *(path for recipe in resolved for path in paths_read(recipe)), backbone_path(), *more]
+    )
+
+
 def count_or_names(text: str) -> int | tuple[str, ...]:
-    """Parses "4", or "development-mug,development-duck". ValueError for anything else."""
+    """Parses "4", or "development-mug,development-duck". Raises ValueError for anything else."""
     names = tuple(name.strip() for name in text.split(","))
     if len(names) == 1 and names[0].lstrip("-").isdigit():
         if not 1 <= int(names[0]) <= MOST:
@@ -98,8 +112,8 @@ def count_or_names(text: str) -> int | tuple[str, ...]:
 
 
 def chosen_things(split: str, subjects: int | Sequence[str]) -> list[str]:
-    """Returns the first `subjects` held-out things of a split, or those with these names. ValueError for an unknown split or
-    name."""
+    """Returns the first `subjects` held-out things of a split, or those with these names. Raises ValueError for an unknown
+    split or name."""
     if split not in album.SPLITS:
         raise ValueError(unknown(split, album.SPLITS, "split"))
     names = [h.name for h in held_out(split)]
@@ -117,10 +131,10 @@ def say(*what: str) -> None:
 
 
 def named(recipes: Sequence[str]) -> dict[str, str]:
-    """Maps each name in the table (for a file, its stem) to its recipe. ValueError if two recipes have the same name."""
+    """Maps each name in the table (for a file, its stem) to its recipe. Raises ValueError if two recipes have the same name."""
     out: dict[str, str] = {}
     for recipe in recipes:
-        name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+        name = Path(recipe).stem if recipe.endswith(_YAML) else recipe
         if name in out:
             raise ValueError(
                 f"recipes: {out[name]} and {recipe} would both be called {name!r} in the table: rename one of the files"

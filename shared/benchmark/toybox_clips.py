@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.backbones import load_backbone
 from shared.benchmark.clip_table import ClipComparison, ClipGoal, clips
 from shared.benchmark.experiment import Experiment, benchmark
-from shared.benchmark.toybox import Things, evaluators, learned, named, say
+from shared.benchmark.toybox import Things, check_place, evaluators, learned, named, say
 from shared.concept import read
 from shared.config import unknown
 from shared.evaluation.clips.evaluate import KeptClips
@@ -60,11 +60,14 @@ def run(
     the same arguments stopped.
     """
     chosen = named(recipes or _of_motions(model))
-    contents = {name: dump(_load(recipe, settings.overrides, model)) for name, recipe in chosen.items()}
+    resolved = {name: _load(recipe, settings.overrides, model) for name, recipe in chosen.items()}
+    contents = {name: dump(recipe) for name, recipe in resolved.items()}
     things = _things(settings, model)
     subject = dump(load(things.recipe, things.overrides, things.modality, things.model)) if settings.subjects else None
     if settings.split not in album.SPLITS:
         raise ValueError(unknown(settings.split, album.SPLITS, "split"))
+    adapters = [path for path in (settings.motion_adapter,) if path is not None and path.exists()]
+    check_place(settings.out, [*chosen.values(), things.recipe], resolved.values(), adapters)
     device = pick_device(settings.device)
     how = {} if settings.motion_adapter is None else {"motion_adapter": settings.motion_adapter}
     runner = kind(kind.prepared(load_backbone("toybox", device=device), **how))
@@ -82,7 +85,8 @@ def run(
 
 
 def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
-    """Returns how things are learned: by a recipe for pictures, or else by one for clips. ValueError if it is neither."""
+    """Returns how things are learned: by a recipe for pictures, or else by one for clips. Raises ValueError if it is
+    neither."""
     recipe, overrides = settings.subject_recipe, settings.subject_overrides
     things = Things(settings.out, recipe, overrides)
     if not settings.subjects:

@@ -1,4 +1,4 @@
-"""Finds out which files in a folder pcs wrote, because a folder may be replaced only if it holds nothing else.
+"""Determines which files in a folder pcs wrote, because a folder may be replaced only if it holds nothing else.
 
 Concepts, reports, exports, checkpoints and benchmark cells list their files in their JSON; pictures are marked in their PNG
 text. Any other folder contains a list of its files: `atomic_folder` writes it at the end, and training adds each file to it
@@ -16,13 +16,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from shared.io.failures import writing
 from shared.io.temporary_names import is_temporary
 
 MARK = ".pcs-output"  # the hidden list of files
 _NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # our list, and the files that file managers leave behind
 _MAX_JSON = 64 * 1024 * 1024  # bytes
 _MADE = "pcs"  # the key in the PNG text of generated pictures
-_ALBUM = {"toybox-subject", "toybox-style"}  # the same keys for pictures of held-out objects
+_ALBUM = {"toybox-subject", "toybox-style"}  # the corresponding keys for pictures of held-out objects
 _CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
 _CHECKPOINT_FILES = {"state.json", *(f"{n}.safetensors" for n in ("learned", "optimizer", "best", "carried"))}
 
@@ -36,7 +37,7 @@ def foreign_files(folder: Path, most: int = 4) -> list[str]:
 
 
 def mark(folder: Path) -> None:
-    """Writes a list of a new folder's files into it, unless the files already show that pcs wrote them."""
+    """Writes a list of a new folder's files into the folder, unless the files already show that pcs wrote them."""
     if foreign_files(folder, 1):
         files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()]
         _write_mark(folder, [f for f in files if f != MARK])
@@ -56,6 +57,17 @@ def claim(folder: Path, file: str, made: bool = False) -> None:
     _write_mark(folder, [*_claimed(folder), file])
 
 
+def is_claimed(folder: Path, file: str) -> bool:
+    """Whether a file, relative to the folder, is in the folder's list; it need not exist."""
+    return file in _claimed(folder)
+
+
+def is_cell(path: Path) -> bool:
+    """Whether a file is the saved cell of a benchmark."""
+    content = _json(path)
+    return isinstance(content, dict) and _LISTS["cell.json"][0] <= content.keys()
+
+
 def _claimed(folder: Path) -> list[str]:
     content = _json(folder / MARK)
     return list(content["files"]) if isinstance(content, dict) and isinstance(content.get("files"), list) else []
@@ -63,8 +75,13 @@ def _claimed(folder: Path) -> list[str]:
 
 def _write_mark(folder: Path, files: list[str]) -> None:
     temporary = folder / f"{MARK}.{os.getpid()}"
-    temporary.write_text(json.dumps({"written by": "pcs", "files": files}, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / MARK)
+    with writing(folder / MARK):
+        try:
+            temporary.write_text(json.dumps({"written by": "pcs", "files": files}, indent=1), encoding="utf-8")
+            os.replace(temporary, folder / MARK)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def remove_written(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,15 +21,36 @@ PathLike = str | os.PathLike[str]
 def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
     """Returns the folder to write, as a path. Call this before work starts.
 
-    Raises ValueError if it is a file; if it exists and is not empty, unless `overwrite`; with `overwrite`, which replaces the
-    whole folder, if it holds a file that pcs did not write; if it contains the working or home folder; if it equals, contains
-    or is inside one of `inputs` (files and folders that are read); if a link in its path is broken; if another process is
-    writing it (`shared.io.locks`); or if it cannot be written.
+    Raises ValueError if it is a file; if it exists and is not empty and `overwrite` is not set; if `overwrite`, which replaces
+    the whole folder, is set and the folder holds a file that pcs did not write; if it contains the working or home folder; if
+    it equals, contains or is inside one of `inputs` (files and folders that are read); if a link in its path is broken; if
+    another process is writing it (`shared.io.locks`); or if it cannot be written.
     """
     path = _named(path)
     check_apart(path, inputs)
     if path.exists():
         _check_there(path, overwrite)
+    _writable(path)
+    hold(path)
+    return path
+
+
+def check_resumable(
+    path: PathLike, kind: str, is_ours: Callable[[Path], bool], inputs: Iterable[PathLike] = ()
+) -> Path:
+    """Returns the folder to write, as a path, for a command that continues what an earlier call left there. Call this before
+    work starts.
+
+    Raises ValueError as `check_output` does, except that a folder with files is accepted if `is_ours`; nothing in it will be
+    deleted. `kind`: what such a folder holds, for the message.
+    """
+    path = _named(path)
+    check_apart(path, inputs)
+    if path.exists() and not path.is_dir():
+        _check_there(path, False)
+    inside = sum(1 for _ in path.iterdir()) if path.exists() else 0
+    if inside and not is_ours(path):
+        raise ValueError(f"{path} already exists and holds {inside} file(s), but no {kind}: choose another output")
     _writable(path)
     hold(path)
     return path
@@ -115,8 +136,8 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
 
     With `overwrite`, the old folder stays until the new one is complete, and the two are exchanged atomically if the system
     supports it. If `path` is a link to a folder, the link stays and its target is written. Files get the modes that the umask
-    sets. Leftovers of killed processes next to `path` are removed. Raises ValueError as `check_output` does, both
-    before and after.
+    sets. Leftovers of killed processes next to `path` are removed. Raises ValueError as `check_output` does.
+    Whether the output may be replaced is checked again at the end.
     """
     named = check_output(path, overwrite, inputs)
     path = _place(named)
@@ -144,7 +165,7 @@ def _take_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    if exchanged(temporary, path):  # at every moment, a complete output exists
+    if exchanged(temporary, path):  # a complete output exists at every moment
         shutil.rmtree(temporary, ignore_errors=True)
         return
     old = replaced(path)
@@ -162,7 +183,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to; it replaces `path` at the end and is removed on an error.
 
     The folder must exist; the file gets the mode that the umask sets, whichever library wrote it. The temporary path has
-    another extension, so a library that chooses the format by it must be told.
+    another extension, so a library that infers the format from the extension must be told the format.
     `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
     named, path = path, Path(os.path.realpath(path))

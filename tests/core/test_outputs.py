@@ -21,7 +21,7 @@ from shared.io import outputs
 from shared.io.contact_sheets import write_picture
 from shared.io.find_pictures import list_pictures
 from shared.io.foreign_files import MARK, claim, foreign_files
-from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output, write_text
+from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output, check_resumable, write_text
 from shared.train import checkpoint
 from shared.train.log import Log
 
@@ -284,6 +284,30 @@ def test_the_list_of_files_is_not_reported_as_a_stray_file(tmp_path: Path) -> No
     with atomic_folder(tmp_path / "x") as folder:
         Image.new("RGB", (32, 32)).save(folder / "a.png")
     assert (tmp_path / "x" / MARK).is_file() and list_pictures(tmp_path / "x")[1] == []
+
+
+def test_a_folder_that_grows_must_be_empty_or_from_an_earlier_call(tmp_path: Path) -> None:
+    def check(name: str) -> Path:
+        return check_resumable(tmp_path / name, "album", lambda folder: (folder / "album.json").is_file())
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "album.json").write_text("{}")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "unplugged")
+    for name in ("new", "empty", "ours"):
+        assert check(name) == tmp_path / name
+    for name, why in (
+        ("photos", r"holds 1 file\(s\), but no album"),
+        ("photos/a.jpg", "is a file"),
+        ("gone", "leads nowhere"),
+        ("gone/x", "leads nowhere"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            check(name)
+    with pytest.raises(ValueError, match="lies inside"):
+        check_resumable(tmp_path / "ours" / "x", "album", lambda _: True, [tmp_path / "ours"])
 
 
 def test_check_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def tree(root: Path) -> dict[str, int]:
-    return {str(p.relative_to(root)): p.stat().st_size for p in sorted(root.rglob("*"))}
+    return {str(p.relative_to(root)): p.lstat().st_size for p in sorted(root.rglob("*"))}
 
 
 def refusing(pcs: Callable, root: Path) -> Callable[..., str]:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
+
+import pytest
+
+from shared.toybox.weights import backbone_path
+from tests.image.refusing import refusing
 
 SMALL = ("--subjects", "1", "--limit", "1", "--num", "1", "--set", "train.steps=2", "--set", "sampling.steps=2")
+
+
+@pytest.fixture
+def refused(pcs, tmp_path) -> Callable[..., str]:
+    return refusing(pcs, tmp_path)
 
 
 def test_recipes_are_compared_and_a_second_call_keeps_finished_cells(pcs, tmp_path):
@@ -70,3 +81,20 @@ def test_an_unknown_control_or_subject_is_refused(pcs, tmp_path):
     for wrong, named in ((("--control", "t_lroa"), "t_lora"), (("--subjects", "development-mgu"), "development-mug")):
         ran = pcs("image", "benchmark", "t_lora", *wrong, "--out", tmp_path / "table")
         assert ran.code == 2 and named in ran.err and not (tmp_path / "table").exists()
+
+
+def test_a_folder_that_is_not_a_benchmarks_is_refused_before_a_model_is_loaded(refused, painted, tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.benchmark.toybox.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
+    photos, recipe = painted(tmp_path / "photos"), tmp_path / "own" / "mine.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("base: textual_inversion\n")
+    (tmp_path / "gone").symlink_to(tmp_path / "unplugged")
+    (tmp_path / "file").write_text("mine")
+    for out, why in (
+        (photos, f"{photos} already exists and holds 3 file(s), but no benchmark: choose another output"),
+        (tmp_path / "gone", f"leads nowhere: {tmp_path / 'gone'} is a link to {tmp_path / 'unplugged'}"),
+        (tmp_path / "file", "already exists and is a file"),
+        (recipe.parent, f"holds {recipe}, which is an input"),
+        (backbone_path() / "table", f"lies inside {backbone_path()}, which is an input"),
+    ):
+        assert why in refused("image", "benchmark", recipe, *SMALL, "--out", out), out

@@ -31,7 +31,7 @@ SMALL = (
 
 
 def test_a_recipe_is_compared_with_itself_without_the_concept_and_failures_are_named(pcs, tmp_path: Path):
-    (tmp_path / "empty.yaml").write_text("base: hifa\nexport: {threshold: 1.0e9}\n")
+    (tmp_path / "empty.yaml").write_text("base: hifa\nexport: {threshold: 1.0e6}\n")
     out = tmp_path / "table"
     arguments = ("3d", "benchmark", tmp_path / "empty.yaml", "hifa", *SMALL, "--out", out)
     ran = pcs(*arguments)
@@ -118,10 +118,13 @@ def test_an_asset_is_made_again_only_if_it_would_differ(sd, tmp_path: Path):
     assert made(how(), {"adapter": "1"}) == first
     second = made(how(), {"adapter": "2"})  # the concept has changed
     assert second != first and made(how("field.resolution=10"), {"adapter": "2"}) != second
-    empty = how("train.steps=2", "export.threshold=1e9")
+    empty = how("train.steps=2", "export.threshold=1e6")
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert not out.exists(), "an asset made from other inputs is not reused"
+    third = (out / "asset.json").stat().st_mtime_ns
+    assert made(how("field.resolution=10"), {"adapter": "2"}) == third, (
+        "a failed run leaves the earlier asset as it was"
+    )
     log = tmp_path / "asset.training" / "log.jsonl"
     before = log.read_text()
     with pytest.raises(ValueError, match="empty"):
@@ -143,6 +146,11 @@ def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     ):
         ran = pcs("3d", "benchmark", recipe, *more, "--out", tmp_path / "t")
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), (recipe, more, ran.err)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
+    ran = pcs("3d", "benchmark", "hifa", "--out", tmp_path / "photos")
+    assert ran.code == 2 and "photos already exists and holds 1 file(s), but no benchmark" in ran.err
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["mine.jpg"]
 
 
 # --- the table ------------------------------------------------------------------------------

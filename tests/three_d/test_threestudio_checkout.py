@@ -63,6 +63,15 @@ def test_files_that_someone_changed_or_wrote_are_not_lost(checkout, pcs):
     assert ran.code == 2 and "not written by this program" in ran.err
 
 
+@pytest.mark.parametrize("name", ["custom/pcs", "custom/pcs/__init__.py"])
+def test_a_link_that_leads_nowhere_is_refused_and_its_target_is_not_made(checkout, pcs, tmp_path, name):
+    (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / name).symlink_to(tmp_path / "unplugged")
+    ran = pcs("3d", "threestudio", "install", checkout)
+    assert ran.code == 2 and f"leads nowhere: {checkout / name} is a link to {tmp_path / 'unplugged'}" in ran.err
+    assert not (checkout / "configs/pcs-dreamfusion.yaml").exists() and not (tmp_path / "unplugged").exists()
+
+
 @pytest.mark.parametrize("command", ["install", "doctor", "run"])
 def test_another_folder_is_refused(tmp_path, pcs, command):
     ran = pcs("3d", "threestudio", command, tmp_path)

@@ -82,6 +82,11 @@ def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     ):
         ran = pcs("video", "benchmark", "motion_director", *more, "--out", tmp_path / "t")
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
+    ran = pcs("video", "benchmark", "motion_director", "--out", tmp_path / "photos")
+    assert ran.code == 2 and "photos already exists and holds 1 file(s), but no benchmark" in ran.err
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["mine.jpg"]
 
 
 def test_cells_are_motions_with_subjects_or_motions_alone():

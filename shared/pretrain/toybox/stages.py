@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.motion_module import MotionTraining
 
+_FOLDERS = ("data", "run", "identity", "evaluators", "clips", "clip-latents", "training")  # written by stages
 T = TypeVar("T", "UnetTraining", "MotionTraining")
 
 #: Steps of a complete run, unless minutes are set. A stage that has done them is complete and returns immediately.
@@ -89,7 +90,13 @@ class Work:
 
 
 def run(stages: Sequence[str], work: Work) -> None:
-    """Runs the stages, in order. Each prints its result, and resumes where an earlier call stopped."""
+    """Runs the stages, in order. Each prints its result, and resumes where an earlier call stopped.
+
+    Raises ValueError if the folder cannot be written, or holds files but not those of an earlier call.
+    """
+    from shared.io.outputs import check_resumable
+
+    check_resumable(work.folder, "training", lambda folder: any((folder / name).is_dir() for name in _FOLDERS))
     for stage in STAGES:
         if stage in stages:
             print(f"{stage}: {_STAGES[stage](work)}", flush=True)
