@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from shared.commands import steering
+from shared.commands import numbers, steering
 from shared.commands.paths import PATH
 
 app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
@@ -60,13 +60,15 @@ def generate(
         [], help="a concept's strength schedule: my-mug=0@0,1@0.2 leaves my-mug out of the first fifth of the steps"
     ),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
-    invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),
+    invert_share: float = typer.Option(0.3, help=steering.SHARE, **numbers.SHARE),
     invert_prompt: str = typer.Option("", help=steering.PROMPT),
     keep: Path = typer.Option(None, help=steering.KEEP, **PATH),
     keep_mask: Path = typer.Option(None, help=steering.MASK, **PATH),
     boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
     negative: str = typer.Option("", help="negative prompt: what should not appear"),
-    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: the model's own"),
+    guidance: float = typer.Option(
+        None, help="classifier-free guidance scale; default: the model's own", **numbers.GUIDANCE
+    ),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps"),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
@@ -88,13 +90,11 @@ def generate(
     from shared.io.denoising_progress import named
     from shared.io.outputs import check_output
     from shared.runner.open_runner import check_precision, check_strengths, open_runner, parse_loras, read_by
-    from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
     loras = parse_loras(lora, token)
     steered = steering.Steering(invert, invert_share, invert_prompt, keep, keep_mask, boxes)
     check_output(out, overwrite, [*read_by(concept, backbone), *(asked.path for asked in loras), *steered.files])
-    check_guidance(guidance, "--guidance")
     hooks = (*check_strengths(strength), *steered.hooks())
     runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download, loras)
     settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, hooks=hooks)
@@ -128,7 +128,9 @@ def evaluate(
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the concept's recipe"),
-    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: as in the concept's recipe"),
+    guidance: float = typer.Option(
+        None, help="classifier-free guidance scale; default: as in the concept's recipe", **numbers.GUIDANCE
+    ),
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: as in the concept's recipe"),
     clip: Path = _CLIP,
     dino: Path = _DINO,
@@ -154,7 +156,6 @@ def evaluate(
         parse_loras,
         read_by,
     )
-    from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
     loras = parse_loras(lora, token, class_noun)
@@ -162,7 +163,6 @@ def evaluate(
     judged = loras[0].path if loras else parse_concept(concept[0])[0]
     read = [p for p in (references, gallery, clip, dino) if p is not None]
     check_output(out, overwrite, [*read_by(concept, backbone), judged, *read])
-    check_guidance(guidance, "--guidance")
     check_folders(clip, dino)
     runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download, loras)
     settings = EvaluationSettings(

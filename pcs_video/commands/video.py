@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from shared.commands import steering
+from shared.commands import numbers, steering
 from shared.commands.paths import PATH
 
 app = typer.Typer(help="Personalized clips.", no_args_is_help=True)
@@ -55,7 +55,7 @@ def generate(
     num: int = typer.Option(1, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; the others count up from it"),
     frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
-    fps: float = typer.Option(None, min=0.1, help=_FPS),
+    fps: float = typer.Option(None, help=_FPS, **numbers.FPS),
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if --out is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
     strength: list[str] = typer.Option(
@@ -65,14 +65,16 @@ def generate(
     prefix: Path = typer.Option(None, help="a clip that the new one begins with and continues", **PATH),
     prefix_frames: int = typer.Option(None, min=1, max=10_000, help="frames of --prefix to use; default: all"),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
-    invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),
+    invert_share: float = typer.Option(0.3, help=steering.SHARE, **numbers.SHARE),
     invert_prompt: str = typer.Option("", help=steering.PROMPT),
     keep: Path = typer.Option(None, help=steering.KEEP, **PATH),
     keep_mask: Path = typer.Option(None, help=steering.MASK, **PATH),
     boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
     pan: str = typer.Option("", help="RIGHT,DOWN: how far the camera moves, in fractions of width and height: 0.25,0"),
     negative: str = typer.Option("", help="negative prompt: what should not appear"),
-    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: the model's own"),
+    guidance: float = typer.Option(
+        None, help="classifier-free guidance scale; default: the model's own", **numbers.GUIDANCE
+    ),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps"),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
@@ -100,7 +102,6 @@ def generate(
         open_runner,
         read_by,
     )
-    from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
     steered = ClipSteering(
@@ -108,7 +109,6 @@ def generate(
     )
     files = ClipFiles(out, fps or 1.0, kind, sheet, overwrite)
     files.check(len(prompts) * num, [*read_by(concept, backbone), *steered.files])
-    check_guidance(guidance, "--guidance")
     hooks = (*check_strengths(strength), *steered.hooks())
     VideoRunner.check_frames(model_asked_for(backbone, concept), motion_adapter, frames)
     how = opening(motion_adapter, fps)
@@ -141,9 +141,11 @@ def evaluate(
     ),
     compensate_camera: bool = typer.Option(False, help="measure motion fidelity without the camera's own movement"),
     frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
-    fps: float = typer.Option(None, min=0.1, help=_FPS),
+    fps: float = typer.Option(None, help=_FPS, **numbers.FPS),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the motion's recipe"),
-    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: as in the motion's recipe"),
+    guidance: float = typer.Option(
+        None, help="classifier-free guidance scale; default: as in the motion's recipe", **numbers.GUIDANCE
+    ),
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: as in the motion's recipe"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
     width: int = typer.Option(None, min=1, max=8192, help="pixels"),
@@ -171,14 +173,12 @@ def evaluate(
         evaluate_clips_loaded,
     )
     from shared.runner.open_runner import check_precision, model_asked_for, open_runner, read_by
-    from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
     if not concept:
         raise ValueError("evaluate needs at least one --concept: a motion, a subject, or one of each")
     read = [p for p in (references, pictures, gallery, clip, dino) if p is not None]
     check_output(out, overwrite, [*read_by(concept, backbone), *read])
-    check_guidance(guidance, "--guidance")
     check_folders(clip, dino)
     load_clip_prompts(prompts)
     VideoRunner.check_frames(model_asked_for(backbone, concept), motion_adapter, frames)
@@ -206,7 +206,7 @@ def benchmark(
     split: str = typer.Option(
         "development", help="development (use it while tuning) or reporting (use it once, at the end)"
     ),
-    motions: int = typer.Option(6, min=1, max=10_000, help="how many of the split's motions"),
+    motions: int = typer.Option(6, min=1, max=10_000, help="how many of the split's motions to use"),
     subjects: int = typer.Option(
         4, min=0, max=10_000, help="how many of the split's subjects to show each motion on; 0: none"
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from shared.commands import numbers
 from shared.commands.paths import PATH
 
 app = typer.Typer(help="Inspect, export, merge and evaluate concepts.", no_args_is_help=True)
@@ -37,7 +38,9 @@ def export(
     path: Path = typer.Argument(help="a concept folder", **PATH),
     out: Path = typer.Option(help="folder for the export", **PATH),
     format: str = typer.Option("diffusers", help="file format: diffusers"),
-    strength: float = typer.Option(1.0, help="strength folded into the weights and the learned tokens"),
+    strength: float = typer.Option(
+        1.0, help="strength folded into the weights and the learned tokens", **numbers.STRENGTH
+    ),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
     download: bool = typer.Option(
         False, "--download", help="download files from the hub if they are not in the local cache"
@@ -175,7 +178,7 @@ def evaluate(
 
 
 def _lines(path: Path) -> list[str]:
-    """Returns the sentences in a text file, one per line. ValueError if there are none."""
+    """Returns the sentences in a text file, one per line. Raises ValueError if there are none."""
     try:
         sentences = [
             line.strip() for line in path.expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from shared.commands import numbers
 from shared.commands.paths import PATH
 from shared.pretrain.toybox import stages as pipeline
 
@@ -23,7 +24,9 @@ def train(
     work: Path = _WORK,
     pictures: int = typer.Option(112_000, min=64, max=10**9, help="number of pictures to render"),
     clips: int = typer.Option(6_000, min=10, max=10**9, help="number of clips to render, for the motion module"),
-    minutes: float = typer.Option(None, help="time limit for each training stage (default: its own number of steps)"),
+    minutes: float = typer.Option(
+        None, help="time limit for each training stage (default: its own number of steps)", **numbers.number(0, 1e6)
+    ),
     device: str = typer.Option("cpu", help="cpu or cuda"),
     threads: int = typer.Option(2, min=1, max=10**9, help="CPU threads"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
@@ -34,7 +37,7 @@ def train(
         max=10**9,
         help="unet: number of additional pictures to train on, with the learning rate falling to 0",
     ),
-    lr: float = typer.Option(None, min=0, help="unet, motion: peak learning rate"),
+    lr: float = typer.Option(None, help="unet, motion: peak learning rate", **numbers.number(0, 100)),
     batch: int = typer.Option(
         None, min=1, max=10**9, help="unet, motion: pictures or clips per step; use more on a GPU"
     ),
@@ -43,12 +46,14 @@ def train(
 ) -> None:
     """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes if interrupted."""
     from shared.config import unknown
+    from shared.io.locks import hold
     from shared.train.device import pick_device
 
     for name in stage or ():
         if name not in pipeline.STAGES:
             raise ValueError(unknown(name, pipeline.STAGES, "stage"))
     pick_device(device)  # before anything is written
+    hold(work)
     pace = pipeline.Pace(batch, lr, steps, compiled)
     given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, clips, more, pace)
     pipeline.run(stage or list(pipeline.STAGES), given)
@@ -58,7 +63,7 @@ def train(
 def evaluate(
     out: Path = typer.Option(None, help="also write the results to this JSON file", **PATH),
     pictures: int = typer.Option(256, min=8, max=10_000, help="number of captions to generate pictures for"),
-    guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
+    guidance: float = typer.Option(None, help="default: the guidance stated in the model card", **numbers.GUIDANCE),
     steps: int = typer.Option(25, min=1, max=10_000),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
@@ -78,7 +83,7 @@ def evaluate(
 def evaluate_clips(
     out: Path = typer.Option(None, help="also write the results to this JSON file", **PATH),
     clips: int = typer.Option(128, min=10, max=10_000, help="number of captions to generate clips for"),
-    guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
+    guidance: float = typer.Option(None, help="default: the guidance stated in the model card", **numbers.GUIDANCE),
     steps: int = typer.Option(25, min=1, max=10_000),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
@@ -111,7 +116,7 @@ def curve(
     pictures: int = typer.Option(
         64, min=8, max=10_000, help="number of captions to generate pictures for, with each snapshot"
     ),
-    guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
+    guidance: float = typer.Option(None, help="default: the guidance stated in the model card", **numbers.GUIDANCE),
 ) -> None:
     """Evaluate the snapshots of a training run, for the learning curve in the model card."""
     from shared.pretrain.toybox.evaluate_backbone import extend_curve
@@ -129,7 +134,9 @@ def sheet(
     rows: int = typer.Option(4, min=1, max=10_000),
     columns: int = typer.Option(8, min=1, max=10_000),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
-    guidance: float = typer.Option(None, help="for model; default: the guidance stated in the model card"),
+    guidance: float = typer.Option(
+        None, help="for model; default: the guidance stated in the model card", **numbers.GUIDANCE
+    ),
     prompt: list[str] = typer.Option([], help="for model: these prompts instead of random captions"),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from shared.concept.confusable import confusable
 from shared.concept.fitting import fits
 from shared.concept.layers_identity import layers_identity
 from shared.concept.shared_adapter import SharedAdapter, unshared
-from shared.config import Part, validate
+from shared.config import MOST_STRENGTH, Part, validate
 from shared.io.adapter_settings import MIN_RANK, OWN, SEED
 from shared.modifiers import Modifier, PlainText
 from shared.trainable.adapter import PeftAdapter, config_from_dict
@@ -34,13 +33,14 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
 
     Args:
         strength: how strongly the adapters and learned words act: 0 is off (words take their initial values), 1 is as learned
-        modifiers: the union of known modifiers; a package with additional ones passes its own
+        modifiers: the union type of all known modifiers; a package with more modifiers passes its own
 
     Raises:
         ValueError: if the model lacks layers that the concept changes or has them in other shapes (`fits` says which), if
-            some or all of the concept's tensors do not fit (the message says how many), if its name is taken, if the model
-            cannot tell its words from those of an attached concept, if the strength is not 1 but there is nothing to scale,
-            or if it shares its adapters with a concept attached at another strength. The backbone is then left unchanged.
+            some or all of the concept's tensors do not fit (the message says how many), if the concept's name is taken, if the
+            model cannot tell its words from those of an attached concept, if the strength is not 1 but there is nothing to
+            scale, or if it shares its adapters with a concept attached at another strength. The backbone is then left
+            unchanged.
 
     Warns:
         UserWarning: if the concept was learned on a checkpoint with different weights
@@ -50,8 +50,8 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
         raise ValueError(
             f"a concept named {name!r} is already attached: remove it first, or save this one under another name"
         )
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength of {name!r} must be a finite number, not {strength}")
+    if not abs(strength) <= MOST_STRENGTH:
+        raise ValueError(f"the strength of {name!r} must be from -{MOST_STRENGTH} to {MOST_STRENGTH}, not {strength}")
     _check_fit(concept, backbone)
     twin = _twin(concept, backbone, strength)
     try:
@@ -62,7 +62,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
             _attach_adapters(concept, backbone)
         backbone.keep_attending(name, *(e for part in concept.meta.attention.values() for e in part.edits(backbone)))
         if strength != 1 or name in backbone.adapters:
-            backbone.set_strength(name, strength)  # lasting, unlike `active`
+            backbone.set_strength(name, strength)  # persists, unlike `active`
     except BaseException:
         if name in backbone.placeholders or name in backbone.adapters:
             backbone.remove(name)

@@ -13,7 +13,7 @@ from shared.concept import Concept, load_backbone_of, read
 from shared.concept.lora_import import import_lora
 from shared.concept.lora_tensors import find_file
 from shared.concept.open_backbone import known_model, where_learned
-from shared.config import expanded
+from shared.config import MOST_STRENGTH, expanded
 from shared.runner.base import Runner
 from shared.sampling.hooks import StrengthSchedule
 from shared.train.device import pick_device
@@ -31,7 +31,7 @@ class AskedLora:
 
 
 def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "") -> list[AskedLora]:
-    """Parses `FILE` or `FILE:STRENGTH` options with their tokens. ValueError when the counts differ or a file does not
+    """Parses `FILE` or `FILE:STRENGTH` options with their tokens. Raises ValueError when the counts differ or a file does not
     exist."""
     if tokens and len(tokens) != len(loras):
         raise ValueError(
@@ -61,15 +61,18 @@ def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references
 
 
 def parse_concept(text: str, option: str = "--concept") -> tuple[Path, float]:
-    """Parses `PATH` or `PATH:STRENGTH`. ValueError when the strength is not a number."""
+    """Parses `PATH` or `PATH:STRENGTH`. Raises ValueError when the strength is not a number, or out of range."""
     path, sep, strength = text.rpartition(":")
     if sep and not expanded(text).exists():
         try:
-            return expanded(path), float(strength)
+            value = float(strength)
         except ValueError:
             raise ValueError(
                 f"{option} {text!r}: {strength!r} is not a strength; write PATH:0.8, for example"
             ) from None
+        if not abs(value) <= MOST_STRENGTH:
+            raise ValueError(f"{option} {text!r}: the strength must be from -{MOST_STRENGTH} to {MOST_STRENGTH}")
+        return expanded(path), value
     return expanded(text), 1.0
 
 
@@ -108,7 +111,7 @@ def open_runner(
 
 def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
     """Raises ValueError, naming concepts and families, if no model of this runner reads all these concepts. No model is loaded
-    for this; families of other packages are only compared with the model once it is."""
+    for this; families of other packages are compared with the model after it is loaded."""
     known = frozenset[str]().union(*kind.families, *Runner.families)
     families = {c.meta.name: c.meta.backbone.family for c in concepts if c.meta.backbone.family in known}
     for name, family in families.items():
@@ -145,7 +148,7 @@ def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
 
 
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
-    """Parses strengths by step with `StrengthSchedule.parse`; ValueError names the option."""
+    """Parses strengths by step with `StrengthSchedule.parse`. Raises ValueError, naming the option, if one is invalid."""
     try:
         changes = [StrengthSchedule.parse(text) for text in texts]
     except ValueError as error:
@@ -160,7 +163,7 @@ def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
 
 
 def check_precision(precision: str) -> str:
-    """Returns `precision` if it is "auto", "no", "bf16" or "fp16"; ValueError otherwise."""
+    """Returns `precision` if it is "auto", "no", "bf16" or "fp16"; raises ValueError otherwise."""
     if precision not in ("auto", *DTYPES):
         raise ValueError(f"--precision {precision!r}: choose auto, no, bf16 or fp16")
     return precision

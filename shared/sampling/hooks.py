@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part, validate
+from shared.config import MOST_STRENGTH, Part, validate
 
 if TYPE_CHECKING:
     from shared.sampling.settings import SamplingSettings
@@ -49,8 +48,8 @@ class DenoisingStep:
         return float(alpha / self.scale), float(sigma / self.scale)
 
     def noised(self, x0: Tensor) -> Tensor:
-        """Noises clean latents [B or 1, C, (f), h, w] to this step's level with the initial noise, in the scheduler's units:
-        [B, C, (f), h, w]."""
+        """Adds the initial noise to clean latents [B or 1, C, (f), h, w] at this step's level; returns [B, C, (f), h, w] in the
+        scheduler's units."""
         return self.backbone.add_noise(x0.expand_as(self.noise), self.noise, self.t) / self.scale
 
 
@@ -59,8 +58,8 @@ class SamplingHook(Protocol):
     """Acts between denoising steps. The base class `SamplingHookBase` implements every method as a no-op."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """Returns the hook for one call of the sampler: itself, or a copy that has read its files. ValueError if they do not
-        fit the sampled size."""
+        """Returns the hook for one call of the sampler: itself, or a copy that has read its files. Raises ValueError if they do
+        not fit the sampled size."""
         ...
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
@@ -121,12 +120,13 @@ class SamplingHookBase(Part):
 
 
 def check_points(text: str) -> str:
-    """Returns `text` if it is a valid strength schedule without a name ("0@0,1@0.2", or ""). ValueError otherwise."""
+    """Returns `text` if it is a valid strength schedule without a name ("0@0,1@0.2", or ""). Raises ValueError otherwise."""
     try:
         StrengthSchedule.parse(f"concept={text or '1@0'}")
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a strength schedule; write STRENGTH@FRACTION,… with fractions of the steps in [0, 1]: 0@0,1@0.2"
+            f"{text!r} is not a strength schedule; write STRENGTH@FRACTION,…, with strengths from -{MOST_STRENGTH} to "
+            f"{MOST_STRENGTH} at fractions of the steps in [0, 1]: 0@0,1@0.2"
         ) from None
     return text
 
@@ -146,7 +146,9 @@ class StrengthSchedule(SamplingHookBase):
     @classmethod
     def _fractions(cls, value: Mapping[str, Mapping[float, float]]) -> Mapping[str, Mapping[float, float]]:
         for name, points in value.items():
-            if not points or any(not 0 <= f <= 1 or not math.isfinite(s) for f, s in points.items()):
+            if any(not abs(s) <= MOST_STRENGTH for s in points.values()):
+                raise ValueError(f"{name}: strengths must be from -{MOST_STRENGTH} to {MOST_STRENGTH}")
+            if not points or any(not 0 <= f <= 1 for f in points):
                 raise ValueError(
                     f"{name}: give strengths at fractions of the steps in [0, 1], such as {{0: 0, 0.2: 1}}"
                 )
@@ -156,7 +158,7 @@ class StrengthSchedule(SamplingHookBase):
     def parse(cls, text: str) -> StrengthSchedule:
         """Parses `my-mug=0@0,1@0.2`: strength 0 from the first step, 1 after a fifth of the steps.
 
-        ValueError for any other format, or a fraction that is outside [0, 1] or repeated.
+        Raises ValueError for any other format, or a fraction that is outside [0, 1] or repeated.
         """
         name, _, points = text.partition("=")
         try:

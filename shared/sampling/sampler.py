@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
+from shared.config import MOST_GUIDANCE
 from shared.io.denoising_progress import Steps, part_of
 from shared.sampling.hooks import DenoisingStep
 from shared.sampling.hooks_in_turn import InTurn
@@ -25,6 +26,7 @@ from shared.trainable.merged_forward import merged_layers
 from shared.types import Conditioning
 
 DECODE_PIXELS = 2**18  # decoded together: one 512x512 picture, because the autoencoder has the largest activations
+MOST_CELLS = 2**20  # of latents: 8192x8192 pixels of Stable Diffusion
 SAMPLE_PIXELS = 2**20  # denoised together: four 512x512 pictures, or one of 1024x1024
 
 
@@ -117,9 +119,19 @@ def images_per_batch(pixels: int, limit: int, most: int = 8) -> int:
 
 
 def check_guidance(guidance: float | None, where: str = "guidance") -> None:
-    """Raises ValueError unless the guidance is finite."""
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"{where} = {guidance}: give a number, such as 7.5 (1 means no guidance)")
+    """Raises ValueError for a guidance that would overflow."""
+    if guidance is not None and not abs(guidance) <= MOST_GUIDANCE:
+        most = MOST_GUIDANCE
+        raise ValueError(
+            f"{where} = {guidance}: give a number from -{most} to {most}, such as 7.5 (1 means no guidance)"
+        )
+
+
+def _check_cells(shape: Sequence[int], pixels: Sequence[int]) -> None:
+    """Raises ValueError for a size that no memory holds, before a library's allocation fails in the middle of a run."""
+    if math.prod(shape[1:]) > MOST_CELLS:
+        needs = f"{'x'.join(map(str, pixels))} pixels need latents of {'x'.join(map(str, shape[1:]))}"
+        raise ValueError(f"{needs}: at most {MOST_CELLS:,} cells; choose a smaller height and width, or fewer frames")
 
 
 @torch.no_grad()
@@ -138,6 +150,7 @@ def denoise(
     guided, hooks = backbone.needs_negative(guidance), InTurn(settings.hooks).ready(backbone, settings)
     *frames, height, width = output_size(backbone, settings)
     shape = backbone.latent_shape(height, width, *frames)
+    _check_cells(shape, (*frames, height, width))
     solver = _solver(backbone, settings, steps, shape)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     conditionings = _ConditioningCache(backbone, negatives if guided else None)
@@ -162,13 +175,13 @@ def denoise(
         clean = backbone.to_x0(prediction, scaled, told)
         latents = hooks.after(step, solver.step(prediction, t, latents, **options, return_dict=False)[0])
         if jumps and hasattr(solver, "counter"):
-            solver.counter = 2  # PNDM's second call would repeat its first time, which has passed
+            solver.counter = 2  # PNDM's second call would repeat the time of the first, which has passed
         yield Denoised(i, len(times), t, latents)
 
 
 def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple[Tensor, Tensor]:
     """Returns the remaining times [n], and the latents [B, C, (f), h, w] at the first of them, in the scheduler's units.
-    ValueError for a start of the wrong shape, or one that leaves no steps."""
+    Raises ValueError for a start of the wrong shape, or one that leaves no steps."""
     if start is None:
         return solver.timesteps, noise * getattr(solver, "init_noise_sigma", 1.0)
     if start.latents.shape != noise.shape:

@@ -44,7 +44,7 @@ def refused(toybox, tmp_path: Path) -> Callable[..., str]:
     return call
 
 
-def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path) -> None:
+def test_a_sheet_does_not_replace_a_file_by_default(toybox, refused, tmp_path: Path) -> None:
     keep = tmp_path / "keep.png"
     keep.write_text("mine")
     assert "keep.png already exists" in refused("sheet", keep, "--rows", 1)
@@ -55,13 +55,37 @@ def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path
     assert "its name must end in .png" in refused("sheet", tmp_path / "sheet.txt")
 
 
-def test_what_only_the_model_heeds_is_refused_elsewhere(refused, tmp_path: Path) -> None:
+def test_options_that_only_the_model_uses_are_refused_elsewhere(refused, tmp_path: Path) -> None:
     for source in ("world", "vae"):
         message = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
         assert f"--prompt and --guidance with --source {source}: only supported with --source model" in message
 
 
-def test_guidance_zero_is_heeded(toybox, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sheet", "a.png", "--rows", 10_000, "--columns", 10_000), "--rows 10000 --columns 10000: 100,000,000 pictures"),
+        (("motions", "a.png", "--rows", 10_000), "--rows 10000 --columns 8: "),
+        (("sheet", "a.png", "--source", "model", "--guidance", "1e300"), "1e300 is not a number from -1000 to 1000"),
+        (("evaluate", "--guidance", "nan"), "nan is not a number from -1000 to 1000"),
+        (("evaluate-clips", "--guidance", "inf"), "inf is not a number from -1000 to 1000"),
+        (("curve", "--guidance", "1e300"), "1e300 is not a number from -1000 to 1000"),
+        (("train", "unet", "--lr", "1e300"), "1e300 is not a number from 0 to 100"),
+        (("train", "unet", "--lr", "nan"), "nan is not a number from 0 to 100"),
+        (("train", "unet", "--minutes", "nan"), "nan is not a number from 0 to 1e+06"),
+        (("train", "unet", "--minutes", "-1"), "-1 is not a number from 0"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_before_any_work(
+    toybox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, error = toybox(*arguments)
+    assert (code, out) == (2, "") and message in " ".join(error.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_guidance_zero_has_an_effect(toybox, tmp_path: Path) -> None:
     sheet = ("--source", "model", "--rows", 1, "--columns", 1, "--prompt", "a photo of a red duck on the beach")
     for name, guidance in (("stated", ()), ("none", ("--guidance", 0))):
         assert toybox("sheet", tmp_path / f"{name}.png", *sheet, *guidance)[0] == 0
@@ -69,7 +93,7 @@ def test_guidance_zero_is_heeded(toybox, tmp_path: Path) -> None:
     assert np.abs(stated - none).mean() > 1
 
 
-def test_a_backbone_that_is_none_is_refused(refused, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_backbone_is_refused(refused, tmp_path: Path) -> None:
     evaluate = ("evaluate", "--out", tmp_path / "figures.json", "--backbone")
     assert f"--backbone '{tmp_path}/nope' is not a diffusers folder" in refused(*evaluate, tmp_path / "nope")
     (tmp_path / "model").mkdir()
@@ -83,13 +107,22 @@ def test_a_backbone_that_is_none_is_refused(refused, tmp_path: Path) -> None:
     assert "dpm++" in refused("evaluate", "--scheduler", "dpmpp")
 
 
+def test_training_writes_only_into_its_own_folder(refused, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "unplugged")
+    train = ("train", "data", "--pictures", 64, "--work")
+    assert f"{tmp_path / 'gone'} is a link to {tmp_path / 'unplugged'}" in refused(*train, tmp_path / "gone")
+    assert "photos already exists and holds 1 file(s), but no training" in refused(*train, tmp_path / "photos")
+
+
 def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:
     for device in ("gpu", "tpu7", "cuda:99"):
         message = refused("train", "vae", "--work", tmp_path / "work", "--device", device)
         assert f"--device '{device}' cannot be used here" in message and "Available: cpu" in message
 
 
-def test_the_list_names_things_faces_and_styles(toybox, refused) -> None:
+def test_the_list_contains_things_faces_and_styles(toybox, refused) -> None:
     listed = [line.split()[0] for line in toybox("subjects")[1].splitlines()]
     for split in ("development", "reporting"):
         held = {h.name for h in (*subjects.subjects(split), *subjects.faces(split))}
@@ -102,7 +135,7 @@ def test_the_list_names_things_faces_and_styles(toybox, refused) -> None:
 
 
 @pytest.mark.parametrize("name", list(subjects.style_names()))
-def test_a_style_is_shown_on_other_things_each_time(name: str) -> None:
+def test_a_style_is_shown_on_different_things_in_each_picture(name: str) -> None:
     scenes = subjects.style_scenes(name, 8, 3)
     assert scenes == subjects.style_scenes(name, 8, 3) != subjects.style_scenes(name, 8, 4)
     assert {s.style for s in scenes} == {subjects.style_names()[name]}
@@ -129,7 +162,7 @@ def test_a_style_becomes_a_folder_to_learn_from(toybox, refused, tmp_path: Path)
     assert sorted(p.name for p in out.iterdir()) == ["00.png", "00.txt", "01.png", "01.txt"]
 
 
-def test_what_a_style_is_shown_on_can_be_seen_in_training() -> None:
+def test_a_style_is_shown_only_on_things_that_occur_in_training() -> None:
     train = {world.identity_of(seed) for seed in world.SEEDS["train"]}
     for name in subjects.style_names():
         things = [t for s in subjects.style_scenes(name, 26, 0) for t in s.things]

@@ -1,0 +1,27 @@
+"""The settings of options that are numbers: `typer.Option(None, **GUIDANCE)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+
+def number(low: float, high: float) -> dict[str, Any]:
+    """A number from `low` to `high`. Unlike with typer's own `min` and `max`, NaN is refused as well."""
+
+    def parsed(text: Any) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a number") from None
+        if not low <= value <= high:
+            raise typer.BadParameter(f"{text} is not a number from {low:g} to {high:g}")
+        return value
+
+    return {"parser": parsed, "metavar": f"NUMBER [{low:g}<=x<={high:g}]"}
+
+
+#: The limits of recipes (`shared.config`) and of files of clips, which are checked again where the numbers are used.
+GUIDANCE, STRENGTH, FPS = number(-1000, 1000), number(-100, 100), number(0.1, 1000)
+SHARE = number(0, 1)
