@@ -29,12 +29,12 @@ from shared.train import checkpoint
 from shared.train.log import check_log
 from shared.types import Subject
 
-#: (field, folder, settings): writes a field's mesh into a folder and describes it.
+#: (field, folder, settings) -> a description of the mesh that it writes into the folder.
 Export = Callable[[Any, Path, Any], Exported]
 ABOUT = "asset.json"
 _SIDES, _SECONDS = 8, 3.0
-_REFERENCES, _REFERENCE = 8, 96  # pictures of a subject on the page, and their side in pixels
-_TURN_FRAMES, _TURN_SIDE = 24, 128  # of the turntable on a page
+_REFERENCES, _REFERENCE = 8, 96  # number of a subject's pictures on the page, and their side in pixels
+_TURN_FRAMES, _TURN_SIDE = 24, 128  # number of frames of the turntable on a page, and their side in pixels
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from shared.config import Part
+from shared.config import Part, Real
 
 
 class Backgrounds(Part):
@@ -18,7 +18,7 @@ class Backgrounds(Part):
     colour, the field would grow a wall of that colour around the object.
     """
 
-    colors: Annotated[tuple[tuple[float, float, float], ...], Field(min_length=1)] = ((1.0, 1.0, 1.0),)
+    colors: Annotated[tuple[tuple[Real, Real, Real], ...], Field(min_length=1)] = ((1.0, 1.0, 1.0),)
     random: Annotated[float, Field(ge=0, le=1)] = 0.5
     same: bool = False  # one colour for all views of a step
 

@@ -43,7 +43,8 @@ class Framing:
 class Estimate:
     """For each of N pictures: its crop to the object, and the camera of the cropped picture.
 
-    centre: [N, 2], x right and y down, in [-1, 1] across the picture; size: [N], the crop's side relative to the picture's;
+    centre: [N, 2], x right and y down, in [-1, 1] across the picture
+    size: [N], the crop's side relative to the picture's
     agreement: [N] in [0, 1], how well the picture matches what its camera sees, or None
     """
 
@@ -163,7 +164,7 @@ class _Seen:
 def _best(
     seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor, allowed: Tensor | bool = True
 ) -> _Found:
-    """The best match for a picture [3, H, H] and its mask among the allowed ones of B renders."""
+    """The best match for a picture [3, H, H] and its mask among those of B renders that are allowed."""
     count, side = len(directions), seen.pixels.shape[-1]
     size = box[2] / seen.boxes[:, 2].clamp_min(1e-3)
     centre = box[:2] - size[:, None] * seen.boxes[:, :2]

@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, model_validator
 from torch import Generator, Tensor
 
 from pcs_3d.cameras import Cameras, wrapped_deg
 from pcs_3d.schedules import Moment, Schedule
-from shared.config import Part
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from shared.config import BatchSize, NotNegative, Part, Real
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -22,7 +19,7 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-Range = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
+Range = Annotated[tuple[Real, Real], AfterValidator(_ordered)]
 
 
 class CameraSampling(Part):
@@ -34,23 +31,23 @@ class CameraSampling(Part):
     the rings are stratified, not the views within a ring.
     """
 
-    azimuth_deg: Range = (-180.0, 180.0)
-    elevation_deg: Range = (-10.0, 60.0)
-    fov_deg: Range = (24.53, 24.53)
+    azimuth_deg: Range = (-180.0, 180.0)  # 0: the front
+    elevation_deg: Range = (-10.0, 60.0)  # 0: level; 90: from above
+    fov_deg: Range = (24.53, 24.53)  # vertical field of view
     fill: Range = (0.75, 0.95)  # how much of the view's side an object of radius 1 covers; determines the distance
     distance: Range | None = None  # in radii; overrides `fill`
     roll_deg: NotNegative = 0.0  # standard deviation
     look_at: NotNegative = 0.0  # standard deviation of the point looked at, in radii
-    jitter: NotNegative = 0.0  # shift of the camera's position: uniform in ± this, in radii
+    jitter: NotNegative = 0.0  # shift of the camera's position: uniform in ± this value, in radii
     grown: Schedule = 1.0
-    ring: Annotated[int, Field(ge=1)] = 1
+    ring: BatchSize = 1
 
     @model_validator(mode="after")
     def _sees(self) -> CameraSampling:
         if not 0 < self.fov_deg[0] <= self.fov_deg[1] < 180:
             raise ValueError(f"fov_deg = {list(self.fov_deg)} must be between 0 and 180")
         if not -90 <= self.elevation_deg[0] <= self.elevation_deg[1] <= 90:
-            raise ValueError(f"elevation_deg = {list(self.elevation_deg)} must be in -90 to 90")
+            raise ValueError(f"elevation_deg = {list(self.elevation_deg)} must be between -90 and 90")
         if self.fill[0] <= 0 or (self.distance is not None and self.distance[0] <= 0):
             raise ValueError("fill and distance must be above 0")
         return self

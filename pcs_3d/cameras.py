@@ -38,7 +38,7 @@ class Cameras:
         roll_deg: Tensor | float = 0.0,
         centre: Tensor | None = None,
     ) -> Cameras:
-        """Cameras from azimuths; a single number applies to all. Raises ValueError as `check` does."""
+        """Cameras with these azimuths; a single number elsewhere applies to all. Raises ValueError as `check` does."""
         azimuth = torch.as_tensor(azimuth_deg, dtype=torch.float32).reshape(-1)
 
         def each(value: Tensor | list[float] | float) -> Tensor:

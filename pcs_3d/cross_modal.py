@@ -32,8 +32,8 @@ from shared.types import Subject
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown recipe, one that needs more than a prompt and a concept or learns the subject itself, a
-    model or concept that does not fit, or a missing package that assets need."""
+    """Raises ValueError for an unknown recipe, for one that learns the subject itself or needs more than a prompt and a
+    concept, for a model or concept that does not fit, and for a missing package that assets need."""
     check_installed()
     recipe = _recipe(asked, f"<{asked.name}>")
     check_uses_concept(asked.asset_recipe, recipe)

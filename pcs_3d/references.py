@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pcs_3d.cameras import FOV_DEG, Cameras, look_at_distance
 from pcs_3d.regularize.base import Pictures
 from pcs_3d.regularize.reference import border_color
-from shared.config import KindPart, default_kind, unknown
+from shared.config import KindPart, Real, default_kind, unknown
 from shared.io.decode import read_picture
 from shared.runner.judging import reference_masks, references
 from shared.sources.phase_pictures import read_kept
@@ -24,13 +24,14 @@ from shared.types import Subject
 class References(KindPart):
     """The cameras of the subject's pictures, in the order of their file names. Azimuth 0 shows the front, 90 the object's left.
 
-    elevation_deg: one for all pictures, or one for each; fill: how much of a picture's side an object of radius 1 covers.
+    elevation_deg: one for all pictures, or one for each.
+    fill: how much of a picture's side an object of radius 1 covers.
     """
 
     kind: Literal["subject"] = "subject"
-    azimuth_deg: Annotated[tuple[float, ...], Field(min_length=1)]
-    elevation_deg: float | tuple[float, ...] = 15.0
-    fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG
+    azimuth_deg: Annotated[tuple[Real, ...], Field(min_length=1)]  # one for each picture
+    elevation_deg: Real | tuple[Real, ...] = 15.0
+    fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG  # vertical field of view of the pictures
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
 
     def cameras(self) -> Cameras:
@@ -71,8 +72,8 @@ class PhaseViews(KindPart):
     (`task.kind=pseudo_views`), or the subject's pictures, whose cameras and masks it found (`task.kind=reference_cameras`).
     A phase that is named twice counts twice.
 
-    foreground: for views without masks, a pixel counts as the object if a channel differs from the colour of the view's border
-    by more than this value, in [0, 1]; suits prompts with a plain background. null: no masks.
+    foreground: in views without masks, a pixel counts as the object if a channel differs from the colour of the view's border
+    by more than this value, in [0, 1]. This suits prompts with a plain background. null: no masks.
     """
 
     kind: Literal["phase"] = "phase"

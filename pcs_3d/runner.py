@@ -39,7 +39,7 @@ class Asset:
     """A finished field and its provenance. costs: time and memory (`TrainingRun.costs`)."""
 
     field: Field
-    recipe: DistillRecipe  # of the phase that finished it
+    recipe: DistillRecipe  # the recipe of the phase that finished it
     costs: Mapping[str, Any]
     decode: Callable[[Tensor], Tensor]  # latents to pixels in [0, 1], for fields of latents
     side: int  # pixels, or latent cells, of the training views
@@ -87,6 +87,7 @@ class Runner3D(Runner):
             workdir,
             progress,
             preview=current.preview(self._preview(subjects, recipe, {}, progress)),
+            scored=False,
             tensorboard=tensorboard,
             tasks={**self.tasks, DistillTask: current.build},
         )
@@ -133,7 +134,7 @@ class Runner3D(Runner):
         cameras."""
         check_fields(recipe)
         phases = list(expand_phases(recipe))
-        views: dict[str, bool] = {}  # phases that give pictures with cameras -> whether they also give masks
+        views: dict[str, bool] = {}  # phases that provide pictures with cameras -> whether they also provide masks
         # If no phase learns the subject, its pictures serve only for comparison, and prompts refer to a loaded concept.
         learned = list(subjects) if learns_subjects(recipe) else []
         for name, phase in phases:

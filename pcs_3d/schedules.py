@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
-Number = int | float
+from shared.config import MOST_STEPS
+
+#: Values, and times in steps.
+Number = Annotated[int, Field(ge=-MOST_STEPS, le=MOST_STEPS)] | Annotated[float, Field(ge=-MOST_STEPS, le=MOST_STEPS)]
 
 
 def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]:
@@ -28,8 +31,8 @@ def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]
     return schedule
 
 
-#: One number throughout; or `[from, a, b, to]`: a until `from`, b after `to`, linear between them; more pairs `c, then`
-#: continue in the same way. Times are steps if they are integers, and shares of the run if they have a decimal point:
+#: Either one number throughout, or `[from, a, b, to]`: a until `from`, b after `to`, linear in between. Further pairs
+#: `c, then` continue in the same way. Times are steps if they are integers, and shares of the run if they have a decimal point:
 #: `[0.0, 0.98, 0.5, 0.5]` falls over the first half.
 Schedule = Annotated[Number | tuple[Number, ...], AfterValidator(_check)]
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Generator, Tensor
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.renderers.rendering import Shading
 from pcs_3d.schedules import Moment, Schedule
-from shared.config import Part
+from shared.config import NotNegative, Part
 
 
 class Shadings(Part):
     """Probabilities of the shadings in a step: Lambertian, Lambertian without colours (textureless), or unlit (ambient;
     DreamFusion, section 3.2). The light is near the camera."""
 
-    lambertian: Schedule = 0.0
-    textureless: Schedule = 0.0
+    lambertian: Schedule = 0.0  # share of steps with coloured shading
+    textureless: Schedule = 0.0  # share of steps with grey shading, which shows only the shape
     ambient: Schedule = 1.0  # only the proportions of the three matter: they are normalised to probabilities
-    spread: Annotated[float, Field(ge=0)] = 1.0  # std of the light's position around the camera, in radii
+    spread: NotNegative = 1.0  # standard deviation of the light's position around the camera, in radii
 
     def draw(self, cameras: Cameras, moment: Moment, generator: Generator) -> tuple[Shading, Tensor]:
         """Draws one shading for all views, and a light [B, 3] for each. Raises ValueError if all proportions are 0 or one is

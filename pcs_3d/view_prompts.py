@@ -27,10 +27,10 @@ class ViewWords(Part):
     there is no name; `end` always puts them at the end. In a prompt with `{view}`, they replace it.
     """
 
-    front: str = "front view"
-    side: str = "side view"
-    back: str = "back view"
-    overhead: str = "overhead view"
+    front: str = "front view"  # words for this direction
+    side: str = "side view"  # words for this direction
+    back: str = "back view"  # words for this direction
+    overhead: str = "overhead view"  # words for this direction
     place: Literal["noun", "end"] = "noun"
     front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 0
     back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 180
@@ -97,8 +97,11 @@ class ViewWords(Part):
 
 @dataclass(frozen=True)
 class Views:
-    """B views of one step: their cameras, and whether each one's prompt leaves out the subject's name. `blind`: the model does
-    not get the cameras. `regions`: the share of each cell that a region covers, [B, 1, h, w] in [0, 1], by name."""
+    """B views of one step: their cameras, and whether each one's prompt leaves out the subject's name.
+
+    blind: the model does not get the cameras.
+    regions: name -> the share of each cell that the region covers, [B, 1, h, w] in [0, 1].
+    """
 
     cameras: Cameras
     nameless: tuple[bool, ...]
@@ -117,8 +120,8 @@ Mix = tuple[tuple[float, str], ...]
 class ScenePrompts:
     """All prompts for one asset. Texts refer to concepts as `<name>`.
 
-    class_nouns: concept -> its class, for views that leave the name out. by_direction: prompts that differ in more than
-    the words for the view
+    class_nouns: concept -> its class, for views that leave the name out.
+    by_direction: prompts that differ in more than the words for the view.
     """
 
     prompt: str

@@ -28,7 +28,7 @@ class ClipFiles:
     path: Path
     fps: float = 8.0
     kind: str = "mp4"  # format of the files in a folder: a key of `ENDINGS`
-    with_sheet: bool = False  # True: also write a sheet with a row of frames for each clip
+    with_sheet: bool = False  # whether a sheet is also written, with a row of frames for each clip
     overwrite: bool = False
 
     @property

@@ -39,7 +39,7 @@ def follows(hooks: Sequence[SamplingHook]) -> bool:
 
 def hooks_of_motions(painter: Painter, settings: SamplingSettings) -> list[HookOfMotion]:
     """Returns what loaded motions add to the settings: their trajectories, scaled by their strengths, and their noise priors,
-    from the first of their clips. What the settings already give for a concept takes precedence.
+    from the first of their clips. What the settings already contain for a concept takes precedence.
 
     Warns if that clip is not found or too short. Raises ValueError for strengths by step of a concept that consists of a
     trajectory alone.
@@ -99,7 +99,7 @@ def _first_clip(loaded: Loaded, frames: int) -> tuple[Path | None, str]:
 def hooks_for_prompt(
     painter: Painter, prompt: str, hooks: Sequence[HookOfMotion], base: bool
 ) -> tuple[HookOfMotion, ...]:
-    """Returns the hooks for one prompt: those of loaded motions that it does not name rest; if `base`, all do.
+    """Returns the hooks for one prompt. The hooks of loaded motions that the prompt does not name rest; if `base`, all do.
 
     Raises ValueError if the prompt names several motions with trajectories, several with noise priors, or a motion whose layers
     the trajectory of another leaves out.

@@ -63,9 +63,9 @@ class ClipSubject(SubjectSettings):
 
 
 class ClipSampling(Sampling):
-    """How clips are generated, during training and by default afterwards. null: the backbone's own."""
+    """How clips are generated, during training and by default afterwards. null: the backbone's own setting."""
 
-    frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
+    frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # 0: pictures
     trajectory: Trajectory | None = None  # the path that clips naming the motion follow; null: the model decides
     # clips that name the motion start from noise that partly comes from the first of its own clips, if that is found
     noise_prior: NoisePriorSettings | None = None
@@ -86,13 +86,13 @@ class ClipSampling(Sampling):
 class VideoRecipe(Recipe):
     """The resolved, typed description of how a motion, or a subject for clips, is learned."""
 
-    subject: ClipSubject | None = None
-    subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}
+    subject: ClipSubject | None = None  # the clips or pictures to learn from
+    subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}  # several subjects, by name
     # a folder with diffusers' `MotionAdapter`; none: nothing moves but along trajectories; null: the backbone's own
     motion_adapter: NameOrPath | None = None
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
-    trainable: Slot[ClipTrainable] = {}
-    regularize: Slot[ClipRegularizer] = {}
+    trainable: Slot[ClipTrainable] = {}  # what learns, by name
+    regularize: Slot[ClipRegularizer] = {}  # penalties, by name
     sampling: ClipSampling = ClipSampling()
     task: ClipTask = TuneTask()
 

@@ -98,10 +98,10 @@ class VideoRunner(Runner):
             one_motion(planned.subjects)
             _clips_of(recipe)
         if recipe.sampling.noise_prior is not None and not any(s.clips for s in planned.subjects.values()):
-            raise ValueError("sampling.noise_prior: takes noise from the motion's own clips: give subject.clips=FOLDER")
+            raise ValueError("sampling.noise_prior takes noise from the motion's own clips: give subject.clips=FOLDER")
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attaches a concept as `Runner.load` does; if it consists of a trajectory alone, the strength scales that."""
+        """Attaches a concept as `Runner.load` does. The strength of one that consists of a trajectory alone scales the path."""
         alone = is_trajectory(concept)
         if alone and not math.isfinite(strength):
             raise ValueError(f"the strength of {concept.meta.name!r} must be a finite number, not {strength}")
@@ -114,7 +114,7 @@ class VideoRunner(Runner):
     ) -> dict[str, Concept]:
         """Learns as `Runner.personalize` does, after measuring the trajectory of a motion if the recipe asks for one.
 
-        Raises ValueError also for frames of a size that the model cannot take, if a trajectory cannot be measured (see
+        Also raises ValueError for frames of a size that the model cannot take, if a trajectory cannot be measured (see
         `trajectory.measure`), or if clips that follow it would leave out layers that the recipe trains.
         """
         for source in clip_sources(recipe):
@@ -165,7 +165,7 @@ class VideoRunner(Runner):
         """Generates as `Runner.generate` does. Only clips whose prompts name a loaded motion follow its trajectory, or start
         from its clips' noise. Without motion modules (`PictureClipsBackbone`), nothing moves in the others.
 
-        Raises ValueError also for a prompt that names several motions with trajectories, or several with noise priors.
+        Also raises ValueError for a prompt that names several motions with trajectories, or several with noise priors.
         """
         hooks = settings.hooks if base else self.with_own_sampling(settings).hooks
         named = [hook for hook in hooks if is_of_motion(hook)]
@@ -175,7 +175,7 @@ class VideoRunner(Runner):
         alone = isinstance(self.backbone, PictureClipsBackbone)
         if not (named or alone) or len(prompts) != len(seeds):
             return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
-        # Paths come first: what hooks keep or give (frames, regions) is not moved.
+        # Paths come first, so that what other hooks keep or provide (frames, regions) is not moved.
         others = tuple(hook for hook in settings.hooks if not is_of_motion(hook))
         made, order = [], [row for rows in groups.values() for row in rows]
         for own, rows in groups.items():
@@ -227,10 +227,12 @@ def _asks_for_trajectory(recipe: Recipe) -> bool:
 
 
 def _clips_of(recipe: Recipe) -> Clips:
-    """Returns the source whose windows a trajectory is measured on, the first. ValueError if there is none."""
+    """Returns the first source of clips, which a trajectory is measured on. ValueError if there is none."""
     sources = clip_sources(recipe)
     if not sources:
-        raise ValueError("sampling.trajectory: measured on clips, but no source of the recipe reads any (kind: clips)")
+        raise ValueError(
+            "sampling.trajectory is measured on clips, but no source of the recipe reads any (kind: clips)"
+        )
     return sources[0]
 
 

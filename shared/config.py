@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 
 class Part(BaseModel):
     """Base of every part and every group of settings: frozen, and strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -43,12 +46,27 @@ class KindPart(Part):
 
 
 def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
-    """Returns an error text: what is unknown, the nearest valid name, and all valid names."""
+    """Returns an error message: what is unknown, the nearest valid name, and all valid names."""
     names = sorted(choices)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {what} {value!r}.{hint} Available: {', '.join(names) or 'none'}."
 
+
+#: Numbers in settings. Their limits are far above any real value: a typo such as 1e300 fails immediately instead of
+#: overflowing, or filling memory, in the middle of a run. Every number of a `Part` must also be finite.
+Real = Annotated[float, Field(ge=-1e6, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Many = Annotated[int, Field(ge=1, le=10_000)]
+Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
+BatchSize = Annotated[int, Field(ge=1, le=4096)]
+Frames = Annotated[int, Field(ge=1, le=4096)]
+MOST_GUIDANCE, MOST_STRENGTH = 1000, 100
+GuidanceScale = Annotated[float, Field(ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+MOST_STEPS = 10_000_000
+Steps = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 
 #: Valid names of concepts, subjects and parts.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -77,6 +95,17 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     text = os.path.expanduser(os.fspath(path))
     out = Path(text)
     return Path.cwd() / out if out.parts[:1] and out.parts[0].startswith("~") else out
+
+
+def absent(path: str | os.PathLike[str], otherwise: str = "does not exist") -> str:
+    """Says why there is nothing at a path: its symbolic links form a loop (for `Path.exists`, as if it were missing), or
+    `otherwise`."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "cannot be followed: its symbolic links form a loop (remove one of them)"
+    return otherwise
 
 
 def _path(value: Any) -> Any:
@@ -167,6 +196,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     return out
 
 
+_MOST_BITS = 512  # in an integer; more are a typo, and Python may not even print them
 _MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes 1 s per million
 
 
@@ -202,13 +232,39 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    try:
+        value = yaml.SafeLoader.construct_yaml_int(loader, node)
+    except ValueError:  # above Python's limit for digits
+        value = None
+    if value is None or value.bit_length() > _MOST_BITS:
+        raise yaml.MarkedYAMLError(
+            problem=f"a number of {len(node.value):,} digits is too long", problem_mark=node.start_mark
+        )
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+
+
+def yaml_problem(error: yaml.YAMLError | RecursionError, text: str) -> str:
+    """Describes in the user's words why `text` is not YAML."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if any(text.count(left) != text.count(right) for left, right in ("[]", "{}")):
+        return "its brackets do not match"
+    if "quoted scalar" in (getattr(error, "context", None) or ""):
+        return "its quotation marks do not match"
+    return getattr(error, "problem", None) or "it is not YAML"
+
+
 def parse_yaml(text: str) -> Any:
-    """Parses one YAML value; "" for blank text. yaml.YAMLError for invalid YAML."""
+    """Parses one YAML value; "" for blank text. Raises yaml.YAMLError for invalid YAML."""
     return yaml.load(text, Loader=_Loader) if text.strip() else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that holds one mapping. ValueError for anything else; nothing in it is executed."""
+    """Reads a YAML file that holds one mapping. Raises ValueError for anything else; nothing in it is executed."""
     size = path.stat().st_size
     if size > _MAX_YAML:
         raise ValueError(f"{path} has {size:,} bytes, and the limit is {_MAX_YAML:,}: is it the right file?")
@@ -232,16 +288,33 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
-    """Validates the data. ValueError, with one line per problem: the key, the value, the choices."""
+    """Validates the data. Raises ValueError with one line per problem: the key, the value and the choices."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_line(problem, data) for problem in error.errors()]
+        lines = _lines(error.errors(), data)
         head = f"{where}: " if where else ""
         raise ValueError("\n".join(head + line for line in dict.fromkeys(lines))) from None
 
 
-def _line(problem: Mapping[str, Any], data: Any) -> str:
+_WRONG_TYPE = re.compile(r"_(type|parsing|parsing_size|from_float)$")
+
+
+def _lines(problems: Sequence[Mapping[str, Any]], data: Any) -> list[str]:
+    """Describes each problem in one line. If one type of a union fits a value, or fits it except for something inside it, the
+    other types' complaints about the value ("not a tuple") are left out."""
+    keys = [_key(problem, data) for problem in problems]
+    wrong = [_WRONG_TYPE.search(problem["type"]) is not None for problem in problems]
+    fitting = {key for key, is_wrong in zip(keys, wrong, strict=True) if not is_wrong}
+    return [
+        _line(key, problem)
+        for key, problem, is_wrong in zip(keys, problems, wrong, strict=True)
+        if not is_wrong or not any(other == key or other.startswith(f"{key}.") for other in fitting)
+    ]
+
+
+def _key(problem: Mapping[str, Any], data: Any) -> str:
+    """Returns the place of a problem in the user's data, with dots."""
     path: list[str] = []
     node = data
     loc = list(problem["loc"])
@@ -252,7 +325,10 @@ def _line(problem: Mapping[str, Any], data: Any) -> str:
         elif i < len(loc) - 1 or problem["type"] not in ("missing",):
             continue  # the tag of a union, not one of the user's keys
         path.append(str(part))
-    key = ".".join(path)
+    return ".".join(path)
+
+
+def _line(key: str, problem: Mapping[str, Any]) -> str:
     value = problem.get("input")
     assigned = "" if isinstance(value, (Mapping, list)) or problem["type"] == "missing" else f" = {value!r}"
     if problem["type"] == "missing":

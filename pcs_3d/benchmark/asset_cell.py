@@ -13,9 +13,12 @@ SCHEMA_VERSION = 1
 
 
 class AssetCell(BaseModel):
-    """The reports in a cell. made: on the asset with the concept; base: on an asset made by the same recipe, prompted only
-    with the class (None for recipes that learn the subject themselves); generic: the scores of a generic object of the class,
-    by key (`Yardstick.generic_scores`)."""
+    """The reports in a cell.
+
+    made: on the asset with the concept.
+    base: on an asset made by the same recipe, prompted only with the class; None for recipes that learn the subject themselves.
+    generic: the scores of a generic object of the class, by key (`Yardstick.generic_scores`).
+    """
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION

@@ -16,9 +16,9 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """Scores that a recipe must reach, in [0, 1]; None: no requirement. Where set, identity must also beat the same
-    recipe without the concept, unless it cannot be run without it, and the overlap of silhouettes must beat a generic object
-    of the class."""
+    """Scores that a recipe must reach, in [0, 1]; None: no requirement. If set, identity must also beat the same recipe without
+    the concept, unless the recipe cannot be run without one, and the overlap of silhouettes must also beat a generic object of
+    the class."""
 
     identity: float | None = None
     view: float | None = None
@@ -41,8 +41,11 @@ class AssetGoal:
 
 @dataclass(frozen=True)
 class AssetRow:
-    """One recipe over all its subjects. scores: `base` is the same recipe without the concept, `truth` the real object; sphere,
-    generic: mean scores of these references, by key."""
+    """One recipe over all its subjects.
+
+    scores: `base` is the same recipe without the concept, `truth` the real object.
+    sphere, generic: mean scores of these references, by key.
+    """
 
     recipe: str
     things: tuple[str, ...]
@@ -83,7 +86,7 @@ def aggregate_assets(
 
 
 def _first_of_each(cells: Sequence[AssetCell]) -> list[Score]:
-    """Every score that occurs in a cell, taken from the first cell that has it."""
+    """Every score that occurs in any cell, taken from the first cell that has it."""
     found: dict[str, Score] = {}
     for cell in cells:
         found |= {s.key: s for s in cell.made.scores if s.key not in found}

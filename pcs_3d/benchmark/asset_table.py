@@ -98,7 +98,7 @@ class AssetComparison:
         return out
 
     def markdown(self) -> str:
-        """Two lines per recipe, with the concept and (if it can be) without it, then the floors; ready for a README."""
+        """Two lines per recipe, with the concept and (where possible) without it, then the floors; ready for a README."""
         columns = self.columns
         head = ["recipe", "subjects", *(s.title for s in columns), "making", "memory", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
@@ -158,7 +158,7 @@ class AssetComparison:
         return f"{cell_folder(recipe, thing).as_posix()}/work/{paths[what]}"
 
     def sides(self, recipe: str, thing: str, which: str) -> list[str]:
-        """Four renders as `data:` URLs: of the asset "made", of "base" or of the "truth"; "" for a missing file."""
+        """Four renders, as `data:` URLs, of the "made" asset, the "base" or the "truth"; "" for a missing file."""
         report, folder = (PLAIN_REPORT if which == "base" else REPORT), (TRUTH if which == "truth" else RENDERS)
         files = [self.out / cell_folder(recipe, thing) / "work" / report / folder / f"{name}.png" for name in SHOWN]
         return [inline(f.read_bytes()) if f.is_file() else "" for f in files]

@@ -54,8 +54,8 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
 class Distill(ConceptTask):
     """See `DistillTask`. Each step updates the field and, if there is a student, the student on the same views.
 
-    The field continues from the field of an earlier phase, if any (`first_field`). The teacher uses everything learned before
-    (loaded concepts, and those that earlier phases of this run learned); only the student uses the adapter set `student`.
+    The field continues from the field of an earlier phase, if any (`first_field`). The teacher uses everything learned so far
+    (the loaded concepts, and those that earlier phases of this run learned); only the student uses the adapter set `student`.
 
     Raises:
         ValueError: sizes, prompts, optimizer groups or parts do not fit together
@@ -200,7 +200,7 @@ class Distill(ConceptTask):
         return Seen(self.field, cameras, rendering, moment, settings.generator, view, settings, self.pictures)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
-        """The latents that the guidance acts on, and the views in [0, 1]: pixels are encoded, latents are used as they are."""
+        """The latents that the guidance acts on, and the views in [0, 1]. Pixels are encoded; latents are used as they are."""
         pixels = rendering.pixels
         if self.guidance.space == "latents":
             return pixels, pixels
@@ -239,7 +239,7 @@ class Distill(ConceptTask):
 def shown(
     recipe: DistillRecipe, field: Any, cameras: Cameras, side: int, decode: Callable[[Tensor], Tensor]
 ) -> Rendering:
-    """A field's views on white, one at a time; pixels [B, 3, H, W] in [0, 1], on the CPU."""
+    """Draws a field on white, one view at a time; pixels [B, 3, H, W] in [0, 1], on the CPU."""
     channels, device = field.channels, field.device
     behind = torch.full((1, channels, 1, 1), 1.0 if channels == 3 else 0.0, device=device)
     made = []
@@ -257,7 +257,7 @@ def recipe_of(context: PhaseContext) -> DistillRecipe:
 
 
 def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:
-    """Pixels, or latent cells, of a view's side: `train.resolution`, else the backbone's own."""
+    """A view's side, in pixels or latent cells: `train.resolution`, else the backbone's own."""
     if recipe.train.resolution is not None:
         return recipe.train.resolution
     own = backbone.resolution

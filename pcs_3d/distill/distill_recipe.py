@@ -36,11 +36,11 @@ AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kin
 class DistillRecipe(Recipe):
     """A recipe for assets, except for the types of field, renderer and export, which `Recipe3D` adds."""
 
-    prompt: str = ""
+    prompt: str = ""  # what the asset shows; `<name>` stands for a concept
     setting: str = (
         ""  # the scene, appended to the prompt ("in a white studio"): a plain one keeps other objects out of the field
     )
-    negative: str = ""
+    negative: str = ""  # what it should not show
     views: ViewWords = ViewWords()
     debias: PromptDebias | None = None  # leaves words out of the prompts for some views
     cameras: CameraSampling = CameraSampling()
@@ -49,11 +49,11 @@ class DistillRecipe(Recipe):
     guidance: Guidance = Guidance()
     field: Any = None
     renderer: Any = None
-    penalties: Slot[GeometryRegularizer] = {}
+    penalties: Slot[GeometryRegularizer] = {}  # geometry penalties, added to the guidance
     references: KnownViews | None = None  # pictures of the object with their cameras, for penalties that use them
     export: Any = None  # how the field is written to files
-    sources: Slot[Source] = {}
-    trainable: Slot[AssetTrainable] = {}
+    sources: Slot[Source] = {}  # pictures for the phases that learn from them
+    trainable: Slot[AssetTrainable] = {}  # what learns besides the field, such as a student's adapters
     task: AssetTask = DistillTask()
 
     @property

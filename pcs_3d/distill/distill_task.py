@@ -9,7 +9,7 @@ from shared.trainable.base import MAIN
 
 
 class DistillTask(TuneTask):
-    """Optimise an asset: `train.steps` steps on `train.batch_size` views of `train.resolution` pixels each."""
+    """Optimises an asset: `train.steps` steps on `train.batch_size` views of `train.resolution` pixels each."""
 
     kind: Literal["distill"] = "distill"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -39,7 +39,7 @@ class EarlierAsset:
         return self._field
 
     def shown(self, cameras: Cameras, side: int) -> Rendering:
-        """Renders on white, `side` pixels wide; renders of a field of latents are decoded."""
+        """Renders the field on white, `side` pixels wide; latents are decoded."""
         backbone = self.context.backbone
         cells = backbone.latent_shape(side, side)[-1] if self.in_latents else side
         return shown(self.recipe, self.field, cameras, cells, lambda z: (backbone.decode(z).float() + 1) / 2)

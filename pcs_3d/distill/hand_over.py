@@ -69,8 +69,8 @@ def first_field(
 ) -> Field:
     """Returns the field that a phase begins with, on the CPU.
 
-    A field of the same kind as the earlier phase's continues unchanged, unless `start.kind` is phase and its settings differ
-    (apart from learning rates); it is then rebuilt from the shape and colours of the earlier field.
+    A field of the same kind as the earlier phase's continues unchanged, unless `start.kind` is phase and its settings differ in
+    more than learning rates. It is then rebuilt from the shape and colours of the earlier field.
 
     Args:
         earlier: recipes of the earlier phases
@@ -140,7 +140,7 @@ def handed(field: Any, start: PhaseStart, seed: int = 0) -> Handed:
 
 
 def _spread(vertices: np.ndarray, faces: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points [N, 3] spread evenly over triangles, and the unit normals [N, 3] there."""
+    """Points [N, 3] spread evenly over the triangles, and the unit normals [N, 3] at these points."""
     rng = np.random.default_rng(seed)
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     normals = np.cross(b - a, c - a)

@@ -40,8 +40,12 @@ _PLANNED = {
 
 @dataclass(frozen=True)
 class Levers:
-    """Settings that save memory. views: number per pass through the networks, out of `of` per step; recompute: 0 for nothing,
-    1 for activations of the networks, 2 for those of the renderer as well; side: of a view in pixels, None: as requested."""
+    """Settings that save memory.
+
+    views: number of views per pass through the networks, out of `of` per step.
+    recompute: which activations are recomputed: 0 for none, 1 for the networks', 2 for the renderer's as well.
+    side: a view's side in pixels; None: as requested.
+    """
 
     views: int
     of: int
@@ -73,13 +77,13 @@ class Levers:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A recipe that fits into the memory budget. estimate, budget: bytes; how: the levers, by phase."""
+    """A recipe that fits into the memory budget. estimate, budget: in bytes. how: the levers of each phase."""
 
     recipe: Any
     budget: int
     estimate: int
     how: Mapping[str, Levers]
-    of: str  # what is counted: "gpu" or "process"
+    of: str  # whose memory is counted: "gpu" or "process"
 
     @property
     def costs(self) -> dict[str, int]:
@@ -129,7 +133,7 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
 
 
 def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
-    """Finds the first settings that fit the budget, and their memory in bytes. Raises ValueError naming the smallest budget."""
+    """Finds the first settings that fit the budget, and the bytes they need. Raises ValueError naming the smallest budget."""
     least: tuple[int, Levers] | None = None
     for levers in tries.ladder(sides_fixed):
         fixed, per_view = tries.costs(levers)
@@ -176,7 +180,7 @@ class Tries:
             side //= 2
 
     def costs(self, levers: Levers) -> tuple[int, int]:
-        """Bytes that do not depend on the number of views, and bytes of each view."""
+        """Bytes that do not depend on the number of views, and bytes per view."""
         key = levers.recompute, levers.side
         if key not in self._known:
             large = 1.0 if self.seen <= _SMALL else 0.5
@@ -237,7 +241,7 @@ def step_once(run: TrainingRun, task: Any) -> None:
 
 
 def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
-    """Applies the changes that a plan made when an interrupted run began: measuring again could give different ones."""
+    """Applies the changes that a plan made when an interrupted run began, because measuring again could lead to others."""
     data = dump(recipe)
 
     def copied(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

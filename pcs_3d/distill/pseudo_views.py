@@ -76,7 +76,8 @@ class PseudoViews(Generate):
 
 
 def blank_views(cameras: Cameras, folder: Path) -> Path:
-    """A folder with white pictures and masks for these cameras, to try out phases whose reference pictures do not exist yet."""
+    """Fills a folder with white pictures and masks for these cameras, to try out phases whose reference pictures do not exist
+    yet."""
     kept = []
     write_picture(torch.ones(3, 16, 16), folder / "blank.png", {})
     for i in range(len(cameras)):

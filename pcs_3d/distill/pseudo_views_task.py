@@ -17,14 +17,16 @@ class PseudoViewsTask(GenerateTask):
     concept learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases can learn from
     the pictures (`sources.NAME.kind=phase_pictures`) and compare renders with them (`references.kind=phase`).
 
-    num: number of views, evenly spaced around the object, the first at its front, cycling through `elevation_deg`; strength:
-    the share of denoising steps that are run; with higher values, pictures look more like the subject and less like the
-    render. prompts: used for each view, with {concept}; if empty, the recipe's prompt. Words for the view are added to each.
+    prompts: used for each view, with {concept}; if empty, the recipe's prompt. Words for the view are added to each.
+    num: number of views, evenly spaced around the object, starting at its front.
+    elevation_deg: the elevations that the views cycle through.
+    strength: the share of denoising steps that are run. With higher values, pictures look more like the subject and less like
+    the render.
     """
 
     kind: Literal["pseudo_views"] = "pseudo_views"  # pyright: ignore[reportIncompatibleVariableOverride]
     prompts: tuple[str, ...] = ()
-    num: Annotated[int, Field(ge=1)] = 20
+    num: Annotated[int, Field(ge=1, le=100_000)] = 20
     elevation_deg: Annotated[tuple[Angle, ...], Field(min_length=1)] = (15.0,)
     fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92

@@ -40,10 +40,10 @@ def compares_with_subject(recipe: DistillRecipe) -> bool:
 
 
 def check_uses_concept(name: str, recipe: DistillRecipe) -> None:
-    """Raises ValueError for a recipe, called `name`, that learns the subject itself instead of using a loaded concept."""
+    """Raises ValueError if the recipe `name` learns the subject itself instead of using a loaded concept."""
     if learns_subjects(recipe):
         raise ValueError(
-            f"--asset-recipe {name} learns the subject from its pictures itself, so its asset would not show what the concept "
+            f"--asset-recipe {name} itself learns the subject from its pictures, so its asset would not show what the concept "
             "learned: choose a recipe that only makes assets, such as texture_refinement"
         )
 

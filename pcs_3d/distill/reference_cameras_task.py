@@ -18,10 +18,11 @@ class ReferenceCamerasTask(TuneTask):
     compares the field with them (`references.kind=phase`). Azimuth 0 shows the front.
 
     estimator: `renders` compares each picture with renders of the earlier phase's asset, from `azimuths` directions around it
-    at each of `elevation_deg`, then halves the steps around the best match `refinements` times; `toybox` uses the toybox's
-    pose estimator, which works only for the toybox's own pictures. near_deg: for `renders`, the approximate azimuth of each
-    picture, in the order of the file names (0 front, 90 the object's left, 180 back, -90 its right): a first asset often looks
-    the same from the front and from the back. fill: the share of the crop's side that an object of radius 1 covers.
+    at each of `elevation_deg`, and then halves the steps around the best match `refinements` times. `toybox` uses the toybox's
+    pose estimator, which works only for the toybox's own pictures.
+    near_deg: for `renders`, the approximate azimuth of each picture, in the order of the file names (0 front, 90 the object's
+    left, 180 back, -90 its right). It helps because a first asset often looks the same from the front and from the back.
+    fill: the share of the crop's side that an object of radius 1 covers.
     """
 
     kind: Literal["reference_cameras"] = "reference_cameras"  # pyright: ignore[reportIncompatibleVariableOverride]

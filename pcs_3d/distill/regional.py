@@ -21,7 +21,7 @@ Opened = Callable[[ScenePrompts, Mapping[str, float]], Scores]
 def scene_prompts(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], region: RegionPart | None = None
 ) -> ScenePrompts:
-    """The teacher's prompts as the recipe sets them; a region's own prompts replace them."""
+    """The teacher's prompts, as set by the recipe; a region's own prompts replace them."""
     said = (region.prompt if region else "") or recipe.prompt
     negative = (region.negative if region else "") or recipe.negative
     prompt = f"{said} {recipe.setting}".strip()

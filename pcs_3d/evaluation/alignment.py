@@ -46,8 +46,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
-    """Scales and moves the mesh so that its silhouettes overlap most with the truth's; leaves it unchanged if nothing is
-    better.
+    """Scales and moves the mesh so that its silhouettes overlap most with the truth's; leaves it unchanged if no
+    placement is better.
 
     truth: bool [B, H, W], seen by the same cameras. Areas and centres give a first guess, which a coordinate search refines;
     one size and one position apply to all views. The mesh is never rotated.

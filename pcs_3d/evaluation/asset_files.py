@@ -10,7 +10,7 @@ from typing import Any
 
 from pcs_3d.assets import ABOUT
 from pcs_3d.evaluation.views import PaintedMesh, painted_mesh
-from shared.config import expanded
+from shared.config import absent, expanded
 
 MESH = "asset.glb"
 _LARGEST = 1 << 24  # bytes of an asset.json
@@ -44,7 +44,7 @@ def read_judged(path: Path | str) -> Judged:
     """
     path = expanded(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such folder or file")
+        raise ValueError(f"{path}: {absent(path, 'no such folder or file')}")
     if path.is_file():
         return Judged(path.name, path, painted_mesh(path))
     if not (path / MESH).is_file():

@@ -69,7 +69,7 @@ class AssetReport(BaseModel):
     placed: Placed | None = None
     references: list[str] = []  # files in the report's folder
     instruments: list[Instrument] = []
-    costs: dict[str, Any] = {}  # of creating the asset, as recorded in it
+    costs: dict[str, Any] = {}  # time and memory of creating the asset, as recorded in it
     notes: list[str] = []
     files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
     viewer: str = Field(default="", exclude=True, repr=False)  # a page that shows the mesh

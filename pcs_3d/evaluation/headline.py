@@ -18,7 +18,7 @@ Unit = Literal["rate", "score", "cosine", "count", "share"]
 
 @dataclass(frozen=True)
 class Arm:
-    """All measurements of one object: by view, including shape, and the PSNR over all views (NaN: nothing to compare with)."""
+    """All measurements of one object: those by view, including shape, and the PSNR over all views (NaN: nothing to compare)."""
 
     looks: Looks
     psnr: float = math.nan

@@ -17,8 +17,11 @@ _QUARTERS = (0.0, 90.0, 180.0, 270.0)
 
 @dataclass(frozen=True)
 class ReadViews:
-    """Directions read from B pictures. azimuths: [B] in degrees, 0 at the front, from the pose estimator; names: front, side,
-    back or above, from the recognizer."""
+    """Directions read from B pictures.
+
+    azimuths: [B] in degrees, 0 at the front, from the pose estimator.
+    names: front, side, back or above, from the recognizer.
+    """
 
     azimuths: Tensor
     names: tuple[str, ...]

@@ -23,8 +23,12 @@ _ELEVATIONS_DEG = (8.0, 15.0, 22.0)  # of the true renders that set the bar
 
 @dataclass(frozen=True)
 class Looks:
-    """Measurements of B views of one object: scores by name, [B] each, NaN where one does not apply; names of what was seen;
-    number of fronts found (None: no instrument reads views)."""
+    """Measurements of B views of one object.
+
+    scores: by name, [B] each, NaN where a score does not apply.
+    seen: for each view, what the instruments read from it, by name.
+    fronts: the number of fronts found; None: no instrument reads views.
+    """
 
     scores: Mapping[str, list[float]]
     seen: list[dict[str, str]] = field(default_factory=list)

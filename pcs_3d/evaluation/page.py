@@ -57,7 +57,7 @@ def lines(curve: Curve) -> list[Line]:
 
 
 def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
-    """Draws a score around the object as an `<svg>`: azimuth to the right, from 0 (front) once around; "" without values."""
+    """Draws a score around the object as an `<svg>`: azimuth to the right, once around from 0 (front); "" if there is none."""
     known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""

@@ -19,8 +19,13 @@ _BEHIND = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Compared:
-    """A mesh compared with the real object: per view, overlap of the silhouettes (0 to 1) and PSNR of the colours in dB, [B]
-    each; PSNR over all views; and the size and position that `aligned` found."""
+    """A mesh compared with the real object.
+
+    iou: [B], overlap of the silhouettes in each view, 0 to 1.
+    psnr: [B], PSNR of the colours in each view, in dB.
+    psnr_of_all: PSNR over all views.
+    mesh, views: the mesh with the size and position that `aligned` found, and its views.
+    """
 
     iou: Tensor
     psnr: Tensor
@@ -37,8 +42,8 @@ def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
 
 
 def differences(views: Views, truth: Views) -> tuple[Tensor, Tensor, float]:
-    """Compares views, unaligned, with the truth's: overlap of the silhouettes and PSNR of the colours in dB, float64 [B]
-    each; PSNR over all views."""
+    """Compares views with the truth's, without aligning them. Returns the overlap of the silhouettes and the PSNR of the
+    colours in dB, both float64 [B], and the PSNR over all views."""
     errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
     psnr = torch.tensor([_decibels(e) for e in errors], dtype=torch.float64)
     return iou(views.masks, truth.masks), psnr, _decibels(torch.cat(errors))
@@ -68,9 +73,13 @@ def _decibels(errors: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Properties of a mesh of radius 1, with coincident vertices merged: numbers of triangles and vertices, whether it is
-    closed, its connected parts and the largest one's share of the triangles, volume in radii³ and its share of the bounding
-    box (None if it is not closed)."""
+    """Properties of a mesh of radius 1, with coincident vertices merged.
+
+    faces, vertices: how many triangles and vertices it has.
+    watertight: whether it is closed.
+    components, largest_component: the number of connected parts, and the largest one's share of the triangles.
+    volume, share_of_box: the volume in radii³, and its share of the bounding box; None if the mesh is not closed.
+    """
 
     faces: int
     vertices: int

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.views import SIDE, PaintedMesh, Views, draw, painted_mesh
-from shared.config import expanded
+from shared.config import absent, expanded
 from shared.toybox.reference_sets import held_out
 from shared.toybox.render import render
 from shared.toybox.subjects import HeldOut
@@ -79,14 +79,14 @@ class TrueToy:
 
 
 def read_truth(name: str) -> Truth:
-    """Reads the ground truth that a user gives: a subject of the toybox ("development-car"), or a mesh file.
+    """Reads the ground truth that the user chose: a subject of the toybox ("development-car"), or a mesh file.
 
     Raises ValueError for a file that is missing or not a mesh, and for an unknown subject, listing the known ones.
     """
     if Path(name).suffix.lower() in _MESHES or "/" in name or expanded(name).exists():
         path = expanded(name)
         if not path.is_file():
-            raise ValueError(f"--truth {name}: no such file")
+            raise ValueError(f"--truth {name}: {absent(path, 'no such file')}")
         return TrueMesh(path.name, painted_mesh(path))
     try:
         return TrueToy(held_out(name))

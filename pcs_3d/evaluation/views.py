@@ -30,7 +30,7 @@ class Views:
 
 @dataclass(frozen=True)
 class PaintedMesh:
-    """Triangles with a texture or vertex colours: pieces from `read_mesh`, each with faces; then scaled by `scale` and moved by
+    """Triangles with a texture or vertex colours: pieces from `read_mesh`, each with faces, scaled by `scale` and then moved by
     `offset`."""
 
     pieces: tuple[Piece, ...]
@@ -107,9 +107,9 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 
 
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
-    """bool [B, side, side]: equals `draw(...).masks` but is much faster: the views are drawn below each other in one tall
-    picture, each with a margin of half a picture above and below for parts outside the view; anything beyond the margin is
-    squeezed into it."""
+    """bool [B, side, side]: equals `draw(...).masks`, but is computed much faster. The views are drawn one below the other in a
+    tall picture, each with a margin of half a picture above and below for parts outside the view; anything beyond the margin
+    is squeezed into it."""
     vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []
     for i in range(len(around)):

@@ -29,8 +29,14 @@ _SIDE = 64  # side of the references in pixels, as for the toybox's own instrume
 
 @dataclass(frozen=True)
 class Against:
-    """What an asset is compared with. truth: a subject of the toybox or a mesh file; references: a folder of pictures; prompt:
-    defaults to the asset's; class_noun: replaces concept names in the prompt; clip, dino: model folders."""
+    """What an asset is compared with.
+
+    truth: a subject of the toybox, or a mesh file.
+    references: a folder of pictures.
+    prompt: if empty, the asset's own.
+    class_noun: replaces concept names in the prompt.
+    clip, dino: model folders.
+    """
 
     truth: str | None = None
     references: Path | None = None
@@ -43,8 +49,12 @@ class Against:
 
 @dataclass
 class Yardstick:
-    """What assets of one object are measured against. truth: None if unknown; true: its views from the judge's cameras; shown:
-    the references [R, 3, H, W] in [-1, 1]."""
+    """What assets of one object are measured against.
+
+    truth: the real object; None if unknown.
+    true: the truth's views from the judge's cameras.
+    shown: the references, [R, 3, H, W] in [-1, 1].
+    """
 
     judge: Judge
     truth: Truth | None

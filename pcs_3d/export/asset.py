@@ -21,8 +21,14 @@ from pcs_3d.fields.grids import by_chunks
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export. files: all files written; faces, watertight, volume (radii³; None if not closed): of the mesh;
-    notes: choices made and parts left out."""
+    """The result of an export.
+
+    files: all files written.
+    faces: the mesh's number of triangles.
+    watertight: whether the mesh is closed.
+    volume: the mesh's volume in radii³; None if it is not closed.
+    notes: choices made and parts left out.
+    """
 
     files: tuple[Path, ...]
     faces: int
@@ -46,7 +52,7 @@ def export_asset(field: Any, folder: Path, settings: ExportSettings | None = Non
     painted = textured(mesh, colors, settings.texture)
     at_vertices = by_chunks(colors, torch.from_numpy(mesh.vertices).float()).cpu().numpy()
     splats = []
-    if isinstance(field, SplatField):  # first, because only this notices values that are not finite in single Gaussians
+    if isinstance(field, SplatField):  # first, because only this finds individual Gaussians that are not finite
         with torch.no_grad():
             splats.append(write_gaussians(folder / f"{name}.splats.ply", field.splats()))
     files = [write_glb(folder / f"{name}.glb", painted), *write_obj(folder / f"{name}.obj", painted)]

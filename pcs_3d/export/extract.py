@@ -17,8 +17,12 @@ _CANDIDATES = 48  # thresholds tried
 
 @dataclass(frozen=True)
 class Extracted:
-    """An extracted surface. vertices: float64 [V, 3] in radii of the object; faces: int64 [F, 3], counter-clockwise seen from
-    outside; notes: choices made and parts left out, as sentences."""
+    """An extracted surface.
+
+    vertices: float64 [V, 3], in radii of the object.
+    faces: int64 [F, 3], counter-clockwise when seen from outside.
+    notes: choices made and parts left out, as sentences.
+    """
 
     vertices: np.ndarray
     faces: np.ndarray

@@ -1,4 +1,4 @@
-"""The self-contained page of an asset: a mesh that can be turned, the request, and the time and memory used."""
+"""The self-contained page of an asset: a mesh that can be turned, what was requested, and the time and memory used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.metrics.html import inline, render, seconds, size
 
 PAGE = "report.html"
 _STILLS = {"000": "front", "090": "its left", "180": "back", "270": "its right"}  # of the renders
-_LARGEST = 448  # side in pixels of a picture of what the model learned
+_LARGEST = 448  # maximum side, in pixels, of the pictures that show what the model learned
 
 
 def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequence[tuple[str, bytes]] = ()) -> str:

@@ -16,8 +16,14 @@ from pcs_3d.renderers.rasterize import barycentric, nearest_faces
 
 @dataclass(frozen=True)
 class Textured:
-    """A textured mesh: vertices [V, 3] (repeated on seams), faces [F, 3], uv [V, 2] in [0, 1] (v up);
-    texture: 8 bits [H, W, 3], its first row at v = 1; normals [V, 3]: unit, of the smooth surface."""
+    """A textured mesh.
+
+    vertices: [V, 3], repeated on seams.
+    faces: [F, 3].
+    uv: [V, 2] in [0, 1], v up.
+    texture: 8 bits [H, W, 3]; its first row is at v = 1.
+    normals: [V, 3], unit normals of the smooth surface.
+    """
 
     vertices: np.ndarray
     faces: np.ndarray

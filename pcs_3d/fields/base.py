@@ -19,10 +19,12 @@ Length = Annotated[float, Setting(gt=0, le=100)]
 
 
 class FieldPart(KindPart):
-    """Base of the settings of fields.
+    """Base class for the settings of fields.
 
-    bound: half the side of the cube around the object, in its radii. start: the content before the first step. lr:
-    learning rate of the shape; lr_features: learning rate of the colours; null: the same.
+    bound: half the side of the cube around the object, in the object's radii.
+    start: the content before the first step.
+    lr: learning rate of the shape.
+    lr_features: learning rate of the colours; null: the same as lr.
     """
 
     drawn_by: ClassVar[str] = "volume"  # the kind of renderer
@@ -51,7 +53,7 @@ class FieldPart(KindPart):
 
 
 class BaseField(nn.Module):
-    """Base of the fields: parameters and buffers are its state."""
+    """Base class for fields. Their parameters and buffers are their state."""
 
     def __init__(self, bound: float, channels: int) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class BaseField(nn.Module):
 
 
 class BaseVolume(BaseField):
-    """Base of the fields that can be evaluated at any point."""
+    """Base class for fields that can be evaluated at any point."""
 
     normal_step = 1e-2  # step of finite differences, as a share of the bound
 
@@ -115,7 +117,7 @@ class BaseVolume(BaseField):
         return density, density
 
     def normals(self, points: Tensor) -> Tensor:
-        """Normals from differences at the corners of a tetrahedron: four evaluations instead of six, and no
+        """Normals from finite differences at the corners of a tetrahedron. This takes four evaluations instead of six, and no
         second derivative, which interpolation does not have."""
         corners = points.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
         step = self.normal_step * self.bound

@@ -16,8 +16,8 @@ from shared.trainable import TrainableGroup
 class Sample:
     """A field at points [..., 3].
 
-    density: [...], per radius of the object, at least 0. features: [..., K], colours in [0, 1] (K = 3) unless the field is
-    rendered in latent space.
+    density: [...], per radius of the object, at least 0.
+    features: [..., K], colours in [0, 1] (K = 3) unless the field is rendered in latent space.
     """
 
     density: Tensor
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Surface:
-    """Triangles: vertices [V, 3] in radii of the object, faces int64 [F, 3], counter-clockwise seen from outside."""
+    """Triangles: vertices [V, 3] in radii of the object, faces int64 [F, 3], counter-clockwise when seen from outside."""
 
     vertices: Tensor
     faces: Tensor
@@ -44,7 +44,7 @@ class Splats:
     features: Tensor
 
 
-#: A parameter that replaces another: the old one, and for each new row, the old row it comes from: int64 [N], -1: none.
+#: New parameter -> the old one that it replaces, and the old row that each of its rows comes from (int64 [N], -1: none).
 Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 
 
@@ -61,7 +61,7 @@ class Field(Protocol):
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
-        """Optimizer group -> what it trains. They may change in `advance`."""
+        """Optimizer group -> what it trains. The groups may change in `advance`."""
         ...
 
     def advance(self, step: int, steps: int) -> Replaced | None:
@@ -92,12 +92,12 @@ class VolumeField(Field, Protocol):
         ...
 
     def density(self, points: Tensor) -> Tensor:
-        """[..., 3] -> [...]: `at(points).density`, cheaper if the field supports it."""
+        """[..., 3] -> [...]: `at(points).density`, but cheaper if the field supports it."""
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds [N, S] on `density` along rays [N, 3], [N, 3] at distances [N, S]; cheaper than evaluating it
-        if the field supports this. They show which samples are certainly empty or hidden and can be skipped."""
+        if the field supports this. Samples that the bounds show to be empty or hidden can be skipped."""
         ...
 
     def normals(self, points: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from shared.trainable.base import Rate
 
 
 class FrequencyMlp(FieldPart):
-    """bands: octaves of sines and cosines; width, layers: size and number of the hidden layers."""
+    """bands: number of octaves of sines and cosines.
+    width, layers: size and number of the hidden layers.
+    """
 
     kind: Literal["frequency_mlp"] = "frequency_mlp"
     bands: Annotated[int, Setting(ge=1, le=12)] = 6

@@ -14,25 +14,31 @@ from torch.nn import functional as F
 from pcs_3d.fields.base import BaseVolume, FieldPart
 from pcs_3d.fields.field import Replaced, Sample, Splats
 from pcs_3d.fields.starts import raw_colors
+from shared.config import Positive, Steps
 from shared.trainable.base import Rate
 
 _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
 
 
 class Gaussians(FieldPart):
-    """count: initial number of Gaussians, spread over the start's shape. every: steps between rounds of splitting and pruning;
-    0: never; until: the share of the steps during which this happens; threshold: mean gradient norm of a Gaussian's position
-    above which it is split or copied; prune: opacity below which Gaussians are removed; most: the maximum number."""
+    """count: initial number of Gaussians, spread over the start's shape.
+    opacity: their initial opacity.
+    every: steps between rounds of splitting and pruning; 0: never.
+    until: the share of the run after which splitting and pruning stop.
+    threshold: a Gaussian is split or copied if the mean gradient norm of its position is above this.
+    prune: opacity below which Gaussians are removed.
+    most: maximum number of Gaussians.
+    """
 
     drawn_by: ClassVar[str] = "splat"
     kind: Literal["gaussians"] = "gaussians"
     count: Annotated[int, Setting(ge=8, le=2_000_000)] = 1000
     opacity: Annotated[float, Setting(gt=0, lt=1)] = 0.3
-    every: Annotated[int, Setting(ge=0)] = 0
+    every: Steps = 0
     until: Annotated[float, Setting(gt=0, le=1)] = 0.8
-    threshold: Annotated[float, Setting(gt=0)] = 1e-3
+    threshold: Positive = 1e-3
     prune: Annotated[float, Setting(ge=0, lt=1)] = 0.01
-    most: Annotated[int, Setting(ge=8)] = 20_000
+    most: Annotated[int, Setting(ge=8, le=10_000_000)] = 20_000
     lr: Rate = 3e-3
     lr_features: Rate | None = 2e-2
 
@@ -44,8 +50,8 @@ class GaussianField(BaseVolume):
     """N Gaussians: means [N, 3], log_scales [N, 3], rotations [N, 4] (quaternions of any length), raw_opacities [N] and
     raw_features [N, K] before sigmoid.
 
-    pull, pulled [N]: the sum of gradient norms of each position since the last split, and their number; advanced: the step of
-    the last split, so that it is not repeated.
+    pull, pulled: [N], the sum of the gradient norms of each position since the last split, and the number of terms in it.
+    advanced: the step of the last split, so that it is not repeated.
     """
 
     means: nn.Parameter
@@ -82,7 +88,7 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        # NaN or Inf come from a step that the loop reverts
+        # NaN or Inf comes from a step that the loop reverts
         length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)
         self.pull += length
         self.pulled += length > 0
@@ -119,12 +125,12 @@ class GaussianField(BaseVolume):
 
     def _regroup(self, step: int) -> Tensor:
         """Splits large Gaussians with large position gradients in two, copies small ones, and removes nearly transparent ones.
-        Returns int64 [N]: the former index of each, -1: a new one."""
+        Returns int64 [N]: the former index of each, or -1 for a new one."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         values = [getattr(self, name).detach() for name in _TRAINED]
         keep = values[3].sigmoid() >= self.part.prune
         if not keep.any():
-            keep = values[3] == values[3].max()  # at least one remains
+            keep = values[3] == values[3].max()  # keeps at least one
         pulled = self.pull / self.pulled.clamp_min(1)
         more = ((pulled > self.part.threshold) & keep).nonzero()[:, 0]
         more = more[pulled[more].argsort(descending=True, stable=True)][: max(0, self.part.most - int(keep.sum()))]

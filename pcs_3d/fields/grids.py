@@ -42,7 +42,7 @@ def weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class _WeightedRows(torch.autograd.Function):
-    """Like `embedding_bag`, whose backward pass sorts the rows and takes four times as long on a CPU."""
+    """`embedding_bag` with a faster backward pass: its own sorts the rows and takes four times as long on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ _PRIMES = (1, 2654435761, 805459861)  # the paper's, section 3
 
 class HashGrid(FieldPart):
     """`levels` levels of cells from coarsest to finest (nodes along a side), each with a table of 2^table rows of features.
-    unlock: the share of the steps over which finer levels are added one by one; 0: all from the start."""
+
+    unlock: the share of the run over which finer levels are added one by one; 0: all levels are used from the start.
+    """
 
     kind: Literal["hash_grid"] = "hash_grid"
     levels: Annotated[int, Setting(ge=1, le=24)] = 8

@@ -24,8 +24,8 @@ class LocalEdit(Voxels):
     """Two grids that start out equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside
     them the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
 
-    regions: where the field may change; if empty, the guidance's regions. fill: the lowest initial density there, per radius:
-    a grey fog from which new parts can grow.
+    regions: where the field may change; if empty, the guidance's regions are used.
+    fill: the lowest initial density there, per radius: a grey fog from which new parts can grow.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]

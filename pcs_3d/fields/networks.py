@@ -1,4 +1,4 @@
-"""Base of the network fields: a small MLP added to a coarse grid that holds the start."""
+"""The base class for network fields: a small MLP added to a coarse grid that holds the start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _START = 32  # nodes along a side of the grid that holds the start
 
 
 class NetworkField(BaseVolume):
-    """density = softplus(start + MLP(encoding)), as DreamFusion adds its blob. The last layer starts at 0, so the field
-    initially equals its start."""
+    """density = softplus(start + MLP(encoding)): the start is added as DreamFusion adds its blob. The last layer starts at 0,
+    so the field initially equals its start."""
 
     start: Tensor
 

@@ -14,12 +14,16 @@ from pcs_3d.fields.field import Surface, VolumeField
 from pcs_3d.fields.grids import by_chunks, nodes
 from pcs_3d.meshes.read_mesh import read_mesh
 from pcs_3d.meshes.shape import BallShape, Shape, shape_of_file
-from shared.config import KindPart, PathText, default_kind
+from shared.config import KindPart, PathText, Positive, Real, default_kind
 
 
 class StartPart(KindPart):
-    """Base of the starts. density: the density inside, per radius; softness: the width, in radii, over which the density falls
-    off inside the surface, so that soft shapes look as large as hard ones."""
+    """Base class for starts.
+
+    density: the density inside, per radius.
+    softness: the width, in radii, over which the density falls off inside the surface, so that soft shapes look as large as
+    hard ones.
+    """
 
     density: Annotated[float, Setting(gt=0, le=1000)] = 10.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
@@ -52,7 +56,7 @@ class StartPart(KindPart):
 
 
 class Blob(StartPart):
-    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2); radius in radii of the object."""
+    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2); radius: in radii of the object."""
 
     kind: Literal["blob"] = "blob"
     radius: Annotated[float, Setting(gt=0, le=10)] = 0.5
@@ -62,18 +66,18 @@ class Blob(StartPart):
 
 
 class MeshFile(StartPart):
-    """A mesh or points: GLB, OBJ or PLY, scaled to `radius` (1: the size that cameras expect) around the origin.
+    """A mesh or points from a GLB, OBJ or PLY file, scaled to `radius` around the origin (1: the size cameras expect).
 
-    up: which of the file's axes is up; null: z in PLY, y otherwise, as is usual for these formats. azimuth_deg: turns the
-    object by this angle to its left, for files whose front points elsewhere.
+    up: which of the file's axes is up; null: z in PLY, y otherwise, as is usual for these formats.
+    azimuth_deg: turns the object to its left by this angle, for files whose front points elsewhere.
     """
 
     kind: Literal["file"] = "file"
     density: Annotated[float, Setting(gt=0, le=1000)] = 40.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.03
-    path: PathText | None = None
+    path: PathText | None = None  # the GLB, OBJ or PLY file
     up: Literal["y", "z"] | None = None
-    azimuth_deg: float = 0.0
+    azimuth_deg: Real = 0.0
     radius: Annotated[float, Setting(gt=0, le=10)] = 1.0
 
     def shape(self) -> Shape:
@@ -99,16 +103,18 @@ class PhaseStart(StartPart):
     """The result of an earlier phase of the recipe, whatever its kind of field: a volume takes over a volume's densities and
     colours; everything else starts from the surface.
 
-    resolution: nodes along a side of the grid on which the surface is extracted; threshold: the density there, null: found
-    automatically; faces: the maximum number of triangles; all_parts: keep parts that are not connected to the largest one.
+    resolution: nodes along a side of the grid on which the surface is extracted.
+    threshold: the density at the surface; null: found automatically.
+    faces: maximum number of triangles.
+    all_parts: whether parts that are not connected to the largest one are kept.
     """
 
     kind: Literal["phase"] = "phase"
     density: Annotated[float, Setting(gt=0, le=1000)] = 40.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.03
     resolution: Annotated[int, Setting(ge=8, le=512)] = 96
-    threshold: Annotated[float, Setting(gt=0)] | None = None
-    faces: Annotated[int, Setting(ge=16)] = 50_000
+    threshold: Positive | None = None
+    faces: Annotated[int, Setting(ge=16, le=10_000_000)] = 50_000
     all_parts: bool = False
 
     def shape(self) -> Shape:
@@ -121,7 +127,9 @@ class PhaseStart(StartPart):
 class Handed(StartPart):
     """The result of an earlier phase; not used in recipes.
 
-    surface: its triangles; known: distances to it, and its colours, or latents; volume: the field itself, if it is a volume.
+    surface: its triangles.
+    known: distances to the surface, and its colours or latents.
+    volume: the field itself, if it is a volume.
     """
 
     kind: Literal["handed"] = "handed"

@@ -20,9 +20,12 @@ _EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 
 
 class Tetrahedra(FieldPart):
-    """resolution³ nodes with a signed distance and a position that may move by almost half a cell; colours on a grid with
-    color_resolution nodes along a side. lr: learning rate of the distances, in cells; lr_places: learning rate of the
-    positions."""
+    """resolution³ nodes, each with a signed distance and a position that may move by almost half a cell; and colours on a grid
+    with color_resolution nodes along a side.
+
+    lr: learning rate of the distances, in cells.
+    lr_places: learning rate of the positions.
+    """
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["tetrahedra"] = "tetrahedra"
@@ -98,8 +101,8 @@ def tetrahedra(resolution: int) -> Tensor:
 
 @lru_cache
 def _triangles() -> Tensor:
-    """[16, 2, 3]: for each pattern of corners inside (bit i: corner i) up to two triangles, as edges, -1 where there is none;
-    counter-clockwise seen from outside a tetrahedron of positive volume."""
+    """[16, 2, 3]: up to two triangles for each pattern of corners inside (bit i: corner i), as edges, -1 where there is none;
+    counter-clockwise when seen from outside a tetrahedron of positive volume."""
     corners = torch.cat([torch.zeros(1, 3), torch.eye(3)])
     edge = {frozenset(pair): i for i, pair in enumerate(_EDGES.tolist())}
     out = torch.full((16, 2, 3), -1)

@@ -36,8 +36,7 @@ class TexturedMesh(FieldPart):
 
 
 class TexturedMeshField(BaseField):
-    """vertices [V, 3], faces [F, 3]: not trained, but part of the state; colours [R, R, R, K] before
-    sigmoid."""
+    """vertices [V, 3] and faces [F, 3], which are not trained but part of the state; colours [R, R, R, K] before sigmoid."""
 
     faces: Tensor
     vertices: Tensor

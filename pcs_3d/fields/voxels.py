@@ -21,7 +21,7 @@ class Voxels(FieldPart):
     cells."""
 
     kind: Literal["voxels"] = "voxels"
-    resolution: Annotated[int, Setting(ge=4, le=512)] = 64
+    resolution: Annotated[int, Setting(ge=4, le=512)] = 64  # nodes per side of the grid
     lr: Rate = 0.2
     lr_features: Rate | None = 0.1
 

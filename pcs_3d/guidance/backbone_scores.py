@@ -27,8 +27,8 @@ from shared.types import Conditioning
 class BackboneScores:
     """`Scores` of a backbone.
 
-    Adapters are switched on and off only as sets: the teacher is the backbone with `concepts` at their strengths; the student
-    adds the set `student`; the base uses no adapters. For the base, class nouns replace names in prompts.
+    Adapters are switched on and off only as sets: the teacher is the backbone with `concepts` at their strengths, the student
+    adds the set `student`, and the base uses no adapters. For the base, class nouns replace names in prompts.
 
     Args:
         concepts: name -> strength, of adapters and learned words
@@ -71,7 +71,7 @@ class BackboneScores:
             yield
 
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
-        """The noise for each ask; asks with the same set of adapters share one pass of the network."""
+        """The noise for each ask; asks with the same set of adapters share one pass through the network."""
         known: dict[Ask, Tensor] = {}
         used: list[Adapters] = list(dict.fromkeys(ask.adapters for ask in asks))
         for adapters in used:
@@ -109,7 +109,7 @@ class BackboneScores:
         return self.texts.mixed(rows, t)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encodes views in the autoencoder's own precision, as float32. Raises ValueError for a size that does not fit."""
+        """Encodes views in the autoencoder's precision, to float32 latents. Raises ValueError for a size that does not fit."""
         factor = self.resolution / min(pixels.shape[-2:])
         if factor != 1:
             size = [round(side * factor) for side in pixels.shape[-2:]]

@@ -1,4 +1,4 @@
-"""Conditions a denoiser on cameras, as for VSD's student (https://arxiv.org/abs/2305.16213, section 3.2)."""
+"""Conditions a denoiser on cameras, as VSD does for its student (https://arxiv.org/abs/2305.16213, section 3.2)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CameraEmbedding(TrainablePart):
     group: str = STUDENT
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Raises ValueError if the denoiser has no time embedding that cameras could be added to."""
+        """Raises ValueError if the denoiser has no time embedding to add cameras to."""
         adapter = CameraAdapter(backbone, slot, seed)
         backbone.add_adapter(name, adapter)
         return TrainableGroup(slot, list(adapter.parameters()), self.lr, self.weight_decay, group=self.group)
@@ -48,7 +48,7 @@ class CameraAdapter:
 
     @contextmanager
     def seeing(self, cameras: Cameras, blind: bool = False) -> Iterator[None]:
-        """Within the context, predictions use these cameras row by row, repeated if there are more rows."""
+        """Within the context, predictions use these cameras, one per row, repeated if there are more rows than cameras."""
         before, self._matrices = self._matrices, matrices(cameras) * (0.0 if blind else 1.0)
         try:
             yield
@@ -87,8 +87,8 @@ class CameraAdapter:
 
 
 def matrices(cameras: Cameras) -> Tensor:
-    """Camera to world, [B, 16]: columns are the picture's right and up directions, the direction to the camera, and the
-    camera's position."""
+    """Camera-to-world matrices [B, 16], whose columns are the picture's right and up directions, the direction to the camera,
+    and the camera's position."""
     out = torch.zeros(len(cameras), 4, 4)
     out[:, :3, :3] = cameras.axes.mT
     out[:, :3, 3] = cameras.positions

@@ -22,8 +22,11 @@ _PROMPT: Place = ("t", Ask("prompt"))
 
 @dataclass(frozen=True)
 class Guided:
-    """The gradient [B, C, h, w] on the latents of B views, and what it was computed from. eps: the guided prediction at
-    (z_t, t); x0: the clean latents that it implies."""
+    """The gradient [B, C, h, w] on the latents of B views, and what it was computed from.
+
+    eps: the guided prediction at (z_t, t).
+    x0: the clean latents that it implies.
+    """
 
     grad: Tensor
     noised: Noised
@@ -51,7 +54,7 @@ def guide(
     known = _predictions(settings, scores, noised, views, weights)
     eps = sum((weight * known[_place(settings.terms[n])] for n, weight in weights.items()), torch.zeros_like(z))
     if settings.perp_neg is not None:
-        # The paper's s is what the prompt counts for, which is not the guidance scale in every table of terms.
+        # The paper's s is the prompt's total coefficient, which is not the guidance scale in every table of terms.
         share = sum(weight for n, weight in weights.items() if _place(settings.terms[n]) == _PROMPT)
         eps = eps + share * _away(settings.perp_neg, known, prompts, views, z)
     alpha, sigma = coefficients(scores, noised.t, z)
@@ -71,8 +74,8 @@ def guide(
 
 
 def surrogate(z: Tensor, grad: Tensor) -> Tensor:
-    """½ |z - sg(z - grad)|² / B: a scalar whose gradient with respect to z [B, C, h, w] is grad / B. It flows into whatever
-    produced z, but not through the networks between z and grad."""
+    """½ |z - sg(z - grad)|² / B: a scalar whose gradient with respect to z [B, C, h, w] is grad / B. This gradient flows
+    into whatever produced z, but not through the networks between z and grad."""
     return 0.5 * (z - (z - grad).detach()).square().sum() / len(z)
 
 

@@ -17,14 +17,14 @@ from pcs_3d.guidance.scores import Ask, Scores, Told, coefficients, spread
 from pcs_3d.guidance.times import Times, whole
 from pcs_3d.schedules import Moment, Schedule
 from pcs_3d.view_prompts import Views
-from shared.config import Part, default_kind
+from shared.config import GuidanceScale, NotNegative, Part, Seed, default_kind
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class Noised:
-    """z_t [B, C, h, w] at t [B], and the noise `target` [B, C, h, w]; `start`: an earlier point of the trajectory, if there is
+    """z_t [B, C, h, w] at t [B], the noise `target` [B, C, h, w], and `start`, an earlier point on the trajectory, if there is
     one."""
 
     z_t: Tensor
@@ -33,7 +33,7 @@ class Noised:
     start: tuple[Tensor, Tensor] | None = None
 
     def at(self, point: Literal["t", "s"]) -> tuple[Tensor, Tensor]:
-        """Where a term is evaluated. Raises ValueError if there is no earlier point."""
+        """The point at which a term is evaluated. Raises ValueError if there is no earlier point."""
         if point == "t":
             return self.z_t, self.t
         if self.start is None:
@@ -54,7 +54,7 @@ def ddim_step(scores: Scores, z_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -
 
 
 def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor:
-    """Draws noise on the CPU, so that it is the same for all devices, with an offset for each view and channel."""
+    """Draws noise on the CPU, so that it is the same on all devices, with an offset for each view and channel."""
     noise = torch.randn(like.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*like.shape[:2], 1, 1, generator=generator)
@@ -65,7 +65,7 @@ class RandomNoise(Part):
     """z_t = alpha z + sigma eps with fresh noise, which is the target (DreamFusion, https://arxiv.org/abs/2209.14988)."""
 
     kind: Literal["random"] = "random"
-    offset: Annotated[float, Field(ge=0)] = 0.0
+    offset: NotNegative = 0.0  # noise offset: one shift per view and channel
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator
@@ -79,7 +79,7 @@ class FixedNoise(Part):
     """The same noise at every step, with a separate sample for each batch index."""
 
     kind: Literal["fixed"] = "fixed"
-    seed: int = 0
+    seed: Seed = 0
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator
@@ -95,11 +95,11 @@ class Interval(Part):
     (z_s, s), which is also used for that last step."""
 
     kind: Literal["interval"] = "interval"
-    delta: Schedule = 0.08
+    delta: Schedule = 0.08  # t - s, as a share of the range of t
     stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # largest step before s
-    steps: Annotated[int, Field(ge=0)] = 5  # steps before s
-    offset: Annotated[float, Field(ge=0)] = 0.0
-    told: Told = "null"
+    steps: Annotated[int, Field(ge=0, le=1000)] = 5  # steps before s
+    offset: NotNegative = 0.0  # noise offset: one shift per view and channel
+    told: Told = "null"  # the conditioning of the inversion; null: no prompt
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator
@@ -130,10 +130,10 @@ class Inversion(Part):
     """
 
     kind: Literal["inversion"] = "inversion"
-    steps: Annotated[int, Field(ge=1)] = 10
-    scale: float = -6.5
-    jitter: Share = 1.0  # t is shifted later by a random fraction of one step, up to this value
-    eta: Annotated[float, Field(ge=0)] = 0.3  # fresh noise, relative to the noise of one ancestral step
+    steps: Annotated[int, Field(ge=1, le=1000)] = 10
+    scale: GuidanceScale = -6.5
+    jitter: Share = 1.0  # t is moved to a later time by a random fraction of one step, at most this
+    eta: NotNegative = 0.3  # fresh noise, relative to the noise of one ancestral step
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator

@@ -1,4 +1,4 @@
-"""A teacher that knows a scene: the exact scores of Gaussians around the true view of each camera. With it, a guidance's
+"""A teacher that knows a scene: it returns the exact scores of Gaussians around the true view of each camera, so a guidance's
 gradient is known exactly, and an asset can be compared with the scene."""
 
 from __future__ import annotations

@@ -4,30 +4,33 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pcs_3d.cameras import Cameras, wrapped_deg
 from pcs_3d.view_prompts import Direction, Mix, ScenePrompts, Views
-from shared.config import Part
+from shared.config import Part, Real
 
-Curve = tuple[float, float, float]
+Coefficient = Annotated[float, Field(ge=-100, le=100)]  # of an exponential
+Curve = tuple[Coefficient, Coefficient, Coefficient]
 
 
 class PerpNeg(Part):
     """The prompt's embedding is interpolated between views by azimuth; the other views are negatives.
 
-    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (sections 3.2 and 4.2), with s the coefficient of
-    the prompt's terms. The weights are -(a exp(-b r) + c), where r falls from 1 to 0 between two views: threestudio's curves.
-    `strength` scales them all; views from above have no negatives.
+    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (sections 3.2 and 4.2), where s is the
+    coefficient of the prompt's terms. The weights are -(a exp(-b r) + c), where r falls from 1 to 0 between two views; a, b and
+    c are threestudio's. `strength` scales all weights; views from above have no negatives.
     """
 
-    side_back: Curve = (1.0, 0.5, -0.606)
-    front_side_back: Curve = (1.0, 0.5, 0.967)
-    front_side: Curve = (4.0, 0.5, -2.426)
-    side_front: Curve = (4.0, 0.5, -2.426)
-    strength: float = 1.0
+    side_back: Curve = (1.0, 0.5, -0.606)  # of the side as a negative, between side and back
+    front_side_back: Curve = (1.0, 0.5, 0.967)  # of the front, between side and back
+    front_side: Curve = (4.0, 0.5, -2.426)  # of the front, between front and side
+    side_front: Curve = (4.0, 0.5, -2.426)  # of the side, between front and side
+    strength: Real = 1.0
 
     def rows(self, told: str, prompts: ScenePrompts, views: Views) -> list[Mix]:
         """For "prompt", "away_near" and "away_far": the texts mixed for each view's conditioning. The near one is "front" for

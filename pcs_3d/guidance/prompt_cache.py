@@ -20,7 +20,7 @@ class PromptCache:
     """Encodes texts with `<name>`s under the adapters that are on.
 
     An encoding is reused if the text, the words and tensors of the concepts in it, and the active adapters of text encoders
-    are the same. A concept that was trained further, or another one of the same name, is encoded again.
+    are the same. A concept that was trained further, or another one with the same name, is encoded again.
 
     Args:
         on_device: a context in which text encoders can be used

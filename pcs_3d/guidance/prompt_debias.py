@@ -19,9 +19,9 @@ _QUESTION = "this image is depicting a {mask} view of {prompt}"
 
 
 class PromptDebias(Part):
-    """A masked language model estimates how likely a view is given the prompt, and given the prompt without a word. For a
-    view, a word is removed if p(view | all) / mean(p(view | all), p(view | without it)) is below `threshold`: for
-    example "smiling" in a view from behind.
+    """A masked language model estimates how likely each view is given the prompt, and given the prompt without one of its
+    words. A view's prompt loses each word for which p(view | all) / mean(p(view | all), p(view | without it)) is below
+    `threshold`: the back view's, for example, loses "smiling".
 
     Concepts and their class nouns always stay: the language model does not know what was learned, and reads class nouns
     instead of names.
@@ -31,8 +31,8 @@ class PromptDebias(Part):
     threshold: Annotated[float, Field(gt=0, lt=2)] = 0.95
 
     def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
-        """The prompt of each direction. Raises ValueError if the folder has no such model, or the model lacks the words
-        needed."""
+        """The prompt of each direction. Raises ValueError if the folder contains no such model, or the model lacks the
+        words needed."""
         reader = _Reader(self.model)
         kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
         words = prompt.split()

@@ -1,4 +1,4 @@
-"""Different prompts and concepts in parts of a view (locally conditioned diffusion, https://arxiv.org/abs/2303.12218,
+"""Uses different prompts and concepts in parts of a view (locally conditioned diffusion, https://arxiv.org/abs/2303.12218,
 eq. 5)."""
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcs_3d.view_prompts import Views
 
-#: Which adapters are on. base: none; teacher: the loaded concepts; student: the loaded concepts and the student's.
+#: Which adapters are on: none (base), the loaded concepts' (teacher), or the loaded concepts' and the student's (student).
 Adapters = Literal["base", "teacher", "student"]
 #: The kind of conditioning (`ScenePrompts.rows`, and for Perp-Neg the two directions to avoid).
 Told = Literal["prompt", "plain_prompt", "negative", "null", "away_near", "away_far"]

@@ -13,23 +13,23 @@ from pcs_3d.guidance.student import StudentSettings
 from pcs_3d.guidance.times import Times
 from pcs_3d.regions import Region
 from pcs_3d.schedules import Moment, Schedule
-from shared.config import Part, Slot
+from shared.config import BatchSize, NotNegative, Part, Slot
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weighting = Literal["sds", "uniform", "fantasia3d", "noise_to_signal"]
 
 
 class Term(Part):
-    """One prediction in the sum. Its coefficient is `plain` + `scaled` · s, with s the guidance scale; 0 outside the times
-    [from_t, until_t), which are shares of the range of t."""
+    """One prediction in the sum. Its coefficient is `plain` + `scaled` · s, where s is the guidance scale, and 0 outside the
+    times [from_t, until_t), which are shares of the range of t."""
 
     kind: Told = "prompt"  # kind of conditioning; default: the term's name
-    adapters: Adapters = "teacher"
-    at: Literal["t", "s"] = "t"
+    adapters: Adapters = "teacher"  # which adapters are on
+    at: Literal["t", "s"] = "t"  # t: at the view's noise level; s: at the earlier one of the noiser's interval
     plain: Schedule = 0.0
     scaled: Schedule = 0.0
-    from_t: Share = 0.0
-    until_t: Annotated[float, Field(ge=0)] = 1.0
+    from_t: Share = 0.0  # share of the range of t
+    until_t: NotNegative = 1.0  # share of the range of t
 
     @property
     def ask(self) -> Ask:
@@ -42,8 +42,8 @@ class Guidance(Part):
     The guidance scale s is used as eps_u + s (eps_c - eps_u) everywhere in this package: 0 ignores the prompt, 1 is no
     guidance. Papers and programs that write eps_c + s' (eps_c - eps_u) have s' = s - 1.
 
-    w(t) with z_t = alpha z + sigma eps: `sds` sigma² (which is 1 - alpha_bar), `uniform` 1, `fantasia3d` alpha sigma²,
-    `noise_to_signal` sigma / alpha, under which the gradient with random noise is z - x0(z_t).
+    `weighting` sets w(t), where z_t = alpha z + sigma eps. `sds`: sigma², which is 1 - alpha_bar. `uniform`: 1. `fantasia3d`:
+    alpha sigma². `noise_to_signal`: sigma / alpha, which makes the gradient z - x0(z_t) if the noise is random.
     """
 
     terms: Slot[Term] = {  # type: ignore[assignment]
@@ -51,27 +51,27 @@ class Guidance(Part):
         "negative": {"kind": "negative", "plain": 1.0, "scaled": -1.0},
     }
     target: Literal["noise", "none"] = "noise"  # the noiser's noise, or nothing
-    scale: Schedule = 100.0
+    scale: Schedule = 100.0  # the guidance scale s
     noiser: Noiser = RandomNoise()
     times: Times = Times()
     weighting: Weighting = "sds"
     weight: Schedule = 1.0  # factor of the whole gradient
-    normalize: Literal["sum", "mean"] = "sum"  # over channels and cells of a view; mean does not depend on their number
-    clip: Schedule | None = None  # limit per element of w(t) (…): score debiasing (https://arxiv.org/abs/2303.15413)
+    normalize: Literal["sum", "mean"] = "sum"  # over a view's channels and cells; a mean is independent of their number
+    clip: Schedule | None = None  # limit on elements of w(t) (…): score debiasing (https://arxiv.org/abs/2303.15413)
     rescale: Share = 0.0  # how far x0 is rescaled to its unguided spread (https://arxiv.org/abs/2305.08891, eq. 15)
-    rescale_over: Annotated[int, Field(ge=1)] = 1  # number of views whose spread is computed together: those of a ring
+    rescale_over: BatchSize = 1  # number of views whose spread is computed together: those of a ring
     regions: Slot[Region] = {}  # parts of space with their own prompt or concepts
-    joint_views: Annotated[int, Field(ge=1)] = 1  # number of views in a ring that attend to each other (`JointViews`)
-    perp_neg: PerpNeg | None = None
-    student: StudentSettings | None = None
+    joint_views: BatchSize = 1  # number of views in a ring that attend to each other (`JointViews`)
+    perp_neg: PerpNeg | None = None  # Perp-Neg (https://arxiv.org/abs/2304.04968); null: off
+    student: StudentSettings | None = None  # how the student learns (VSD); null: no student
     pixel_weight: Schedule = 0.0  # weight of HiFA's loss between the view and the decoded x0
     space: Literal["pixels", "latents"] = "pixels"  # what fields render: colours, which are then encoded, or latents
-    resolution: Annotated[int, Field(ge=8)] | None = (
+    resolution: Annotated[int, Field(ge=8, le=8192)] | None = (
         None  # pixels that views are scaled to before encoding; default: the backbone's own
     )
 
     def speaks(self, moment: Moment) -> bool:
-        """Whether the teacher is needed: if the weights of latents and pixels are 0, only penalties train the field."""
+        """Whether the teacher is needed. If the weights of latents and pixels are both 0, only penalties train the field."""
         return moment.of(self.weight) != 0 or moment.of(self.pixel_weight) != 0
 
     @model_validator(mode="after")

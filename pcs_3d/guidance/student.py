@@ -24,7 +24,7 @@ class StudentSettings(Part):
     teacher plus the adapters of the set `student`, which recipes train (`trainable.*.adapter_set: student`)."""
 
     times: Times = Times(low=0.0, high=1.0)
-    told: Literal["prompt", "plain_prompt"] = "plain_prompt"
+    told: Literal["prompt", "plain_prompt"] = "plain_prompt"  # prompt: with the words for views
     camera_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # how often the student is not given the cameras
     group: Annotated[str, Field(pattern=NAME)] = STUDENT  # its optimizer group
 

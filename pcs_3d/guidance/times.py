@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Generator, Tensor
 
 from pcs_3d.schedules import Moment, Schedule
-from shared.config import Part
+from shared.config import Part, Positive
 
 
 class Times(Part):
@@ -22,7 +19,7 @@ class Times(Part):
 
     low: Schedule = 0.02
     high: Schedule = 0.98
-    anneal: Annotated[float, Field(gt=0)] | None = None
+    anneal: Positive | None = None
     same: bool = False  # one time for all views of a step
 
     def draw(self, count: int, moment: Moment, generator: Generator, discrete: bool) -> Tensor:

@@ -77,7 +77,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
 
 
 def _check_primitives(path: Path, tree: dict[str, Any]) -> None:
-    """Raises ValueError if values count too many times: each primitive gets its own copy of those it refers to."""
+    """Raises ValueError if primitives refer to too many values in total: each gets its own copy of those it refers to."""
     counts = [int(accessor["count"]) for accessor in tree.get("accessors", [])]
     total = 0
     for primitive in (p for mesh in tree.get("meshes", []) for p in mesh["primitives"]):
@@ -119,8 +119,9 @@ def check_picture(path: Path, data: bytes) -> None:
 
 
 def check_total(path: Path, shown: Sequence[Any], textures: Sequence[Any]) -> None:
-    """Raises ValueError if meshes and points, each listed once for every node that shows it, hold too much together, or the
-    textures (PIL images) do. A small file can repeat a large mesh thousands of times, and every node gets its own copy."""
+    """Raises ValueError if meshes and points, each listed once for every node that shows it, hold too much in total,
+    or if the textures (PIL images) do. A small file can repeat a large mesh thousands of times, and every node gets its own
+    copy."""
     points = sum(len(geometry.vertices) for geometry in shown)
     faces = sum(len(getattr(geometry, "faces", ())) for geometry in shown)
     for count, what, most in ((points, "points", 2 * MAX_POINTS), (faces, "triangles", MAX_FACES)):

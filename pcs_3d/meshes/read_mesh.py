@@ -23,8 +23,13 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Triangles with one texture, or points: vertices [V, 3], faces [F, 3] (empty: points); colours in [0, 1] per vertex
-    [V, 3], or an 8-bit texture [H, W, 3] with uv [V, 2] (v up), or neither."""
+    """Triangles with one texture, or points.
+
+    vertices: [V, 3].
+    faces: [F, 3]; empty for points.
+    colors: [V, 3], in [0, 1], or None.
+    uv, texture: [V, 2], v up, and 8 bits [H, W, 3]; or None.
+    """
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -161,7 +166,7 @@ def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) ->
 
 def sampled(pieces: list[Piece], count: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Points [N, 3] spread evenly over triangles, or the points themselves, and their colours [N, 3] in [0, 1] if any piece
-    has some (grey elsewhere). The same pieces give the same points."""
+    has colours (grey elsewhere). The same pieces always give the same points."""
     rng = np.random.default_rng(0)
     areas = [_areas(p) for p in pieces]
     total = sum(a.sum() for a in areas)

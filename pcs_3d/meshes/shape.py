@@ -58,14 +58,14 @@ class BallShape:
 class SampledShape:
     """A shape given by points on its surface.
 
-    Space that cannot be reached from outside without crossing cells with such points is inside: this needs neither normals
-    nor a closed surface, and turns an open or non-manifold mesh into a shell one cell thick.
+    Space that cannot be reached from outside without crossing cells that contain such points is inside. This needs neither
+    normals nor a closed surface, and turns an open or non-manifold mesh into a shell one cell thick.
 
     Args:
         points: [N, 3] on the surface, within a cube of side 2 · `reach`
         colors: [N, 3] in [0, 1], or None
-        normals: [N, 3], unit, outward, of a closed surface, if they are reliable: close to the surface, distances are then
-            measured along them, more finely than a cell
+        normals: [N, 3], the outward unit normals of a closed surface, if they are reliable: close to the surface, distances
+            are then measured along them, which is more precise than a cell
     """
 
     def __init__(

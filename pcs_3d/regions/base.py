@@ -20,9 +20,9 @@ Inside = Callable[[Tensor], Tensor]
 class RegionPart(KindPart):
     """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
 
-    prompt, negative: replace the recipe's unless empty. concepts: the concepts whose adapters are on only in this region;
-    null: the same concepts as in the rest of the scene. softness: width in radii over which the region fades in from its
-    border inwards.
+    prompt, negative: replace the recipe's unless empty.
+    concepts: the concepts whose adapters are on only in this region; null: the same concepts as in the rest of the scene.
+    softness: the width, in radii, over which the region fades in from its border inwards.
     """
 
     prompt: str = ""

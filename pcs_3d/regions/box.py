@@ -9,8 +9,9 @@ from pydantic import model_validator
 from torch import Tensor
 
 from pcs_3d.regions.base import Inside, RegionPart
+from shared.config import Real
 
-Corner = tuple[float, float, float]
+Corner = tuple[Real, Real, Real]
 
 
 class Box(RegionPart):

@@ -11,21 +11,24 @@ from torch.nn import functional as F
 
 from pcs_3d.meshes.shape import BallShape, shape_of_file
 from pcs_3d.regions.base import Inside, RegionPart
-from shared.config import PathText
+from shared.config import PathText, Real
 
-_CELLS, _REACH = 40, 1.5  # of the grid that holds a mesh's distances, in the mesh's radii
+_CELLS, _REACH = 40, 1.5  # a mesh's grid of distances: cells along a side, and half the side in radii
 
 
 class Sdf(RegionPart):
     """The inside of a mesh file, scaled to `radius` around `center`, or of a ball if no file is given: where the signed
-    distance is negative. grown: points this close to the surface, in radii of the object, are also inside."""
+    distance is negative.
+
+    grown: points this close to the surface, in radii of the object, are also inside.
+    """
 
     kind: Literal["sdf"] = "sdf"
     path: PathText | None = None
-    center: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    center: tuple[Real, Real, Real] = (0.0, 0.0, 0.0)
     radius: Annotated[float, Field(gt=0, le=10)] = 0.5
     up: Literal["y", "z"] | None = None  # as in `field.start`
-    azimuth_deg: float = 0.0
+    azimuth_deg: Real = 0.0
     grown: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def build(self) -> Inside:

@@ -12,21 +12,23 @@ from torch.nn import functional as F
 
 from pcs_3d.cameras import FOV_DEG, Cameras, look_at_distance
 from pcs_3d.regions.base import Inside, RegionPart
-from shared.config import PathText
+from shared.config import PathText, Real
 from shared.io.decode import read_mask
 
 
 class ViewMask(RegionPart):
-    """Everything behind the bright part of a mask drawn over a render from this camera, within a range of depths: `depth` is
-    this range in radii, along the camera's axis and relative to the middle; (0, 2) is the far half."""
+    """Everything behind the bright part of a mask drawn over a render from this camera, within a range of depths.
+
+    depth: this range in radii, along the camera's axis and relative to the object's centre; (0, 2) is the far half.
+    """
 
     kind: Literal["view_mask"] = "view_mask"
     path: PathText
-    azimuth_deg: float = 0.0
-    elevation_deg: float = 15.0
+    azimuth_deg: Real = 0.0
+    elevation_deg: Real = 15.0
     fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
-    depth: tuple[float, float] = (-2.0, 2.0)
+    depth: tuple[Real, Real] = (-2.0, 2.0)
 
     def build(self) -> Inside:
         drawn = torch.from_numpy(np.asarray(read_mask(self.path), dtype=np.float32) / 255)[None, None]

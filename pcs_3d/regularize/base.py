@@ -1,4 +1,4 @@
-"""Base of penalties on fields, and their inputs."""
+"""The base class for penalties on fields, and their inputs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,13 @@ _ONLY = Moment(0, 1)
 
 @dataclass(frozen=True)
 class Seen:
-    """The views of one step, as penalties see them. draw: draws the field from other cameras in the same way as the step;
-    settings: how these views were drawn; pictures: references of the object; generator: the step's random numbers."""
+    """The views of one step, as penalties see them.
+
+    generator: the step's random numbers.
+    draw: draws the field from other cameras, in the same way as these views.
+    settings: how these views were drawn.
+    pictures: references of the object.
+    """
 
     field: Any
     cameras: Cameras
@@ -62,10 +67,10 @@ Weight = Annotated[Schedule, AfterValidator(_not_negative)]
 class GeometryPenalty(KindPart):
     """A scalar added to the loss of a step: its weight at that step times its value."""
 
-    needs_normals: ClassVar[bool] = False  # views drawn with normals
-    needs_pictures: ClassVar[bool] = False  # pictures of the object with their cameras (`references`)
-    needs_masks: ClassVar[bool] = False  # masks for all of these pictures
-    weight: Weight = 1.0
+    needs_normals: ClassVar[bool] = False  # needs views drawn with normals
+    needs_pictures: ClassVar[bool] = False  # needs pictures of the object with their cameras (`references`)
+    needs_masks: ClassVar[bool] = False  # needs masks for all of these pictures
+    weight: Weight = 1.0  # factor of the value; may change over the run
 
     def __call__(self, seen: Seen) -> Tensor:
         """The weighted scalar; 0, without computing the value, if the weight is 0."""
@@ -85,7 +90,7 @@ class GeometryPenalty(KindPart):
 
 def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
     """Draws points [count, 3] from what the views show, choosing samples along rays in proportion to their weights; also
-    returns the unit directions [count, 3] they are seen along. No gradient. Empty views give [0, 3]."""
+    returns the unit directions [count, 3] in which they are seen. Both have no gradient, and are [0, 3] for empty views."""
     rendering = seen.rendering
     if rendering.weights is None or rendering.distances is None or not isinstance(seen.field, VolumeField):
         raise penalty.missing("a field rendered by marching rays (renderer.kind=volume)")

@@ -14,10 +14,13 @@ from pcs_3d.regularize.base import GeometryPenalty, Seen, seen_points
 
 class Orientation(GeometryPenalty):
     """Σ sg(w) · max(0, n · d)², averaged over rays: visible surfaces face the camera (Ref-NeRF,
-    https://arxiv.org/abs/2112.03907, eq. 11). points: number of samples drawn, by their weight w, to estimate it."""
+    https://arxiv.org/abs/2112.03907, eq. 11).
+
+    points: number of samples drawn, in proportion to their weight w, to estimate the sum.
+    """
 
     kind: Literal["orientation"] = "orientation"
-    points: Annotated[int, Setting(ge=16)] = 1024
+    points: Annotated[int, Setting(ge=16, le=1_000_000)] = 1024
 
     def value(self, seen: Seen) -> Tensor:
         points, directions = seen_points(self, seen, self.points)
@@ -28,10 +31,10 @@ class Orientation(GeometryPenalty):
 
 
 class NormalSmoothness(GeometryPenalty):
-    """mean |n(p) − n(p + ε)|² at visible points, ε normal with standard deviation `reach` radii: normals smooth in space."""
+    """mean |n(p) − n(p + ε)|² at visible points, Gaussian ε of standard deviation `reach` radii: smooth normals in space."""
 
     kind: Literal["normal_smoothness"] = "normal_smoothness"
-    points: Annotated[int, Setting(ge=16)] = 1024
+    points: Annotated[int, Setting(ge=16, le=1_000_000)] = 1024
     reach: Annotated[float, Setting(gt=0, le=1)] = 0.02
 
     def value(self, seen: Seen) -> Tensor:

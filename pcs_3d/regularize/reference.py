@@ -12,20 +12,23 @@ from torch.nn import functional as F
 
 from pcs_3d.regularize.base import GeometryPenalty, Pictures, Seen
 from pcs_3d.renderers.rendering import Rendering
-
-Count = Annotated[int, Setting(ge=1)]
+from shared.config import BatchSize, NotNegative
 
 
 class ReferenceViews(GeometryPenalty):
     """Makes the field match pictures of the object from their cameras: the mean squared error of pixels, on a grey background,
-    and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). count: pictures per step, drawn at
-    random. outside: the weight of pixels outside the masks; 0 if the silhouette should not follow the pictures. Without masks
-    all pixels count, and the field is drawn on the colour of each picture's border."""
+    and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). Without masks, all pixels count, and
+    the field is drawn on the colour of each picture's border.
+
+    count: pictures per step, drawn at random.
+    mask_weight: the weight of the opacities' error.
+    outside: the weight of pixels outside the masks; 0 if the silhouette should not follow the pictures.
+    """
 
     needs_pictures: ClassVar[bool] = True
     kind: Literal["reference_views"] = "reference_views"
-    count: Count = 1
-    mask_weight: Annotated[float, Setting(ge=0)] = 0.5
+    count: BatchSize = 1
+    mask_weight: NotNegative = 0.5
     outside: Annotated[float, Setting(ge=0, le=1)] = 1.0
 
     def value(self, seen: Seen) -> Tensor:
@@ -45,7 +48,7 @@ class Silhouette(GeometryPenalty):
     needs_pictures: ClassVar[bool] = True
     needs_masks: ClassVar[bool] = True
     kind: Literal["silhouette"] = "silhouette"
-    count: Count = 1
+    count: BatchSize = 1
 
     def value(self, seen: Seen) -> Tensor:
         drawn, chosen = _drawn(self, seen, self.count)

@@ -1,4 +1,4 @@
-"""Base of the renderers."""
+"""The base class for renderers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shared.config import KindPart, unknown
 
 
 class RendererPart(KindPart):
-    """Base of the renderers' settings, which also do the drawing: they keep no state between views."""
+    """Base class for renderers: settings that also do the drawing. They keep no state between views."""
 
     draws: ClassVar[type]  # the protocol of the fields that it draws
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering:
-        """Draws B views of a field, differentiable in it. Raises ValueError for a field that it cannot draw, or settings that
-        do not fit it."""
+        """Draws B views of a field, differentiable in the field. Raises ValueError for a field that this renderer cannot draw,
+        or settings that do not fit it."""
         raise NotImplementedError
 
     def check(self, field: Any, cameras: Cameras, settings: RenderSettings) -> None:

@@ -20,7 +20,7 @@ from pcs_3d.renderers.shading import lamps, shaded
 
 
 class Mesh(RendererPart):
-    """finer: supersampling; each pixel is the mean of finer × finer samples."""
+    """finer: the supersampling factor; each pixel is the mean of finer × finer samples."""
 
     draws: ClassVar[type] = SurfaceField
     kind: Literal["mesh"] = "mesh"
@@ -47,7 +47,7 @@ class Mesh(RendererPart):
         self, field: SurfaceField, surface: Surface, bend: Tensor, camera: Cameras, lamp: Tensor, settings: RenderSettings,
         row: int,
     ) -> Tensor:  # fmt: skip
-        """[H, W, K + 5]: colours on the background; opacity; depth along the axis and normals, both times opacity."""
+        """[H, W, K + 5]: colours on the background, opacity, and depth along the axis and normals, both times opacity."""
         height, width = settings.height * self.finer, settings.width * self.finer
         places, depth = on_screen(surface.vertices, camera, height, width)
         corners, depths = places[surface.faces], depth[surface.faces]

@@ -10,10 +10,12 @@ _PAIRS = 1 << 22  # pairs of triangles and pixels tested at a time
 
 @torch.no_grad()
 def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> Tensor:
-    """int64 [H, W]: the nearest triangle at each pixel's centre, -1 where there is none.
+    """int64 [H, W]: the index of the nearest triangle at each pixel's centre, -1 where there is none. Triangles that reach
+    behind the camera or have no area are not drawn.
 
-    corners: [F, 3, 2] in pixels, x right, y down, the first pixel's centre at 0.5; depths: [F, 3], above 0 in front of the
-    camera. Triangles that reach behind the camera and those without area are not drawn.
+    Args:
+        corners: [F, 3, 2] in pixels, x right and y down; the first pixel's centre is at 0.5
+        depths: [F, 3], above 0 in front of the camera
     """
     low = (corners.amin(1) - 0.5).ceil().long().clamp_min(0)
     limit = torch.tensor([width, height], device=corners.device) - 1
@@ -40,7 +42,7 @@ def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> T
 
 
 def _chunks(faces: Tensor, count: Tensor) -> list[Tensor]:
-    """The faces in chunks of about `_PAIRS` pairs of triangles and pixels."""
+    """Splits the faces into chunks of about `_PAIRS` pairs of triangles and pixels."""
     piece = (count.cumsum(0) - 1) // _PAIRS
     return list(faces.split(torch.unique_consecutive(piece, return_counts=True)[1].tolist())) if len(faces) else []
 
@@ -63,7 +65,7 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
     """int64 [E, 2], pairs of vertices: the edges where the visible side of a mesh ends, because only one of their two
-    triangles faces the camera, or because they do not have two. corners: [F, 3, 2] as in `nearest_faces`."""
+    triangles faces the camera, or because they do not have exactly two. `corners` [F, 3, 2] are as in `nearest_faces`."""
     turned = cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) > 0
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
     side = turned.repeat(3).long()
@@ -76,10 +78,14 @@ def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
     """Blends neighbouring pixels where a silhouette runs between their centres, which yields the gradient that moves
     silhouettes (Laine et al., https://arxiv.org/abs/2011.03277, section 3.6).
 
-    values: [H, W, K], with the background; covered: bool [H, W]; edges: [E, 2, 2] in pixels, of silhouettes. Two neighbours,
-    one of them covered, are blended according to where the edge nearest to the covered pixel crosses the line between their
-    centres. Steep edges blend pixels side by side, flat edges blend pixels above each other; if all edges did both, a moving
-    silhouette would change its area twice.
+    Two neighbouring pixels, one of them covered, are blended according to where the edge nearest to the covered pixel crosses
+    the line between their centres. Steep edges blend horizontal neighbours, and flat edges vertical ones; if every edge blended
+    both, a moving silhouette would change its area twice.
+
+    Args:
+        values: [H, W, K], with the background
+        covered: bool [H, W]
+        edges: [E, 2, 2], of silhouettes, in pixels
     """
     height, width, _ = values.shape
     flat = values.reshape(height * width, -1)
@@ -106,7 +112,7 @@ def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
 
 
 def _crossings(p: Tensor, q: Tensor, edges: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """How far from pixel p [N] to pixel q [N] the first edge crosses, in [0, 1], and whether one does."""
+    """Where the first edge crosses the line from pixel p [N] to pixel q [N], in [0, 1], and whether any edge does."""
     start = torch.stack([p % width, p // width], -1) + 0.5
     step = torch.stack([q % width, q // width], -1) + 0.5 - start
     with torch.no_grad():

@@ -16,10 +16,11 @@ Shading = Literal["albedo", "lambertian", "textureless", "normal"]
 class Rendering:
     """B views of H×W pixels.
 
-    pixels: [B, K, H, W] in [0, 1], on the background; opacity: [B, 1, H, W] in [0, 1]; depth: [B, 1, H, W], the expected
-    distance from the camera to what the ray hits; normals: [B, 3, H, W] in world coordinates, of unit length where something
-    is hit, 0 elsewhere; None if not requested. weights, distances: [B, H, W, S], per sample along each ray, for use by
-    penalties; None if the renderer does not march rays.
+    pixels: [B, K, H, W] in [0, 1], on the background.
+    opacity: [B, 1, H, W] in [0, 1].
+    depth: [B, 1, H, W], the expected distance from the camera to what the ray hits.
+    normals: [B, 3, H, W] in world coordinates, of unit length where something is hit, 0 elsewhere; None if not requested.
+    weights, distances: [B, H, W, S], per sample along each ray, for penalties; None if the renderer does not march rays.
     """
 
     pixels: Tensor
@@ -34,7 +35,8 @@ class Rendering:
 class RenderSettings:
     """How a view is drawn.
 
-    background: [B, K, H, W] or [B, K, 1, 1] in [0, 1]. light: [B, 3] positions of a point light, for shadings that use one.
+    background: [B, K, H, W] or [B, K, 1, 1] in [0, 1].
+    light: [B, 3], positions of a point light, for shadings that use one.
     """
 
     height: int

@@ -7,8 +7,8 @@ from torch import Generator, Tensor
 
 
 def through_cube(origins: Tensor, directions: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Where rays [N, 3], [N, 3] enter and leave the cube [-bound, bound]³, each [N], not behind the camera; for a ray that
-    misses it, the exit is before the entry."""
+    """The distances [N] at which rays (origins [N, 3], directions [N, 3]) enter and leave the cube [-bound, bound]³. An entry
+    behind the camera becomes 0; for a ray that misses the cube, the exit is before the entry."""
     tiny = torch.full_like(directions, 1e-9).copysign(directions)
     inverse = 1 / torch.where(directions.abs() < 1e-9, tiny, directions)
     first, second = (-bound - origins) * inverse, (bound - origins) * inverse
@@ -27,10 +27,10 @@ def stratified(near: Tensor, far: Tensor, count: int, generator: Generator | Non
 
 
 def by_importance(edges: Tensor, weights: Tensor, count: int, generator: Generator | None) -> Tensor:
-    """Edges [N, count + 1] of intervals that each hold the same share of the weights [N, S] between edges [N, S + 1]: the
-    inverse of their distribution function (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
+    """Edges [N, count + 1] of intervals that each contain the same share of the weights [N, S] between edges [N, S + 1], found
+    by inverting the cumulative distribution (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
 
-    A little of the weight is spread evenly, so that even rays that hit nothing have samples. (nerfacc's version needs CUDA.)
+    Some weight is added evenly, so that even rays that hit nothing have samples. (nerfacc's version needs CUDA.)
     """
     weights = weights + 1e-3 + 0.05 * weights.mean(-1, keepdim=True)
     cumulated = torch.cat([torch.zeros_like(weights[:, :1]), weights.cumsum(-1)], 1)

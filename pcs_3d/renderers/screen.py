@@ -1,4 +1,4 @@
-"""Normals and distances of a surface from its depth in a view."""
+"""Computes a surface's distances and normals from its depth in a view."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def along_rays(depth: Tensor, cameras: Cameras) -> Tensor:
 
 
 def normals_of_distance(distance: Tensor, opacity: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """Distances from the cameras [B, H, W, 1] -> unit normals [B, H, W, 3] in the world, towards the camera, 0 where less
-    than half is covered, and points [B, H, W, 3]."""
+    """Distances from the cameras [B, H, W, 1] -> unit normals [B, H, W, 3] in world coordinates, facing the camera, 0 where
+    opacity is 0.5 or less; and points [B, H, W, 3]."""
     origins, directions = (r.to(distance) for r in cameras.rays(*distance.shape[1:3]))
     points = origins + directions * distance
     padded = F.pad(points.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)

@@ -19,14 +19,15 @@ def needs_normals(settings: RenderSettings) -> bool:
 
 
 def lamps(cameras: Cameras, settings: RenderSettings) -> Tensor:
-    """[B, 3]: position of the light; by default the camera's."""
+    """[B, 3]: positions of the light; by default, the cameras' own."""
     return cameras.positions if settings.light is None else settings.light
 
 
 def shaded(features: Tensor, normals: Tensor | None, points: Tensor, lamp: Tensor, settings: RenderSettings) -> Tensor:
     """Features [N, K] of points [N, 3] with normals [N, 3], lit from lamp [N, 3] -> [N, K].
 
-    lambertian: colour · (ambient + (1 − ambient) · max(0, n·l)) (DreamFusion, eq. 7); textureless: the same for white;
+    lambertian: colour · (ambient + (1 − ambient) · max(0, n·l)) (DreamFusion, eq. 7).
+    textureless: the same for white.
     normal: (n + 1) / 2 in world coordinates.
     """
     if settings.shading == "albedo":

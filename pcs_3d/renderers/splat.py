@@ -21,12 +21,14 @@ from pcs_3d.renderers.screen import along_rays, normals_of_distance
 from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 from shared.io.failures import of_the_machine
 
-_BLUR = 0.3  # added to the variances, in pixels²: no Gaussian falls between pixels
+_BLUR = 0.3  # added to the variances, in pixels², so that no Gaussian falls between pixels
 
 
 class Splat(RendererPart):
-    """tile: side, in pixels, of the squares that share a list of Gaussians. engine: gsplat needs CUDA; auto uses it there if it
-    is installed and works, else torch, with a warning if it is installed."""
+    """tile: side, in pixels, of the squares that share a list of Gaussians.
+    engine: gsplat needs CUDA; auto uses it there if it is installed and works, and torch otherwise, with a warning if gsplat is
+    installed but does not work.
+    """
 
     draws: ClassVar[type] = SplatField
     kind: Literal["splat"] = "splat"
@@ -55,7 +57,7 @@ class Splat(RendererPart):
         )  # fmt: skip
 
     def uses_gsplat(self, device: torch.device) -> bool:
-        """Whether gsplat draws fields on this device. Raises ValueError if it has to (engine) and cannot."""
+        """Whether gsplat draws fields on this device. Raises ValueError if `engine` requires it but it cannot."""
         if self.engine == "torch":
             return False
         why = gsplat(device).why if device.type == "cuda" else "the field is not on a GPU"
@@ -136,7 +138,7 @@ def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple
 
 @dataclass(frozen=True)
 class Found:
-    """gsplat's rasterization, or None and why it cannot be used."""
+    """gsplat's rasterization; or None, and the reason why it cannot be used."""
 
     rasterization: Any = None
     why: str = ""
@@ -144,8 +146,8 @@ class Found:
 
 @lru_cache
 def gsplat(device: torch.device) -> Found:
-    """gsplat, tried on the device by drawing one Gaussian: it builds its kernels on first use, and only then fails. Warns once
-    if it is installed but does not work."""
+    """gsplat, tested on the device by drawing one Gaussian: it builds its kernels on first use, and can fail only then. Warns
+    once if it is installed but does not work."""
     try:
         from gsplat import rasterization  # pyright: ignore[reportMissingImports]
 

@@ -20,18 +20,21 @@ from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 
 
 class Volume(RendererPart):
-    """samples: number along each ray inside the field's bound; importance: number of additional samples; if above 0, all
-    samples are placed where a first pass finds something; hidden: samples that certainly have less weight than this in their
-    pixel are skipped, gradient included; most of them lie in empty cells or behind the surface; rays: number drawn at a time;
-    recompute: recomputes the samples' activations in the backward pass, chunk by chunk: less memory, more time, the same
-    gradient."""
+    """samples: number of samples along each ray inside the field's bound.
+    importance: number of additional samples; if above 0, all samples are placed where a first pass finds density.
+    hidden: samples whose weight in their pixel is guaranteed to be below this are skipped and receive no gradient; most of
+    them lie in empty cells or behind the surface.
+    rays: number of rays drawn at a time.
+    recompute: whether the samples' activations are recomputed in the backward pass, chunk by chunk, which takes less memory
+    and more time and leaves the gradient unchanged.
+    """
 
     draws: ClassVar[type] = VolumeField
     kind: Literal["volume"] = "volume"
     samples: Annotated[int, Setting(ge=2, le=4096)] = 64
     importance: Annotated[int, Setting(ge=0, le=4096)] = 0
     hidden: Annotated[float, Setting(ge=0, lt=0.1)] = 5e-4
-    rays: Annotated[int, Setting(ge=256)] = 16384
+    rays: Annotated[int, Setting(ge=256, le=10_000_000)] = 16384
     recompute: bool = False
 
     def render(self, field: VolumeField, cameras: Cameras, settings: RenderSettings) -> Rendering:
@@ -57,8 +60,8 @@ class Volume(RendererPart):
         )
 
     def _rays(self, field: VolumeField, rays: Tensor, settings: RenderSettings) -> tuple[Tensor, ...]:
-        """Colours, opacity, depth, normals, and the samples' weights and distances, for rays [N, 9] (origin, direction,
-        lamp)."""
+        """Renders rays [N, 9] (origin, direction, lamp): colours, opacity, depth, normals, and the samples' weights and
+        distances."""
         with torch.no_grad():
             edges = self._edges(field, rays, settings.generator)
             middles = (edges[:, 1:] + edges[:, :-1]) / 2
@@ -71,7 +74,7 @@ class Volume(RendererPart):
     def _drawn(
         self, field: VolumeField, rays: Tensor, settings: RenderSettings, edges: Tensor, chosen: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, ...]:
-        """The rendered values of the worthwhile samples (`_worthwhile`)."""
+        """Renders the rays from their worthwhile samples (`_worthwhile`)."""
         from nerfacc import accumulate_along_rays
 
         (kept, hit), middles = chosen, (edges[:, 1:] + edges[:, :-1]) / 2
@@ -105,12 +108,12 @@ class Volume(RendererPart):
         return by_importance(edges, weights, self.samples + self.importance, generator)
 
     def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples may weigh more than `hidden`, as indices into [N · S], and which rays [M] have any."""
+        """Returns the indices into [N · S] of the samples that may weigh more than `hidden`, and the rays [M] they lie on."""
         from nerfacc import render_transmittance_from_density
 
         least, most = field.between(rays[:, :3], rays[:, 3:6], middles)
-        most = most * (edges[:, 1:] - edges[:, :-1])
-        hit = (most > self.hidden).any(-1).nonzero()[:, 0]  # an upper bound of each sample's weight
+        most = most * (edges[:, 1:] - edges[:, :-1])  # now an upper bound on each sample's weight
+        hit = (most > self.hidden).any(-1).nonzero()[:, 0]
         if not len(hit):
             hit = hit.new_zeros(1)
         edges = edges[hit]
@@ -118,13 +121,13 @@ class Volume(RendererPart):
         kept = (passed * -torch.expm1(-most[hit]) > self.hidden).nonzero()
         kept = hit[kept[:, 0]] * middles.shape[1] + kept[:, 1]
         if not len(kept):
-            kept = hit[:1] * middles.shape[1]  # one, so that a gradient of 0 reaches the field
+            kept = hit[:1] * middles.shape[1]  # keeps one sample, so that a gradient of 0 reaches the field
         return kept, hit
 
 
 def _weights(edges: Tensor, density: Tensor, kept: Tensor, hit: Tensor) -> Tensor:
-    """Weights of samples [N, S] between edges [N, S + 1] in their pixels, where only those with indices `kept` have a density;
-    only the rays `hit` have any."""
+    """Returns each sample's weight in its pixel [N, S], given the edges between samples [N, S + 1]. Only the samples at indices
+    `kept` have a density, and they all lie on the rays `hit`."""
     from nerfacc import render_weight_from_density
 
     n, s = len(edges), edges.shape[1] - 1

@@ -58,8 +58,11 @@ class PersonalizedPromptProcessor(BaseObject):
 
 @register("pcs-guidance")
 class PersonalizedGuidance(BaseObject):
-    """The guidance of any single-phase recipe (`pcs methods`); concepts: folder -> strength. `steps` is the length of the run,
-    for schedules."""
+    """The guidance of any single-phase recipe (`pcs methods`).
+
+    concepts: folder -> strength.
+    steps: the length of the run, for schedules.
+    """
 
     @dataclass
     class Config(BaseObject.Config):

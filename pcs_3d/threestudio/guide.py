@@ -18,8 +18,8 @@ from shared.train.loop import generator
 
 
 def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tensor | None = None) -> Cameras:
-    """Cameras from threestudio's batch: angles in degrees, `fovy` in radians. Its axes are the same as this package's: x is
-    the front, z is up."""
+    """Cameras from threestudio's batch: angles in degrees, `fovy` in radians. threestudio's axes are the same as this
+    package's: x points to the front, z up."""
     fov_deg = torch.full_like(distances, 45.0) if fovy is None else fovy * (180 / math.pi)
     return Cameras.of(azimuth.cpu(), elevation.cpu(), distances.cpu(), fov_deg.cpu())
 

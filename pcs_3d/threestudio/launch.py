@@ -19,7 +19,7 @@ from pcs_3d.threestudio.stand_ins import NEEDED, absent, standing_in
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
     """Runs `launch.py` with these arguments, in this process and in the checkout's folder.
 
-    Missing packages in `REPLACEABLE` are replaced by stand-ins. cpu: Lightning trains on the CPU in full precision, and
+    Missing packages in `REPLACEABLE` are replaced by stand-ins. If `cpu`, Lightning trains on the CPU in full precision, and
     threestudio's modules put their tensors there. Raises ValueError if there is no GPU and `cpu` is not set, or if a package
     without a stand-in is missing.
     """
@@ -39,7 +39,7 @@ def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
 
 
 def imported(missing: Sequence[str]) -> Any:
-    """The module `threestudio` from the first folder in `sys.path`."""
+    """Imports the module `threestudio` from the first folder in `sys.path`."""
     try:
         with standing_in(missing), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about names in torch.cuda.amp

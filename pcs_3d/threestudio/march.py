@@ -17,9 +17,11 @@ from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
 
 @dataclass(frozen=True)
 class March:
-    """samples: intervals per ray in the cube [-radius, radius]³; importance: number of additional intervals; if above 0, all
-    are placed where a first pass finds something; hidden: samples with less weight than this in their pixel are skipped,
-    gradient included; chunk: rays at a time, outside training."""
+    """samples: number of intervals along each ray in the cube [-radius, radius]³.
+    importance: number of additional intervals; if above 0, all intervals are placed where a first pass finds density.
+    hidden: samples whose weight in their pixel is not above this are skipped and receive no gradient.
+    chunk: number of rays drawn at a time outside training.
+    """
 
     radius: float = 1.0
     samples: int = 64
@@ -143,8 +145,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class Rays:
-    """origins, directions (unit): [B, H, W, 3]; lights: [B, 3]; behind: colours [B, H, W, C] or [B, 1, 1, C] that replace the
-    background's."""
+    """origins, directions: [B, H, W, 3]; directions have length 1.
+    lights: [B, 3].
+    behind: colours [B, H, W, C] or [B, 1, 1, C] that replace the background's.
+    """
 
     origins: Tensor
     directions: Tensor

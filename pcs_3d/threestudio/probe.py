@@ -14,8 +14,12 @@ from pcs_3d.threestudio.stand_ins import absent
 
 
 def probe(checkout: Path) -> dict[str, Any]:
-    """classes: the number that threestudio registers; ours: the names of the extension's classes; error: why one of the two
-    imports failed."""
+    """Imports threestudio and the extension. Returns:
+
+    classes: the number of classes that threestudio registers.
+    ours: the names of the extension's classes.
+    error: why one of the two imports failed.
+    """
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))
     try:

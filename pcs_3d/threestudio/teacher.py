@@ -22,8 +22,13 @@ from shared.runner.open_runner import check_precision, open_runner
 
 @dataclass(frozen=True)
 class Asked:
-    """A request for a teacher. backbone: a folder, a file or a hub id; "": the first concept's model, or the toybox without
-    concepts. concepts: (folder, strength). recipe: its name; settings: `key=value`, applied on top of the recipe's."""
+    """A request for a teacher.
+
+    backbone: a folder, a file or a hub id; "": the first concept's model, or the toybox if there are no concepts.
+    concepts: (folder, strength) pairs.
+    recipe: the recipe's name.
+    settings: `key=value`, applied on top of the recipe.
+    """
 
     backbone: str
     concepts: tuple[tuple[str, float], ...]

@@ -80,7 +80,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
     @contextmanager
     def image_layers(self) -> Iterator[None]:
-        """Inside, clips, like pictures, go through the image layers alone, each frame by itself."""
+        """Within the context, clips go through the image layers alone, frame by frame, as pictures do."""
         before, self._by_frame = self._by_frame, True
         try:
             yield

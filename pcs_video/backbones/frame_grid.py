@@ -23,7 +23,7 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
         source: as for `load_backbone`; None: the toybox
         motion_adapter: a folder with a diffusers `MotionAdapter` or "none", for an image model
 
-    Returns None if the files do not contain this (a model not yet downloaded, a single file, a family from another
+    Returns None if the files do not say (a model not yet downloaded, a single file, a family from another
     package); the number is then checked when the model is opened.
     """
     if source is None or str(source) == TOYBOX:

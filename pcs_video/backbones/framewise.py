@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.backbones.latents import LatentCodec
 
-FRAMES_AT_ONCE = 2**18  # pixels: one frame of 512x512; the autoencoder's activations take the most memory
+FRAMES_AT_ONCE = 2**18  # pixels decoded at a time (one frame of 512x512), to limit the autoencoder's activations
 
 
 def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int | None = None) -> Tensor:

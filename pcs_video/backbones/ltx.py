@@ -33,7 +33,7 @@ class LTXBackbone(VideoTransformerBackbone):
     default_steps = 50
     masks_context = True
     time_per_frame = True
-    #: Frames per second at which clips are generated and learned: the network gets each frame's time, not its number.
+    #: Frames per second of generated and learned clips: the network gets each frame's time, not its number.
     frame_rate: float | None = 25.0
     #: The noise level for decoding, for an autoencoder that is conditioned on one.
     decode_time: float = 0.0

@@ -22,7 +22,7 @@ def is_plain(layer: Any, default: type) -> bool:
 
 
 class WanProcessor(Processor):
-    """Computes diffusers' `WanAttention` as `WanAttnProcessor` does, and carries out a plan."""
+    """Computes diffusers' `WanAttention` as `WanAttnProcessor` does, with a plan's edits and maps."""
 
     def __call__(
         self,
@@ -42,7 +42,7 @@ class WanProcessor(Processor):
 
 
 class LTXProcessor(Processor):
-    """Computes diffusers' `LTXAttention` as `LTXVideoAttnProcessor` does, and carries out a plan."""
+    """Computes diffusers' `LTXAttention` as `LTXVideoAttnProcessor` does, with a plan's edits and maps."""
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ class AlternateTask(TuneTask):
     """
 
     kind: Literal["alternate"] = "alternate"  # pyright: ignore[reportIncompatibleVariableOverride]
-    every: Annotated[int, Field(ge=2)] = 2
+    every: Annotated[int, Field(ge=2, le=10_000)] = 2
     rest: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
     subject_only: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from shared.config import NotNegative
 from shared.regularize.base import Penalty
 from shared.types import Step
 
@@ -25,8 +25,8 @@ class AppearanceDebias(Penalty):
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
     kind: Literal["appearance_debias"] = "appearance_debias"
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    beta: Annotated[float, Field(ge=0)] = 1.0
+    weight: NotNegative = 1.0  # factor of the penalty
+    beta: NotNegative = 1.0  # how much the frame z_a counts against each frame; 0: the plain loss
 
     def __call__(self, step: Step) -> Tensor:
         """Raises ValueError for pictures, which have no frames to compare."""

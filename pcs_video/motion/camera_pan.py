@@ -25,14 +25,14 @@ class CameraPan(SamplingHookBase):
 
     The camera moves evenly, by `right` of the picture's width and `down` of its height in total; the content moves the other
     way. Each frame's latents are shifted by whole cells, part of the way in each of the steps between `start` and `end`.
-    What comes into view is filled with values drawn from the same row (column, for a vertical shift), outside the subjects'
-    `boxes`, so that their spread matches the noise level.
+    Cells that come into view are filled with values drawn from the same row (or column, for a vertical shift) outside the
+    subjects' `boxes`, so that the spread of the values matches the noise level.
     """
 
     kind: Literal["camera_pan"] = "camera_pan"
     right: Distance = 0.0
     down: Distance = 0.0
-    start: Fraction = 0.1  # fractions of the steps: 5 to 15 of 50
+    start: Fraction = 0.1  # fractions of the steps: by default, steps 5 to 15 of 50
     end: Fraction = 0.3
     boxes: Mapping[str, Mapping[int, Box]] = {}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
+from shared.config import Side
 from shared.io.clips.mask_frames import open_masks
 from shared.io.clips.open_frames import open_frames
 from shared.io.clips.read_clip import Clip, read_windows
@@ -19,23 +18,21 @@ from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.types import Example, Subject
 
-Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
-
 
 class Clips(SourcePart):
     """Yields every clip of every subject: the examples of role "instance" that motions are learned from.
 
     `window` sets which frames are used: rate, stride, length, start, and the number of windows per clip. Masks are the
-    user's if there are any next to the clip, else the clip's transparency, else none; a single one, of the first frame, is
-    tracked. The caption is the user's own, or "" for the prompt part to fill in.
+    user's if there are any next to the clip, else the clip's transparency, else none; a single mask, of the first frame,
+    is tracked through the clip. The caption is the user's own, or "" for the prompt part to fill in.
     """
 
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
-    size: tuple[Side, Side] | None = None  # height and width of the frames; null: square, as train.resolution says
-    fit: ResizeMode = "cover"  # how frames of another shape are fitted into that
+    size: tuple[Side, Side] | None = None  # height and width of the frames; null: a square of side train.resolution
+    fit: ResizeMode = "cover"  # how frames of another shape are fitted into that size
     track: Track = Track()
-    apart: bool = False  # True: each frame becomes a picture
+    apart: bool = False  # true: each frame becomes a picture
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}

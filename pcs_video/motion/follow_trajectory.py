@@ -24,7 +24,7 @@ from shared.sampling.schedulers import adds_noise, make_scheduler
 from shared.sampling.settings import SamplingSettings
 
 _MARGIN = 0.2  # of the frame: about half the size of a subject
-_STREAM = 2**43  # random stream for new noise, separate from the initial noise and from the camera's
+_STREAM = 2**43  # random stream for new noise, separate from the initial noise and the camera's noise
 
 
 class FollowTrajectory(SamplingHookBase):
@@ -69,11 +69,11 @@ class ByFrame(SamplingHookBase):
     """
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> ByFrame:
-        """Raises ValueError for a scheduler that adds noise in its steps: it would not be the same in all frames."""
+        """Raises ValueError for a scheduler that adds noise in its steps: the noise would differ between frames."""
         if len(output_size(backbone, settings)) == 3 and adds_noise(make_scheduler(backbone, settings.scheduler)):
             name = settings.scheduler or f"the scheduler of {backbone.name}"
             raise ValueError(
-                f"{name} adds other noise to each frame, so that without a motion module the frames would not fit together: "
+                f"{name} adds different noise to each frame, so without a motion module the frames would not fit together: "
                 "use a deterministic scheduler (ddim, dpm++, euler …)"
             )
         return self
@@ -137,15 +137,15 @@ class FollowingByFrame(Following, ByFrame):
     """Follows a trajectory with the image layers alone."""
 
     def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
-        """The same in all frames, like the initial noise, so that the background stays the same."""
+        """Draws noise that is the same in all frames, like the initial noise, so that the background does not change."""
         return super()._fresh(noise[:, :1], draw).expand_as(noise)
 
 
 def subject_mask(clean: Tensor) -> Tensor:
     """Finds the subject, as a bool mask [h, w], in clean latents [C, f, h, w] or a multiple of them.
 
-    It is where the mean over frames differs most from the median of its row. The threshold is Otsu's, such that the mask covers
-    at most half of the frame; for uniform latents, the mask is the whole frame.
+    It is where the mean over frames differs most from the median of its row. The threshold is Otsu's, chosen so that the mask
+    covers at most half of the frame; for uniform latents, the mask is the whole frame.
     """
     mean = clean.double().mean(1).cpu()
     far = (mean - mean.median(2, keepdim=True).values).square().sum(0).sqrt()
@@ -155,7 +155,7 @@ def subject_mask(clean: Tensor) -> Tensor:
 
 
 def _threshold(values: np.ndarray) -> float:
-    """Returns Otsu's threshold for values [n], of those that at most half of the values reach."""
+    """Returns Otsu's threshold for values [n], among the thresholds that at most half of the values reach."""
     values = np.sort(values)
     n, total = len(values), values.sum()
     above = np.arange(1, n // 2 + 1)  # how many reach it
@@ -197,8 +197,8 @@ class _Subject:
     def moved(
         self, clean: Tensor, noise: Tensor, fresh: Tensor, right: float, down: float, log_size: float
     ) -> tuple[Tensor, Tensor]:
-        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size); noise is
-        `fresh` where none can come along."""
+        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size). Where no
+        noise can move along with it, noise is taken from `fresh`."""
         height, width = self.mask.shape
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         size = math.exp(log_size)
@@ -212,7 +212,7 @@ class _Subject:
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
         on = inside & self.mask[rows, columns]
-        once = on & _first(torch.where(on, rows * width + columns, -1))  # reused, noise would be correlated
+        once = on & _first(torch.where(on, rows * width + columns, -1))  # noise used twice would be correlated
         new = (self.mask | on).to(clean.device)
         noises = torch.where(once.to(clean.device), noise[:, rows, columns], torch.where(new, fresh, noise))
         return cleaned, noises

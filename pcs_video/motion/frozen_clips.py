@@ -23,9 +23,9 @@ class FrozenClips(SourcePart):
     """
 
     kind: Literal["frozen_clips"] = "frozen_clips"
-    length: int = Field(default=16, ge=2)  # frames
+    length: int = Field(default=16, ge=2, le=4096)  # frames
     pictures: Annotated[Source, default_kind("references")] = References()
-    role: Role = "instance"  # role of the clips, whatever that of the pictures
+    role: Role = "instance"  # role of the clips, whatever the pictures' own role
 
     @property
     def gives(self) -> Role:

@@ -27,8 +27,8 @@ class GeneratedClips(Generated):
     made: ClassVar[str] = "class clips"
     kind: Literal["generated_clips"] = "generated_clips"  # pyright: ignore[reportIncompatibleVariableOverride]
     num_images: int = Field(default=32, ge=1, le=100_000)  # clips
-    frames: int = Field(default=16, ge=2)
-    batch_size: int = Field(default=1, ge=1)
+    frames: int = Field(default=16, ge=2, le=4096)
+    batch_size: int = Field(default=1, ge=1, le=1024)  # clips generated at once
 
     def _more_facts(self) -> list[Any]:
         return [self.frames]

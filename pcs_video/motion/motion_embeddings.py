@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shared.backbones.attention_sites import Site
 from shared.backbones.protocol import Backbone
+from shared.config import Side
 from shared.io.branch_settings import FrameEmbeddingsForm, Values
 from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 from shared.trainable.branch import BranchAdapter, place_of
@@ -25,11 +26,11 @@ class MotionEmbeddings(TrainablePart):
 
     taxonomy: ClassVar[str] = "motion embeddings"
     kind: Literal["motion_embeddings"] = "motion_embeddings"
-    lr: Rate = 2e-2
-    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, from the coarsest; null: all
-    frames: Annotated[int, Field(ge=2)] | None = None  # null: the backbone's own
-    resolution: Annotated[int, Field(ge=1)] | None = None  # pixels; null: the backbone's own
-    values: Values = "differences"
+    lr: Rate = 2e-2  # learning rate
+    coarsest: Annotated[int, Field(ge=1, le=64)] | None = 2  # number of grids used, from the coarsest; null: all
+    frames: Annotated[int, Field(ge=2, le=4096)] | None = None  # null: the backbone's own
+    resolution: Side | None = None  # pixels; null: the backbone's own
+    values: Values = "differences"  # what the values' embeddings add outside training
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -14,22 +14,25 @@ from shared.io.trajectory_settings import Waypoint
 from shared.metrics.clips.tracks import track_points
 from shared.types import Subject
 
-_LEAST_REACH = 0.03  # of the shorter side: what moves less counts as standing still
+_LEAST_REACH = 0.03  # of the shorter side; anything that moves less counts as standing still
 
 
 def one_motion(subjects: Mapping[str, Subject]) -> Subject:
     """Returns the only subject that has clips. ValueError if there is none, or more than one."""
     moving = [subject for subject in subjects.values() if subject.clips]
     if len(moving) != 1:
-        raise ValueError("sampling.trajectory: measured on the clips of exactly one motion: give subject.clips=FOLDER")
+        raise ValueError(
+            "sampling.trajectory is measured on the clips of exactly one motion: give subject.clips=FOLDER"
+        )
     return moving[0]
 
 
 def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
-    """Measures the mean trajectory of the moving thing in a subject's clips.
+    """Measures the mean trajectory of what moves in the clips of a motion.
 
-    With masks (for each frame, or one that is tracked), it is the path of the mask's centre and the square root of its area;
-    otherwise that of the points that move at least half as far as the farthest. Frames without a mask are interpolated.
+    With masks (one per frame, or one that is tracked), it is the path of the mask's centre and the square root of its area, and
+    frames without a mask are interpolated. Otherwise, it is the path of the points that move at least half as far as the one
+    that moves farthest.
 
     Args:
         source: reads the clips; every window counts as one
@@ -50,7 +53,7 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
 
 
 def _path(clip: Clip, name: str) -> np.ndarray:
-    """Returns right, down and logarithm of the size for each frame, [F, 3]."""
+    """Returns the position (right, down) and the logarithm of the size in each frame, [F, 3]."""
     path = _of_points(clip.frames) if clip.masks is None else _of_masks(clip.masks)
     reach = float(np.abs(path - path.mean(0)).max())
     if not reach > _LEAST_REACH:
@@ -84,7 +87,7 @@ def _of_points(frames: Tensor) -> np.ndarray:
             before, now = points[both, f - 1], points[both, f]
             shift, sizes = np.median(now - before, axis=0), [_spread(now), _spread(before)]
             steps.append(np.array([shift[0] / width, shift[1] / height, np.log(sizes[0] / sizes[1])]))
-        path.append(path[-1] + steps[-1])  # if no point is left, it goes on as before
+        path.append(path[-1] + steps[-1])  # if no point is left, the motion continues as before
     return np.stack(path)
 
 

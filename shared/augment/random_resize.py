@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.augment.base import Augmentation, integer, uniform
+from shared.config import NotNegative, Positive
 from shared.types import Example, Role
 
 
@@ -23,12 +24,12 @@ class RandomResize(Augmentation):
 
     kind: Literal["random_resize"] = "random_resize"
     roles: tuple[Role, ...] = ("instance",)
-    p: float = Field(default=1.0, ge=0, le=1)
-    scale: tuple[float, float] = (0.4, 1.4)
-    small_below: float = Field(default=0.6, ge=0)
+    p: float = Field(default=1.0, ge=0, le=1)  # probability of resizing
+    scale: tuple[Positive, Positive] = (0.4, 1.4)
+    small_below: NotNegative = 0.6
     small_words: tuple[str, ...] = ("very small", "far away")
     large_words: tuple[str, ...] = ("zoomed in", "close up")
-    margin: int = Field(default=8, ge=0)  # pixels; at most an eighth of the resized side
+    margin: int = Field(default=8, ge=0, le=8192)  # pixels; at most an eighth of the resized side
 
     @model_validator(mode="after")
     def _ordered(self) -> RandomResize:

@@ -19,6 +19,7 @@ _PAPER = (255, 255, 255)
 _INK = (30, 30, 30)
 _GAP = 4  # pixels between the pictures of a sheet
 _TILE = 128  # pixels: smaller pictures are enlarged to about this size on a contact sheet
+_MOST_TILES = 10_000
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -30,6 +31,12 @@ def to_image(pixels: Tensor) -> Image.Image:
         raise ValueError("a picture contains NaN or Inf: the model failed, or its precision is too low")
     levels = pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
+
+
+def check_tiles(count: int, asked: str) -> None:
+    """Raises ValueError, naming the options `asked`, for more pictures than a sheet can show."""
+    if count > _MOST_TILES:
+        raise ValueError(f"{asked}: {count:,} pictures; a sheet can show at most {_MOST_TILES:,}")
 
 
 def write_picture(

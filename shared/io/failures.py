@@ -1,5 +1,5 @@
-"""Explains failures of the machine rather than of the input (memory, disk, links, recursion depth): what happened, where, and
-what to do. Libraries report them with exceptions of their own, which only this module recognises."""
+"""Explains failures of the machine (memory, disk, symbolic links, recursion depth) rather than of the input: what happened,
+where, and what to do. Libraries report them with exceptions of their own, which only this module recognises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ADVICE = {
     errno.EFBIG: "files cannot be this large here: raise the limit (`ulimit -f unlimited`) or choose another disk",
     errno.EROFS: "this disk is read-only: choose another output",
     errno.EIO: "the disk has errors: choose another one",
-    errno.ELOOP: "its links form a loop: remove the link, or choose another place",
+    errno.ELOOP: "its symbolic links form a loop: remove one of them, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "too many files are open: raise the limit (`ulimit -n 4096`)",
     errno.EACCES: "you do not have permission to read or write there: change the permissions, or choose another place",
@@ -52,7 +52,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether the fault lies in memory or the disk and not in the user's input, which must not be reported as damaged."""
+    """Whether memory or the disk is at fault. If so, the user's input must not be reported as damaged."""
     return out_of_memory(error) or of_the_disk(error)
 
 
@@ -72,7 +72,7 @@ def in_words(error: BaseException) -> str | None:
         return f"out of memory: {where} does not have enough for this{_size(error)}. To continue, {_SMALLER}"
     if isinstance(error, RecursionError):
         return "something is nested too deeply to be read: look for nested brackets in your settings and files"
-    if isinstance(error, OverflowError):
+    if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and "without overflow" in str(error)):
         return f"a number is too large ({error}): give a smaller one"
     number = system_error(error)
     if number is None:
@@ -96,7 +96,8 @@ def _size(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Makes disk errors that any library raises inside name `path` instead of the temporary file that is written first."""
+    """Re-raises disk errors from the enclosed block, whichever library raised them, so that they name `path` and not the
+    temporary file written first."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How clips start from the noise of another clip, as recipes and concepts store it. Importing it loads no model library."""
+"""How clips start from the noise of another clip, as recipes and concepts store it. Importing this loads no model library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.config import Part
+from shared.config import Many, Part
 
 
 class NoisePriorSettings(Part):
@@ -14,5 +14,5 @@ class NoisePriorSettings(Part):
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.3  # p, the share of the noise's variance that comes from the clip
     prompt: str = ""  # the prompt of the inversion
-    steps: Annotated[int, Field(ge=1)] | None = None  # steps of the inversion; None: as many as in sampling
-    refine: Annotated[int, Field(ge=0)] = 0  # see `shared.sampling.inversion.invert`
+    steps: Many | None = None  # steps of the inversion; null: as many as in sampling
+    refine: Annotated[int, Field(ge=0, le=1000)] = 0  # see `shared.sampling.inversion.invert`

@@ -16,7 +16,7 @@ class Box(MaskPart):
 
     taxonomy: ClassVar[str] = "boxes as masks"
     kind: Literal["box"] = "box"
-    margin: int = Field(default=0, ge=0)
+    margin: int = Field(default=0, ge=0, le=8192)
 
     def change(self, mask: Tensor) -> Tensor:
         inside = mask[0] > 0.5

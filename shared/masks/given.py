@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from shared.masks.base import MaskPart, no_mask
@@ -17,7 +18,7 @@ class Given(MaskPart):
     taxonomy: ClassVar[str] = "given masks"
     kind: Literal["given"] = "given"
     require: bool = False
-    threshold: float | None = None  # in (0, 1): the mask becomes 1 above it, else 0
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # the mask becomes 1 above it, else 0
 
     @property
     def needs_masks(self) -> bool:

@@ -26,7 +26,7 @@ class Track(Part):
     """
 
     flow: Literal["dis", "farneback"] = "dis"
-    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # the mask becomes 1 above it, else 0; None: soft edges
+    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # the mask becomes 1 above it, else 0; null: soft edges
 
     def __call__(self, frames: Tensor, masks: Tensor) -> Tensor:
         """Returns a mask for each of the frames [3, F, H, W]: [1, F, H, W]. masks: the same, or [1, 1, H, W] of the first."""

@@ -9,16 +9,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from shared.config import Part
+from shared.config import NotNegative, Part, Positive, Real
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Times(Part):
     low: Fraction = 0.0  # as a fraction of the whole time range, so that a stage can train on part of it
-    high: Fraction = 1.0
+    high: Fraction = 1.0  # as a fraction of the whole time range
     clean_first_frame: Fraction = 0.0  # for clips: the probability that the first latent frame has no noise
-    offset: Annotated[float, Field(ge=0)] = 0.0  # noise offset: one shift per picture and channel
+    offset: NotNegative = 0.0  # noise offset: one shift per picture and channel
 
     @model_validator(mode="after")
     def _ordered(self) -> _Times:
@@ -65,9 +65,9 @@ class LogitNormal(_Times):
     """sigmoid(N(mean, std)), then shifted: t' = s t / (1 + (s - 1) t) (SD 3, https://arxiv.org/abs/2403.03206, eq. 19, 23)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
-    mean: float = 0.0
-    std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = 1.0
+    mean: Real = 0.0  # of the normal distribution
+    std: Positive = 1.0  # of the normal distribution
+    shift: Positive = 1.0  # s; above 1: more noise
 
     def _fractions(self, count: int, generator: torch.Generator) -> Tensor:
         u = torch.sigmoid(self.mean + self.std * torch.randn(count, generator=generator))

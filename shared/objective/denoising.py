@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
+from shared.config import Part, Positive
 
 
 class Denoising(Part):
@@ -23,10 +23,10 @@ class Denoising(Part):
     """
 
     kind: Literal["denoising"] = "denoising"
-    masked: bool | None = None  # None: on if there are masks; true: the same, but warns if there are none; false: off
+    masked: bool | None = None  # null: on if there are masks; true: the same, but warns if there are none; false: off
     outside: Annotated[float, Field(ge=0, le=1)] = 0.0
     inside: Annotated[float, Field(ge=0, le=1)] = 1.0
-    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    min_snr_gamma: Positive | None = None
 
     @model_validator(mode="after")
     def _something_counts(self) -> Denoising:

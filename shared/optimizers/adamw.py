@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 import torch
 
-from shared.optimizers.base import Beta, OptimizerPart, Positive
+from shared.config import Positive
+from shared.optimizers.base import Beta, OptimizerPart
 
 
 class AdamW(OptimizerPart):
     """torch's AdamW."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay rates of the averages of gradients and of their squares
+    eps: Positive = 1e-8  # added to the denominator, for numerical stability
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         # Not fused: on a CPU, the fused kernel misreads moments with other strides and rounds differently at the end of a

@@ -9,11 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from shared.config import Part
+from shared.config import NotNegative, Part, Positive, Steps
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -24,13 +22,13 @@ class OptimizerPart(Part):
     progress: ClassVar[tuple[str, ...]] = ()
     averages: ClassVar[bool] = False  # whether the optimizer has `eval` and `train`, which switch to averages and back
     needs_closure: ClassVar[bool] = False  # whether it evaluates the loss itself, several times per step
-    weight_decay: NotNegative = 1e-2
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    weight_decay: NotNegative = 1e-2  # pulls weights toward 0; a part's own setting wins
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how rates change after the warmup
+    warmup: Steps = 0  # steps
     decay: Fraction = (
         1.0  # the final fraction of the run, over which rates fall; below 1: warmup-stable-decay (arXiv 2404.06395)
     )
-    max_grad_norm: Positive | None = 1.0
+    max_grad_norm: Positive | None = 1.0  # gradients are clipped to this norm; null: not clipped
 
     @model_validator(mode="after")
     def _something_falls(self) -> OptimizerPart:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from shared.optimizers.base import OptimizerPart
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Lbfgs(OptimizerPart):

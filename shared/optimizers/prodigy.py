@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from shared.optimizers.base import Beta, OptimizerPart, Positive
+from shared.config import Positive
+from shared.optimizers.base import Beta, OptimizerPart
 
 
 class Prodigy(OptimizerPart):

@@ -10,7 +10,21 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from shared.attention import Attention
 from shared.augment import Augment
 from shared.backbones.protocol import Backbone
-from shared.config import NAME, NameOrPath, Part, PathText, Slot, default_kind, parts_of
+from shared.config import (
+    NAME,
+    BatchSize,
+    GuidanceScale,
+    Many,
+    NameOrPath,
+    Part,
+    PathText,
+    Seed,
+    Side,
+    Slot,
+    Steps,
+    default_kind,
+    parts_of,
+)
 from shared.io.read_subject import read_subject
 from shared.masks import Mask
 from shared.modifiers import Modifier
@@ -30,10 +44,6 @@ from shared.trainable import Trainable
 from shared.trainable.base import MAIN
 from shared.types import Subject
 
-#: Counts and sizes have bounds far above any real setting, so that a typo fails immediately instead of filling memory.
-Many = Annotated[int, Field(ge=1, le=10_000)]
-Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
-_STEPS = 10_000_000
 Group = Annotated[str, Field(pattern=NAME)]
 
 
@@ -49,7 +59,7 @@ class SubjectSettings(Part):
 
     images: PathText | tuple[PathText, ...]
     class_noun: str = ""
-    masks: PathText | None = None
+    masks: PathText | None = None  # how masks are made or changed, by name
     captions: PathText | None = None
 
     def read(self) -> Subject:
@@ -61,26 +71,26 @@ class SubjectSettings(Part):
 class Validation(Part):
     """Pictures or clips generated and scored during training; the state with the best score is kept."""
 
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: never
-    prompts: tuple[str, ...] = ("a photo of a {concept}",)
+    every: Steps = 0  # steps; 0: never
+    prompts: tuple[str, ...] = ("a photo of a {concept}",)  # prompts to score; {concept}: the concept's words
     num: Many = 2  # pictures or clips per prompt
-    keep_best: bool = True
+    keep_best: bool = True  # keep the state with the best score; false: the last one
 
 
 class Train(Part):
     """The settings of the training loop."""
 
-    steps: Annotated[int, Field(ge=0, le=_STEPS)] = 500
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
-    gradient_accumulation: Many = 1
-    gradient_checkpointing: bool = False
+    steps: Steps = 500  # optimizer steps
+    batch_size: BatchSize = 1  # examples per micro-batch
+    gradient_accumulation: Many = 1  # micro-batches per step
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast at it
     resolution: Side | None = None  # pixels; null: the backbone's own
     cache: bool = True  # cache latents and text that do not vary
     variants: Annotated[int, Field(ge=0, le=10_000)] = (
         0  # augmented versions of each picture, computed once and cached; 0: a new version each step
     )
-    checkpoint_every: Annotated[int, Field(ge=0)] = 200  # steps; 0: only at the end and on interruption
+    checkpoint_every: Steps = 200  # steps; 0: only at the end and on interruption
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
     validation: Validation = Validation()
 
@@ -88,9 +98,9 @@ class Train(Part):
 class Sampling(Part):
     """How pictures and clips are generated, during training and by default afterwards. null: the backbone's own setting."""
 
-    steps: Many | None = None
-    guidance: float | None = None
-    scheduler: str | None = None
+    steps: Many | None = None  # denoising steps
+    guidance: GuidanceScale | None = None  # classifier-free guidance scale
+    scheduler: str | None = None  # ddim, dpm++, euler, unipc …
     strength: Annotated[str, AfterValidator(check_points)] = ""  # by step: "0@0,1@0.2"; "": constant
 
     def settings(self) -> SamplingSettings:
@@ -108,35 +118,35 @@ class PreviewSettings(Part):
     num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
     resolution: Side | None = None  # pixels; null: train.resolution, else the backbone's own
     steps: Many | None = None  # denoising steps; null: sampling.steps, else the backbone's own
-    prompt: str = "a photo of a {concept}"
+    prompt: str = "a photo of a {concept}"  # {concept}: the concept's words
 
 
 class Recipe(Part):
     """The resolved, typed description of how a concept is learned."""
 
-    method: str = ""
-    title: str = ""
-    papers: tuple[str, ...] = ()
+    method: str = ""  # the recipe's name
+    title: str = ""  # the method's name
+    papers: tuple[str, ...] = ()  # links
     taxonomy: Taxonomy = Taxonomy()
-    kind: Literal["subject", "style", "motion", "identity"] = "subject"
+    kind: Literal["subject", "style", "motion", "identity"] = "subject"  # what is learned
 
-    subject: SubjectSettings | None = None
-    subjects: dict[Annotated[str, Field(pattern=NAME)], SubjectSettings] = {}
-    backbone: NameOrPath = "toybox"
-    output: PathText | None = None
-    name: Annotated[str, Field(pattern=NAME)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    subject: SubjectSettings | None = None  # the pictures to learn from
+    subjects: dict[Annotated[str, Field(pattern=NAME)], SubjectSettings] = {}  # several subjects, by name
+    backbone: NameOrPath = "toybox"  # the model: a folder, a file, a hub id or toybox
+    output: PathText | None = None  # the folder of the concept; of several concepts if there are several subjects
+    name: Annotated[str, Field(pattern=NAME)] | None = None  # the concept's name; null: that of its folder
+    seed: Seed = 0  # of all random numbers in the run
 
     sources: Slot[Source] = {"references": {"kind": "references"}}  # type: ignore[assignment]
-    masks: Slot[Mask] = {}
-    augment: Slot[Augment] = {}
+    masks: Slot[Mask] = {}  # how masks are made or changed, by name
+    augment: Slot[Augment] = {}  # how pictures are varied, by name
     prompts: Prompts = Templates()
     modifier: Annotated[Modifier, default_kind("rare_token")] = RareToken()
-    trainable: Slot[Trainable] = {}
+    trainable: Slot[Trainable] = {}  # what learns, by name
     attention: Slot[Attention] = {}  # changes to the model's attention; the same in all phases
     noise: Annotated[Noise, default_kind("uniform")] = Uniform()
     objective: Objective = Objective()
-    regularize: Slot[Regularizer] = {}
+    regularize: Slot[Regularizer] = {}  # penalties, by name
     train: Train = Train()
     sampling: Sampling = Sampling()
     preview: PreviewSettings = PreviewSettings()

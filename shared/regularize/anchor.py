@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
+from shared.config import NotNegative
 from shared.regularize.base import Penalty
 from shared.types import Step
 
@@ -17,7 +17,7 @@ class EmbeddingAnchor(Penalty):
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})
     kind: Literal["embedding_anchor"] = "embedding_anchor"
-    weight: Annotated[float, Field(ge=0)] = 1e-5
+    weight: NotNegative = 1e-5
 
     def __call__(self, step: Step) -> Tensor:
         return self.weight * step.need("token_drift").mean()  # [n], squared distances

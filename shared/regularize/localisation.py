@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.backbones.attention_maps import Record
 from shared.backbones.attention_maps_need import AttentionMaps
+from shared.config import NotNegative
 from shared.regularize.base import Penalty
 from shared.types import Step
 
@@ -31,9 +32,11 @@ class Localisation(Penalty):
     needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
     needs_masks: ClassVar[bool] = True
     kind: Literal["localisation"] = "localisation"
-    weight: Annotated[float, Field(ge=0)] = 1e-2
-    scales: tuple[Annotated[int, Field(ge=1)], ...] = ()  # relative to the latents; (): the one nearest to 16×16
-    normalize: Literal["max", "none"] = "max"
+    weight: NotNegative = 1e-2  # factor of the penalty
+    scales: tuple[
+        Annotated[int, Field(ge=1, le=1024)], ...
+    ] = ()  # relative to the latents; []: the one nearest to 16×16
+    normalize: Literal["max", "none"] = "max"  # max: maps are divided by their maximum
     distance: Distance = "squared"
 
     @property

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
+from shared.config import NotNegative
 from shared.regularize.base import Penalty
 from shared.types import Step
 
@@ -20,7 +20,7 @@ class PriorPreservation(Penalty):
     needs: ClassVar[frozenset[str]] = frozenset({"example_loss"})
     needs_class_examples: ClassVar[bool] = True
     kind: Literal["prior_preservation"] = "prior_preservation"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: NotNegative = 1.0  # factor of the penalty
 
     def __call__(self, step: Step) -> Tensor:
         is_prior = step.batch.with_role("prior").to(step.prediction.device)
@@ -37,7 +37,7 @@ class PriorPrediction(Penalty):
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})
     kind: Literal["prior_prediction"] = "prior_prediction"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: NotNegative = 1.0  # factor of the penalty
 
     def __call__(self, step: Step) -> Tensor:
         difference = step.need("class_prediction").float() - step.need("base_class_prediction").detach().float()

@@ -19,7 +19,8 @@ Track = Mapping[int, Box]  # by frame
 
 
 def as_track(value: Any, name: str) -> dict[int, Box]:
-    """Parses one box for all frames, a list of boxes from the first frame on, or boxes by frame. ValueError if invalid."""
+    """Parses one box for all frames, a list of boxes from the first frame on, or boxes by frame. Raises ValueError if they are
+    invalid."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], int | float):
         value = {0: value}
     if isinstance(value, list | tuple):
@@ -47,7 +48,8 @@ def _box(box: Any, where: str) -> Box:
 
 
 def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
-    """Reads a JSON file of boxes by name or words of the prompt, as in `as_track`. ValueError, naming the file, if invalid."""
+    """Reads a JSON file of boxes by name or words of the prompt, as in `as_track`. Raises ValueError, naming the file, if it is
+    invalid."""
     path = expanded(path)
     try:
         data = json.loads(read_text_file(path, "the boxes"))

@@ -18,7 +18,7 @@ from shared.sources.to_example import load
 
 
 def is_clip(path: Path) -> bool:
-    """Tells whether a file or folder is a clip rather than a picture. ValueError, with its path, if it is neither."""
+    """Tells whether a file or folder is a clip rather than a picture. Raises ValueError, with its path, if it is neither."""
     if path.is_file() and path.stat().st_size and clip_kind(path) == "picture":
         return False
     open_frames(path)
@@ -28,22 +28,23 @@ def is_clip(path: Path) -> bool:
 def picture_latents(backbone: Backbone, path: Path, size: tuple[int, int]) -> Tensor:
     """Encodes a picture to latents [1, C, h, w], after scaling and cropping it to `size`: (height, width) in pixels.
 
-    ValueError, with its path, if it cannot be read.
+    Raises ValueError, with its path, if it cannot be read.
     """
     picture = resize(read_picture(path), size, "cover")
     return encoded(backbone, picture.pixels)
 
 
 def masked_picture(path: Path, mask: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Reads a picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cropped the same way. ValueError if their sizes
-    differ."""
+    """Reads a picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cropped the same way. Raises ValueError if their
+    sizes differ."""
     fitted = resize(load(path, mask), size, "cover")
     assert fitted.mask is not None
     return fitted.pixels, fitted.mask
 
 
 def read_given(path: Path, frames: int, size: tuple[int, int], mask: Path | None = None) -> Clip:
-    """Reads the first `frames` frames of a clip, scaled and cropped to `size`. ValueError, with its path, if it is shorter."""
+    """Reads the first `frames` frames of a clip, scaled and cropped to `size`. Raises ValueError, with its path, if it is
+    shorter."""
     there = open_frames(path).count
     if there < frames:
         raise ValueError(f"{path} has {there} frames, but {frames} are needed: use fewer frames, or a longer clip")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.config import PathText
+from shared.config import Many, PathText, absent
 from shared.io.clips.open_frames import open_frames
 from shared.masks.pool import pool_masks
 from shared.sampling.given_files import encoded, is_clip, masked_picture, picture_latents, read_given
@@ -23,9 +22,9 @@ _MOST = 0.5  # the share of a latent cell that must be masked for the cell to be
 class GivenFrames(SamplingHookBase):
     """Keeps frames, or a region of them, in the result. Several such hooks may be combined.
 
-    A picture becomes the first frame, a clip the first frames. With a mask, only its region is kept, and the file must
-    be a clip as long as the result, or a picture if a picture is generated. At each step the kept latents are replaced by
-    the file's, with that step's noise, and after the last step by the clean ones (Lugmayr et al., RePaint, arXiv
+    A picture becomes the first frame, and a clip the first frames. With a mask, only its region is kept, and the file must
+    be a clip at least as long as the result, or a picture if a picture is generated. At each step the kept latents are
+    replaced by the file's, with that step's noise, and after the last step by the clean ones (Lugmayr et al., RePaint, arXiv
     2201.09865, eq. 8, without resampling). Families that take a time per frame (`time_per_frame`) get whole frames without
     noise instead, at t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
     """
@@ -33,7 +32,7 @@ class GivenFrames(SamplingHookBase):
     kind: Literal["given_frames"] = "given_frames"
     path: PathText
     mask: PathText | None = None  # white where the clip is kept: one mask per frame, or one for all
-    frames: Annotated[int, Field(ge=1)] | None = None  # for a clip without a mask: how many of its first frames to use
+    frames: Many | None = None  # for a clip without a mask: how many of its first frames to use
 
     def check(self) -> None:
         """Raises ValueError, with the file's path, for errors that can be found before a model is loaded."""
@@ -44,7 +43,7 @@ class GivenFrames(SamplingHookBase):
         if not clip and self.frames is not None:
             raise ValueError(f"{self.path} is a picture: set the number of frames only for clips")
         if self.mask is not None and not self.mask.exists():
-            raise ValueError(f"{self.mask} does not exist")
+            raise ValueError(f"{self.mask} {absent(self.mask)}")
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> KeptLatents:
         """Raises ValueError if frames or masks do not fit the sampled size, or nothing is left to generate."""

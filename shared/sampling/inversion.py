@@ -26,7 +26,7 @@ def invert(
     """Finds the noise [B, C, (f), h, w] from which deterministic sampling without guidance generates `latents`, with these
     prompts.
 
-    For epsilon, v and sample predictions, it runs DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et
+    For epsilon, v and sample predictions, this runs DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et
     al., arXiv 2211.09794, section 3.2) over the DDIM scheduler's times; for flow matching, it runs Euler's method backwards
     over the sigmas of the family's own schedule. A step back needs the prediction at its end point, which is approximated
     by the prediction for the less noisy latents at the later time, so the round trip is exact only in the limit of many
@@ -62,8 +62,8 @@ def invert(
 
 
 def _levels(backbone: Backbone, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns increasing times [N], and alpha and sigma, first those of the sampler's final latents, then those at these
-    times: each [N + 1], float64."""
+    """Returns increasing times [N], and alpha and sigma, first for the sampler's final latents, then at these times:
+    each [N + 1], float64."""
     flow = backbone.prediction_type == "flow"
     solver: Any = make_scheduler(backbone, "flow_euler" if flow else "ddim")
     backbone.set_timesteps(solver, steps, shape)
@@ -105,7 +105,7 @@ class NoisePrior(NoisePriorSettings, SamplingHookBase):
 
     kind: Literal["noise_prior"] = "noise_prior"
     path: PathText
-    name: str = ""  # the concept that it belongs to, so that only prompts that name it use it; "": all prompts do
+    name: str = ""  # the concept that the prior belongs to: only prompts that name it use the prior; "": all prompts do
 
     def resting(self) -> NoisePrior:
         """Returns a hook of the same concept that takes nothing from the clip."""

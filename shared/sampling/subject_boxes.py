@@ -15,6 +15,7 @@ from shared.backbones.attention_edits import At
 from shared.backbones.attention_rows import Rows
 from shared.backbones.attention_sites import Site, Where
 from shared.backbones.protocol import Backbone
+from shared.config import NotNegative
 from shared.sampling.box_tracks import Box, as_track, box_masks, check_frames, latent_frame_times
 from shared.sampling.hooks import DenoisingStep, SamplingHookBase
 from shared.sampling.sampler import output_size
@@ -33,7 +34,7 @@ class SubjectBoxes(SamplingHookBase):
 
     kind: Literal["subject_boxes"] = "subject_boxes"
     boxes: Mapping[str, Mapping[int, Box]]  # concept, or words of the prompt -> frame -> box
-    strength: Annotated[float, Field(ge=0)] = 7.5
+    strength: NotNegative = 7.5
     until: Annotated[float, Field(ge=0, le=1)] = 0.1  # fraction of the steps: the first 5 of 50
 
     @field_validator("boxes", mode="before")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from shared.config import Many, Seed
 from shared.io.contact_sheets import read_metadata, write_picture
 from shared.io.decode import read_picture
 from shared.io.denoising_progress import named, part_of
@@ -23,25 +24,25 @@ from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.types import Example, Role, Subject
 
-_SCHEME = 1  # increase it when the way pictures are generated changes
+_SCHEME = 1  # increase this when the way pictures are generated changes
 
 
 class Generated(SourcePart):
     """Generates `num_images` class pictures per subject, of role "prior", and caches them under `SourceContext.cache_dir`.
 
     The cache key covers everything that the pictures depend on (weights, prompt, guidance, steps, seed, resolution), but
-    not their number: new ones are added to existing ones. Missing and damaged files are generated again. Two subjects of
-    the same class share them. The caption is the prompt that they were generated with.
+    not their number: new pictures are added to the existing ones. Missing and damaged files are generated again. Two subjects
+    of the same class share the pictures. The caption is the prompt that they were generated with.
     """
 
     made: ClassVar[str] = "class pictures"
     kind: Literal["generated"] = "generated"
     num_images: int = Field(default=200, ge=1, le=100_000)
-    prompt: str = "a photo of a {class_noun}"
-    guidance: float = Field(default=7.5, ge=0, allow_inf_nan=False)
-    steps: int = Field(default=50, ge=1, le=10_000)
-    batch_size: int = Field(default=4, ge=1, le=1024)
-    seed: int = 0
+    prompt: str = "a photo of a {class_noun}"  # {class_noun}: the subject's class
+    guidance: float = Field(default=7.5, ge=0, le=1000)  # classifier-free guidance scale
+    steps: Many = 50  # denoising steps
+    batch_size: int = Field(default=4, ge=1, le=1024)  # pictures generated at once
+    seed: Seed = 0  # another one: other pictures
 
     @field_validator("prompt")
     @classmethod
@@ -91,7 +92,7 @@ class Generated(SourcePart):
         return path.is_file()
 
     def _read(self, path: Path) -> Tensor:
-        """Reads a file as [3, (F), H, W] in [-1, 1]. ValueError if it cannot be read."""
+        """Reads a file as [3, (F), H, W] in [-1, 1]. Raises ValueError if it cannot be read."""
         return read_picture(path, min_side=1).pixels
 
     def _key_of(self, path: Path) -> str | None:

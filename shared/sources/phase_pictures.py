@@ -43,8 +43,8 @@ class PhasePictures(SourcePart):
 
 
 def read_kept(folder: Path) -> list[dict[str, Any]]:
-    """Reads the list of a phase's kept pictures: file, caption (with {concept}), owner, score. ValueError if it cannot be
-    read."""
+    """Reads the list of a phase's kept pictures: file, caption (with {concept}), owner, score. Raises ValueError if it cannot
+    be read."""
     try:
         return json.loads((folder / KEPT).read_text(encoding="utf-8"))["kept"]
     except (OSError, ValueError, KeyError, TypeError):

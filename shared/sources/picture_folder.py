@@ -31,7 +31,7 @@ class Folder(SourcePart):
     role: Role = "prior"
     prompt: str = "a photo of a {class_noun}"
     fit: ResizeMode = "cover"
-    limit: int = Field(default=0, ge=0)  # use only this many, from the first; 0: all
+    limit: int = Field(default=0, ge=0, le=100_000)  # use only this many pictures, starting with the first; 0: all
 
     @property
     def gives(self) -> Role:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
+from shared.config import Many
 from shared.io.resize import ResizeMode
 from shared.io.terminal import encodable, names
 from shared.sources.base import SourcePart
@@ -25,7 +24,7 @@ class References(SourcePart):
     """
 
     kind: Literal["references"] = "references"
-    repeats: int = Field(default=1, ge=1)
+    repeats: Many = 1
     fit: ResizeMode = "cover"  # how pictures are made square
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
+from shared.config import Many
 from shared.io.read_subject import transparent
 from shared.io.resize import ResizeMode
 from shared.sources.base import SourcePart
@@ -25,7 +24,7 @@ class Scene(SourcePart):
     """
 
     kind: Literal["scene"] = "scene"
-    repeats: int = Field(default=1, ge=1)
+    repeats: Many = 1  # how often each picture is yielded
     fit: ResizeMode = "cover"  # how pictures are made square
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:

@@ -47,7 +47,8 @@ class SourceContext:
 
 
 def owner_among(subjects: Mapping[str, Subject], name: str, what: str) -> str:
-    """Returns `name` if it is a subject, or the only subject if it is empty. ValueError lists the subjects."""
+    """Returns `name` if it is a subject, or the only subject if it is empty. Raises ValueError,
+    listing the subjects, otherwise."""
     names = ", ".join(sorted(subjects)) or "none"
     if name and name not in subjects:
         raise ValueError(f"{what}: unknown subject {name!r}. Available: {names}.")

@@ -10,7 +10,7 @@ from shared.types import Example, Role
 
 
 def load(path: Path, mask: Path | None) -> Picture:
-    """Reads a picture with its mask. ValueError if they differ in size."""
+    """Reads a picture with its mask. Raises ValueError if they differ in size."""
     picture = read_picture(path)
     if mask is None:
         return picture
@@ -22,7 +22,7 @@ def load(path: Path, mask: Path | None) -> Picture:
 
 
 def example(picture: Picture, owner: str, role: Role, resolution: int, how: ResizeMode, caption: str) -> Example:
-    """Makes one square example. ValueError if the mask is completely cropped away."""
+    """Makes one square example. Raises ValueError if the mask is completely cropped away."""
     square = resize(picture, resolution, how)
     if square.alpha is not None and square.alpha.getextrema() == (0, 0):
         raise ValueError(f"{picture.path}: no part of its mask is inside the square crop; use fit=contain")

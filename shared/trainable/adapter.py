@@ -31,13 +31,13 @@ class PeftAdapter:
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _holds(m, peft_name)]
         self.seed = 0  # seeds the initialization, and reproduces random tensors that are not trained
         self.min_rank: int | None = None  # the minimum rank of a LoRA whose rank falls with the noise
-        # LoRA and similar types keep a scale per adapter; types without one (OFT) can only be on or off
         self._chances: dict[tuple[Any, str], float] = {
             (layer, key): getattr(layer, key)[peft_name]
             for layer in self.layers
             for key in ("rank_dropout", "module_dropout")
             if peft_name in getattr(layer, key, {})
         }
+        # LoRA and similar types keep a scale per adapter; types without one (OFT) can only be on or off
         self._scaling = [dict(getattr(m, "scaling", {})).get(peft_name) for m in self.layers]
 
     @classmethod
@@ -179,7 +179,7 @@ def config_to_dict(config: PeftConfig) -> dict[str, Any]:
 
 
 def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
-    """Inverts `config_to_dict`. ValueError for a type or a key that peft does not have."""
+    """Inverts `config_to_dict`. Raises ValueError for a type or a key that peft does not have."""
     kinds = {k.value if hasattr(k, "value") else str(k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = data.get("peft_type")
     if kind not in kinds:

@@ -10,7 +10,7 @@ from torch import nn
 
 from shared.backbones.module_roles import leaf_names
 from shared.backbones.protocol import Backbone, Group
-from shared.config import NAME, KindPart, unknown
+from shared.config import NAME, KindPart, NotNegative, unknown
 from shared.trainable.layer_choice import Projection, block_names, of_blocks, of_projections, parse_ranges
 
 MAIN = "main"  # the optimizer group of parts that do not set one
@@ -23,12 +23,12 @@ Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 class TrainablePart(KindPart):
     """Base of every part that injects or unfreezes parameters."""
 
-    lr: Rate = 1e-4
+    lr: Rate = 1e-4  # learning rate
     group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains the part: train.optimizers.GROUP
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
         ""  # the name under which its adapters are switched on and off; "": the concept's name
     )
-    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
+    weight_decay: NotNegative | None = None  # null: the optimizer's setting
     per_source: bool = False  # one adapter per picture or clip, active only for that one; not saved in the concept
     temporary: bool = False  # active only in training steps (of this and later phases); not saved in the concept
 
@@ -50,14 +50,14 @@ class OnRoles(TrainablePart):
     """Base of the parts that act on the modules of `roles`, or only on those that the other fields select from them.
 
     In models that attend over space and time jointly, no role is specific to motion. There, selecting projections separates
-    motion from appearance: queries and keys determine where to look, values and outputs what is seen there (TAP+AH,
+    motion from appearance: queries and keys determine where to look, and values and outputs what is seen there (TAP+AH,
     https://arxiv.org/abs/2501.16714).
     """
 
     roles: Annotated[tuple[str, ...], Field(min_length=1)]
-    projections: tuple[Projection, ...] = ()  # only these attention projections; (): all modules
+    projections: tuple[Projection, ...] = ()  # only these attention projections; []: all modules
     blocks: str = ""  # "0-9,12": modules inside these blocks of each network, counted from 0; "": everywhere
-    networks: tuple[str, ...] = ()  # only these networks, such as "transformer_2" (Wan 2.2's low-noise expert); (): all
+    networks: tuple[str, ...] = ()  # only these networks, such as "transformer_2" (Wan 2.2's low-noise expert); []: all
 
     @field_validator("blocks")
     @classmethod
@@ -117,7 +117,7 @@ class TrainableGroup:
     slot: str
     parameters: list[nn.Parameter]
     lr: float
-    weight_decay: float | None = None  # None: the optimizer's
+    weight_decay: float | None = None  # None: the optimizer's setting
     touches_text: bool = False  # the text context changes during training: do not cache it
     group: str = MAIN  # the optimizer group
     ports: tuple[str, ...] = ()  # roles that resolved to a stand-in; recorded in the concept

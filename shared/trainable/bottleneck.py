@@ -27,7 +27,7 @@ class Bottleneck(OnRoles):
     kind: Literal["bottleneck"] = "bottleneck"
     roles: tuple[str, ...] = ("cross_attention",)
     width: Annotated[int, Field(ge=1, le=8192)] = 64  # hidden width of the bottleneck
-    lr: Rate = 1e-5
+    lr: Rate = 1e-5  # learning rate
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Adds a bottleneck at every attention layer and feed-forward network of the roles; the new weights are trainable.

@@ -44,7 +44,7 @@ class Branch:
         self.strength, self.training = 1.0, False
 
     def start(self, tensors: Mapping[str, Tensor], width: int, device: torch.device, where: str) -> None:
-        """Sets copies of the tensors as parameters. ValueError if they do not match this form or the layer's width."""
+        """Sets copies of the tensors as parameters. Raises ValueError if they do not match this form or the layer's width."""
         for key, axes in self.keys.items():
             if key not in tensors or tensors[key].ndim != axes:
                 raise ValueError(f"{where}: the branch needs {key!r} with {axes} axes")
@@ -101,9 +101,9 @@ class FrameEmbeddings(Branch):
     """Vectors added to the inputs of temporal attention (Motion Inversion, https://arxiv.org/abs/2403.20193, section 3.2):
     `qk` [F, C] to queries and keys, the same at every spatial position, and `v` [rows, columns, F, C] to values.
 
-    They are interpolated linearly to other frame counts and grids. Outside training, unless the form says
-    otherwise, every frame's value embedding but the first is replaced with its difference from the previous frame's (the
-    authors do this to keep appearance out).
+    They are interpolated linearly to other frame counts and grids. Outside training, unless the form says otherwise, the value
+    embedding of every frame but the first is replaced with its difference from the previous frame's (the authors do this to
+    keep appearance out).
     """
 
     keys: ClassVar[Mapping[str, int]] = {"qk": 2, "v": 4}

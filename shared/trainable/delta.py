@@ -38,7 +38,7 @@ class DeltaAdapter:
             deltas: "{component}.{path of the parameter}" -> its change, in the parameter's shape
 
         Raises:
-            ValueError: the model lacks a parameter, or has it in a different shape
+            ValueError: if the model lacks a parameter or has it in a different shape
         """
         targets = {key: find_parameter(backbone, key) for key in deltas}
         unknown = sorted(k for k, p in targets.items() if p is None)

@@ -41,7 +41,7 @@ def of_blocks(layers: Sequence[str], numbers: Sequence[int], blocks: Sequence[st
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """Parses `"0-9,12"` into sorted numbers. ValueError for any other format, or a range that runs backwards."""
+    """Parses `"0-9,12"` into sorted numbers. Raises ValueError for any other format, or a range that runs backwards."""
     if not _RANGES.fullmatch(text):
         raise ValueError(f"{text!r} is not a list of blocks: write numbers and ranges, counted from 0, such as 0-9,12")
     numbers: set[int] = set()

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch.nn.init import orthogonal_
 
 from shared.backbones.protocol import Backbone
+from shared.config import Real
 from shared.trainable.adapter import PeftAdapter
 from shared.trainable.base import OnRoles, TrainableGroup
 
@@ -25,9 +26,9 @@ class Lora(OnRoles):
     kind: Literal["lora"] = "lora"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    alpha: float | None = None  # None: equal to rank, so that the scale is 1
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    min_rank: Annotated[int, Field(ge=0)] | None = None  # rank at full noise; null: the rank is the same at all times
+    alpha: Real | None = None  # null: equal to rank, so that the scale is 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # probability that an input of A is set to 0 in training
+    min_rank: Annotated[int, Field(ge=0, le=4096)] | None = None  # rank at full noise; null: the same at all times
     orthogonal: bool = False  # A starts with orthonormal rows, so that no masked direction repeats another
     dora: bool = False  # separate magnitude and direction; the norm is treated as constant in backward
 
@@ -78,7 +79,7 @@ class Lora(OnRoles):
 
 
 def _orthonormal(adapter: PeftAdapter, seed: int) -> None:
-    """Gives every layer's A [r, in, …] orthonormal rows (or columns, if it has more rows than columns)."""
+    """Makes the rows of every layer's A [r, in, …] orthonormal, or the columns if A has more rows than columns."""
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter.layers:
         weight = layer.lora_A[adapter.peft_name].weight

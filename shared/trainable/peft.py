@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from shared.backbones.protocol import Backbone
-from shared.config import unknown
+from shared.config import Real, unknown
 from shared.trainable.adapter import PeftAdapter, config_from_dict
 from shared.trainable.base import OnRoles, TrainableGroup
 from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED, unsuited, why_not
 
-Plain = bool | int | float | str | dict[str, int | float]
+Number = Annotated[int, Field(ge=-(2**31), le=2**31)] | Real  # peft has seeds among its settings
+Plain = bool | Number | str | dict[str, Number]
 
 
 class Peft(OnRoles):

@@ -18,7 +18,7 @@ def rank_at(t: Tensor, rank: int, min_rank: int) -> Tensor:
 
 
 class RankByNoise:
-    """Hook on a LoRA's first matrix: passes on only the first r(t) values of its output.
+    """A hook on a LoRA's first matrix that passes on only the first r(t) values of its output.
 
     Each picture of a batch has its own time in the current prediction; in layers with several rows per picture (frames,
     positions), the time is repeated. The hook adds no parameters and changes neither repr nor the state dict.
@@ -36,7 +36,7 @@ class RankByNoise:
         return ranks.pop() if len(ranks) == 1 else None
 
     def __call__(self, module: Any, _args: Any, out: Tensor) -> Tensor:
-        """[B * n, …, r] of a linear layer, [B * n, r, …] of a convolution -> the same shape."""
+        """Masks the output of a linear layer, [B * n, …, r], or of a convolution, [B * n, r, …]."""
         t = self.backbone.prediction_time
         assert t is not None, "a rank that falls with the noise is only known inside backbone.predict"
         linear = isinstance(module, nn.Linear)

@@ -77,7 +77,9 @@ class Training:
 
     def __init__(self, stack: Stack, owner: Owner) -> None:
         self.stack, self.owner, self.strength, self.full_precision = stack, owner, 0.0, True
-        self.reference = dict(stack.parts)  # the changes below it; the stack's parts until another adapter changes
+        self.reference = dict(
+            stack.parts
+        )  # the changes below it: the same as the stack's parts until another adapter changes
         self.values = stack.below(self.reference).clone()
         self._shown, self._settled = False, -1
         self._wants_grad = stack.parameter.requires_grad

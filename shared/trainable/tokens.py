@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from shared.backbones.protocol import Backbone
+from shared.config import NotNegative
 from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 
 
@@ -16,8 +15,8 @@ class Tokens(TrainablePart):
 
     taxonomy: ClassVar[str] = "token embeddings"
     kind: Literal["tokens"] = "tokens"
-    lr: Rate = 5e-3
-    weight_decay: Annotated[float, Field(ge=0)] | None = 0.0
+    lr: Rate = 5e-3  # learning rate
+    weight_decay: NotNegative | None = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Trains the tokens of every attached concept that is not frozen (loaded concepts are). `name` is ignored.

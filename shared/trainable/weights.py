@@ -27,7 +27,7 @@ class Weights(OnRoles):
     taxonomy: ClassVar[str] = "weights"
     kind: Literal["weights"] = "weights"
     roles: tuple[str, ...] = ("cross_attention.kv",)  # "denoiser.all": full fine-tuning
-    lr: Rate = 5e-6
+    lr: Rate = 5e-6  # learning rate
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Unfreezes the parameters of the roles' modules; training starts from their current values.
@@ -82,7 +82,7 @@ class TrainedWeights(DeltaAdapter):
 
     @classmethod
     def inject_training(cls, backbone: Backbone, name: str, slot: str, keys: list[str]) -> TrainedWeights:
-        """Registers the weights with these keys. ValueError if another slot of this concept trains one of them."""
+        """Registers the weights with these keys. Raises ValueError if another slot of this concept trains one of them."""
         targets = {key: parameter for key in keys if (parameter := find_parameter(backbone, key)) is not None}
         assert len(targets) == len(keys)
         others = {id(o): o for p in targets.values() if (o := _trainer(p)) is not None}.values()
@@ -120,7 +120,7 @@ class TrainedWeights(DeltaAdapter):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the changes, fp32, on the CPU, computed one weight at a time, so that the device never holds a full copy."""
+        """Returns the changes in fp32 on the CPU, computed one weight at a time, so that the device never holds a full copy."""
         if not self.training:
             return super().state_dict()
         return {key: t.delta().cpu().contiguous() for key, t in self.training.items()}

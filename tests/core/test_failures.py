@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,29 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from shared.backbones.added_tokens import TokenOverlay
+from shared.backbones.load import load_backbone
 from shared.benchmark.experiment import Experiment, benchmark, pictures
-from shared.cli import run
+from shared.cli import build, run
+from shared.concept.concept_folder import read as read_folder
+from shared.concept.lora_tensors import read_lora_file
+from shared.io.clips.find_clips import find_clips
 from shared.io.decode import named_errors
 from shared.io.locks import holding
 from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output
+from shared.io.read_subject import read_subject
+from shared.recipe.catalog import find
+from shared.runner.judging import check_folders
 from shared.train import checkpoint
 from shared.train.log import Log
 from tests.conftest import build_clip_tokenizer
+from tests.core.runs import session, small
 
 LARGE = torch.zeros(50_000)
 
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """As on a full disk: no file may grow beyond 20 kB (`ulimit -f`)."""
+    """Limits files to 20 kB (`ulimit -f`): writing more fails, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield
@@ -41,7 +50,7 @@ def small_files() -> Iterator[None]:
 
 
 def told(capsys: Any, work: Callable[[], Any]) -> str:
-    """The message of a command that does this."""
+    """The message of a command that calls this function."""
     app = typer.Typer()
     app.command()(lambda: work() and None)
     assert run(app, []) == 1
@@ -65,7 +74,9 @@ def picture(root: Path) -> None:
 
 
 @pytest.mark.parametrize("work", [folder_of_tensors, file_of_tensors, picture], ids=lambda w: w.__name__)
-def test_a_full_disk_is_one_line_that_names_the_output(small_files: None, capsys, tmp_path: Path, work: Any) -> None:
+def test_a_full_disk_is_reported_in_one_line_that_names_the_output(
+    small_files: None, capsys, tmp_path: Path, work: Any
+) -> None:
     said = told(capsys, lambda: work(tmp_path))
     assert said.startswith(
         f"pcs: {tmp_path / 'x.concept'}: File too large; files cannot be this large here: raise the limit"
@@ -73,7 +84,7 @@ def test_a_full_disk_is_one_line_that_names_the_output(small_files: None, capsys
     assert len(said.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_the_checkpoint_there_was(small_files: None, capsys, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_previous_checkpoint(small_files: None, capsys, tmp_path: Path) -> None:
     before = checkpoint.save(tmp_path, checkpoint.State(0, 1, {"a": torch.ones(2)}))
     said = told(capsys, lambda: checkpoint.save(tmp_path, checkpoint.State(0, 2, {"a": LARGE})))
     assert said.startswith(f"pcs: {tmp_path / 'checkpoint-00-0000002'}: File too large;")
@@ -82,10 +93,54 @@ def test_a_full_disk_leaves_the_checkpoint_there_was(small_files: None, capsys, 
     assert state is not None and state.step == 1
 
 
-def test_a_full_disk_while_a_run_is_logged_names_the_log(small_files: None, capsys, tmp_path: Path) -> None:
+def test_the_error_for_a_full_disk_while_logging_names_the_log(small_files: None, capsys, tmp_path: Path) -> None:
     log = Log(tmp_path, tensorboard=False)
     said = told(capsys, lambda: [log.scalars(step, {"loss" * 500: 1.0}) for step in range(20)])
     assert said.startswith(f"pcs: {tmp_path / 'log.jsonl'}: File too large;")
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
+    small_files: None, tiny: Any, photos: Path, tmp_path: Path, tensorboard: bool
+) -> None:
+    recipe = small("dreambooth_lora", "train.steps=2", "train.checkpoint_every=1")
+    folder = tmp_path / "run.training"
+    run_ = session(tiny(), recipe, photos, folder, tensorboard=tensorboard)
+    with pytest.raises(OSError, match="File too large"):
+        for _ in run_.steps():
+            assert (folder / "log.jsonl").exists()
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="File too large"):
+        list(session(tiny(), recipe, photos, folder, tensorboard=tensorboard).steps())
+    assert (folder / "notes.txt").read_text() == "mine", "a folder that was there before the run stays"
+
+
+def logged(log: Log, draw: Callable[[Log, int], None]) -> bool:
+    try:
+        for step in range(2000):
+            draw(log, step)
+    finally:
+        log.close()
+    return True
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda log, step: log.scalars(step, {"loss": 1.0}),
+        lambda log, step: log.picture(step, "sample", torch.rand(3, 100, 100)),
+    ],
+    ids=["scalars", "pictures"],
+)
+def test_a_full_disk_while_writing_tensorboard_events_is_one_line_that_names_them(
+    small_files: None, capsys, tmp_path: Path, draw: Callable[[Log, int], None]
+) -> None:
+    said = told(capsys, lambda: logged(Log(tmp_path), draw))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert said.startswith(f"pcs: {events}: File too large;") and len(said.splitlines()) == 1
+    assert threading.active_count() == 1
 
 
 def raised(error: Exception) -> Any:
@@ -114,17 +169,21 @@ def nested(depth: int) -> int:
         ),
         (lambda: nested(0), "something is nested too deeply to be read"),
         (lambda: 10.0**400, "a number is too large"),
+        (
+            lambda: LARGE.clamp_max(1e300),
+            "a number is too large (value cannot be converted to type float without overflow)",
+        ),
         (Path("/proc/version/x").read_text, "/proc/version/x: Not a directory"),
     ],
 )
-def test_every_failure_of_the_machine_says_what_and_what_to_do(capsys, work: Callable[[], Any], said: str) -> None:
+def test_every_failure_of_the_machine_is_explained_with_a_remedy(capsys, work: Callable[[], Any], said: str) -> None:
     assert told(capsys, work).startswith(f"pcs: {said}")
 
 
-def test_links_in_a_circle_are_told(capsys, tmp_path: Path) -> None:
+def test_circular_links_are_reported(capsys, tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    assert f"pcs: {tmp_path / 'a'}: Too many levels of symbolic links; its links form a loop" in told(
+    assert f"pcs: {tmp_path / 'a'}: Too many levels of symbolic links; its symbolic links form a loop" in told(
         capsys, (tmp_path / "a").read_text
     )
     assert f"pcs: {tmp_path / 'a'}: Too many" in told(
@@ -132,13 +191,37 @@ def test_links_in_a_circle_are_told(capsys, tmp_path: Path) -> None:
     )
 
 
-def test_no_file_is_called_damaged_where_memory_ran_out() -> None:
+def test_inputs_whose_links_form_a_loop_are_not_called_missing(tmp_path: Path) -> None:
+    loop = tmp_path / "f" / "l1"
+    loop.parent.mkdir()
+    loop.symlink_to("l2")
+    (tmp_path / "f" / "l2").symlink_to("l1")
+    (tmp_path / "f" / "l1.yaml").symlink_to("l1")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for work in (
+        lambda: read_subject(loop),
+        lambda: read_subject(tmp_path / "f"),
+        lambda: read_subject(tmp_path / "a.png", masks=loop),
+        lambda: read_subject(tmp_path / "a.png", captions=loop),
+        lambda: find_clips(loop),
+        lambda: read_folder(loop),
+        lambda: read_lora_file(loop),
+        lambda: find(str(loop), "image"),
+        lambda: find(f"{loop}.yaml", "image"),
+        lambda: load_backbone(str(loop)),
+        lambda: check_folders(loop, None),
+    ):
+        with pytest.raises(ValueError, match="symbolic links form a loop"):
+            work()
+
+
+def test_a_file_is_not_called_damaged_when_memory_ran_out() -> None:
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         with pytest.raises(type(error)), named_errors(Path("a.png")):
             raise error
 
 
-def test_a_prompt_that_is_not_utf8_is_refused_by_every_way_to_the_tokenizer() -> None:
+def test_every_path_to_the_tokenizer_refuses_a_prompt_that_is_not_utf8() -> None:
     overlay = TokenOverlay({"text_encoder": build_clip_tokenizer()}, {"text_encoder": 32})
     for way in (
         lambda text: overlay.tokenize("text_encoder", [text], torch.device("cpu")),
@@ -165,7 +248,7 @@ with holding():
 """
 
 
-def test_a_comparison_stops_where_the_disk_is_full_and_not_where_one_cell_needs_too_much_memory(tmp_path: Path) -> None:
+def test_a_comparison_stops_at_a_full_disk_but_not_when_one_cell_runs_out_of_memory(tmp_path: Path) -> None:
     ran: list[str] = []
 
     def cell(failure: Exception) -> Callable[..., Any]:
@@ -184,7 +267,7 @@ def test_a_comparison_stops_where_the_disk_is_full_and_not_where_one_cell_needs_
     assert ran == ["a", "a", "b"] and len(failures) == 2
 
 
-def test_an_output_is_one_command_s_until_it_ends_or_is_killed(tmp_path: Path) -> None:
+def test_an_output_belongs_to_one_command_until_it_ends_or_is_killed(tmp_path: Path) -> None:
     out, link = tmp_path / "x.concept", tmp_path / "link"
     out.mkdir()
     link.symlink_to(out)
@@ -200,8 +283,40 @@ def test_an_output_is_one_command_s_until_it_ends_or_is_killed(tmp_path: Path) -
     process.kill()
     process.wait()
     with holding():
-        assert check_output(out) == check_output(out) == out, "it is free, and this command's own"
+        assert check_output(out) == check_output(out) == out, "the output is free, and then held by this command"
         check_file(tmp_path / "a.png")
         second = subprocess.run([sys.executable, "-c", HOLDS, out], capture_output=True, text=True)
         assert second.returncode == 1 and "is being written by process" in second.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x.concept"], "nothing lies beside the output"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x.concept"], "no lock file lies next to the output"
+
+
+def test_the_lock_is_seen_by_other_users_and_covers_what_lies_inside(capsys, tmp_path: Path) -> None:
+    out = tmp_path / "run5" / "d.concept"
+    elsewhere = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": "/proc/none", "PCS_CACHE": "/proc/none"}
+    elsewhere["TMPDIR"] = str(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, out], stdout=subprocess.PIPE, text=True, env=elsewhere)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with holding():
+            for path in (out, out / "preview.png", tmp_path / "run5"):
+                with pytest.raises(ValueError, match=f"{path} is being written by process {process.pid}"):
+                    check_output(path)
+            assert run(build(), ["toybox", "train", "vae", "--work", str(out)]) == 2
+            assert f"{out} is being written by process {process.pid}" in capsys.readouterr().err
+            check_output(tmp_path / "run5" / "e.concept")
+            check_output(tmp_path / "run55")
+    finally:
+        process.kill()
+        process.wait()
+    with holding():
+        check_output(tmp_path / "run5")
+        check_output(out)
+
+
+def test_an_output_that_cannot_be_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.io.locks._TEMPORARY", Path("/proc/none"))
+    with (
+        holding(),
+        pytest.warns(UserWarning, match=rf"{tmp_path / 'x'} cannot be locked \(.*\): make sure that no other"),
+    ):
+        check_output(tmp_path / "x")

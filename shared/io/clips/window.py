@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from pydantic import Field
 
-from shared.config import Part
+from shared.config import Frames, Many, NotNegative, Part
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.terminal import encodable
 
@@ -26,10 +26,10 @@ class ClipWindow(Part):
     """
 
     fps: float | None = Field(default=None, gt=0, le=1000)
-    stride: int = Field(default=1, ge=1)
-    length: int = Field(default=16, ge=1, le=4096)  # frames
-    start: float = Field(default=0.0, ge=0)  # seconds
-    windows: int = Field(default=1, ge=1)
+    stride: Many = 1
+    length: Frames = 16  # frames
+    start: NotNegative = 0.0  # seconds
+    windows: Many = 1
 
     def picks(self, source: FrameSource) -> list[tuple[int, ...]]:
         """Returns the frame indices of each window, ascending; an index repeats if its frame is shown for several samples.

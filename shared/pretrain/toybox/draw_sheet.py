@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.config import unknown
-from shared.io.contact_sheets import write_picture
+from shared.io.contact_sheets import check_tiles, write_picture
 from shared.io.outputs import check_file
 from shared.pretrain.evaluators.judge_backbone import generate
 from shared.pretrain.evaluators.reconstructions import load_vae, round_trip
@@ -52,6 +52,7 @@ def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> P
     """Writes a captioned sheet. ValueError if `out` is a folder, is not a PNG, or exists and `overwrite` is not set."""
     if out.suffix.lower() != ".png" and not out.is_dir():
         raise ValueError(f"{out}: a sheet is a PNG, so its name must end in .png")
+    check_tiles(settings.rows * settings.columns, f"--rows {settings.rows} --columns {settings.columns}")
     check_file(out, overwrite)
     rng, source = np.random.default_rng(settings.seed), settings.source
     scenes = [sample_scene(rng) for _ in range(settings.rows * settings.columns)]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from shared.config import unknown
-from shared.io.contact_sheets import contact_sheet, write_picture
+from shared.io.contact_sheets import check_tiles, contact_sheet, write_picture
 from shared.io.outputs import check_file
 from shared.toybox.motions.captioned import MOTIONS
 from shared.toybox.motions.clips import Clip, draw_clip, sample_moving
@@ -42,6 +42,8 @@ def write_motion_sheet(
     for name in names:
         if name not in motions:
             raise ValueError(unknown(name, motions, "toybox motion"))
+    shown = rows * len(names or motions) * min(columns, frames)
+    check_tiles(shown, f"--rows {rows} --columns {columns}")
     out = check_file(out, overwrite)
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} cannot be written: its name must end in .png")
