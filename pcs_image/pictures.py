@@ -21,7 +21,7 @@ class PictureFolder:
 
     path: Path
     overwrite: bool = False
-    with_grid: bool = False  # True: also write all pictures as one grid
+    with_grid: bool = False  # whether all pictures are also written as one grid
 
 
 def generate(

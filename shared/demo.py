@@ -88,7 +88,7 @@ class DemoPart(Protocol):
 
 
 def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
-    """Returns the parts of the installed packages in order, or only the `chosen` ones. ValueError for an unknown one."""
+    """Returns the parts of the installed packages in order, or only the `chosen` ones. Raises ValueError for an unknown one."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -99,7 +99,8 @@ def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
 
 
 def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Runs the parts `names` (empty: all) and yields lines to print. ValueError for unknown names, or if `out` exists."""
+    """Runs the parts `names` (empty: all) and yields lines to print. Raises ValueError for unknown names, or if `out`
+    exists."""
     chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():

@@ -18,5 +18,5 @@ class AttentionPart(KindPart):
 
     def port(self, backbone: Backbone) -> str:
         """Returns what replaces the part on this model, as text for the concept's record; "" if the part works as in its paper.
-        ValueError if nothing can replace it."""
+        Raises ValueError if nothing can replace it."""
         raise NotImplementedError

@@ -145,7 +145,7 @@ class TokenOverlay:
         return next(i for i in range(len(special) + 1) if i not in special)
 
     def word_ids(self, component: str, words: str) -> list[int]:
-        """Returns the base ids of `words` without special tokens. ValueError when there are none."""
+        """Returns the base ids of `words` without special tokens. Raises ValueError when there are none."""
         ids = self.base[component](check_utf8(words), add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"{words!r} contains no word that {component} can read")
@@ -176,7 +176,7 @@ def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
 
 @contextmanager
 def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[None]:
-    """Inside, the embedding's output is `vectors` wherever `places` is not -1.
+    """Inside the context, the embedding's output is `vectors` wherever `places` is not -1.
 
     Args:
         embedding: the token embedding; its output is [B, L, d]

@@ -47,14 +47,14 @@ class Attending:
 
     @contextmanager
     def attending(self, *edits: Edit | At | Watch) -> Iterator[Record]:
-        """Inside, attention layers apply these edits in order and record the watched maps.
+        """Inside the context, attention layers apply these edits in order and record the watched maps.
 
         A plain edit acts at every site, and `At(edit, where)` at the sites that match. Layers that are neither edited nor
-        watched keep their own fast processor. Blocks nest: inner edits come after outer ones, and outer blocks keep recording.
+        watched keep their own fast processor. Contexts nest: inner edits follow outer ones, and outer watches keep recording.
         The original processor objects are restored, even after exceptions. With gradient checkpointing, stay inside until the
         backward pass has finished, because it runs the layers again.
 
-        A custom processor (anything but diffusers' default) is never replaced: an edit or watch of its layer is refused.
+        A custom processor (anything but diffusers' default) is never replaced: its layer can be neither edited nor watched.
 
         Raises:
             ValueError: when an edit or watch matches no site, or one of its sites has a custom processor
@@ -164,7 +164,7 @@ def _acts(edit: Edit | At, site: Site) -> bool:
 
 
 def _plan(layer: Any) -> Plan | None:
-    """Returns the plan that an outer block has set for a layer."""
+    """Returns the plan that an outer context has set for a layer."""
     return layer.processor.plan if isinstance(layer.processor, Processor) else None
 
 

@@ -27,7 +27,7 @@ class AttentionMaps:
     name: str = "attention_maps"
 
     def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Record]:
-        """Yields the record. ValueError when the backbone has no such layers."""
+        """Yields the record. Raises ValueError when the backbone has no such layers."""
         return backbone.attending(Watch(kinds=self.kinds, scales=self._scales(backbone, batch), keep="first"))
 
     def value(self, step: Step, entered: Record) -> Record:

@@ -56,7 +56,8 @@ class PredictionRows:
 
     @contextmanager
     def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
-        """Inside, a new prediction of `batch` rows runs at times t [B]; its rows are those set by `holding`, or plain."""
+        """Inside the context, a new prediction of `batch` rows runs at times t [B]; its rows are the ones set by `holding`,
+        else plain."""
         before, rows = (self.number, self._rows, self.time, self._recomputes), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
@@ -69,7 +70,7 @@ class PredictionRows:
 
     @contextmanager
     def at_time(self, t: Tensor | None) -> Iterator[None]:
-        """Inside, recomputed layers belong to a prediction at these times."""
+        """Inside the context, recomputed layers belong to a prediction at these times."""
         before, self.time = self.time, t
         try:
             yield
@@ -78,7 +79,7 @@ class PredictionRows:
 
     @contextmanager
     def holding(self, rows: Rows) -> Iterator[None]:
-        """Inside, a prediction with the same number of rows has these rows."""
+        """Inside the context, a prediction with the same number of rows has these rows."""
         before, self._rows = self._rows, rows
         try:
             yield

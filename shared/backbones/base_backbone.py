@@ -45,7 +45,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     world: World | None = None
     frames: int | None = None  # the default number of frames of a clip; None: the model generates pictures
     frame_rate: float | None = None  # frames per second, for networks that take it as input
-    frames_apart: bool = False  # whether self-attention sees each frame of a clip by itself
+    frames_apart: bool = False  # whether self-attention sees each frame of a clip separately
 
     def __init__(
         self,
@@ -128,7 +128,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return there_are(self.role_table, self._components)
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """Returns the modules of a role, one Group per component. ValueError lists the available roles."""
+        """Returns the modules of a role, one Group per component. Raises ValueError, listing the available roles, if this
+        network does not have the role."""
         return resolve(role, self.role_table, self._components, self.family)
 
     def sites(self) -> tuple[Site, ...]:
@@ -142,7 +143,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     # --- attached concepts ---------------------------------------------------------------------------------
 
     def add_placeholder(self, placeholder: Placeholder) -> None:
-        """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
+        """Adds the placeholder's tokens to every tokenizer and registers it. Raises ValueError when a token or name is
+        taken."""
         if placeholder.name in self.placeholders:
             raise ValueError(f"a concept named {placeholder.name!r} is already attached; remove it first")
         self.tokens.check_new(placeholder.tokens)
@@ -156,7 +158,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         adapter.set_strength(self._strengths.setdefault(name, 1.0))
 
     def remove(self, name: str) -> None:
-        """Ejects everything attached under this name. ValueError when there is nothing."""
+        """Ejects everything attached under this name. Raises ValueError when there is nothing."""
         if name not in self.adapters and name not in self.placeholders:
             raise ValueError(self._unknown([name]))
         self.keep_attending(name)
@@ -175,17 +177,18 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def strengths(self) -> dict[str, float]:
-        """A copy of the current strength of each concept's adapters, or its learned words if it has no adapters; 0 is off."""
+        """A copy of the current strength of each concept's adapters, or of its learned words if it has no adapters; 0 is
+        off."""
         learned = {name: s for name, s in self._placeholder_strengths.items() if self.placeholders[name].components}
         return {**learned, **self._strengths}
 
     @contextmanager
     def active(self, strengths: Mapping[str, float]) -> Iterator[None]:
-        """Inside, exactly these adapters are on, with these strengths; all others are off.
+        """Inside the context, exactly these adapters are on, with these strengths; all others are off.
 
         Learned words take the strength given for their concept; words of other concepts keep their strength, because they
         act only if the prompt contains them. Previous strengths are restored, even in nested blocks and after exceptions.
-        Concepts that learned nothing are allowed and change nothing. ValueError for other names.
+        Concepts that learned nothing are allowed and change nothing. Raises ValueError for other names.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
         if missing:
@@ -200,8 +203,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             self._say(words)
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. ValueError when the name
-        is unknown or the concept has nothing that a strength can scale."""
+        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. Raises ValueError when
+        the name is unknown or the concept has nothing that a strength can scale."""
         if name not in self.strengths:
             known = name in self.placeholders
             words = f"{name!r} learned nothing that a strength could scale: it uses only words the model already knows"
@@ -252,7 +255,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def _told(self, t: Tensor | float, x_t: Tensor) -> Tensor:
         """Returns the times to pass to the network: [B], or [B, f] if it takes one per frame.
 
-        ValueError if the network takes one per clip but the frames have different times.
+        Raises ValueError if the network takes one per clip but the frames have different times.
         """
         t = frame_times(t, x_t)
         if t.ndim == 1 or self.time_per_frame:

@@ -24,8 +24,8 @@ def checkpoint_identity(networks: Mapping[str, nn.Module], samples: int = SAMPLE
     Two different checkpoints differ in some signs. Of n weights with spread s that each move by d, about n d / (pi s)
     change sign. One full-size layer gives 65,536 samples, so a change of a thousandth of its spread flips 20 signs, and the
     same change in a hundred layers flips 2,000: the probability that none flips is exp(-2,000). A change that flips no
-    sampled sign goes unnoticed: in a few values among millions, for example, or only in the scales of normalisation
-    layers.
+    sampled sign goes unnoticed, for example a change to a few values among millions, or only to the scales of
+    normalisation layers.
     """
     digest = hashlib.sha256()
     for name, module in sorted(networks.items()):

@@ -45,7 +45,7 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
 def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
     """Returns the training times of `latents`: [B], or [B, f] if t has one per frame of clips [B, C, f, h, w].
 
-    ValueError for any other shape, as in `times`.
+    Raises ValueError for any other shape, as in `times`.
     """
     t = torch.as_tensor(t, device=latents.device)
     if t.ndim != 2 or latents.ndim != 5:
@@ -70,7 +70,7 @@ class ForwardProcess:
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, in the shape of `t`: a scalar, [B] or [B, f].
-        ValueError for other shapes."""
+        Raises ValueError for other shapes."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,8 +66,8 @@ class LatentCodec:
             self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns the latent shape (C, h, w) of a picture. ValueError when `frames` is given, or a side is not a suitable
-        multiple."""
+        """Returns the latent shape (C, h, w) of a picture. Raises ValueError when `frames` is given, or a side is not a
+        suitable multiple."""
         if frames is not None:
             raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple

@@ -48,14 +48,14 @@ def leaf_names(module: nn.Module) -> tuple[str, ...]:
     """Returns the dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
 
     Args:
-        module: any network; a layer wrapped by an adapter is listed under its own name; the adapter's layers are not listed
+        module: any network. A layer wrapped by an adapter is listed under its own name; the adapter's layers are not
     """
     return _unwrapped(module, [name for name, child in module.named_modules() if isinstance(child, LEAVES)])
 
 
 def parameter_holders(module: nn.Module) -> tuple[str, ...]:
     """Returns the dotted names of the modules that directly hold parameters, as they were before anything wrapped them;
-    modules that an adapter added are not listed. The network itself is listed as "" if it directly holds some."""
+    modules that an adapter added are not listed. The network itself is listed as "" if it directly holds parameters."""
     holders = [n for n, child in module.named_modules() if next(child.parameters(recurse=False), None) is not None]
     return _unwrapped(module, holders)
 
@@ -86,7 +86,8 @@ def resolve(
     """Returns the groups of a role, one per component.
 
     Raises:
-        ValueError: when the family has no such role, or it matches nothing in this network; lists the available roles
+        ValueError: when the family has no such role, or it matches nothing in this network; the message lists the available
+            roles
     """
     if role not in table:
         raise ValueError(f"{family}: {unknown(role, there_are(table, components), 'role')}")

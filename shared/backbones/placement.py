@@ -24,7 +24,7 @@ def to_evict(
         pinned: the networks that must stay
 
     Returns:
-        just enough of `present`, in its order, or all that may leave if even that is not enough
+        just enough networks from `present`, in its order, or all that may leave if even these are not enough
     """
     total = sum(sizes[n] for n in {*present, needed})
     out = []

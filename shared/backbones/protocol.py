@@ -45,7 +45,7 @@ class Adapter(Protocol):
         ...
 
     def train(self, mode: bool) -> None:
-        """Switches its training behaviour (dropout and the like); the network itself is unaffected."""
+        """Switches the adapter's training behaviour (dropout and the like); the network itself is unaffected."""
         ...
 
     def set_strength(self, strength: float) -> None:
@@ -55,7 +55,7 @@ class Adapter(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns tensors with the component as prefix (`unet.….lora_A.weight`), fp32, on the CPU."""
+        """Returns tensors with the component as prefix (`unet.….lora_A.weight`), in fp32 on the CPU."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -63,7 +63,7 @@ class Adapter(Protocol):
         ...
 
     def eject(self) -> None:
-        """Removes it, restoring the modules, their outputs and their repr."""
+        """Removes the adapter and restores the modules, their outputs and their repr."""
         ...
 
 
@@ -87,13 +87,14 @@ class Placeholder(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength: 0 is as initialized, 1 as learned. ValueError for anything but 1 if it cannot interpolate."""
+        """Sets the strength: 0 is as initialized, 1 as learned. Raises ValueError for anything but 1 if it cannot
+        interpolate."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the learned tensors, fp32, on the CPU; keys are the placeholder's own."""
+        """Returns the learned tensors in fp32 on the CPU; keys are the placeholder's own."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -123,7 +124,7 @@ class Backbone(Protocol):
     resolution: int  # default picture size in pixels
     frames: int | None  # the default number of frames of a clip; None: the model generates pictures
     frame_rate: float | None  # frames per second of clips; None: the network does not take it as input
-    frames_apart: bool  # True: self-attention sees each frame of a clip by itself
+    frames_apart: bool  # True: self-attention sees each frame of a clip separately
     frame_factor: int  # frames per latent frame; if it is not 1, the first frame is its own latent frame
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on integer timesteps
@@ -183,7 +184,8 @@ class Backbone(Protocol):
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
         """Finds where `words` occur in these prompts (not inside longer words): bool [B, L], over the tokens of the context.
-        `words` may be any text or `shared.backbones.added_tokens.END`, the end-of-text token. ValueError if it is empty."""
+        `words` may be any text or `shared.backbones.added_tokens.END`, the end-of-text token. Raises ValueError if they are
+        empty."""
         ...
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
@@ -208,8 +210,8 @@ class Backbone(Protocol):
         ...
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns the latent shape: (C, h, w) of a picture, or (C, f, h, w) of a clip of `frames`. ValueError when a side is
-        not a multiple of what the model needs, or the model cannot generate that many frames."""
+        """Returns the latent shape: (C, h, w) of a picture, or (C, f, h, w) of a clip of `frames`. Raises ValueError when a
+        side is not a multiple of what the model needs, or the model cannot generate that many frames."""
         ...
 
     # the forward process; every function takes t: [B] or a scalar, for clips also [B, f] (one per frame), and raises
@@ -235,8 +237,8 @@ class Backbone(Protocol):
         ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when the
-        network does not support something in the conditioning, or takes only one time but frames have different ones."""
+        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. Raises ValueError when
+        the network does not support something in the conditioning, or takes only one time but frames have different ones."""
         ...
 
     @property
@@ -277,7 +279,8 @@ class Backbone(Protocol):
         ...
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """Returns the modules of a role, one Group per component. ValueError lists the available roles.
+        """Returns the modules of a role, one Group per component. Raises ValueError, listing the available roles, if this
+        network does not have the role.
 
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
         or in two ports. A port may borrow layers of one exact group, in which case its note names that role: joint
@@ -296,18 +299,19 @@ class Backbone(Protocol):
         ...
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
-        """Inside, attention layers apply these edits and record the watched maps; see `shared.backbones.attending`.
-        ValueError when an edit or watch matches no site, or matches a layer with a custom processor."""
+        """Inside the context, attention layers apply these edits and record the watched maps; see `shared.backbones.attending`.
+        Raises ValueError when an edit or watch matches no site, or matches a layer with a custom processor."""
         ...
 
     def keep_attending(self, name: str, *edits: At) -> None:
         """Applies these edits from now on, whenever the concept `name` is active; without edits, removes the concept's earlier
-        ones. See `shared.backbones.attending`. ValueError as for `attending`."""
+        ones. See `shared.backbones.attending`. Raises ValueError as `attending` does."""
         ...
 
     # attached concepts, by name
     def add_placeholder(self, placeholder: Placeholder) -> None:
-        """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
+        """Adds the placeholder's tokens to every tokenizer and registers it. Raises ValueError when a token or name is
+        taken."""
         ...
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -333,11 +337,11 @@ class Backbone(Protocol):
     # strengths by adapter set
     @property
     def strengths(self) -> dict[str, float]:
-        """The current strength of each concept's adapters, or its learned words if it has no adapters; 0 is off."""
+        """The current strength of each concept's adapters, or of its learned words if it has no adapters; 0 is off."""
         ...
 
     def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Inside, exactly these adapters are on, with these strengths; all others are off.
+        """Inside the context, exactly these adapters are on, with these strengths; all others are off.
 
         Learned words take the strength given for their concept; words of other concepts keep their strength, because they
         act only if the prompt contains them.
@@ -345,6 +349,6 @@ class Backbone(Protocol):
         ...
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. ValueError when the name
-        is unknown or the concept has nothing that a strength can scale."""
+        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. Raises ValueError when
+        the name is unknown or the concept has nothing that a strength can scale."""
         ...

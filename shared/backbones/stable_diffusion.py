@@ -179,7 +179,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes[path] = (module, module.register_forward_pre_hook(take))
 
     def remove(self, name: str) -> None:
-        """Ejects everything attached under this name. ValueError when there is nothing."""
+        """Ejects everything attached under this name. Raises ValueError when there is nothing."""
         super().remove(name)
         if not self.placeholders:
             for _, handle in self._routes.values():

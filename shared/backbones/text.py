@@ -228,7 +228,7 @@ class TextEncoding:
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:
-        """Warns once per prompt about text that an encoder cuts. ValueError when that text contains a concept's name."""
+        """Warns once per prompt about text that an encoder cuts. Raises ValueError when that text contains a concept's name."""
         for prompt in prompts:
             if prompt in self._warned:
                 continue

@@ -55,7 +55,7 @@ class Row:
     seconds_per_picture: float | None
     concept_bytes: float | None
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> what went wrong
-    # subject -> T, for subjects that are left out of the scores because T is too low
+    # subject -> T, the share of its true pictures that pass, for subjects left out of the scores because T is too low
     apart: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
@@ -141,8 +141,8 @@ def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
 def interval(
     values: Sequence[float], unit: str, clusters: Sequence[Hashable] | None = None
 ) -> tuple[float | None, float | None]:
-    """Returns the 95 % interval of a mean, resampling whole `clusters` (None: each value is its own cluster). (None, None)
-    for fewer than two clusters, because a single one says nothing about others. NaNs are left out."""
+    """Returns the 95 % interval of a mean, resampling whole `clusters` (None: each value is its own cluster). Returns
+    (None, None) for fewer than two clusters, because a single one says nothing about others. NaNs are left out."""
     labels = list(range(len(values))) if clusters is None else list(clusters)
     kept = {c for c, v in zip(labels, values, strict=True) if not math.isnan(v)}
     if len(kept) < 2:

@@ -220,7 +220,8 @@ def compare_clips(
     failures: Mapping[tuple[str, str], str] | None = None,
     goal: ClipGoal = ClipGoal(),
 ) -> ClipComparison:
-    """Builds the table from reports by (recipe, cell). ValueError if they were not measured with the same instruments."""
+    """Builds the table from reports by (recipe, cell). Raises ValueError if they were not measured with the same
+    instruments."""
     failures = failures or {}
     check_instruments(reports.values())
     rows = []
@@ -232,5 +233,5 @@ def compare_clips(
 
 
 def clips(goal: ClipGoal = ClipGoal()) -> Reporting[ClipReport, ClipComparison]:
-    """Returns the functions that turn reports of clips into a table."""
+    """Returns the report type and the function that turns reports of clips into a table."""
     return Reporting(ClipReport, SCHEMA_VERSION, lambda reports, failures: compare_clips(reports, failures, goal))

@@ -22,7 +22,8 @@ KINDS = ("subject", "identity")  # kinds of concept that have an appearance in e
 
 
 def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
-    """Returns the modalities of the installed packages in order, or only those in `names`. ValueError for an unknown name."""
+    """Returns the modalities of the installed packages in order, or only those in `names`. Raises ValueError for an unknown
+    name."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}

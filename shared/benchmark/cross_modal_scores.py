@@ -52,7 +52,7 @@ def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[Mod
 
 
 def _scorer(made: Made, tools: Instruments) -> Scorer:
-    """Creates a scorer whose bars are set by true pictures."""
+    """Creates a scorer whose thresholds are set by true pictures."""
     case = made.case
     scorer = Scorer(
         case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
@@ -68,7 +68,7 @@ def _scorer(made: Made, tools: Instruments) -> Scorer:
 
 
 def _figures(verifier: Verifier, bar: Tensor, others: Tensor) -> TrueFigures:
-    """Computes figures from true renders: `bar` sets the bar, and `others` are compared to it."""
+    """Computes figures from true renders: `bar` sets the threshold, and `others` are compared to it."""
     least = float(torch.quantile(verifier.look(bar).likeness, 1 - PASSING))
     passed = verifier.look(others).passes([least] * len(others)).double().mean()
     return TrueFigures(bars={"": Bar(least=least, passed=float(passed), pictures=len(others))})
@@ -87,7 +87,7 @@ def _measured(scorer: Scorer, made: Made, shot: Shot) -> Values:
     if reads:  # only the attributes in the prompt itself, without the class
         asked = [v for k in shot.expects if not math.isnan(v := means.get(k, math.nan))]
         means["text"] = sum(asked) / len(asked) if asked else math.nan
-    if scorer.figures is None:  # without a bar, only likeness can be reported
+    if scorer.figures is None:  # without a threshold, only likeness can be reported
         means.pop("identity", None)
     return means
 

@@ -69,7 +69,7 @@ class Asked:
 
     @cached_property
     def subject(self) -> Subject:
-        """Finds the concept's pictures. ValueError if there are none."""
+        """Finds the concept's pictures. Raises ValueError if there are none."""
         return find_references(self.read, parse_concept(self.concept)[0], self.judged.references)
 
     @cached_property
@@ -99,8 +99,10 @@ class Shot:
 class Made:
     """Everything that a modality generated.
 
-    case: what its frames are compared with. true: renders of the real subject, shown as in this modality: [N, 3, H, W] that
-    set the bar, and [M, 3, H, W] that are compared to it; if None, they are drawn for the shots' prompts, if a world can."""
+    case: what its frames are compared with.
+    true: renders of the real subject, shown as in this modality: [N, 3, H, W] set the threshold, and [M, 3, H, W] are compared
+        to it. If None, true pictures are drawn for the shots' prompts if the model's world can draw them.
+    """
 
     case: Case
     shots: Sequence[Shot]

@@ -25,8 +25,8 @@ def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[
     """Combines every recipe (name in the table -> recipe) with every combination of the grid's values, after `overrides`.
 
     grid: "key=value,value"; commas inside brackets or double quotes belong to a value. Without a grid the names stay as they
-    are; with one, the settings are appended: "dreambooth_lora train.steps=240". ValueError for an axis without values, for
-    a repeated axis, and for more than `MOST` rows.
+    are; with one, the settings are appended: "dreambooth_lora train.steps=240". Raises ValueError for an axis without values,
+    for a repeated axis, and for more than `MOST` rows.
     """
     axes = [_axis(item) for item in grid]
     keys = [key for key, _ in axes]

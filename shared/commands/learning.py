@@ -36,7 +36,8 @@ class Learning:
 
 
 def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning) -> None:
-    """Learns with progress on the terminal; prints where the concepts are saved. Raises ValueError before any heavy work."""
+    """Learns the recipe's concepts, showing progress on the terminal, and prints where they are saved. Invalid options raise
+    ValueError before any heavy work starts."""
     from shared.commands.progress import Bar
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders

@@ -7,10 +7,10 @@ from typing import Any
 
 
 def _path(text: Any) -> Path:
-    from shared.config import expanded  # heavy
+    from shared.config import expanded  # slow to import
 
     return expanded(text)
 
 
-#: For every option and argument that is a path: `~` is expanded once, even in `--out=~/x`, where a shell does not.
+#: For every option and argument that is a path: `~` is expanded once, even in `--out=~/x`, where a shell does not expand it.
 PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}

@@ -24,7 +24,7 @@ class Tenths:
 
 
 class Lines:
-    """Shows the progress of each job, called with (what, done, total): a bar on a terminal, else a line every ten percent."""
+    """Shows the progress of each job: a bar on a terminal, else a line every ten percent. Called with (what, done, total)."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -60,6 +60,6 @@ def named(option: str, read: Any) -> Any:
 
 
 def checked(option: str, hook: Any) -> Any:
-    """Returns the hook; ValueError, naming the option, if it cannot use its files."""
+    """Returns the hook; raises ValueError, naming the option, if it cannot use its files."""
     named(option, hook.check)
     return hook

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.concept.schema import ConceptMeta, parse_meta
-from shared.config import Part
+from shared.config import Part, absent
 from shared.io.checksums import sha256
 from shared.io.outputs import atomic_folder
 from shared.io.safe_paths import safe_relative
@@ -83,7 +83,8 @@ def with_fields(part: Part, **changes: Any) -> Any:
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Returns the sha256 of the adapter, weight and branch tensors (names, shapes, values), equal if learned together."""
+    """Returns the sha256 of the adapter, weight and branch tensors (names, shapes, values); the same for concepts
+    learned together."""
     digest = hashlib.sha256()
     any_tensor = False
     for kind in ("adapter", "weights", "branches"):
@@ -142,7 +143,7 @@ def dump_json(meta: ConceptMeta) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> Concept:
-    """Reads the concept in a folder. Nothing in it is executed; its preview is not opened.
+    """Reads the concept in a folder. Nothing in it is executed; its preview is not decoded.
 
     Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged or too large, is not
     the one that `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if the folder holds
@@ -150,7 +151,7 @@ def read(path: str | os.PathLike[str]) -> Concept:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+        what = "is a file" if folder.exists() else absent(folder)
         raise ValueError(f"{folder} {what}: a concept is a folder with a {META} in it")
     if not (folder / META).is_file():
         raise ValueError(f"{folder} is not a concept: it has no {META}")
@@ -180,7 +181,7 @@ def read_meta(file: Path) -> ConceptMeta:
 
 
 def _survey(folder: Path) -> None:
-    """Raises ValueError for links that lead out of the folder and files that could contain code, before opening anything."""
+    """Raises ValueError for links that lead out of the folder and files that could contain code, before anything is loaded."""
     root = folder.resolve()
     count = 0
     for place, folders, files in os.walk(folder, followlinks=False):

@@ -27,7 +27,7 @@ from shared.modifiers.learnable import at_strength
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
-#: Networks whose LoRA a pipeline loads from a separate file, under another name and with an option.
+#: Networks whose LoRA a pipeline loads from a separate file, under another name and with an additional option.
 _OWN_FILE: Mapping[str, tuple[str, Mapping[str, bool]]] = {
     "transformer_2": ("transformer", {"load_into_transformer_2": True})
 }

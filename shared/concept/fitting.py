@@ -16,7 +16,7 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]  # component -> layer or paramete
 def fits(concept: Concept, backbone: Backbone) -> str | None:
     """Returns None if the concept can be attached to this model, else the reason why not.
 
-    The model must read the concept's family, have every layer that the concept touches in the same shape, and have token
+    The model must support the concept's family, have every layer that the concept touches in the same shape, and have token
     embeddings of the same width in every text encoder for which the concept learned words.
     """
     meta, info = concept.meta, concept.meta.backbone

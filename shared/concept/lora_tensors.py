@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared.concept.diffusers_format import LORA_FILE
 from shared.concept.lora_names import PEFT
-from shared.config import expanded
+from shared.config import absent, expanded
 from shared.io.safetensors_files import read_safetensors_header, safe_load_safetensors
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -80,7 +80,7 @@ def find_file(path: Path) -> Path:
             )
         return found[0]
     if not path.is_file():
-        raise ValueError(f"the LoRA file {path} does not exist")
+        raise ValueError(f"the LoRA file {path} {absent(path)}")
     return path
 
 

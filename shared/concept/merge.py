@@ -1,7 +1,7 @@
 """Merges separately learned concepts without training: Custom Diffusion's closed form (arXiv 2212.04488, section 3.3).
 
 Each concept has its own key and value weights in cross-attention. The merged weights W must treat every concept's words as
-that concept's weights do, and all other text as nearly as possible as the base model does (equation 4):
+that concept's weights do, and treat all other text as much like the base model as possible (equation 4):
 
     W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
 

@@ -36,7 +36,7 @@ def remember(backbone: Backbone) -> None:
 
 
 def known_path(checkpoint: str) -> Path | None:
-    """Returns where a model with these weights was last seen; None if that is unknown or it is no longer there."""
+    """Returns where a model with these weights was last seen; None if that is unknown or the model is no longer there."""
     folder = _read().get(checkpoint)
     return Path(folder) if folder and Path(folder).exists() else None
 

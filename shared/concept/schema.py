@@ -19,7 +19,7 @@ SCHEMA_VERSION = 2
 Name = Annotated[str, Field(pattern=NAME)]
 LayerPath = Annotated[
     str, Field(min_length=1, max_length=512)
-]  # dotted path of a layer or parameter; only ever looked up
+]  # dotted path of a layer or parameter; used only for lookup
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["subject", "style", "motion", "identity"]

@@ -18,9 +18,10 @@ from shared.concept.diffusers_format import reads_token_files, token_names
 from shared.io.safetensors_files import safe_load_safetensors
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
-#: The rounding difference allowed when the same sums are computed in another order, relative to the largest value; and the
-#: difference allowed as a share of the concept's effect (root mean squares; the share is 1 for an export that does nothing).
+#: Largest rounding difference allowed, relative to the largest value: the same sums are computed in a different order.
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+#: Largest difference allowed as a fraction of the concept's effect, both measured as root mean squares. An export that does
+#: nothing has a fraction of 1.
 _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.bfloat16: 0.3}
 
 
@@ -80,9 +81,11 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
         without: like ours, but each with one ingredient of the concept (adapters or tokens) left out
 
     Returns:
-        max_abs_difference and its limit (rounding); the smallest effect of an ingredient (largest absolute change) and the
-        difference as a share of that effect (root mean squares; None if no ingredient affects this output); ok: whether the
-        difference is acceptable
+        max_abs_difference: the largest absolute difference between the outputs; None if their shapes differ
+        limit: the largest absolute difference that rounding may cause
+        effect: the largest absolute change made by the ingredient with the smallest effect
+        share: the RMS difference divided by that ingredient's RMS effect; None if no ingredient affects this output
+        ok: whether the difference is acceptable
     """
     a, b = ours.float(), theirs.float().to(ours.device)
     if a.shape != b.shape:
@@ -138,8 +141,8 @@ def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
 
 
 def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
-    """Follows an export's README for pipelines that cannot read token files: adds the words and their rows with
-    transformers."""
+    """Adds an export's words and their embeddings with transformers, as its README does for pipelines that cannot read token
+    files."""
     from transformers import AddedToken
 
     ((token, vectors),) = safe_load_safetensors(file).items()
@@ -151,7 +154,8 @@ def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
 
 
 def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
-    """Returns a copy of the network without adapters, which shares its weights (with `own_embeddings`, all but embeddings)."""
+    """Returns a copy of the network without its adapters. The copy shares the network's weights, except the embeddings if
+    `own_embeddings` is set."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     if own_embeddings:
         for table in (m for m in module.modules() if isinstance(m, nn.Embedding)):

@@ -1,4 +1,4 @@
-"""Settings of the branches that are added to a network's layers, as files store them. Importing it loads no model library."""
+"""Settings of the branches that are added to a network's layers, as files store them. Importing this loads no model library."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from shared.io.decode import GROUND, Picture
 from shared.io.terminal import encodable
 
 ResizeMode = Literal["cover", "contain"]
-_KEPT = 2 / 3  # the share of a picture below which a crop warns
+_KEPT = 2 / 3  # a crop that keeps less than this share of a picture warns
 
 
 def resize(
@@ -75,7 +75,7 @@ def _warn_of_loss(picture: Picture, kept: float) -> None:
 
 
 def _middle(picture: Picture, keep: tuple[int, int, int, int] | None) -> tuple[float, float]:
-    """Returns (x, y), the centre of what must stay in the frame."""
+    """Returns (x, y), the centre of the area that must stay in the frame."""
     left, top, right, bottom = keep or (0, 0, *picture.size)
     return (left + right) / 2, (top + bottom) / 2
 

@@ -23,8 +23,8 @@ _HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def beside(path: Path) -> Path:
-    """Returns an unused hidden name in the same folder (so on the same file system), with another extension: what a killed
-    process leaves must not be taken for a whole file."""
+    """Returns an unused hidden name in the same folder (so on the same file system), with another extension, so that what a
+    killed process leaves behind is not mistaken for a complete file."""
     return path.with_name(f".{path.name}.{_tag()}.partial")
 
 
@@ -34,8 +34,8 @@ def replaced(path: Path) -> Path:
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Exchanges two names on one file system atomically if the system supports it (Linux's renameat2); returns whether it
-    did."""
+    """Atomically exchanges two names on one file system if the system supports it (Linux's renameat2). Returns whether the
+    names were exchanged."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
@@ -81,12 +81,13 @@ def _tag() -> str:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """Returns six digits that identify this machine, because machines that share a disk cannot check each other's processes."""
+    """Returns six hexadecimal digits that identify this machine, because machines that share a disk cannot check each other's
+    processes."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process is running; assumed so if that cannot be checked."""
+    """Whether a process is running; True if that cannot be checked."""
     if os.name != "posix":
         return True
     try:

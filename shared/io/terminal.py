@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 _KEPT = "\n\t"
 _SHOWN = 8  # names in a message
-# Bidirectional control characters, which can make text look different from what it is.
+# Bidirectional control characters, which can make text look like other text.
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 

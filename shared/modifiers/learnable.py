@@ -24,8 +24,8 @@ class LearnableToken(KindPart):
     kind: Literal["learnable_token"] = "learnable_token"
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
     init: str = ""  # words; "": the class noun; "<rand>": noise with the spread of the embedding table
-    with_class_noun: bool = False
-    per: Literal["layer"] | None = None  # None: the same vectors for all layers
+    with_class_noun: bool = False  # whether the class noun follows the tokens
+    per: Literal["layer"] | None = None  # null: the same vectors for all layers
 
     @property
     def taxonomy(self) -> str:

@@ -14,8 +14,8 @@ class PlainText(KindPart):
     """Replaces `<name>` with plain words, or with only the class noun if none are set."""
 
     kind: Literal["plain_text"] = "plain_text"
-    words: str = ""
-    with_class_noun: bool = True
+    words: str = ""  # the words that stand for the concept
+    with_class_noun: bool = True  # whether the class noun follows
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
         return _attach(backbone, PlaceholderBase(name, phrase(self.words, class_noun, self.with_class_noun)))
@@ -27,8 +27,8 @@ class RareToken(KindPart):
     If a tokenizer splits the token, it is still accepted, with a warning that lists the pieces."""
 
     kind: Literal["rare_token"] = "rare_token"
-    token: str = "sks"
-    with_class_noun: bool = True
+    token: str = "sks"  # the rare word
+    with_class_noun: bool = True  # whether the class noun follows
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
         placeholder = _attach(backbone, PlaceholderBase(name, phrase(self.token, class_noun, self.with_class_noun)))

@@ -19,8 +19,8 @@ class UnionSampling(CaptionPart):
     """
 
     kind: Literal["union_sampling"] = "union_sampling"
-    template: Template = "a photo of {concept}"
-    joined_by: str = " and "
+    template: Template = "a photo of {concept}"  # {concept}: the joined names
+    joined_by: str = " and "  # the words between two names
     article: str = "a "  # before each name
 
     def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:

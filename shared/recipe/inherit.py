@@ -30,7 +30,7 @@ def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
     `base` is the name of a recipe of the same modality, or a path (`.yaml`) relative to the file that contains it.
 
     Raises:
-        ValueError: no such recipe is found, or the chain is a cycle; names the file and its `base`
+        ValueError: if no such recipe is found or the chain is a cycle; the message names the file and its `base`
     """
     shipped = {p.resolve() for p in recipe_files(modality).values()}
     layers: list[Layer] = []

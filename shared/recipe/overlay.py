@@ -25,7 +25,9 @@ class Rules:
     file: Mapping[str, Any]
     modality: str
     kinds: Mapping[str, Any]  # default kinds, as for `merge`
-    slots: Sequence[str] = slots(Recipe)  # the slots of the modality's recipes that hold parts under free names
+    slots: Sequence[str] = slots(
+        Recipe
+    )  # the slots of the modality's recipes that hold parts under freely chosen names
 
     @classmethod
     def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any], model: type[Recipe] = Recipe) -> Rules:
@@ -105,7 +107,8 @@ def _of_another_kind(rule: Any, part: Any) -> bool:
 def unstated(
     rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the rules without what the user set. A rule yields to a user's value that is still set in `full`, the recipe.
+    """Returns the rules for keys that the user did not set. A rule yields to a user's value that is still set in the recipe
+    `full`.
 
     Values set outside the phases also count inside them.
     """

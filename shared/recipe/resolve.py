@@ -22,7 +22,7 @@ GROUP = "pcs.recipes"  # entry points: modality = "module:class", a `Recipe` tha
 def model_of(modality: str) -> type[Recipe]:
     """Returns the recipe class of a modality: the core's own for "image", else that of an installed package.
 
-    ValueError if no installed package has this modality.
+    Raises ValueError if no installed package has this modality.
     """
     from importlib.metadata import entry_points
 
@@ -66,7 +66,7 @@ def load(
 
 
 def written(recipe: str, modality: str = "image", model: type[R] = Recipe) -> R:
-    """Returns the recipe as its files have it, without any overlay, for full-size models. Raises ValueError as `load` does."""
+    """Returns the recipe as its files state it, without any overlay, for full-size models. Raises ValueError as `load` does."""
     layers = read_layers(find(recipe, modality), modality)
     return validate(model, _inherited(layers, model), where=layers[-1].path.name)
 

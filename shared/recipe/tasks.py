@@ -51,17 +51,17 @@ class GenerateTask(Part):
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """The optimizer groups of anything that it trains besides the recipe's trainable parts."""
+        """The optimizer groups of anything that the task trains besides the recipe's trainable parts."""
         return frozenset()
 
     @property
     def needs_scores(self) -> bool:
-        """Whether it needs scores of its pictures."""
+        """Whether the task needs scores of its pictures."""
         return self.keep is not None
 
     @property
     def learns_subjects(self) -> bool:
-        """False: it only uses what was learned."""
+        """False: the task only uses what was learned."""
         return False
 
     def count(self, steps: int, subjects: int) -> int:

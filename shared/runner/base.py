@@ -60,7 +60,7 @@ class Runner:
 
     @classmethod
     def prepared(cls, backbone: Backbone) -> Backbone:
-        """Prepares a loaded backbone for this runner. ValueError if that is impossible."""
+        """Prepares a loaded backbone for this runner. Raises ValueError if that is impossible."""
         return backbone
 
     @classmethod
@@ -80,7 +80,7 @@ class Runner:
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attaches a concept. ValueError when it does not fit, or a concept with this name is already loaded."""
+        """Attaches a concept. Raises ValueError when it does not fit, or a concept with this name is already loaded."""
         attach(concept, self.backbone, strength)
         self.loaded[concept.meta.name] = Loaded(concept)
 
@@ -115,7 +115,7 @@ class Runner:
             subjects: name -> pictures
             workdir: the folder for training state, logs and sample pictures
             resume: whether to resume from the newest checkpoint in `workdir`
-            scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
+            scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], plain prompts) -> scores with the key "score"
             progress: called after every training step, and after every denoising step of class pictures and previews
             tensorboard: whether to also write the log as TensorBoard events
 
@@ -186,7 +186,7 @@ class Runner:
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
         """Adds the per-step strength from each loaded concept's recipe (`sampling.strength`), times the strength it was loaded
-        with; strengths that the settings already give for a concept take precedence."""
+        with; strengths already set for a concept in the settings take precedence."""
         said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
         own = []
         for name, loaded in self.loaded.items():
@@ -311,7 +311,7 @@ R = TypeVar("R", bound=Runner)
 
 @contextmanager
 def attached(runner: R, concepts: Sequence[tuple[Concept, float]]) -> Iterator[R]:
-    """Inside, the runner has these concepts loaded; afterwards they are unloaded."""
+    """Inside the context, the runner has these concepts loaded; afterwards they are unloaded."""
     names = []
     try:
         for concept, strength in concepts:

@@ -26,11 +26,11 @@ Make = Callable[[Sequence[str]], Tensor]  # prompts in plain words -> clips [N, 
 
 @dataclass(frozen=True)
 class Watched:
-    """A scorer that warns when training stops the clips.
+    """A scorer that warns when training stops the motion in clips.
 
     Small models, the toybox among them, also generate clips in which nothing moves. So the share of still clips is compared
-    with that of `base`, which makes the clips of the model without what is being learned. They are made at most once per
-    list of prompts, and only when so many clips stand still that there could be a warning.
+    with the share among clips from `base`, which generates them without what is being learned. This happens at most once per
+    list of prompts, and only when enough clips stand still for a warning to be possible.
     """
 
     scorer: ClipScorer
@@ -39,8 +39,8 @@ class Watched:
     _before: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Scores clips as `ClipScorer` does, with a UserWarning if at least half of those that moved without what is being
-        learned now stand still."""
+        """Scores clips as `ClipScorer` does, with a UserWarning if at least half of the clips that would move without what
+        is being learned stand still."""
         scores = self.scorer(clips, prompts)
         now = scores["frozen"]
         before = self._still_before(prompts) if now >= ALARM else 0.0
@@ -84,7 +84,7 @@ def clip_training_scorers(
 
 
 def _base(planned: Plan, backbone: Backbone) -> Make:
-    """Returns a function that makes clips as during training, with only those adapters on that are on now."""
+    """Returns a function that makes clips as during training, with only the adapters on that are on now."""
     loaded = {name: strength for name, strength in backbone.strengths.items() if name in backbone.adapters}
     phases = [phase for _, phase in expand_phases(planned.recipe)]
     phase = next((phase for phase in phases if phase.train.validation.every), phases[-1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.backbones import Backbone
 from shared.concept import Concept
 from shared.concept.provenance import public_name
-from shared.config import unknown
+from shared.config import absent, unknown
 from shared.evaluation.evaluate import Case, KeptPictures, Shots, evaluate
 from shared.evaluation.prompt_sets import REAL, load_prompts
 from shared.io.cache import cache_folder
@@ -33,14 +33,14 @@ from shared.sampling.sampler import DECODE_PIXELS, decoded, images_per_batch
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 
-FIRST_SEED = 10_000  # of what is generated and scored during training
+FIRST_SEED = 10_000  # the first seed for pictures and clips that are generated and scored during training
 
 
 def check_folders(clip: Path | None, dino: Path | None) -> None:
     """Raises ValueError when a folder given for scoring does not exist."""
     for option, folder in (("--clip", clip), ("--dino", dino)):
         if folder is not None and not folder.is_dir():
-            raise ValueError(f"{option} {folder}: no such folder")
+            raise ValueError(f"{option} {folder}: {absent(folder, 'no such folder')}")
 
 
 def training_scorers(
@@ -81,7 +81,7 @@ def training_scorers(
 
 def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
     """Whether training generates anything that could be scored. If not, warns if a folder is given for scoring.
-    ValueError when that folder does not exist."""
+    Raises ValueError when that folder does not exist."""
     check_folders(clip, dino)
     phases = [p for _, p in expand_phases(planned.recipe)]
     if any(p.train.validation.every or p.task.needs_scores for p in phases):
@@ -156,7 +156,8 @@ def evaluate_loaded(
 
 
 def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
-    """Returns a subject's case: what to judge, and what is known about it. ValueError when its pictures cannot be found."""
+    """Returns a subject's case: what to judge, and what is known about it. Raises ValueError when its pictures cannot be
+    found."""
     concept, folder, gallery = loaded.concept, settings.references, settings.gallery
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
@@ -197,7 +198,7 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
 def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
     """Finds the pictures that the concept was learned from: in `folder`, or in the recorded folder next to `path`.
 
-    Raises ValueError when they are missing, or are not the pictures whose hashes the concept stores.
+    Raises ValueError when they are missing, or when the recorded folder has pictures whose hashes the concept does not store.
     """
     recorded = concept.meta.learned_with.folder_of(concept.meta.name)
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)

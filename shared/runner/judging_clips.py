@@ -1,4 +1,4 @@
-"""Judging a motion, a subject, or both in clips: chooses the clips and pictures to compare with, and writes the report."""
+"""Judges a motion, a subject, or both in clips: chooses the clips and pictures to compare with, and writes the report."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def evaluate_clips_loaded(
 
 
 def check_false_motion(text: str) -> FalseMotion:
-    """Returns `text` if it is a `FalseMotion`; ValueError otherwise."""
+    """Returns `text` if it is a `FalseMotion`; raises ValueError otherwise."""
     if text not in get_args(FalseMotion):
         raise ValueError(f"--false-motion: {unknown(text, get_args(FalseMotion), 'choice')}")
     return text  # type: ignore[return-value]
@@ -117,7 +117,7 @@ class _Judged:
 
     @staticmethod
     def of(runner: Painter) -> _Judged:
-        """Reads the concepts from a runner. ValueError unless one motion, one subject, or one of each is loaded."""
+        """Reads the concepts from a runner. Raises ValueError unless one motion, one subject, or one of each is loaded."""
         by_kind = {name: loaded.concept.meta.kind for name, loaded in runner.loaded.items()}
         motions = [name for name, kind in by_kind.items() if kind == "motion"]
         subjects = [name for name, kind in by_kind.items() if kind in ("subject", "identity")]
@@ -184,7 +184,7 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
 def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
     """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start).
 
-    If the clip is shorter, all its frames are read. ValueError for a single frame.
+    If the clip is shorter, all its frames are read. Raises ValueError for a single frame.
     """
     window = _window(recipe)
     source = open_frames(path)

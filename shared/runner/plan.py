@@ -83,7 +83,7 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
 
 
 def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:
-    """Whether there is an interrupted run to resume. ValueError when existing files would be overwritten."""
+    """Whether there is an interrupted run to resume. Raises ValueError when existing files would be overwritten."""
     anew = overwrite and not resume  # leftovers of an earlier run are removed when this one begins
     begun = not anew and checkpoint.load(workdir) is not None
     for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
@@ -105,7 +105,7 @@ def _all_there(outputs: Mapping[str, Path]) -> bool:
 
 def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> None:
     """Raises ValueError when a finished concept was learned with another recipe, or from other pictures."""
-    same_recipe(concept.meta.recipe, portable(plain(recipe)), finished=True)
+    same_recipe(portable(concept.meta.recipe), portable(plain(recipe)), finished=True)
     hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # a file that has been moved has none
     if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.files)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Tells what a file holds from its content: a video in a known container, an animation, one picture, or none of these."""
+"""Determines what a file holds from its content: a video in a known container, an animation, one picture, or none of these."""
 
 from __future__ import annotations
 

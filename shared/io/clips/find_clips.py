@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.config import expanded
-from shared.io.caption_files import caption_files, caption_text, given_captions, looks_like_captions
+from shared.config import absent, expanded
+from shared.io.caption_files import caption_files, caption_text, given_captions, looks_like_captions, unused_rows
 from shared.io.clips.clip_kinds import READABLE, clip_kind
 from shared.io.clips.frame_folders import CAPTION
 from shared.io.clips.video_files import why_not
@@ -36,7 +36,8 @@ def find_clips(
     masks: PathLike | Mapping[PathLike, PathLike] | None = None,
     captions: PathLike | Mapping[PathLike, str] | None = None,
 ) -> ClipListing:
-    """Finds the clips in a folder (sorted by name), a single clip, or a list of both (in its order), with captions and masks.
+    """Finds the clips in a folder (sorted by name), a single clip, or a list of both (in the given order), with captions and
+    masks.
 
     A clip is a video, an animation, or a folder of frames; a folder that holds pictures and no clips is itself a clip.
     For `NAME.mp4` or the folder `NAME/`, the caption is `NAME.txt` (or `NAME/caption.txt`) and the masks are
@@ -67,6 +68,7 @@ def find_clips(
     texts = {clip: text for clip, text in texts.items() if text}
     notes += _gaps(found, texts, "caption", "their captions come from the recipe's template")
     notes += _gaps(found, planes, "masks", "their whole frames count as the subject, unless they are transparent")
+    notes = list(dict.fromkeys(notes))  # several given clips may share one metadata.jsonl
     for note in notes:
         warnings.warn(encodable(note), UserWarning, stacklevel=2)
     return ClipListing(found, texts, planes, tuple(notes))
@@ -76,7 +78,7 @@ def _listed(path: Path) -> ClipListing:
     if path.is_dir():
         return _folder(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} {absent(path)}")
     reason = _not_a_clip(path)
     if reason:
         raise ValueError(f"{path} is not a clip ({reason}): give {READABLE}")
@@ -110,11 +112,11 @@ _PICTURE = "one picture, not a clip: put the frames of a clip in their own folde
 
 
 def _not_a_clip(path: Path) -> str:
-    """Says why an entry of a folder is not a clip; empty if it is one."""
+    """Returns the reason why an entry of a folder is not a clip; empty if it is one."""
     if path.is_dir():
         return "" if _frames(path) else "a folder without frames"
     if not path.is_file():
-        return "not a file"
+        return absent(path, "not a file")
     try:
         if path.stat().st_size == 0:
             return "empty, 0 bytes"
@@ -129,7 +131,7 @@ def _not_a_clip(path: Path) -> str:
 
 
 def _frames(folder: Path) -> bool:
-    """Whether a folder holds pictures directly and no clips (which would be separate clips)."""
+    """Whether a folder directly holds pictures, which are then the frames of one clip."""
     try:
         return bool(listing_of(folder, known=(CAPTION,)).pictures)
     except (OSError, ValueError):
@@ -152,6 +154,7 @@ def _with_neighbours(found: tuple[Path, ...], candidates: Sequence[Path]) -> Cli
                 masks[clip] = mask
                 break
         notes += inside.warnings if inside else ()
+    notes += unused_rows(found, found[0].parent)
     return ClipListing(found, captions, masks, tuple(notes))
 
 
@@ -199,7 +202,7 @@ def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Pat
     """Maps each clip to the entry of `folder` with the same name, if there is one."""
     root = expanded(folder)
     if not root.is_dir():
-        raise ValueError(f"{what}: {root} is not a folder")
+        raise ValueError(f"{what}: {root} {absent(root, 'is not a folder')}")
     entries = [p for p in sorted(root.iterdir()) if not p.name.startswith(".")]
     out = {clip: entry for clip in found for entry in entries if _stem(entry) == _stem(clip)}
     if not out:

@@ -22,8 +22,8 @@ class FrameFolder(FrameSource):
     """The pictures of a folder in natural order (frame2 before frame10), one frame each.
 
     The frames have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested. Raises
-    ValueError, naming the folder or file, if there are none, their sizes differ, numbers are missing or repeated, or the
-    folder holds two series. A constant step other than 1 does not count as a gap.
+    ValueError, naming the folder or file, if there are no pictures, their sizes differ, numbers are missing or repeated, or
+    the folder holds two series. A constant step other than 1 does not count as a gap.
     """
 
     may_be_transparent = True

@@ -19,7 +19,7 @@ from shared.io.terminal import names
 class MaskFrames:
     """Masks (mode L, 255 where the subject is) by frame index.
 
-    `first_only`: only the clip's first frame has a mask; those of the other frames are found by tracking it.
+    `first_only`: only the clip's first frame has a mask; the masks of the other frames are found by tracking it.
     """
 
     def __init__(self, path: Path, source: FrameSource | None, files: Sequence[Path] = ()) -> None:
@@ -27,7 +27,7 @@ class MaskFrames:
         self._source, self._files = source, files
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises ValueError for a window that begins later if only the first frame's mask is known."""
+        """Raises ValueError for a window that begins after the first frame if only that frame has a mask."""
         if self.first_only and indices[0] != 0:
             raise ValueError(
                 f"{self.path} is the mask of the clip's first frame, but this window begins at frame {indices[0]}: "

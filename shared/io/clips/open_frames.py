@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shared.config import expanded
+from shared.config import absent, expanded
 from shared.io.clips.animations import Animation
 from shared.io.clips.clip_kinds import READABLE, clip_kind
 from shared.io.clips.frame_folders import FrameFolder
@@ -30,7 +30,7 @@ def open_frames(path: str | os.PathLike[str]) -> FrameSource:
 def _kind(path: Path) -> str | None:
     try:
         if not path.exists():
-            raise ValueError(f"{path} does not exist")
+            raise ValueError(f"{path} {absent(path)}")
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty, 0 bytes")
         return clip_kind(path)

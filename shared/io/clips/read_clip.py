@@ -87,7 +87,7 @@ def _read(
     seen = False
     valid = None
     for number, picture in enumerate(_with_masks(source, indices, masks)):
-        how = fit if fit == "contain" or number == 0 else None  # warn about what the crop loses only once
+        how = fit if fit == "contain" or number == 0 else None  # warn only once about what the crop loses
         square = picture if picture.size == (width, height) else resize(picture, (height, width), how, keep)
         pixels.append(square.pixels)
         seen |= picture.alpha is not None

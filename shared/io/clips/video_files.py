@@ -35,7 +35,7 @@ class _Packets(NamedTuple):
 
 
 class VideoFile(FrameSource):
-    """A video file. Frames come as a player shows them: rotated and mirrored, with square pixels, in 8-bit sRGB.
+    """A video file. Frames are returned as a player shows them: rotated and mirrored, with square pixels, in 8-bit sRGB.
 
     Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends earlier than
     its index or header says: a truncated video is not read as a shorter one. (Streams recorded without index and header sizes,
@@ -92,13 +92,13 @@ class VideoFile(FrameSource):
         return image if self._matrix is None else _turned(image, self._matrix)
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Any]]:
-        """Decodes (index, frame) in display order, from `first` or somewhat before it."""
+        """Decodes (index, frame) in display order, from `first` or shortly before it."""
         index_of = {stamp: i for i, stamp in enumerate(self._stamps)}
         with _opened(self.path) as (file, stream):
             if first > 0 and self._stamps:
                 self._seek(file, stream, self._stamps[first])
             decoder = _decoder(stream) or stream.codec_context
-            # fail where libav would otherwise conceal damage, or decode frames above the size limit that the header understates
+            # fail where libav would otherwise conceal damage, or decode frames that are too large because the header is wrong
             decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             decoder.thread_type, decoder.thread_count = "AUTO", min(_THREADS, os.cpu_count() or 1)
             counted = 0
@@ -161,7 +161,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def why_not(path: Path) -> str:
-    """Says why a video file cannot be used, judging only from its header; empty if it can."""
+    """Returns the reason why a video file cannot be used, judging only from its header; empty if it can."""
     try:
         with _opened(path):
             return ""
