@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from shared.backbones.protocol import Placeholder
 from shared.prompts.foreign_syntax import foreign_syntax
 
-_FOREIGN = frozenset("<([{_:")  # a prompt without these characters has no foreign syntax
 _NAME = re.compile(r"<([A-Za-z0-9][A-Za-z0-9_-]*)>")
 
 
@@ -27,7 +26,7 @@ def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
         if name not in placeholders:
             loaded = ", ".join(f"<{n}>" for n in sorted(placeholders)) or "none"
             raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {loaded}")
-    for said in foreign_syntax(prompt, placeholders) if _FOREIGN & set(prompt) else ():
+    for said in foreign_syntax(prompt, placeholders):
         warnings.warn(said, UserWarning, stacklevel=2)
     expanded = _NAME.sub(lambda m: placeholders[m.group(1)].words, prompt)
     return re.sub(r"\s+", " ", expanded).strip()

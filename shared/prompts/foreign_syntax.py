@@ -3,35 +3,81 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 
-_NETWORK = re.compile(r"<(?:lora|lyco|hypernet|ti):\s*([^:<>]*)(?::([^<>]*))?>", re.IGNORECASE)
+_NUMBER = r"[+-]?\d*[.,]?\d+"
+_NETWORK = re.compile(
+    rf"<\s*(?:(?:lora|lyco|lycoris|locon|loha|lokr|dora|hypernet|ti)\s*:|\w+\s*:(?=[^:<>]*:\s*{_NUMBER}))"
+    r"\s*([^:<>]*)(?::([^<>]*))?>",
+    re.IGNORECASE,
+)
+_STRENGTH = re.compile(rf"<\s*([^:<>]*[^\W\d_][^:<>]*):\s*({_NUMBER})\s*>")
 _EMBEDDING = re.compile(r"\bembedding:\s*([\w.-]+)", re.IGNORECASE)
-_WEIGHT = re.compile(r"\(([^()]*?):\s*[+-]?\d*\.?\d+\s*\)")
+_CONTROL = re.compile(r"<\|\w+\|>|</s>")
+_BRACKETS = re.compile(r"<(\s*[^\W\d_][^<>]*)>")
+_WEIGHTS = (
+    # (cat:1.2), but neither (ratio 4:3) nor (at 10:30): a number before the colon needs a fraction after it
+    re.compile(rf"(?<!\()\(+[^()]*?(?:[^()\d\s]\s*:\s*{_NUMBER}|\d\s*:\s*\d*[.,]\d+)\s*\)+"),
+    re.compile(r"\([^()]*[^\W\d_][^()]*\)(?:\++|-{2,}|\d*\.?\d+)(?![\w+-])"),  # (cat)++, (cat)1.3
+    re.compile(r"(?<!\()\({2,}[^()]*\){2,}"),  # ((cat))
+    re.compile(r"\b[^\W\d_]{2,}(?:\+{2,}|-{2,}(?=\s*(?:,|$)))"),  # cat++; C++ is a word
+    re.compile(r"(?<![\w>)])[\w>)]+::(?:\s*-?\d*\.?\d+(?!\w)|(?=\s|$))"),  # cat::2
+)
+_SQUARE = re.compile(r"\[+([^\[\]:|]*[^\W\d_][^\[\]:|]*)\]+")
 _SCHEDULE = re.compile(r"\[[^\[\]]*:[^\[\]]*\d\]|\[[^\[\]]*\|[^\[\]]*\]")
 _CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}|\b__[\w/-]+__\b")
-_BRACKETS = re.compile(r"<(\s*[^\W\d_][^<>]*)>")
+_ESCAPED = re.compile(r"\\\([^()\\]*\\\)|\\[()\[\]{}]")
+_JOINED = (
+    # "ROCK AND ROLL" and "COFFEE BREAK" are words in capitals
+    re.compile(r"(?<![A-Z] )\bAND\b|\bAND\b(?! [A-Z](?![a-z]))"),
+    re.compile(r"(?<![A-Z] )\b(?:BREAK|ADDCOMM|ADDBASE|ADDROW|ADDCOL)\b(?! [A-Z](?![a-z]))"),
+    re.compile(r"\.(?:and|blend|swap)\("),
+)
+_OPTION = re.compile(r"(?<!\S)--(?:[a-z]+ +\d[\d.:]*|(?:no|niji|tile|raw|hd|style|sref|cref|fast|turbo|relax|p)\b)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+_How = Callable[[re.Match[str], Collection[str]], str]
+_NO_WEIGHTS = "words have no weights here; a concept has a strength, --concept PATH:0.8"
 
 
 def _network(found: re.Match[str], names: Collection[str]) -> str:
-    name, strength = _fitting(found[1], names), f":{found[2].split(':')[0].strip()}" if found[2] else ""
+    strength = f":{found[2].split(':')[0].strip()}" if found[2] else ""
+    name = _loaded(found[1], names) or _valid(found[1]) or "NAME"
     return f"load it with --concept {name}.concept{strength} (or --lora FILE{strength}), and write <{name}> for it"
 
 
+def _strength(found: re.Match[str], names: Collection[str]) -> str:
+    name, strength = _loaded(found[1], names) or _valid(found[1]) or "NAME", found[2].replace(",", ".")
+    return f"the strength belongs to the option, --concept {name}.concept:{strength}; write <{name}> in the prompt"
+
+
 def _named(found: re.Match[str], names: Collection[str]) -> str:
-    return f"write <{_fitting(found[1], names)}>"
+    return f"write <{_loaded(found[1], names) or _valid(found[1]) or 'NAME'}>"
 
 
-_FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], Collection[str]], str]], ...] = (
+def _square(found: re.Match[str], names: Collection[str]) -> str:
+    return f"write <{name}>" if (name := _loaded(found[1], names)) else _NO_WEIGHTS
+
+
+def _always(how: str) -> _How:
+    return lambda *_: how
+
+
+_FORMS: tuple[tuple[re.Pattern[str], _How], ...] = (  # what an earlier form has found, a later one leaves alone
     (_NETWORK, _network),
+    (_STRENGTH, _strength),
     (_EMBEDDING, _named),
-    (_WEIGHT, lambda *_: "words have no weights here; a concept has a strength, --concept PATH:0.8"),
+    (_ESCAPED, _always("write brackets without backslashes")),
+    *((pattern, _always(_NO_WEIGHTS)) for pattern in _WEIGHTS),
     (
         _SCHEDULE,
-        lambda *_: "words cannot change between steps; a concept's strength can, --strength NAME=0@0,1@0.2",
+        _always("words cannot change between steps; a concept's strength can, --strength NAME=0@0,1@0.2"),
     ),
-    (_CHOICE, lambda *_: "write out each prompt separately"),
+    (_SQUARE, _square),
+    (_CHOICE, _always("write out each prompt separately")),
+    *((pattern, _always("a prompt is one text here: write one sentence")) for pattern in _JOINED),
+    (_OPTION, _always("options go outside the prompt, such as --width, --seed and --negative")),
 )
 
 
@@ -41,17 +87,32 @@ def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
     Args:
         names: the loaded concepts
     """
+    said: set[str] = set()
+    taken: list[tuple[int, int]] = []
     for pattern, here in _FORMS:
         for found in pattern.finditer(prompt):
-            yield f"{found[0]!r} is read as plain words: {here(found, names)}"
+            start, end = found.span()
+            if any(start < e and s < end for s, e in taken):
+                continue
+            taken.append((start, end))
+            if found[0] not in said:
+                said.add(found[0])
+                yield f"{found[0]!r} is read as plain words: {here(found, names)}"
+    for mark in dict.fromkeys(_CONTROL.findall(prompt)):
+        yield f"{mark!r} is not text but a control token of the text encoder: leave it out"
+    known = ", ".join(f"<{n}>" for n in sorted(names)) or "none"
     for found in _BRACKETS.finditer(prompt):
-        if not _NAME.fullmatch(found[1]) and not _NETWORK.fullmatch(found[0]):
-            known = ", ".join(f"<{n}>" for n in sorted(names)) or "none"
-            how = f"write <{name}>" if (name := _fitting(found[1], names)) else "leave the brackets out"
+        if not _NAME.fullmatch(found[1]) and not any(s < found.end() and found.start() < e for s, e in taken):
+            how = f"write <{name}>" if (name := _loaded(found[1], names)) else "leave the brackets out"
             yield f"{found[0]!r} is not a concept's name and is read as plain words: {how} (loaded concepts: {known})"
 
 
-def _fitting(text: str, names: Collection[str]) -> str:
-    """Returns the loaded concept that the text refers to, else the text as a valid name."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", text.strip()).strip("-_")
-    return next((n for n in names if n.lower() == name.lower()), name)
+def _loaded(text: str, names: Collection[str]) -> str:
+    """Returns the loaded concept that the text refers to, else ""."""
+    return next((n for n in names if n.lower() == _valid(text).lower()), "")
+
+
+def _valid(text: str) -> str:
+    """Returns the text as a valid name ("Émile 2" -> "Emile-2"); "" if it has no Latin letter or digit."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", plain.strip()).strip("-_")

@@ -42,7 +42,7 @@ class Templates(CaptionPart):
     """
 
     kind: Literal["templates"] = "templates"
-    set: Literal["plain", "subject", "style"] = "plain"
+    set: Literal["plain", "subject", "style"] = "plain"  # which set of templates to draw from
     templates: tuple[Template, ...] = ()  # used instead of the set, unless empty
     user_captions: bool = True  # false: templates replace the user's captions
 

@@ -1,4 +1,4 @@
-"""From a user's prompt or a picture's caption to what the text encoder reads."""
+"""How a user's prompt or a picture's caption becomes the text that the encoder reads."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def captioned(part: Templates, before: Example, seed: int = 0, words: str = "sks
 # --- prompts ---------------------------------------------------------------------------------
 
 
-def test_names_in_order_each_once():
+def test_names_are_returned_in_order_each_once():
     assert names_in("<b> and <my-mug> and <b>, 1 < 2 > 0, <lora:x:1>, < a >, <3>") == ("b", "my-mug", "3")
 
 
-def test_a_name_becomes_its_words_and_one_without_words_nothing():
+def test_a_name_becomes_its_words_or_nothing_if_it_has_none():
     assert expand("a <my-mug> <spin> on  the beach", PLACEHOLDERS) == "a <my-mug> <my-mug>_1 mug on the beach"
     assert expand("two <my-mug>s", PLACEHOLDERS) == "two <my-mug> <my-mug>_1 mugs"
     assert expand("no name", {}) == "no name"
@@ -56,19 +56,45 @@ def test_a_name_becomes_its_words_and_one_without_words_nothing():
             "a <My Mug>",
             "is not a concept's name and is read as plain words: write <my-mug> (loaded concepts: <my-mug>",
         ),
+        ("a <My-Mug:0.5>", "the strength belongs to the option, --concept my-mug.concept:0.5; write <my-mug> in the"),
+        ("a <cat:1,2>", "the strength belongs to the option, --concept cat.concept:1.2; write <cat> in the prompt"),
+        ("a <loha:Émile:1>", "load it with --concept Emile.concept:1 (or --lora FILE:1), and write <Emile> for it"),
+        ("a <lora:猫:1>", "load it with --concept NAME.concept:1 (or --lora FILE:1)"),
+        ("a <émile>", "is read as plain words: leave the brackets out (loaded concepts: <my-mug>, <spin>)"),
+        ("a <red hat>", "is read as plain words: leave the brackets out"),
+        ("a ((cat))", "'((cat))' is read as plain words: words have no weights here"),
+        ("a [cat]", "'[cat]' is read as plain words: words have no weights here"),
+        ("a [my-mug]", "'[my-mug]' is read as plain words: write <my-mug>"),
+        ("a (cat)++ here", "'(cat)++' is read as plain words: words have no weights here"),
+        ("a (cat)1.3", "'(cat)1.3' is read as plain words: words have no weights here"),
+        ("a cat+++, a dog", "'cat+++' is read as plain words: words have no weights here"),
+        ("a cat::2 dog", "'cat::2' is read as plain words: words have no weights here"),
+        ("a ((cat:1,4))", "'((cat:1,4))' is read as plain words: words have no weights here"),
+        ("(Windows 95:1.3)", "'(Windows 95:1.3)' is read as plain words: words have no weights here"),
+        (r"a cat \(animal\)", "write brackets without backslashes"),
+        ("a cat AND a dog AND a cow", "'AND' is read as plain words: a prompt is one text here: write one sentence"),
+        ("a cat, BREAK a dog", "'BREAK' is read as plain words: a prompt is one text here"),
+        ('("a", "b").blend(1, 2)', "'.blend(' is read as plain words: a prompt is one text here"),
+        ("a cat --ar 16:9", "'--ar 16:9' is read as plain words: options go outside the prompt, such as --width"),
+        ("a cat<|endoftext|> on a beach", "'<|endoftext|>' is not text but a control token of the text encoder: leave"),
     ],
 )
-def test_the_syntax_of_other_programs_is_told_with_how_it_is_written_here(prompt, said):
+def test_the_warning_for_another_program_s_syntax_says_how_to_write_it_here(prompt, said):
     with pytest.warns(UserWarning, match=re.escape(said)) as caught:
         expand(prompt, PLACEHOLDERS)
     assert len(caught) == 1
 
 
-def test_plain_words_are_no_foreign_syntax():
+def test_plain_words_are_not_taken_for_another_program_s_syntax():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text = " (front), 1 < 2 > 0, [red], 16:9, at 10:30, a snake_case_word, {concept}"
-        assert expand(f"a <my-mug>{text}", PLACEHOLDERS) == expand("a <my-mug>", PLACEHOLDERS) + text
+        for text in (
+            " (front), 1 < 2 > 0, 16:9, at 10:30, a snake_case_word, {concept}",
+            " (ratio 4:3) (at 10:30), (a mug (red)), [1], a C++ book, 18+ -- and (semi)-transparent",
+            " on a sign: ROCK AND ROLL, COFFEE BREAK; Hand, and a break",
+        ):
+            assert expand(f"a <my-mug>{text}", PLACEHOLDERS) == expand("a <my-mug>", PLACEHOLDERS) + text
+        expand("A CAT AND A DOG", {})
 
 
 def test_an_unknown_name_lists_what_is_loaded():
@@ -78,12 +104,12 @@ def test_an_unknown_name_lists_what_is_loaded():
         expand("a <mug>", {})
 
 
-def test_the_base_model_is_asked_for_the_class():
+def test_the_prompt_for_the_base_model_names_the_class():
     assert without("a <my-mug> <spin> on the beach", {"my-mug": "mug", "spin": ""}) == "a mug on the beach"
     assert without("a <other>", {"my-mug": "mug"}) == "a <other>"
 
 
-def test_a_loaded_subject_must_be_named_and_a_style_need_not():
+def test_a_loaded_subject_must_be_named_but_a_style_need_not():
     kinds = {"my-mug": "subject", "me": "identity", "ink": "style", "spin": "motion"}
     check_named("<me> with <my-mug>", kinds)
     with pytest.raises(
@@ -113,17 +139,17 @@ def test_a_user_s_caption_is_kept_with_the_concept_in_it(caption, expected):
     assert captioned(Templates(set="subject"), example(caption)) == expected
 
 
-def test_a_caption_without_a_class_noun_has_the_concept_in_front():
+def test_the_concept_is_put_in_front_of_a_caption_without_a_class_noun():
     assert captioned(Templates(), example("by the sea"), words="sks", noun="") == "sks, by the sea"
 
 
-def test_a_user_s_captions_can_be_left_out_but_not_those_of_class_pictures():
+def test_a_user_s_captions_can_be_ignored_but_not_the_captions_of_class_pictures():
     part = Templates(user_captions=False)
     assert captioned(part, example("a mug by the sea")) == "a photo of a sks mug"
     assert captioned(part, example("a photo of a mug", "prior")) == "a photo of a mug"
 
 
-def test_templates_are_drawn_with_the_generator_all_of_them():
+def test_all_templates_are_drawn_by_the_generator():
     part = Templates(set="subject")
     drawn = Counter(captioned(part, example(), seed) for seed in range(300))
     assert set(drawn) == {t.replace("{concept}", "sks mug") for t in SETS["subject"]}
@@ -131,7 +157,7 @@ def test_templates_are_drawn_with_the_generator_all_of_them():
     assert max(drawn.values()) < 300 / len(SETS["subject"]) * 2
 
 
-def test_one_s_own_templates_replace_the_set():
+def test_a_user_s_templates_replace_the_set():
     part = Templates(set="subject", templates=("{concept}, {class_noun}",))
     assert captioned(part, example()) == "sks mug, mug"
     with pytest.raises(ValueError, match=r"'a photo' has no \{concept\}"):
@@ -139,19 +165,19 @@ def test_one_s_own_templates_replace_the_set():
 
 
 @pytest.mark.parametrize("name", sorted(SETS))
-def test_every_shipped_template_has_its_place_once(name):
+def test_every_shipped_template_has_the_placeholder_once(name):
     assert all(t.count("{concept}") == 1 for t in SETS[name])
     assert len(set(SETS[name])) == len(SETS[name])
 
 
-def test_captions_are_dropped_as_often_as_asked():
+def test_captions_are_dropped_at_the_given_rate():
     part = Templates(drop=0.3)
     dropped = sum(captioned(part, example("a mug"), seed) == "" for seed in range(500)) / 500
     assert abs(dropped - 0.3) < 0.07
     assert captioned(Templates(drop=1.0), example("a mug")) == ""
 
 
-def test_class_pictures_keep_their_caption_or_are_called_by_their_class():
+def test_class_pictures_keep_their_caption_or_are_captioned_with_their_class():
     drop = Templates(drop=1.0, set="plain")
     assert captioned(drop, example("a photo of a {class_noun}", "prior")) == "a photo of a mug"
     assert captioned(drop, example("a mug on a table", "prior")) == "a mug on a table"
@@ -159,7 +185,7 @@ def test_class_pictures_keep_their_caption_or_are_called_by_their_class():
     assert captioned(Templates(set="subject"), example("", "prior"), 4).count("mug") == 1
 
 
-def test_the_picture_and_its_mask_pass_untouched():
+def test_the_picture_and_its_mask_are_not_changed():
     before = example("a mug")
     made = Templates()(before, torch.Generator().manual_seed(0), {before.owner: "sks mug"}, {before.owner: "mug"})
     assert made.pixels is before.pixels and made.owner == before.owner and before.caption == "a mug"
