@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from shared.backbones.load import WORLDS
@@ -17,7 +18,15 @@ from shared.config import Part
 from shared.io.checksums import sha256
 from shared.io.terminal import escaped_name
 
-_ABSOLUTE = re.compile(r"^([/~\\]|[A-Za-z]:[/\\])")
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
+# "/home/jane/x", "~/x", "C:\\x" and "file:///x", but not the prompt "/imagine a cat"
+_ABSOLUTE = re.compile(rf"([/\\]|~)[^\s/\\]*([/\\]|$)|{_DRIVE.pattern}|file:", re.IGNORECASE)
+_WINDOWS = re.compile(rf"{_DRIVE.pattern}|\.{{0,2}}\\")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?|https?://.*", re.ASCII)
+_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+#: Keys whose values are paths (`PathText`), and those whose values are a model's name or path (`NameOrPath`).
+_PATHS = frozenset({"images", "clips", "masks", "captions", "path", "mask", "model", "output"})
+_MODELS = frozenset({"backbone", "motion_adapter"})
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -100,23 +109,38 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def portable(value: Any) -> Any:
-    """Returns a recipe without the folders of the author's machine."""
+def portable(value: Any, key: str = "") -> Any:
+    """Returns a recipe without the folders of the author's machine.
+
+    Args:
+        key: the key of `value` in its recipe; it decides whether a relative path can be told from words
+    """
     if isinstance(value, Mapping):
-        return {k: public_name(v) if k == "backbone" and isinstance(v, str) else portable(v) for k, v in value.items()}
+        return {k: portable(v, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [portable(v) for v in value]
-    return _last(value) if isinstance(value, str) and _ABSOLUTE.match(value) else value
+        return [portable(v, key) for v in value]
+    if not isinstance(value, str):
+        return value
+    if key in _MODELS:
+        return public_name(value)
+    return _last(value) if key in _PATHS or _ABSOLUTE.match(value) else value
 
 
 def public_name(backbone: str) -> str:
-    """Returns the last path component if the model is a local folder or file; else (toybox, a hub id) the name itself."""
-    local = _ABSOLUTE.match(backbone) or backbone.startswith(".") or Path(backbone).exists()
-    return _last(_text(PurePath(Path(backbone).absolute()))) if local and backbone not in WORLDS else _text(backbone)
+    """Returns the last path component if the model is a local folder or file; else (toybox, a hub id) the name itself.
+
+    A model that is not there (yet) is local if its name cannot be a hub id, which has at most one slash.
+    """
+    hub_id = _HUB_ID.fullmatch(backbone) and not backbone.startswith(".") and not backbone.endswith(_WEIGHTS)
+    if backbone in WORLDS or (hub_id and not Path(backbone).exists()):
+        return _text(backbone)
+    name = _last(backbone)
+    return _text(name if name.strip(".") else Path(backbone).absolute().name)
 
 
 def _last(path: str) -> str:
-    if path[0] in "/~":  # a POSIX path, in which a backslash is an ordinary character
+    path = re.sub("^file:(?=.)", "", path, flags=re.IGNORECASE)
+    if os.sep == "/" and not _WINDOWS.match(path):  # a backslash is an ordinary character, and may escape a byte
         return path.rstrip("/").rpartition("/")[2]
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 

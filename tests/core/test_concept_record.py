@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,11 @@ from peft import LoraConfig, OFTConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
+import pcs_3d.recipe
+import pcs_video.recipe
 from shared.concept import Concept, Provenance, attach, capture, lines, read, save
+from shared.concept.provenance import portable, public_name
+from shared.config import Part
 from shared.io.adapter_settings import check_adapter, recordable
 from shared.modifiers import LearnableToken, PlainText, RareToken
 from shared.trainable import Lora
@@ -35,6 +39,60 @@ def backbone(new_sd: Callable[..., Any]) -> Any:
 def kept(backbone: Any, folder: Path, **about: Any) -> Concept:
     """Captures, saves and reads back a concept."""
     return read(save(capture(backbone, "cup", Provenance(modifier=MODIFIER, **about)), folder).path or folder)
+
+
+# --- folders of the author's machine
+
+
+def test_no_folder_of_the_author_s_machine_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "subjects": {"mug": {"images": ["../jane-doe/photos", "a b/1.png"], "masks": "~/jane/masks", "captions": None}},
+        "motion_adapter": "../jane/ad",
+        "backbone": "models/jane/sd",
+        "output": "jane/mug.concept",
+        "sources": {"own": {"kind": "folder", "images": "file:///home/jane/x"}},
+        "field": {"start": {"kind": "mesh", "path": "C:\\jane\\cup.obj"}},
+        "preview": ["/imagine a cat", "~ a/b", "a cat and/or a dog"],
+        "extra": "/home/jane doe/photos",
+    }
+    assert portable(recipe) == {
+        "subjects": {"mug": {"images": ["photos", "1.png"], "masks": "masks", "captions": None}},
+        "motion_adapter": "ad",
+        "backbone": "sd",
+        "output": "mug.concept",
+        "sources": {"own": {"kind": "folder", "images": "x"}},
+        "field": {"start": {"kind": "mesh", "path": "cup.obj"}},
+        "preview": ["/imagine a cat", "~ a/b", "a cat and/or a dog"],
+        "extra": "photos",
+    }
+    assert portable(portable(recipe)) == portable(recipe)
+    assert portable({"images": "jane/caf\\udce9"}) == {"images": "caf\\udce9"} == portable({"images": "caf\\udce9"})
+
+
+def test_only_the_last_folder_of_a_model_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jane" / "own").mkdir(parents=True)
+    for name in ("models/jane/sd", "file:///home/jane/sd", "C:\\jane\\sd", "..\\sd", "../sd", "/jane/sd/", "jane/sd/"):
+        assert public_name(name) == "sd", name
+    assert public_name("jane/sd.safetensors") == "sd.safetensors" and public_name("jane/own") == "own"
+    for name in ("toybox", "runwayml/stable-diffusion-v1-5", "https://example.org/org/sd"):
+        assert public_name(name) == name
+
+
+def test_every_setting_that_is_a_path_is_recorded_without_its_folders() -> None:
+    def kinds(part: type[Part]) -> set[type[Part]]:
+        return {part}.union(*map(kinds, part.__subclasses__()))
+
+    paths = {
+        name
+        for part in kinds(Part)
+        for name, field in part.model_fields.items()
+        if part.__module__.startswith(("shared.", "pcs_"))
+        and any(Path in (a, *get_args(a)) for a in (field.annotation, *get_args(field.annotation)))
+    }
+    assert {"images", "output", "path", "model"} <= paths and pcs_3d.recipe and pcs_video.recipe
+    assert {portable({name: "jane/x"})[name] for name in paths} == {"x"}
 
 
 # --- writing
@@ -62,12 +120,12 @@ def test_any_file_name_is_recorded(backbone: Any, tmp_path: Path, name: str) -> 
     lines(concept)
 
 
-def test_a_picture_that_is_gone_has_no_hash(backbone: Any, tmp_path: Path) -> None:
+def test_a_missing_picture_has_no_hash(backbone: Any, tmp_path: Path) -> None:
     concept = kept(backbone, tmp_path / "c", references=[tmp_path / "gone.png"])
     assert [(r.file, r.sha256) for r in concept.meta.references] == [("gone.png", None)]
 
 
-def test_what_a_run_measured_and_was_told_is_written_whatever_it_is(backbone: Any, tmp_path: Path) -> None:
+def test_any_metrics_and_settings_of_a_run_are_written(backbone: Any, tmp_path: Path) -> None:
     metrics = {
         **{"nan": float("nan"), "inf": float("-inf"), "tensor": torch.tensor(0.5), "numpy": np.float32(0.25)},
         **{"none": None, "text": "bf16", "inner": {"a": 1, "b": np.nan}, "list": [1, 2], "many": torch.ones(2)},
@@ -91,7 +149,7 @@ def test_what_a_run_measured_and_was_told_is_written_whatever_it_is(backbone: An
     assert concept.meta.recipe["backbone"] == tmp_path.name and str(tmp_path) not in json.dumps(concept.meta.recipe)
 
 
-def test_a_description_that_cannot_be_kept_costs_the_description_alone(backbone: Any, tmp_path: Path) -> None:
+def test_if_the_description_cannot_be_saved_only_the_description_is_lost(backbone: Any, tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"references\.0\.sha256.*\n.*saved without its recipe, metrics and references"
     ):
@@ -99,7 +157,7 @@ def test_a_description_that_cannot_be_kept_costs_the_description_alone(backbone:
     assert concept.meta.class_noun == "mug" and concept.of("embeddings")
 
 
-def test_values_that_are_no_numbers_are_not_saved(backbone: Any, tmp_path: Path) -> None:
+def test_non_finite_values_are_not_saved(backbone: Any, tmp_path: Path) -> None:
     concept = capture(backbone, "cup", Provenance(modifier=MODIFIER))
     concept.of("embeddings")["text_encoder"][0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"'cup'.*embeddings tensor 'text_encoder' contains NaN or Inf"):
@@ -117,7 +175,7 @@ def _types() -> list[str]:
 
 @pytest.mark.parametrize("kind", _types())
 def test_the_settings_of_every_type_of_adapter_are_accepted(kind: str) -> None:
-    """Only each type's plain fields: settings that replace modules, load files or start from data are refused."""
+    """Covers only each type's plain fields: settings that replace modules, load files or start from data are refused."""
     config = {getattr(k, "value", k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[kind]
     plain = {f.name: f.default for f in dataclasses.fields(config) if type(f.default) in (bool, int, float)}
     refused = {"use_qalora", "qalora_group_size", "ensure_weight_tying"}
@@ -161,7 +219,7 @@ def test_adapters_of_other_types_come_back(
     assert torch.equal(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2])
 
 
-def test_settings_that_no_concept_can_keep_are_refused_before_the_training(new_sd: Callable[..., Any]) -> None:
+def test_settings_that_no_concept_can_keep_are_refused_before_training(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     targets = [m for g in backbone.group("cross_attention") for m in g.modules]
     for config, message in (
@@ -205,7 +263,7 @@ def test_settings_that_no_concept_can_keep_are_refused_before_the_training(new_s
         ({"references": [{"file": "a\u202fb", "sha256": None}]}, r"references\.0\.file"),
     ],
 )
-def test_what_is_used_again_is_checked_when_it_is_read(
+def test_fields_that_are_used_again_are_checked_when_read(
     backbone: Any, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     folder = kept(backbone, tmp_path / "c").path or tmp_path
@@ -215,7 +273,7 @@ def test_what_is_used_again_is_checked_when_it_is_read(
         read(folder)
 
 
-def test_what_is_not_used_may_be_anything(backbone: Any, tmp_path: Path) -> None:
+def test_fields_that_are_not_used_may_contain_anything(backbone: Any, tmp_path: Path) -> None:
     recipe = {"sampling": None, "train": {"steps": 3, "pace": "slow"}, "phases": {"a": None}, "fields": {"grid": 3}}
     learned = kept(backbone, tmp_path / "c", recipe=recipe).meta.learned_with
     assert (learned.train.steps, learned.sampling.steps, list(learned.phases)) == (3, None, ["a"])
@@ -225,7 +283,7 @@ def test_what_is_not_used_may_be_anything(backbone: Any, tmp_path: Path) -> None
 
 
 def _attached(backbone: Any, learner: Any, name: str, modifier: Any, noun: str, kind: Any = "subject") -> None:
-    """A concept learned on `own`, loaded on `backbone`."""
+    """Loads a concept that was learned on `own` onto `backbone`."""
     modifier.attach(learner, name, noun)
     Lora(rank=1).inject(learner, name, "lora", len(learner.word_pieces("text_encoder", name)))
     concept = capture(learner, name, Provenance(kind=kind, class_noun=noun, modifier=modifier))
@@ -246,7 +304,7 @@ def _attached(backbone: Any, learner: Any, name: str, modifier: Any, noun: str, 
     ],
     ids=["the same", "in capitals", "the word alone", "the noun alone", "nouns", "beside a token", "a longer noun"],
 )
-def test_two_concepts_that_are_one_word_are_refused(
+def test_two_concepts_with_the_same_word_are_refused(
     new_sd: Callable[..., Any], one: Any, noun: str, other: Any, other_noun: str
 ) -> None:
     for first, second in (((one, noun), (other, other_noun)), ((other, other_noun), (one, noun))):
