@@ -1,41 +1,88 @@
 """Captions in the usual formats: a text file next to each picture or clip, or one `metadata.jsonl` for all of them.
 
-Text files are `NAME.txt`, `NAME.caption` or `NAME.png.txt`, with extensions in upper or lower case; the first in this list
-wins. `metadata.jsonl` is Hugging Face's image-folder format: {"file_name": "a.png", "text": "a photo of a mug"} on each line.
+Text files are `NAME.txt`, `NAME.caption` or `NAME.png.txt`; the first in this list wins. A name in another case counts if no
+other file could be meant. `metadata.jsonl` is Hugging Face's image-folder format: {"file_name": "a.png", "text": "a photo of a
+mug"} on each line.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.config import expanded
-from shared.io.terminal import names
+from shared.config import absent, expanded
+from shared.io.terminal import encodable, names
 from shared.io.text_files import read_text_file
 
 METADATA = "metadata.jsonl"
 ENDINGS = (".txt", ".caption")
 _KEYS = ("text", "caption", "prompt")
+_SHOWN = 8  # lines of a `metadata.jsonl` that are named
 
 
 def caption_files(items: Sequence[Path], folder: Path) -> dict[Path, Path]:
     """Maps each picture or clip (a file or a folder of frames) to the file in `folder` that holds its caption."""
+    entries = sorted(folder.iterdir())
     there: dict[tuple[str, str], Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in entries:
         if looks_like_captions(path):
             there.setdefault((path.stem, path.suffix.lower()), path)
     listed = _listed(there.pop((Path(METADATA).stem, ".jsonl"), None))
+    spelled = _spelled(n for p in [*items, *entries] if not looks_like_captions(p) for n in (*_stems(p), p.name))
+    alike = _spelled(stem for stem, _ in there)
     out: dict[Path, Path] = {}
     for item in items:
-        stems = (item.name,) if item.is_dir() else (item.stem, item.name)
+        stems = [*_stems(item)]
+        stems += [s for stem in _stems(item) if (s := _other_case(stem, alike, spelled))]
         found = next((there[s, e] for s in stems for e in ENDINGS if (s, e) in there), None)
-        found = found or (folder / METADATA if item.name in listed else None)
+        found = found or (folder / METADATA if _row_for(item, listed, spelled) else None)
         if found:
             out[item] = found
     return out
+
+
+def _stems(item: Path) -> tuple[str, ...]:
+    return (item.name,) if item.is_dir() else (item.stem, item.name)
+
+
+def _spelled(names: Iterable[str]) -> dict[str, set[str]]:
+    """Returns every spelling of each name, by its case-folded form."""
+    out: dict[str, set[str]] = {}
+    for name in names:
+        out.setdefault(name.casefold(), set()).add(name)
+    return out
+
+
+def _other_case(name: str, known: Mapping[str, set[str]], files: Mapping[str, set[str]]) -> str | None:
+    """Returns the only spelling of `name` in `known`, unless `files` has several that it could belong to."""
+    spellings = known.get(name.casefold(), set())
+    return next(iter(spellings)) if len(spellings) == 1 == len(files.get(name.casefold(), {name})) else None
+
+
+def _row_for(item: Path, listed: Mapping[str, str], files: Mapping[str, set[str]]) -> str | None:
+    return item.name if item.name in listed else _other_case(item.name, _spelled(listed), files)
+
+
+def unused_rows(items: Iterable[Path], folder: Path) -> list[str]:
+    """Says which lines of the `metadata.jsonl` in `folder` caption no picture or clip, and why."""
+    file = folder / METADATA
+    if not looks_like_captions(file):
+        return []
+    here = {p.name.casefold() for p in (*items, *folder.iterdir())}
+    notes = []
+    for number, row in _rows(file):
+        key = next((key for key in _KEYS if row.get(key) is not None), None)
+        name = Path(row["file_name"]).name
+        if key and _said(row) is None:
+            notes.append(f"{file}, line {number}: {key} = {str(row[key])[:80]} is not text")
+        elif key and name.casefold() not in here:
+            notes.append(f"{file}, line {number}: no file called {name} is here")
+    more = [f"{file}: {len(notes) - _SHOWN} more lines are not used"] if len(notes) > _SHOWN else []
+    return notes[:_SHOWN] + more
 
 
 def looks_like_captions(path: Path) -> bool:
@@ -49,23 +96,32 @@ def caption_text(file: Path, item: Path) -> str:
 
     Raises ValueError, naming the file, if it is not UTF-8 text or a line of `metadata.jsonl` cannot be read.
     """
-    text = _listed(file).get(item.name, "") if file.name == METADATA else read_text_file(file, "the caption")
+    if file.name == METADATA:
+        listed = _listed(file)
+        text = listed.get(_row_for(item, listed, {}) or "", "")
+    else:
+        text = read_text_file(file, "the caption")
     return " ".join(text.split())
 
 
 def _listed(file: Path | None) -> dict[str, str]:
-    """Returns file name -> caption from a `metadata.jsonl`; lines without a caption are ignored."""
-    out: dict[str, str] = {}
+    """Returns file name -> caption from a `metadata.jsonl`; `unused_rows` names the lines that have none."""
+    return {Path(row["file_name"]).name: said for _, row in _rows(file) if (said := _said(row)) is not None}
+
+
+def _said(row: Mapping[str, Any]) -> str | None:
+    return next((row[key] for key in _KEYS if isinstance(row.get(key), str)), None)
+
+
+def _rows(file: Path | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line number and content of each row. Raises ValueError for a line that cannot be read."""
     for number, line in enumerate(read_text_file(file, "the captions").splitlines() if file else (), 1):
         if not line.strip():
             continue
         row = _row(line)
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise ValueError(f'{file}, line {number}: write {{"file_name": "a.png", "text": "a photo of a mug"}}')
-        said = next((row[key] for key in _KEYS if isinstance(row.get(key), str)), None)
-        if said is not None:
-            out[Path(row["file_name"]).name] = said
-    return out
+        yield number, row
 
 
 def _row(line: str) -> Any:
@@ -79,12 +135,12 @@ def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name
     """Like `caption_files`, for a caption folder given by the user. Raises ValueError if it has no caption for any item.
 
     Args:
-        a_name: how messages say whose name a caption file must have, for example "a picture's"
+        a_name: what messages say about whose name a caption file must have, for example "a picture's"
         what: what messages call the items, for example "pictures"
     """
     root = expanded(folder)
     if not root.is_dir():
-        raise ValueError(f"captions: {root} is not a folder")
+        raise ValueError(f"captions: {root} {absent(root, 'is not a folder')}")
     out = caption_files(items, root)
     if not out:
         seen = names(p.name for p in sorted(root.iterdir()) if not p.name.startswith(".")) or "nothing"
@@ -92,4 +148,6 @@ def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name
             f"captions: no file in {root} has {a_name} name; it holds {seen}, while the {what} are "
             f"{names(p.name for p in items)}"
         )
+    for note in unused_rows(items, root):
+        warnings.warn(encodable(note), UserWarning, stacklevel=4)
     return out

@@ -21,10 +21,13 @@ from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
 MAX_PIXELS = (
-    64_000_000  # width * height at 8 bits per channel; decoding and resizing take up to 1.7 GB, as 32-bit values
+    64_000_000  # width * height at 8 bits per channel; decoding and resizing take up to 1.7 GB with 32-bit values
 )
 _DEEP = 2  # deeper channels take twice the memory: 64-bit values while they are converted to 8 bits
 MIN_SIDE = 16  # pixels
+_DARK = 16  # of 255: where 12-bit values end if they are read as 16-bit values
+_WHITE, _DEEP_COLOUR = "pcs_white", "pcs_deep_colour"  # what `_decode` found out, in `Image.info`
+_STRETCH = "If that is wrong, save it with values up to 65535"
 GROUND = (128, 128, 128)  # the colour behind transparency and around a padded picture
 
 _TURNS = {
@@ -48,6 +51,7 @@ class Picture:
     alpha: Image.Image | None = None  # mode L: 255 where the subject is
     real: Image.Image | None = None  # mode L: 255 where the picture is, 0 on padding; None: everywhere
     path: Path | None = None
+    deep: bool = False  # had 16-bit colour channels, of which only the upper 8 bits are read
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,6 +82,12 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min
     transparent.
     """
     picture = read_frame(path, max_pixels, min_side)
+    brightest = max(int(high) for _, high in picture.image.getextrema())  # type: ignore[misc]
+    if picture.deep and brightest < _DARK:
+        warnings.warn(
+            encodable(f"{picture.path} is almost black: its 16-bit channels reach only {brightest} of 255. {_STRETCH}"),
+            stacklevel=2,
+        )
     if picture.alpha is not None and picture.alpha.getextrema() == (0, 0):
         raise ValueError(f"{picture.path} is fully transparent: there is nothing to learn from it")
     return picture
@@ -96,11 +106,12 @@ def as_picture(image: Image.Image, path: Path) -> Picture:
     """
     with named_errors(path):
         profile = image.info.get("icc_profile")
-        colour, alpha = _split(image)
-        rgb = _to_srgb(colour, profile, path)
+        colour, alpha = _split(image, path)
+        rgb, deep = _to_srgb(colour, profile, path), bool(image.info.get(_DEEP_COLOUR))
         if alpha is None or alpha.getextrema() == (255, 255):
-            return Picture(rgb, path=path)
-        return Picture(Image.composite(rgb, Image.new("RGB", rgb.size, GROUND), alpha), alpha, path=path)
+            return Picture(rgb, path=path, deep=deep)
+        whole = Image.composite(rgb, Image.new("RGB", rgb.size, GROUND), alpha)
+        return Picture(whole, alpha, path=path, deep=deep)
 
 
 def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -112,7 +123,7 @@ def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
     path = expanded(path)
     image = _decode(path, max_pixels, 1)
     with named_errors(path):
-        colour, alpha = _split(image)
+        colour, alpha = _split(image, path)
         grey = colour.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
     if grey.getextrema() == (0, 0):
         raise ValueError(f"the mask {path} is empty: it marks no pixels")
@@ -193,11 +204,21 @@ def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
         if frames > 1 and image.format != "MPO":
             warnings.warn(encodable(f"{path} has {frames} frames: only the first is used"), UserWarning, stacklevel=1)
         image.seek(0)
+        info = {_WHITE: _stated_white(image), _DEEP_COLOUR: not deep and ";16" in str(image.tile)}
         image.load()
         turn = _TURNS.get(_orientation(image))
         upright = image.transpose(turn) if turn is not None else image.copy()
-        upright.info = dict(image.info)
+        upright.info = {**image.info, **info}
         return upright
+
+
+def _stated_white(image: Image.Image) -> int | None:
+    """Returns the grey value of white as a TIFF states it: MaxSampleValue (tag 281), or from BitsPerSample (tag 258)."""
+    tags = getattr(image, "tag_v2", {})
+    most, bits = (next(iter(v), None) if isinstance(v := tags.get(tag), tuple) else v for tag in (281, 258))
+    if isinstance(most, int) and most > 0:
+        return most
+    return 2**bits - 1 if isinstance(bits, int) and 8 < bits < 16 else None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -207,10 +228,10 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def _split(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None]:
     """Splits a decoded picture into colour (mode L, RGB or CMYK) and transparency (mode L)."""
     if image.mode.startswith(("I", "F")):
-        return _grey(image)
+        return _grey(image, path)
     if image.mode == "LA":
         return image.getchannel("L"), image.getchannel("A")
     if image.mode in ("RGBA", "RGBa", "La", "PA") or "transparency" in image.info:
@@ -219,26 +240,44 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return (image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")), None
 
 
-def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def _grey(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None]:
     """Converts 16-bit, 32-bit and float grey to 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white.
 
-    Integers up to 255 are assumed to be 8-bit values in a wider type, as scientific software writes them; read as 16-bit
-    values they would all be black.
+    White is what the file states. If it states nothing, integers up to 255 are assumed to be 8-bit values in a wider type,
+    as scientific software writes them, and those up to 4095 to be 12-bit values, with a UserWarning; read as 16-bit values
+    they would be black.
     """
     values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} has grey values that are not finite (NaN or infinity): save it with 8 or 16 bits")
     low, high = float(values.min()), float(values.max())
-    top = 1.0 if image.mode == "F" else 65535.0
-    if high <= 255.0 and (image.mode != "F" or (high > 1.0 and bool((values == np.floor(values)).all()))):
-        top = 255.0
+    top = _white(image, values, high, path)
     if not (low >= 0.0 and high <= top):
         raise ValueError(
-            f"grey values range from {low:g} to {high:g}, expected 0 to {top:g}: save it with 8 or 16 bits"
+            f"{path} has grey values from {low:g} to {high:g}, expected 0 to {top:g}: save it with 8 or 16 bits"
         )
     grey = Image.fromarray(np.floor(values / top * 255.0 + 0.5).astype(np.uint8))
     clear = image.info.get("transparency")
     if not isinstance(clear, int):
         return grey, None
     return grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+
+
+def _white(image: Image.Image, values: np.ndarray, high: float, path: Path) -> float:
+    """Returns the grey value that is white."""
+    stated = image.info.get(_WHITE)
+    if isinstance(stated, int) and high <= stated and image.mode != "F":
+        return float(stated)
+    if high <= 255.0 and (image.mode != "F" or (high > 1.0 and bool((values == np.floor(values)).all()))):
+        return 255.0
+    if image.mode == "F":
+        return 1.0
+    top = 4095.0 if high <= 4095.0 else 65535.0
+    if high <= 16383.0:
+        then = ": they are taken as 12-bit values" if top == 4095.0 else ", which is dark"
+        said = f"{path}: its grey values reach only {high:g} of 65535{then}"
+        warnings.warn(encodable(f"{said}. {_STRETCH}"), stacklevel=5)
+    return top
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:

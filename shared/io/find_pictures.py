@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.config import expanded
-from shared.io.caption_files import METADATA, caption_files, looks_like_captions
+from shared.config import absent, expanded
+from shared.io.caption_files import METADATA, caption_files, looks_like_captions, unused_rows
 from shared.io.foreign_files import MARK
 from shared.io.terminal import encodable, names
 
@@ -68,12 +68,12 @@ def sniff(path: Path) -> str | None:
 
 
 def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ...], list[str]]:
-    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in its order).
+    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in the given order).
 
     Anything that is not a picture (hidden files, text, empty files, subfolders) is skipped and listed in one UserWarning per
-    folder; captions (`shared.io.caption_files`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`) of the
-    pictures are not listed. Returns the pictures and the same warnings as text. Raises ValueError, with what was found, if a
-    path does not exist, a given file is not a picture, or nothing is left.
+    folder; captions (`shared.io.caption_files`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`,
+    `NAME_mask.png`) of the pictures are not listed. Returns the pictures and the same warnings as text. Raises ValueError,
+    with what was found, if a path does not exist, a given file is not a picture, or nothing is left.
     """
     listing = scan(images)
     return listing.pictures, list(listing.warnings)
@@ -99,6 +99,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
         pictures.update(dict.fromkeys(part.pictures))
         captions.update(part.captions)
         masks.update(part.masks)
+    notes = list(dict.fromkeys(notes))  # several given files may share one metadata.jsonl
     for note in notes:
         warnings.warn(encodable(note), UserWarning, stacklevel=3)
     return Listing(tuple(pictures), captions, masks, tuple(notes))
@@ -107,13 +108,14 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
 def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
     """Lists one given file; `seen` caches the possible masks of each folder."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} {absent(path)}")
     reason = _not_a_picture(path)
     if reason:
         raise ValueError(f"{path} is not a picture ({reason})")
     if path.parent not in seen:
         seen[path.parent] = _mask_files(path.parent)
-    return Listing((path,), caption_files([path], path.parent), _masks([path], seen[path.parent]))
+    notes = tuple(unused_rows([path], path.parent))
+    return Listing((path,), caption_files([path], path.parent), _masks([path], seen[path.parent]), notes)
 
 
 def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
@@ -143,7 +145,7 @@ def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
     for path in [p for p in stray if p in used or (p == folder / "masks" and p.is_dir())]:
         del stray[path]
     note = f"{folder}: skipped files that are not pictures: {names(map(_skipped, stray, stray.values()))}"
-    return Listing(tuple(pictures), captions, masks, (note,) if stray else ())
+    return Listing(tuple(pictures), captions, masks, (*unused_rows(pictures, folder), *([note] if stray else [])))
 
 
 def _skipped(path: Path, reason: str) -> str:
@@ -152,11 +154,11 @@ def _skipped(path: Path, reason: str) -> str:
 
 
 def _not_a_picture(path: Path) -> str:
-    """Says why a file is not a picture; empty if it is one."""
+    """Returns the reason why a file is not a picture; empty if it is one."""
     if path.is_dir():
         return "a folder"
     if not path.is_file():
-        return "not a file"
+        return absent(path, "not a file")
     try:
         if path.stat().st_size == 0:
             return "empty, 0 bytes"
@@ -166,16 +168,20 @@ def _not_a_picture(path: Path) -> str:
 
 
 def no_caption(file: Path, items: Collection[Path], used: Collection[Path]) -> str:
-    """Says why a possible caption file is not used."""
+    """Returns the reason why a possible caption file is not used."""
     if file.name == METADATA:
         return "no captions for the files here, or each has its own caption file"
-    owner = next((p for p in items if file.stem in (p.stem, p.name)), None)
-    other = next((p.name for p in used if owner and p.stem in (owner.stem, owner.name)), "")
+    owner = next((p for p in items if _same(file.stem, p)), None)
+    other = next((p.name for p in used if owner and _same(p.stem, owner)), "")
     return f"{other} is used as the caption" if other else "a text file that matches no name here"
 
 
+def _same(stem: str, item: Path) -> bool:
+    return stem.casefold() in (item.stem.casefold(), item.name.casefold())
+
+
 def owner_stem(stem: str, stems: Collection[str]) -> str:
-    """Returns the stem of the picture that a mask file belongs to; its own stem if it is a picture itself."""
+    """Returns the stem of the picture that a mask file belongs to; the file's own stem if it is itself a picture."""
     for end in MASK_ENDS:
         if stem.endswith(end) and stem.removesuffix(end) in stems:
             return stem.removesuffix(end)

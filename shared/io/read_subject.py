@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from shared.config import expanded
+from shared.config import absent, expanded
 from shared.io.caption_files import caption_text, given_captions
 from shared.io.decode import picture_size, read_picture
 from shared.io.find_pictures import PathLike, scan, sniff
 from shared.io.terminal import check_utf8, encodable, names
 from shared.types import Subject
 
-_ARTICLES = ("a", "an", "the")
+_DETERMINERS = frozenset(["a", "an", "the", "my", "our", "your", "his", "her", "its", "their"])
 
 
 def read_subject(
@@ -57,16 +57,16 @@ def read_subject(
 
 
 def plain_noun(text: str) -> str:
-    """Removes the article from a class noun ("a mug" becomes "mug"), because templates add one. Raises ValueError if the noun
-    is not UTF-8 or contains <, >, { or }."""
+    """Removes the article or possessive from a class noun ("my mug" becomes "mug"), because templates add an article. Raises
+    ValueError if the noun is not UTF-8 or contains <, >, { or }."""
     if set("<>{}") & set(check_utf8(text)):
         raise ValueError(f"class_noun = {text!r}: use a plain word for what the subject is, for example duck")
     words = text.split()
-    return " ".join(words[1:] if len(words) > 1 and words[0].lower() in _ARTICLES else words)
+    return " ".join(words[1:] if len(words) > 1 and words[0].lower() in _DETERMINERS else words)
 
 
 def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:
-    """Warns about pictures that lack what others have. If no picture has it, that is taken as intended, without a warning."""
+    """Warns about pictures without a caption or mask if others have one. If none has one, that is taken as intended."""
     without = [p.name for p in pictures if p not in having]
     if having and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"
@@ -94,7 +94,7 @@ def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
     """Maps each picture to the file of `folder` with the same stem, if there is one."""
     root = expanded(folder)
     if not root.is_dir():
-        raise ValueError(f"masks: {root} is not a folder")
+        raise ValueError(f"masks: {root} {absent(root, 'is not a folder')}")
     files = [p for p in sorted(root.iterdir()) if p.is_file() and not p.name.startswith(".")]
     out = {picture: f for picture in pictures for f in files if f.stem == picture.stem}
     if not out:

@@ -1,4 +1,4 @@
-"""Pictures are fitted, found in folders, and written."""
+"""Pictures are resized, found in folders, and written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.core.scenes import levels, save, scene
 # --- fitting --------------------------------------------------------------------------------
 
 
-def test_cover_cuts_the_middle_or_follows_the_mask(tmp_path: Path) -> None:
+def test_cover_crops_the_middle_or_around_the_mask(tmp_path: Path) -> None:
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, 64:128] = 255
     picture = resize(read_picture(save(tmp_path / "w.png", wide)), 64)
@@ -36,7 +36,7 @@ def test_cover_cuts_the_middle_or_follows_the_mask(tmp_path: Path) -> None:
     assert moved.mask[0].nonzero()[:, 1].float().mean() == pytest.approx(31.5)
 
 
-def test_contain_pads_and_says_where_the_picture_is(tmp_path: Path) -> None:
+def test_contain_pads_and_marks_where_the_picture_is(tmp_path: Path) -> None:
     square = resize(read_picture(save(tmp_path / "a.png", scene(48, 24))), 32, "contain")
     assert square.size == (32, 32) and square.valid is not None
     assert square.valid[0, 8:24].min() == 1 and square.valid[0, :8].max() == 0 and square.valid[0, 24:].max() == 0
@@ -44,7 +44,7 @@ def test_contain_pads_and_says_where_the_picture_is(tmp_path: Path) -> None:
     assert resize(read_picture(save(tmp_path / "b.png", scene(40, 40))), 32, "contain").valid is None
 
 
-def test_fit_is_deterministic_sharp_and_keeps_mask_and_picture_together(tmp_path: Path) -> None:
+def test_resizing_is_deterministic_and_sharp_and_keeps_mask_and_picture_aligned(tmp_path: Path) -> None:
     big = np.kron(scene(48, 48), np.ones((7, 7, 1), np.uint8))
     image = Image.fromarray(big)
     image.putalpha(Image.fromarray((big[..., 0] > 128).astype(np.uint8) * 255))
@@ -54,7 +54,7 @@ def test_fit_is_deterministic_sharp_and_keeps_mask_and_picture_together(tmp_path
     assert torch.equal(one.pixels, two.pixels) and one.mask is not None and two.mask is not None
     assert torch.equal(one.mask, two.mask) and one.mask.shape == (1, 40, 56)
     red = (one.pixels[0] + 1) / 2 * one.mask[0]
-    assert red[one.mask[0] == 1].min() > 0.45  # where the mask is, the picture is the bright part
+    assert red[one.mask[0] == 1].min() > 0.45  # inside the mask, the picture is bright
     with pytest.raises(ValueError, match=r"unknown way to resize 'stretch'. Available: contain, cover"):
         resize(one, 32, "stretch")  # type: ignore[arg-type]
 
@@ -89,7 +89,7 @@ def test_stray_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
         list_pictures(tmp_path)
 
 
-def test_captions_of_every_program_are_read(tmp_path: Path) -> None:
+def test_captions_in_every_program_s_format_are_read(tmp_path: Path) -> None:
     folder(tmp_path, *["a.png", "b.png", "c.png", "d.png", "e.png", "f.png"])
     for name, text in (
         ("a.TXT", "of a"),
@@ -123,13 +123,53 @@ def test_captions_of_every_program_are_read(tmp_path: Path) -> None:
         read_subject(tmp_path, captions=words)
 
 
+def test_caption_files_match_in_any_case_where_that_is_unambiguous(tmp_path: Path) -> None:
+    folder(tmp_path, "f.png", "g.png", "h.png", "H.png")
+    for name, text in (("F.txt", "of f"), ("g.PNG.txt", "of g"), ("h.txt", "of h"), ("H.txt", "of H")):
+        (tmp_path / name).write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {p.name: text for p, text in read_subject(tmp_path).captions.items()} == {
+            "f.png": "of f",
+            "g.png": "of g",
+            "h.png": "of h",
+            "H.png": "of H",
+        }
+    (tmp_path / "h.txt").unlink()
+    with pytest.warns(UserWarning, match=r"1 of 4 pictures have no caption: h\.png"):
+        read_subject(tmp_path)
+    (tmp_path / "H.txt").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "H.PNG", "text": "of H"}')
+    with pytest.warns(UserWarning, match=r"2 of 4 pictures have no caption: H\.png, h\.png"):
+        read_subject(tmp_path)
+
+
+def test_rows_of_captions_that_are_not_used_are_named(tmp_path: Path) -> None:
+    folder(tmp_path, "a.png", "b.png", "c.png")
+    rows = [
+        {"file_name": "A.png", "text": "of a"},
+        {"file_name": "gone.png", "text": "of nothing"},
+        {"file_name": "b.png", "text": ["of", "b"]},
+        {"file_name": "c.png", "text": None, "caption": "of c"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning) as caught:
+        captions = read_subject(tmp_path).captions
+    assert {p.name: text for p, text in captions.items()} == {"a.png": "of a", "c.png": "of c"}
+    said = [str(w.message) for w in caught]
+    assert sum("line 2: no file called gone.png is here" in s for s in said) == 1
+    assert sum("line 3: text = ['of', 'b'] is not text" in s for s in said) == 1
+
+
 def test_a_class_noun_has_no_article(tmp_path: Path) -> None:
     folder(tmp_path, "a.png")
     for said, noun in (("a  mug", "mug"), ("An old mug", "old mug"), ("the", "the"), ("a", "a"), (" anvil ", "anvil")):
         assert read_subject(tmp_path, said).class_noun == noun
+    for said, noun in (("my mug", "mug"), ("Our old mug", "old mug"), ("his", "his"), ("all my mugs", "all my mugs")):
+        assert read_subject(tmp_path, said).class_noun == noun
 
 
-def test_captions_and_masks_are_not_stray(tmp_path: Path) -> None:
+def test_captions_and_masks_are_not_stray_files(tmp_path: Path) -> None:
     folder(tmp_path, "a.jpg", "b.jpg", "c.jpg", "masks/a.png", "b.mask.png", "c-mask.png", "wolf-mask.png")
     (tmp_path / "a.txt").write_text("a {concept}\non a table\n", encoding="utf-8")
     with warnings.catch_warnings():
@@ -147,7 +187,7 @@ def test_captions_and_masks_are_not_stray(tmp_path: Path) -> None:
     }
 
 
-def test_masks_that_belong_to_nothing_or_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_masks_without_a_picture_or_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     folder(tmp_path, "a.jpg", "masks/other.png")
     (tmp_path / "masks/a.png").touch()
     with pytest.warns(UserWarning, match=r"masks/other\.png \(a mask without a picture\)") as caught:
@@ -155,7 +195,7 @@ def test_masks_that_belong_to_nothing_or_cannot_be_used_are_named(tmp_path: Path
     assert "masks/a.png (empty, 0 bytes)" in str(caught[0].message)
 
 
-def test_nothing_to_use_is_an_error_that_names_what_was_found(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_usable_pictures_names_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{tmp_path}/none does not exist"):
         list_pictures(tmp_path / "none")
     with pytest.raises(ValueError, match=rf"no pictures in {tmp_path}: found nothing"):
@@ -170,7 +210,7 @@ def test_nothing_to_use_is_an_error_that_names_what_was_found(tmp_path: Path) ->
         list_pictures([])
 
 
-def test_files_and_lists(tmp_path: Path) -> None:
+def test_single_files_and_lists_are_accepted(tmp_path: Path) -> None:
     folder(tmp_path, "a.png", "b.png", "masks/b.png")
     assert list_pictures(str(tmp_path / "a.png"))[0] == (tmp_path / "a.png",)
     with pytest.warns(UserWarning, match=r"listed twice, used once: b\.png"):
@@ -179,7 +219,7 @@ def test_files_and_lists(tmp_path: Path) -> None:
     assert read_subject([tmp_path / "b.png"]).masks == {tmp_path / "b.png": tmp_path / "masks/b.png"}
 
 
-def test_masks_of_another_size(tmp_path: Path) -> None:
+def test_masks_of_another_size_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, "a.png")
     (tmp_path / "masks").mkdir()
     Image.new("L", (10, 20), 255).save(tmp_path / "masks/a.png")
@@ -187,7 +227,7 @@ def test_masks_of_another_size(tmp_path: Path) -> None:
         read_subject(tmp_path)
 
 
-def test_masks_and_captions_given_apart(tmp_path: Path) -> None:
+def test_masks_and_captions_given_separately(tmp_path: Path) -> None:
     photos = folder(tmp_path / "photos", "a.png", "b.png")
     other = folder(tmp_path / "cut", "a.png", "zzz.png")
     (tmp_path / "words").mkdir()

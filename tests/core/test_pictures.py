@@ -42,7 +42,7 @@ def test_plain_rgb_is_exact(tmp_path: Path) -> None:
     np.testing.assert_allclose(levels(tmp_path / "a.png"), scene(), atol=1e-4)
 
 
-# what a viewer does to the stored rows for each orientation, written with numpy, not with Pillow
+# how a viewer turns the stored rows for each orientation, written with numpy, not with Pillow
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -102,11 +102,36 @@ def test_float_and_32_bit_grey(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 48 * 32, dtype=np.float32).reshape(32, 48)
     np.testing.assert_allclose(levels(save(tmp_path / "f.tiff", values))[..., 1], values * 255, atol=0.501)
     save(tmp_path / "far.tiff", values * 1000)
-    with pytest.raises(ValueError, match=r"far\.tiff.*from 0 to 1000, expected 0 to 1"):
+    with pytest.raises(ValueError, match=r"far\.tiff has grey values from 0 to 1000, expected 0 to 1: save it with 8"):
         read_picture(tmp_path / "far.tiff")
+    save(tmp_path / "nan.tiff", np.where(values > 0.5, np.nan, values))
+    with pytest.raises(ValueError, match=r"nan\.tiff has grey values that are not finite"):
+        read_picture(tmp_path / "nan.tiff")
     np.testing.assert_allclose(
         levels(save(tmp_path / "i.tiff", (values * 65535).astype(np.int32)))[..., 1], values * 255, atol=0.6
     )
+
+
+def test_12_bit_grey_in_16_bits_is_not_black(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    grey = np.linspace(0, 4095, 48 * 32).astype(np.uint16).reshape(32, 48)
+    for top, about in ((4095, ""), (4095, "stated"), (16383, "stated")):  # tag 281: MaxSampleValue
+        path = save(tmp_path / f"{top}{about}.tiff", grey, **({"tiffinfo": {281: top}} if about else {}))
+        np.testing.assert_allclose(levels(path)[..., 0], grey / top * 255, atol=0.501)
+        said = [str(w.message) for w in recwarn.list]
+        recwarn.clear()
+        assert bool(said) is not bool(about), "the file states its white"
+        assert about or (
+            "reach only 4095 of 65535: they are taken as 12-bit values" in said[0] and str(path) in said[0]
+        )
+    np.testing.assert_allclose(levels(save(tmp_path / "dim.png", grey * 4))[..., 0], grey * 4 / 257, atol=0.501)
+    assert "reach only 16380 of 65535, which is dark" in str(recwarn.pop(UserWarning).message)
+
+
+def test_12_bit_colour_in_16_bits_is_named(tmp_path: Path) -> None:
+    deep = (scene().astype(np.uint16) * 16).astype(">u2")
+    (tmp_path / "rgb.png").write_bytes(png(48, 32, 16, 2, b"".join(b"\0" + row.tobytes() for row in deep)))
+    with pytest.warns(UserWarning, match=r"rgb\.png is almost black: its 16-bit channels reach only \d+ of 255"):
+        read_picture(tmp_path / "rgb.png")
 
 
 def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
@@ -132,14 +157,14 @@ def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.uint16, np.float32])
-def test_eight_bits_in_a_wider_type_are_not_black(tmp_path: Path, kind: type) -> None:
+def test_eight_bit_values_in_a_wider_type_are_not_black(tmp_path: Path, kind: type) -> None:
     values = np.linspace(0, 255, 64 * 64).round().reshape(64, 64).astype(kind)
     Image.fromarray(values).save(tmp_path / "a.tiff")
     picture = np.asarray(read_picture(tmp_path / "a.tiff").image)
     assert np.array_equal(picture[..., 0], values.astype(np.uint8))
 
 
-def test_deep_pixels_count_more(tmp_path: Path) -> None:
+def test_deep_pixels_count_more_against_the_limit(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 40), np.int32)).save(tmp_path / "a.tiff")
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "b.tiff")
     assert read_picture(tmp_path / "b.tiff", max_pixels=2000).size == (40, 40)
@@ -148,7 +173,7 @@ def test_deep_pixels_count_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "ending"), [(m, e) for m in ("RGBA", "LA") for e in ("png", "tiff", "webp")][:-1])
-def test_transparency_becomes_a_mask_on_a_neutral_ground(tmp_path: Path, mode: str, ending: str) -> None:
+def test_transparency_becomes_a_mask_on_a_neutral_background(tmp_path: Path, mode: str, ending: str) -> None:
     alpha = np.full((32, 48), 255, np.uint8)
     alpha[:, 30:] = 0
     image = Image.fromarray(scene()).convert(mode)
@@ -163,7 +188,7 @@ def test_transparency_becomes_a_mask_on_a_neutral_ground(tmp_path: Path, mode: s
     np.testing.assert_allclose(got[:, :30], expected[:, :30], atol=1e-4)
 
 
-def test_opaque_alpha_is_no_mask_and_clear_pictures_are_refused(tmp_path: Path) -> None:
+def test_opaque_alpha_is_not_a_mask_and_fully_transparent_pictures_are_refused(tmp_path: Path) -> None:
     image = Image.fromarray(scene()).convert("RGBA")
     image.save(tmp_path / "opaque.png")
     assert read_picture(tmp_path / "opaque.png").mask is None
@@ -204,8 +229,8 @@ def test_one_bit_and_bmp_and_ppm(tmp_path: Path) -> None:
         np.testing.assert_allclose(levels(save(tmp_path / f"c.{ending}", scene(), **options)), scene(), atol=1e-4)
 
 
-def test_cmyk_jpeg_has_its_colours(tmp_path: Path) -> None:
-    """Pillow writes CMYK as Adobe does (inverted); orange must stay orange, to the eye and by the plain formula."""
+def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
+    """Pillow writes CMYK as Adobe does (inverted); orange must stay orange, also by the plain conversion formula."""
     flat = np.zeros((32, 48, 3), np.uint8) + np.array([240, 120, 20], np.uint8)
     image = Image.fromarray(flat).convert("CMYK")
     image.save(tmp_path / "a.jpg", quality=98)
@@ -216,7 +241,7 @@ def test_cmyk_jpeg_has_its_colours(tmp_path: Path) -> None:
 
 
 def test_ycck_jpeg(tmp_path: Path) -> None:
-    """As Photoshop writes it: Y, Cb, Cr of the inverted colours, K as light; transform 2 in the Adobe marker."""
+    """As Photoshop writes it: Y, Cb, Cr of the inverted colours, K as brightness, and transform 2 in the Adobe marker."""
     ycc = Image.fromarray(np.zeros((32, 48, 3), np.uint8) + np.array([15, 135, 235], np.uint8)).convert("YCbCr")
     planes = [*ycc.split(), Image.new("L", ycc.size, 255)]
     Image.merge("CMYK", [p.point(lambda v: 255 - v) for p in planes]).save(tmp_path / "a.jpg", quality=98)
@@ -233,7 +258,7 @@ def test_colour_profiles_are_applied(tmp_path: Path) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     lab.save(tmp_path / "srgb.png", icc_profile=srgb)
     np.testing.assert_allclose(levels(tmp_path / "srgb.png")[0, 0], (200, 60, 60), atol=1e-4)
-    # the same profile with red and blue primaries exchanged, under another name: red must become blue
+    # the same profile under another name, with red and blue primaries exchanged: red must become blue
     swapped = bytearray(srgb.replace(b"sRGB", b"test").replace(b"s\0R\0G\0B", b"t\0e\0s\0t"))
     red, blue = swapped.index(b"rXYZ", 128), swapped.index(b"bXYZ", 128)
     swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -246,7 +271,7 @@ def test_colour_profiles_are_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "tiff"])
-def test_first_frame_of_an_animation_with_a_warning(tmp_path: Path, ending: str) -> None:
+def test_only_the_first_frame_of_an_animation_is_read_with_a_warning(tmp_path: Path, ending: str) -> None:
     frames = [Image.new("RGB", (32, 32), c) for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **LOSSLESS.get(ending, {}))
     with pytest.warns(UserWarning, match=rf"a\.{ending} has 3 frames: only the first is used"):
@@ -254,8 +279,8 @@ def test_first_frame_of_an_animation_with_a_warning(tmp_path: Path, ending: str)
     assert picture.pixels[:, 3, 3].tolist() == [1, -1, -1]
 
 
-def test_the_second_picture_of_a_phone_is_no_animation(tmp_path: Path) -> None:
-    """MPO: a JPEG followed by a preview or by the other eye's picture."""
+def test_the_second_picture_in_a_phone_s_file_is_not_an_animation(tmp_path: Path) -> None:
+    """In an MPO, a JPEG is followed by a preview or by the other eye's picture."""
     other = Image.new("RGB", (24, 24))
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[other])
     with warnings.catch_warnings():
@@ -263,7 +288,7 @@ def test_the_second_picture_of_a_phone_is_no_animation(tmp_path: Path) -> None:
         assert read_picture(tmp_path / "a.jpg").size == (48, 32)
 
 
-def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
+def test_the_content_decides_the_format_not_the_name(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="PNG")
     np.testing.assert_allclose(levels(tmp_path / "a.jpg"), scene(), atol=1e-4)
     assert list_pictures(tmp_path)[0] == (tmp_path / "a.jpg",)
@@ -282,7 +307,7 @@ def test_huge_pictures_are_refused_before_decoding(tmp_path: Path) -> None:
         read_picture(save(tmp_path / "a.png", scene()), max_pixels=1000)
 
 
-def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:
+def test_a_small_file_that_unpacks_to_a_huge_picture_is_refused(tmp_path: Path) -> None:
     rows = zlib.compress(bytes(20_001) * 20_000, 9)
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
@@ -291,7 +316,7 @@ def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:
         read_picture(tmp_path / "bomb.png")
 
 
-def test_text_bomb_in_a_png(tmp_path: Path) -> None:
+def test_a_text_bomb_in_a_png_is_refused(tmp_path: Path) -> None:
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 100_000_000, 9))
     (tmp_path / "t.png").write_bytes(png(32, 32, 8, 0, bytes(33) * 32, text))
     with pytest.raises(ValueError, match=r"t\.png cannot be read as a picture"):
@@ -334,7 +359,7 @@ def test_random_damage_never_raises_anything_but_value_errors(tmp_path: Path) ->
                     assert f"a.{ending}" in str(error)
 
 
-def test_what_is_not_read_here_says_so(tmp_path: Path) -> None:
+def test_files_of_unsupported_kinds_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     with pytest.raises(ValueError, match=r"a\.heic is HEIC, which .* save it as JPEG or PNG"):
         read_picture(tmp_path / "a.heic")
@@ -351,7 +376,7 @@ def test_what_is_not_read_here_says_so(tmp_path: Path) -> None:
 # --- masks --------------------------------------------------------------------------------
 
 
-def test_masks_of_every_kind(tmp_path: Path) -> None:
+def test_masks_of_every_kind_are_read(tmp_path: Path) -> None:
     where = np.zeros((32, 48), np.uint8)
     where[5:20, 7:30] = 1
     cases = {"01": where, "0255": where * 255, "16": where.astype(np.uint16) * 65535, "bit": where.astype(bool)}
