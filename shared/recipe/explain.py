@@ -1,4 +1,5 @@
-"""Writes a resolved recipe as annotated YAML: a part is explained above its settings, a setting at the end of its line."""
+"""Writes a resolved recipe as annotated YAML: a part is explained above its settings, a setting at the end of its line,
+or above it if its value takes several lines."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import ast
 import inspect
 import io
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from textwrap import dedent, wrap
 from typing import Any
@@ -28,7 +29,7 @@ def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
     for key, value in data.items():
         part = model.get(key) if isinstance(model, Mapping) else getattr(model, key, None)
         if isinstance(value, Mapping) and value and isinstance(part, BaseModel | Mapping):
-            yield f"{pad}{key}:"
+            yield f"{pad}{key}:" + (f"  # {notes[key]}" if key in notes else "")
             if isinstance(part, BaseModel):
                 yield from (f"{pad}  # {line}".rstrip() for line in _documentation(type(part), _WIDTH - 4 - 2 * depth))
             yield from _lines(part, value, depth + 1)
@@ -36,6 +37,8 @@ def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
         flow = None if isinstance(value, list | dict) else False  # long lists on one line, below their key
         text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=_WIDTH, default_flow_style=flow)
         first, *rest = text.rstrip("\n").split("\n")
+        if key in notes and rest:
+            yield from (f"{pad}# {line}" for line in wrap(notes[key], max(40, _WIDTH - 2 - len(pad))))
         yield f"{pad}{first}" + (f"  # {notes[key]}" if key in notes and not rest else "")
         yield from (f"{pad}{line}" for line in rest)
 
@@ -46,9 +49,18 @@ def _documentation(part: type[BaseModel], width: int) -> Iterator[str]:
         yield from wrap(" ".join(paragraph.split()), max(40, width))
 
 
+def _above(number: int, said: Mapping[int, str], lines: Sequence[str]) -> list[str]:
+    """Returns the comments in the lines right above a line."""
+    first = number
+    while first - 1 in said and lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    return [said[n] for n in range(first, number)]
+
+
 @cache
 def comments(part: type[BaseModel]) -> dict[str, str]:
-    """Returns setting -> the comment after it in the source of its class or a base class. Empty if there is no source."""
+    """Returns setting -> the comment after it, or else above it, in the source of its class or a base class. Empty if there is
+    no source."""
     out: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:
@@ -61,14 +73,16 @@ def _own_comments(part: type[BaseModel]) -> dict[str, str]:
         source = dedent(inspect.getsource(part))
     except (OSError, TypeError):
         return {}
-    said = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
+    said = {t.start[0]: t.string.lstrip("#: ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
             if t.type == tokenize.COMMENT}  # fmt: skip
+    lines = source.split("\n")
     (body,) = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
     out = {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             words = [said[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in said]
+            words = words or _above(node.lineno, said, lines)
             words = [w for w in words if not w.startswith(("type:", "noqa", "fmt:", "pyright:"))]
             if words:
                 out[node.target.id] = " ".join(words)

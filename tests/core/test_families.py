@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from shared.config import Part
+from shared.io.trajectory_settings import Trajectory
 from shared.recipe.catalog import recipe_files
-from shared.recipe.explain import explained
+from shared.recipe.explain import comments, explained
 from shared.recipe.families import families
 from shared.recipe.phases import expand_phases
 from shared.recipe.resolve import load, model_of, written
-from shared.recipe.schema import dump
+from shared.recipe.schema import Recipe, Validation, dump
 from shared.trainable.lora import Lora
 
 
@@ -43,6 +48,49 @@ def test_settings_are_explained_by_their_classes_docstrings():
     recipe = load("t_lora", [], "image", model_of("image"))
     lines = explained(recipe, dump(recipe)).splitlines()
     (line,) = [line for line in lines if line.strip().startswith("min_rank:")]
-    assert line.endswith("# rank at full noise; null: the rank is the same at all times")
+    assert "# rank at full noise; null: " in line
     first = (Lora.__doc__ or "").strip().splitlines()[0]
     assert f"    # {first}" in lines
+
+
+@pytest.mark.parametrize("modality", ["image", "video", "3d"])
+def test_every_setting_of_every_recipe_is_explained(modality):
+    without = {
+        place
+        for name in recipe_files(modality)
+        for recipe in [load(name, [], modality, model_of(modality))]
+        for place in _unexplained(recipe, dump(recipe))
+    }
+    assert not without
+
+
+def _unexplained(model, data):
+    """Yields `Class.setting` for settings that neither a comment nor (in backticks or as "setting: …") a docstring explains."""
+    own = isinstance(model, BaseModel)
+    notes = comments(type(model)) if own else {}
+    about = " ".join(c.__doc__ or "" for c in type(model).__mro__ if own and issubclass(c, Part))
+    for key, value in data.items():
+        part = getattr(model, key, None) if own else model.get(key)
+        if isinstance(value, dict) and value and isinstance(part, BaseModel | dict):
+            if isinstance(part, BaseModel) and not type(part).__doc__:
+                yield type(part).__name__
+            yield from _unexplained(part, value)
+        elif own and key not in notes and not re.search(rf"`[^`]*\b{key}\b[^`]*`|\b{key}:", about):
+            if key == "kind" and not isinstance(model, Recipe):
+                continue  # its part's docstring is the explanation
+            yield f"{type(model).__name__}.{key}"
+
+
+def test_explanations_use_the_words_of_yaml():
+    for modality in ("image", "video", "3d"):
+        for name in recipe_files(modality):
+            recipe = load(name, [], modality, model_of(modality))
+            said = re.findall(r"# (.*)", explained(recipe, dump(recipe)))
+            assert not [words for words in said if re.search(r"\b(None|True|False):|\(\):", words)], name
+
+
+def test_a_comment_above_a_setting_explains_it():
+    assert comments(Trajectory)["points"] == "one per frame, relative to their mean; []: measured from the clips"
+    prompts = ["a {concept} " * 9, "b {concept} " * 9]
+    lines = explained(Validation(prompts=tuple(prompts)), {"prompts": prompts}).splitlines()
+    assert lines[0] == "# prompts to score; {concept}: the concept's words"
