@@ -1,22 +1,30 @@
 """Locks that let only one command at a time write an output. They use `flock`, so they are released
-however the process exits. Lock files are in the cache, so that a refused command leaves nothing behind."""
+however the process exits. Lock files are in the system's temporary folder, where all users of the machine
+see them and a refused command leaves nothing next to the output. Their names and contents are hashes of
+paths, so that nobody reads there what others write."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shared.io.cache import cache_folder
+from shared.io.terminal import encodable
 
 if sys.platform != "win32":
     import fcntl
 
-_held: dict[Path, int] | None = None  # place -> open lock file, while a command runs; None: locking is off
+# not $TMPDIR, in which two users or sessions may differ
+_TEMPORARY = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
+_PATIENCE = 0.2  # seconds; longer than another command needs to look at a lock
+
+_held: dict[str, int] | None = None  # key -> open lock file, while a command runs; None: locking is off
 
 
 @contextmanager
@@ -30,44 +38,110 @@ def holding() -> Iterator[None]:
     try:
         yield
     finally:
-        for place, handle in _held.items():
+        for key, handle in _held.items():
             with suppress(OSError):
-                _file(place).unlink(missing_ok=True)
+                (_folder() / key).unlink(missing_ok=True)
             os.close(handle)
         _held = None
 
 
 def hold(path: Path) -> None:
-    """Locks `path` for this command. Raises ValueError, naming the process, if another one is writing there.
+    """Locks `path` for this command. Raises ValueError, naming the process, if another one is writing it, something inside
+    it, or a folder that it lies in.
 
-    Outside `holding`, or if the cache cannot be written, nothing is locked.
+    Outside `holding`, nothing is locked. A UserWarning says so if no lock can be taken.
     """
-    place = path.resolve()
-    if _held is None or place in _held:
+    place = Path(os.path.realpath(path))
+    key = _key(place)
+    if _held is None or key in _held:
         return
-    with suppress(OSError):
-        _file(place).parent.mkdir(parents=True, exist_ok=True)
-        _held[place] = _locked(path, _file(place))
+    around = [_key(parent) for parent in place.parents]
+    try:
+        _make_folder()
+        handle = _locked(path, key, around)
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        message = f"{path} cannot be locked ({why}): make sure that no other command writes it"
+        warnings.warn(encodable(message), UserWarning, stacklevel=3)
+        return
+    _held[key] = handle
+    try:
+        _check_nested(path, key, around)
+    except ValueError:
+        del _held[key]
+        (_folder() / key).unlink(missing_ok=True)
+        os.close(handle)
+        raise
 
 
-def _locked(path: Path, file: Path) -> int:
+def _locked(path: Path, key: str, around: list[str]) -> int:
+    file = _folder() / key
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = os.read(handle, 4096).decode(errors="replace") or "another process"
-            os.close(handle)
-            raise ValueError(
-                f"{path} is being written by {who}: wait until it is done, or choose another output"
-            ) from None
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(handle), file.stat()):  # otherwise its holder has removed it in the meantime
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})".encode())
+        handle = _open(file)
+        if not _taken(handle, fcntl.LOCK_EX):
+            raise _busy(path, handle)
+        with suppress(FileNotFoundError):  # its holder has removed it in the meantime
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                with suppress(OSError):  # on a full disk, the lock holds but does not say whose it is
+                    os.ftruncate(handle, 0)
+                    about = [f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})", *around]
+                    os.pwrite(handle, "\n".join(about).encode(), 0)
                 return handle
         os.close(handle)
 
 
-def _file(place: Path) -> Path:
-    return cache_folder() / "locks" / hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+def _open(file: Path) -> int:
+    """Opens a lock file, which another user may have left: Linux forbids O_CREAT for those in a shared folder."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    with suppress(FileNotFoundError):
+        return os.open(file, flags)
+    with suppress(FileExistsError):
+        handle = os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        os.fchmod(handle, 0o666)  # whatever the umask
+        return handle
+    return os.open(file, flags)
+
+
+def _taken(handle: int, how: int) -> bool:
+    """Whether the lock was free and is now held through `handle`."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(_PATIENCE / 10)
+
+
+def _check_nested(path: Path, key: str, around: list[str]) -> None:
+    """Raises ValueError if another command holds something inside `path`, or a folder that it lies in."""
+    for file in _folder().iterdir():
+        with suppress(OSError):
+            if file.name in (_held or {}) or not (file.name in around or key in file.read_text().split("\n")[1:]):
+                continue
+            handle = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if not _taken(handle, fcntl.LOCK_SH):
+                raise _busy(path, handle)
+            os.close(handle)
+
+
+def _busy(path: Path, handle: int) -> ValueError:
+    who = os.pread(handle, 4096, 0).decode(errors="replace").partition("\n")[0] or "another process"
+    os.close(handle)
+    return ValueError(f"{path} is being written by {who}: wait until it is done, or choose another output")
+
+
+def _folder() -> Path:
+    return _TEMPORARY / "pcs-locks"
+
+
+def _make_folder() -> None:
+    if not _folder().is_dir():
+        _folder().mkdir(exist_ok=True)
+        _folder().chmod(0o1777)  # as /tmp: everybody may lock, and remove only their own
+
+
+def _key(place: Path) -> str:
+    return hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
