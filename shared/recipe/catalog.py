@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from shared.config import Part, expanded, unknown
+from shared.config import Part, absent, expanded, unknown
 
 
 class Taxonomy(Part):
@@ -16,15 +16,16 @@ class Taxonomy(Part):
     override it.
     """
 
+    # when training happens: for each concept, or once in advance
     scheme: Literal["test-time fine-tuning", "pre-trained adaptation"] = "test-time fine-tuning"
-    concept: tuple[Literal["subject", "face", "style", "high-level semantics"], ...] = ("subject",)
-    modifier: str = ""
-    trains: str = ""
-    prompt_engineering: str = ""
-    attention: str = ""
-    mask: str = ""
-    augmentation: str = ""
-    regularization: str = ""
+    concept: tuple[Literal["subject", "face", "style", "high-level semantics"], ...] = ("subject",)  # what is learned
+    modifier: str = ""  # the words that stand for the concept
+    trains: str = ""  # which parameters are trained
+    prompt_engineering: str = ""  # how training prompts are made
+    attention: str = ""  # changes to attention
+    mask: str = ""  # how masks are used
+    augmentation: str = ""  # how pictures are varied
+    regularization: str = ""  # what limits overfitting
 
 
 def config_folder() -> Path:
@@ -38,7 +39,7 @@ def recipe_files(modality: str) -> dict[str, Path]:
 
 
 def find(recipe: str, modality: str) -> Path:
-    """Finds a recipe by name or path. ValueError, with the available names, if there is none."""
+    """Finds a recipe by name or path. Raises ValueError, with the available names, if there is none."""
     known = recipe_files(modality)
     if recipe in known:
         return known[recipe]
@@ -46,5 +47,7 @@ def find(recipe: str, modality: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ValueError(f"recipe file {recipe} does not exist")
+        raise ValueError(f"recipe file {recipe} {absent(path)}")
+    if looped := absent(path, ""):
+        raise ValueError(f"recipe file {recipe} {looped}")
     raise ValueError(unknown(recipe, known, "recipe"))

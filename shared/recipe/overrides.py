@@ -11,9 +11,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from shared.config import expanded, parse_yaml
+from shared.config import expanded, parse_yaml, yaml_problem
 
 _NONE = type(None)
+_SHOWN = 200  # characters of a setting in a message
 
 
 def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
@@ -38,11 +39,15 @@ def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[st
         try:
             node = _value(text, set(_leaves(model, names, model)))
         except (yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"cannot read the value of {item!r}: {type(error).__name__}") from None
+            raise ValueError(f"cannot read the value of {_shortened(item)!r}: {yaml_problem(error, text)}") from None
         for name in reversed(names):
             node = {name: node}
         _gather(out, node)
     return out
+
+
+def _shortened(item: str) -> str:
+    return item if len(item) <= _SHOWN else f"{item[:_SHOWN]}…"
 
 
 def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def load(folder: Path) -> State | None:
-    """Loads the newest checkpoint; None if there is none. ValueError when it cannot be read."""
+    """Loads the newest checkpoint; None if there is none. Raises ValueError when it cannot be read."""
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
@@ -92,7 +93,7 @@ def load(folder: Path) -> State | None:
 
 
 def amend(folder: Path, **info: Any) -> None:
-    """Adds to the newest checkpoint's `info`; tensors are unchanged. AssertionError if there is no checkpoint."""
+    """Adds to the newest checkpoint's `info`; tensors are unchanged. Raises AssertionError if there is no checkpoint."""
     checkpoints = _checkpoints(folder)
     assert checkpoints, f"no checkpoint in {folder}"
     file = checkpoints[-1] / "state.json"
@@ -103,6 +104,15 @@ def clear(folder: Path) -> None:
     """Removes only what earlier runs wrote into their training folder: checkpoints, logs and samples."""
     drop(folder)
     remove_written(folder)
+
+
+def clear_if_none(folder: Path) -> None:
+    """Removes a training folder without a checkpoint, from which nothing could resume; files that pcs did not write stay."""
+    if not folder.is_dir() or _checkpoints(folder):
+        return
+    clear(folder)
+    with suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def drop(folder: Path) -> None:

@@ -63,6 +63,7 @@ class TrainingRun:
     class_pictures: ClassPictures | None = None  # generates pictures with everything being trained switched off
     make: MakeNow | None = None  # generates pictures with the model as it is now
     preview: Preview | None = None
+    scored: bool = True  # whether `preview` gives scores, which decide which state is kept
     scorers: Mapping[str, Score] = field(default_factory=dict)
     loaded_strengths: Mapping[str, float] = field(default_factory=dict)
     tensorboard: bool = True
@@ -121,7 +122,7 @@ class TrainingRun:
         """Trains, yielding (phase, record); with `resume`, continues from the newest checkpoint in `workdir`.
 
         Raises ValueError when the checkpoint belongs to another recipe, NotFinite (after saving the last good state), and
-        Interrupted (after saving).
+        Interrupted (after saving). A run that ends so before its first checkpoint removes the folder that it made.
         """
         self._depends = dependencies(self.backbone, self.subjects, self.loaded_strengths)
         self._attach_names()
@@ -134,6 +135,7 @@ class TrainingRun:
         first = state.phase if state else 0
         done_before = self.steps_before(first)
         log = Log(self.workdir, done_before + (state.step if state else 0), self.tensorboard)
+        made, failed = not self.workdir.exists(), False
         try:
             with self.clock.on("optimisation"):
                 for index, (name, phase) in enumerate(self.phases):
@@ -146,15 +148,22 @@ class TrainingRun:
                             yield name, record
                 if first >= len(self.phases) and state is not None:
                     restore(self.backbone, self.names, self.sets_of_the_run, state.learned)
+        except (Exception, KeyboardInterrupt):
+            failed = True
+            raise
         finally:
             log.close()
             self._freeze()
+            if made and failed:
+                checkpoint.clear_if_none(self.workdir)
 
     def _resume_from(self, state: checkpoint.State) -> None:
-        """Restores what a checkpoint holds besides its tensors. ValueError when it belongs to another run."""
+        """Restores what a checkpoint holds besides its tensors. Raises ValueError when it belongs to another run."""
         info = state.info
         recipe, failed = info.get("recipe", {}), bool(info.get("not_finite"))
-        same_recipe(recipe, dump(self.recipe), failed)
+        # for each preview, a schedule-free optimizer is switched to its average and back, which rounds
+        averaged = any(o.averages for _, phase in self.phases for o in phase.train.optimizers.values())
+        same_recipe(recipe, dump(self.recipe), failed, scored=self.scored or averaged)
         same_dependencies(info.get("depends", self._depends), self._depends)
         if self.recipe.train.mixed_precision == recipe["train"]["mixed_precision"]:
             same_precision(info.get("precision", self.precision), self.precision)

@@ -164,6 +164,24 @@ def test_the_error_for_a_value_that_is_not_yaml_names_the_setting():
         parse_overrides(["roles=[a"])
 
 
+def test_the_error_for_a_value_that_is_not_yaml_says_why(tmp_path):
+    long = "9" * 5000
+    for value, why in (
+        ("{{{", "its brackets do not match"),
+        ("'a", "its quotation marks do not match"),
+        ("[a: b: c]", "expected ',' or ']', but got ':'"),
+        (long, "a number of 5,000 digits is too long"),
+        ("0x" + long, "a number of 5,002 digits is too long"),
+        ("[" * 3000 + "]" * 3000, "it is nested too deeply"),
+    ):
+        with pytest.raises(ValueError, match=r"cannot read the value of .*train\.x=") as caught:
+            parse_overrides([f"train.x={value}"])
+        assert str(caught.value).endswith(why) and len(str(caught.value)) < 400
+    (tmp_path / "a.yaml").write_text(f"seed: 1\nname: {long}")
+    with pytest.raises(ValueError, match="not readable YAML, line 2: a number of 5,000 digits is too long"):
+        read_yaml(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize("value", ["!!python/object/apply:os.system ['touch {}']", "!!python/name:os.system ''"])
 def test_tags_execute_nothing(tmp_path, value):
     mark = tmp_path / "mark"
