@@ -18,12 +18,14 @@ from shared.types import Subject
 
 #: Keys that may differ: they affect where and when files are written or how memory is used, not what is learned.
 _FREE = re.compile(
-    r"(output|name|preview|title|papers)(\..*)?|"
+    r"(output|name|preview|method|title|papers|taxonomy)(\..*)?|"
     r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)",
     re.ASCII,
 )
 #: Locations: for an interrupted run, their contents are compared instead (`dependencies`).
 _MOVED = re.compile(r"backbone|subjects?\.(.+\.)?(images|clips|masks|captions)", re.ASCII)
+#: Previews during training draw no shared random numbers: they matter only if their scores decide which state is kept.
+_PREVIEWS = re.compile(r"(phases\.[^.]+\.)?train\.validation(\..*)?", re.ASCII)
 #: Keys that may also change after a non-finite loss, as a remedy.
 _CURE = re.compile(
     r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizers(\..*)?|trainable\.[^.]+\.lr)", re.ASCII
@@ -31,16 +33,24 @@ _CURE = re.compile(
 
 
 def same_recipe(
-    old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False, finished: bool = False
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    after_not_finite: bool = False,
+    finished: bool = False,
+    scored: bool = True,
 ) -> None:
     """Raises ValueError naming the first key that differs from the recipe of a checkpoint or of a finished run. Keys that
-    cannot matter may differ: output, name, preview, the checkpoint interval, and the locations of pictures and model.
+    cannot matter may differ: output, name, method, title, papers, taxonomy, preview, the checkpoint interval, gradient
+    checkpointing and, for an interrupted run, the locations of pictures and model.
 
-    After a non-finite loss, learning rates, precision and optimizers may also differ.
+    After a non-finite loss, learning rates, precision and optimizers may also differ. Where previews are not `scored`, the
+    settings of the validation may differ.
     """
     what, cure = ("finished", "choose another output") if finished else ("interrupted", "resume with the same recipe")
     for key, before, now in _differences(old, new):
         if _FREE.fullmatch(key) or (after_not_finite and _CURE.fullmatch(key)):
+            continue
+        if not scored and _PREVIEWS.fullmatch(key):
             continue
         if not finished and _MOVED.fullmatch(key) and not _world(before) and not _world(now):
             continue

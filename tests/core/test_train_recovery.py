@@ -126,6 +126,8 @@ def test_settings_without_influence_on_the_result_may_change():
     old = {
         "backbone": "/a/sd",
         "title": "x",
+        "method": "t_lora",
+        "taxonomy": {"scheme": "test-time fine-tuning", "trains": "LoRA"},
         "subject": {"images": "/a/photos", "captions": None, "class_noun": "mug"},
         "subjects": {"b": {"images": ["/a/1.png"]}},
         "train": {"checkpoint_every": 200, "gradient_checkpointing": False, "steps": 5},
@@ -134,6 +136,8 @@ def test_settings_without_influence_on_the_result_may_change():
     new = {
         "backbone": "/b/sd",
         "title": "y",
+        "method": "mine",
+        "taxonomy": {"scheme": "pre-trained adaptation", "trains": ""},
         "subject": {"images": "/b/photos", "captions": "/b/captions", "class_noun": "mug"},
         "subjects": {"b": {"images": ["/b/1.png"]}},
         "train": {"checkpoint_every": 1, "gradient_checkpointing": True, "steps": 5},
@@ -149,6 +153,16 @@ def test_settings_without_influence_on_the_result_may_change():
             same_recipe(old, {**new, **changed})
     with pytest.raises(ValueError, match="the finished run had backbone = '/a/sd'"):
         same_recipe(old, new, finished=True)
+
+
+def test_previews_may_change_only_if_no_score_picks_the_best_state():
+    old = {"train": {"validation": {"every": 5}}, "phases": {"a": {"train": {"validation": {"every": 5, "num": 2}}}}}
+    new = {"train": {"validation": {"every": 0}}, "phases": {"a": {"train": {"validation": {"every": 1, "num": 4}}}}}
+    same_recipe(old, new, scored=False)
+    with pytest.raises(
+        ValueError, match=r"the interrupted run had phases\.a\.train\.validation\.every = 5, this one has 1"
+    ):
+        same_recipe(old, new)
 
 
 class Standing:

@@ -43,6 +43,18 @@ FIELDS = {
                   "field.start.radius=0.7", "penalties.opaque={}", "penalties.orientation=null"),
 }  # fmt: skip
 
+FIVE = ("train.steps=5", "train.checkpoint_every=2")
+
+
+class Silent:
+    """Progress that is not shown."""
+
+    def step(self, phase, record, total) -> None:
+        pass
+
+    def pictures(self, what, done, total) -> None:
+        pass
+
 
 def recipe(kind: str, *settings: str) -> Recipe3D:
     return load("dreamfusion", [*TINY, f"field.kind={kind}", *FIELDS.get(kind, ()), *settings], "3d", Recipe3D)
@@ -130,6 +142,22 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, kind, 
     if kind == "gaussians":
         assert (len(state.learned["field/means"]) == 60) == (stop == 2) and len(whole["field/means"]) == 80
     assert same(finish(run_of(new_sd(), recipe(kind, *settings), tmp_path / "run"), resume=True), whole)
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_previews_change_nothing_and_may_change_when_a_run_resumes(new_sd, tmp_path, kind):
+    class Stopped(Silent):
+        def step(self, phase, record, total) -> None:
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+    plain, looked = (recipe(kind, *FIVE, f"train.validation.every={every}") for every in (0, 1))
+    whole = Runner3D(new_sd()).create(plain, tmp_path / "whole").field.state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        Runner3D(new_sd()).create(looked, tmp_path / "run", progress=Stopped())
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 3
+    resumed = Runner3D(new_sd()).create(plain, tmp_path / "run", resume=True)
+    assert same(resumed.field.state_dict(), whole)
 
 
 def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
