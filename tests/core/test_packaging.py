@@ -68,3 +68,14 @@ def test_make_reports_a_python_that_is_too_old(tmp_path):
     )
     assert run.returncode != 0 and not made.exists()
     assert f"{old} is Python 3.9, and 3.10 or newer is needed: make PYTHON=python3.11" in run.stderr
+
+
+def test_the_layers_in_contributing_are_those_that_the_import_linter_checks():
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Layers")[2].partition("\n## ")[0]
+    _, core, _, assets, _ = page.split("```")
+    for package, block in (("shared", core), ("pcs_3d", assets)):
+        (layers,) = [c["layers"] for c in contracts if c.get("containers") == [package]]
+        rows = re.findall(rf"^{package}\.(\S+(?:, \S+)*)  +(.*)$", block, re.MULTILINE)
+        printed = [about.split() if names == "<parts>" else names.split(", ") for names, about in rows]
+        assert [sorted(row) for row in printed] == [sorted(layer.split(" | ")) for layer in layers], package
