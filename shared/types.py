@@ -108,7 +108,7 @@ class Example:
         return replace(self, **changes)
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """Returns a copy with `change` applied to every mask [1, H, W], in clips per frame; itself if it has no masks."""
+        """Returns a copy with `change` applied to each [1, H, W] frame of every mask; the example itself if it has none."""
         if not self.masks:
             return self
 

@@ -1,1 +1,1 @@
-"""One loop for tuning and distillation, and what it needs to log, save and resume."""
+"""The training loop for tuning and distillation, and the code that logs, saves and resumes runs."""

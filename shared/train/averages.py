@@ -28,7 +28,7 @@ class Averages:
         return {name: shadow.cpu().clone() for name, shadow in self.shadow.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads saved averages; names must match, in any order. ValueError if they do not."""
+        """Loads saved averages; names must match, in any order. Raises ValueError if they do not."""
         if state.keys() != self.shadow.keys():
             raise ValueError(
                 f"{len(state)} saved averages for {len(self.shadow)} parameters: they belong to another run"

@@ -160,7 +160,7 @@ class Data:
     # --- drawing -------------------------------------------------------------------------------------------
 
     def batch(self, step: int, micro: int, role: Role | None = None) -> Batch:
-        """Returns one micro-batch; the same for the same (seed, step, micro).
+        """Returns one micro-batch, which is always the same for the same (seed, step, micro).
 
         Args:
             role: only examples of this role; None: subject examples, plus class examples if a penalty needs them
@@ -230,7 +230,7 @@ class Data:
 
 
 def _own_name_open(example: Example) -> str:
-    """Returns the caption with its owner's name replaced by {concept}, which the prompt part fills."""
+    """Returns the caption with its owner's name replaced by {concept}, which the prompt part fills in."""
     return example.caption.replace(f"<{example.owner}>", "{concept}")
 
 

@@ -9,7 +9,7 @@ def pick_device(name: str | None) -> torch.device:
     """Returns `name` as a device; for None, the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: if this machine has no such device; lists the available ones
+        ValueError: if this machine has no such device; the message lists the available ones
     """
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     try:

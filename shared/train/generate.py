@@ -116,7 +116,7 @@ class Generate(ConceptTask):
             return False
 
     def result(self) -> list[dict[str, Any]]:
-        """Writes and returns the list of kept pictures: per subject the best by score, or all."""
+        """Writes and returns the list of kept pictures: the best of each subject by score, or all."""
         for first in range(0, len(self.shots), self.settings.batch_size):
             self._paint(self.shots[first : first + self.settings.batch_size])
         kept: list[dict[str, Any]] = []

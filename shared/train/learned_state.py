@@ -15,7 +15,7 @@ def adapters_in(backbone: Backbone, adapter_sets: Sequence[str]) -> list[Adapter
 
 
 def gather(backbone: Backbone, names: Sequence[str], adapter_sets: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the tensors `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`, fp32, on the CPU."""
+    """Returns the tensors `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`, in fp32 on the CPU."""
     out = {}
     for name in names:
         for key, value in backbone.placeholders[name].state_dict().items():
@@ -33,7 +33,7 @@ def restore(
     state: Mapping[str, Tensor],
     fresh: bool = False,
 ) -> None:
-    """Loads the tensors that `gather` returned. ValueError when tensors are missing, unexpected or of the wrong shape.
+    """Loads the tensors that `gather` returned. Raises ValueError when tensors are missing, unexpected or of the wrong shape.
 
     With `fresh`, an adapter with no saved tensors keeps its initial values: the phase that adds it is just starting.
     """

@@ -1,7 +1,7 @@
 """The loop: a generator of steps. Logging, saving and sampling stay outside it.
 
 Every random draw of step i comes from a generator seeded with (seed, i). So no generator state has to be saved, and a run
-that is stopped after k steps and resumed for m more gives the same result as k + m steps in one go.
+that is stopped after k steps and resumed for m more gives the same result as one run of k + m steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Regroup = Callable[[int], Regrouped | None]
 
 @dataclass(frozen=True)
 class Record:
-    """What one step did."""
+    """The outcome of one step."""
 
     step: int  # steps done, this one included
     loss: float | None  # None: a step without a loss (one that generates pictures)

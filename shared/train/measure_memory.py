@@ -18,7 +18,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Parses "8G", "8 GiB", "512M" or "1.5gb" into bytes, in powers of 1024. ValueError names the option."""
+    """Parses "8G", "8 GiB", "512M" or "1.5gb" into bytes, in powers of 1024. Raises ValueError, naming the option, for any
+    other text."""
     found = _SIZE.fullmatch(text.strip())
     size = int(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
     if size <= 0:

@@ -16,7 +16,8 @@ from shared.backbones.protocol import Backbone
 
 @contextmanager
 def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
-    """Inside, the denoiser's activations are recomputed in the backward pass instead of stored: less memory, more time."""
+    """Inside the context, the denoiser's activations are recomputed in the backward pass instead of stored: less memory, more
+    time."""
     networks: list[Any] = [backbone.components[name] for name in backbone.noise_ranges] if on else []
 
     def run(module: Any, *args: Any) -> Any:
@@ -35,7 +36,7 @@ def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
 
 @contextmanager
 def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
-    """Inside, the autoencoder's activations are recomputed in the backward pass, block by block."""
+    """Inside the context, the autoencoder's activations are recomputed in the backward pass, block by block."""
     if on:
         vae.enable_gradient_checkpointing()
     try:
@@ -78,7 +79,7 @@ class Offloaded:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, all networks are available on the device."""
+        """Inside the context, all networks are available on the device."""
         offloaded = sorted(self._away)
         self.restore()
         try:

@@ -70,7 +70,8 @@ def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> d
 
 
 def check_needs(parts: Mapping[str, Needing], served: Mapping[str, Need]) -> frozenset[str]:
-    """Returns every need that the parts (place in the recipe -> part) declare. ValueError for one that nothing provides."""
+    """Returns every need that the parts (place in the recipe -> part) declare. Raises ValueError for a need that nothing
+    provides."""
     for place, part in parts.items():
         missing = sorted(part.needs - served.keys())
         if missing:

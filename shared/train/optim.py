@@ -69,8 +69,8 @@ class Optimizers:
         accelerator: Accelerator,
         came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] | None = None,
     ) -> None:
-        """Trains these groups from now on. Parameters that stay keep their optimizer state, those that replace others take
-        over theirs row by row (`shared.train.task.Regrouped`), and the rest start with none."""
+        """Trains these groups from now on. Parameters that stay keep their optimizer state, parameters that replace others
+        take over the others' state row by row (`shared.train.task.Regrouped`), and the rest start with none."""
         known = came_from or {}
         progress = self.progress()
         before = {id(parameter): (parameter, dict(state)) for parameter, state in self.states()}
@@ -180,7 +180,7 @@ class Optimizers:
         sums = [p.detach().sum() for p in self.parameters()]
         if sums and not bool(torch.stack([s.float().cpu() for s in sums]).isfinite().all()):
             for p in self.parameters():
-                if not bool(p.detach().isfinite().all()):  # a sum could overflow although every value is finite
+                if not bool(p.detach().isfinite().all()):  # a sum could overflow even if every value is finite
                     raise NotFinite(f"the update of step {step} left parameters that are not finite")
 
     def scaler_state(self) -> dict[str, float]:

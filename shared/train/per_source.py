@@ -18,14 +18,14 @@ def adapter_set(slot: str, number: int) -> str:
 
 
 def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ...]]:
-    """Returns file of any subject -> its own adapter sets; empty when no part uses `per_source`."""
+    """Maps each file of every subject to its own adapter sets; empty when no part uses `per_source`."""
     slots = dict.fromkeys(s for _, phase in phases for s, part in phase.trainable.items() if part.per_source)
     return {str(f): tuple(adapter_set(s, n) for s in slots) for n, f in enumerate(_files(subjects)) if slots}
 
 
 def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
-    """Returns the adapter sets of temporary parts. ValueError when a permanent part shares one with them, because both would be
-    dropped together."""
+    """Returns the adapter sets of temporary parts. Raises ValueError when a permanent part shares one with them, because both
+    would be dropped together."""
     parts = [(slot, part) for _, phase in phases for slot, part in phase.trainable.items() if part.adapter_set]
     sets = dict.fromkeys(part.adapter_set for _, part in parts if part.temporary)
     for slot, part in parts:
@@ -44,7 +44,7 @@ def inject_each(
     groups = []
     for number in range(len(_files(subjects))):
         name = adapter_set(slot, number)
-        groups.append(part.inject(backbone, name, name, seed))  # the name keeps their tensors apart
+        groups.append(part.inject(backbone, name, name, seed))  # the name keeps the files' tensors separate
         backbone.set_strength(name, 0.0)
     return replace(groups[0], slot=slot, parameters=[p for group in groups for p in group.parameters])
 

@@ -86,7 +86,7 @@ class Phase:
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
-        if owner.offloaded.on:  # on a GPU, networks that the steps do not use make room for those that they do
+        if owner.offloaded.on:  # on a GPU, networks that the steps do not use make room for the others
             owner.offloaded.offload(*(owner.offloaded.networks.keys() - self.task.networks_in_steps))
 
     def _loop(self) -> Loop:

@@ -92,7 +92,7 @@ class ConceptTask:
     def learning_from(
         self, sources: Sequence[str], strength: float = 1.0, resting: Sequence[str] = ()
     ) -> Iterator[None]:
-        """Inside, these files' own adapters are on at this strength, and temporary adapters are on.
+        """Inside the context, these files' own adapters are on at this strength, and temporary adapters are on.
 
         Args:
             resting: adapter sets that are off

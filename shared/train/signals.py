@@ -35,7 +35,8 @@ def exit_code() -> int:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Inside, the first signal sets the event, so the step can finish and the state can be saved; the second acts immediately.
+    """Inside the context, the first signal sets the event, so the step can finish and the state can be saved; the second acts
+    immediately.
 
     Raises KeyboardInterrupt if an earlier signal was swallowed (by a library's bare `except:` at import).
     """

@@ -81,12 +81,12 @@ class Task(UpdateSource, Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns everything that the task has produced so far and could not recompute, for checkpoints and the best state:
-        fp32, on the CPU."""
+        in fp32 on the CPU."""
         ...
 
     def carried(self) -> dict[str, Tensor]:
-        """Returns what later phases find in `PhaseContext.carried`, in addition to everything attached to the backbone: fp32,
-        on the CPU. It replaces what an earlier phase left under the same prefix (up to the "/")."""
+        """Returns what later phases find in `PhaseContext.carried`, in addition to everything attached to the backbone: in
+        fp32 on the CPU. It replaces what an earlier phase left under the same prefix (up to the "/")."""
         ...
 
     def result(self) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import expanded, unknown
+from shared.config import absent, expanded, unknown
 from shared.io.outputs import check_file, write_text
 from shared.sampling.schedulers import DIFFUSION, named_scheduler
 from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_defaults
@@ -21,7 +21,7 @@ def open_pipeline(folder: str | None) -> Any:
     place = expanded(folder) if folder is not None else backbone_path()
     index = place / "model_index.json"
     if not index.is_file():
-        why = "it has no model_index.json" if place.is_dir() else "there is no such folder"
+        why = "it has no model_index.json" if place.is_dir() else absent(place, "there is no such folder")
         raise ValueError(
             f"--backbone {str(place)!r} is not a diffusers folder: {why}. Omit the option for the shipped one."
         )
