@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def test_two_steps_are_learned_and_saved(
     name: str, clip_model: Path, clip_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     takes_clips = SHORT in SMALL[name]
-    given = f"subject.clips={clip_folder}" if takes_clips else f"subject.images={photos}"
+    clips = shutil.copytree(
+        clip_folder, tmp_path / "clips"
+    )  # next to the concept, where its noise prior looks for them
+    given = f"subject.clips={clips}" if takes_clips else f"subject.images={photos}"
     settings = [f"backbone={clip_model}", f"output={tmp_path / 'thing.concept'}", given, "subject.class_noun=mug"]
     recipe: Any = load(name, [*settings, *FOR_ALL, *SMALL[name]], "video", VideoRecipe)
     runner = open_runner(VideoRunner, recipe.backbone, [], "cpu", **recipe.opening())
