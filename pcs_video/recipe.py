@@ -67,7 +67,8 @@ class ClipSampling(Sampling):
 
     frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # 0: pictures
     trajectory: Trajectory | None = None  # the path that clips naming the motion follow; null: the model decides
-    # clips that name the motion start from noise that partly comes from the first of its own clips, if that is found
+    # once learned, clips that name the motion start from noise that partly comes from the first of its own clips, if that is
+    # found; clips generated during training start from random noise
     noise_prior: NoisePriorSettings | None = None
 
     def settings(self) -> SamplingSettings:

@@ -63,9 +63,8 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
     Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
     """
     chosen = varied(named(recipes or list(recipe_files("image"))), settings.overrides, settings.grid)
-    resolved = {
-        name: load(v.recipe, v.overrides) for name, v in chosen.items()
-    }  # a wrong setting is an error now, not later
+    # A wrong setting is an error now, not in a cell.
+    resolved = {name: load(v.recipe, v.overrides) for name, v in chosen.items()}
     contents = {name: dump(recipe) for name, recipe in resolved.items()}
     if settings.control is not None and settings.control not in chosen:
         raise ValueError(unknown(settings.control, chosen, "control"))
