@@ -20,8 +20,8 @@ from shared.metrics.html import formatted, render, seconds
 from shared.metrics.report import Score
 
 COLUMNS = (
-    "motion_recognised", "identity", "both", "leakage", "motion_fidelity", "false_motion", "class", "background",
-    "dynamic_degree", "temporal_consistency", "score",
+    "motion_recognised", "identity", "both", "leakage", "motion_fidelity", "false_motion", "freedom", "class",
+    "background", "dynamic_degree", "temporal_consistency", "score",
 )  # fmt: skip
 REPORT = "work/report"  # a cell's report, in its folder
 RELATIVE = ("identity", "both")  # reports divide these by the share of true pictures that pass

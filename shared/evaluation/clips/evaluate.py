@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shared.evaluation.clips.case_facts import ClipCase, costs, instruments, notes
@@ -23,9 +22,10 @@ from shared.evaluation.evaluate import Generate
 from shared.io.clips.write_clip import spread, webp_bytes, write_clip_sheet
 from shared.io.denoising_progress import Steps, named, part_of
 from shared.io.outputs import check_output
+from shared.metrics.clips.freedom import freedom_of_clips
 from shared.metrics.clips.report import CLIPS, ClipReport, ClipRow, Kind
 from shared.metrics.clips.save import save_clip_report
-from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
+from shared.metrics.clips.scorer import ClipScorer, MeasuredClips, joined
 
 Progress = Callable[[str, int, int], None]
 #: (what the clips depend on, their prompts, their seeds) -> (the clips [N, 3, F, H, W], the seconds to generate them).
@@ -163,9 +163,18 @@ class _Evaluation:
                 self.progress(f"measuring clips {what}", start + len(some), len(asked))
         if kind == "concept":
             self._sheet(strips)
-        measured = _joined(parts)
+        measured = self._with_freedom(joined(parts), [prompt for prompt, _ in asked])
         made = Made(kind, asked, texts, [self.texts.expects[i] for i, _ in asked])
         return measured, clip_rows(made, measured, leak_limit(self.scorer)), seconds / len(asked)
+
+    def _with_freedom(self, measured: MeasuredClips, prompts: Sequence[int]) -> MeasuredClips:
+        """Adds `freedom` where prompts have several seeds and the true subject's range of poses is known."""
+        thing, subject = self.scorer.thing, measured.subject
+        scale = None if thing is None or thing.figures is None else thing.figures.range
+        if scale is None or subject is None or len(self.shots.seeds) < 2:
+            return measured
+        freedom = freedom_of_clips(subject.crops, subject.verified, prompts, scale)
+        return replace(measured, scores={**measured.scores, "freedom": freedom})
 
     def _clips(
         self, kind: Kind, texts: list[str], seeds: list[int], generate: Generate, progress: Steps | None
@@ -197,16 +206,3 @@ class _Evaluation:
         if self.scorer.thing is not None:
             for i, png in enumerate(pngs(self.scorer.thing.references)):
                 self.files[f"{CLIPS}/reference_{i:02d}.png"] = png
-
-
-def _joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
-    """Joins the measurements of several batches; a score that a batch lacks is NaN there."""
-    keys = dict.fromkeys(k for part in parts for k in part.scores)
-    nan = float("nan")
-    scores = {k: [v for p in parts for v in p.scores.get(k, [nan] * len(p.seen))] for k in keys}
-    return MeasuredClips(
-        scores,
-        [s for p in parts for s in p.seen],
-        [m for p in parts for m in p.moves_like],
-        torch.cat([p.embeddings for p in parts]),
-    )

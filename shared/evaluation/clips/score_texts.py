@@ -41,6 +41,13 @@ ABOUT = {
         "pictures of it pass.",
     ),
     "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognised."),
+    "freedom": About(
+        "Freedom",
+        "Whether another seed shows the subject in another pose at the same moment: 0 as in true pictures in one pose, 1 as in "
+        "true pictures from random views. Only crops of verified frames are compared; below 30 % of the pairs it is not "
+        "measured. A motion that turns the subject the same way every time lowers it.",
+        "score",
+    ),
     "dynamic_degree": About(
         "Dynamic degree",
         "How much moves from frame to frame: the largest 5 % of the optical flow, as a share of the frame's side. Read it "
@@ -90,7 +97,7 @@ ABOUT = {
     "identity_i": ABOUT_PICTURES["identity_i"],
     "spread": About(
         "Spread over seeds",
-        "How different the clips of one prompt are: 1 minus the mean cosine between frames at the same moment.",
+        "How different the clips of one prompt are: 1 minus the mean cosine between whole frames at the same moment.",
         "score",
     ),
 }

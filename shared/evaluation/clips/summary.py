@@ -14,7 +14,7 @@ from shared.metrics.clips.scorer import ClipScorer, MeasuredClips, checkpoint_sc
 from shared.metrics.report import Score, number
 from shared.metrics.scores import bootstrap
 
-NO_BASE = ("copied",)  # the base model has never seen a reference
+NO_BASE = ("copied", "freedom")  # the base model has never seen a reference, and does not show the subject
 FACTORS = ("identity", "motion_recognised", "motion_fidelity", "leakage")
 ROUNDS = 2000
 

@@ -33,6 +33,22 @@ Column = dict[str, float]
 
 
 @dataclass(frozen=True)
+class SubjectFrames:
+    """The subject in f evenly spaced frames of each clip; see `freedom_of_clips`."""
+
+    crops: Tensor  # [N, f, D], embeddings of the frames cropped to the subject
+    verified: Tensor  # bool [N, f]
+
+    @staticmethod
+    def joined(parts: Sequence[SubjectFrames | None]) -> SubjectFrames | None:
+        """Joins batches in order; None unless all of them have something."""
+        known = [p for p in parts if p is not None]
+        if not known or len(known) < len(parts):
+            return None
+        return SubjectFrames(torch.cat([p.crops for p in known]), torch.cat([p.verified for p in known]))
+
+
+@dataclass(frozen=True)
 class MeasuredClips:
     """Scores of N clips: float columns of length N, NaN where a score does not apply."""
 
@@ -40,11 +56,25 @@ class MeasuredClips:
     seen: list[dict[str, str]]  # per clip: attribute -> the value seen in most frames
     moves_like: list[str]  # per clip: the motion that its path is nearest to; "" where no path was read
     embeddings: Tensor  # [N, F, D], of whole frames
+    subject: SubjectFrames | None = None  # None if the subject is not known, located and verified
 
     def mean(self, key: str) -> float:
         """Averages a column, ignoring NaNs; NaN if no values are left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
+
+
+def joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
+    """Joins the measurements of several batches; a score that a batch lacks is NaN there."""
+    keys = dict.fromkeys(k for part in parts for k in part.scores)
+    scores = {k: [v for p in parts for v in p.scores.get(k, [math.nan] * len(p.seen))] for k in keys}
+    return MeasuredClips(
+        scores,
+        [s for p in parts for s in p.seen],
+        [m for p in parts for m in p.moves_like],
+        torch.cat([p.embeddings for p in parts]) if parts else torch.zeros(0, 0, 0),
+        SubjectFrames.joined([p.subject for p in parts]),
+    )
 
 
 @dataclass
@@ -101,12 +131,9 @@ class ClipScorer:
         if not len(clips) == len(prompts) == len(expected):
             raise ValueError(f"{len(clips)} clips, {len(prompts)} prompts and {len(expected)} expectations")
         each = [self._one(*row) for row in zip(clips, prompts, expected, strict=True)]
-        keys = dict.fromkeys(k for column, *_ in each for k in column)
-        scores = {k: [column.get(k, math.nan) for column, *_ in each] for k in keys}
-        looks = torch.stack([look for *_, look in each]) if each else torch.zeros(0, 0, 0)
-        return MeasuredClips(scores, [seen for _, seen, *_ in each], [like for _, _, like, _ in each], looks)
+        return joined(each)
 
-    def _one(self, clip: Tensor, prompt: str, expects: Expects) -> tuple[Column, dict[str, str], str, Tensor]:
+    def _one(self, clip: Tensor, prompt: str, expects: Expects) -> MeasuredClips:
         check_clip(clip)
         frames = clip.transpose(0, 1)
         fields, looks = flow_fields(clip), self.whole.images(frames)
@@ -116,12 +143,13 @@ class ClipScorer:
             scores["clip_t"] = float(clip_t_per_frame(looks, text).mean())
         path, like = self._path(clip)
         shown = frames[torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().long()]
-        scores |= path | self._subject(shown, prompt, expects)
+        of_subject, subject = self._subject(shown, prompt, expects)
+        scores |= path | of_subject
         attributes, seen = self._attributes(shown, expects)
         scores |= attributes
         if "motion_recognised" in scores and "identity" in scores:
             scores["both"] = scores["motion_recognised"] * scores["identity"]
-        return scores, seen, like, looks
+        return MeasuredClips({k: [v] for k, v in scores.items()}, [seen], [like], looks[None], subject)
 
     def _movement(self, fields: FlowFields, looks: Tensor) -> Column:
         moved, tracks = dynamics(fields, looks), follow(fields)
@@ -149,10 +177,10 @@ class ClipScorer:
         errors = {f"error_{name}": value for name, value in asdict(error).items()}
         return {"motion_recognised": float(hit), "path_distance": found.distance, **errors}, found.name
 
-    def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> Column:
+    def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> tuple[Column, SubjectFrames | None]:
         """Averages `Scorer`'s scores and the likeness of crops over the frames."""
         if self.thing is None:
-            return {}
+            return {}, None
         measured = self.thing.measure(frames, [prompt] * len(frames), [expects] * len(frames))
         kept = {"identity": "identity", "ceiling": "ceiling", "copied": "copied", "recognised": "thing_recognised"}
         kept |= {self.thing.likeness_key: self.thing.likeness_key}
@@ -163,7 +191,10 @@ class ClipScorer:
             where = locator.where(references) if self.thing.masks is None else self.thing.masks
             pairs = (frames, locator.where(frames)), (references, where)
             scores["subject_crops"] = float(subject_similarity(encoder, *pairs, self.instruments.crops).mean())
-        return scores
+        subject, crops = None, measured.look.crops
+        if crops is not None and "verified" in measured.scores:
+            subject = SubjectFrames(crops[None], torch.tensor([[v == 1 for v in measured.scores["verified"]]]))
+        return scores, subject
 
     def _attributes(self, frames: Tensor, expects: Expects) -> tuple[Column, dict[str, str]]:
         """Returns the share of frames that show each attribute in the prompt, and the value seen in most frames."""
