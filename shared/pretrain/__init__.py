@@ -1,1 +1,1 @@
-"""Trains networks from data: the toybox's backbone and its evaluators."""
+"""Trains the toybox's backbone and its evaluators from data."""

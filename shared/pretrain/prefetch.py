@@ -12,11 +12,12 @@ B = TypeVar("B")
 
 
 class Prefetch(Generic[B]):
-    """Calls `draw` one step ahead in a thread, as long as steps come in order. Prefetching does not change the batches.
+    """Calls `draw` one step ahead in a thread, as long as steps are requested in order. The batches stay the same.
 
     Args:
         draw: draws the batch of a step, which must depend only on the step
-        device: on a CPU, nothing is drawn ahead, because that would compete for the same cores
+        device: the device that computes the steps. If it is a CPU, nothing is drawn ahead, because drawing would
+            compete for the same cores.
     """
 
     def __init__(self, draw: Callable[[int], B], device: torch.device) -> None:
@@ -25,7 +26,7 @@ class Prefetch(Generic[B]):
         self.ahead: dict[int, Future[B]] = {}
 
     def __call__(self, step: int) -> B:
-        """Returns a step's batch, or raises the error that drawing it raised."""
+        """Returns the batch of a step. Raises any error that occurred while the batch was drawn."""
         if self.pool is None:
             return self.draw(step)
         found = self.ahead.pop(step, None)

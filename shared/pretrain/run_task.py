@@ -1,4 +1,5 @@
-"""Runs a pretraining task on the core's training loop, with a budget, timed checkpoints, resuming, interruption and a log."""
+"""Runs a pretraining task in the core's training loop. A run has a budget and a log, saves a checkpoint every few
+minutes, and can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -31,25 +32,25 @@ _SKIPPED = 20  # the run stops after this many consecutive steps without a finit
 class RunSettings:
     """The budget and device of a training run.
 
-    The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the beginning of this
-    session. Learning rates depend on the fraction of the budget that is spent. If both are set, rates follow the steps, and the
-    time limit merely pauses the run.
+    The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the beginning of
+    this call of `run_task`. Learning rates depend on the fraction of the budget spent so far. If both are set, the
+    rates depend on the steps, and the time limit only pauses the run.
     """
 
     steps: int | None = None
     minutes: float | None = None
-    pause_at: int | None = None  # the step after which the run pauses; rates ignore it
-    resume: bool = True  # resumes from the newest checkpoint, if there is one
-    threads: int | None = None  # torch's threads on a CPU
-    device: str | None = None  # as torch names it; None: the GPU if there is one
-    bf16: bool | None = None  # None: only if the device is fast at it; others can take ten times as long
-    compiled: bool = False  # whether to compile U-Net blocks: takes a minute, but makes a GPU about twice as fast
+    pause_at: int | None = None  # the step after which the run pauses; it does not affect the learning rates
+    resume: bool = True  # whether to resume from the newest checkpoint, if there is one
+    threads: int | None = None  # the number of torch's threads on a CPU
+    device: str | None = None  # a torch device; by default the GPU, if there is one
+    bf16: bool | None = None  # by default only on devices with fast bf16; others can take ten times as long
+    compiled: bool = False  # whether to compile U-Net blocks, which takes a minute but makes a GPU twice as fast
     log_every: int = 50  # steps between log lines
     save_minutes: float = 3.0
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
-            raise ValueError("a training run needs an end: set steps, minutes or both")
+            raise ValueError("a training run needs a limit: set steps, minutes or both")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
 
@@ -58,7 +59,7 @@ class RunSettings:
         return Budget(steps=self.steps) if self.steps is not None else Budget(minutes=self.minutes)
 
     def compute(self) -> Compute:
-        """Chooses the device and sets the number of torch's CPU threads: using more threads than cores is ten times slower."""
+        """Chooses the device and sets torch's number of CPU threads. More threads than cores are ten times slower."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = pick_device(self.device)
@@ -68,11 +69,11 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The progress after a session."""
+    """The progress of a run when `run_task` returns."""
 
-    step: int  # total steps done
-    pictures: int  # total pictures seen
-    taken: int  # steps in this session
+    step: int  # total number of steps done
+    pictures: int  # total number of pictures seen
+    taken: int  # number of steps done in this call
     losses: Mapping[str, float]  # parts of the last step's loss
 
 
@@ -82,20 +83,21 @@ def run_task(
     """Trains until the budget is spent, then calls the task's `result`.
 
     Args:
-        folder: for the checkpoints and `log.jsonl`
-        first: the step at which a run without a checkpoint begins: the step of the weights it continues from, or 0
-        budget: the budget, if the task also uses it; None: a new one that starts now
+        folder: the folder to which checkpoints and `log.jsonl` are written
+        first: the step at which a run without a checkpoint begins. It is 0, or the step of the weights from which the
+            run continues.
+        budget: the budget, if the task uses the same one. If None, a new budget starts now.
 
     Raises:
-        ValueError: the checkpoint was made with other settings
-        NotFinite: gradients or parameters are no longer finite; the last good state is saved
-        KeyboardInterrupt: the run was interrupted; the state is saved
+        ValueError: if the checkpoint was made with different settings
+        NotFinite: if gradients or parameters are no longer finite; the last good state is saved
+        KeyboardInterrupt: if the run was interrupted; the state is saved
     """
     return _Session(task, settings, folder, first).run(budget or settings.budget())
 
 
 class _Session:
-    """One session of a run."""
+    """The part of a run between a start or resume and the next pause."""
 
     def __init__(self, task: PretrainTask, settings: RunSettings, folder: Path, first: int) -> None:
         self.task, self.settings, self.folder = task, settings, folder
@@ -106,7 +108,7 @@ class _Session:
         if state is not None:
             _check_same(folder, state.info["facts"], task.facts)
             task.load_state_dict(state.learned)
-        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise an earlier run's device would be kept
+        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise it would keep the device of an earlier run
         self.accelerator = Accelerator(mixed_precision="no", cpu=task.compute.device.type == "cpu")
         self.optimizers = Optimizers(task.groups(), task.optimizers, self.accelerator)
         self.trained = {name: len(self.optimizers.parameters([name])) for name in self.optimizers.names}
@@ -146,7 +148,7 @@ class _Session:
         return Outcome(self.step, self.pictures, self.step - self.start, dict(record.parts) if record else {})
 
     def _records(self, budget: Budget) -> Iterator[Record]:
-        """Yields the loop's steps. A step with a non-finite loss or gradient is skipped with a warning and changes nothing."""
+        """Yields the loop's steps. A step with a non-finite loss or gradient is skipped with a warning."""
         task = self.task
         loop = Loop(task, self.optimizers, budget, task.seed, self.accelerator, averages=task.averages)
         step, skipped = self.start, 0
@@ -191,7 +193,7 @@ class _Session:
         print(f"{self.folder.name}: step {self.step}  " + "  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
 
     def _save(self) -> None:
-        """Saves a checkpoint. If the last update left non-finite parameters, raises NotFinite and keeps the previous one."""
+        """Saves a checkpoint. If parameters are not finite, raises NotFinite and keeps the previous checkpoint."""
         self.optimizers.check_finite(self.step)
         info = checkpoint_info(self.task.facts, self.pictures)
         info |= {"trained": self.trained, "progress": self.optimizers.progress()}
@@ -213,7 +215,7 @@ class _Window:
         self.records.append(record)
 
     def mean(self) -> dict[str, float]:
-        """Returns the average of every value logged per step, but for each rate its last value."""
+        """Returns the mean of every logged value over these steps, but the last value of each learning rate."""
         rows = [flat(record) for record in self.records]
         return {
             key: rows[-1][key] if key.startswith("lr/") else sum(row[key] for row in rows if key in row) / len(rows)
@@ -225,12 +227,12 @@ class _Window:
 
 
 def checkpoint_info(facts: Mapping[str, Any], pictures: int) -> dict[str, Any]:
-    """Returns what a checkpoint records besides its tensors and its step."""
+    """Returns the metadata that a checkpoint stores in addition to its tensors and step."""
     return {"facts": json.loads(json.dumps(dict(facts))), "pictures": pictures}
 
 
 def refuse_older(file: Path) -> None:
-    """Raises ValueError if `file` exists: it is a checkpoint from an earlier version, which this version cannot read."""
+    """Raises ValueError if `file` exists, because it is a checkpoint from an earlier version, which cannot be read."""
     if file.is_file():
         raise ValueError(
             f"{file} is a checkpoint from an earlier version and cannot be resumed: remove it, or use another folder"

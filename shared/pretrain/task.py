@@ -1,4 +1,5 @@
-"""The base class of tasks that train networks from data: networks, moving averages, optimizers and checkpoint contents."""
+"""The base class of tasks that train networks from data. A task defines the networks, their moving averages, their
+optimizers and the contents of checkpoints."""
 
 from __future__ import annotations
 
@@ -27,25 +28,26 @@ class Compute:
     compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns bf16 autocast, or a context that does nothing. Autocast is per thread, so each thread enters its own."""
+        """Returns bf16 autocast, or a context that does nothing. Every thread must enter its own autocast."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 class PretrainTask:
-    """A task that trains networks from data in the training loop: a `shared.train.task.Task` without its own number of steps.
+    """A task that trains networks from data. It is a `shared.train.task.Task` without a number of steps.
 
-    A subclass builds its networks in its constructor and yields losses from `updates`; everything random in a step comes
-    from `shared.train.loop.generator(seed, step)`. `shared.pretrain.run_task` runs the task.
+    A subclass builds its networks in its constructor and yields losses from `updates`. All randomness in a step must
+    come from `shared.train.loop.generator(seed, step)`. The function `shared.pretrain.run_task.run_task` runs the task.
     """
 
     batch_size: int  # pictures per step
     seed: int
     compute: Compute
-    modules: Mapping[str, nn.Module]  # name -> module saved in checkpoints
-    optimizers: Mapping[str, OptimizerPart]  # optimizer group -> its settings
-    averages: Averages | None = None  # of parameters, updated after each step
-    facts: Mapping[str, Any] = {}  # JSON, saved with every checkpoint: the settings that a resumed run must share
-    #: Modules that are only used in training; adopted weights do not contain them.
+    modules: Mapping[str, nn.Module]  # the modules saved in checkpoints, by name
+    optimizers: Mapping[str, OptimizerPart]  # the settings of each optimizer group
+    averages: Averages | None = None  # moving averages of parameters, updated after each step
+    #: Settings that must be the same when a run is resumed. They are saved as JSON with every checkpoint.
+    facts: Mapping[str, Any] = {}
+    #: Modules that are used only in training. A checkpoint made from the shipped weights does not contain them.
     helpers: ClassVar[frozenset[str]] = frozenset()
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -57,12 +59,12 @@ class PretrainTask:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the tensors, named `<module>/<tensor>` and `average/<parameter>`, on the CPU."""
+        """Returns all tensors on the CPU, named `<module>/<tensor>` and `average/<parameter>`."""
         networks = {name: module.state_dict() for name, module in self.modules.items()}
         return state_of(networks, self.averages.state_dict() if self.averages else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores a state. ValueError if tensors are missing, unknown or of another shape."""
+        """Restores a state. Raises ValueError if tensors are missing or unknown, or have the wrong shape."""
         left = dict(state)
         for name, module in self.modules.items():
             own = _take(left, name)
@@ -78,16 +80,16 @@ class PretrainTask:
             raise ValueError(f"{len(left)} saved tensors match nothing in this task, for example {sorted(left)[0]!r}")
 
     def after_step(self, step: int, pictures: int) -> None:
-        """Called after each step with the numbers of steps done and pictures seen."""
+        """Called after each step with the total number of steps done and the total number of pictures seen."""
 
     def result(self) -> Mapping[str, float]:
-        """Writes the trained networks at the end of each session. Returns measurements for the log."""
+        """Writes the trained networks whenever the run ends or pauses. Returns measurements for the log."""
         return {}
 
 
 def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint: networks by name, and the average by parameter. Each tensor owns its memory, as
-    safetensors requires."""
+    """Returns the tensors of a checkpoint, named `<network>/<tensor>` and `average/<parameter>`. Each tensor owns its
+    memory, as safetensors requires."""
     return {
         f"{name}/{key}": tensor.detach().cpu().clone().contiguous()
         for name, state in {**networks, _AVERAGE: average}.items()
@@ -96,12 +98,12 @@ def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str,
 
 
 def average_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Picks the averages from a checkpoint's tensors, by parameter."""
+    """Returns the averages among a checkpoint's tensors, by the names of their parameters."""
     return _take(dict(state), _AVERAGE)
 
 
 def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[TrainableGroup]:
-    """Groups the trainable parameters: matrices and kernels get weight decay; biases, norms and embeddings do not."""
+    """Groups the trainable parameters by weight decay, which biases, norms and embeddings do not get."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]

@@ -1,1 +1,1 @@
-"""The toybox: a procedural world small enough to train a real diffusion pipeline on (design section 5)."""
+"""The toybox, a procedural world that is small enough to train a real diffusion pipeline on it."""

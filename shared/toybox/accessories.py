@@ -1,4 +1,5 @@
-"""The accessories that things wear: a hat, a crown, glasses and a scarf, each a point cloud fitted to its wearer's anchors."""
+"""Builds the accessories that things wear (a hat, a crown, glasses and a scarf). Each is a point cloud that is fitted
+to the anchors of its wearer."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ _MAKERS = {"red hat": _hat, "yellow crown": _crown, "pink glasses": _glasses, "r
 
 @lru_cache(maxsize=32)
 def accessory(name: str, spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the points [N, 3], normals [N, 3] and slots [N] of an accessory, at its own unit size."""
-    # Fitting shrinks an accessory to about 0.4 of its own size, so the spacing can be wider here by the same factor.
+    """Returns the points [N, 3], normals [N, 3] and slots [N] of an accessory, before it is fitted to a wearer."""
+    # Fitting scales an accessory by a factor of about 0.4, so the spacing can be wider here by the inverse factor.
     points, normals, slots = visible(_MAKERS[name](spacing / 0.42), spacing)
     return points.astype(np.float32), normals.astype(np.float32), slots.astype(np.int64)
 

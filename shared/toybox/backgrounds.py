@@ -1,7 +1,7 @@
-"""Painted backgrounds. Each depends on a few of its scene's random numbers and on the horizon, but never on the camera's
-azimuth, so it stands still while the camera turns.
+"""Paints backgrounds. A background depends on the horizon and on some of the scene's random numbers, but not on the
+camera's azimuth, so it is the same from all sides.
 
-Every painter takes a `Canvas` of b pictures and returns colors [b, 3, S, S].
+Every painter takes a `Canvas` of b pictures and returns colours [b, 3, S, S].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Color = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Canvas:
-    """A painter's inputs.
+    """The inputs of a painter.
 
     x, y: the pixels' coordinates [1, S, S] in [0, 1]; y points down
     horizon: the y of the horizon [b, 1, 1]
@@ -46,7 +46,7 @@ class Canvas:
 
 
 def mix(a: Tensor | Color, b: Tensor | Color, t: Tensor) -> Tensor:
-    """Blends colors: a where t [b, S, S] is 0, b where it is 1."""
+    """Blends two colours. The result is `a` where `t` ([b, S, S]) is 0, and `b` where it is 1."""
     t = t[:, None]
     a, b = (c if isinstance(c, Tensor) else torch.tensor(c, device=t.device)[None, :, None, None] for c in (a, b))
     return a + (b - a) * t

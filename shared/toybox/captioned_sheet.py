@@ -1,4 +1,4 @@
-"""Draws contact sheets: many pictures in one, optionally with captions below."""
+"""Draws contact sheets, which show many pictures in a grid, optionally with captions below."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def sheet(pixels: Tensor, columns: int, captions: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
-    """Joins N pictures [N, 3, H, W] in [0, 1] (or uint8) into one, `columns` per row, each enlarged `scale` times."""
+    """Arranges N pictures ([N, 3, H, W] in [0, 1], or uint8) in rows of `columns`, each enlarged `scale` times."""
     n, _, height, width = pixels.shape
     if captions is not None and len(captions) != n:
-        raise ValueError(f"{len(captions)} captions for {n} pictures")
+        raise ValueError(f"each picture needs one caption, but there are {len(captions)} captions for {n} pictures")
     if pixels.dtype != torch.uint8:
         pixels = (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     tiles = pixels.permute(0, 2, 3, 1).cpu().numpy().repeat(scale, 1).repeat(scale, 2)

@@ -1,10 +1,9 @@
-"""Writes captions for scenes in a small, regular grammar, from the same parameters as the pictures.
+"""Writes captions for scenes in a small, regular grammar, from the same parameters that determine the pictures.
 
     [a photo of | a pencil sketch of | ...] a red duck with blue wings [wearing a red hat] [on the beach] [, front view]
 
-The first color is always the main one, and the second belongs to the part mentioned; "a red and blue duck" means the same as
-"a red duck with blue wings".
-Patterns and identities are never mentioned.
+The first colour is always the main one, and the second is that of the part that is mentioned. "A red and blue duck"
+means the same as "a red duck with blue wings". Patterns and identities are never mentioned.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from shared.toybox.world import (
     identity_of,
 )
 
-# The part that has the second color, with an article if it is singular.
+# The part that has the second colour, with an article if it is singular.
 PARTS = {
     "duck": "wings",
     "car": "a roof",
@@ -43,7 +42,7 @@ PARTS = {
     "bear": "a shirt",
     "face": "a shirt",
 }
-# The first phrase of each entry below is the canonical one.
+# In the tables below, the first phrase of each entry is the canonical one.
 PLACES = {
     "beach": ("on the beach",),
     "snow": ("in the snow",),
@@ -96,10 +95,10 @@ def opening(style: str) -> str:
 
 
 def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
-    """Describes a thing without its accessory: "a red duck with blue wings".
+    """Describes a thing without its accessory, for example as "a red duck with blue wings".
 
     colors: "parts" for the form above, "pair" for "a red and blue duck", "main" for "a red duck", "none" for "a duck"
-    noun: used in place of the class name, for example "toy duck"
+    noun: a noun to be used instead of the class name, for example "toy duck"
     """
     noun = noun or thing.class_name
     if colors == "none":
@@ -116,18 +115,19 @@ def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7) -> str:
-    """Picks the first option with probability `first`, otherwise one of the others."""
+    """Picks the first option with probability `first`, and otherwise one of the other options."""
     if len(options) == 1 or rng.random() < first:
         return options[0]
     return options[1 + int(rng.integers(len(options) - 1))]
 
 
 def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: Moves | None = None) -> str:
-    """Writes one caption of a scene or, with `moves`, of the clip that starts with the scene, in at most 26 words.
+    """Writes one caption of a scene or, with `moves`, of the clip that starts with the scene.
 
-    With `full`, the caption names class, both colors, accessory, background and view, in the canonical form; otherwise some are
-    left out and the wording varies. Accessories, motions and all styles but "photo" are always named, views only if they are
-    clear or `full` is set.
+    A picture's caption has at most 26 words and commas, and a clip's at most `moves.room`. With `full`, the caption
+    names class, both colours, accessory, background and view, in the canonical form. Otherwise, some of them are left
+    out and the wording varies. Accessories, motions and all styles except "photo" are always named. Views are named
+    only if they are clear or `full` is set.
     """
     detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
 
@@ -164,7 +164,8 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: M
 class Moves:
     """How a clip's caption describes its motion.
 
-    words: placed after the thing, or at the end if they begin with a comma; "" if the motion is not mentioned
+    words: the words for the motion, or "" if it is not mentioned. They follow the thing or, if they begin with a comma,
+        end the caption.
     room: the maximum number of words and commas in the whole caption
     still_view: whether the view stays the same throughout the clip
     """
@@ -175,11 +176,11 @@ class Moves:
 
 
 def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: str) -> str:
-    """Writes the caption of a clip, with a shorter phrase for the place if `place` leaves too little room."""
+    """Writes the caption of a clip. If the phrase `place` is too long, a shorter one of `places` is used, or none."""
     last = moves.words if moves.words.startswith(",") else ""
     text = text if last or not moves.words else f"{text} {moves.words}"
     if not last and moves.words:
-        places = tuple(p for p in places if not p.startswith("floating"))  # floating would be a second motion
+        places = tuple(p for p in places if not p.startswith("floating"))  # "floating" would be a second motion
     for option in sorted(places, key=lambda p: (p != place, _count(p))):
         if _count(f"{text} {option}{last}") <= moves.room:
             text = f"{text} {option}"
@@ -189,8 +190,8 @@ def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: 
 
 
 def plain_caption(scene: Scene) -> str:
-    """Writes a plain caption of a photo of one thing: its class, the place, and the view if it is clear ("a photo of a duck
-    on the beach, side view"), without colors or pattern.
+    """Writes a plain caption of one thing, for example "a photo of a duck on the beach, side view". It names the class,
+    the place and, if it is clear, the view, but no colours or pattern.
     """
     text = f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"
     return f"{text}, {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else text
@@ -211,10 +212,11 @@ CAPTION_ATTRIBUTES = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
 
 
 def caption_attributes(text: str) -> tuple[int, int, int]:
-    """Reads a caption's attributes: indices into CLASSES, VIEWS and ACCESSORIES, -1 for attributes that it leaves open.
+    """Returns the attributes that a caption names, as indices into CLASSES, VIEWS and ACCESSORIES. An attribute that it
+    leaves open is -1.
 
-    Accessories are always named, so a caption without one means "none"; with two things side by side, class and accessory
-    are -1.
+    Accessories are always named, so a caption without one means "none". If two things are side by side, class and
+    accessory are -1.
     """
     if " next to " in text:
         kind = worn = -1
@@ -226,7 +228,7 @@ def caption_attributes(text: str) -> tuple[int, int, int]:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Returns every word that a caption can contain, sorted; the comma is one of them."""
+    """Returns, in alphabetical order, every word that a picture's caption can contain. The comma counts as a word."""
     texts = [phrase for table in (PLACES, SEEN, OPENINGS) for options in table.values() for phrase in options]
     texts += [*PARTS.values(), *WORN.values(), *CLASSES, *COLORS, *BACKGROUNDS, *VIEWS, *STYLES, *ACCESSORIES[1:]]
     texts += ["a toy", "wearing", "next to", "and", "with hair", ","]

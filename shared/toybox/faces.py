@@ -1,7 +1,7 @@
-"""Heads and shoulders whose geometry and colors follow an identity vector.
+"""Builds faces, which are heads and shoulders whose geometry and colours are determined by an identity vector.
 
-A face is a set of ellipsoids that the identity moves and stretches, so one sampling of the unit sphere serves every
-face. The z-buffer hides points that end up inside another ellipsoid.
+A face is a set of ellipsoids. The identity moves and stretches them, so the same points on unit spheres can be reused
+for every face. The z-buffer hides points that end up inside another ellipsoid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared.toybox.part_colors import SLOTS
 from shared.toybox.parts import Anchors
 from shared.toybox.primitives import ball
 
-# Part, slot, and the radius that determines how densely the part is sampled.
+# The name of each part, its slot, and the radius that determines how densely it is sampled.
 _PARTS = (
     ("head", "skin", 0.5),
     ("neck", "skin", 0.26),
@@ -48,7 +48,12 @@ BOTTOM, FOOT = -0.98, (0.3, 0.6)
 
 @dataclass(frozen=True)
 class Faces:
-    """K faces: points and normals [K, N, 3], slots [N], and the colors [K, 3] of the slots that depend on the identity."""
+    """The point clouds of K faces.
+
+    points, normals: [K, N, 3]
+    slots: [N]
+    colors: by slot, the colours [K, 3] that depend on the identity
+    """
 
     points: Tensor
     normals: Tensor
@@ -58,7 +63,7 @@ class Faces:
 
 @lru_cache(maxsize=8)
 def _unit(spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns points on unit spheres [N, 3] and the part [N] that each belongs to."""
+    """Returns points on unit spheres, [N, 3], and the index of the part to which each point belongs, [N]."""
     points, owners = [], []
     for index, (_, _, radius) in enumerate(_PARTS):
         sphere = ball(1, 1, 1, spacing / radius)
@@ -72,7 +77,8 @@ def _mix(a: tuple[float, ...], b: tuple[float, ...], t: np.ndarray) -> np.ndarra
 
 
 def _layout(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the parts' centres and radii [K, P, 3] and tilts [K, P] (rise of z per unit of y) for identities [K, D]."""
+    """Returns the parts' centres and radii [K, P, 3] and tilts [K, P] for identities [K, D]. A tilt is the rise of z
+    per unit of y."""
     shape = (len(v), len(_PARTS))
     centre, radius, tilt = np.zeros((*shape, 3)), np.zeros((*shape, 3)), np.zeros(shape)
     rx, ry, rz, cz = 0.42 + 0 * v[:, 0], 0.37 + 0.06 * v[:, 0], 0.46 + 0.06 * v[:, 1], 0.18
@@ -82,7 +88,7 @@ def _layout(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         radius[:, _INDEX[name]] = np.stack(np.broadcast_arrays(a, b, c, v[:, 0])[:3], 1)
 
     def skin(y, z) -> np.ndarray:
-        """Returns the x of the head's surface at (y, z)."""
+        """Returns the x coordinate of the head's surface at (y, z)."""
         return rx * np.sqrt(np.clip(1 - (y / ry) ** 2 - ((z - cz) / rz) ** 2, 0.05, 1))
 
     put("head", 0, 0, cz, rx, ry, rz)
@@ -124,8 +130,8 @@ def faces(identities: np.ndarray, spacing: float, device: torch.device) -> Faces
     points = unit * radius[:, owner] + centre[:, owner]
     points[..., 2] += tilt[:, owner] * (points[..., 1] - centre[:, owner, 1])
     points[..., 2] = points[..., 2].clamp_min(BOTTOM)  # the bust stands on a flat base
-    # Hair is a shell with the face cut out, and a beard is one with the brow cut out; points that are cut
-    # out are moved inside the head.
+    # Hair is a shell from which the face is cut out. A beard is a shell from which the upper part and the back are cut
+    # out. Points that are cut out are moved inside the head.
     line = torch.tensor(0.3 + 0.22 * v[:, 14], dtype=torch.float32, device=device)[:, None]
     x, z = unit[:, 0], unit[:, 2]
     bald = (owner == _INDEX["hair"]) & (z < line + (0.9 * x - 0.2).clamp(-1.1, 0.35) * 1.1 - 0.1)

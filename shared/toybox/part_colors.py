@@ -1,8 +1,9 @@
-"""The colors of a shape's parts: the thing's own two, and the colors of small details."""
+"""Defines the colours of a shape's parts, which are the thing's own two colours and those of small details."""
 
 from __future__ import annotations
 
-# Slots 0 and 1 take a thing's own two colors; the rest are small details, the same on all things of a class (except faces).
+# Slots 0 and 1 have the thing's own two colours. The other slots are small details, whose colours are the same on all
+# things of a class (except faces).
 DETAILS: dict[str, tuple[float, float, float]] = {
     "main": (0.0, 0.0, 0.0),
     "second": (0.0, 0.0, 0.0),

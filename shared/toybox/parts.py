@@ -1,4 +1,4 @@
-"""The parts of a shape: surfaces by color slot, and the places where accessories sit."""
+"""Defines the parts of a shape, which are surfaces with colour slots, and the anchors of its accessories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Parts = list[tuple[str, Surface]]
 
 @dataclass(frozen=True)
 class Anchors:
-    """Where accessories sit, in the units of the shape.
+    """The positions and sizes of accessories on a shape, in the units of the shape.
 
     top: (x, z, radius) of a hat
     eyes: (x, z, width) of glasses

@@ -1,8 +1,8 @@
-"""Surface patterns, which distinguish things of the same class and palette and which no caption can describe.
+"""Draws surface patterns, which distinguish things of the same class and palette and which captions never describe.
 
-A pattern is drawn from an integer seed and defined in the object space of its thing (the unit sphere), so that each view
-shows a different part of the same pattern. The accent colors come from a continuous space and are chosen to stand out
-from the thing's own two colors.
+A pattern is drawn from an integer seed and defined in the object space of its thing (the unit sphere), so that each
+view shows a different part of the same pattern. The accent colours come from a continuous space and are chosen to stand
+out from the thing's own two colours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ KINDS = ("bands", "spots", "checker", "zigzag", "swirl", "rings", "patches", "ne
 
 # Cycles per unit length: bold enough to survive a lossy autoencoder, fine enough to show from every side.
 _WAVES = {"spots": (1.6, 2.5), "net": (1.5, 2.2), "patches": (1.2, 1.8), "checker": (1.3, 1.9), "swirl": (1.0, 2.0)}
-# The signal levels above which a kind covers about (a quarter, half) of a surface; values in between are interpolated.
+# The signal levels above which a kind of pattern covers about a quarter and about half of a surface. The levels for
+# other coverages are interpolated.
 _LEVELS = {
     "bands": (0.71, 0.0),
     "zigzag": (0.71, 0.0),
@@ -49,7 +50,7 @@ class Pattern:
     turn: the rotation of object space, [3][3]
     wave: cycles per unit length
     offset: three phases in radians
-    coverage: the share of the main surface that has an accent color
+    coverage: the share of the main surface that has an accent colour
     arms: the number of arms of a swirl
     two: whether the second accent is used
     proportions: factors on length, width and height, and the taper per unit height
@@ -67,8 +68,8 @@ class Pattern:
 
 @lru_cache(maxsize=50_000)
 def pattern(seed: int) -> Pattern:
-    """Returns a seed's pattern: the first of a few draws that is visible from every side and covers no side completely, or
-    else the one that comes closest."""
+    """Returns the pattern of a seed. Of a few draws, it is the first that is visible from every side and covers no side
+    completely. If there is none, it is the draw that comes closest."""
     rng = np.random.default_rng([seed, 3])
     kind = KINDS[int(rng.integers(len(KINDS)))]
     drawn: list[Pattern] = []
@@ -111,7 +112,8 @@ _PROBE = torch.tensor(_probe(), dtype=torch.float32).view(-1, 3)
 
 
 def _shares(drawn: list[Pattern]) -> np.ndarray:
-    """Returns the share [K, 5] of each side of a ball that has an accent color, for K patterns of one kind."""
+    """Returns the share of each of the five sides of a ball that has an accent colour, [K, 5], for K patterns of one
+    kind."""
     n = len(_PROBE)
     p, row = _PROBE.repeat(len(drawn), 1), torch.arange(len(drawn)).repeat_interleave(n)
     rate = torch.tensor([2 * math.pi * d.wave for d in drawn])
@@ -125,7 +127,7 @@ def _shares(drawn: list[Pattern]) -> np.ndarray:
 
 @lru_cache(maxsize=50_000)
 def accents(thing: Thing) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Returns the two accent colors (RGB in [0, 1]) of a thing with a pattern."""
+    """Returns the two accent colours (RGB in [0, 1]) of a thing with a pattern."""
     rng = np.random.default_rng([thing.pattern_seed or 0, 5])
     chosen: list[np.ndarray] = []
     against = [np.array(RGB[thing.main]), np.array(RGB[thing.second])]
@@ -147,13 +149,13 @@ def accents(thing: Thing) -> tuple[tuple[float, float, float], tuple[float, floa
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns a rough perceptual distance between two colors, in which blue weighs least."""
+    """Returns a rough perceptual distance between two colours, in which blue weighs least."""
     return float(np.sqrt((((a - b) * (0.75, 1.05, 0.6)) ** 2).sum()))
 
 
 def fingerprint(seed: int) -> np.ndarray:
-    """Returns a pattern's parameters as one vector, for finding near-duplicates: patterns whose vectors are
-    far apart look clearly different."""
+    """Returns a pattern's parameters as one vector, to find near-duplicates. Patterns whose vectors are far apart look
+    clearly different."""
     p = pattern(seed)
     kind = np.eye(len(KINDS))[KINDS.index(p.kind)]
     phases = [f(v) for v in p.offset for f in (np.cos, np.sin)]
@@ -163,14 +165,14 @@ def fingerprint(seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PatternTable:
-    """The patterns of K things as tensors: kind [K] (-1: plain), turn [K, 3, 3], wave [K], offset [K, 3], ..."""
+    """The patterns of K things as tensors. The fields are those of `Pattern`, and the two accent colours."""
 
-    kind: Tensor
-    turn: Tensor
-    wave: Tensor
-    offset: Tensor
-    coverage: Tensor
-    arms: Tensor
+    kind: Tensor  # [K], indices into KINDS, or -1 for a plain thing
+    turn: Tensor  # [K, 3, 3]
+    wave: Tensor  # [K]
+    offset: Tensor  # [K, 3]
+    coverage: Tensor  # [K]
+    arms: Tensor  # [K]
     colors: Tensor  # [K, 2, 3]
     proportions: Tensor  # [K, 4]
 
@@ -198,8 +200,8 @@ def table(things: list[Thing], device: torch.device) -> PatternTable:
 
 
 def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluates patterns of one kind: a signal [M] that is high where the pattern shows, and one [M] that
-    separates the two accents.
+    """Evaluates patterns of one kind. Returns a signal [M] that is high where the pattern is visible, and a signal [M]
+    whose sign selects the accent.
 
     p: points in object space [M, 3]
     q: the points, turned and scaled to radians [M, 3]
@@ -229,9 +231,11 @@ def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate:
 
 
 def paint(albedo: Tensor, position: Tensor, owner: Tensor, patterns: PatternTable) -> Tensor:
-    """Applies the owners' patterns to main-colored surface points: albedo [M, 3] and owners [M] -> colors [M, 3].
+    """Applies patterns to surface points in the main colour. Returns their colours, [M, 3].
 
+    albedo: [M, 3], the main colour at each point
     position: the points in object space [M, 3], before the proportions are applied
+    owner: [M], the index of the thing to which each point belongs
     """
     painted = albedo.clone()
     kinds = patterns.kind[owner]

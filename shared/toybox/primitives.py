@@ -1,8 +1,8 @@
-"""The surfaces that the toybox's shapes are assembled from.
+"""Builds the surfaces from which the toybox's shapes are assembled.
 
-A primitive consists of evenly spaced points on its surface, their outward unit normals, and a test for whether other
-points lie inside it, so that an assembly can drop points that can never be seen. Axes: x forward (a thing faces +x), y
-left, z up; lengths are in the units of the shape being built.
+A primitive consists of evenly spaced points on its surface, their outward unit normals, and a test of whether other
+points lie inside it, which allows an assembly to drop points that can never be seen. The axes are x forward (a thing
+faces +x), y left and z up. Lengths are in the units of the shape being built.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ Inside = Callable[[np.ndarray, float], np.ndarray]
 
 @dataclass(frozen=True)
 class Surface:
-    """Points [N, 3], outward unit normals [N, 3], and `inside(points [M, 3], margin) -> bool [M]`."""
+    """Points on a surface.
+
+    points: [N, 3]
+    normals: outward unit normals [N, 3]
+    inside: a function of points [M, 3] and a margin. It returns bool [M], whether each point lies inside by at least
+        the margin.
+    """
 
     points: np.ndarray
     normals: np.ndarray
@@ -61,7 +67,8 @@ def curve(points: Sequence[Sequence[float]] | np.ndarray, n: int = 60) -> np.nda
 
 
 def _along(path: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Samples a polyline [K, D] evenly: points [N, D], and the unit tangent [N, D] of the segment that each lies on."""
+    """Samples a polyline [K, D] evenly. Returns points [N, D] and the unit tangents of the segments on which they lie,
+    [N, D]."""
     steps = np.diff(path, axis=0)
     lengths = np.linalg.norm(steps, axis=1)
     steps, starts, lengths = steps[lengths > 1e-9], path[:-1][lengths > 1e-9], lengths[lengths > 1e-9]
@@ -74,7 +81,7 @@ def _along(path: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Tells which points [M, 2] lie in a polygon [K, 2] (even-odd rule)."""
+    """Returns which of the points [M, 2] lie in a polygon [K, 2] (even-odd rule), bool [M]."""
     inside = np.zeros(len(points), bool)
     x, y = points[:, 0], points[:, 1]
     for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
@@ -84,7 +91,7 @@ def _in_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Returns the distance [M] of points [M, 2] from the outline of a polygon [K, 2]."""
+    """Returns the distances [M] between points [M, 2] and the outline of a polygon [K, 2]."""
     best = np.full(len(points), np.inf)
     for a, b in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         d = b - a
@@ -138,7 +145,7 @@ def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Sur
 
 
 def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
-    """Revolves a profile of (radius, z) pairs about the z axis; the profile runs with the solid on its left."""
+    """Revolves a profile of (radius, z) pairs about the z axis. The solid is on the left of the profile."""
     outline = np.asarray(profile, float)
     samples, tangents = _along(outline, h)
     points, normals = [], []
@@ -181,7 +188,8 @@ def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: flo
 
 
 def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[float], h: float) -> Surface:
-    """Samples a round tube with closed ends along a smooth curve through the path [K, 3], with one radius or K radii."""
+    """Samples a round tube with closed ends along a smooth curve through the path [K, 3], with one radius or K
+    radii."""
     spine = curve(path, 80)
     radii = np.broadcast_to(np.asarray(radius, float), (len(path),))
     widths = curve(radii[:, None], 80)[:, 0]

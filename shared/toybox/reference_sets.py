@@ -1,4 +1,4 @@
-"""Writes held-out things as folders of pictures, like a user's, and identifies the thing that a folder shows."""
+"""Writes folders of pictures of held-out things, like those of a user, and identifies the thing in such pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEY = "toybox-subject"
 
 
 def held_out(name: str) -> HeldOut:
-    """Returns a held-out subject or face by name. ValueError, with the choices, for an unknown name."""
+    """Returns a held-out subject or face by name. Raises ValueError, with the choices, if the name is unknown."""
     held_out = {h.name: h for split in SPLITS for h in (*subjects(split), *faces(split))}
     if name not in held_out:
         raise ValueError(unknown(name, held_out, "toybox subject"))
@@ -34,10 +34,10 @@ def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development"
 
 
 def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Writes n reference pictures of a held-out thing; their PNG text names it.
+    """Writes n reference pictures of a held-out thing, whose name is stored in the text of each PNG.
 
-    Each comes with what a careful user would add: a caption with the place and the view (`NAME.txt`, without colours or
-    pattern), and the thing's mask (`masks/NAME.png`).
+    Each picture comes with two files that a careful user would add. One is a caption that names the place and the view,
+    but no colours or pattern (`NAME.txt`). The other is the thing's mask (`masks/NAME.png`).
     """
     subject = held_out(name)
     scenes = reference_scenes(subject.thing, n, seed, name.split("-")[0])
@@ -51,9 +51,10 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 
 
 def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Writes n pictures of n different things in a held-out style (`development-thermal` …) to learn the style from.
+    """Writes n pictures of different things in a held-out style such as `development-thermal`, for learning the style.
 
-    The PNG text of each names the style; a caption (`NAME.txt`) describes the content but not the style.
+    The name of the style is stored in the text of each PNG. A caption (`NAME.txt`) describes the content but not the
+    style.
     """
     scenes = style_scenes(name, n, seed)
     drawn = render(scenes).pixels * 2 - 1
@@ -67,7 +68,8 @@ def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 
 
 def shown_in(files: Sequence[Path]) -> HeldOut | None:
-    """Returns the held-out thing in these pictures; None if they are not from an album, or show several things."""
+    """Returns the held-out thing that these pictures show, or None if they are not from an album or show several
+    things."""
     names = set()
     for file in files:
         try:
@@ -78,11 +80,12 @@ def shown_in(files: Sequence[Path]) -> HeldOut | None:
 
 
 def gallery(subject: HeldOut, n: int = 5, seed: int = 1) -> dict[str, Tensor]:
-    """Draws the subject's look-alikes (same class, same colours): name -> [n, 3, 64, 64] in [-1, 1]."""
+    """Draws pictures of the subject's distractors, which have the same class and colours. Returns [n, 3, 64, 64] in
+    [-1, 1] for each, by name."""
     split = subject.name.split("-")[0]
     return {f"distractor-{i}": pictures(d, n, seed + i, split) for i, d in enumerate(subject.distractors)}
 
 
 def fresh(subject: HeldOut, n: int = 12, seed: int = 100) -> Tensor:
-    """Draws new photos of the subject itself, which are not among the references: what a perfect model would generate."""
+    """Draws new photos of the subject, not among the references, as a perfect model would generate them."""
     return torch.as_tensor(pictures(subject.thing, n, seed, subject.name.split("-")[0]))

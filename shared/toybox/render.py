@@ -26,7 +26,7 @@ _ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue
 
 @dataclass(frozen=True)
 class Rendered:
-    """B pictures of H×W pixels.
+    """B rendered pictures of H×W pixels, with their ground truth.
 
     pixels: [B, 3, H, W] in [0, 1]
     mask: [B, 1, H, W], the share of each pixel that things cover
@@ -34,9 +34,10 @@ class Rendered:
     depth: [B, 1, H, W], the distance from the camera in radii of the thing; 10 in the background
     position: [B, 3, H, W] in the thing's object space (unit sphere, x forward, y left, z up); 0 in the background
 
-    Whatever the style, mask, thing_mask, depth and position are the same as for a photo. Styles may color pixels slightly
-    outside the mask, or leave some inside it as background: a watercolor runs, a neon drawing glows, and pixel art, because its
-    3-pixel squares do not fit evenly into 64, is 3 % larger than the photo (up to two pixels at the right and lower borders).
+    All fields except `pixels` are the same as for a photo, whatever the style. A style may colour pixels slightly
+    outside the mask, or leave pixels inside it as background. A watercolour runs, and a neon drawing glows. Pixel art
+    is 3 % larger than the photo, because its 3-pixel squares do not fit evenly into 64 pixels; this shifts it by up to
+    two pixels at the right and lower borders.
     """
 
     pixels: Tensor
@@ -50,7 +51,7 @@ def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device =
     """Renders pictures [B, 3, size, size] of scenes. On a CPU, the same scenes always give the same bits.
 
     Raises:
-        ValueError: there are no scenes
+        ValueError: if there are no scenes
     """
     if not scenes:
         raise ValueError("nothing to draw: pass at least one scene")
@@ -105,7 +106,7 @@ def _stretch(points: int, size: int, device: torch.device) -> Tensor:
 
 
 def _panned(stretch: Tensor, by: Tensor) -> Tensor:
-    """Returns the matrices [B, size, points] of an interpolation [size, points] shifted `by` pixels [B] to the right.
+    """Shifts an interpolation matrix [size, points] to the right by `by` pixels ([B]). Returns [B, size, points].
 
     The background is mirrored at its borders.
     """
@@ -118,7 +119,7 @@ def _panned(stretch: Tensor, by: Tensor) -> Tensor:
 
 
 def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
-    """Paints the panned backgrounds [B, 3, S, S] with the things' shadows on them."""
+    """Paints the backgrounds, panned and with the shadows of the things on them. Returns [B, 3, S, S]."""
     device = numbers.device
     step = (torch.arange(fine, device=device) + 0.5) / fine
     y, x = (g[None] for g in torch.meshgrid(step, step, indexing="ij"))
@@ -147,14 +148,14 @@ def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids:
 
 
 def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
-    """Returns the contact shadows [I, S, S]: how much darker the ground is under a thing."""
+    """Returns the contact shadows [I, S, S], the fraction by which each thing darkens the ground under it."""
     cx, cy, scale, cos, sin = (v[:, None, None] for v in things.place.unbind(1))
     right, up, toward = things.axes.unbind(1)
     u, v = (x - cx) / (FILL * scale), (y - cy) / (FILL * scale)
     u, v = u * cos + v * sin, v * cos - u * sin
     low, length, width = (g[:, None, None] for g in things.ground.unbind(1))
     steep = toward[:, 2, None, None].clamp_min(0.17)
-    # How far toward the viewer the point of the ground plane seen at (u, v) lies; along `right`, it lies at u.
+    # The point of the ground plane that is seen at (u, v) lies `ahead` toward the viewer, and u along `right`.
     ahead = (v + up[:, 2, None, None] * low) / steep
     # The axes of the ground are (right_x, right_y) and, toward the viewer, the same axis turned by -90 degrees.
     px = right[:, 0, None, None] * u + right[:, 1, None, None] * ahead
@@ -164,7 +165,8 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _shade(hits: Hits, things: Instances, numbers: Tensor) -> Tensor:
-    """Computes the hits' colors [M, 3] from the patterned albedo, a light beside the camera, one above, and a sheen."""
+    """Computes the hits' colours [M, 3] from the patterned albedo, a light beside the camera, a light from above and a
+    sheen."""
     slots = things.colors.shape[1]
     albedo = things.colors.flatten(0, 1).index_select(0, hits.who * slots + hits.slot)
     body = (hits.slot == SLOTS["main"]).nonzero()[:, 0]
@@ -192,7 +194,7 @@ def _styled(
     normals: Callable[[], Tensor],
     numbers: Tensor,
 ) -> Tensor:
-    """Draws the pictures in each scene's style; normals are computed only if some scene is not a photo."""
+    """Draws each picture in the style of its scene. Normals are computed only if a scene is not a photo."""
     names = [s.style for s in scenes]
     if all(name == "photo" for name in names):
         return picture

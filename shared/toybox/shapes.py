@@ -1,4 +1,4 @@
-"""Every class as a cloud of surface points, sampled once per process and spacing."""
+"""Builds every class of thing as a cloud of surface points. A cloud is sampled once per process and spacing."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Cloud:
-    """A shape inside the unit sphere: points [N, 3], normals [N, 3], slots [N] (indices into part_colors.DETAILS).
+    """A shape inside the unit sphere.
 
-    bottom: the z of the ground under the shape
+    points, normals: [N, 3]
+    slots: [N], indices into part_colors.DETAILS
+    bottom: the z coordinate of the ground under the shape
     foot: half the shape's length (x) and width (y) on the ground, for the contact shadow
     """
 
@@ -44,7 +46,7 @@ class Cloud:
 
 
 def visible(parts: Parts, margin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns points, normals and slots of an assembly, without points buried deeper than `margin` in another part."""
+    """Returns the points, normals and slots of the parts, except points deeper than `margin` inside another part."""
     kept = []
     for index, (slot, surface) in enumerate(parts):
         points = surface.points
@@ -59,7 +61,7 @@ def visible(parts: Parts, margin: float) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _frame(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the centre [3] and radius of the bounding sphere around the bounding box's centre."""
+    """Returns the centre [3] of the bounding box, with y = 0, and the radius of the bounding sphere around it."""
     centre = (points.min(0) + points.max(0)) / 2
     centre[1] = 0.0
     return centre, float(np.linalg.norm(points - centre, axis=1).max())
@@ -76,7 +78,7 @@ def place(anchors: Anchors, centre: np.ndarray, radius: float) -> Anchors:
 
 @lru_cache(maxsize=64)
 def cloud(class_name: str, spacing: float = 0.02) -> Cloud:
-    """Builds the cloud of a class; `spacing` is the distance between neighbouring points, for a radius of 1."""
+    """Builds the cloud of a class. `spacing` is the distance between neighbouring points for a shape of radius 1."""
     make = SHAPES[class_name]
     rough, _ = make(0.08)
     centre, radius = _frame(np.concatenate([s.points for _, s in rough]))

@@ -1,6 +1,6 @@
-"""The animals and the robot: each a list of (slot, surface) and the places where accessories sit.
+"""Builds the animals and the robot. Each is a list of (slot, surface) pairs, with the anchors of its accessories.
 
-x is forward, y left, z up, in arbitrary units; `shapes.py` scales every class to a bounding sphere of radius 1.
+x points forward, y left and z up, in arbitrary units. `shapes.py` scales every class to a bounding sphere of radius 1.
 `h` is the spacing of the surface points.
 """
 
@@ -11,7 +11,7 @@ from shared.toybox.primitives import ball, box, curve, lathe, tube
 
 
 def duck(h: float) -> tuple[Parts, Anchors]:
-    """A toy duck: round body and head, wings and tail in the second color, an orange beak."""
+    """Builds a toy duck with an orange beak. Its wings and tail have the second colour."""
     parts: Parts = [
         ("main", ball(0.78, 0.58, 0.5, h)),
         ("main", ball(0.26, 0.24, 0.36, h).move(0.42, 0, 0.42)),
@@ -28,7 +28,7 @@ def duck(h: float) -> tuple[Parts, Anchors]:
 
 
 def dog(h: float) -> tuple[Parts, Anchors]:
-    """A standing dog: long body, snout with a dark nose, hanging ears, tail and paws in the second color."""
+    """Builds a standing dog with a dark nose and hanging ears. Its ears, tail and paws have the second colour."""
     parts: Parts = [
         ("main", ball(0.72, 0.34, 0.34, h).move(-0.12, 0, 0)),
         ("main", tube([(0.35, 0, 0.08), (0.6, 0, 0.5)], [0.28, 0.24], h)),
@@ -48,7 +48,8 @@ def dog(h: float) -> tuple[Parts, Anchors]:
 
 
 def cat(h: float) -> tuple[Parts, Anchors]:
-    """A sitting cat: pointed ears, whiskers, a tail that rises beside it, paws and chest in the second color."""
+    """Builds a sitting cat with pointed ears and a tail that rises beside it. Its tail, inner ears, muzzle, chest and
+    paws have the second colour."""
     ear = [(0.0, -0.12), (0.19, 0.0), (0.12, 0.2), (0.0, 0.42)]
     parts: Parts = [
         ("main", lathe(curve([(0, -0.8), (0.42, -0.76), (0.52, -0.5), (0.42, 0), (0.26, 0.3), (0, 0.4)]), h)),
@@ -76,7 +77,7 @@ def cat(h: float) -> tuple[Parts, Anchors]:
 
 
 def bear(h: float) -> tuple[Parts, Anchors]:
-    """A sitting teddy bear: round ears, limbs held out, a shirt in the second color."""
+    """Builds a sitting teddy bear with round ears and outstretched limbs. Its shirt has the second colour."""
     parts: Parts = [
         ("second", ball(0.42, 0.48, 0.5, h).move(0, 0, -0.22)),
         ("main", ball(0.4, 0.47, 0.4, h).move(0.04, 0, 0.5)),
@@ -96,7 +97,8 @@ def bear(h: float) -> tuple[Parts, Anchors]:
 
 
 def robot(h: float) -> tuple[Parts, Anchors]:
-    """A box robot: glowing eyes and a chest screen in front, arms and legs in the second color, a tank at the back."""
+    """Builds a box robot with a lit panel on its chest and two tanks on its back. Its arms, legs and ears have the
+    second colour."""
     parts: Parts = [
         ("main", box(0.3, 0.4, 0.42, h, 0.05).move(0, 0, -0.02)),
         ("main", box(0.27, 0.3, 0.25, h, 0.05).move(0, 0, 0.74)),

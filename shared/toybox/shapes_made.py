@@ -1,6 +1,7 @@
-"""Vehicles, dishes, clothes and houses: each a list of (slot, surface) and the places where accessories sit.
+"""Builds the vehicles, the dishes, the boot and the house. Each is a list of (slot, surface) pairs, with the anchors of
+its accessories.
 
-x is forward, y left, z up, in arbitrary units; `shapes.py` scales every class to a bounding sphere of radius 1.
+x points forward, y left and z up, in arbitrary units. `shapes.py` scales every class to a bounding sphere of radius 1.
 `h` is the spacing of the surface points.
 """
 
@@ -13,7 +14,8 @@ from shared.toybox.primitives import Surface, ball, box, curve, extrude, lathe, 
 
 
 def car(h: float) -> tuple[Parts, Anchors]:
-    """A car: hood and headlights in front, red taillights at the back, the cabin's roof in the second color."""
+    """Builds a car with headlights in front and red taillights at the back. The cabin's roof and pillars have the
+    second colour."""
     body = [(-1, -0.22), (0.98, -0.22), (1.05, -0.1), (1.02, 0.12), (0.5, 0.2), (-0.95, 0.22), (-1.05, 0.1)]
     cabin = [(-0.8, 0.2), (0.48, 0.2), (0.16, 0.52), (-0.66, 0.52)]
     roof = [(-0.75, 0.48), (0.27, 0.48), (0.1, 0.64), (-0.6, 0.64)]
@@ -39,7 +41,8 @@ def car(h: float) -> tuple[Parts, Anchors]:
 
 
 def mug(h: float) -> tuple[Parts, Anchors]:
-    """A mug: a star-like badge in front, the handle at the back; handle, rim and foot in the second color."""
+    """Builds a mug with a red heart on a badge in front and the handle at the back. Handle, rim and foot have the
+    second colour."""
     wall = [(0, -0.68), (0.6, -0.68), (0.6, 0.56), (0.5, 0.56), (0.5, -0.55), (0, -0.55)]
     rim = [(0.48, 0.5), (0.63, 0.5), (0.63, 0.68), (0.48, 0.68), (0.48, 0.5)]
     foot = [(0, -0.74), (0.63, -0.74), (0.63, -0.54), (0, -0.54)]
@@ -59,7 +62,8 @@ def mug(h: float) -> tuple[Parts, Anchors]:
 
 
 def rocket(h: float) -> tuple[Parts, Anchors]:
-    """A rocket: portholes and a hatch in front, a ladder at the back, nose and fins in the second color."""
+    """Builds a rocket with a porthole and a hatch in front and a ladder at the back. Nose and fins have the second
+    colour."""
     hull = curve([(0, -0.74), (0.26, -0.72), (0.4, -0.3), (0.41, 0.1), (0.32, 0.5), (0.22, 0.68)])
     nose = curve([(0.26, 0.58), (0.2, 0.78), (0.1, 1.0), (0.0, 1.16)])
     fin = [(0.24, -0.3), (0.24, -0.72), (0.44, -0.74), (0.74, -1.0), (0.74, -0.72), (0.46, -0.26)]
@@ -83,7 +87,8 @@ def rocket(h: float) -> tuple[Parts, Anchors]:
 
 
 def house(h: float) -> tuple[Parts, Anchors]:
-    """A house: door and two windows in front, a small round window at the back, the roof in the second color."""
+    """Builds a house with a door, two windows and a small round window in front, and a chimney at the back. The roof
+    has the second colour."""
     gable = [(-0.62, 0.14), (0.62, 0.14), (0.0, 0.66)]
     slope = [(0.0, 0.64), (0.78, -0.02), (0.8, 0.1), (0.0, 0.78)]
     other = np.asarray(slope)[::-1] * [-1, 1]
@@ -101,7 +106,7 @@ def house(h: float) -> tuple[Parts, Anchors]:
         ("glass", ball(0.05, 0.09, 0.09, h).move(0.72, 0, 0.22)),
         ("metal", box(0.12, 0.2, 0.04, h).move(0.68, 0, -0.66)),
     ]
-    # Dormers make the walls' color and pattern visible from above, too.
+    # Dormers make the walls' colour and pattern visible from above, too.
     for turn in (90, -90):
         parts.append(("main", box(0.16, 0.2, 0.17, h).move(0.5, 0.08, 0.36).turn("z", turn)))
         parts.append(("glass", box(0.02, 0.1, 0.08, h).move(0.66, 0.08, 0.38).turn("z", turn)))
@@ -111,7 +116,8 @@ def house(h: float) -> tuple[Parts, Anchors]:
 
 
 def teapot(h: float) -> tuple[Parts, Anchors]:
-    """A teapot: the spout in front, the handle at the back; lid, handle and foot in the second color."""
+    """Builds a teapot with the spout in front and the handle at the back. Lid, handle and foot have the second
+    colour."""
     body = curve([(0, -0.5), (0.4, -0.5), (0.64, -0.24), (0.66, 0.0), (0.5, 0.3), (0.3, 0.42), (0, 0.44)])
     lid = curve([(0.0, 0.3), (0.4, 0.34), (0.42, 0.42), (0.3, 0.54), (0, 0.6)])
     spout = [(0.5, 0, -0.18), (0.8, 0, -0.08), (0.94, 0, 0.2), (1.12, 0, 0.42)]
@@ -129,10 +135,11 @@ def teapot(h: float) -> tuple[Parts, Anchors]:
 
 
 def boot(h: float) -> tuple[Parts, Anchors]:
-    """A boot: the toe and white laces in front, a pull loop at the back; sole, cuff and heel in the second color."""
+    """Builds a boot with the toe and white laces in front and a pull loop at the back. Sole, heel, cuff and loop have
+    the second colour."""
     sole = curve([(0.92, 0.0), (0.78, 0.26), (0.4, 0.3), (0, 0.23), (-0.36, 0.26), (-0.52, 0.0)], 40)
     outline = np.concatenate([sole, sole[-2:0:-1] * [1, -1]])
-    # An (x, y) outline extruded along z: extrude works in (x, z), so rotate it about the x axis.
+    # The outline is in (x, y), but `extrude` works in (x, z), so the result is rotated about the x axis.
     flat = extrude(outline[::-1] if _clockwise(outline) else outline, 0.09, h).turn("x", 90)
     shaft = [(0, -0.6), (0.31, -0.6), (0.32, 0.55), (0.24, 0.55), (0.24, 0.2), (0, 0.2)]
     cuff = [(0.25, 0.42), (0.39, 0.42), (0.41, 0.72), (0.25, 0.72), (0.25, 0.42)]
@@ -158,7 +165,7 @@ def _clockwise(outline: np.ndarray) -> bool:
 
 
 def _hull(h: float) -> Surface:
-    """A boat's hull: half an ellipsoid whose bow rises to a point, closed by a deck."""
+    """Builds a boat's hull, which is half an ellipsoid with a raised, pointed bow, closed by a deck."""
     egg = ball(1.0, 0.46, 0.5, h * 0.8)
     keep = egg.points[:, 2] < 0
     points, normals = egg.points[keep], egg.normals[keep]
@@ -166,8 +173,8 @@ def _hull(h: float) -> Surface:
     top = deck.points[:, 2] > 0
     points = np.concatenate([points, deck.points[top] * [1, 1, 0]])
     normals = np.concatenate([normals, np.tile([0.0, 0.0, 1.0], (int(top.sum()), 1))])
-    points[:, 2] = np.maximum(points[:, 2], -0.36)  # a flat keel, to sit on the ground
-    # The bow is pulled forward and up, the stern slightly up: the sheer of a toy boat.
+    points[:, 2] = np.maximum(points[:, 2], -0.36)  # the keel is flat, so that the boat can stand
+    # The bow is pulled forward and up, and the stern slightly up, like the sheer of a toy boat.
     lift = 0.3 * np.clip(points[:, 0], 0, None) ** 2 + 0.1 * np.clip(-points[:, 0], 0, None) ** 2
     points = points + np.stack([0.1 * lift, 0 * lift, lift], 1)
     return Surface(points, normals, lambda p, m: egg.inside(p, m + 0.05) & (p[:, 2] < -m))
@@ -177,7 +184,8 @@ _TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 
 
 def boat(h: float) -> tuple[Parts, Anchors]:
-    """A tugboat: pointed bow, windows and a lamp in front, the funnel at the back, the cabin in the second color."""
+    """Builds a tugboat with a flag and a lamp in front and the funnel at the back. Cabin and funnel have the second
+    colour."""
     parts: Parts = [
         ("main", _hull(h)),
         ("second", box(0.36, 0.3, 0.28, h, 0.02).move(-0.08, 0, 0.26)),

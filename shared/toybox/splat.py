@@ -1,6 +1,6 @@
-"""Splats the surface points of many things onto pictures: places them, finds the visible ones, and looks up their values.
+"""Splats the surface points of things onto pictures. Projects points, finds the visible ones and looks up their values.
 
-Pictures here are S×S, with S twice the final size; `render` averages them down.
+Pictures here have S×S subpixels, where S is twice the final size. `render` averages them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.toybox.patterns import PatternTable
 from shared.toybox.shapes import cloud
 from shared.toybox.world import RGB, Scene, Thing
 
-DISTANCE = 5.0  # from the camera to a thing, in the thing's radii: a mild perspective
+DISTANCE = 5.0  # from the camera to a thing, in radii of the thing; this gives a mild perspective
 FILL = 0.46  # the radius of a thing at scale 1, as a fraction of the picture
 
 
@@ -48,7 +48,12 @@ class Instances:
 
 @dataclass(frozen=True)
 class Group:
-    """The points and normals [k or 1, N, 3] and slots [N] of the k instances `who` [k], which share a cloud."""
+    """k instances that share a cloud of N points.
+
+    who: [k], the indices of the instances
+    points, normals: [k, N, 3], or [1, N, 3] if they are the same for all instances
+    slots: [N]
+    """
 
     who: Tensor
     points: Tensor
@@ -60,11 +65,11 @@ class Group:
 class Hits:
     """The M subpixels that show a thing.
 
-    at: [M], the flat index: scene * S * S + pixel
+    at: [M], the flat index, which is scene * S * S + pixel
     who: [M], the index of the thing
     canonical, position: [M, 3], the point's position before and after the thing's proportions are applied
     normal: [M, 3], after the proportions are applied
-    slot: [M]
+    slot: [M], the colour slot
     depth: [M], the distance from the camera in radii
     """
 
@@ -78,7 +83,7 @@ class Hits:
 
 
 def instances(scenes: list[Scene], device: torch.device) -> Instances:
-    """Collects the things of the scenes and their cameras as tensors."""
+    """Collects the things of the scenes, and their cameras, as tensors."""
     things, values, colors = [], [], []
     base = np.array(list(DETAILS.values()))
     for b, scene in enumerate(scenes):
@@ -123,7 +128,7 @@ def instances(scenes: list[Scene], device: torch.device) -> Instances:
 
 
 def groups(things: Instances, spacing: float, device: torch.device) -> list[Group]:
-    """Returns the clouds that the instances need, and writes colors that depend on a face's identity into `things`."""
+    """Groups the instances by cloud. Writes the colours that depend on a face's identity into `things`."""
     result = []
     by_class: dict[str, list[int]] = {}
     worn: dict[str, list[int]] = {}
@@ -158,7 +163,8 @@ def _anchors(thing: Thing) -> Anchors:
 
 
 def proportion(points: Tensor, shape: Tensor) -> Tensor:
-    """Applies the things' proportions [..., 4] to points [..., 3]: factors on x, y, z, and a taper along z."""
+    """Applies the things' proportions to points [..., 3]. `shape` ([..., 4]) contains factors on x, y and z, and a
+    taper along z."""
     out = points * shape[..., :3]
     out[..., :2] *= 1 + shape[..., 3:] * points[..., 2:]
     return out
@@ -185,7 +191,8 @@ def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, T
 
 
 def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor]:
-    """Returns the subpixel [k, N] (-1: outside) at the top left of each point's 2×2 footprint, and the point's depth."""
+    """Returns the subpixel at the top left of each point's 2×2 footprint (-1 if outside), and the depth, both
+    [k, N]."""
     who = group.who
     shape = things.patterns.proportions[who]
     points = group.points.expand(len(who), -1, -1)
@@ -209,7 +216,8 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
     for group in parts:
         pixel, depth = _project(group, things, size)
         k, n = pixel.shape
-        # Key: rank of the thing (in front first), then depth, then point number, so that the minimum is unique.
+        # A key sorts by the rank of the thing (the front one first), then by depth, then by point number, so that the
+        # minimum is unique.
         rank = things.rank[group.who][:, None]
         near = (depth.clamp(2, 9) * (2**20 / 10)).long() + (rank << 21)
         key = (near << 32) | torch.arange(start, start + k * n, device=device).view(k, n)
@@ -227,7 +235,8 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
 
 
 def _closed(nearest: Tensor) -> Tensor:
-    """Closes single-subpixel holes in keys [B, S, S], where both neighbours in a row or column are clearly nearer."""
+    """Closes holes of one subpixel in keys [B, S, S]. At a hole, both neighbours in a row or column are clearly
+    nearer."""
     far = torch.maximum
     inner = nearest[:, 1:-1, 1:-1]
     around = torch.minimum(
@@ -239,7 +248,7 @@ def _closed(nearest: Tensor) -> Tensor:
 
 
 def _look_up(things: Instances, parts: list[Group], starts: list[int], at: Tensor, key: Tensor) -> Hits:
-    """Looks up the points of the winning keys."""
+    """Looks up the points to which the keys of the visible subpixels belong."""
     number = key & 0xFFFFFFFF
     m = len(at)
     canonical, normal = at.new_zeros((m, 3), dtype=torch.float32), at.new_zeros((m, 3), dtype=torch.float32)

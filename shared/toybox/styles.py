@@ -1,6 +1,6 @@
-"""Drawing styles: functions of a finished picture and its per-pixel ground truth.
+"""Defines the drawing styles, which are functions of a finished picture and its per-pixel ground truth.
 
-They work on S×S pictures (S is twice the final size), which `render` averages down afterwards.
+They work on pictures of S×S subpixels, where S is twice the final size. `render` averages them afterwards.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sheet:
-    """b pictures [b, 3, S, S] in [0, 1], mask [b, 1, S, S], depth [b, 1, S, S], normals in camera space [b, 3, S, S],
-    random numbers [b, 48] in [0, 1]."""
+    """The inputs of a style, for b pictures.
+
+    picture: [b, 3, S, S] in [0, 1]
+    mask, depth: [b, 1, S, S]
+    normal: normals in camera space [b, 3, S, S]
+    numbers: random numbers [b, 48] in [0, 1]
+    """
 
     picture: Tensor
     mask: Tensor
@@ -26,23 +31,23 @@ class Sheet:
 
 
 def gray(picture: Tensor) -> Tensor:
-    """Returns the brightness [b, 1, S, S]."""
+    """Returns the brightness of pictures, [b, 1, S, S]."""
     return (picture * picture.new_tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
 
 
 def blur(picture: Tensor, radius: int) -> Tensor:
-    """Applies a triangle filter: two box filters in a row."""
+    """Applies a triangle filter, which is a box filter applied twice."""
     size, width = picture.shape[-1], 2 * radius + 1
     for _ in range(2):
         padded = F.pad(picture, (radius,) * 4, mode="replicate")
-        # Row sums, then column sums: far cheaper here than a pooling layer.
+        # Summing rows and then columns is far cheaper here than a pooling layer.
         across = sum((padded[..., k : k + size] for k in range(1, width)), padded[..., :size])
         picture = sum((across[..., k : k + size, :] for k in range(1, width)), across[..., :size, :]) / width**2
     return picture
 
 
 def _slope(values: Tensor) -> Tensor:
-    """Returns the largest difference between neighbours, over channels: [b, 1, S, S]."""
+    """Returns the largest difference between opposite neighbours of each pixel, over all channels, [b, 1, S, S]."""
     padded = F.pad(values, (1, 1, 1, 1), mode="replicate")
     across = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]).abs()
     down = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]).abs()
@@ -50,7 +55,8 @@ def _slope(values: Tensor) -> Tensor:
 
 
 def outlines(s: Sheet) -> Tensor:
-    """Finds the lines that an artist would draw, [b, 1, S, S] in [0, 1]: silhouettes, creases, color borders."""
+    """Returns the lines that an artist would draw (silhouettes, creases and borders between colours), [b, 1, S, S] in
+    [0, 1]."""
     shape = (_slope(s.depth.clamp(max=7)) * 1.2 - 0.15).clamp(0, 1)
     crease = (_slope(s.normal) - 0.55).clamp(0, 1) * s.mask
     color = (_slope(blur(s.picture, 1)) * 3 - 0.42).clamp(0, 1)
@@ -75,7 +81,7 @@ def _tint(s: Sheet, color: tuple[float, float, float]) -> Tensor:
 
 
 def pencil_sketch(s: Sheet) -> Tensor:
-    """Gray lines and hatching on paper, with a hint of color."""
+    """Draws gray lines and hatching on paper, with a hint of colour."""
     x, y = _grid(s)
     light = gray(blur(s.picture, 1))
     line = (outlines(s) * 1.3).clamp(0, 1)
@@ -86,7 +92,7 @@ def pencil_sketch(s: Sheet) -> Tensor:
 
 
 def watercolor(s: Sheet) -> Tensor:
-    """Pale washes that run into each other, darker where they dry, on a white sheet whose border stays bare."""
+    """Paints pale washes that run into each other and have dark edges, on a white sheet whose border stays bare."""
     x, y = _grid(s)
     soft = blur(s.picture, _fine(s, 0.8))
     wobble = 0.5 * (x * 0.31 + 5 * s.numbers[:, 30, None, None, None]).sin() * (y * 0.27 + 3).sin()
@@ -99,7 +105,7 @@ def watercolor(s: Sheet) -> Tensor:
 
 
 def pixel_art(s: Sheet) -> Tensor:
-    """Big square pixels with few brightness steps."""
+    """Draws large square pixels with few brightness levels."""
     size = s.picture.shape[-1]
     block = _fine(s, 3)
     count = -(-size // block)
@@ -109,7 +115,7 @@ def pixel_art(s: Sheet) -> Tensor:
 
 
 def cartoon(s: Sheet) -> Tensor:
-    """Flat saturated colors with thick black outlines."""
+    """Draws flat saturated colours with thick black outlines."""
     soft = blur(s.picture, _fine(s, 0.5))
     light = gray(soft)
     flat = (light * 3 + 0.35).floor().div(3).clamp(0.14, 1)
@@ -121,7 +127,7 @@ def cartoon(s: Sheet) -> Tensor:
 
 
 def neon(s: Sheet) -> Tensor:
-    """Glowing lines in bright colors on a dark background."""
+    """Draws glowing lines in bright colours on a dark background."""
     line = outlines(s).clamp(0, 1)
     light = gray(s.picture).clamp_min(0.06)
     hue = (s.picture / light * 0.5 + (s.picture - light) * 1.6).clamp(0.05, 1)
@@ -133,7 +139,7 @@ def neon(s: Sheet) -> Tensor:
 
 
 def blueprint(s: Sheet) -> Tensor:
-    """White lines and a grid on blue."""
+    """Draws white lines and a grid on blue paper."""
     x, y = _grid(s)
     grid = ((x % 8 < 0.6) | (y % 8 < 0.6)).float() * 0.16
     line = outlines(s)
@@ -142,7 +148,7 @@ def blueprint(s: Sheet) -> Tensor:
 
 
 def halftone(s: Sheet) -> Tensor:
-    """Dots of varying size in dark inks on a cream sheet."""
+    """Prints dots of varying size in dark inks on a cream sheet."""
     x, y = _grid(s)
     a, b = (x + y) / 3.0 * 3.1416, (x - y) / 3.0 * 3.1416
     screen = a.cos() * b.cos() * 0.5 + 0.5
@@ -152,7 +158,8 @@ def halftone(s: Sheet) -> Tensor:
 
 
 def _cells(s: Sheet, pitch: float) -> tuple[Tensor, Tensor]:
-    """Divides the picture into irregular cells: the color at each cell's centre, and the distance to the border (64ths)."""
+    """Divides the picture into irregular cells. Returns for each pixel the colour at the centre of its cell, and how
+    much nearer this centre is than the next one, in 64ths of the picture."""
     b, _, size, _ = s.picture.shape
     x, y = _grid(s)
     best = torch.full((b, 1, size, size), 1e9, device=s.picture.device)
@@ -174,7 +181,7 @@ def _cells(s: Sheet, pitch: float) -> tuple[Tensor, Tensor]:
 
 
 def stained_glass(s: Sheet) -> Tensor:
-    """Bright irregular panes between dark lead."""
+    """Draws bright irregular panes between strips of dark lead."""
     color, border = _cells(s, 6.0)
     color = color + s.mask * 0.65 * (s.picture - color)
     light = gray(color)
@@ -184,7 +191,7 @@ def stained_glass(s: Sheet) -> Tensor:
 
 
 def _ramp(values: Tensor, colors: list[tuple[float, float, float]]) -> Tensor:
-    """Maps values [b, 1, S, S] in [0, 1] to a color ramp."""
+    """Maps values [b, 1, S, S] in [0, 1] to a colour ramp."""
     table = values.new_tensor(colors)
     at = values[:, 0].clamp(0, 1) * (len(colors) - 1)
     low = at.floor().long().clamp(max=len(colors) - 2)
@@ -193,19 +200,19 @@ def _ramp(values: Tensor, colors: list[tuple[float, float, float]]) -> Tensor:
 
 
 def thermal(s: Sheet) -> Tensor:
-    """A thermal image in which things glow and the background is cold."""
+    """Draws a thermal image in which things glow and the background is cold."""
     heat = 0.12 + 0.25 * gray(s.picture) + s.mask * (0.28 + 0.42 * s.normal[:, 2:].clamp(0, 1))
     ramp = [(0.02, 0.0, 0.2), (0.35, 0.0, 0.6), (0.85, 0.15, 0.35), (1.0, 0.6, 0.0), (1.0, 1.0, 0.6)]
     return _ramp(blur(heat, 1), ramp)
 
 
 def duotone(s: Sheet) -> Tensor:
-    """Two printing inks, deep violet and orange."""
+    """Prints in two inks, deep violet and orange."""
     return _ramp((gray(s.picture) - 0.1) * 1.25, [(0.2, 0.02, 0.36), (0.93, 0.25, 0.35), (1.0, 0.85, 0.4)])
 
 
 def mosaic(s: Sheet) -> Tensor:
-    """Small square stones in pale mortar."""
+    """Lays small square stones in pale mortar."""
     size = s.picture.shape[-1]
     pitch = _fine(s, 3.5)
     count = -(-size // pitch)
@@ -218,7 +225,7 @@ def mosaic(s: Sheet) -> Tensor:
 
 
 def woodcut(s: Sheet) -> Tensor:
-    """Only black and bare paper, cut in horizontal strokes that follow the form."""
+    """Prints black on bare paper, in horizontal strokes that follow the form."""
     x, y = _grid(s)
     light = gray(blur(s.picture, 1))
     stroke = ((y + 2.5 * s.normal[:, 1:2] + 0.4 * (x * 0.5).sin()) * 1.9).sin() * 0.3
@@ -228,7 +235,7 @@ def woodcut(s: Sheet) -> Tensor:
 
 
 def crosshatch(s: Sheet) -> Tensor:
-    """One, two or three layers of strokes in blue ink."""
+    """Draws one, two or three layers of strokes in blue ink."""
     x, y = _grid(s)
     light = gray(blur(s.picture, 1))
     ink = outlines(s)
@@ -256,7 +263,7 @@ DRAWERS: dict[str, Callable[[Sheet], Tensor]] = {
 
 
 def draw(name: str, sheet: Sheet) -> Tensor:
-    """Draws the pictures [b, 3, S, S] in a style; ValueError for an unknown one."""
+    """Draws pictures in a style, [b, 3, S, S]. Raises ValueError if the style is unknown."""
     if name not in DRAWERS:
         raise ValueError(f"the toybox has no style {name!r}; choose from photo, {', '.join(DRAWERS)}")
     return DRAWERS[name](sheet).clamp(0, 1)

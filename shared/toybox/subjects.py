@@ -1,7 +1,7 @@
-"""Subjects, faces and styles for personalization, held out from training, in two splits.
+"""Defines subjects, faces and styles for personalization. They are held out from training and divided into two splits.
 
-Use "development" while working and "reporting" for final numbers. Every subject comes with distractors: other things of
-the same class and palette that differ from it only in pattern or identity.
+Use "development" while working and "reporting" for final numbers. Every subject comes with distractors, which are other
+things of the same class and palette that differ from it only in pattern or identity.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _STYLES = {
     "development": ("blueprint", "halftone", "stained glass", "thermal"),
     "reporting": ("duotone", "mosaic", "woodcut", "crosshatch"),
 }
-_PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "purple"))  # the faces' hair and shirt
+_PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "purple"))  # hair and shirt of the faces
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out subject: its name, the thing, and the things that it must not be mistaken for."""
+    """A held-out subject, and the distractors for which it must not be mistaken."""
 
     name: str
     thing: Thing
@@ -45,7 +45,7 @@ def styles(split: str) -> tuple[str, ...]:
 
 
 def _differ(a: Thing, b: Thing) -> bool:
-    """Tells whether two patterned things of one class and palette are clearly distinguishable."""
+    """Returns whether two patterned things of the same class and palette can clearly be distinguished."""
     assert a.pattern_seed is not None and b.pattern_seed is not None
     first, second = pattern(a.pattern_seed), pattern(b.pattern_seed)
     gap = float(np.abs(np.subtract(accents(a)[0], accents(b)[0])).sum())
@@ -84,7 +84,7 @@ def subjects(split: str) -> tuple[HeldOut, ...]:
 
 @lru_cache(maxsize=2)
 def faces(split: str) -> tuple[HeldOut, ...]:
-    """Returns the held-out identities of a split; the distractors have the same hair and shirt colors."""
+    """Returns the held-out faces of a split. Their distractors have the same hair and shirt colours."""
     _check(split)
     held_out = []
     for index, (hair, shirt) in enumerate(_PALETTES):
@@ -95,9 +95,11 @@ def faces(split: str) -> tuple[HeldOut, ...]:
 
 
 def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development") -> list[Scene]:
-    """Returns scenes for n photos of a thing as a user would take them: near the middle, from several sides, in several places.
+    """Returns scenes for n photos of a thing, like those that a user would take. The thing is near the middle of the
+    picture and seen from several sides, in several places.
 
-    The views cycle (front, left, behind, right, above, in between); backgrounds repeat only after all have been used.
+    The views cycle through front, left, back, right, above and front right. Backgrounds repeat only after all have been
+    used.
     """
     rng = np.random.default_rng([seed, SEEDS[split].start, 9])
     order = [BACKGROUNDS[i] for i in rng.permutation(len(BACKGROUNDS))]
@@ -114,14 +116,15 @@ def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development"
 
 
 def style_names() -> dict[str, str]:
-    """Returns the held-out styles by name: "development-stained-glass" -> "stained glass"."""
+    """Returns the held-out styles by full name, for example "stained glass" by "development-stained-glass"."""
     return {f"{split}-{style.replace(' ', '-')}": style for split in _STYLES for style in _STYLES[split]}
 
 
 def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
-    """Returns n scenes in one held-out style, each with a different plain thing in a different place, as in training.
+    """Returns n scenes in one held-out style, each with a plain thing of a different class in a different place.
 
-    Classes and backgrounds repeat only after all have been used. ValueError, with the choices, for an unknown style.
+    Classes and backgrounds repeat only after all have been used. Things and cameras are sampled as in training. Raises
+    ValueError, with the choices, if the style is unknown.
     """
     names = style_names()
     if name not in names:

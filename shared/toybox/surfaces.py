@@ -1,4 +1,4 @@
-"""Turns visible surfaces into pictures: the hits' values at their subpixels, and means over the subpixels of each pixel."""
+"""Turns visible surfaces into pictures. Writes the values of hits into subpixels, and averages these over pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPACING = 0.02  # distance between neighbouring points of a surface, for picture
 
 @dataclass(frozen=True)
 class HitImage:
-    """The hits of B scenes on pictures of S×S subpixels."""
+    """The hits of `count` scenes (B), on pictures of `side` × `side` (S × S) subpixels."""
 
     hits: Hits
     count: int
@@ -33,12 +33,13 @@ class HitImage:
 
 
 def halved(picture: Tensor) -> Tensor:
-    """Averages 2×2 pixels: [B, C, S, S] to [B, C, S / 2, S / 2]."""
+    """Averages blocks of 2×2 subpixels. Converts [B, C, S, S] to [B, C, S / 2, S / 2]."""
     rows = picture[..., ::2, :] + picture[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]) * 0.25
 
 
 def near_depth(depth: Tensor, mask: Tensor) -> Tensor:
-    """Averages the things' depth in each pixel, `FAR` where there are none: [B, 1, S, S] to [B, 1, S / 2, S / 2]."""
+    """Averages the depth of things within each pixel. Converts [B, 1, S, S] to [B, 1, S / 2, S / 2]. Pixels without a
+    thing get the depth `FAR`."""
     cover = halved(mask)
     return torch.where(cover > 0, halved(depth * mask) / cover.clamp_min(1e-6), torch.full_like(cover, FAR))

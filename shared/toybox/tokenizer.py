@@ -1,8 +1,8 @@
-"""The toybox's own CLIP tokenizer: every word of its world is one token.
+"""The toybox's own CLIP tokenizer, for which every word of the toybox world is one token.
 
-The vocabulary is a byte-pair encoding *trained to exhaustion* on a fixed word list: merges are learned until each
-listed word is a single symbol, so the merges replay to exactly one token per listed word (tested). Other text falls
-back to shorter symbols, down to single bytes, as in OpenAI's CLIP, so no text is ever unknown. It is an ordinary
+The vocabulary is a byte-pair encoding *trained to exhaustion* on a fixed word list. Merges are learned until each
+listed word is a single symbol, so each listed word becomes exactly one token (tested). Other text falls back to shorter
+symbols, down to single bytes, as in OpenAI's CLIP, so no text is ever unknown. The tokenizer is an ordinary
 ``transformers.CLIPTokenizer``; new tokens are added with ``add_tokens`` and the text model's
 ``resize_token_embeddings``.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_LENGTH = 32
-"""Tokens per prompt, including begin and end (``model_max_length``)."""
+"""The number of tokens per prompt, including begin and end (``model_max_length``)."""
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 
 RARE_TOKENS: tuple[str, ...] = ("sks", "zwx", "ohwx", "xjy", "qrt", "vbn", "hta", "olis", "pll", "ucd", "wvf", "zkm")
-"""Words without meaning in the world, one token each, for use as identifiers, as in DreamBooth."""
+"""Words without a meaning in the toybox world. Each is one token and can be used as an identifier, as in DreamBooth."""
 
 PROMPT_WORDS: tuple[str, ...] = tuple(
     """a an the of in on at with and or to from by is are this that its it one two three some no not my your
@@ -44,7 +44,7 @@ PROMPT_WORDS: tuple[str, ...] = tuple(
     spinning turning moving jumping walking bouncing waving slowly fast video clip blurry ugly low high quality
     sharp detailed""".split()  # noqa: SIM905 - readable as prose
 )
-"""Words that prompts use, whether or not the world's captions contain them."""
+"""Words that are used in prompts. Some of them do not occur in the toybox's captions."""
 
 _BYTES_PER_SYMBOL = 256
 
@@ -64,7 +64,7 @@ def world_words() -> list[str]:
     """Returns the words of the toybox's captions, the prompt words and the rare tokens, sorted and unique.
 
     Returns:
-        lower-case words made only of letters (others are split, as CLIP's pre-tokenizer does)
+        lower-case words that consist only of letters; other words are split, as CLIP's pre-tokenizer does
     """
     from shared.toybox import captions
 
@@ -72,7 +72,8 @@ def world_words() -> list[str]:
 
 
 def clean_words(words: Iterable[str]) -> list[str]:
-    """Splits at anything but ASCII letters, lower-cases, sorts, and drops duplicates."""
+    """Splits words at all characters except ASCII letters. Returns the parts in lower case, sorted and without
+    duplicates."""
     parts: set[str] = set()
     for word in words:
         spaced = "".join(c if c.isascii() and c.isalpha() else " " for c in word.lower())
@@ -81,12 +82,12 @@ def clean_words(words: Iterable[str]) -> list[str]:
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Learns byte-pair merges that turn each of ``words`` into one symbol (Sennrich et al., arXiv 1508.07909, to exhaustion).
+    """Learns byte-pair merges (Sennrich et al., arXiv 1508.07909) until each of ``words`` is one symbol.
 
     Ties are broken alphabetically, so the result depends only on the words.
 
     Returns:
-        merges in the order in which they apply
+        the merges, in the order in which they are applied
     """
     pieces = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
     merges: list[tuple[str, str]] = []
@@ -110,12 +111,13 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build(words: Sequence[str] | None = None) -> CLIPTokenizer:
-    """Builds the tokenizer for ``words`` (by default those of the world); equal words give equal tokenizers.
+    """Builds the tokenizer for ``words``. The same words always give the same tokenizer.
 
-    Ids: 256 bytes, 256 bytes at a word's end, the merges in order, begin, end. Padding is the end token, as in CLIP.
+    The ids are assigned in this order: 256 bytes, 256 bytes at the end of a word, the merges, the begin token and the
+    end token. The end token is also used for padding, as in CLIP.
 
     Args:
-        words: words that become one token each; passed through ``clean_words``
+        words: words that become one token each, after ``clean_words``. If None, those of ``world_words``.
 
     Returns:
         a ``CLIPTokenizer`` with ``model_max_length`` of ``MAX_LENGTH``
@@ -135,7 +137,8 @@ def _vocab_and_merges(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[
 
 
 def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes ``tokenizer.json`` and its config, and ``vocab.json`` with ``merges.txt`` for older transformers."""
+    """Writes ``tokenizer.json`` and its config. Also writes ``vocab.json`` and ``merges.txt``, for older
+    transformers."""
     tokenizer.save_pretrained(str(folder))
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -144,5 +147,5 @@ def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def is_one_token(tokenizer: CLIPTokenizer, word: str) -> bool:
-    """Tells whether ``word`` is a single token between begin and end."""
+    """Returns whether ``word`` is tokenized as a single token between begin and end."""
     return len(tokenizer(word)["input_ids"]) == 3

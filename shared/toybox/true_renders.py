@@ -1,4 +1,4 @@
-"""Renders a thing exactly as it is, for the prompts of a recipe's pictures: what a perfect model would generate."""
+"""Renders the pictures that a perfect model would generate for a recipe's prompts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from shared.toybox.world import Scene, Thing, sample_camera, sample_scene
 def asked_scenes(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> list[Scene]:
-    """Samples one scene for each entry of `asked`, which contains the attributes that the picture must show (`background`,
-    `view`, `accessory`, `style`, as the recognizer names them); the rest is random, as in `sample_scene`.
+    """Samples one scene for each entry of `asked`. An entry contains the attributes that the picture must show
+    (`background`, `view`, `accessory` and `style`, as the recognizer names them). The rest is random, as in
+    `sample_scene`.
 
-    pose: the seed of the pose and place that all scenes share; None: each scene has its own.
+    pose: the seed of the pose and position that all scenes share. If None, each scene has its own.
     """
     rng = np.random.default_rng([seed, 12])
     one = None if pose is None else sample_camera(np.random.default_rng([pose, 13]))
@@ -38,13 +39,13 @@ def asked_scenes(
 def asked_pictures(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> Tensor:
-    """Renders `asked_scenes` as pictures `[N, 3, 64, 64]` in [-1, 1]."""
+    """Renders the scenes of `asked_scenes` as pictures `[N, 3, 64, 64]` in [-1, 1]."""
     return render(asked_scenes(thing, asked, seed, pose, split)).pixels * 2 - 1
 
 
 @lru_cache(maxsize=1)
 def drawing_code() -> str:
-    """Returns a hash of the drawing code: when it changes, measurements of true pictures are no longer reused."""
+    """Returns a hash of the drawing code. When it changes, measurements of true pictures are no longer reused."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())

@@ -1,4 +1,4 @@
-"""Locates the toybox's weights and reads the sampling settings from its card."""
+"""Locates the toybox's weights, and reads the recommended sampling settings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def backbone_path() -> Path:
-    """Returns the shipped diffusers folder.
+    """Returns the folder of the shipped diffusers pipeline.
 
     Raises:
-        ValueError: this installation has none
+        ValueError: if this installation does not have it
     """
     folder = WEIGHTS / "backbone"
     if not (folder / "model_index.json").is_file():
@@ -22,16 +22,16 @@ def backbone_path() -> Path:
 
 
 def sampling_defaults() -> dict[str, Any]:
-    """Reads the `guidance` and `steps` recommended for the shipped model (``weights/sampling.json``)."""
+    """Returns the `guidance` and `steps` that are recommended for the shipped model (``weights/sampling.json``)."""
     path = WEIGHTS / "sampling.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"guidance": 4.0, "steps": 25}
 
 
 def motion_adapter_path() -> Path:
-    """Returns the shipped motion module: a diffusers `MotionAdapter` folder for the backbone's U-Net.
+    """Returns the folder of the shipped motion module, a diffusers `MotionAdapter` for the backbone's U-Net.
 
     Raises:
-        ValueError: this installation has none
+        ValueError: if this installation does not have it
     """
     folder = WEIGHTS / "motion_adapter"
     if not (folder / "config.json").is_file():

@@ -1,8 +1,7 @@
-"""The toybox world: its vocabularies, and the scenes drawn from it.
+"""Defines the vocabularies of the toybox world, and samples scenes from it.
 
 Angles are in degrees. At azimuth 0 the camera sees a thing's front, at 90 its left side; at elevation 90 it looks down
-from above.
-Positions and sizes are fractions of the picture.
+from above. Positions and sizes are fractions of the picture.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ VIEWS = ("front", "side", "back", "above")
 ACCESSORIES = ("none", "red hat", "yellow crown", "pink glasses", "rainbow scarf")
 STYLES = ("photo", "pencil sketch", "watercolor painting", "pixel art", "cartoon", "neon")
 
-# Pattern and identity seeds of the splits: disjoint by construction, and few enough that training sees each of its own
-# seeds several times in different colors and places.
+# The pattern and identity seeds of each split. The ranges are disjoint. The range for training is so small that each of
+# its seeds occurs several times, in different colours and places.
 SEEDS = {
     "train": range(0, 20_000),
     "development": range(1_000_000, 1_010_000),
@@ -71,9 +70,11 @@ RGB = {
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: its class, its two colors, the seed of its pattern and proportions (None: plain), and its accessory.
+    """An object in a scene.
 
-    identity: for a face, IDENTITY_SIZE numbers in [-1, 1]; None for everything else.
+    main, second: its two colours
+    pattern_seed: the seed of its pattern and proportions, or None for a plain thing
+    identity: for a face, IDENTITY_SIZE numbers in [-1, 1]; None for everything else
     """
 
     class_name: str
@@ -93,14 +94,15 @@ class Thing:
             if value not in choices:
                 raise ValueError(f"the toybox has no {value!r}; choose from {', '.join(choices)}")
         if self.main == self.second:
-            raise ValueError(f"main and second color must differ, both are {self.main!r}")
+            raise ValueError(f"main and second colour must differ, but both are {self.main!r}")
         if (self.class_name == "face") != (self.identity is not None):
             raise ValueError("faces must have an identity, and other things must not")
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A thing's viewpoint and its place in the picture: x right and y down from the centre.
+    """The viewpoint from which a thing is seen, and its position in the picture. x points right and y down from the
+    centre.
 
     At scale 1, the thing nearly fills the picture.
     """
@@ -122,7 +124,7 @@ class Camera:
 
     @property
     def view_is_clear(self) -> bool:
-        """Tells whether the view is far enough from the boundaries between views to be named in a caption."""
+        """Whether the view is far enough from the boundaries between views to be named in a caption."""
         turn = abs((self.azimuth_deg + 180) % 360 - 180)
         if self.elevation_deg >= 52:
             return True
@@ -131,9 +133,11 @@ class Camera:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: one or two things, the left one first, each with its camera; `seed` determines background and light.
+    """The content of a picture. It shows one or two things, each with its own camera; the left one comes first.
 
-    pan: how far the background has moved to the right, in fractions of the picture, because the camera has moved to its right.
+    seed: determines the details of the background and the light
+    pan: the shift of the background to the right, in fractions of the picture, because the camera has moved to its
+        right
     """
 
     things: tuple[Thing, ...]
@@ -150,7 +154,7 @@ class Scene:
 
 
 def identity_of(seed: int) -> tuple[float, ...]:
-    """Returns the identity vector of a face: IDENTITY_SIZE numbers in [-1, 1]."""
+    """Returns the identity vector of a face, IDENTITY_SIZE numbers in [-1, 1]."""
     values = np.random.default_rng([seed, 7]).uniform(-1, 1, IDENTITY_SIZE)
     return tuple(round(float(v), 4) for v in values)
 
@@ -161,7 +165,10 @@ def _choose(rng: np.random.Generator, values: tuple[str, ...], but: tuple[str, .
 
 
 def sample_thing(rng: np.random.Generator, split: str = "train", **fixed: Any) -> Thing:
-    """Samples a random thing. fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity."""
+    """Samples a random thing.
+
+    fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity
+    """
     name = fixed.get("class_name") or _choose(rng, CLASSES)
     main = fixed.get("main") or _choose(rng, COLORS, (fixed.get("second", ""),))
     second = fixed.get("second") or _choose(rng, COLORS, (main,))
@@ -179,7 +186,7 @@ def sample_thing(rng: np.random.Generator, split: str = "train", **fixed: Any) -
 
 
 def sample_camera(rng: np.random.Generator, view: str | None = None) -> Camera:
-    """Samples a random camera; if `view` is set, one that clearly shows it."""
+    """Samples a random camera. If `view` is set, the camera clearly shows this view."""
     if view is None and rng.random() < 0.75:
         view = VIEWS[int(rng.choice(4, p=(0.3, 0.28, 0.25, 0.17)))]
     low = float(np.clip(abs(rng.normal(14, 10)), 0, 35))
@@ -206,7 +213,7 @@ def sample_camera(rng: np.random.Generator, view: str | None = None) -> Camera:
 def _pair(
     rng: np.random.Generator, split: str, fixed: dict[str, Any]
 ) -> tuple[tuple[Thing, Thing], tuple[Camera, Camera]]:
-    """Samples two things of different classes side by side, the left one first."""
+    """Samples two things of different classes, which are side by side. The left one comes first."""
     first = sample_thing(rng, split, **{"accessory": "none", **fixed})
     other = _choose(rng, CLASSES, (first.class_name,))
     second = sample_thing(rng, split, class_name=other, accessory="none")
@@ -228,10 +235,11 @@ def _pair(
 
 
 def sample_scene(rng: np.random.Generator, split: str = "train", **fixed: Any) -> Scene:
-    """Samples a random scene of a split ("train", "development", "reporting": the source of its pattern and identity seeds).
+    """Samples a random scene.
 
+    split: "train", "development" or "reporting", which determines the range of its pattern and identity seeds
     fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity, thing (a complete Thing),
-    background, view, camera, style, two (bool), seed.
+        background, view, camera, style, two (bool), seed
     """
     known = {
         "class_name",

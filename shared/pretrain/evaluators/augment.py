@@ -1,7 +1,8 @@
-"""Augments rendered pictures for training evaluators: shifts, blur and noise, as batched tensor operations.
+"""Augments rendered pictures for training evaluators.
 
-These imitate the small errors of a VAE and a diffusion model, so that the evaluators stay accurate on generated pictures.
-A batch is split into groups, each of which shares one shift and one blur, so that both are plain batched operations.
+The shifts, blurs, tones and noise imitate the small errors of a VAE and a diffusion model, so that the evaluators stay
+accurate on generated pictures. A batch is split into groups. All pictures of a group get the same shift and the same
+blur, so that both are plain batched operations.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ GROUPS = 8
 
 
 def from_bytes(pictures: np.ndarray) -> Tensor:
-    """Converts uint8 `[B, H, W, 3]` to float `[B, 3, H, W]` in [0, 1]."""
+    """Converts pictures from uint8 `[B, H, W, 3]` to float `[B, 3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255.0
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
-    """Converts float `[B, 3, H, W]` in [0, 1] to uint8 `[B, H, W, 3]`."""
+    """Converts pictures from float `[B, 3, H, W]` in [0, 1] to uint8 `[B, H, W, 3]`."""
     return (pixels.clamp(0, 1) * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
-    """Degrades `[B, 3, H, W]` in [0, 1]: shifts by up to `shift` pixels, blurs or lowers the resolution (or neither), changes
-    the tone, and adds noise."""
+    """Degrades pictures (`[B, 3, H, W]` in [0, 1]). Shifts them by up to `shift` pixels, changes their tone and adds
+    noise. Half of the groups are also blurred or reduced in resolution."""
     groups = []
     for group in pixels.chunk(GROUPS):
         group = _shift(group, generator, shift)
@@ -40,7 +41,7 @@ def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
 
 
 def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Blurs `[B, 3, H, W]` with a Gaussian of 5 taps per axis; `sigma` is in pixels."""
+    """Blurs pictures `[B, 3, H, W]` with a Gaussian of 5 taps per axis. `sigma` is in pixels."""
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma) ** 2)
     taps = (taps / taps.sum()).to(pixels)
     padded = F.pad(pixels, (2, 2, 2, 2), mode="replicate")

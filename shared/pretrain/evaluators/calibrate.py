@@ -1,7 +1,7 @@
-"""Chooses how poses are compared and measures the instruments' typical readings: `pcs toybox calibrate`.
+"""Chooses how poses are compared, and measures the instruments' typical readings (`pcs toybox calibrate`).
 
-Repeat it whenever the evaluators or the autoencoder change. Only things from the training split are used, so that no
-held-out thing influences the choice of checkpoints or instruments.
+This must be repeated whenever the evaluators or the autoencoder change. Only things from the training split are used,
+so that no held-out thing influences the choice of checkpoints or instruments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shared.toybox.true_renders import asked_scenes
 
 #: The crops on which each encoder of `pose_encoders` is tried.
 CROPS = (CropSettings(1.35, 24), CropSettings(1.6, 24))
-PLACES = ("beach", "snow", "grass", "white studio")  # one prompt each
+PLACES = ("beach", "snow", "grass", "white studio")  # backgrounds, one per prompt
 VIEWS = 6  # pictures per prompt
 
 
@@ -39,7 +39,7 @@ class _Sets:
 
     pictures: `[N, 3, 64, 64]` in [-1, 1], encoded and decoded by the autoencoder
     where: `[N, 8, 8]`, the probability that a cell shows the thing
-    prompts: one per picture
+    prompts: the prompt of each picture
     """
 
     pictures: dict[str, Tensor]
@@ -48,10 +48,11 @@ class _Sets:
 
 
 def calibrate(things: int = 12, seed: int = 0, out: Path = WEIGHTS / CALIBRATION) -> Iterator[str]:
-    """Tries every encoder on every kind of crop and writes the best pair, with the typical readings, to `out`.
+    """Tries every encoder with every kind of crop, and writes the best pair and the typical readings to `out`.
 
-    The best pair is the one whose measured freedoms have the smallest error on pictures of known freedom: 1 for other random
-    views, 0 for one pose at varying positions and for shifted copies of one picture. Yields lines to print.
+    The best pair measures freedom with the smallest error on pictures whose freedom is known. It is 1 for another set
+    of random views, and 0 both for one pose at varying positions and for shifted copies of one picture. Yields lines to
+    print.
     """
     instruments, vae = load_toybox(), load_vae(WEIGHTS / "backbone" / "vae")
 
@@ -89,14 +90,14 @@ def _line(found: dict[str, float]) -> str:
 
 
 def _thing(rng: np.random.Generator, number: int) -> world.Thing:
-    """Draws a random thing; the number cycles through all classes except faces."""
+    """Draws a random thing. Consecutive numbers cycle through all classes except faces."""
     names = [c for c in world.CLASSES if c != "face"]
     return world.sample_thing(rng, "train", class_name=names[number % len(names)], pattern=True, accessory="none")
 
 
 def _drawn(thing: world.Thing, seed: Sequence[int], through: Any, instruments: Instruments) -> _Sets:
-    """Draws two sets of random views, one pose at a fixed and at varying positions, and shifted copies of one picture per
-    prompt."""
+    """Draws five sets of pictures: random views (`free`), other random views (`other`), one pose (`fixed`), the same
+    pose at varying positions (`places`), and shifted copies of one picture per prompt (`shifted`)."""
     asked = [{"background": place} for place in PLACES for _ in range(VIEWS)]
     four = [{"background": place} for place in PLACES for _ in range(4)]
     number, pose = int(1000 * seed[0] + seed[1]), 50_000 + int(seed[1])
@@ -122,7 +123,8 @@ def _drawn(thing: world.Thing, seed: Sequence[int], through: Any, instruments: I
 
 
 def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int = 8) -> Tensor:
-    """Shifts each of `[N, 3, H, W]` `copies` times by up to `most` pixels, replicating borders: `[N * copies, ...]`."""
+    """Copies each picture of `[N, 3, H, W]` `copies` times and shifts each copy randomly by up to `most` pixels,
+    replicating borders. Returns `[N * copies, 3, H, W]`."""
     height, width = pixels.shape[2:]
     padded = torch.nn.functional.pad(pixels, (most,) * 4, mode="replicate")
     out = []
@@ -134,8 +136,9 @@ def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int
 
 
 def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) -> dict[str, float]:
-    """Returns the mean distances `free` and `fixed`, and the other sets' freedoms on each thing's range, averaged over
-    things. `error` is the root mean square deviation of these freedoms from the correct values (1, 0 and 0)."""
+    """Returns the mean distances within the sets `free` and `fixed`, and the freedoms of the other sets, averaged over
+    things. For each thing, freedom is 1 at the distance of `free` and 0 at that of `fixed`. `error` is the root mean
+    square deviation of the freedoms from the correct values (1, 0 and 0)."""
     distances: dict[str, list[float]] = {}
     for of in sets:
         for name, pixels in of.pictures.items():
@@ -151,8 +154,8 @@ def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) ->
 
 
 def _likeness(things: Sequence[world.Thing], seed: int, through: Any, instruments: Instruments) -> tuple[float, float]:
-    """Returns two mean likenesses to a thing's five references: for new pictures of the thing, and for pictures of another
-    thing with the same class and colours."""
+    """Returns the mean likeness to a thing's five references, first of new pictures of the thing, then of pictures of
+    another thing with the same class and colours."""
     assert instruments.identity is not None
     same, other = [], []
     for number, thing in enumerate(things):

@@ -1,4 +1,5 @@
-"""Training pictures for the evaluators: the backbone's dataset and, for the identity encoder, things seen from many views."""
+"""Provides training pictures for the evaluators. The identity encoder is trained on things rendered from many views,
+and the other evaluators on the backbone's data set."""
 
 from __future__ import annotations
 
@@ -24,8 +25,14 @@ VIEWS_PER_THING = 4  # maximum number of views of a thing in a batch
 
 @dataclass(frozen=True)
 class Pictures:
-    """The dataset: pixels uint8 `[N, 64, 64, 3]`, packed masks uint8 `[N, 64, 8]`, labels `[N]` (-1: undefined), each
-    picture's captions, and the names of the labels' values.
+    """The pictures of a data set, with their masks, labels and captions.
+
+    pixels: uint8 `[N, 64, 64, 3]`
+    packed: uint8 `[N, 64, 8]`, the masks with 8 pixels per byte
+    labels: by attribute, int64 `[N]`, indices into `values`, -1 if undefined
+    captions: the captions of each picture
+    values: by attribute, the names of its values
+    reconstructions: uint8 `[M, 64, 64, 3]`, the first M pictures, encoded and decoded by the VAE
     """
 
     pixels: np.ndarray
@@ -37,9 +44,9 @@ class Pictures:
 
     @classmethod
     def load(cls, folder: Path, reconstructions: Path | None = None) -> Pictures:
-        """Reads the finished part of a `shared.pretrain.toybox.dataset` folder.
+        """Reads the finished part of a data set in a folder written by `shared.pretrain.toybox.dataset`.
 
-        reconstructions: an .npy file of its first pictures, encoded and decoded by the VAE
+        reconstructions: an .npy file with the first pictures of the data set, encoded and decoded by the VAE
         """
         stems = [path.name.removesuffix(".captions.jsonl") for path in sorted(folder.glob("chunk-*.captions.jsonl"))]
         if not stems:
@@ -58,7 +65,7 @@ class Pictures:
         return cls(pixels, packed, labels, captions, attribute_values(), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> tuple[np.ndarray, Tensor]:
-        """Draws random rows `[count]` and their pictures `[count, 3, 64, 64]` in [0, 1]."""
+        """Draws random rows. Returns their indices, `[count]`, and pictures, `[count, 3, 64, 64]` in [0, 1]."""
         rows = _often_reconstructed(
             torch.randint(len(self.pixels), (count,), generator=generator), self.reconstructions, 1
         )
@@ -66,11 +73,11 @@ class Pictures:
         return rows, _read(self.pixels, self.reconstructions, rows, generator)
 
     def masks(self, rows: np.ndarray) -> Tensor:
-        """Returns the things' masks in the pictures of `rows`: float `[n, 1, 64, 64]`, 0 or 1."""
+        """Returns the masks of the things in the pictures of `rows`, float `[n, 1, 64, 64]`, 0 or 1."""
         return torch.from_numpy(np.unpackbits(self.packed[rows], axis=-1)).float()[:, None]
 
     def draw_captions(self, rows: np.ndarray, generator: Generator) -> list[str]:
-        """Draws one of the captions of each row."""
+        """Draws one caption for each row."""
         draws = torch.randint(1 << 30, (len(rows),), generator=generator).tolist()
         return [
             str(self.captions[row][draw % len(self.captions[row])])
@@ -80,11 +87,14 @@ class Pictures:
 
 @dataclass(frozen=True)
 class IdentityPictures:
-    """Groups of things that share a class and palette but differ in pattern or, if they are faces, in identity.
+    """Pictures of groups of things that share a class and palette but differ in pattern or, if they are faces, in
+    identity.
 
     pixels: uint8 `[groups, things, views, 64, 64, 3]`
     kinds: int64 `[groups * things]`, the kind of each thing's pattern, -1 for faces
-    numbers: float32 `[groups * things, K]`, the remaining parameters of the pattern or face, as returned by `individual`
+    numbers: float32 `[groups * things, K]`, the remaining parameters of the pattern or face, as returned by
+        `individual`
+    reconstructions: uint8 `[M, 64, 64, 3]`, the first M pictures, encoded and decoded by the VAE
     """
 
     pixels: np.ndarray
@@ -108,7 +118,7 @@ class IdentityPictures:
         return cls(pixels, np.array(kinds), np.array(numbers, np.float32), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> Drawn:
-        """Draws about `count` pictures in complete groups; `vary` changes each group as a whole."""
+        """Draws about `count` pictures in complete groups, and applies `vary` to each group."""
         total, things, views = self.pixels.shape[:3]
         shown = min(VIEWS_PER_THING, views)
         groups = max(1, count // (things * shown))
@@ -131,7 +141,7 @@ class Drawn:
     labels: `[B]`, the index of the thing in each picture
     groups: the number of groups; each consists of the same number of consecutive rows
     pixels: `[B, 3, 64, 64]` in [0, 1]
-    channels: `[B, 3]`, the rendered channel that each colour channel was taken from
+    channels: `[B, 3]`, the rendered channel from which each colour channel was taken
     """
 
     labels: Tensor
@@ -141,17 +151,18 @@ class Drawn:
 
 
 def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Makes new things out of rendered ones: randomly mirrors each group of pictures and permutes its colour channels.
+    """Makes new things out of rendered ones. Each group of pictures is randomly mirrored, and its colour channels are
+    randomly permuted.
 
-    The things within a group still differ as before. Without this variation, the encoder would memorize the few thousand
-    rendered things. Faces keep their colours, which are part of their identity.
+    The things within a group still differ as before. Without this variation, the encoder would memorise the few
+    thousand rendered things. Faces keep their colours, which are part of their identity.
 
     Args:
         pixels: `[groups * n, 3, H, W]`
         faces: bool `[groups]`, whether a group shows faces
 
     Returns:
-        the pictures, and the rendered channel that each colour channel was taken from, `[groups, 3]`
+        the pictures, and the rendered channel from which each colour channel was taken, `[groups, 3]`
     """
     kept = torch.arange(3).expand(groups, 3)
     mixed = torch.rand(groups, 3, generator=generator).argsort(1)
@@ -169,8 +180,9 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
     """Describes what distinguishes a thing from others of its class and palette.
 
     Returns:
-        the kind of its pattern (-1 for a face), and 27 numbers: the pattern's two accent colours, coverage (centred) and
-        proportions, then a face's identity vector; those that do not apply are NaN
+        the kind of its pattern (-1 for a face), and 27 numbers. The numbers describe the pattern's two accent colours,
+        its coverage (centred) and its proportions, followed by a face's identity vector. Numbers that do not apply are
+        NaN.
     """
     if thing.identity is not None:
         return -1, [float("nan")] * 11 + list(thing.identity)
@@ -182,13 +194,14 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
 
 
 def accents_as_shown(numbers: Tensor, channels: Tensor) -> Tensor:
-    """Permutes the accent colours in `numbers` `[B, K]` (see `individual`) the way `vary` permuted the `channels` `[B, 3]`."""
+    """Permutes the accent colours in `numbers` (`[B, K]`, see `individual`) by `channels` (`[B, 3]`, as returned by
+    `vary`)."""
     first, second = numbers[:, :3].gather(1, channels), numbers[:, 3:6].gather(1, channels)
     return torch.cat([first, second, numbers[:, 6:]], 1)
 
 
 def attribute_values() -> dict[str, tuple[str, ...]]:
-    """Returns the names of each attribute's values; labels are indices into them."""
+    """Returns the names of each attribute's values. The labels are indices into these names."""
     return {
         "class": world.CLASSES,
         "main": world.COLORS,
@@ -201,9 +214,9 @@ def attribute_values() -> dict[str, tuple[str, ...]]:
 
 
 def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Makes targets `[N]` from the dataset's label columns.
+    """Converts the label columns of a data set to training targets, `[N]` per attribute.
 
-    Views without a clear name are undefined (-1). For pictures of two things, everything but background and style is undefined.
+    A view without a clear name is undefined (-1). In pictures of two things, only background and style are defined.
     """
     labels = {name: columns[name].astype(np.int64).copy() for name in attribute_values()}
     for name, values in labels.items():
@@ -214,8 +227,8 @@ def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int = 8, seed: int = 0) -> None:
-    """Renders the identity encoder's training pictures into `folder`, which can be read while it grows. An interrupted
-    build is resumed by the next call.
+    """Renders the identity encoder's training pictures into `folder`. The pictures can be read while more are rendered.
+    An interrupted build is resumed by the next call.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts_path, path = folder / "identity.json", folder / "pixels.npy"
@@ -239,7 +252,8 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
 
 
 def sample_group(rng: np.random.Generator, things: int, views: int, split: str = "train") -> list[list[world.Scene]]:
-    """Samples scenes `[things][views]`. The things share a class and palette but differ in pattern (faces: in identity)."""
+    """Samples a group of things, and a list of scenes (`views`) for each. The things share a class and palette but
+    differ in pattern or, if they are faces, in identity."""
     first = world.sample_thing(rng, split, pattern=True, accessory="none")
     fixed = {"class_name": first.class_name, "main": first.main, "second": first.second, "pattern": True}
     scenes = []
@@ -255,7 +269,8 @@ def _open(path: Path | None) -> np.ndarray | None:
 
 
 def _often_reconstructed(rows: Tensor, reconstructions: np.ndarray | None, size: int) -> Tensor:
-    """Replaces every second row with one that has reconstructions, because few may have them. A row is `size` pictures."""
+    """Replaces every second row with a row that has reconstructions, because these may be rare. A row has `size`
+    pictures."""
     if reconstructions is None:
         return rows
     return torch.where(torch.arange(len(rows)) % 2 == 0, rows, rows % max(1, len(reconstructions) // size))

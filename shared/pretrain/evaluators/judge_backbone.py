@@ -1,4 +1,5 @@
-"""Tests the shipped backbone against bars: the recognizer checks whether pictures show what random full captions say.
+"""Tests the shipped backbone against minimum scores (bars). The recognizer checks whether pictures show what captions
+describe.
 
 `python -m shared.pretrain.evaluators.judge_backbone --backbone FOLDER --out judge.json`
 """
@@ -40,16 +41,21 @@ def judge_backbone(
 ) -> dict[str, Any]:
     """Measures a toybox `StableDiffusionPipeline` against the bars.
 
-    `n` random captions name class, both colours, background and view (and accessory and style if any); `n // 4` more name
-    an accessory, and `n // 4` more a style. One picture is generated per caption, without selection.
+    `n` random captions name class, both colours, background and view, as well as the accessory and style if there are
+    any. In addition, `n // 4` captions always name an accessory, and another `n // 4` a style. One picture is generated
+    per caption, without selection.
 
     Returns:
-        settings, `scores` (fractions; PSNR in dB; KID between generated pictures and fresh renders, and between two sets of
-        renders as its floor), `instrument` (the same fractions on renders of the same scenes: the ceiling), `bars` (value,
-        bar, met), `met` (whether all are met), `seconds`
+        a dictionary with the settings and these entries: `scores`: the fractions recognised correctly, the PSNR in dB,
+        and the KID between generated pictures and new renders,
+            with the KID between two sets of renders as its floor
+        `instrument`: the same fractions on renders of the same scenes, which are the ceiling
+        `bars`: for each bar, `value`, `bar` and `met`
+        `met`: whether all bars are met
+        `seconds`: the duration of the measurement
     """
     if n < 8:
-        raise ValueError(f"n: {n} captions are too few: give at least 8")
+        raise ValueError(f"n: {n} captions are too few; at least 8 are needed")
     started = time.monotonic()
     scenes, texts = captions(n, seed)
     pictures = generate(pipeline, texts, guidance, steps, seed, batch_size)
@@ -74,7 +80,8 @@ def judge_backbone(
 
 
 def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
-    """Samples `n` scenes of one thing with full captions, `n // 4` more with an accessory, and `n // 4` with a style."""
+    """Samples `n` scenes of one thing with full captions, `n // 4` more with an accessory, and `n // 4` with a
+    style."""
     rng = np.random.default_rng([seed, 101])
     scenes = []
     for index in range(n + 2 * (n // 4)):
@@ -92,7 +99,8 @@ def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
 def generate(
     pipeline: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 32
 ) -> Tensor:
-    """Generates one picture per text: `[n, 3, H, W]` in [0, 1]. Each has its own seed, so the batch size does not matter."""
+    """Generates one picture per text, `[n, 3, H, W]` in [0, 1]. Each has its own seed, so the batch size has no
+    effect."""
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)
     parts = []
@@ -107,7 +115,7 @@ def generate(
 
 
 def render_all(scenes: Sequence[world.Scene], batch_size: int = 32) -> Tensor:
-    """Renders scenes to `[n, 3, 64, 64]` in [0, 1]."""
+    """Renders scenes to pictures, `[n, 3, 64, 64]` in [0, 1]."""
     return torch.cat(
         [render(list(scenes[i : i + batch_size])).pixels.float().cpu() for i in range(0, len(scenes), batch_size)]
     )
@@ -130,8 +138,8 @@ def truth(scene: world.Scene) -> dict[str, str]:
 def attribute_scores(
     recognizer: Recognizer, scenes: Sequence[world.Scene], n: int, pictures: Tensor
 ) -> dict[str, float]:
-    """Returns the fractions recognised correctly: accessory and style over the scenes that have one, the others over the
-    first `n` scenes.
+    """Returns the fraction of scenes in which each attribute is recognised correctly. Accessory and style are scored on
+    all scenes that have one, and the other attributes on the first `n` scenes.
     """
     found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]
     right = {name: np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)]) for name in found}
@@ -146,8 +154,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """Computes the KID between `pictures` and `fresh` renders, on the features of the recognizer and of CLIP. Keys
-    that end in `_floor` hold the same for `others`, which are also renders.
+    """Computes the KID between `pictures` and the renders `fresh`, on the features of the recognizer and of CLIP. Keys
+    that end in `_floor` contain the KID between `others`, which are also renders, and `fresh`.
     """
     clip, _ = load_clip()
     result = {}
@@ -160,8 +168,8 @@ def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: T
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """Returns the Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401): the unbiased MMD² of features `[n, D]` and
-    `[m, D]` with a cubic kernel.
+    """Returns the Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401), which is the unbiased MMD² of
+    features `[n, D]` and `[m, D]` with a cubic kernel.
     """
     x, y = x.double(), y.double()
 

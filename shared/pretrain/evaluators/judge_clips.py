@@ -1,4 +1,5 @@
-"""Tests the toybox's motion module against bars: clips must match their captions, and things must keep their appearance."""
+"""Tests the toybox's motion module against minimum scores (bars). Clips must match their captions, and things must keep
+their appearance."""
 
 from __future__ import annotations
 
@@ -28,19 +29,25 @@ _ALIKE = 0.05  # share of true clips whose first and last frames are less simila
 def judge_clips(
     pipe: Any, n: int = 128, guidance: float = 4.0, steps: int = 25, seed: int = 0, batch_size: int = 4
 ) -> dict[str, Any]:
-    """Measures a toybox `AnimateDiffPipeline` against the bars, with one clip of 16 frames for each of `n` random captions.
+    """Measures a toybox `AnimateDiffPipeline` against the bars, with one clip of 16 frames for each of `n` random
+    captions.
 
-    Captions cycle through the motions. Class and background are read from the recognizer's frame-averaged probabilities, the
-    motion from the estimated path. The true clips are renders of the same scenes, encoded and decoded by the autoencoder. The
-    first and last frames agree if their similarity, according to the identity encoder, reaches the level that 95 % of the true
-    clips reach. `still` is the share of clips in which nothing moves.
+    Captions cycle through the motions. Class and background are read from the recognizer's probabilities, averaged over
+    frames; the motion is read from the estimated path. The true clips are renders of the same scenes, encoded and
+    decoded by the autoencoder. The first and last frames agree if their similarity, according to the identity encoder,
+    reaches the level that 95 % of the true clips reach. `still` is the share of clips in which nothing moves.
 
     Returns:
-        settings, `scores`, `instrument` (the scores of the true clips: the ceiling), `bars`, `met`, `confusions` of motions,
-        `seconds`
+        a dictionary with the settings and these entries:
+        `scores`: the shares of clips read correctly
+        `instrument`: the scores of the true clips, which are the ceiling
+        `bars`: for each bar, `value`, `bar` and `met`
+        `met`: whether all bars are met
+        `confusions`: the most common confusions of motions
+        `seconds`: the duration of the measurement
     """
     if n < len(MOTIONS):
-        raise ValueError(f"n: {n} captions are too few: give at least {len(MOTIONS)}, one for each motion")
+        raise ValueError(f"n: {n} captions are too few; at least {len(MOTIONS)} are needed, one for each motion")
     started = time.monotonic()
     moving, texts = clip_captions(n, seed)
     made = _Read.of(generate(pipe, texts, guidance, steps, seed, batch_size))
@@ -63,7 +70,8 @@ def judge_clips(
 
 
 def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
-    """Samples `n` clips and their full captions, cycling through the captioned motions, in photo style without accessories."""
+    """Samples `n` clips and their full captions, cycling through the captioned motions, in photo style without
+    accessories."""
     rng, motions = np.random.default_rng([seed, 107]), tuple(MOTIONS.values())
     moving = [
         sample_moving(rng, motions[i % len(motions)], FRAMES, style="photo", accessory="none", pattern=False)
@@ -76,7 +84,8 @@ def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
 def generate(
     pipe: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 4
 ) -> list[Tensor]:
-    """Generates one clip `[16, 3, H, W]` in [0, 1] per text. Each has its own seed, so the batch size does not matter."""
+    """Generates one clip per text, `[16, 3, H, W]` in [0, 1]. Each has its own seed, so the batch size has no
+    effect."""
     pipe.set_progress_bar_config(disable=True)
     clips: list[Tensor] = []
     for start in range(0, len(texts), batch_size):
@@ -97,7 +106,7 @@ class _Read:
         self.classes: list[str] = []
         self.backgrounds: list[str] = []
         self.motions: list[str] = []
-        self.alike: list[float] = []  # cosine similarities of first and last frames
+        self.alike: list[float] = []  # cosine similarities between the first and the last frame
 
     @classmethod
     def of(cls, clips: Sequence[Tensor]) -> _Read:
@@ -113,7 +122,8 @@ class _Read:
         return read
 
     def scores(self, moving: Sequence[MovingScene], least: float) -> dict[str, float]:
-        """Returns the shares of correct readings; `least`: the minimum cosine at which first and last frames agree."""
+        """Returns the shares of correct readings. First and last frames agree if their similarity is at least
+        `least`."""
         right = {
             "class": [a == m.scene.things[0].class_name for a, m in zip(self.classes, moving, strict=True)],
             "background": [a == m.scene.background for a, m in zip(self.backgrounds, moving, strict=True)],

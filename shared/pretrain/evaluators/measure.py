@@ -1,4 +1,4 @@
-"""Measures the evaluators' accuracies on fresh renders and on VAE reconstructions of them."""
+"""Measures the accuracy of the evaluators on new renders, optionally degraded by the VAE."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def _rendered(scenes: tuple[world.Scene, ...]) -> Tensor:
 
 
 def render_all(scenes: Sequence[world.Scene]) -> Tensor:
-    """Renders scenes to `[n, 3, 64, 64]` in [0, 1], cached because they are measured both clean and reconstructed."""
+    """Renders scenes to `[n, 3, 64, 64]` in [0, 1]. The renders are cached, because they are measured clean and
+    degraded."""
     return _rendered(tuple(scenes))
 
 
 def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
-    """Samples `n` scenes of one thing, leaving out views near the boundary between two named views.
+    """Samples `n` scenes of one thing each, leaving out views near the boundary between two named views.
 
-    Their random numbers are independent of the training pictures', and no training picture shares a pattern or identity
-    with them (`reporting` seeds).
+    The scenes are independent of the training pictures. They belong to the `reporting` split, so no training picture
+    has one of their patterns or identities.
     """
     rng = np.random.default_rng([seed, 77])
     scenes: list[world.Scene] = []
@@ -49,10 +50,11 @@ def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
 
 
 def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Measures accuracies on `n` fresh renders in all styles, and the most common confusions. Scores whose names end in
-    `_shown` cover only pictures with an accessory or a style.
+    """Measures the recognizer's accuracies on `n` new renders in all styles, and its most common confusions. Scores
+    whose names end in `_shown` cover only pictures with an accessory or a style, and those ending in `_in_photos` only
+    photos.
 
-    degrade: applied to the pictures `[n, 3, 64, 64]` first, for example the VAE's round trip.
+    degrade: a function applied first to the pictures `[n, 3, 64, 64]`, for example the VAE's round trip
     """
     scenes = fresh_scenes(n, seed)
     pictures = render_all(scenes)
@@ -92,13 +94,13 @@ def measure_identity(
     degrade: Degrade | None = None,
     faces: bool = False,
 ) -> dict[str, Any]:
-    """Measures the retrieval of held-out subjects (or faces) among their distractors of the same class and palette, from
-    pictures that are not in the gallery.
+    """Measures how often held-out subjects (or faces) are retrieved among their distractors of the same class and
+    palette.
 
-    Every gallery entry (subject and distractors) has `references` reference pictures and `queries` other photos, from random
-    views; `degrade` is applied to both. The score `subject` counts only the queries that show the subjects themselves.
-    With `faces`, queries in which the recognizer sees no face (only hair, from behind or from above) are not judged, as
-    is usual in face recognition, but counted as `no_face`.
+    The gallery consists of a subject and its distractors. Each has `references` reference pictures in the gallery, and
+    `queries` other photos from random views; `degrade` is applied to both. The score `subject` covers only queries that
+    show the subjects themselves. With `faces`, queries in which the recognizer sees no face (only hair, from behind or
+    from above) are left out, as is usual in face recognition. Their number is reported as `no_face`.
     """
     right: list[bool] = []
     own: list[bool] = []
@@ -131,7 +133,7 @@ def measure_identity(
 def _identity_hits(
     held: subjects.HeldOut, split: str, references: int, queries: int, seed: list[int], degrade: Degrade | None
 ) -> list[tuple[int, str, bool, bool]]:
-    """Returns, for every query, its gallery entry, its view, whether the right entry was found, and whether a face is
+    """Returns the gallery index and the view of every query, whether the right entry was found, and whether a face is
     visible."""
     encoder, rng = load_identity(), np.random.default_rng(seed)
     gallery = [held.thing, *held.distractors]
@@ -149,10 +151,11 @@ def _identity_hits(
 
 @torch.no_grad()
 def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Measures zero-shot accuracies, the retrieval of a picture's full caption among 64, and the swap test.
+    """Measures CLIP's zero-shot accuracies, how often it retrieves a picture's full caption among 64, and how well it
+    distinguishes captions.
 
-    `swap_<attribute>` is the fraction of pictures that are closer to their caption than to the same caption with another value
-    of the attribute (chance 0.5) or, for `swap_binding`, with the two colours exchanged.
+    `swap_<attribute>` is the fraction of pictures that are closer to their caption than to the same caption with a
+    different value of the attribute (chance 0.5). For `swap_binding`, the two colours are exchanged instead.
     """
     model, processor = load_clip()
     scenes = fresh_scenes(n, seed, style="photo", accessory="none")
@@ -178,7 +181,8 @@ def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) ->
 
 
 def swapped(scene: world.Scene, attribute: str, rng: np.random.Generator) -> world.Scene:
-    """Returns the scene with another value of one attribute or, for `binding`, with its two colours exchanged."""
+    """Returns the scene with a different value of one attribute or, for `binding`, with the thing's two colours
+    exchanged."""
 
     def other(values: tuple[str, ...], *but: str) -> str:
         left = [v for v in values if v not in but]
@@ -202,7 +206,7 @@ def swapped(scene: world.Scene, attribute: str, rng: np.random.Generator) -> wor
 
 
 def _retrieval(images: Tensor, words: Tensor, among: int) -> float:
-    """Returns the fraction of pictures whose own caption is the closest of `among` consecutive ones."""
+    """Returns the fraction of pictures whose own caption is the closest of `among` consecutive captions."""
     count = len(images) // among * among
     scores = images[:count].view(-1, among, images.shape[1]) @ words[:count].view(-1, among, words.shape[1]).mT
     return float((scores.argmax(2) == torch.arange(among)).float().mean()) if count else float("nan")

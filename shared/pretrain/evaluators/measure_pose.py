@@ -1,4 +1,4 @@
-"""Measures the pose estimator: its errors on fresh renders, and the motions it recognises in fresh clips."""
+"""Measures the errors of the pose estimator on new renders, and how often it recognises the motion of new clips."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ _SEED = 83
 
 
 def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, clips: int = 4) -> dict[str, Any]:
-    """Measures median absolute errors on `n` fresh renders in all styles, and recognition on `clips` fresh clips per motion.
+    """Measures median absolute errors on `n` new renders in all styles, and recognition on `clips` new clips per
+    motion.
 
-    Azimuths are judged only on renders from an elevation below 50 degrees; `azimuth_near` is the share of errors below 30
-    degrees. `captioned` is the share of clips of captioned motions whose path is nearest to a path of the right motion.
-    `held_out_<split>` is the share of clips of held-out motions that are recognised among their look-alikes, the other motions
-    of their split, and standing still.
+    Azimuths are judged only on renders from an elevation below 50 degrees. `azimuth_near` is the share of their errors
+    that are below 30 degrees. `captioned` is the share of clips of captioned motions whose path is nearest to a path of
+    the right motion. `held_out_<split>` is the share of clips of held-out motions that are recognised. The alternatives
+    are the motion's look-alikes, the other motions of the split, and standing still.
 
-    degrade: applied to the pictures `[n, 3, 64, 64]` first, for example the VAE's round trip.
+    degrade: a function applied first to the pictures `[n, 3, 64, 64]`, for example the VAE's round trip
     """
     rng = np.random.default_rng([seed, _SEED])
     scenes = [world.sample_scene(rng, "reporting", two=False) for _ in range(n)]
@@ -57,7 +58,7 @@ def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, cl
 
 
 def path_read(rng: np.random.Generator, motion: Motion, degrade: Degrade | None = None) -> Array:
-    """Reads the path `[16, 6]` from a fresh clip of a motion."""
+    """Renders a new clip of a motion and returns the path read from it, `[16, 6]`."""
     clip = draw_clip(sample_moving(rng, motion, _FRAMES, "reporting"))
     frames = clip.frames.permute(0, 3, 1, 2)
     return path_of(load_pose().read(degrade(frames) if degrade else frames))

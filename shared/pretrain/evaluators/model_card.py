@@ -1,7 +1,7 @@
-"""Writes the model card of the toybox's weights: their contents, their training, and the instruments' accuracy.
+"""Writes the model card of the toybox's weights, which describes their contents, training and accuracy.
 
-`python -m shared.pretrain.evaluators.model_card [--judge judge.json] [--clips clips.json]` measures, and writes
-`weights/CARD.md` and `card.json`.
+`python -m shared.pretrain.evaluators.model_card [--judge judge.json] [--clips clips.json]` measures the evaluators and
+writes `weights/CARD.md` and `card.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SPLITS = ("development", "reporting")
 
 
 def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dict[str, Any]:
-    """Measures accuracies on clean renders and, given a `vae`, on reconstructions: `{evaluator: {"clean": …, "vae": …}}`."""
+    """Measures accuracies on clean renders and, given a `vae`, on their reconstructions. Returns a dictionary
+    `{evaluator: {"clean": …, "vae": …}}`."""
 
     def through(pixels: Tensor) -> Tensor:
         assert vae is not None
@@ -66,8 +67,8 @@ def write_card(
 ) -> dict[str, Any]:
     """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
 
-    judge, clips: the results of `judge_backbone` and `judge_clips`; None: the previous card's results
-    keep: keeps the previous card's accuracies (with their `n` and `seed`) instead of measuring again, which takes minutes
+    judge, clips: the results of `judge_backbone` and `judge_clips`. If None, those of the previous card are kept.
+    keep: whether to keep the previous card's accuracies, `n` and `seed` instead of measuring again, which takes minutes
     """
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}

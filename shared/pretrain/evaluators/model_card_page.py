@@ -17,16 +17,17 @@ NAMES = {
 }
 HEADER = """# The toybox's weights
 
-Trained from seeds on pictures rendered by `shared/toybox`. They know only the toybox world: a number measured with them
-is a toybox number. Licence: that of this repository.
+These networks were trained from fixed seeds on pictures rendered by `shared/toybox`. They know only the toybox world,
+so numbers measured with them apply only to that world. They have the same licence as this repository.
 """
 HOW = """
-DATA is a folder written by `shared.pretrain.toybox.dataset`; for `identity`, by
-`python -m shared.pretrain.evaluators.data FOLDER`. The VAE reconstructions for `--reconstructions FILE` are made by
+DATA is a folder written by `shared.pretrain.toybox.dataset` or, for `identity`, by
+`python -m shared.pretrain.evaluators.data FOLDER`. The VAE reconstructions for `--reconstructions FILE` are written by
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE ROWS`.
 """
-SWAPS = """`swap`: the picture is closer to its caption than to the same caption with another value (chance 50 %);
-`binding`: than to its caption with the two colours exchanged; `caption of 64`: its caption is the closest of 64 (chance 1.6 %).
+SWAPS = """`swap` is the share of pictures that are closer to their caption than to the same caption with a different value of
+the attribute (chance 50 %). For `swap binding`, the two colours are exchanged instead. `caption of 64` is the share of
+pictures whose own caption is the closest of 64 (chance 1.6 %).
 """
 POSE = {
     "azimuth_near": ("azimuth within 30°", ""),
@@ -34,15 +35,16 @@ POSE = {
     "held_out_development": ("held-out motions recognised, development", ""),
     "held_out_reporting": ("held-out motions recognised, reporting", ""),
 }
-MOTIONS = """Place, size, azimuth (0 is the front; judged at elevations below 50°), elevation and tilt are read picture by
-picture; a clip's path is read from its frames, with the azimuth tracked through time. The motion recognised is the one with
-the nearest path: of 64 paths of each captioned motion, or, for a held-out motion, among the paths of its look-alikes, the
-other motions of its split and standing still.
+MOTIONS = """Position, size, azimuth, elevation and tilt are read from single pictures. An azimuth of 0 is the front, and
+azimuths are judged at elevations below 50°. A clip's path is read from its frames, with the azimuth tracked over time.
+The recognised motion is the motion with the nearest path. Clips of captioned motions are compared with 64 paths of each
+captioned motion and with standing still. Clips of held-out motions are compared with their own motion, its look-alikes,
+the other motions of the split, and standing still.
 """
 
 
 def page(card: dict[str, Any]) -> str:
-    """Formats the card of `model_card.write_card` as Markdown."""
+    """Formats a card, as returned by `model_card.write_card`, as Markdown."""
     sizes = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in card["bytes"].items())
     parts = [
         HEADER,
@@ -101,7 +103,7 @@ def _backbone(judge: dict[str, Any] | None) -> str:
         f"seed {judge['seed']}, one picture each, without selection.\n"
         "The last column is the recognizer's accuracy on renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
-        + f"\nKID between pictures and fresh renders (scaled features; in brackets: between two sets of renders): {kid}.\n"
+        + f"\nKID between pictures and new renders, on scaled features (in brackets, between two sets of renders): {kid}.\n"
     )
 
 
@@ -111,14 +113,14 @@ def _backbone_made(training: dict[str, Any] | None) -> str:
     last = training.get("last", {})
     steps, loss = last.get("decoder", {}).get("step"), last.get("unet", {}).get("loss")
     sentences = [
-        f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder shipped with them, with "
-        "an additional loss from a reader of noisy\n"
-        "latents that no judge below uses (`shared/pretrain/toybox/latent_reader.py`).",
+        f"The text model and the U-Net saw {training['pictures']:,} pictures in training, encoded by the autoencoder "
+        "shipped with them.\nAn additional loss came from a reader of noisy latents that none of the judges below uses "
+        "(`shared/pretrain/toybox/latent_reader.py`).",
         f"The decoder was trained for {steps:,} more steps against a discriminator (`shared/pretrain/toybox/decoder.py`)."
         if steps
         else "",
-        "Made in rounds by `pcs toybox train data vae decoder unet assemble`, each continuing from what was shipped before"
-        + (f"; the U-Net's last loss: {loss}." if loss else "."),
+        "All were trained in rounds by `pcs toybox train data vae decoder unet assemble`. Each round continued from the "
+        "weights shipped before it." + (f" The U-Net's last loss was {loss}." if loss else ""),
         *(f"{name}: {line['note']}." for name, line in last.items() if "note" in line),
     ]
     return "\n".join(line for line in sentences if line) + "\n"
@@ -151,10 +153,10 @@ def _motion_module(training: dict[str, Any] | None, judge: dict[str, Any] | None
     ]
     rows.append(["still", _percent(judge["scores"]["still"]), "", "", _percent(judge["instrument"]["still"])])
     return (
-        f"{made}{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, seed {judge['seed']}, "
-        "one clip of 16 frames each, without selection\n(`pcs toybox evaluate-clips`). `motion`: the motion in the caption is "
-        "the one recognised; `ends agree`: the first and last frames\nare as similar as in 95 % of true clips; `still`: "
-        "nothing moves. The last column is for renders of the same scenes.\n\n"
+        f"{made}{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, seed "
+        f"{judge['seed']}, one clip of 16 frames each, without selection\n(`pcs toybox evaluate-clips`). `motion` means "
+        "that the caption's motion was recognised, `ends agree` that the first and last frames\nare as similar as in 95 % "
+        "of true clips, and `still` that nothing moves. The last column is for renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
         + f"\nThe commonest errors: {', '.join(judge['confusions']) or 'none'}.\n"
     )
@@ -170,10 +172,10 @@ def _evaluators(card: dict[str, Any]) -> str:
     last = list(recognizer)[-1]
     errors = [f"- {name}: " + (", ".join(pairs) or "none") for name, pairs in recognizer[last]["confusions"].items()]
     return (
-        f"{card['fresh_renders']} fresh renders with patterns and identities of no training picture, in all styles, "
-        f"scale 0.4–1.1.\nIdentity: a gallery of {facts['gallery']} (the thing and its distractors of the same class and "
-        f"palette), five reference pictures each,\nqueries from random views (chance {_percent(facts['chance'])})."
-        f"{_faceless(found)}\n\n"
+        f"The evaluators were measured on {card['fresh_renders']} new renders in all styles, at scales of 0.4–1.1. Their "
+        f"patterns and identities appear in no training picture.\nIdentities are retrieved from a gallery of "
+        f"{facts['gallery']} things (the right one and its distractors of the same class and palette),\neach with five "
+        f"reference pictures. Queries show random views (chance {_percent(facts['chance'])}).{_faceless(found)}\n\n"
         + _table(["", *_ways(recognizer), "aim"], rows)
         + f"\nThe recognizer's commonest errors ({_ways(recognizer)[-1]}):\n\n"
         + "\n".join(errors)
@@ -182,13 +184,13 @@ def _evaluators(card: dict[str, Any]) -> str:
 
 
 def _faceless(found: dict[str, Any]) -> str:
-    """States how many queries of faces show no face, if that was counted."""
+    """Returns a sentence that states how many queries for faces show no face, if they were counted."""
     counts = [found[k]["clean"]["no_face"] for k in found if k.startswith("faces_") and "no_face" in found[k]["clean"]]
     judged = [found[k]["clean"]["queries"] for k in found if k.startswith("faces_")]
     if not counts:
         return ""
     return (
-        f" Faces are judged where a face is visible;\n{sum(counts)} of {sum(counts) + sum(judged)} queries show none "
+        f" Faces are judged only where a face is visible;\n{sum(counts)} of {sum(counts) + sum(judged)} queries show none "
         "(only hair, from behind or from above) and are left out."
     )
 

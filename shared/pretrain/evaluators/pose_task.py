@@ -1,4 +1,4 @@
-"""The task that trains the pose estimator: the true poses of things in pictures, and the loss over one batch."""
+"""Defines the task that trains the pose estimator, and determines the true poses of things in pictures."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from shared.toybox.motions.motion import PATH
 from shared.toybox.world import Camera
 
 _SOFT_DEG = 8.0  # standard deviation of the azimuth targets
-_STEEP_DEG = 70.0  # above this elevation, azimuth and roll can hardly be told apart
-_SMALL = 0.3  # errors below this, in `units()`, count quadratically
+_STEEP_DEG = 70.0  # above this elevation, azimuth and roll can hardly be distinguished
+_SMALL = 0.3  # errors below this, in multiples of `units()`, count quadratically
 
 
 def poses_of(folder: Path, count: int) -> np.ndarray:
-    """Returns the poses in a data set's first pictures: float32 `[count, 6]` with the columns `motion.PATH`, NaN for pictures
-    of two things.
+    """Returns the poses of the things in a data set's first `count` pictures, float32 `[count, 6]`. The columns are
+    named by `motion.PATH`. Poses in pictures of two things are NaN.
 
     The scenes are sampled again from the data set's seed, without rendering.
     """
@@ -42,16 +42,18 @@ def poses_of(folder: Path, count: int) -> np.ndarray:
 
 
 def pose_of(camera: Camera) -> np.ndarray:
-    """Converts a camera to a row of a path, float64 `[6]`."""
+    """Converts a camera to one row of a path, float64 `[6]`."""
     return np.array(
         [camera.x, camera.y, np.log(camera.scale), camera.azimuth_deg, camera.elevation_deg, camera.roll_deg]
     )
 
 
 class PoseTask(EvaluatorTask):
-    """Minimises the absolute errors of place, size, elevation and tilt, and the cross-entropy of the azimuth.
+    """Minimises the absolute errors of position, size, elevation and tilt, and the cross-entropy of the azimuth.
 
-    `poses`: float32 `[N, 6]`, as returned by `poses_of`. `start`: a recognizer, whose trunk initialises the network's.
+    Args:
+        poses: float32 `[N, 6]`, as returned by `poses_of`
+        start: a recognizer, whose trunk initialises the estimator's trunk
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class PoseTask(EvaluatorTask):
         self._set_up(self.estimator, settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """Returns one term for the linear columns, and one for the azimuth."""
+        """Returns one term for all columns except the azimuth, and one for the azimuth."""
         device = self.compute.device
         rows, pixels = self.data.draw(draws, self.batch_size)
         pixels = augment(pixels, draws, shift=0).to(device)  # a shift would change the pose
@@ -102,7 +104,7 @@ class PoseTask(EvaluatorTask):
 
 
 def soft_azimuths(azimuth_deg: Tensor, bins: int) -> Tensor:
-    """Turns azimuths `[B]` into probabilities `[B, bins]`: a wrapped normal distribution around each."""
+    """Converts azimuths `[B]` to probabilities `[B, bins]`, with a wrapped normal distribution around each azimuth."""
     centres = torch.arange(bins, device=azimuth_deg.device) * (360 / bins)
     apart = (centres - azimuth_deg[:, None] + 180) % 360 - 180
     return (-0.5 * (apart / _SOFT_DEG) ** 2).softmax(1)

@@ -1,4 +1,4 @@
-"""The tasks that train the recognizer, the identity encoder and CLIP: their networks, and their losses over one batch."""
+"""Defines the tasks that train the recognizer, the identity encoder and CLIP."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class EvaluatorTraining:
-    """Settings; `lr` is the peak rate. With `thaw`, the identity encoder also trains the recognizer's trunk, in a second
-    round."""
+    """Settings for training an evaluator. `lr` is the peak learning rate. `thaw` only concerns the identity encoder: in
+    a second round of training, the trunk that it took over from the recognizer is trained as well."""
 
     batch_size: int = 128
     lr: float = 2e-3
@@ -42,7 +42,7 @@ class EvaluatorTraining:
 class EvaluatorTask(PretrainTask):
     """A task that trains an evaluator."""
 
-    flags: tuple[str, ...]  # flags of the training command, in addition to the settings; stated in the card
+    flags: tuple[str, ...]  # flags of the training command that the card lists after the settings
 
     def _set_up(self, module: nn.Module, settings: EvaluatorTraining, compute: Compute) -> None:
         self.module, self.settings, self.compute = module.to(compute.device).train(), settings, compute
@@ -67,17 +67,17 @@ class EvaluatorTask(PretrainTask):
         raise NotImplementedError
 
     def adopt(self, out: Path) -> bool:
-        """Loads what `export` wrote; returns False if its architecture differs."""
+        """Loads weights written by `export`. Returns False if their architecture differs."""
         raise NotImplementedError
 
 
 def flags_of(data: Pictures | IdentityPictures) -> tuple[str, ...]:
-    """Returns the flags that these pictures add to the training command, for the card."""
+    """Returns the flags of the training command that correspond to these pictures, for the card."""
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
 class RecognizerTask(EvaluatorTask):
-    """Minimises the cross-entropy of every attribute; undefined labels (-1) are not counted."""
+    """Minimises the cross-entropy of every attribute. Undefined labels (-1) are ignored."""
 
     def __init__(
         self, data: Pictures, settings: EvaluatorTraining, compute: Compute, config: RecognizerConfig | None = None
@@ -114,12 +114,15 @@ class RecognizerTask(EvaluatorTask):
 
 
 class IdentityTask(EvaluatorTask):
-    """Minimises the supervised contrastive loss; a batch consists of groups, each of several things of one class and palette
-    in several views.
+    """Minimises the supervised contrastive loss. A batch consists of groups. Each group shows several things of one
+    class and palette, each in several views.
 
-    During training, additional heads on the layer before the embedding must predict the parameters from which the renderer
-    drew the individual; these heads are not kept. `start`: a recognizer whose trunk the encoder takes over unchanged, so that
-    only the layers after it are trained (three times faster), unless `thaw` is set.
+    During training, additional heads on the layer before the embedding predict the parameters from which the renderer
+    drew the individual thing. These heads are not kept.
+
+    Args:
+        start: a recognizer whose trunk the encoder takes over. Unless `thaw` is set, the trunk stays unchanged and only
+            the layers after it are trained, which is three times as fast.
     """
 
     def __init__(
@@ -145,8 +148,8 @@ class IdentityTask(EvaluatorTask):
         self._set_up(nn.ModuleList([self.encoder, self.kinds, self.numbers]), settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """Returns the contrastive losses over the batch and within groups of hard negatives, and the losses of the predicted
-        parameters."""
+        """Returns the contrastive losses over the batch and within groups of hard negatives, and the losses of the
+        predicted parameters."""
         self.encoder.trunk.train(not self.frozen)
         device = self.compute.device
         drawn = self.data.draw(draws, self.batch_size)
@@ -171,13 +174,12 @@ class IdentityTask(EvaluatorTask):
         save_model(self.encoder, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written encoder; the training-only heads are initialised again."""
+        """Loads a written encoder. The heads that are used only in training start anew."""
         return adopt_state(self.encoder, out)
 
 
 class ClipTask(EvaluatorTask):
     """Minimises CLIP's loss, and the loss of linear heads that predict every attribute from the picture's embedding.
-
     The heads are not kept.
     """
 
@@ -221,19 +223,27 @@ class ClipTask(EvaluatorTask):
         clips.save_clip(self.model, self.processor, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written CLIP; the attribute heads are initialised again."""
+        """Loads a written CLIP. The attribute heads start anew."""
         return adopt_state(self.model, out)
 
 
 def retrieve(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """Returns the index `[Q]` of the entry most similar to each query `[Q, D]`; `gallery` as in `similarities`."""
+    """Returns the index of the gallery entry that is most similar to each query, `[Q]`.
+
+    Args:
+        queries: `[Q, D]`
+        gallery: as in `similarities`
+    """
     return similarities(queries, gallery).argmax(1)
 
 
 def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """Returns the supervised contrastive loss (arXiv 2004.11362, eq. 2) of unit vectors `[B, D]` with labels `[B]`; a scalar.
+    """Returns the supervised contrastive loss (arXiv 2004.11362, eq. 2), a scalar. Rows without a positive are left
+    out.
 
-    A row without a positive in the batch is left out.
+    Args:
+        embeddings: unit vectors `[B, D]`
+        labels: `[B]`
     """
     own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     logits = (embeddings @ embeddings.T / temperature).masked_fill(own, -torch.inf)

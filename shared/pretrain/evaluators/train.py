@@ -1,7 +1,7 @@
-"""Trains an evaluator in a seeded, resumable run. Training all of them takes about an hour on a CPU.
+"""Trains an evaluator in a seeded, resumable run. It takes about an hour to train all evaluators on a CPU.
 
-`python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) writes a checkpoint and a
-log to `work` and, at the end of a session, fp16 weights to `out`.
+`python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) writes a checkpoint
+and a log to `work` and, when the run ends or pauses, fp16 weights to `out`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ TRAINING = "training.json"
 class Folders:
     """The folders that a training run reads and writes.
 
-    data: the dataset; for the identity encoder, a folder written by `data.build_identity`
-    out: the weights; the identity encoder and the pose estimator start from the trunk of the `recognizer` next to it
-    work: checkpoint and log
-    reconstructions: an .npy file of the data's first pictures, encoded and decoded by the autoencoder
+    data: the folder of the data set or, for the identity encoder, a folder written by `data.build_identity`
+    out: the folder of the weights. The identity encoder and the pose estimator start from the trunk of the `recognizer`
+        in the same parent folder.
+    work: the folder of the checkpoint and log
+    reconstructions: an .npy file with the first pictures in `data`, encoded and decoded by the autoencoder
     """
 
     data: Path
@@ -55,8 +56,8 @@ def train_evaluator(name: str, folders: Folders, run: RunSettings, settings: Eva
 def fit(task: EvaluatorTask, run: RunSettings, folders: Folders) -> int:
     """Trains `task` and writes its weights. Returns the total number of steps done.
 
-    With `run.resume`, continues from the checkpoint in `work`, or else from the finished weights in `out` with a new
-    optimizer.
+    With `run.resume`, training continues from the checkpoint in `work`. Without a checkpoint, it continues from the
+    weights in `out`, if there are any, with a new optimizer.
     """
     refuse_older(folders.work / "checkpoint.safetensors")
     first = adopt(task, folders.out) if run.resume and checkpoint.load(folders.work) is None else 0
@@ -68,7 +69,7 @@ def fit(task: EvaluatorTask, run: RunSettings, folders: Folders) -> int:
 
 
 def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> dict[str, Any]:
-    """Returns the card's facts about a training run: its settings, its counts so far and its last losses."""
+    """Returns the facts about a training run that the card states. They are its settings, progress and last losses."""
     return {
         "done": outcome.step,
         "pictures": outcome.pictures,
@@ -84,13 +85,13 @@ def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> di
 
 
 def adopt(task: EvaluatorTask, out: Path) -> int:
-    """Loads finished weights and returns their step; 0 if there are none, or they have other shapes."""
+    """Loads finished weights and returns their step. Returns 0 if there are none, or if their architecture differs."""
     done = written_steps(out)
     return done if done and task.adopt(out) else 0
 
 
 def written_steps(out: Path) -> int | None:
-    """Returns the step at which the weights in `out` were written; None if there are none."""
+    """Returns the step at which the weights in `out` were written, or None if there are no weights."""
     file = out / TRAINING
     return int(json.loads(file.read_text("utf-8"))["done"]) if file.is_file() else None
 
@@ -141,9 +142,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--reconstructions", type=Path)
-    parser.add_argument("--fresh", action="store_true", help="ignore any checkpoint in --work")
+    parser.add_argument("--fresh", action="store_true", help="ignore any checkpoint in --work and weights in --out")
     parser.add_argument(
-        "--thaw", action="store_true", help="identity: also train the recognizer's trunk (second round)"
+        "--thaw", action="store_true", help="for identity, also train the recognizer's trunk (second round)"
     )
     parser.add_argument("--threads", type=int, default=1)
     kinds = {"steps": int, "batch_size": int, "lr": float, "seed": int, "minutes": float, "device": str}

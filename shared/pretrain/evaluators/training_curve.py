@@ -1,5 +1,5 @@
-"""Measures how the scores develop over a training run: judges its snapshots in the same way as the shipped backbone, but
-on fewer captions."""
+"""Measures how the scores develop over a training run. The snapshots of the run are judged in the same way as the
+shipped backbone, but on fewer captions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     """Judges the snapshots and the checkpoint of `work/run` that are missing from `weights/curve.json`, and adds them.
 
     Args:
-        n: number of random captions, the same ones as in `judge_backbone` with this seed
+        n: the number of random captions; these are the captions of `judge_backbone` with the same seed
         guidance: the guidance for every point
+
     Yields:
-        each new point: step, pictures and `SCORES`
+        each new point, with its step, its number of pictures and `SCORES`
+
     Raises:
-        ValueError: there is neither a snapshot nor a checkpoint, or the curve was measured with other settings
+        ValueError: if there is neither a snapshot nor a checkpoint, or if the curve was measured with other settings
     """
     run = work / "run"
     state = checkpoint.load(training_folder(run, "unet"))
@@ -55,6 +57,7 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
 
 
 def read(weights: Path = WEIGHTS) -> dict[str, Any] | None:
-    """Reads the curve: `n`, `guidance`, `seed` and the `points` by step; None if nothing has been measured."""
+    """Returns the curve, with its settings `n`, `guidance` and `seed` and its `points` in the order of steps. Returns
+    None if no point has been measured."""
     path = weights / CURVE
     return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Turns a training run into the pipeline folder that is shipped."""
+"""Packs the result of a training run as the pipeline folder that is shipped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline
 
     Args:
         out: the run's folder
-        snapshot: one of ``out``'s snapshots, to use instead of its checkpoint
+        snapshot: a snapshot of the run, to be used instead of its checkpoint
     """
     from diffusers import StableDiffusionPipeline
 
@@ -70,11 +70,11 @@ def _write_average(module: torch.nn.Module, average: dict[str, torch.Tensor]) ->
 def assemble(out: Path, target: Path | None = None) -> Path:
     """Packs the run's averaged weights in fp16 as a diffusers folder that does not need this project.
 
-    The folder is replaced by renaming, so a failure while the new one is written leaves the old one unchanged.
+    The folder is replaced only when the new one is complete, so a failure leaves the old one unchanged.
 
     Args:
         out: the run's folder
-        target: the pipeline folder; None: the shipped one (``shared/toybox/weights/backbone``)
+        target: the pipeline folder. If None, the shipped one (``shared/toybox/weights/backbone``) is replaced.
 
     Returns:
         ``target``
@@ -98,7 +98,7 @@ def assemble(out: Path, target: Path | None = None) -> Path:
 
 
 def training_facts(out: Path) -> dict[str, Any]:
-    """Returns the run's progress: step, pictures and sizes of the denoiser, and the last line of each network's log."""
+    """Returns the step, pictures and sizes of the run's denoiser, and the last line of each network's log."""
     state = checkpoint.load(training_folder(out, "unet"))
     facts = denoiser_facts(state) if state else {"step": 0, "pictures": 0, "sizes": None}
     return {**facts, "last": {name: _last_line(log_of(out, name)) for name in ("vae", "decoder", "unet")}}
@@ -115,9 +115,10 @@ def _finish_tokenizer(folder: Path, out: Path) -> None:
 
 
 def plain_configs(folder: Path) -> None:
-    """Removes local paths from a pipeline folder's configurations, and sets fp32 as the text encoder's compute type.
+    """Removes local paths from a pipeline folder's configurations, and sets the text encoder's type to fp32.
 
-    By default, transformers 5 loads weights in the configuration's type, but diffusers loads them in fp32; the two must agree.
+    By default, transformers 5 loads weights in the configuration's type, whereas diffusers loads them in fp32. This
+    setting makes the two agree.
     """
     for path in folder.glob("**/*.json"):
         if path.name not in {"config.json", "model_index.json", "tokenizer_config.json"}:

@@ -1,4 +1,4 @@
-"""Turns a training run of the motion module into the folders that are shipped."""
+"""Packs the result of training the motion module as the folders that are shipped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shared.train import checkpoint
 
 
 def assemble_motion(work: Path, backbone: Path | None = None, target: Path | None = None) -> Path:
-    """Packs the averaged motion module in fp16 as a diffusers `MotionAdapter` folder, and writes the learned words into the
-    backbone's tokenizer and text encoder. Each folder is replaced by renaming.
+    """Packs the averaged motion module in fp16 as a diffusers `MotionAdapter` folder, and writes the learned words into
+    the backbone's tokenizer and text encoder. Each folder is replaced only when the new one is complete.
 
     Args:
-        backbone: the pipeline folder that the module was trained on; None: the shipped one
-        target: the motion module's folder; None: the shipped one (``shared/toybox/weights/motion_adapter``)
+        backbone: the pipeline folder on which the module was trained. The shipped one is the default.
+        target: the folder for the motion module. The default is ``shared/toybox/weights/motion_adapter``.
     """
     backbone, target = backbone or WEIGHTS / "backbone", target or WEIGHTS / "motion_adapter"
     pipe, adapter = averaged(work, backbone)
@@ -40,7 +40,8 @@ def _adapter(adapter: Any, fresh: Path, work: Path) -> None:
 
 
 def _words(pipe: Any, backbone: Path, fresh: Path) -> None:
-    """Writes the backbone, unchanged except for the text encoder's embeddings and the tokenizer's words."""
+    """Writes a copy of the backbone with the learned embeddings in its text encoder and the new words in its
+    tokenizer."""
     shutil.copytree(backbone, fresh, dirs_exist_ok=True)
     pipe.text_encoder.to(torch.float16).save_pretrained(str(fresh / "text_encoder"))
     pipe.tokenizer.save_pretrained(str(fresh / "tokenizer"))

@@ -1,9 +1,10 @@
-"""Stores training clips on disk: rendered once in chunks, read as memory maps.
+"""Stores training clips on disk. They are rendered once, in chunks, and read as memory maps.
 
-    FOLDER/recipe.json                      the settings; a build with other settings is refused
-    FOLDER/clips-00000.{frames,masks,paths,labels}.npy, .captions.jsonl     one chunk, complete if its captions exist
+    FOLDER/recipe.json                                                   the settings of the data set
+    FOLDER/clips-00000.{frames,masks,paths,labels}.npy, .captions.jsonl  one chunk, complete if its captions exist
 
-Clip i depends only on the data set's seed and on i.
+A build with different settings is refused, except that the number of clips may grow. Clip i depends only on i
+and the data set's seed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Clips:
-    """N clips of 16 frames.
+    """A data set of N clips of 16 frames.
 
     captions: N lists of 4 captions
     motions: int64 [N], indices into `MOTIONS`
     labels: int64 [N, …], the labels of the first frame, in the order of `dataset.LABELS`
-    paths: float64 [N, 16, 6] with the columns `motions.motion.PATH`
+    paths: float64 [N, 16, 6], whose columns are named by `motions.motion.PATH`
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class Clips:
         return np.stack([self.frame_chunks[i // CHUNK][i % CHUNK] for i in index])
 
     def masks(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns the thing's masks in the clips at an index, bool [n, 16, 64, 64]."""
+        """Returns the masks of the thing in the clips at an index, bool [n, 16, 64, 64]."""
         packed = np.stack([self.mask_chunks[i // CHUNK][i % CHUNK] for i in index])
         return np.unpackbits(packed, axis=-1).astype(bool)
 
@@ -61,7 +62,7 @@ class Clips:
 def clip_of(seed: int, index: int) -> tuple[MovingScene, np.random.Generator]:
     """Samples clip `index` of the data set with this seed; also returns the generator for its captions.
 
-    Indices cycle through the motions, so that all are equally frequent.
+    Indices cycle through the motions, so that all motions are equally frequent.
     """
     rng = np.random.default_rng([seed, 16, index])
     motion = tuple(MOTIONS.values())[index % len(MOTIONS)]
@@ -87,9 +88,10 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
-    """Renders n training clips into a folder, in `workers` processes of one thread each; resumes where an earlier call stopped.
+    """Renders n training clips into a folder, in `workers` processes of one thread each. An interrupted build is
+    resumed.
 
-    Raises ValueError if the folder contains another data set.
+    Raises ValueError if the folder contains a different data set.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
         raise ValueError(f"{folder} contains another data set ({found}), not {recipe}: choose another folder")
     before = found["n"] if found else n
     if n != before and min(n, before) % CHUNK:
-        raise ValueError(f"{folder} has {before} clips, so {n} is not possible: sets grow by whole chunks of {CHUNK}")
+        raise ValueError(f"{folder} has {before} clips, not {n}: data sets grow by whole chunks of {CHUNK}")
     save_text(note, json.dumps({**recipe, "n": max(n, before)}))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
     in_processes(_chunk, jobs, workers)
@@ -108,7 +110,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
 
 
 def load(folder: Path) -> Clips:
-    """Loads a folder's chunks up to the first incomplete one. ValueError if there are none."""
+    """Loads a folder's chunks up to the first incomplete one. Raises ValueError if the first chunk is incomplete."""
     folder = Path(folder)
     stems = []
     while (stem := folder / f"clips-{len(stems):05d}").with_suffix(".captions.jsonl").exists():

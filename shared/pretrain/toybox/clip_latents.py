@@ -1,4 +1,4 @@
-"""Caches the latents from which the motion module learns: clips, encoded once by the finished autoencoder."""
+"""Caches the latents on which the motion module is trained. The finished autoencoder encodes each clip once."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClipLatents:
-    """N clips.
+    """The cached latents and captions of N clips.
 
-    tokens: int16 [N, V, L]
-    empty: int64 [L], the ids of ""
-    mark: the fingerprint of autoencoder and tokenizer
+    tokens: int16 [N, V, L], the token ids of V captions per clip
+    empty: int64 [L], the token ids of the empty caption
+    mark: the fingerprint of the autoencoder and the tokenizer
     """
 
     latents: tuple[np.ndarray, ...]  # per chunk, float16 [n, F, C, h, w]
@@ -39,7 +39,9 @@ class ClipLatents:
         return len(self.tokens)
 
     def take(self, index: Sequence[int] | np.ndarray, first: int = 0, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Returns every `stride`-th frame of the clips: latents float16 [n, C, F', h, w] and cover uint8 [n, F', h, w]."""
+        """Returns every `stride`-th frame of the clips at an index, starting with frame `first`. The frames are
+        returned as latents (float16 [n, C, F', h, w]) and the things' cover (uint8 [n, F', h, w], as in
+        `latent_cache.cover`)."""
         rows = [(i // CHUNK, i % CHUNK) for i in index]
         latents = np.stack([self.latents[c][i][first::stride] for c, i in rows])
         covered = np.stack([self.covered[c][i][first::stride] for c, i in rows])
@@ -49,7 +51,8 @@ class ClipLatents:
 def build(
     folder: Path, clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> ClipLatents:
-    """Returns the latents in `folder`, computed or extended as needed, recomputed if the autoencoder or tokenizer changed."""
+    """Returns the latents in `folder`. Missing ones are computed; if the autoencoder or the tokenizer has changed, all
+    are computed again."""
     folder.mkdir(parents=True, exist_ok=True)
     mark, note = fingerprint(vae, tokenizer), folder / "state.json"
     same = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("fingerprint") == mark

@@ -1,10 +1,10 @@
-"""Stores training pictures on disk: rendered once in chunks, read as memory maps.
+"""Stores training pictures on disk. They are rendered once, in chunks, and read as memory maps.
 
-    FOLDER/recipe.json                      the settings; a build with other settings is refused
-    FOLDER/chunk-00000.{pixels,masks,labels}.npy, .captions.jsonl     one chunk, written under another name, then renamed
+    FOLDER/recipe.json                                                      the settings of the data set
+    FOLDER/chunk-00000.{pixels,masks,labels,identity}.npy, .captions.jsonl  one chunk, complete if its captions exist
 
-Picture i depends only on the data set's seed and on i, so an interrupted build can resume, and the number of workers does
-not matter.
+A build with different settings is refused. Picture i depends only on i and the data set's seed, so an
+interrupted build can resume, and the number of workers does not affect the result.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ LABELS = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """N pictures.
+    """A data set of N pictures.
 
     captions: N lists of 4 captions
-    labels: name -> int64 [N], indices into the vocabularies of `world` (pattern_seed: a seed, -1 if there is no pattern;
-        other_*: labels of the second thing, -1 if there is none)
-    identity: float32 [N, IDENTITY_SIZE], NaN for all but faces
+    labels: by name, int64 [N]. Most are indices into the vocabularies of `world`. `view_is_clear` and `two_objects` are
+        0 or 1. `pattern_seed` is a seed, or -1 without a pattern. `other_*` describe the second thing, or are -1
+        without one.
+    identity: float32 [N, IDENTITY_SIZE], NaN except for faces
     """
 
     folder: Path
@@ -115,13 +116,14 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
-    """Samples the scene of picture `index` in the data set with this seed; also returns the generator for its captions."""
+    """Samples the scene of picture `index` in the data set with this seed; also returns the generator for its
+    captions."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng), rng
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Writes a file under another name, then renames it, so that a file that exists is complete."""
+    """Writes a file under another name, then renames it, so that an existing file is always complete."""
     part = path.with_name(path.name + ".part")
     save(part)
     os.replace(part, path)
@@ -180,10 +182,10 @@ def in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], wor
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
-    """Renders n training pictures into a folder, in `workers` processes of one thread each; resumes where an earlier call
-    stopped.
+    """Renders n training pictures into a folder, in `workers` processes of one thread each. An interrupted build is
+    resumed.
 
-    Raises ValueError if the folder contains another data set.
+    Raises ValueError if the folder contains a different data set.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +200,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
 
 
 def load(folder: Path) -> Dataset:
-    """Loads the data set in a folder; ValueError if there is none or it is incomplete."""
+    """Loads the data set in a folder. Raises ValueError if there is none, or if it is incomplete."""
     folder = Path(folder)
     note = folder / "recipe.json"
     if not note.exists():

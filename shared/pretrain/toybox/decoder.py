@@ -1,9 +1,10 @@
-"""Continues to train only the decoder, against a discriminator, for sharper pictures from the same latents.
+"""Trains only the decoder further, against a discriminator, to get sharper pictures from the same latents.
 
-Squared and absolute errors are smallest for an average of all the pictures that a latent could represent, and an average has
-no edges. So once the latents are final, the decoder is trained further with the same losses plus an adversarial loss from a
-network that distinguishes the decoder's pictures from the renderer's, using feature matching and the adaptive weight of arXiv
-2012.09841, eq. 7. The encoder is frozen, so everything learned on its latents stays valid.
+Squared and absolute errors are smallest for an average of all the pictures that a latent could represent, and such an
+average is blurred. So once the latents are final, the decoder is trained further with two additional losses from a
+network that learns to distinguish the decoder's pictures from the renderer's: an adversarial loss with the adaptive
+weight of arXiv 2012.09841, eq. 7, and feature matching. The encoder is frozen, so everything trained on its latents
+stays valid.
 """
 
 from __future__ import annotations
@@ -34,12 +35,11 @@ _UNCLIPPED = _ADAM.model_copy(update={"max_grad_norm": None})
 
 @dataclass(frozen=True)
 class DecoderTraining:
-    """Settings; ``lr`` is the peak rate of the decoder.
+    """Settings for training the decoder. ``lr`` is its peak learning rate.
 
-    adversarial: the norm of the adversarial loss's gradient at the last layer, relative to the norm of the other losses'
-        gradient
-    matching: the loss weight of feature matching
-    alone: the number of steps over which these two weights rise from 0, while the discriminator learns what to look for
+    adversarial: the norm of the adversarial loss's gradient at the last layer, relative to that of the other losses
+    matching: the weight of the feature-matching loss
+    alone: the number of steps over which these two weights rise from 0, so that the discriminator can learn first
     """
 
     batch: int = 8
@@ -56,10 +56,10 @@ class DecoderTraining:
 
 
 class DecoderTask(PretrainTask):
-    """The task that trains the decoder: each step yields first the discriminator's loss, then the decoder's.
+    """The task that trains the decoder. Each step updates first the discriminator, then the decoder.
 
-    The networks are in channels_last, which makes convolutions on a CPU faster. After resuming, the optimizer's moments are
-    not in channels_last; torch's plain Adam kernels accept that, but the fused kernel misreads such moments.
+    The networks use the channels_last format, which makes convolutions on a CPU faster. The optimizer's moments do not
+    use it after resuming; torch's plain Adam kernels accept that, but the fused kernel misreads such moments.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class DecoderTask(PretrainTask):
         return self.decoder[1](self.decoder[0](latents / self.vae.config.scaling_factor))
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields the discriminator's loss on the decoded pictures, then, after its update, the decoder's."""
+        """Yields the discriminator's loss and then, once the discriminator has been updated, the decoder's loss."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         index = torch.randint(self.among, (settings.batch,), generator=draws).numpy()
         layout: Any = {"device": self.compute.device, "memory_format": torch.channels_last}
@@ -115,10 +115,10 @@ class DecoderTask(PretrainTask):
         """Computes the decoder's loss and its parts.
 
         Args:
-            decoded: [B, 3, H, W] in [-1, 1], with its graph
-            real: the target
-            thing: bool [B, 1, H, W], where errors count more
-            trust: in [0, 1], the current fraction of the discriminator's full weight
+            decoded: decoded pictures [B, 3, H, W] in [-1, 1], attached to the autograd graph
+            real: the rendered pictures, which are the target
+            thing: bool [B, 1, H, W], the pixels at which errors count more
+            trust: the factor in [0, 1] by which the weights of the discriminator's losses are currently multiplied
         """
         settings, last = self.settings, self.vae.decoder.conv_out.weight
         logits, features = self.discriminator(decoded)

@@ -1,5 +1,5 @@
-"""The denoiser's training batches and loss: v-prediction on cached latents, plus losses for how well a caption's attributes
-can be read from the prediction and the U-Net.
+"""Draws the denoiser's training batches and computes its loss. The loss is that of v-prediction on cached latents, plus
+losses that measure how well a caption's attributes can be read from the prediction and from the U-Net.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ _ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-2, warmup=200)
 class UnetTraining:
     """Settings for training the denoiser.
 
-    lr: the peak rate
+    lr: the peak learning rate
     t_uniform, t_mean: see `draw_times`
-    thing_weight: the loss weight of things relative to the background; they cover a fifth of a picture but are the hard part
-    reading, probing: the loss weights, at the full learning rate, for reading class, view and accessory from the predicted
-        x0 (`reader.Reader`) and from the middle of the U-Net (`reader.Probe`)
-    read_until: the fraction of the peak rate at which these weights, which fall with the rate, reach 0
+    thing_weight: the loss weight of things relative to the background. Things cover only a fifth of a picture but are
+        hard to learn.
+    reading, probing: the loss weights for reading class, view and accessory from the predicted x0 (`reader.Reader`) and
+        from the middle of the U-Net (`reader.Probe`), at the peak learning rate
+    read_until: the fraction of the peak rate at which these weights, which fall with the learning rate, reach 0
     """
 
     unet: models.UnetSize = field(default_factory=models.UnetSize)
@@ -60,20 +61,21 @@ class DenoisingBatch:
     """One step's random inputs, on the training device."""
 
     latents: Tensor  # [B, C, H, W], scaled
-    ids: Tensor  # [B, L] token ids; the ids of "" if the caption is dropped
+    ids: Tensor  # [B, L] token ids; those of the empty caption if the caption is dropped
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] loss weights, 1 on average
-    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`; -1: not named
+    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`, -1 if not named
     again: Tensor  # [B, C, H, W] noise added to the predicted x0 before it is read
-    level: Tensor  # [B] the level of that noise, as timesteps
+    level: Tensor  # [B] the level of that noise, as a timestep
 
     def to(self, device: torch.device) -> DenoisingBatch:
         """Returns the batch on ``device``."""
         return self._of(lambda x: x.to(device))
 
     def split(self, count: int) -> list[DenoisingBatch]:
-        """Splits the batch into ``count`` equal shares of every ``count``-th row, so that each covers the full range of t."""
+        """Splits the batch into ``count`` equal shares of every ``count``-th row, so that each covers the full range of
+        t."""
         return [self._of(lambda x, i=i: x[i::count]) for i in range(count)]
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> DenoisingBatch:
@@ -81,7 +83,7 @@ class DenoisingBatch:
 
 
 def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> DenoisingBatch:
-    """Draws the batch of a step, which depends only on the seed, the step and the cache's content."""
+    """Draws the batch of a step. It depends only on the seed, the step and the content of the cache."""
     g, b = generator(settings.seed, step), settings.batch
     index = torch.randint(len(data), (b,), generator=g).numpy()
     variant = torch.randint(data.tokens.shape[1], (b,), generator=g).numpy()
@@ -97,11 +99,11 @@ def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: i
 
 
 def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:
-    """Draws timesteps [count] in [0, 1000), stratified over the batch: uniformly with probability ``uniform``, otherwise from
-    a logit-normal distribution (arXiv 2403.03206, section 3.1).
+    """Draws timesteps [count] in [0, 1000), stratified over the batch: uniformly with probability ``uniform``,
+    otherwise from a logit-normal distribution (arXiv 2403.03206, section 3.1).
 
-    The logit-normal favours medium noise levels, at which most of the content that a caption determines takes shape.
-    ``mean`` > 0 shifts it towards more noise.
+    The logit-normal distribution favours medium noise levels, which decide most of the content that a caption
+    describes. A positive ``mean`` shifts it towards more noise.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     plain = torch.rand(count, generator=generator) < uniform
@@ -118,8 +120,8 @@ def v_loss(
     probe: reader.Probe | None = None,
     reading: float = 0.0,
 ) -> Tensor:
-    """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted by ``inputs.weight``, plus
-    ``reading`` times the losses of ``reads`` (on the predicted x0) and ``probe``.
+    """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted by
+    ``inputs.weight``, plus ``reading`` times the losses of ``reads`` (on the predicted x0) and ``probe``.
     """
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()

@@ -1,4 +1,4 @@
-"""Draws contact sheets of the toybox's pictures: `pcs toybox sheet`."""
+"""Draws contact sheets of the toybox's pictures (`pcs toybox sheet`)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ SOURCES = ("world", "model", "vae")
 
 @dataclass(frozen=True)
 class SheetSettings:
-    """The content of a sheet: renders, the model's pictures, or renders next to their reconstructions by the autoencoder.
+    """Settings for a sheet, which shows renders (`world`), the model's pictures (`model`), or renders next to their
+    reconstructions by the autoencoder (`vae`).
 
-    ValueError for an unknown source, and for the model's options (`guidance`, `prompts`) with another source.
+    Raises ValueError if the source is unknown, or if options of the model (`guidance`, `prompts`) are set for another
+    source.
     """
 
     source: str = "world"
     rows: int = 4
     columns: int = 8
     seed: int = 0
-    guidance: float | None = None  # None: the shipped model's default
+    guidance: float | None = None  # by default, that of the shipped model
     prompts: Sequence[str] = ()  # instead of random captions
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class SheetSettings:
 
 
 def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> Path:
-    """Writes a captioned sheet. ValueError if `out` is a folder, is not a PNG, or exists and `overwrite` is not set."""
+    """Writes a captioned sheet. Raises ValueError if `out` is not a PNG, or may not be written or overwritten."""
     if out.suffix.lower() != ".png" and not out.is_dir():
         raise ValueError(f"{out}: a sheet is a PNG, so its name must end in .png")
     check_tiles(settings.rows * settings.columns, f"--rows {settings.rows} --columns {settings.columns}")
@@ -71,6 +73,6 @@ def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> P
 
 
 def _beside(pixels: Tensor) -> Tensor:
-    """Inserts each picture's reconstruction after it: [N, …] -> [2 N, …]."""
+    """Returns the N pictures, each followed by its reconstruction, [2 N, …]."""
     decoded = round_trip(load_vae(backbone_path() / "vae"), pixels)
     return torch.stack([pixels, decoded], 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Measures the toybox's model: `pcs toybox evaluate`, `evaluate-clips` and `curve`."""
+"""Measures the quality of the toybox's model, for `pcs toybox evaluate`, `evaluate-clips` and `curve`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_d
 
 
 def open_pipeline(folder: str | None) -> Any:
-    """Loads the diffusers pipeline in a folder, or the shipped one. ValueError if there is none, or it cannot be loaded."""
+    """Loads the diffusers pipeline in a folder, or the shipped one. Raises ValueError if it is missing or broken."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     place = expanded(folder) if folder is not None else backbone_path()
@@ -39,18 +39,21 @@ def open_pipeline(folder: str | None) -> Any:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Settings for judging the model: the number of random captions, and how they are sampled."""
+    """The number of random captions on which the model is judged, and the settings of sampling."""
 
     pictures: int = 256
-    guidance: float | None = None  # None: the shipped model's default
+    guidance: float | None = None  # by default, that of the shipped model
     steps: int = 25
     seed: int = 0
-    backbone: str | None = None  # a diffusers folder; None: the shipped one
-    scheduler: str | None = None  # by name; None: the backbone's own
+    backbone: str | None = None  # a diffusers folder; by default, the shipped one
+    scheduler: str | None = None  # the name of a scheduler; by default, the backbone's own
 
 
 def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: bool = False) -> Iterator[str]:
-    """Judges the model on random captions and, with `card`, the evaluators on fresh renders. Yields lines to print.
+    """Judges the model on random captions. With `card`, also judges the evaluators on new renders, and writes the model
+    card.
+
+    Yields lines to print.
 
     Raises ValueError if `out` exists and `overwrite` is not set, if `backbone` is not the folder of a Stable Diffusion
     pipeline, or if the scheduler is unknown.
@@ -80,7 +83,8 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
 def evaluate_clips(
     settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False
 ) -> Iterator[str]:
-    """Judges the shipped motion module, or the one trained in `work`, on random captions of clips. Yields lines to print.
+    """Judges the shipped motion module, or the one trained in `work`, on random captions of clips. Yields lines to
+    print.
 
     Raises ValueError if `out` exists and `overwrite` is not set, or if there is no motion module.
     """
@@ -125,7 +129,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def extend_curve(work: Path, pictures: int, guidance: float | None) -> Iterator[str]:
-    """Judges a run's snapshots that are not yet in the curve over training. Yields lines to print."""
+    """Judges those snapshots of a run that are not yet in its training curve. Yields lines to print."""
     from shared.pretrain.evaluators.training_curve import SCORES, extend
 
     stated = sampling_defaults()["guidance"] if guidance is None else guidance

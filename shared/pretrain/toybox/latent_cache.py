@@ -1,4 +1,5 @@
-"""Computes the U-Net's training data once and caches it on disk: scaled latents and token ids, as memory-mapped arrays."""
+"""Computes the U-Net's training data once and caches it on disk. The scaled latents, token ids, cover and caption
+attributes of the pictures are stored as memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ _BATCH = 64
 class Cache:
     """The cached arrays of a data set; row i of each belongs to picture i."""
 
-    latents: np.ndarray  # float16 [N, C, H, W], posterior means times the scaling factor: unit spread
-    tokens: np.ndarray  # int16 [N, V, 32], V caption variants
-    covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, out of 255
+    latents: np.ndarray  # float16 [N, C, H, W], posterior means times the scaling factor, which have unit spread
+    tokens: np.ndarray  # int16 [N, V, 32], the token ids of V captions per picture
+    covered: np.ndarray  # uint8 [N, H, W], the share of each latent cell's patch that things cover, out of 255
     caption_attributes: np.ndarray  # int8 [N, V, 3], as returned by `shared.toybox.captions.caption_attributes`
 
     def __len__(self) -> int:
@@ -39,7 +40,7 @@ class Cache:
 
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
-    """Returns a hash of everything that the cached values depend on except the pictures. The decoder does not affect them."""
+    """Returns a hash of the encoder and the tokenizer, on which the cached values depend (and not on the decoder)."""
     known = [_VERSION, vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]
     digest = hashlib.sha256(json.dumps(known).encode())
     parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
@@ -53,17 +54,17 @@ def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
 def build(
     folder: Path, pictures: Pictures, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> Cache:
-    """Returns the cache in ``folder``, computed or extended as needed.
+    """Returns the cache in ``folder``. Missing rows are computed first.
 
-    Pictures may only be appended: existing rows are kept if autoencoder and tokenizer are the same; otherwise everything
-    is recomputed. The state file is written last and atomically.
+    Existing rows are kept if the autoencoder and the tokenizer are unchanged; otherwise, all rows are computed again.
+    Pictures may be appended to the data set but must not change. The state file is written last and atomically.
 
     Args:
         folder: the folder of the arrays
-        pictures: uint8 [N, S, S, 3] and captions, N times V
+        pictures: the N pictures of the data set, with V captions each
         vae: the finished autoencoder, which is moved to ``device`` and left there
-        tokenizer: pads and truncates to 32 tokens
-        device: the device on which latents are computed; None: the autoencoder's current one
+        tokenizer: the tokenizer; captions are padded or truncated to 32 tokens
+        device: the device on which latents are computed. By default, it is the autoencoder's current device.
 
     Returns:
         the arrays, memory-mapped read-only
@@ -93,7 +94,7 @@ def load(folder: Path) -> Cache:
     """Memory-maps a finished cache.
 
     Raises:
-        ValueError: there is no cache
+        ValueError: if there is no cache
     """
     state = _state(folder)
     if not state:
@@ -108,7 +109,7 @@ def load(folder: Path) -> Cache:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
-    """Encodes uint8 [B, S, S, 3] to scaled posterior means: float16 [B, C, h, w] with unit spread."""
+    """Encodes pictures (uint8 [B, S, S, 3]) as scaled posterior means, float16 [B, C, h, w] with unit spread."""
     device, parts = next(vae.parameters()).device, []
     for start in range(0, len(pixels), _BATCH):
         x = to_signed(pixels[start : start + _BATCH]).to(device, memory_format=torch.channels_last)
@@ -118,14 +119,16 @@ def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
 
 
 def cover(masks: np.ndarray, side: int) -> np.ndarray:
-    """Averages masks, bool [B, S, S], over patches: uint8 [B, side, side], out of 255."""
+    """Averages masks (bool [B, S, S]) over patches. Returns uint8 [B, side, side], which is 255 where a mask covers a
+    patch completely."""
     patch = masks.shape[-1] // side
     means = masks.reshape(len(masks), side, patch, side, patch).mean((2, 4))
     return np.round(255 * means).astype(np.uint8)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[Any]) -> np.ndarray:
-    """Tokenizes B times V captions to int16 [B, V, 32], padded and truncated as in the pipeline."""
+    """Tokenizes V captions for each of B pictures. Returns int16 [B, V, 32], padded and truncated as in the
+    pipeline."""
     flat = [text for variants in captions for text in variants]
     ids = tokenizer(flat, padding="max_length", truncation=True, max_length=MAX_LENGTH)["input_ids"]
     return np.asarray(ids, dtype=np.int16).reshape(len(captions), -1, MAX_LENGTH)

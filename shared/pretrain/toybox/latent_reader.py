@@ -1,9 +1,11 @@
-"""A reader of noisy latents and a probe of the U-Net that teach the denoiser the meaning of words for shape.
+"""Teaches the denoiser the meaning of words that describe shape, with a reader of noisy latents and a probe of the
+U-Net.
 
-The squared error rewards heeding the word for a view so little that the denoiser did not learn it from half a million pictures.
-So during training, the caption's attributes must be readable from the predicted clean latents, noised again (a loss on what
-a network sees in a prediction, as in arXiv 2401.00110 and 2411.04873), and from the middle of the U-Net (deep supervision,
-arXiv 1409.5185). The weights of both losses fall to 0 before the end, so that only the squared error drives the final steps.
+Depicting the view that a caption names reduces the squared error only slightly. As a result, the denoiser did not learn
+the words for views from half a million pictures. So during training, two additional losses require that the caption's
+attributes can be read from the predicted clean latents after noise is added again (similar losses are used in arXiv
+2401.00110 and 2411.04873), and from the middle of the U-Net (deep supervision, arXiv 1409.5185). The weights of both
+losses fall to 0 before the end, so that only the squared error drives the final steps.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from shared.train.loop import generator
 from shared.train.task import Update, Updates
 from shared.trainable import TrainableGroup
 
-_NOISIEST = 600  # largest timestep to which latents are noised before they are read
+_NOISIEST = 600  # latents are noised to a timestep below this one before they are read
 
 
 class Reader(nn.Module):
-    """Maps noisy latents [B, C, H, W] to logits of attributes, one [B, values] per entry of `captions.CAPTION_ATTRIBUTES`."""
+    """Maps noisy latents [B, C, H, W] to the logits of each attribute in `captions.CAPTION_ATTRIBUTES`, [B, values]."""
 
     def __init__(self, channels: int, widths: tuple[int, ...] = (48, 96, 160)) -> None:
         super().__init__()
@@ -60,18 +62,19 @@ class Reader(nn.Module):
         bars: Tensor,
         weights: Sequence[float] = (1, 1, 1),
     ) -> Tensor:
-        """Returns the mean cross-entropy of a caption's attributes, as read from latents that are noised first.
+        """Adds noise to latents, reads the caption's attributes from the result, and returns the cross-entropy.
 
         Args:
             clean: latents [B, C, H, W], or a prediction of them
             attributes: [B, 3] as returned by `captions.caption_attributes`, -1 for attributes that are not named
             noise: [B, C, H, W]
-            t: the level of the noise, timesteps [B] in [0, 1000)
-            bars: the schedule's cumulative products
-            weights: one per attribute
+            t: the level of the noise, as timesteps [B] in [0, 1000)
+            bars: the cumulative products of the noise schedule's alphas
+            weights: the loss weight of each attribute
 
         Returns:
-            a scalar, the weighted sum over attributes, averaged over all pictures; attributes that are not named count as 0
+            a scalar, the weighted sum over attributes, averaged over all pictures. Attributes that are not named count
+            as 0.
         """
         bar = bars[t].view(-1, 1, 1, 1)
         read = self(bar.sqrt() * clean + (1 - bar).sqrt() * noise)
@@ -79,9 +82,9 @@ class Reader(nn.Module):
 
 
 class Probe(nn.Module):
-    """Reads a caption's attributes from the middle of a U-Net, during training.
+    """Reads a caption's attributes from the middle of a U-Net during training.
 
-    The words' meaning must arrive there before the later layers can draw it. The U-Net may run in several threads, so each
+    Later layers can only draw attributes that have reached the middle. The U-Net may run in several threads, so each
     thread keeps its own activations.
     """
 
@@ -97,7 +100,8 @@ class Probe(nn.Module):
         self.seen.middle = output
 
     def loss(self, attributes: Tensor, weights: Sequence[float]) -> Tensor:
-        """Returns a weighted cross-entropy as in `Reader.loss`, for the U-Net's latest forward pass in this thread."""
+        """Returns the weighted cross-entropy, as in `Reader.loss`, for the U-Net's latest forward pass in this
+        thread."""
         middle = self.seen.middle.float()
         pooled = self.norm(torch.cat([middle.mean((2, 3)), middle.amax((2, 3))], 1))
         return _cross_entropy([head(pooled) for head in self.heads], attributes, weights)
@@ -112,12 +116,14 @@ def _cross_entropy(read: Sequence[Tensor], attributes: Tensor, weights: Sequence
 
 
 def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws noise shaped like ``clean``, and timesteps [B], uniform up to the level at which latents are still readable."""
+    """Draws noise of the shape of ``clean``, and timesteps [B] that are uniform up to the level at which latents can
+    still be read."""
     return torch.randn(clean.shape, generator=g), torch.randint(_NOISIEST, (len(clean),), generator=g)
 
 
 def soften(clean: Tensor, g: torch.Generator) -> Tensor:
-    """Blurs about half of [B, C, H, W] by up to about one latent cell, because predictions from high noise are blurred."""
+    """Blurs about half of the latents ``clean`` ([B, C, H, W]), because predictions from high noise are blurred. The
+    Gaussian has a standard deviation of 0.3 to 1.2 cells."""
     sigma = 0.3 + 0.9 * torch.rand(len(clean), generator=g)
     sigma = torch.where(torch.rand(len(clean), generator=g) < 0.5, sigma, torch.full_like(sigma, 1e-2))
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma[:, None]) ** 2)
@@ -133,7 +139,8 @@ _ADAMW = AdamW(weight_decay=1e-2, warmup=100, schedule="linear", decay=0.8, max_
 
 @dataclass(frozen=True)
 class ReaderTraining:
-    """Settings for training the reader, which takes about five minutes on one core. ``lr`` is the peak rate."""
+    """Settings for training the reader, which takes about five minutes on one core. ``lr`` is the peak learning
+    rate."""
 
     steps: int = 1600
     batch: int = 128
@@ -143,7 +150,7 @@ class ReaderTraining:
 
 
 class ReaderTask(PretrainTask):
-    """The task that trains the reader on noised latents, half of which are blurred first."""
+    """The task that trains the reader on noised latents, about half of which are blurred first."""
 
     def __init__(self, settings: ReaderTraining, data: cache.Cache, compute: Compute) -> None:
         self.settings, self.data, self.compute = settings, data, compute
@@ -173,11 +180,11 @@ class ReaderTask(PretrainTask):
 
 
 def train_reader(data: cache.Cache, out: Path, run: RunSettings, settings: ReaderTraining = ReaderTraining()) -> Reader:
-    """Returns the reader of the run's folder `out`, frozen; trains it there first if it is not finished.
+    """Returns the frozen reader of the run's folder `out`. If its training is not finished, it is finished first.
 
     Args:
-        data: latents and the attributes named in their captions
-        run: determines the device and whether to resume; the number of steps comes from the settings
+        data: the cached latents and the attributes named in their captions
+        run: determines the device and whether to resume; `settings` determine the number of steps
     """
     run = replace(run, steps=settings.steps, minutes=None, pause_at=None)
     task = ReaderTask(settings, data, run.compute())

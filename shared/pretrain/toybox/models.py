@@ -24,8 +24,8 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class VaeSize:
-    """The size of an ``AutoencoderKL``, which encodes [B, 3, S, S] in [-1, 1] as latents
-    [B, latent_channels, S / 2^(levels - 1), …]."""
+    """The size of an ``AutoencoderKL``, which encodes pictures [B, 3, S, S] in [-1, 1] as latents
+    [B, latent_channels, s, s], where s = S / 2^(levels - 1)."""
 
     channels: tuple[int, ...] = (24, 48, 96)
     layers_per_block: int = 1
@@ -45,10 +45,10 @@ class TextSize:
 
 @dataclass(frozen=True)
 class UnetSize:
-    """The size of a ``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16], with attention at every level but the
-    first.
+    """The size of a ``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16]. All levels except the first have
+    attention.
 
-    ``layers_per_block``: the number of residual blocks per level on the way down; there is one more on the way up
+    layers_per_block: the number of residual blocks per level on the way down; there is one more on the way up
     """
 
     channels: tuple[int, ...] = (64, 128, 192)
@@ -60,7 +60,7 @@ class UnetSize:
 
 
 def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
-    """Builds a freshly initialised autoencoder; its ``scaling_factor`` is measured after training."""
+    """Builds a freshly initialised autoencoder, whose ``scaling_factor`` is measured later, after training."""
     from diffusers import AutoencoderKL
 
     levels = len(size.channels)
@@ -80,8 +80,8 @@ def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
 def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTextModel:
     """Builds a freshly initialised text model for ``tokenizer``.
 
-    Its end-of-text id is the tokenizer's: with transformers' legacy value 2, the pooled output would be taken at the
-    highest id, which is wrong as soon as a token is added.
+    Its end-of-text id is that of the tokenizer. With transformers' legacy value 2, the pooled output would be taken at
+    the highest id, which is wrong as soon as a token is added.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -101,7 +101,7 @@ def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTex
 
 
 def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionModel:
-    """Builds a freshly initialised U-Net that reads text states of ``context`` channels."""
+    """Builds a freshly initialised U-Net that attends to text states with ``context`` channels."""
     from diffusers import UNet2DConditionModel
 
     deeper = len(size.channels) - 1
@@ -120,13 +120,13 @@ def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionMode
 
 
 def lay_out(unet: Any, compute: Compute) -> None:
-    """Prepares a U-Net (for pictures or clips) for fast training on its current device.
+    """Prepares a U-Net for pictures or clips for fast training on its current device.
 
     Blocks are compiled one by one, so that hooks on them still see the same inputs and outputs.
     """
     if compute.device.type == "cpu":
         unet.set_attn_processor(PlainAttention())
-    if compute.device.type == "cpu" or compute.compiled:  # uncompiled, group norm on a GPU would copy back and forth
+    if compute.device.type == "cpu" or compute.compiled:  # uncompiled group norms on a GPU would convert the format
         unet.to(memory_format=torch.channels_last)
     if compute.compiled:
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
@@ -134,15 +134,16 @@ def lay_out(unet: Any, compute: Compute) -> None:
 
 
 def alphas_bar() -> Tensor:
-    """Returns the schedule's cumulative products, float32 [1000]."""
+    """Returns the cumulative products of the noise schedule's alphas, float32 [1000]."""
     return build_scheduler().alphas_cumprod
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Builds the scheduler: cosine noise, v-prediction, sampling from pure noise ("trailing").
+    """Builds the scheduler, with a cosine schedule, v-prediction and "trailing" timesteps, which start at pure noise.
 
-    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so the last
-    timestep does not leak a picture's overall tone. For v-prediction, see Salimans and Ho, arXiv 2202.00512.
+    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents. Its last timestep contains no
+    signal and therefore does not leak a picture's overall tone. For v-prediction, see Salimans and Ho, arXiv
+    2202.00512.
     """
     from diffusers import DDIMScheduler
 
@@ -158,7 +159,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class PlainAttention:
-    """Attention as two batched products and a softmax, for diffusers' ``set_attn_processor``.
+    """An attention processor for diffusers' ``set_attn_processor``, made of two batched products and a softmax.
 
     It is equivalent to the fused kernel, whose backward pass would take a fifth of the toybox's training step on a CPU.
     """
@@ -166,7 +167,8 @@ class PlainAttention:
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
     ) -> Tensor:
-        """Lets [B, L, D] attend to itself or to [B, M, C]; returns [B, L, D]."""
+        """Lets ``hidden_states`` ([B, L, D]) attend to themselves or to ``encoder_hidden_states`` ([B, M, C]). Returns
+        [B, L, D]."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         q, k, v = (self._split(x, attn.heads) for x in projected)
@@ -180,7 +182,7 @@ class PlainAttention:
 
 
 class Denoiser(nn.Module):
-    """Text model and U-Net as one module, trained, averaged and saved together."""
+    """The text model and the U-Net as one module, so that they are trained, averaged and saved together."""
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module) -> None:
         super().__init__()
@@ -196,7 +198,7 @@ class Denoiser(nn.Module):
             ids: token ids [B, L]
 
         Returns:
-            [B, C, H, W]
+            the prediction, [B, C, H, W]
         """
         context: Any = self.text_encoder(input_ids=ids)
         return self.unet(noisy, t, encoder_hidden_states=context.last_hidden_state).sample
@@ -207,12 +209,12 @@ def build_denoiser(tokenizer: CLIPTokenizer, sizes: Mapping[str, Any] | None = N
 
     Args:
         tokenizer: determines the number of token embeddings
-        sizes: ``{"text": …, "unet": …}``, each the fields of ``TextSize`` or ``UnetSize``; None: the shipped sizes
+        sizes: ``{"text": …, "unet": …}``, the fields of ``TextSize`` and ``UnetSize``; by default, the shipped sizes
     """
     text, unet = size_from(TextSize, (sizes or {}).get("text")), size_from(UnetSize, (sizes or {}).get("unet"))
     return Denoiser(build_text(tokenizer, text), build_unet(text.hidden, unet))
 
 
 def size_from(kind: type[S], fields: Mapping[str, Any] | None) -> S:
-    """Builds a size from JSON data (lists become tuples); None: the default size."""
+    """Builds a size from JSON data, in which tuples are lists. If ``fields`` is None, returns the default size."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in (fields or {}).items()})

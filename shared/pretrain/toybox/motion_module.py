@@ -1,5 +1,6 @@
-"""Trains the toybox's motion module on captioned clips: temporal layers between the layers of the frozen U-Net, and the
-embeddings of words for motions (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2)."""
+"""Trains the toybox's motion module on captioned clips. It consists of temporal layers between the layers of the frozen
+U-Net (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2). The embeddings of motion words are trained together
+with it."""
 
 from __future__ import annotations
 
@@ -36,18 +37,19 @@ _WORDS = WordTraining()
 
 @dataclass(frozen=True)
 class MotionTraining:
-    """Settings.
+    """Settings for training the motion module.
 
-    lr: the peak rate of the motion modules
-    word_lr: the peak rate of the words' embeddings, kept low: at ten times this rate, words that do not help early in
-        training drift to values that the network ignores
+    lr: the peak learning rate of the motion modules
+    word_lr: the peak learning rate of the embeddings of motion words. It is low because, at ten times this rate, words
+        that do not help early in training drift to values that the network ignores.
     words: settings for preparing the words before training
-    short: the initial fraction of steps, which use every second frame (8 of 16) of twice as many clips
+    short: the fraction of the steps, at the start of training, that use twice as many clips with half as many frames
+        (every second frame, 8 of 16)
     t_uniform, t_mean: see `draw_times`; motion is decided at higher noise than appearance
     moving_weight: the loss weight of the time-varying part of the error; the error's mean over time has weight 1
     """
 
-    batch: int = 4  # clips of 16 frames; with 8 frames, twice as many
+    batch: int = 4  # clips of 16 frames per step; twice as many if they have 8 frames
     heads: int = 4
     most_frames: int = 32
     lr: float = 1e-3
@@ -75,12 +77,13 @@ class ClipBatch:
     weight: Tensor  # [B, F, h, w] loss weights, 1 on average
 
     def split(self, count: int) -> list[ClipBatch]:
-        """Splits the batch into `count` equal shares, each with every `count`-th row."""
+        """Splits the batch into `count` equal shares of every `count`-th row."""
         return [ClipBatch(*(value[i::count] for value in vars(self).values())) for i in range(count)]
 
 
 class MovingDenoiser(nn.Module):
-    """The frozen text model and U-Net with motion modules; only these modules and the words' embeddings are trained.
+    """The frozen text model and U-Net with motion modules. Only the modules and the embeddings of motion words are
+    trained.
 
     Args:
         pipe: the picture pipeline; the motion words are added to its tokenizer and text model
@@ -111,28 +114,28 @@ class MovingDenoiser(nn.Module):
         table.register_forward_hook(self._learned_rows)
 
     def motion_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns the motion modules' parameters, by their names in a `MotionAdapter`."""
+        """Returns the parameters of the motion modules, by their names in a `MotionAdapter`."""
         return {name: p for name, p in self.unet.named_parameters() if "motion_modules" in name}
 
     def _learned_rows(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Returns the embeddings, with the learned rows in place of the table's."""
+        """Replaces the embeddings of motion words with the learned ones."""
         place = self.place[args[0]]  # pyright: ignore[reportIndexIssue]
         return torch.where((place >= 0)[..., None], self.words[place.clamp_min(0)], out)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Predicts v: noisy [B, C, F, h, w], t [B], ids [B, L] -> [B, C, F, h, w]."""
+        """Predicts v, [B, C, F, h, w], from noisy latents of the same shape, timesteps [B] and token ids [B, L]."""
         context = self.text_encoder(input_ids=ids).last_hidden_state
         return self.unet(noisy, t, encoder_hidden_states=context.repeat_interleave(noisy.shape[2], dim=0)).sample
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Makes a group norm's input contiguous: in channels-last format, PyTorch crashes if the parameters need a gradient but
-    the input does not, as in the first motion module, which follows frozen layers."""
+    """Makes the input of a group norm contiguous. In channels-last format, PyTorch crashes if the parameters need a
+    gradient but the input does not. This happens in the first motion module, which follows frozen layers."""
     return (args[0].contiguous(), *args[1:])
 
 
 def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any:
-    """Builds a new `MotionAdapter` for a picture U-Net: one temporal block per layer, initially the identity."""
+    """Builds a new `MotionAdapter` for a picture U-Net, with one temporal block per layer, initially the identity."""
     from diffusers import MotionAdapter
 
     adapter: Any = MotionAdapter(
@@ -152,8 +155,9 @@ class MotionTask(PretrainTask):
     """The task that trains the motion module on cached latents of clips.
 
     Args:
-        steps: number of steps of the whole run; the first fraction `settings.short` of them uses 8 frames
-        workers: threads that take equal shares of each batch; results are bit-identical only for the same number
+        steps: the number of steps of the whole run. The first fraction `settings.short` of them use 8 frames.
+        workers: the number of threads, each of which takes an equal share of every batch. Results are bit-identical
+            only for the same number.
     """
 
     def __init__(
@@ -176,7 +180,7 @@ class MotionTask(PretrainTask):
         models.lay_out(self.net.unet, compute)
         self.drawn = Prefetch(self.draw, compute.device)
         own = {**{f"unet.{name}": p for name, p in self.net.motion_parameters().items()}, "words": self.net.words}
-        # The network is entirely in bf16: on a GPU, casts to and from fp32 around each norm take longer than all the rest.
+        # All layers are in bf16, because casting to and from fp32 around each norm would take most of a GPU's time.
         self.half = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()} if compute.bf16 else None
         if self.half is not None:
             self.net.to(torch.bfloat16).requires_grad_(False)
@@ -199,7 +203,7 @@ class MotionTask(PretrainTask):
         yield Update(self.shares.mean_loss(self._loss, batch.split(self.shares.workers), list(self.trained.values())))
 
     def draw(self, step: int) -> ClipBatch:
-        """Draws the batch of a step, which depends only on the seed, the step and the data."""
+        """Draws the batch of a step. It depends only on the seed, the step and the data."""
         settings, g = self.settings, generator(self.seed, step)
         short = step < settings.short * self.steps
         b, stride = (2 * settings.batch, 2) if short else (settings.batch, 1)
@@ -234,7 +238,7 @@ class MotionTask(PretrainTask):
 
 
 class _Named(nn.Module):
-    """Parameters of another module under names with dots, as saved in checkpoints."""
+    """Holds parameters of another module under names with dots, as they are saved in checkpoints."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -247,7 +251,7 @@ class _Named(nn.Module):
     @torch.no_grad()
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         if set(state_dict) != set(self.names):
-            raise RuntimeError(f"{len(state_dict)} tensors for {len(self.names)} parameters")
+            raise RuntimeError(f"{len(state_dict)} tensors do not match {len(self.names)} parameters by name")
         for name, parameter in zip(self.names, self.list, strict=True):
             if state_dict[name].shape != parameter.shape:
                 raise RuntimeError(
@@ -257,22 +261,22 @@ class _Named(nn.Module):
 
 
 def motion_folder(work: Path) -> Path:
-    """Returns the folder of the motion module's checkpoint and log."""
+    """Returns the folder for the checkpoint and log of the motion module."""
     return work / "training" / "motion"
 
 
 def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionTraining = MotionTraining()) -> Path:
-    """Trains the motion module of a finished backbone on the clips in `work/clips`. Returns the folder of its checkpoint
-    and log.
+    """Trains the motion module of a finished backbone on the clips in `work/clips`. Returns the folder of its
+    checkpoint and log.
 
-    `run.steps` is the length of the whole run (8 frames first, then 16); `run.minutes` only pauses it.
+    `run.steps` is the length of the whole run, first on 8 frames, then on 16. `run.minutes` only pauses the run.
     """
     from diffusers import StableDiffusionPipeline
 
     from shared.train import checkpoint
 
     if run.steps is None:
-        raise ValueError("set the number of steps: the run is divided between clips of 8 and of 16 frames")
+        raise ValueError("set the number of steps, because it is divided between clips of 8 and of 16 frames")
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
     folder, workers = motion_folder(work), run.threads or torch.get_num_threads()
     compute = run.compute()
@@ -281,7 +285,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     else:
         workers = 1
     clips = clip_dataset.load(work / "clips")
-    add_words(pipe.tokenizer, pipe.text_encoder)  # captions are tokenized with these words
+    add_words(pipe.tokenizer, pipe.text_encoder)  # must precede the tokenization of captions
     data = build_latents(work / "clip-latents", clips, pipe.vae, pipe.tokenizer, compute.device)
     if not (run.resume and checkpoint.load(folder) is not None):
         _prepare_words(pipe, data, settings, compute)
@@ -306,7 +310,7 @@ def _prepare_words(
 
 
 def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:
-    """Builds the picture pipeline with the learned words, and the `MotionAdapter`, from the newest averages, in fp32."""
+    """Returns the picture pipeline with the learned words, and the `MotionAdapter`, both averaged and in fp32."""
     from diffusers import StableDiffusionPipeline
 
     from shared.pretrain.task import average_of

@@ -1,6 +1,7 @@
-"""Adds motion words, which captions of pictures never use: each becomes one token with its own embedding.
+"""Adds the motion words, which captions of pictures never use, to the tokenizer and the text model. Each becomes one
+token with its own embedding.
 
-Pictures do not change, because all other words keep their ids and embeddings.
+Generated pictures do not change, because all other words keep their ids and embeddings.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
 
 
 def motion_words() -> list[str]:
-    """Lists the motion phrases' words that no caption of a picture contains, sorted."""
+    """Returns, in alphabetical order, the words of motion phrases that no caption of a picture contains."""
     pictures = set(clean_words(vocabulary()))
     return [word for word in clean_words(p for phrases in PHRASES.values() for p in phrases) if word not in pictures]
 
 
 def add_words(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> list[int]:
-    """Makes each motion word a single token, in place. Returns the ids of all of them, sorted.
+    """Makes each motion word a single token, in place. Returns the sorted ids of all motion words.
 
-    New embedding rows start as the mean over the world's words, plus noise of a tenth of their spread (seed 0), which is
-    within the range that the network has seen. Words that are already one token keep their rows.
+    A new embedding starts as the mean over the words of picture captions, plus noise with a tenth of their standard
+    deviation (seed 0). It is therefore within the range that the network has seen. Words that are already one token
+    keep their embeddings.
     """
     from transformers import AddedToken
 

@@ -1,4 +1,4 @@
-"""The layout of a training run's folder, and how to read it.
+"""Defines the layout of a training run's folder, and reads its files.
 
 tokenizer/                              the tokenizer that the run uses
 vae/                                    the finished autoencoder: frozen, normalised, fp32
@@ -34,8 +34,8 @@ TRAININGS = ("vae", "decoder", "reader", "unet")
 
 
 def training_folder(out: Path, name: str) -> Path:
-    """Returns the folder with the checkpoint and log of `name`, one of `TRAININGS`. ValueError if `out` has a checkpoint from
-    an earlier version."""
+    """Returns the folder with the checkpoint and log of `name`, one of `TRAININGS`. Raises ValueError if `out` has a
+    checkpoint from an earlier version."""
     assert name in TRAININGS, name
     refuse_older(out / f"{name}.safetensors")
     return out / "training" / name
@@ -47,7 +47,7 @@ def log_of(out: Path, name: str) -> Path:
 
 
 def tokenizer_of(out: Path) -> CLIPTokenizer:
-    """Loads the run's saved tokenizer, or else saves the current one for the run and returns it."""
+    """Returns the tokenizer saved in the run's folder. If there is none yet, the current one is saved first."""
     from transformers import CLIPTokenizer
 
     from shared.toybox import tokenizer
@@ -59,12 +59,12 @@ def tokenizer_of(out: Path) -> CLIPTokenizer:
 
 
 def has_vae(out: Path) -> bool:
-    """Tells whether the run's autoencoder is finished."""
+    """Returns whether the run's autoencoder is finished."""
     return (out / VAE_FOLDER / "config.json").is_file()
 
 
 def frozen_vae(out: Path) -> AutoencoderKL:
-    """Loads the run's finished autoencoder, in fp32 and without gradients. ValueError if the run does not have one."""
+    """Loads the run's finished autoencoder, in fp32 and without gradients. Raises ValueError if there is none."""
     from diffusers import AutoencoderKL
 
     if not has_vae(out):
@@ -73,7 +73,7 @@ def frozen_vae(out: Path) -> AutoencoderKL:
 
 
 def denoiser_facts(state: checkpoint.State) -> dict[str, Any]:
-    """Reads the step, pictures and sizes from a checkpoint of the denoiser's training."""
+    """Returns the step, the number of pictures and the sizes from a checkpoint of the denoiser's training."""
     return {"step": state.step, "sizes": state.info["facts"]["sizes"], "pictures": state.info["pictures"]}
 
 
@@ -83,7 +83,7 @@ def snapshots(out: Path) -> list[Path]:
 
 
 def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Saves an average of the denoiser in fp16, atomically; `facts` as returned by `denoiser_facts`."""
+    """Saves an average of the denoiser's parameters in fp16, atomically, with facts as returned by `denoiser_facts`."""
     path = folder / "snapshots" / f"step-{facts['step']:07d}.safetensors"
     claim(folder, f"snapshots/{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,20 +97,20 @@ def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[st
 
 
 def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Loads what `save_snapshot` wrote: parameter -> average, and the facts."""
+    """Loads a snapshot. Returns the averages, by the names of their parameters, and the facts."""
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118 - not iterable
 
 
 def snapshot_facts(path: Path) -> dict[str, Any]:
-    """Reads the facts of a snapshot, without its tensors."""
+    """Reads the facts of a snapshot without loading its tensors."""
     with safe_open(str(path), framework="pt") as file:
         return _facts(file)
 
 
 def denoiser_average(out: Path, snapshot: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Loads the denoiser's averaged parameters and facts, from a snapshot or else the newest checkpoint; None if neither
-    exists."""
+    """Loads the denoiser's averaged parameters and facts from `snapshot` or, if that is None, from the newest
+    checkpoint. Returns None if there is no checkpoint."""
     if snapshot is not None:
         return load_snapshot(snapshot)
     state = checkpoint.load(training_folder(out, "unet"))

@@ -1,4 +1,4 @@
-"""Trains the toybox's weights in stages, each resumable: `pcs toybox train`. This module is light to import, because the
+"""Trains the toybox's weights in resumable stages (`pcs toybox train`). This module must import quickly, because the
 command line needs it for its help."""
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.motion_module import MotionTraining
 
-_FOLDERS = ("data", "run", "identity", "evaluators", "clips", "clip-latents", "training")  # written by stages
+_FOLDERS = ("data", "run", "identity", "evaluators", "clips", "clip-latents", "training")  # the stages write these
 T = TypeVar("T", "UnetTraining", "MotionTraining")
 
-#: Steps of a complete run, unless minutes are set. A stage that has done them is complete and returns immediately.
+#: The number of steps of each stage, unless minutes are set. A stage that has done all its steps returns immediately.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
 #: The final fraction of a round of U-Net training, over which the learning rate falls.
 FALL = 0.75
-#: Groups of things for the identity encoder. Trained on 1,500 groups, it memorized them: in pictures decoded by the
-#: autoencoder, it recognised 98 % of these things, but only 75 % of others.
+#: The number of groups of things for the identity encoder. When trained on 1,500 groups, it memorised them: in pictures
+#: decoded by the autoencoder, it recognised 98 % of the things in these groups, but only 75 % of other things.
 IDENTITY_GROUPS = 4_500
-#: For a small data set, there is one group per this many pictures.
+#: A small data set has fewer groups: one per this many pictures.
 PICTURES_PER_GROUP = 24
 #: The maximum number of pictures that the autoencoder reconstructs for each evaluator.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
@@ -31,9 +31,9 @@ RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 
 @dataclass(frozen=True)
 class Pace:
-    """The training pace of the denoising networks; None: the default pace, for a CPU.
+    """The training pace of the denoising networks. Settings that are None have their defaults, which suit a CPU.
 
-    batch: pictures or clips per step; the moving average's decay is raised to the power sqrt(batch / usual batch)
+    batch: pictures or clips per step; the moving average's decay is raised to the power sqrt(batch / default batch)
     lr: the peak rate
     steps: the number of steps for the motion module
     compiled: whether blocks are compiled (`RunSettings.compiled`)
@@ -45,7 +45,7 @@ class Pace:
     compiled: bool = False
 
     def of(self, usual: T) -> T:
-        """Returns the usual settings, adapted to this pace."""
+        """Returns the settings `usual`, adapted to this pace."""
         lr = usual.lr if self.lr is None else self.lr
         if self.batch is None:
             return replace(usual, lr=lr)
@@ -54,10 +54,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Work:
-    """One run: its folder and its budget.
+    """The folder, budget and options of one run.
 
-    more: the number of pictures that the U-Net sees in addition to those that its starting weights have seen; over the final
-        fraction `FALL` of them, the rate falls to 0
+    more: the number of pictures that the U-Net sees in addition to those that its initial weights were trained on. Over
+        the final fraction `FALL` of them, the learning rate falls to 0.
     """
 
     folder: Path
@@ -90,9 +90,9 @@ class Work:
 
 
 def run(stages: Sequence[str], work: Work) -> None:
-    """Runs the stages, in order. Each prints its result, and resumes where an earlier call stopped.
+    """Runs the stages in order and prints the result of each. Each stage resumes where an earlier call stopped.
 
-    Raises ValueError if the folder cannot be written, or holds files but not those of an earlier call.
+    Raises ValueError if the folder cannot be written, or if it has files but none of them comes from an earlier call.
     """
     from shared.io.outputs import check_resumable
 
@@ -117,7 +117,7 @@ def _vae(work: Work) -> str:
     from shared.pretrain.toybox.vae import VaeTraining, train_vae
 
     if not work.fresh and adopt_vae(work.run):
-        return "the shipped one, on whose latents the other networks were trained; --fresh trains a new one"
+        return "kept the shipped one, because the other networks were trained on its latents (--fresh trains a new one)"
     return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), VaeTraining(seed=work.seed)))
 
 
@@ -137,7 +137,7 @@ def _unet(work: Work) -> str:
 
 
 def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
-    """Returns the budget of the U-Net's training, and its settings."""
+    """Returns the budget and the settings of the U-Net's training."""
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.initial_weights import adopted_steps
 
@@ -147,7 +147,7 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
         steps = first + max(1, work.more // settings.batch)
         spend = replace(spend, steps=steps)  # the time limit only pauses the run
         decay = FALL * (steps - first) / max(1, steps - settings.optimizer.warmup)
-    if spend.steps is not None:  # with only minutes set, the rate stays, because the run may be resumed later
+    if spend.steps is not None:  # with only minutes set, the rate stays constant, because the run may be resumed
         falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": min(1.0, decay)})
         settings = replace(settings, optimizer=falling)
     return spend, settings
@@ -201,7 +201,7 @@ def _motion(work: Work) -> str:
     from shared.pretrain.toybox.motion_module import MotionTraining, train_motion
     from shared.toybox.weights import backbone_path
 
-    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # only paused by the time limit
+    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # minutes only pause it
     return str(train_motion(work.folder, backbone_path(), spend, work.pace.of(MotionTraining(seed=work.seed))))
 
 
@@ -225,5 +225,5 @@ _STAGES: dict[str, Callable[[Work], str]] = {
     "motion": _motion,
     "assemble-motion": _assemble_motion,
 }
-#: The names of the stages, in order.
+#: The names of the stages, in the order in which they run.
 STAGES = tuple(_STAGES)

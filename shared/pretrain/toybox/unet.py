@@ -33,9 +33,11 @@ class UnetTask(PretrainTask):
     """The task that trains the denoiser.
 
     Args:
-        budget: determines the learning rate, which the weight of the reading losses follows
-        workers: threads that take equal shares of each batch; results are bit-identical only for the same number
-        reads: the reader that teaches the meaning of words for shape; None: the squared error is the only loss
+        budget: determines the learning rate and with it the weight of the reading losses
+        workers: the number of threads, each of which takes an equal share of every batch. Results are bit-identical
+            only for the same number.
+        reads: the reader that teaches the meaning of words that describe shape. If None, the squared error is the only
+            loss.
     """
 
     helpers = frozenset({"probe"})
@@ -86,13 +88,14 @@ class UnetTask(PretrainTask):
         return draw_batch(self.data, self.empty, self.settings, step).to(self.compute.device)
 
     def reading(self, step: int) -> float:
-        """Returns the weight of the reading losses: 1 at the full rate, 0 at and below `read_until` of it."""
+        """Returns the weight of the reading losses. It is 1 at the peak learning rate and falls with the rate, down to
+        0 at the fraction `read_until` of the peak."""
         optimizer, until = self.settings.optimizer, self.settings.read_until
         factor = optimizer.factor(step, self.budget.spent(step, optimizer.warmup))
         return max(0.0, factor - until) / (1 - until)
 
     def loss(self, batch: DenoisingBatch, reading: float = 0.0) -> Tensor:
-        """Computes the batch's mean loss from equal shares in parallel."""
+        """Computes the batch's mean loss. Equal shares of the batch are processed in parallel."""
 
         def of(share: DenoisingBatch) -> Tensor:
             with self.compute.autocast():
@@ -102,24 +105,26 @@ class UnetTask(PretrainTask):
         return self.shares.mean_loss(of, batch.split(self.shares.workers), trained)
 
     def after_step(self, step: int, pictures: int) -> None:
-        """Saves the average every `snapshot_steps` steps, for the curve over training."""
+        """Saves the average every `snapshot_steps` steps, for the training curve."""
         if step % self.settings.snapshot_steps == 0:
             facts: dict[str, Any] = {"step": step, "sizes": self.settings.sizes, "pictures": pictures}
             save_snapshot(training_folder(self.out, "unet"), self.ema.state_dict(), facts)
 
 
 def empty_prompt(tokenizer: CLIPTokenizer) -> Tensor:
-    """Returns the ids [L] of "", which replace dropped captions."""
+    """Returns the token ids of the empty caption, [L]. They replace the ids of dropped captions."""
     return torch.from_numpy(cache.tokenize(tokenizer, [[""]])[0, 0].astype(np.int64))
 
 
 def train_unet(data: Path, out: Path, run: RunSettings, settings: UnetTraining = UnetTraining()) -> Path:
     """Trains the text model and the U-Net on the latents of the finished autoencoder in the run's folder `out`.
 
-    On a CPU, `run.threads` threads each take a share of the batch; results are bit-identical only for the same number.
+    On a CPU, each of `run.threads` threads takes a share of the batch. Results are bit-identical only for the same
+    number of threads.
 
     Returns:
-        the folder of the checkpoint and log; `shared.pretrain.toybox.assemble.assemble(out)` makes the pipeline folder from it
+        the folder of the checkpoint and log, which `shared.pretrain.toybox.assemble.assemble(out)` packs as a pipeline
+        folder
     """
     from shared.pretrain.toybox import dataset
 

@@ -1,10 +1,10 @@
-"""Trains the autoencoder: 64×64 pictures to latents of 16×16 cells.
+"""Trains the autoencoder, which encodes 64×64 pictures as 16×16 latents.
 
-It is trained on whole pictures: on crops, group norms and the attention in the middle see other statistics, which cost 3 dB
-when measured. The loss is a weighted sum of the L1 and squared errors of pixels, the L1 error of differences between
-neighbours, and a small KL term; errors count more on the thing, because its pattern identifies it. When the budget ends, the
-averaged weights are *normalised*: the two 1×1 convolutions around the latents shift and scale each latent channel to zero mean
-and a common spread, whose inverse is the ``scaling_factor``.
+It is trained on whole pictures. On crops, the group norms and the middle attention layer see different statistics,
+which cost 3 dB in a measurement. The loss is a weighted sum of the L1 and squared errors of pixels, the L1 error of
+differences between neighbours, and a small KL term. Errors count more on the thing, because its pattern identifies it.
+When the budget is spent, the averaged weights are *normalised*: the two 1×1 convolutions around the latents are changed
+so that each latent channel has zero mean and all have the same spread, whose inverse is the ``scaling_factor``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 HELD_OUT = 256
-"""Pictures at the end of the data that the autoencoder never trains on; its PSNR is measured on them."""
+"""The maximum number of pictures at the end of the data that are held out from training to measure the PSNR."""
 
 
 class Pictures(Protocol):
@@ -41,7 +41,7 @@ class Pictures(Protocol):
 
     @property
     def captions(self) -> Sequence[Sequence[str]]:
-        """Returns N times V captions."""
+        """Returns V captions for each of the N pictures."""
         ...
 
     def __len__(self) -> int: ...
@@ -75,13 +75,13 @@ class VaeTraining:
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
-    """Converts uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    """Converts pictures from uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
 
 def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws ``count`` random pictures from the first ``among``: float [count, 3, S, S] in [-1, 1], and the things' masks,
-    bool [count, 1, S, S].
+    """Draws ``count`` random pictures from the first ``among``. Returns pictures, float [count, 3, S, S] in [-1, 1],
+    and the masks of the things in them, bool [count, 1, S, S].
     """
     rows = torch.randint(among, (count,), generator=generator).numpy()
     return to_signed(pictures.pixels(rows)), torch.from_numpy(pictures.masks(rows))[:, None]
@@ -90,11 +90,12 @@ def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator)
 def loss(
     vae: AutoencoderKL, x: Tensor, thing: Tensor, noise: Tensor, settings: VaeTraining
 ) -> tuple[Tensor, dict[str, float]]:
-    """Computes `reconstruction`'s loss of pixels [B, 3, H, W], plus the KL per latent element.
+    """Computes the `reconstruction` loss of the pictures ``x``, plus the KL divergence per latent element.
 
     Args:
-        thing: bool [B, 1, H, W], where errors count ``thing_weight`` times
-        noise: [B, C, h, w], standard normal, for the posterior's sample
+        x: pictures [B, 3, H, W] in [-1, 1]
+        thing: bool [B, 1, H, W], the pixels at which errors count ``thing_weight`` times
+        noise: standard normal noise [B, C, h, w], from which the posterior is sampled
 
     Returns:
         the loss and its parts
@@ -109,8 +110,11 @@ def loss(
 
 
 def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
-    """Computes the L1 and squared losses of errors [B, 3, H, W] plus the L1 loss of differences between neighbouring errors,
-    all weighted more heavily on ``thing`` [B, 1, H, W].
+    """Computes the L1 and squared losses of pixel errors plus the L1 loss of differences between neighbouring errors.
+
+    Args:
+        error: [B, 3, H, W]
+        thing: bool [B, 1, H, W], the pixels at which errors count ``thing_weight`` times
     """
     weight = torch.where(thing, settings.thing_weight, 1.0)
     weight = weight / weight.mean()
@@ -122,13 +126,14 @@ def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple
 
 
 def psnr_db(error: Tensor) -> float:
-    """Returns the peak signal-to-noise ratio in dB of errors of pictures in [-1, 1], from the mean over all elements."""
+    """Returns the peak signal-to-noise ratio in dB, given the errors of all elements of pictures in [-1, 1]."""
     return float(10 * torch.log10(4.0 / error.double().square().mean()))
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> float:
-    """Returns the autoencoder's PSNR in dB over uint8 [N, S, S, 3], decoded from the posterior's mean, with clipped outputs."""
+    """Returns the autoencoder's PSNR in dB on pictures (uint8 [N, S, S, 3]), which are decoded from the posterior's
+    mean and clipped."""
     device = next(vae.parameters()).device
     squares = 0.0
     for start in range(0, len(pixels), batch):
@@ -176,7 +181,8 @@ class VaeTask(PretrainTask):
     def result(self) -> dict[str, float]:
         """Normalises the averaged autoencoder, measures it on held-out pictures and writes `out/vae`.
 
-        If `out/vae` is already this autoencoder, it is left unchanged: its decoder may have been trained further since.
+        If `out/vae` is already this autoencoder, it is left unchanged, because its decoder may have been trained
+        further.
         """
         if self.is_written():
             return {}
@@ -185,11 +191,11 @@ class VaeTask(PretrainTask):
         normalise(vae, self.pictures.pixels(chosen))
         decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
-        checkpoint.clear(training_folder(self.out, "decoder"))  # its checkpoint belongs to other latents
+        checkpoint.clear(training_folder(self.out, "decoder"))  # it was trained on different latents
         return {"psnr": decibels, "scaling_factor": vae.config["scaling_factor"]}
 
     def is_written(self) -> bool:
-        """Tells whether `out/vae` has exactly this autoencoder's encoder."""
+        """Returns whether the encoder in `out/vae` is exactly this autoencoder's."""
         if not has_vae(self.out):
             return False
         written, averages = frozen_vae(self.out).encoder.state_dict(), self.ema.state_dict()
@@ -210,16 +216,17 @@ def train_vae(data: Path, out: Path, run: RunSettings, settings: VaeTraining = V
 
 
 def train_count(pictures: Pictures) -> int:
-    """Returns how many pictures, counted from the first, may be used for training."""
+    """Returns the number of pictures for training. They are the first ones; the rest are held out."""
     n = len(pictures)
     return n - min(HELD_OUT, n // 10)
 
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> None:
-    """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``, without changing decoded pictures.
+    """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``, without changing decoded
+    pictures.
 
-    The change is folded into ``quant_conv`` (means and log-variances) and undone in ``post_quant_conv``.
+    The change is folded into ``quant_conv``, for both means and log-variances, and undone in ``post_quant_conv``.
     """
     device = next(vae.parameters()).device
     parts = [to_signed(pixels[i : i + batch]).to(device) for i in range(0, len(pixels), batch)]

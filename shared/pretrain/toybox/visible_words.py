@@ -1,10 +1,10 @@
 """Makes motion words reach the motion modules through the frozen U-Net.
 
-The modules read a caption only through the cross-attention of the layers before them, which was trained on pictures and
-ignores words it has never seen: "to the left" instead of "to the right" changes its features by 1 %, whereas "red" instead
-of "blue" changes them by 30 %. Modules that see no difference cannot learn one, and embedding rows that make no difference
-get no gradient. So before the modules are trained, the rows are trained to change the features that the modules read, but
-to change the picture as little as possible.
+The modules read a caption only through the cross-attention of the layers before them. It was trained on pictures and
+ignores words that it has never seen. Replacing "to the right" with "to the left" changes its features by 1 %, whereas
+replacing "blue" with "red" changes them by 30 %. If the features do not differ, the modules cannot learn to distinguish
+motions, and the embeddings of motion words get no gradient. So before the modules are trained, these embeddings are
+trained to change the features that the modules read while changing the picture as little as possible.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
-#: Opposite motions share most of their words.
+#: Pairs of opposite motions, whose captions share most of their words.
 OPPOSITES = {"slide left": "slide right", "rise": "fall", "approach": "recede"}
 OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
 
 @dataclass(frozen=True)
 class WordTraining:
-    """Settings.
+    """Settings for training the embeddings of motion words.
 
-    differ: the minimum relative difference between two motions in the features after each cross-attention
-    opposite: how often a motion that has an opposite is compared with it rather than with any other motion. The shipped
-        words were trained on random pairs only; at timestep 600, their features differ by 1 % between "left" and "right", and
-        by 45 % between "wobbling" and "moving camera". With these settings, they differ by 30 % and 38 %.
+    differ: the relative difference that the features of two motions should reach after each cross-attention
+    opposite: the probability that a motion that has an opposite is compared with it instead of with a random other
+        motion. The shipped words were trained on random pairs only. At timestep 600, their features differ by 1 %
+        between "left" and "right", and by 45 % between "wobbling" and "moving camera". With the current default, the
+        differences are 30 % and 38 %.
     seen: the loss weight of the squared relative change that motion words cause in the prediction
-    times: the range of timesteps
+    times: the range from which timesteps are drawn
     """
 
     steps: int = 240
@@ -59,14 +60,14 @@ class WordTraining:
 def make_visible(
     pipe: StableDiffusionPipeline, word_ids: list[int], latents: Tensor, settings: WordTraining = WordTraining()
 ) -> list[dict[str, float]]:
-    """Trains the rows `word_ids` of the text model's embedding in place; nothing else changes.
+    """Trains the rows `word_ids` of the text model's embedding in place. Nothing else is changed.
 
     Args:
-        latents: [N, C, h, w], scaled, from any pictures of the world
+        latents: scaled latents [N, C, h, w] of any pictures from the toybox world
 
     Returns:
-        per step, the mean relative difference of the features between two motions (`differ`), the smallest of the layers'
-        means (`least`), and the relative change of the prediction (`seen`)
+        for each step, the relative difference of the features between two motions, averaged over layers (`differ`) and
+        in the layer in which it is smallest (`least`), and the relative change of the prediction (`seen`)
     """
     unet: Any = pipe.unet.eval().requires_grad_(False)
     text: Any = pipe.text_encoder.eval().requires_grad_(False)
@@ -120,13 +121,14 @@ def make_visible(
 
 
 def _relative(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """Returns |a - b| / |base| per row: [B]."""
+    """Returns |a - b| / |base| for each row, [B]. The default `base` is `b`."""
     size = (b if base is None else base).flatten(1).norm(dim=1)
     return ((a - b).flatten(1).square().sum(1) + 1e-12).sqrt() / size.detach()
 
 
 def _texts(settings: WordTraining, step: int) -> list[str]:
-    """Draws 3 B captions: B with one motion each, then the same scenes with another motion, then without any."""
+    """Draws 3 B captions of B scenes: each scene with one motion, then each with another motion, then each without
+    any."""
     rng = np.random.default_rng([settings.seed, 17, step])
     motions, columns = list(MOTIONS), ([], [], [])
     for _ in range(settings.batch):
@@ -141,7 +143,8 @@ def _texts(settings: WordTraining, step: int) -> list[str]:
 
 
 def _said(scene: Scene, words: str) -> str:
-    """Adds motion words to a scene's plain caption: after the thing or, if they begin with a comma, at the end."""
+    """Adds motion words to a scene's plain caption. They follow the thing or, if they begin with a comma, the
+    background."""
     thing = f"{opening(scene.style)} {describe(scene.things[0], 'none')}"
     place = background_phrase(scene.background)
     if not words or words.startswith(","):

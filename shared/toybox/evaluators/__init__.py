@@ -1,6 +1,7 @@
-"""The toybox's measuring instruments: a recognizer of attributes, an identity encoder, a CLIP model and a pose estimator.
+"""The toybox's measuring instruments, which are a recognizer of attributes, an identity encoder, a CLIP model and a
+pose estimator.
 
-`weights/CARD.md` says how reliable each one is. Imports are lazy: importing this package does not load torch.
+`weights/CARD.md` states how reliable each one is. Imports are lazy, so importing this package does not load torch.
 """
 
 from __future__ import annotations

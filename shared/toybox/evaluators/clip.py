@@ -1,7 +1,8 @@
-"""The toybox's own small CLIP, stored as an ordinary transformers folder (model, tokenizer, image processor).
+"""The toybox's own small CLIP, stored as an ordinary transformers folder with a model, a tokenizer and an image
+processor.
 
-`CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it without importing this project,
-so CLIP-T and CLIP-I run through exactly the code that would load a full-size CLIP.
+`CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it without this project, so CLIP-T
+and CLIP-I are measured with exactly the code that would load a full-size CLIP.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class ClipConfig(BaseModel):
-    """Sizes of the two transformers; `patch` is in pixels, `length` in tokens, including begin and end."""
+    """The sizes of the two transformers. `patch` is in pixels; `length` is in tokens, including begin and end."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int = 64
@@ -72,7 +73,7 @@ def new_clip(config: ClipConfig, tokenizer: Any) -> Any:
 
 
 def new_processor(config: ClipConfig, tokenizer: Any) -> Any:
-    """Creates the matching `CLIPProcessor`; its image processor uses Pillow, not torchvision."""
+    """Creates the matching `CLIPProcessor`, whose image processor uses Pillow instead of torchvision."""
     from transformers import CLIPImageProcessorPil, CLIPProcessor
 
     pictures = CLIPImageProcessorPil(
@@ -85,7 +86,7 @@ def new_processor(config: ClipConfig, tokenizer: Any) -> Any:
 
 
 def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
-    """Writes the transformers folder with fp16 weights, replacing the whole folder."""
+    """Writes the transformers folder with fp16 weights. An existing folder is replaced as a whole."""
     from transformers import CLIPModel
 
     from shared.toybox import tokenizer as tokenizer_files
@@ -110,8 +111,8 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
 
 @lru_cache(maxsize=4)
 def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
-    """Loads `(CLIPModel, CLIPProcessor)` from a CLIP folder (default: the shipped one), float32 and frozen, once per
-    process.
+    """Loads `(CLIPModel, CLIPProcessor)` from a CLIP folder (by default, the shipped one), in float32 and frozen. Each
+    folder is loaded once per process.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -124,7 +125,8 @@ def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
 
 
 def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
-    """Embeds pictures `[B, 3, H, W]` in [0, 1], of the size that the model expects, as unit vectors `[B, D]`."""
+    """Embeds pictures as unit vectors `[B, D]`. The pictures, `[B, 3, H, W]` in [0, 1], must have the model's input
+    size."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(pixels) for v in (MEAN, STD))
     parts = [
         _projected(model.get_image_features(pixel_values=(chunk - mean) / std)) for chunk in pixels.split(batch_size)
@@ -133,7 +135,7 @@ def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
 
 
 def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Embeds captions as unit vectors `[B, D]`; captions longer than the model's `length` are truncated."""
+    """Embeds captions as unit vectors `[B, D]`. Captions longer than the model's `length` are truncated."""
     parts = []
     for start in range(0, len(texts), batch_size):
         chunk = list(texts[start : start + batch_size])
@@ -145,19 +147,21 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: 
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3), a scalar, for B pairs of unit
-    vectors, both `[B, D]`."""
+    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3), a scalar, for B pairs of unit vectors.
+    `images` and `texts` are both `[B, D]`."""
     logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def _state_float32(path: Path) -> None:
-    """Sets the type in `config.json` to float32: transformers 5 computes in that type, although the weights are in fp16."""
+    """Sets the type in `config.json` to float32, in which transformers 5 then computes although the weights are
+    fp16."""
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", "utf-8")
 
 
 def _projected(output: Any) -> Tensor:
-    """Returns the projection: transformers 5 puts it into an object's `pooler_output`; version 4 returns the tensor itself."""
+    """Returns the projected features. transformers 5 returns an object that has them as `pooler_output`; version 4
+    returns the tensor itself."""
     return output if isinstance(output, Tensor) else output.pooler_output

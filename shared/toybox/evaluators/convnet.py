@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class TrunkConfig(BaseModel):
-    """The width and number of residual blocks of each stage; stage `i` works at `size / 2^(i+1)` pixels."""
+    """The width and the number of residual blocks of each stage. Stage `i` works at `size / 2^(i+1)` pixels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     widths: tuple[int, ...] = (24, 64, 128, 224)
@@ -31,7 +31,8 @@ class TrunkConfig(BaseModel):
 
 
 class Block(nn.Module):
-    """A residual block (He et al., arXiv 1512.03385): two 3×3 convolutions with batch normalisation, and a skip connection.
+    """A residual block (He et al., arXiv 1512.03385) with two 3×3 convolutions, batch normalisation and a skip
+    connection.
 
     Maps `[B, inputs, H, W]` to `[B, outputs, H / stride, W / stride]`.
     """
@@ -51,11 +52,11 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Pictures `[B, 3, H, W]` in [0, 1] -> features `[B, features]`.
+    """A network that maps pictures (`[B, 3, H, W]` in [0, 1]) to features `[B, features]`.
 
-    The features are statistics of each channel: the mean of every stage's output, the maximum of the last stage's output,
-    and, for all stages but the first, the mean over the thing alone. `where` predicts the thing's position from the output of
-    the third stage (8×8 for a 64×64 picture); it is trained on the renderer's masks.
+    The features are statistics of each channel. They are the mean of every stage's output, the maximum of the last
+    stage's output and, for all stages except the first, the mean over the thing alone. `where` predicts the thing's
+    position from the output of the third stage (8×8 for a 64×64 picture). It is trained on the renderer's masks.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -77,11 +78,11 @@ class Trunk(nn.Module):
         return self.read(pixels)[0]
 
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, 3, H, W]` -> features `[B, features]`, and logits `[B, 1, H/8, W/8]` of the thing's position."""
+        """Returns the features `[B, features]` and the logits `[B, 1, H/8, W/8]` of the thing's position."""
         return self.pooled(self.maps(pixels))
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """`[B, 3, H, W]` -> the output of every stage, `[B, width, H / 2^(i+1), W / 2^(i+1)]`."""
+        """Returns the output of every stage `i`, `[B, width, H / 2^(i+1), W / 2^(i+1)]`."""
         x = self.stem(((pixels - 0.5) * 4.0).contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
@@ -90,7 +91,7 @@ class Trunk(nn.Module):
         return maps
 
     def pooled(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Computes the result of `read` from the stages' outputs."""
+        """Computes the result of `read` from the outputs of the stages."""
         where = self.where(maps[self.looks]).float()
         pooled = [m.mean((2, 3)) for m in maps] + [maps[-1].amax((2, 3))]
         pooled += [_mean_at(m, where.sigmoid()) for m in maps[1:]]
@@ -98,7 +99,8 @@ class Trunk(nn.Module):
 
 
 def _mean_at(features: Tensor, weights: Tensor) -> Tensor:
-    """Averages `[B, C, H, W]` with weights `[B, 1, h, w]` of another resolution: `[B, C]`."""
+    """Returns the weighted mean of features `[B, C, H, W]`, `[B, C]`. The weights `[B, 1, h, w]` are resampled
+    first."""
     weights = F.adaptive_avg_pool2d(weights, features.shape[2:])  # pyright: ignore[reportArgumentType]
     weights = (weights / (weights.sum((2, 3), keepdim=True) + 1e-2)).to(features.dtype)
     return (features * weights).sum((2, 3))
@@ -127,8 +129,8 @@ def save_model(model: nn.Module, config: BaseModel, folder: Path | str) -> None:
 
 
 def load_state(model: Model, folder: Path) -> Model:
-    """Loads `model.safetensors` from `folder` as float32, frozen and in eval mode. ValueError unless its keys and shapes
-    match the model's exactly."""
+    """Loads `model.safetensors` from `folder` into the model, in float32, frozen and in eval mode. Raises ValueError
+    unless keys and shapes match the model's exactly."""
     state = read_state(folder / WEIGHTS_FILE)
     check_state(state, model.state_dict(), folder / WEIGHTS_FILE)
     model.load_state_dict(state)
@@ -136,7 +138,7 @@ def load_state(model: Model, folder: Path) -> Model:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads a file's tensors, floats as float32. ValueError if it cannot be read."""
+    """Reads the tensors in a file, and converts floats to float32. Raises ValueError if the file cannot be read."""
     try:
         tensors = load_file(str(path))
     except SafetensorError as error:
@@ -145,7 +147,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def adopt_state(model: nn.Module, folder: Path) -> bool:
-    """Loads `model.safetensors` from `folder` to continue training from it; returns False if names or shapes differ."""
+    """Loads `model.safetensors` from `folder` in order to train it further. Returns False if names or shapes differ."""
     state, expected = read_state(folder / WEIGHTS_FILE), model.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
         return False
@@ -154,8 +156,8 @@ def adopt_state(model: nn.Module, folder: Path) -> bool:
 
 
 def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder and its parsed `config.json`. If that file or the weights are missing, raises `FileNotFoundError`
-    with the command that creates them."""
+    """Returns the folder and its parsed `config.json`. If that file or the weights are missing, raises
+    `FileNotFoundError` with the command that creates them."""
     folder = Path(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

@@ -1,10 +1,11 @@
-"""The identity encoder, which tells whether two pictures show the same individual thing.
+"""The identity encoder, which measures whether two pictures show the same individual thing.
 
-It looks twice: it finds the thing, then looks only at that part, enlarged, so that a small thing in a corner is compared
-at the size of a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose crop is not learned
-but computed from a map of the thing's position. It is trained with the supervised contrastive loss (Khosla et al., arXiv
-2004.11362, eq. 2) on things seen from many views on many backgrounds; every batch contains things of the same class and
-palette that differ only in their pattern (hard negatives).
+It first finds the thing and then looks only at an enlarged crop around it, so that a small thing in a corner is
+compared at the size of a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose crop is
+not learned but computed from a map of the thing's position. It is trained with the supervised contrastive loss (Khosla
+et al., arXiv 2004.11362, eq. 2) on things seen from many views on many backgrounds. Every batch contains hard
+negatives, which are things of the same class and palette that differ only in their pattern or, if they are faces, in
+their identity.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 HIDDEN = 256
-# Half the side of the crop in standard deviations of the thing's map, and its minimum as a fraction of half the picture.
+# Half the side of the crop, in standard deviations of the thing's map, and the minimum of this half, as a fraction of
+# half the picture.
 _WIDE, _LEAST = (
     2.2,
     0.28,
@@ -29,7 +31,7 @@ _SURE = 0.15  # cells with a lower probability do not count as part of the thing
 
 
 class IdentityConfig(BaseModel):
-    """The trunk, the embedding's dimensions, and the number of colour mixtures that `Palette` counts."""
+    """The settings of the trunk, the number of the embedding's dimensions, and the `counts` of `Palette`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -38,9 +40,9 @@ class IdentityConfig(BaseModel):
 
 
 class Palette(nn.Module):
-    """A learned histogram of the thing's colours, including its accents but not the background: `[B, 2 * counts]`.
+    """A learned histogram of the thing's colours, which include its accents but not the background.
 
-    Every point of the picture at half resolution is mapped separately to `counts` activations. The outputs are their mean
+    Every pixel of the picture at half resolution is mapped separately to `counts` activations. The output is their mean
     and their maximum over the thing.
     """
 
@@ -49,7 +51,8 @@ class Palette(nn.Module):
         self.points = nn.Sequential(nn.Conv2d(3, 48, 1), nn.ReLU(), nn.Conv2d(48, counts, 1), nn.ReLU())
 
     def forward(self, pixels: Tensor, where: Tensor) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1] and weights `[B, 1, h, w]` in [0, 1] -> `[B, 2 * counts]`."""
+        """Returns the histogram, `[B, 2 * counts]`, of pictures `[B, 3, H, W]` with weights `[B, 1, h, w]`, both in
+        [0, 1]."""
         small = F.avg_pool2d(pixels, 2) * 4 - 2
         features = self.points(small.contiguous(memory_format=torch.channels_last))
         weights = F.interpolate(where.to(features.dtype), size=features.shape[2:], mode="bilinear", align_corners=False)
@@ -58,7 +61,7 @@ class Palette(nn.Module):
 
 
 class Locator(Trunk):
-    """The first stages of a recognizer's trunk, unchanged: they find the thing."""
+    """The first stages of a recognizer's trunk, which find the thing. They are not trained further."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__(TrunkConfig(widths=config.widths[:3], blocks=config.blocks[:3]))
@@ -70,12 +73,13 @@ class Locator(Trunk):
         self.load_state_dict({name: known[name] for name in self.state_dict()})
 
     def train(self, mode: bool = True) -> Locator:
-        """Stays in eval mode, so that what it learned from the renderer's masks does not change."""
+        """Stays in eval mode, so that its batch statistics do not change."""
         return super().train(False)
 
     @torch.no_grad()
     def square(self, pixels: Tensor) -> Tensor:
-        """Finds the square around the thing in `[B, 3, H, W]`: affine maps `[B, 2, 3]` from the whole picture to it."""
+        """Finds the square around the thing in pictures `[B, 3, H, W]`. Returns affine maps, `[B, 2, 3]`, from the
+        whole picture to the square."""
         heat = self.read(pixels)[1].float().sigmoid()[:, 0]
         heat = heat * (heat > _SURE)
         side = heat.shape[-1]
@@ -90,14 +94,14 @@ class Locator(Trunk):
 
 
 def cut(pixels: Tensor, square: Tensor) -> Tensor:
-    """Cuts the squares `[B, 2, 3]` out of `[B, C, H, W]` and enlarges each to a whole picture."""
+    """Cuts the squares `[B, 2, 3]` out of pictures `[B, C, H, W]`, and enlarges each to a whole picture."""
     grid = F.affine_grid(square, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid.to(pixels.dtype), padding_mode="border", align_corners=False)
 
 
 class IdentityEncoder(nn.Module):
-    """Pictures `[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]`; their scalar product measures the similarity of
-    identities.
+    """A network that maps pictures (`[B, 3, 64, 64]` in [0, 1]) to unit vectors `[B, D]`. The scalar product of two
+    vectors measures how similar the identities are.
     """
 
     def __init__(self, config: IdentityConfig) -> None:
@@ -112,18 +116,18 @@ class IdentityEncoder(nn.Module):
         self.last = nn.Linear(HIDDEN, config.dimensions)
 
     def hidden(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, 64, 64]` -> `[B, HIDDEN]`, the features that a linear map turns into the embedding."""
+        """Returns the features, `[B, HIDDEN]`, that a linear layer maps to the embedding."""
         pixels = cut(pixels, self.locator.square(pixels))
         features, where = self.trunk.read(pixels)
         return self.neck(self.norm(torch.cat([features, self.palette(pixels, where.sigmoid())], 1)))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, 64, 64]` -> unit vectors `[B, D]`."""
+        """Returns the embeddings of pictures `[B, 3, 64, 64]` as unit vectors `[B, D]`."""
         return F.normalize(self.last(self.hidden(pixels)), dim=1)
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """Embeds `[B, 3, 64, 64]` in [0, 1] as unit vectors `[B, D]` on the CPU, without gradients."""
+        """Embeds pictures (`[B, 3, 64, 64]` in [0, 1]) as unit vectors `[B, D]` on the CPU, without gradients."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
@@ -132,6 +136,6 @@ class IdentityEncoder(nn.Module):
 
 @lru_cache(maxsize=4)
 def load_identity(folder: Path | str = WEIGHTS / "identity") -> IdentityEncoder:
-    """Loads the identity encoder from `folder` (default: the shipped one), frozen, on the CPU, once per process."""
+    """Loads the identity encoder from `folder`, frozen and on the CPU. Each folder is loaded once per process."""
     path, raw = read_config(folder, "identity")
     return load_state(IdentityEncoder(IdentityConfig.model_validate(raw)), path)

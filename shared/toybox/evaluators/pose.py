@@ -1,7 +1,8 @@
-"""The pose estimator: reads the position, size and orientation of the thing in a toybox picture.
+"""The pose estimator, which reads the position, size and orientation of the thing in a toybox picture.
 
-It is one convolutional network, applied picture by picture. A clip's path is read from its frames; only the azimuth, which
-can be off by half a turn in a single picture, is tracked through time. `weights/CARD.md` states its accuracy.
+It is a convolutional network that reads each picture separately. A clip's path is read from its frames. Only the
+azimuth, which can be wrong by half a turn in a single picture, is tracked over time. `weights/CARD.md` states the
+estimator's accuracy.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from shared.toybox.motions.path_distance import UNITS
 
 _AZIMUTH = PATH.index("azimuth_deg")
 LINEAR = tuple(name for name in PATH if name != "azimuth_deg")
-"""The columns of a path that are read as plain numbers, in the order of the network's outputs."""
-_PLACES = 32  # number of channels that keep their spatial layout
+"""The columns of a path that the network reads as plain numbers, in the order of its outputs."""
+_PLACES = 32  # the number of channels that keep their spatial layout
 _STEP_DEG = 45.0  # the most that a thing usually turns from one frame to the next
 
 
 class PoseConfig(BaseModel):
-    """The trunk, and the number of equal bins in a full turn."""
+    """The settings of the trunk, and the number of bins into which the azimuth is divided."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -39,7 +40,7 @@ class Poses:
     """The poses read from B pictures.
 
     linear: `[B, 5]`, the columns `LINEAR`, in fractions of the picture, logarithms and degrees
-    azimuths: `[B, bins]`, the probability of each azimuth bin, the first of which is centred on 0 (front)
+    azimuths: `[B, bins]`, the probability of each azimuth bin; the first bin is centred on 0 (front)
     """
 
     linear: Tensor
@@ -47,7 +48,7 @@ class Poses:
 
 
 class PoseEstimator(nn.Module):
-    """Pictures `[B, 3, 64, 64]` in [0, 1] -> the pose of the one thing in each."""
+    """A network that reads the pose of the one thing in each picture (`[B, 3, 64, 64]` in [0, 1])."""
 
     def __init__(self, config: PoseConfig) -> None:
         super().__init__()
@@ -62,7 +63,8 @@ class PoseEstimator(nn.Module):
         self.azimuth = nn.Linear(hidden, config.bins)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns `[B, 5]`, the columns `LINEAR` in the units `path_distance.UNITS`, and logits `[B, bins]` of the azimuth."""
+        """Returns the columns `LINEAR` in the units `path_distance.UNITS`, `[B, 5]`, and the azimuth's logits,
+        `[B, bins]`."""
         maps = self.trunk.maps(pixels)
         pooled, _ = self.trunk.pooled(maps)
         places = torch.relu(self.places(maps[self.trunk.looks])).float().flatten(1)
@@ -71,7 +73,7 @@ class PoseEstimator(nn.Module):
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch_size: int = 128) -> Poses:
-        """Reads the poses in pictures `[B, 3, 64, 64]` in [0, 1]; the result is on the CPU."""
+        """Reads the poses in pictures (`[B, 3, 64, 64]` in [0, 1]). The result is on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
@@ -79,19 +81,21 @@ class PoseEstimator(nn.Module):
         return Poses(linear * units(), logits.softmax(1))
 
     def path(self, frames: Tensor) -> Array:
-        """Reads the path of a clip `[3, F, 64, 64]` in [-1, 1]: float64 `[F, 6]`, the columns of `motion.PATH`."""
+        """Reads the path of a clip (`[3, F, 64, 64]` in [-1, 1]). Returns float64 `[F, 6]` with the columns
+        `motion.PATH`."""
         return path_of(self.read((frames.transpose(0, 1) / 2 + 0.5).clamp(0, 1)))
 
 
 def units() -> Tensor:
-    """Returns the units `[5]` of the columns `LINEAR`."""
+    """Returns the units of the columns `LINEAR`, `[5]`."""
     return torch.tensor([UNITS[name] for name in LINEAR])
 
 
 def path_of(poses: Poses, follow: bool = True) -> Array:
     """Converts the poses in the F frames of a clip to its path, float64 `[F, 6]`.
 
-    follow: whether the azimuth is tracked through time, continuing past 180 degrees; otherwise each frame is read separately
+    follow: whether the azimuth is tracked over time and continues past 180 degrees. If False, each frame is read
+        separately.
     """
     path = np.zeros((len(poses.linear), len(PATH)))
     path[:, [PATH.index(name) for name in LINEAR]] = poses.linear.double().numpy()
@@ -102,10 +106,11 @@ def path_of(poses: Poses, follow: bool = True) -> Array:
 
 
 def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
-    """Finds the most probable sequence of azimuth bins: probabilities `[F, bins]` -> int64 `[F]`.
+    """Returns the most probable sequence of azimuth bins, int64 `[F]`, given the probabilities of the bins,
+    `[F, bins]`.
 
-    This is Viterbi's algorithm; turns from frame to frame follow a wrapped normal distribution with standard deviation
-    `step_deg` / 2.
+    The sequence is found with the Viterbi algorithm. Turns from frame to frame are assumed to follow a wrapped normal
+    distribution with standard deviation `step_deg` / 2.
     """
     bins = chances.shape[1]
     apart = np.abs((np.arange(bins) + bins // 2) % bins - bins // 2) * 360 / bins
@@ -123,8 +128,8 @@ def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
 
 
 def _around(chances: Tensor, at: Tensor) -> Tensor:
-    """Averages directions, weighted by probabilities `[B, bins]`, over the bins `at` `[B]` and their neighbours:
-    `[B]` degrees."""
+    """Averages the directions of the bins `at` (`[B]`) and their neighbours, weighted by the probabilities `chances`
+    (`[B, bins]`). Returns degrees, `[B]`."""
     bins = chances.shape[1]
     near = (at[:, None] + torch.arange(-2, 3)) % bins
     weight = chances.gather(1, near) + 1e-9
@@ -134,6 +139,6 @@ def _around(chances: Tensor, at: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def load_pose(folder: Path | str = WEIGHTS / "pose") -> PoseEstimator:
-    """Loads the pose estimator from `folder` (default: the shipped one), frozen, on the CPU, once per process."""
+    """Loads the pose estimator from `folder`, frozen and on the CPU. Each folder is loaded once per process."""
     path, raw = read_config(folder, "pose")
     return load_state(PoseEstimator(PoseConfig.model_validate(raw)), path)

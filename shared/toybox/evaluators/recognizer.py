@@ -1,6 +1,6 @@
-"""The recognizer: reads the attributes of a toybox picture, in the words of its captions.
+"""The recognizer, which reads the attributes of a toybox picture in the words of captions.
 
-It is a small convolutional network with one head per attribute; the "attribute accuracy" metric is measured with it.
+It is a small convolutional network with one head per attribute. The "attribute accuracy" metric is measured with it.
 `weights/CARD.md` states how accurate it is.
 """
 
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 ATTRIBUTES = ("class", "main", "second", "background", "view", "accessory", "style")
-FACE_VIEWS = ("front", "side")  # views that show the face; from behind and from above only hair is visible
+FACE_VIEWS = ("front", "side")  # views that show the face; only hair is visible from behind and from above
 
 
 class RecognizerConfig(BaseModel):
-    """The trunk, and the names of each attribute's values, in the order of the head's outputs."""
+    """The settings of the trunk, and the names of each attribute's values in the order of the head's outputs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -29,10 +29,10 @@ class RecognizerConfig(BaseModel):
 
 
 class Recognizer(nn.Module):
-    """Pictures `[B, 3, 64, 64]` in [0, 1] -> one distribution per attribute: `class`, `main`, `second`, `background`,
-    `view`, `accessory`, `style`.
+    """A network that maps pictures (`[B, 3, 64, 64]` in [0, 1]) to one distribution for each of the attributes `class`,
+    `main`, `second`, `background`, `view`, `accessory` and `style`.
 
-    `second` is the colour of the class's second part, so that swapped colours count as wrong.
+    `second` is the colour of the part that `captions.PARTS` names, so that exchanged colours count as wrong.
     """
 
     def __init__(self, config: RecognizerConfig) -> None:
@@ -46,24 +46,22 @@ class Recognizer(nn.Module):
         )
 
     def features(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, 64, 64]` -> `[B, 192]`: the layer before the heads, for KID."""
+        """Returns the output of the layer before the heads, `[B, 192]`, which is used for KID."""
         return self.neck(self.trunk(pixels))
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Returns logits `[B, values]` per attribute."""
+        """Returns the logits of each attribute, `[B, values]`."""
         return self.read(pixels)[0]
 
     def read(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns logits `[B, values]` per attribute, and logits `[B, 1, 8, 8]` of the things' positions."""
+        """Returns the logits of each attribute, `[B, values]`, and of the things' positions, `[B, 1, 8, 8]`."""
         features, where = self.trunk.read(pixels)
         hidden = self.neck(features)
         return {name: self.heads[f"head_{name}"](hidden) for name in self.config.values}, where
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, batch_size: int = 128) -> dict[str, Tensor]:
-        """`[B, 3, 64, 64]` in [0, 1] -> probabilities `[B, values]` for each attribute, in the order of
-        `config.values`.
-        """
+        """Returns the probabilities of each attribute's values, `[B, values]`, in the order of `config.values`."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
@@ -73,7 +71,7 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """`[B, 3, 64, 64]` in [0, 1] -> normalised `features`, `[B, 192]` on the CPU."""
+        """Returns the normalised `features` of pictures (`[B, 3, 64, 64]` in [0, 1]), `[B, 192]` on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self.features(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
@@ -81,20 +79,21 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def where(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """Returns the probability that each cell shows the thing, `[B, 8, 8]`, for pictures `[B, 3, 64, 64]` in [0, 1]."""
+        """Returns the probability that each cell of the pictures (`[B, 3, 64, 64]` in [0, 1]) shows the thing,
+        `[B, 8, 8]`."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self.trunk.read(chunk.to(device, torch.float32))[1][:, 0] for chunk in pixels.split(batch_size)]
         return torch.cat(parts).sigmoid().cpu()
 
     def predict(self, pixels: Tensor, batch_size: int = 128) -> dict[str, list[str]]:
-        """Returns the most probable value of each attribute for each picture `[B, 3, 64, 64]` in [0, 1]."""
+        """Returns the most probable value of each attribute for each of the pictures (`[B, 3, 64, 64]` in [0, 1])."""
         probabilities = self.probabilities(pixels, batch_size)
         return {name: [self.config.values[name][i] for i in p.argmax(1).tolist()] for name, p in probabilities.items()}
 
 
 @lru_cache(maxsize=4)
 def load_recognizer(folder: Path | str = WEIGHTS / "recognizer") -> Recognizer:
-    """Loads the recognizer from `folder` (default: the shipped one), frozen, on the CPU, once per process."""
+    """Loads the recognizer from `folder`, frozen and on the CPU. Each folder is loaded once per process."""
     path, raw = read_config(folder, "recognizer")
     return load_state(Recognizer(RecognizerConfig.model_validate(raw)), path)

@@ -1,1 +1,1 @@
-"""Clips of the toybox: how things and the camera move, in captioned motions and in motions without a caption."""
+"""Draws clips of the toybox, in which a thing or the camera moves. Some motions are captioned; others are held out."""

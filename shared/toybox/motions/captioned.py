@@ -1,4 +1,4 @@
-"""The motions that captions describe; motion modules are trained on them."""
+"""Defines the motions that captions describe. The motion module is trained on clips of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from shared.config import unknown
 from shared.toybox.motions.motion import Array, Motion, Parameters, hop
 
-_EVEN = (0.85, 1.2)  # exponents of time; the motion becomes a little slower or faster towards the end
+_EVEN = (0.85, 1.2)  # limits of the exponent of time, which makes a motion slow down or speed up a little
 
 
 def _spin(t: Array, p: Parameters) -> dict[str, Array]:
@@ -47,7 +47,7 @@ def _recede(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _orbit(t: Array, p: Parameters) -> dict[str, Array]:
-    # A camera that moves to its right sees more of a thing's left side, and the background shifts to the right.
+    # If the camera moves to its right, it sees more of the thing's left side, and the background shifts to the right.
     turned = p["way"] * p["sweep_deg"] * (t - 0.5)
     return {"azimuth_deg": turned, "pan": turned / 240}
 
@@ -68,11 +68,11 @@ MOTIONS: dict[str, Motion] = {
     )
 }
 CAMERA_MOTIONS = frozenset({"orbit"})
-"""Motions of the camera: the only ones in which the background moves."""
+"""The motions of the camera. In all other motions, the background stands still."""
 
 
 def captioned_motion(name: str) -> Motion:
-    """Returns a captioned motion by name. ValueError, with the choices, for an unknown name."""
+    """Returns a captioned motion by name. Raises ValueError, with the choices, if the name is unknown."""
     if name not in MOTIONS:
         raise ValueError(unknown(name, MOTIONS, "captioned motion"))
     return MOTIONS[name]

@@ -26,9 +26,9 @@ def _known(frames: int) -> tuple[tuple[str, ...], Array]:
 
 
 def nearest_captioned(path: Array) -> str:
-    """Finds the captioned motion, or "still", whose path is nearest to a given one `[F, 6]` (`path_distance`).
+    """Returns the captioned motion, or "still", that has the path nearest to `path` (`[F, 6]`, see `path_distance`).
 
-    A path does not include the background, so an orbit of the camera and a spin differ only in the angle turned.
+    A path does not include the background, so an orbit of the camera and a spin differ only in the angle of the turn.
     """
     names, known = _known(len(path))
     return names[int(distances(np.asarray(path, np.float64)[None], known)[0].argmin())]

@@ -1,6 +1,7 @@
-"""Writes captions for clips: a picture's caption plus the motion, for example "a red car spinning on the grass".
+"""Writes captions for clips, which add words for the motion to a picture's caption, as in "a red car spinning on the
+grass".
 
-Held-out motions have no words: their clips get the caption of a picture.
+There are no words for held-out motions, so their clips get the caption of a picture.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from shared.toybox.motions.captioned import MOTIONS, captioned_motion
 from shared.toybox.motions.clips import MovingScene
 from shared.toybox.tokenizer import MAX_LENGTH
 
-# The first phrase of each motion is the canonical one. Phrases with a comma go at the end of a caption, in place of the view.
+# The first phrase of each motion is the canonical one. Phrases with a comma go at the end of a caption and replace the
+# view.
 PHRASES: dict[str, tuple[str, ...]] = {
     "spin": ("spinning", "turning around", "spinning around"),
     "slide left": ("moving to the left", "sliding to the left", "moving left"),
@@ -25,7 +27,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "recede": ("moving away", "going away"),
     "orbit": (", moving camera", ", the camera moving around it", ", the camera turning around it"),
 }
-# The number of tokens into which the toybox's tokenizer, built for captions of pictures, splits these words.
+# The toybox's tokenizer was built for captions of pictures. It splits these words into this many tokens.
 _PIECES = {
     "sliding": 3,
     "down": 2,
@@ -42,7 +44,8 @@ _PIECES = {
 
 
 def motion_phrase(name: str) -> str:
-    """Returns the canonical words for a captioned motion, for example "spinning". ValueError, with the choices, for others."""
+    """Returns the canonical words for a captioned motion, for example "spinning". Raises ValueError, with the choices,
+    for other motions."""
     return PHRASES[captioned_motion(name).name][0]
 
 
@@ -53,9 +56,10 @@ def _room(words: str) -> int:
 
 
 def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = False) -> str:
-    """Writes one caption of a clip, at most 30 tokens of the toybox's tokenizer.
+    """Writes one caption of a clip, with at most 30 tokens of the toybox's tokenizer.
 
-    Captioned motions are always named, others never. The view is named if it is clear and does not change.
+    Captioned motions are always named, and other motions never. The view may be named if it is clear and does not
+    change.
 
     full: whether to use the canonical form, as for pictures
     """
@@ -69,6 +73,7 @@ def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = Fal
 
 
 def plain_clip_caption(moving: MovingScene) -> str:
-    """Writes a plain caption of a clip, without its motion: "a photo of a duck on the beach"."""
+    """Writes a plain caption of a clip, which does not mention its motion, for example "a photo of a duck on the
+    beach"."""
     scene = moving.scene
     return f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"

@@ -1,4 +1,4 @@
-"""Contact sheets of clips: one row per clip, its frames from left to right."""
+"""Draws contact sheets of clips. Each row shows the frames of one clip from left to right."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from shared.toybox.motions.held_out import motion_names
 
 
 def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 128) -> Image.Image:
-    """Draws a sheet of labelled clips: one row each, with `columns` frames evenly spaced from the first to the last.
+    """Draws a sheet of labelled clips. Each row shows at most `columns` frames, evenly spaced from the first to the
+    last.
 
-    Labels may repeat. ValueError if there are no clips.
+    Labels may repeat. Raises ValueError if there are no clips.
     """
     rows = {}
     for number, (label, clip) in enumerate(clips):
@@ -33,9 +34,12 @@ def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 
 def write_motion_sheet(
     out: Path, names: Sequence[str], sizes: tuple[int, int, int] = (1, 8, 16), seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """Writes a PNG with clips of the named motions (held-out ones by their full names), or of all motions if none are named.
+    """Writes a PNG with clips of the named motions, or of all motions if none are named. Held-out motions have full
+    names.
 
-    sizes: clips per motion, frames shown per clip, frames per clip. ValueError for an unknown motion, or from `check_file`.
+    Raises ValueError if a motion is unknown, if the sheet is too large, or if `out` is not a PNG that may be written.
+
+    sizes: the number of clips per motion, of frames shown per clip, and of frames per clip
     """
     rows, columns, frames = sizes
     motions = {**MOTIONS, **motion_names()}

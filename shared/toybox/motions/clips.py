@@ -1,7 +1,7 @@
 """Draws clips of one moving thing, with the ground truth of each frame.
 
-`render` draws every frame with the same thing, background and light. A thing's shadow moves with it, even in mid-air, as
-in the pictures that the toybox's model was trained on.
+All frames have the same thing, background and light. A thing's shadow moves with it, even in mid-air, as in the
+pictures on which the toybox's model was trained.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _PLAIN = tuple(name for name in BACKGROUNDS if name.endswith("studio"))
 
 @dataclass(frozen=True, eq=False)
 class MovingScene:
-    """The content of a clip: its first frame as a scene, and the path from there.
+    """The content of a clip.
 
+    scene: the first frame
     path: [F, 6] with the columns `motion.PATH`
-    pan: [F], the background's shift, which is 0 unless the camera moves
+    pan: [F], the shift of the background, which is 0 unless the camera moves
     """
 
     scene: Scene
@@ -74,10 +75,11 @@ def _camera(at: Array) -> Camera:
 def sample_moving(
     rng: np.random.Generator, motion: Motion | None = None, frames: int = 16, split: str = "train", **fixed: Any
 ) -> MovingScene:
-    """Samples a random clip of a motion (None: any captioned one).
+    """Samples a random clip of a motion. If `motion` is None, it is a random captioned motion.
 
-    `split` and `fixed` are as in `world.sample_scene`, but camera, view and two cannot be fixed, because the motion places one
-    thing. If the camera moves, the background (unless fixed) is one that makes the movement visible.
+    `split` and `fixed` are as in `world.sample_scene`, except that camera, view and two cannot be fixed, because the
+    motion determines the camera of a single thing. If the camera moves and the background is not fixed, it is one that
+    makes the movement visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):
         raise ValueError(f"cannot fix {', '.join(sorted(taken))}: the clip's motion decides")

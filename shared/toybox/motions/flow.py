@@ -1,4 +1,4 @@
-"""Computes a clip's exact optical flow from its geometry: where each visible point of a thing is in the next frame."""
+"""Computes a clip's exact optical flow, from the positions of the visible points of things in consecutive frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from shared.toybox.splat import DISTANCE, Hits, Instances, projected, turned
 from shared.toybox.surfaces import HitImage, halved
 
-_BEHIND = 0.06  # radii: a point this much farther away than the surface at its pixel in the next frame is hidden
+_BEHIND = 0.06  # in radii; a point this far behind the surface that its pixel shows in the next frame is hidden
 _GRAZING = 0.2  # the cosine below which a surface counts as seen edge-on
 
 
@@ -18,8 +18,8 @@ _GRAZING = 0.2  # the cosine below which a surface counts as seen edge-on
 class Flow:
     """The optical flow of a clip.
 
-    moved: [F-1, H, W, 2], the shift to the right and down in pixels, from one frame to the next. Where the flow is not known,
-        it is the shift of the surface that covers most of the pixel
+    moved: [F-1, H, W, 2], the shift to the right and down in pixels, from one frame to the next. Where the flow is not
+        known, it is the shift of the surface that covers most of the pixel.
     known: bool [F-1, H, W], whether the pixel shows a single surface that is also visible in the next frame
     """
 
@@ -29,7 +29,10 @@ class Flow:
 
 @torch.no_grad()
 def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
-    """Computes the flow of F frames of size×size pixels, each of which shows one thing. pan: [F], as `Scene.pan`."""
+    """Computes the flow of F frames of size×size pixels, each of which shows one thing.
+
+    pan: [F], the shift of the background as in `Scene.pan`
+    """
     frames, fine = len(pan), 2 * size
     canvas = HitImage(hits, frames, fine)
     after = hits.who.add(1).clamp(max=frames - 1)
@@ -52,7 +55,8 @@ def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
 
 
 def _open(cover: Tensor, by: Tensor) -> Tensor:
-    """Finds where the background is visible in a frame and, `by` [F-1] pixels to the right, in the next: bool [F-1, H, W]."""
+    """Returns bool [F-1, H, W], whether a pixel shows the background and this point is also visible in the next frame,
+    where it is `by` ([F-1]) pixels further to the right."""
     size = cover.shape[-1]
     at = torch.arange(size, device=cover.device) + by[:, None]
     inside = (at >= 0) & (at <= size - 1)

@@ -1,6 +1,6 @@
-"""Motions for personalization, in two splits: no caption describes them and no training clip shows them.
+"""Defines motions for personalization, in two splits. No caption describes them, and no training clip shows them.
 
-Each is defined by its fixed rhythm and direction; only its size varies a little from clip to clip.
+Each motion has a fixed rhythm and direction. Only its size varies a little from clip to clip.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _spiral(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _hop_and_turn(t: Array, p: Parameters) -> dict[str, Array]:
-    # The thing hops twice. It turns half around in the air each time, then rests.
+    # The thing hops twice. Each time, it makes half a turn in the air and then rests.
     jumps = [np.clip((t - start) / 0.36, 0, 1) for start in (0.04, 0.54)]
     turned = 180 * (jumps[0] + jumps[1])
     return {"y": -p["high"] * (hop(jumps[0]) + hop(jumps[1])), "azimuth_deg": turned}
@@ -68,7 +68,7 @@ def _falling_leaf(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _lap(t: Array, p: Parameters) -> dict[str, Array]:
-    # The thing goes around a circle on the ground, facing ahead: to the right along the front, to the left along the back.
+    # The thing runs around a circle on the ground, facing ahead. In front it moves to the right, behind to the left.
     angle = 2 * np.pi * t
     near = np.cos(angle)
     return {
@@ -117,14 +117,14 @@ def motion_names() -> dict[str, Motion]:
 
 
 def held_out_motions(split: str) -> tuple[Motion, ...]:
-    """Returns a split's motions. ValueError, with the choices, for an unknown split."""
+    """Returns the motions of a split. Raises ValueError, with the choices, if the split is unknown."""
     if split not in HELD_OUT:
         raise ValueError(unknown(split, HELD_OUT, "held-out split"))
     return HELD_OUT[split]
 
 
 def held_out_motion(name: str) -> Motion:
-    """Returns a held-out motion by its full name. ValueError, with the choices, for an unknown name."""
+    """Returns a held-out motion by its full name. Raises ValueError, with the choices, if the name is unknown."""
     motions = motion_names()
     if name not in motions:
         raise ValueError(unknown(name, motions, "toybox motion"))

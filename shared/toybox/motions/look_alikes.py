@@ -1,4 +1,5 @@
-"""Motions that must not be mistaken for a given one: the same path with another rhythm or direction, or mirrored."""
+"""Defines the look-alikes of a motion, for which it must not be mistaken. They have the same path, but with a different
+rhythm or direction, or mirrored."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def _steady(shape: Shape) -> Shape:
         n = max(len(values) for values in p.values())
         moved = {name: np.broadcast_to(values, (n, _FINE)) for name, values in shape(fine, p).items()}
         steps = sum((np.diff(v, axis=-1) / UNITS[name]) ** 2 for name, v in moved.items() if name in UNITS)
-        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # the small constant keeps it strictly increasing even at rest
+        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # the small constant makes it strictly increasing even at rest
         gone = np.concatenate([np.zeros((n, 1)), gone / gone[:, -1:]], axis=-1)
         when = np.stack([np.interp(t, row, fine) for row in gone])
         return {
@@ -76,7 +77,8 @@ CHANGES: dict[str, Callable[[Shape], Shape]] = {
 
 
 def look_alikes(motion: Motion) -> tuple[Motion, ...]:
-    """Returns up to `MOST` look-alikes of a motion: the first of `CHANGES` that are far enough from it and each other."""
+    """Returns up to `MOST` look-alikes of a motion. They are the results of the first of `CHANGES` that are far enough
+    from the motion and from each other."""
     chosen: list[Motion] = []
     for name, change in CHANGES.items():
         other = Motion(
@@ -88,10 +90,10 @@ def look_alikes(motion: Motion) -> tuple[Motion, ...]:
 
 
 def candidates(motion: Motion, split: str, frames: int = 16) -> dict[str, Array]:
-    """Returns the paths that a clip's path is compared with to recognise a motion: name -> `[F, 6]`.
+    """Returns the paths with which a clip's path is compared to recognise a motion, by name. Each is `[F, 6]`.
 
-    They are the paths of the motion itself, its look-alikes, the other held-out motions of its split, and a thing that stands
-    still, so that frozen clips are recognised.
+    They are the paths of the motion itself, of its look-alikes, of the other held-out motions of its split, and of a
+    thing that stands still, so that frozen clips are recognised as such.
     """
     others = [other for other in held_out_motions(split) if other.name != motion.name]
     paths = {m.name: m.path(frames) for m in (motion, *look_alikes(motion), *others)}

@@ -1,7 +1,7 @@
-"""Defines motions: pure functions of time, with a few parameters drawn anew for each clip.
+"""Defines motions as pure functions of time, with a few parameters that are drawn for each clip.
 
-A *path* is an array `[..., F, 6]` in float64 with the columns `PATH`: where a thing is in each of F frames. A clip's time
-runs from 0 (first frame) to 1 (last frame), whatever the number of frames.
+A *path* is a float64 array `[..., F, 6]` with the columns `PATH`. It describes the pose of a thing in each of F frames.
+A clip's time runs from 0 (first frame) to 1 (last frame), whatever the number of frames.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 
 PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
-"""The columns of a path: as in `world.Camera`, but with the natural logarithm of the scale. x points right and y down, in
-fractions of the picture."""
+"""The columns of a path. They are those of `world.Camera`, but with the natural logarithm of the scale. x points right
+and y down, in fractions of the picture."""
 CHANNELS = (*PATH, "pan")
-"""The channels that a motion can change: the columns of the path and, for camera motions, the background's shift to the
-right, in fractions of the picture."""
+"""The channels that a motion can change. They are the columns of the path and, for camera motions, the shift of the
+background to the right, in fractions of the picture."""
 
 Parameters: TypeAlias = Mapping[str, Array]
 Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
@@ -28,12 +28,14 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion: `shape(t, parameters)` returns the channels that it changes, relative to the thing's starting place.
+    """A motion, whose channels are relative to the pose at which a clip is placed.
 
-    shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all N; channels that it omits stay at 0
+    shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] if they are the same for all N.
+        Channels that it omits stay at 0.
     limits: the range from which each parameter is drawn uniformly
     either_way: the parameters that are randomly +1 or -1
-    facing_deg: the azimuth that the path's azimuths are relative to, for a thing that must face along its path; None: any
+    facing_deg: the azimuth to which the path's azimuths are relative, for a thing that must face along its path. If
+        None, it is random.
     """
 
     name: str
@@ -43,17 +45,18 @@ class Motion:
     facing_deg: float | None = None
 
     def draw(self, rng: np.random.Generator, n: int = 1) -> dict[str, Array]:
-        """Draws the parameters n times, [n, 1] each."""
+        """Draws n values of each parameter, [n, 1]."""
         drawn = {name: rng.uniform(low, high, (n, 1)) for name, (low, high) in self.limits.items()}
         return drawn | {name: rng.choice((-1.0, 1.0), (n, 1)) for name in self.either_way}
 
     def median(self) -> dict[str, Array]:
-        """Returns the midpoints of the parameters' limits, and +1 for the parameters in `either_way`, [1, 1] each."""
+        """Returns the midpoint of each parameter's limits, and +1 for the parameters in `either_way`. Each is
+        [1, 1]."""
         middle = {name: np.full((1, 1), (low + high) / 2) for name, (low, high) in self.limits.items()}
         return middle | {name: np.ones((1, 1)) for name in self.either_way}
 
     def offsets(self, parameters: Parameters, frames: int) -> Array:
-        """Returns the channels over time, [N, F, 7]. ValueError for fewer than two frames."""
+        """Returns the channels over time, [N, F, 7]. Raises ValueError if there are fewer than two frames."""
         if frames < 2:
             raise ValueError(f"a motion needs at least 2 frames, not {frames}")
         n = max((len(values) for values in parameters.values()), default=1)
@@ -64,7 +67,7 @@ class Motion:
         return out
 
     def path(self, frames: int = 16) -> Array:
-        """Returns the path [F, 6] for the median parameters, placed at 0; it represents the motion in comparisons."""
+        """Returns the path [F, 6] for the median parameters, relative to 0. It represents the motion in comparisons."""
         return self.offsets(self.median(), frames)[0, :, : len(PATH)]
 
 
@@ -80,12 +83,13 @@ def ramp(t: Array, start: float, end: float) -> Array:
 
 
 def hop(u: Array) -> Array:
-    """Returns the height of a thrown thing over u in [0, 1]: 0 at both ends, 1 in the middle."""
+    """Returns the height of a thrown thing at time u in [0, 1]. It is 0 at both ends and 1 in the middle."""
     return 4 * u * (1 - u)
 
 
 def views(paths: Array) -> Array:
-    """Returns unit vectors [..., F, 3] from a thing to its camera (x forward, y left, z up), for paths `[..., F, 6]`."""
+    """Returns unit vectors [..., F, 3] from a thing to its camera (x forward, y left, z up), for paths
+    `[..., F, 6]`."""
     azimuth, elevation = (np.radians(paths[..., PATH.index(name)]) for name in ("azimuth_deg", "elevation_deg"))
     level = np.cos(elevation)
     return np.stack([level * np.cos(azimuth), level * np.sin(azimuth), np.sin(elevation)], -1)

@@ -1,19 +1,24 @@
 """Measures how far apart two motions are by comparing their paths over time.
 
-The distance between two paths a and b, `[F, 6]` with the columns `motion.PATH`, is the root mean square over the F frames of
-their difference in units of a clearly visible change (`UNITS`), after each column is shifted to minimise this distance:
+Two paths a and b are `[F, 6]` with the columns `motion.PATH`. The distance between them is the root mean square of
+their difference over the F frames, where each column is measured in units of a clearly visible change (`UNITS`) and
+shifted so that the distance is as small as possible:
 
     d² = min over shifts s of 1/F Σ_t ( Σ_linear ((a_t - b_t - s) / unit)² + |exp(i a_t) - exp(i (b_t + s))|² / chord² )
 
 The azimuth, which wraps around, is compared on the unit circle, where one unit is a chord of 2 sin(unit / 2). The other
-columns are linear. Both minima have closed forms: for a linear column, the best shift is the difference between the means;
-for the azimuth, the smallest mean of |…|² is 2 - 2 |mean exp(i (a - b))|.
+columns are linear. Both minima have closed forms. For a linear column, the best shift is the difference between the
+means. For the azimuth, the smallest mean of |…|² is 2 - 2 |mean exp(i (a - b))|.
 
-- **Ignored**: where a motion begins. A thing's initial place, size, view and tilt belong to the picture, so the same motion
-  further to the left has distance 0. The shift is fitted to all frames rather than taken from the first, so that an error in
-  one frame does not affect the others.
-- **Not ignored**: timing (rhythm, direction, phase), mirroring and size. A zigzag half as large is a different motion.
-- The distance is a metric on paths up to shifts of each column: it is symmetric, zero only if such shifts make the paths
+- The distance ignores the pose in which a motion begins. A thing's initial position, size, view and tilt belong to the
+picture,
+  so the same motion further to the left has distance 0. The shift is fitted to all frames instead of being taken from
+  the first, so that an error in one frame does not affect the others.
+- The distance does not ignore timing (rhythm, direction and phase), mirroring or size. A zigzag half as large is a
+different
+  motion.
+- The distance is a metric on paths up to shifts of each column. It is symmetric, is zero only if such shifts make the
+paths
   equal, and satisfies the triangle inequality.
 """
 
@@ -33,8 +38,8 @@ UNITS: dict[str, float] = {
     "elevation_deg": 30.0,
     "roll_deg": 15.0,
 }
-"""The unit of each column: a tenth of the picture for the position, growth by about a quarter for the scale, half the
-angle between neighbouring views for the azimuth, and 30 and 15 degrees for the elevation and the roll."""
+"""The unit of each column. It is a tenth of the picture for the position, growth by about a quarter for the scale, half
+the angle between neighbouring views for the azimuth, 30 degrees for the elevation, and 15 degrees for the roll."""
 
 _TURN = PATH.index("azimuth_deg")
 _LINES = [i for i in range(len(PATH)) if i != _TURN]
@@ -46,7 +51,7 @@ def distances(a: Array, b: Array) -> Array:
     """Returns the distances `[N, M]` between paths a `[N, F, 6]` and paths b `[M, F, 6]`.
 
     Raises:
-        ValueError: wrong shapes, different numbers of frames (see `resampled`), or values that are not finite
+        ValueError: if the shapes are wrong, the frame counts differ (see `resampled`), or values are not finite
     """
     a, b = _checked(a), _checked(b)
     if a.shape[1] != b.shape[1]:
@@ -64,15 +69,15 @@ def distance(a: Array, b: Array) -> float:
 
 
 def ranked(path: Array, among: Mapping[str, Array]) -> list[tuple[str, float]]:
-    """Ranks the motions `among` (name -> path `[F, 6]`) by their distance from a path, nearest first."""
+    """Ranks motions by the distance of their paths (`among`, `[F, 6]` by name) from `path`. The nearest comes first."""
     far = distances(np.asarray(path)[None], np.stack(list(among.values())))[0]
     return sorted(zip(among, map(float, far), strict=True), key=lambda pair: pair[1])
 
 
 def resampled(path: Array, frames: int) -> Array:
-    """Resamples a path `[..., F, 6]` to another number of evenly spaced frames, keeping the first and the last one.
+    """Resamples a path `[..., F, 6]` to `frames` evenly spaced frames, keeping the first and the last.
 
-    Azimuths are assumed to turn the shorter way from frame to frame.
+    The azimuth is assumed to turn the shorter way from frame to frame.
     """
     path = np.asarray(path, np.float64)
     smooth = path.copy()
@@ -93,11 +98,11 @@ def _checked(paths: Array) -> Array:
 
 
 def _lines(paths: Array) -> Array:
-    """Returns the linear columns [N, 5 F] in their units, each centred over time."""
+    """Returns the linear columns in their units, each centred over time, [N, 5 F]."""
     values = paths[..., _LINES] / _SCALES
     return (values - values.mean(1, keepdims=True)).reshape(len(paths), -1)
 
 
 def _circle(paths: Array) -> np.ndarray:
-    """Returns the azimuths [N, F] as complex numbers on the unit circle."""
+    """Returns the azimuths as complex numbers on the unit circle, [N, F]."""
     return np.exp(1j * np.radians(paths[..., _TURN]))

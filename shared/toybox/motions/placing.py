@@ -11,14 +11,17 @@ _SIDES_DEG = (0.0, 90.0, -90.0, 180.0)
 
 
 def room(scale: Array) -> Array:
-    """Returns how far from the centre a thing of this scale may be: it may touch the border, but most of it stays inside."""
+    """Returns how far from the centre a thing of this scale may be. It may touch the border, but most of it stays
+    inside."""
     return np.clip(0.56 - 0.4 * scale, 0.04, 0.35)
 
 
 def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = None) -> Array:
-    """Turns offsets `[N, F, 7]` into paths `[N, F, 6]`: each begins at a random place, size and view that leave room to move.
+    """Converts offsets `[N, F, 7]` to paths `[N, F, 6]`. Each path gets a random position, size and view that leave
+    room for the motion.
 
-    The elevation is between 0 and 35 degrees; the azimuth is near one of the four sides, or exactly `facing_deg`.
+    The initial elevation is between 0 and 35 degrees. The initial azimuth is near that of one of the four sides, or
+    exactly `facing_deg`.
     """
     n = len(offsets)
     x, y, grows = (offsets[..., CHANNELS.index(name)] for name in ("x", "y", "log_scale"))
@@ -41,5 +44,6 @@ def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = N
 
 
 def sample_paths(rng: np.random.Generator, motion: Motion, n: int, frames: int = 16) -> Array:
-    """Samples n paths `[n, F, 6]` of a motion, distributed as in its clips, without rendering pictures."""
+    """Samples n paths `[n, F, 6]` of a motion, with the same distribution as in its clips, without rendering
+    pictures."""
     return place(rng, motion.offsets(motion.draw(rng, n), frames), motion.facing_deg)
