@@ -1,1 +1,1 @@
-"""The personalization core. It never imports a `pcs_` package."""
+"""The personalization core, which never imports a `pcs_` package."""

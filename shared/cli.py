@@ -1,4 +1,5 @@
-"""`pcs`: collects the commands of the installed packages (entry points `pcs.commands`) and turns errors into messages.
+"""The `pcs` command, which collects the commands of the installed packages (entry points `pcs.commands`) and turns
+errors into messages.
 
 Command modules import only the CLI library at the top; everything heavy is imported inside a command.
 """
@@ -25,7 +26,7 @@ _STOPPED = 130  # what typer returns, and shells expect, after Ctrl-C
 
 
 def build() -> typer.Typer:
-    """Builds the whole command tree. A package whose commands cannot be loaded is reported; the others still work."""
+    """Builds the whole command tree. If a package's commands cannot be loaded, this is reported and the others still work."""
     from importlib.metadata import entry_points
 
     import typer
@@ -51,10 +52,10 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs `pcs`. Exit code 0; 1 if the run failed, 2 for wrong user input, 130 after Ctrl-C, 143 after SIGTERM, 129 after
-    SIGHUP.
+    """Runs `pcs`. The exit code is 0 on success, 1 if the run failed, 2 for invalid input, 130 after Ctrl-C, 143 after
+    SIGTERM and 129 after SIGHUP.
 
-    All these signals end a command the same way: half-written files are removed, and training saves its state.
+    Every signal ends a command in the same way: half-written files are removed, and training saves its state.
     """
     heed_stops()
     try:
@@ -76,7 +77,7 @@ def _main(arguments: list[str] | None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # an unprintable file name must not end a command
+        if isinstance(stream, io.TextIOWrapper):  # an unprintable file name must not crash a command
             stream.reconfigure(errors="backslashreplace")
     _PRINTED.clear()
     warnings.showwarning = _warn
@@ -143,7 +144,7 @@ def _failed(error: Exception) -> int:
 
 
 def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    """Prints each warning only once, regardless of its origin."""
+    """Prints each warning only once, wherever it comes from."""
     text = _clean(message)
     if text not in _PRINTED:
         _PRINTED.add(text)

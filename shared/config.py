@@ -1,4 +1,4 @@
-"""Configuration: merges YAML layers and `key=value` overrides into one validated model, with errors written for users."""
+"""Merges YAML layers and `key=value` overrides into one validated model, with errors written for users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 
 class Part(BaseModel):
-    """Base of every part and every group of settings: frozen, and strict about its keys."""
+    """The base class of every part and group of settings. It is frozen and rejects unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False
@@ -35,26 +35,26 @@ class Part(BaseModel):
 
 
 class KindPart(Part):
-    """Base of the parts in a recipe's slots, which come in several kinds."""
+    """The base class of the parts in a recipe's slots. Each slot accepts several kinds of part."""
 
     kind: str
 
     @property
     def taxonomy(self) -> str:
-        """The part's name in comparisons of recipes."""
+        """The part's name in tables that compare recipes."""
         return self.kind.replace("_", " ")
 
 
 def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
-    """Returns an error message: what is unknown, the nearest valid name, and all valid names."""
+    """Returns an error message with the unknown value, the nearest valid name and all valid names."""
     names = sorted(choices)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {what} {value!r}.{hint} Available: {', '.join(names) or 'none'}."
 
 
-#: Numbers in settings. Their limits are far above any real value: a typo such as 1e300 fails immediately instead of
-#: overflowing, or filling memory, in the middle of a run. Every number of a `Part` must also be finite.
+#: Numbers in settings. Their limits are far above any sensible value, so that a typo such as 1e300 fails immediately instead
+#: of overflowing or filling the memory in the middle of a run. Every number in a `Part` must also be finite.
 Real = Annotated[float, Field(ge=-1e6, le=1e6)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -88,9 +88,9 @@ def _kinds_from_keys(value: Any) -> Any:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Expands a leading `~` or `~user` in a path that a user wrote; expanding the result again changes nothing.
+    """Expands a leading `~` or `~user` in a path that a user wrote. Expanding the result again changes nothing.
 
-    `./~` is the folder called `~`; `~nobody` is the folder of that name if that user does not exist.
+    `./~` is the folder called `~`, and `~nobody` is the folder called `~nobody` if there is no such user.
     """
     text = os.path.expanduser(os.fspath(path))
     out = Path(text)
@@ -98,8 +98,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def absent(path: str | os.PathLike[str], otherwise: str = "does not exist") -> str:
-    """Says why there is nothing at a path: its symbolic links form a loop (for `Path.exists`, as if it were missing), or
-    `otherwise`."""
+    """Returns why a path cannot be used: a message if its symbolic links form a loop (which `Path.exists` reports as a
+    missing file), and `otherwise` in all other cases."""
     try:
         os.stat(path)
     except OSError as error:
@@ -118,17 +118,17 @@ def _path(value: Any) -> Any:
 
 #: The path of a file or folder, as the user wrote it.
 PathText = Annotated[Path, BeforeValidator(_path)]
-#: A name, or a file or folder.
+#: A name, or the path of a file or folder.
 NameOrPath = Annotated[str, BeforeValidator(lambda v: str(expanded(v)) if isinstance(v, str) and v[:1] == "~" else v)]
 
 
 T = TypeVar("T")
-#: A slot that holds several parts under freely chosen names; `kind` defaults to the name.
+#: A slot with several parts under freely chosen names. A part's `kind` defaults to its name.
 Slot = Annotated[dict[str, T], BeforeValidator(_kinds_from_keys)]
 
 
 def slots(model: type[BaseModel]) -> tuple[str, ...]:
-    """Lists the fields of a model that hold several parts under freely chosen names."""
+    """Lists the fields of a model that contain several parts under freely chosen names."""
     return tuple(n for n, f in model.model_fields.items() if any(_is_slot(m) for m in f.metadata))
 
 
@@ -137,7 +137,7 @@ def _is_slot(mark: Any) -> bool:
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """Sets the default kind of a slot that holds one part, for settings such as `noise.offset=0.1`."""
+    """Sets the default kind of a slot with one part, for settings such as `noise.offset=0.1`."""
 
     def fill(value: Any) -> Any:
         return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
@@ -159,8 +159,8 @@ def parts_of(kind: str) -> BeforeValidator:
 
 
 def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
-    """Maps the fields that hold one part to their default kinds, for `merge`; nested like the fields, with "*" for any key of
-    a mapping of parts."""
+    """Maps the fields that contain one part to their default kinds, in the form that `merge` takes. The result is nested
+    like the fields; "*" stands for any key of a mapping of parts."""
     out: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         marks = [getattr(mark, "func", None) for mark in field.metadata]
@@ -176,11 +176,11 @@ def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Applies the layer `over` on top of the layer `base`. Mappings are merged and anything else is replaced; a changed `kind`
-    drops the settings of the old kind.
+    """Applies the layer `over` on top of the layer `base`. Mappings are merged, and anything else is replaced. If
+    `kind` changes, the settings of the old kind are dropped.
 
     Args:
-        kinds: default kinds by key, nested like the layers, with "*" for any key; without an entry, the key itself is the kind
+        kinds: default kinds by key, nested like the layers, with "*" for any key. A key without an entry is its own kind
     """
     kinds, out = kinds or {}, dict(base)
     for key, value in over.items():
@@ -196,13 +196,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     return out
 
 
-_MOST_BITS = 512  # in an integer; more are a typo, and Python may not even print them
+_MOST_BITS = 512  # size limit of an integer; a larger one is a typo, and Python may refuse to print it
 _MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes 1 s per million
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads plain data only: tags run no code; aliases (which can expand without bound, or contain themselves) and duplicate
-    keys are errors. Unlike in YAML 1.1, 1e-4 is a number, and no and 2024-01-01 are text."""
+    """Loads plain data only. Tags run no code, and aliases (which can expand without bound or contain themselves) and
+    duplicate keys are errors. Unlike in YAML 1.1, `1e-4` is a number, and `no` and `2024-01-01` are text."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -248,7 +248,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def yaml_problem(error: yaml.YAMLError | RecursionError, text: str) -> str:
-    """Describes in the user's words why `text` is not YAML."""
+    """Explains in plain words why `text` is not valid YAML."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if any(text.count(left) != text.count(right) for left, right in ("[]", "{}")):
@@ -259,12 +259,12 @@ def yaml_problem(error: yaml.YAMLError | RecursionError, text: str) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses one YAML value; "" for blank text. Raises yaml.YAMLError for invalid YAML."""
+    """Parses one YAML value; blank text gives "". Raises yaml.YAMLError for invalid YAML."""
     return yaml.load(text, Loader=_Loader) if text.strip() else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that holds one mapping. Raises ValueError for anything else; nothing in it is executed."""
+    """Reads a YAML file that contains one mapping, without executing anything. Raises ValueError for any other file."""
     size = path.stat().st_size
     if size > _MAX_YAML:
         raise ValueError(f"{path} has {size:,} bytes, and the limit is {_MAX_YAML:,}: is it the right file?")
@@ -288,7 +288,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
-    """Validates the data. Raises ValueError with one line per problem: the key, the value and the choices."""
+    """Validates the data. Raises ValueError with one line per problem, which states the key, the value and the choices."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -301,8 +301,8 @@ _WRONG_TYPE = re.compile(r"_(type|parsing|parsing_size|from_float)$")
 
 
 def _lines(problems: Sequence[Mapping[str, Any]], data: Any) -> list[str]:
-    """Describes each problem in one line. If one type of a union fits a value, or fits it except for something inside it, the
-    other types' complaints about the value ("not a tuple") are left out."""
+    """Describes each problem in one line. If a value fits one type of a union, or would fit but for a problem inside
+    the value, the other types' complaints ("not a tuple") are left out."""
     keys = [_key(problem, data) for problem in problems]
     wrong = [_WRONG_TYPE.search(problem["type"]) is not None for problem in problems]
     fitting = {key for key, is_wrong in zip(keys, wrong, strict=True) if not is_wrong}
@@ -314,7 +314,7 @@ def _lines(problems: Sequence[Mapping[str, Any]], data: Any) -> list[str]:
 
 
 def _key(problem: Mapping[str, Any], data: Any) -> str:
-    """Returns the place of a problem in the user's data, with dots."""
+    """Returns the dotted key of a problem in the user's data."""
     path: list[str] = []
     node = data
     loc = list(problem["loc"])

@@ -1,8 +1,9 @@
-"""The demo: a held-out thing of the toybox, learned once and used in every installed modality.
+"""The demo, which learns a held-out thing of the toybox once and shows it in every installed modality.
 
-A package adds its part with an entry point `pcs.demo`, named after the modality, whose value is a module with two functions:
-`check(asked)` rejects invalid requests before any work, and `show(asked, bars)` does the work and yields lines to print and
-`Exhibit`s for the page. Parts run in the order of `ORDER`; later ones use the concepts of earlier ones.
+A package adds its part with an entry point `pcs.demo`, named after the modality, whose value is a module with two
+functions: `check(asked)` rejects invalid requests before any work, and `show(asked, bars)` does the work and yields
+lines to print and `Exhibit`s for the page. Parts run in the order of `ORDER`, and later parts use the concepts that
+earlier parts learned.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _TILE = 128  # pixels
 
 @dataclass(frozen=True)
 class Asked:
-    """What to show, and the folder to write it to."""
+    """The subject, motion and recipes of a demo, and the folder to write it to."""
 
     out: Path
     subject: str
@@ -72,7 +73,7 @@ class Exhibit:
     text: str
     scores: Sequence[tuple[str, str]] = ()
     more: Mapping[str, Path] = field(default_factory=dict)  # link text -> target
-    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: the pictures of its row in the overview; None: no row
+    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: pictures for the item's row in the overview; None: no row
 
 
 class DemoPart(Protocol):
@@ -83,12 +84,12 @@ class DemoPart(Protocol):
         ...
 
     def show(self, asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-        """Does the work; yields lines to print, and items for the page."""
+        """Does the work, and yields lines to print and items for the page."""
         ...
 
 
 def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
-    """Returns the parts of the installed packages in order, or only the `chosen` ones. Raises ValueError for an unknown one."""
+    """Returns the parts of the installed packages, or only those in `chosen`, in order. Raises ValueError for unknown names."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -99,8 +100,8 @@ def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
 
 
 def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Runs the parts `names` (empty: all) and yields lines to print. Raises ValueError for unknown names, or if `out`
-    exists."""
+    """Runs the parts `names` (all if empty) and yields lines to print. Raises ValueError for unknown names, and if
+    `asked.out` exists, unless `overwrite` is set."""
     chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():
@@ -125,7 +126,7 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
     claim(asked.out, "overview.png")
     yield f"overview     {write_picture(contact_sheet(rows, _TILE), asked.out / 'overview.png')}"
     yield f"page         {asked.out / 'index.html'}"
-    yield f"These are toy numbers: they come from the toybox. Done in {time.perf_counter() - start:.0f} s."
+    yield f"These are toy numbers, measured on the toybox. Done in {time.perf_counter() - start:.0f} s."
 
 
 def _write_page(asked: Asked, exhibits: Sequence[Exhibit]) -> None:

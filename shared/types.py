@@ -1,9 +1,10 @@
-"""The objects that pass between the parts of the suite: frozen dataclasses, shapes in comments.
+"""The frozen dataclasses that the parts of the suite exchange. Comments give the shapes of tensors.
 
 Legend: B batch, C channels, H and W pixels, h and w latent cells, L text tokens, D width of the text context, F frames,
-f latent frames. An axis in parentheses exists only for clips: [3, (F), H, W] is a picture [3, H, W] or a clip [3, F, H, W].
-Pixels are float32 in [-1, 1] unless a name says otherwise; masks are float32 in [0, 1]; `t` is the model's own training
-time, in [0, 1000): for epsilon and v models a timestep, for flow matching 1000 * sigma.
+f latent frames. An axis in parentheses exists only for clips, so [3, (F), H, W] is a picture [3, H, W] or a clip
+[3, F, H, W]. Pixels are float32 in [-1, 1] unless a name says otherwise, and masks are float32 in [0, 1]. `t` is the
+model's own training time, in [0, 1000). For epsilon and v models it is a timestep, and for flow matching it is
+1000 * sigma.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Example:
 
     pixels: Tensor  # [3, (F), H, W] in [-1, 1]
     caption: str  # may contain {concept}, {class_noun} or <name>; resolved by the prompt part
-    owners: tuple[str, ...]  # the subjects in it; the one that its caption names comes first
+    owners: tuple[str, ...]  # the subjects that it shows; the subject named in the caption comes first
     role: Role = "instance"
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> its mask [1, (F), H, W] in [0, 1]
     valid: Tensor | None = None  # [1, (F), H, W] in [0, 1]: where the picture is real (not padding)
@@ -76,7 +77,7 @@ class Example:
         return self.pixels.ndim == 4
 
     def frames(self) -> list[Example]:
-        """Returns a clip's frames as pictures with their masks. Only for clips whose pixels have not been dropped."""
+        """Returns a clip's frames as pictures with their masks. The clip's pixels must not have been dropped."""
         return [
             replace(
                 self,
@@ -89,7 +90,7 @@ class Example:
 
     @staticmethod
     def clip(frames: Sequence[Example]) -> Example:
-        """Joins pictures of the same size into a clip; all other fields are copied from the first picture."""
+        """Joins pictures of the same size into a clip. All other fields are copied from the first picture."""
         valid = [f.valid for f in frames if f.valid is not None]
         return replace(
             frames[0],
@@ -100,7 +101,7 @@ class Example:
 
     @property
     def mask(self) -> Tensor | None:
-        """[1, (F), H, W]: the union of the masks; None if there are none."""
+        """The union of the masks, [1, (F), H, W], or None if there are none."""
         return torch.stack(list(self.masks.values())).amax(0) if self.masks else None
 
     def with_(self, **changes: Any) -> Example:
@@ -108,7 +109,7 @@ class Example:
         return replace(self, **changes)
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """Returns a copy with `change` applied to each [1, H, W] frame of every mask; the example itself if it has none."""
+        """Returns a copy with `change` applied to each frame [1, H, W] of every mask, or the example itself without masks."""
         if not self.masks:
             return self
 
@@ -120,18 +121,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples trained on as one batch. Raises ValueError if the fields' lengths differ."""
+    """A batch of training examples. Raises ValueError if the fields' lengths differ."""
 
     captions: tuple[str, ...]  # B, fully expanded
     owners: tuple[tuple[str, ...], ...]  # B; as in `Example`
     role: tuple[Role, ...]  # B
     latents: Tensor  # [B, C, (f), h, w]
-    # owner -> [B, 1, (f), h, w]; all 0 for examples without it
+    # owner -> [B, 1, (f), h, w]; all 0 for examples that do not show the owner
     owner_masks: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None  # [B, 1, (f), h, w] in [0, 1]: the union of an example's masks; all 1 if it has none
     valid: Tensor | None = None  # [B, 1, (f), h, w]
     pixels: Tensor | None = None  # [B, 3, (F), H, W], only if a part declares the need "pixels"
-    sources: tuple[str, ...] = ()  # B: where each example came from
+    sources: tuple[str, ...] = ()  # B: the source of each example
 
     def __post_init__(self) -> None:
         counts = {"captions": len(self.captions), "owners": len(self.owners), "role": len(self.role)}
@@ -160,7 +161,7 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class SiteContext:
-    """Text context of one attention site, with separate K and V (P+, NeTI, Perfusion)."""
+    """The text context of one attention site, with separate K and V (P+, NeTI, Perfusion)."""
 
     key: Tensor  # [B, L, D]
     value: Tensor  # [B, L, D]
@@ -180,7 +181,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenates along the batch, as classifier-free guidance does.
+        """Concatenates conditionings along the batch axis, as classifier-free guidance does.
 
         Raises ValueError if the parts do not have the same streams.
         """
@@ -221,7 +222,7 @@ class Conditioning:
         )
 
     def per_site(self, sites: Sequence[str]) -> Conditioning:
-        """Returns the conditioning with its single context repeated for each site."""
+        """Returns the conditioning with its context repeated for each site, or unchanged if it already has one per site."""
         if not isinstance(self.context, Tensor):
             return self
         return replace(self, context={s: SiteContext(self.context, self.context) for s in sites})
@@ -255,7 +256,7 @@ def _cat_positions(parts: Sequence[Conditioning]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step as penalties see it. A part reads its declared needs with `need`."""
+    """One training step, as passed to penalties. A part reads its declared needs with `need`."""
 
     batch: Batch
     backbone: Backbone
@@ -265,11 +266,11 @@ class Step:
     x_t: Tensor  # [B, C, (f), h, w]
     prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrisation
     target: Tensor  # [B, C, (f), h, w]
-    draw: torch.Generator  # on the CPU; this micro-batch's own, for parts that draw at random
+    draw: torch.Generator  # this micro-batch's own generator, on the CPU, for parts that draw random numbers
     lazy: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     def need(self, name: str) -> Any:
-        """Returns a declared need ("base_prediction", "attention_maps", …), computed once."""
+        """Returns a declared need ("base_prediction", "attention_maps", …), which is computed only once."""
         if name not in self.lazy:
             raise AssertionError(f"the part did not declare the need {name!r}; it declared {sorted(self.lazy)}")
         return self.lazy[name]()

@@ -1,1 +1,1 @@
-"""Compares many concepts: one report per cell, then a table."""
+"""Compares recipes over many subjects, with one report for each cell and one table for all of them."""

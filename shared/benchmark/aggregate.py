@@ -18,14 +18,17 @@ COSINES = ("clip_t", "clip_i", "dino_i", "identity_i")
 
 @dataclass(frozen=True)
 class Goal:
-    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference in identity."""
+    """The scores that a recipe must reach, in [0, 1]. None means no requirement.
+
+    over_floor: by how much identity must exceed the base model's
+    """
 
     identity: float | None = None
     over_floor: float | None = None
     background: float | None = None
 
     def met(self, row: Row) -> bool | None:
-        """Tells whether the row reaches the goal; None if the goal requires nothing."""
+        """Returns whether the row reaches the goal, or None if the goal requires nothing."""
         identity, over = row.value("identity"), over_floor(row.scores.get("identity"))
         return all_reached(
             [(identity, self.identity), (over, self.over_floor), (row.value("background"), self.background)]
@@ -33,19 +36,19 @@ class Goal:
 
 
 def all_reached(parts: Sequence[tuple[float | None, float | None]]) -> bool | None:
-    """Tells whether all values reach their limits (unmeasured values do not). None if no limit is set."""
+    """Returns whether every value reaches its limit, or None if no limit is set. An unmeasured value does not reach one."""
     asked = [(value, limit) for value, limit in parts if limit is not None]
     return all(value is not None and value >= limit - 1e-9 for value, limit in asked) if asked else None
 
 
 def over_floor(score: Score | None) -> float | None:
-    """Returns a score minus the base model's; None if either was not measured."""
+    """Returns the score minus the base model's, or None if either was not measured."""
     return None if score is None or score.value is None or score.base is None else score.value - score.base
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe over all its subjects: scores are pooled over all pictures, and intervals resample by subject and prompt."""
+    """One recipe over all its subjects. Scores are pooled over all pictures, and intervals resample by subject and prompt."""
 
     recipe: str
     subjects: tuple[str, ...]
@@ -66,8 +69,8 @@ class Row:
 
 
 def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, str], pool_all: bool = False) -> Row:
-    """Pools all pictures of a recipe. Subjects whose true pictures pass verification too rarely (`Report.apart`) are left
-    out, unless `pool_all`.
+    """Pools all pictures of a recipe. Subjects whose true pictures pass verification too rarely (`Report.apart`) are
+    left out, unless `pool_all` is set.
     """
     apart = {s: r for s, r in reports.items() if r.apart and not pool_all}
     pooled = {s: r for s, r in reports.items() if s not in apart}
@@ -88,7 +91,7 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
 
 
 def _headline(reports: Mapping[str, Report]) -> list[Score]:
-    """Computes the trade-off and its terms, adding the subjects' mean T and mean chance to identity."""
+    """Computes the trade-off and its terms. Identity also gets the subjects' mean T and their mean chance."""
     ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
     made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
     found = [i for r in reports.values() if (i := r.score("identity"))]
@@ -98,7 +101,7 @@ def _headline(reports: Mapping[str, Report]) -> list[Score]:
 
 
 def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Averages rates and cosines over all pictures, and drift over the pairs with and without the concept."""
+    """Averages rates and cosines over all pictures, and drift over the pairs of pictures with and without the concept."""
     made, base, drifts = (
         [(s, p) for s, r in reports.items() for p in r.of_kind(kind)] for kind in ("concept", "base", "drift")
     )
@@ -118,7 +121,7 @@ def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
 
 
 def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Averages diversity over prompts, and the scores that accompany freedom over subjects."""
+    """Averages diversity over prompts. Scores in `BESIDE`, which accompany freedom, are averaged over subjects."""
     scores: dict[str, Score] = {}
     varied = [
         (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))
@@ -141,8 +144,11 @@ def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
 def interval(
     values: Sequence[float], unit: str, clusters: Sequence[Hashable] | None = None
 ) -> tuple[float | None, float | None]:
-    """Returns the 95 % interval of a mean, resampling whole `clusters` (None: each value is its own cluster). Returns
-    (None, None) for fewer than two clusters, because a single one says nothing about others. NaNs are left out."""
+    """Returns the 95 % interval of a mean, ignoring NaNs.
+
+    Whole `clusters` are resampled; if None, each value is its own cluster. Returns (None, None) for fewer than two
+    clusters, because one cluster does not show how much clusters vary.
+    """
     labels = list(range(len(values))) if clusters is None else list(clusters)
     kept = {c for c, v in zip(labels, values, strict=True) if not math.isnan(v)}
     if len(kept) < 2:
@@ -163,6 +169,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def average(values: Sequence[float | None]) -> float | None:
-    """Averages the measured values; None if there are none."""
+    """Returns the mean of the measured values, or None if there are none."""
     known = [float(v) for v in values if v is not None]
     return sum(known) / len(known) if known else None

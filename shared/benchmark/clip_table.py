@@ -1,4 +1,4 @@
-"""Compares motion recipes by their clips: pools reports by recipe and writes Markdown, CSV and a page."""
+"""Compares motion recipes by their clips. Pools the reports of each recipe and writes Markdown, CSV and a page."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ COLUMNS = (
     "motion_recognised", "identity", "both", "leakage", "motion_fidelity", "false_motion", "freedom", "class",
     "background", "dynamic_degree", "temporal_consistency", "score",
 )  # fmt: skip
-REPORT = "work/report"  # a cell's report, in its folder
+REPORT = "work/report"  # path of the report in a cell's folder
 RELATIVE = ("identity", "both")  # reports divide these by the share of true pictures that pass
 
 
 @dataclass(frozen=True)
 class ClipGoal:
-    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference in identity.
+    """The scores that a recipe must reach, in [0, 1]. None means no requirement.
 
-    leaks_less_than: a recipe whose leakage must be higher, if it is in the same table
+    over_floor: by how much identity must exceed the base model's
+    leaks_less_than: the name of a recipe whose leakage must be higher, if that recipe is in the same table
     """
 
     motion: float | None = None
@@ -41,7 +42,7 @@ class ClipGoal:
     leaks_less_than: str | None = None
 
     def met(self, row: ClipsRow, rows: Sequence[ClipsRow] = ()) -> bool | None:
-        """Tells whether the row of a table reaches the goal; None if the goal requires nothing."""
+        """Returns whether a row of the table `rows` reaches the goal, or None if the goal requires nothing."""
         found = {
             "motion": row.value("motion_recognised"),
             "identity": row.value("identity"),
@@ -58,7 +59,7 @@ class ClipGoal:
 
 @dataclass(frozen=True)
 class ClipsRow:
-    """One recipe over all its cells: every clip counts once, and intervals resample whole motions."""
+    """One recipe over all its cells. Every clip counts once, and intervals resample whole motions."""
 
     recipe: str
     motions: tuple[str, ...]
@@ -92,7 +93,7 @@ def aggregate_clips(recipe: str, reports: Mapping[str, ClipReport], failed: Mapp
 
 
 def _pooled(reports: Iterable[ClipReport]) -> Arms:
-    """Joins the arms of several reports; intervals resample all clips of a motion together."""
+    """Joins the arms of several reports. Each motion is one cluster, so that intervals resample all its clips together."""
     listed = list(reports)
     number = {name: i for i, name in enumerate(dict.fromkeys(r.motion for r in listed))}
     made, base, unnamed = ([] for _ in range(3))
@@ -124,18 +125,18 @@ def _measured(rows: Sequence[Mapping[str, float | None]]) -> MeasuredClips:
 
 
 def _beside(score: Score, reports: Iterable[ClipReport]) -> Score:
-    """Adds the mean scores of true clips or pictures and of a guess; drops the interval for a single motion."""
+    """Adds the mean scores of true clips or pictures and of a guess. Drops the interval if there is only one motion."""
     listed = list(reports)
     found = [s for r in listed if (s := r.score(score.key))]
     beside = {"truth": average([s.truth for s in found]), "chance": average([s.chance for s in found])}
-    if len({r.motion for r in listed}) < 2:  # resampling whole motions says nothing about a single one
+    if len({r.motion for r in listed}) < 2:  # a single motion does not show how much motions vary
         beside |= {"low": None, "high": None}
     return score.model_copy(update=beside)
 
 
 @dataclass(frozen=True)
 class ClipComparison:
-    """The table, sorted by the product of subject, motion and (1 − leakage), and the reports behind it."""
+    """A table sorted by subject × motion × (1 − leakage), with the reports that it was built from."""
 
     rows: tuple[ClipsRow, ...]
     reports: Mapping[tuple[str, str], ClipReport]  # by (recipe, cell)
@@ -148,17 +149,17 @@ class ClipComparison:
 
     @staticmethod
     def place(recipe: str, name: str) -> str:
-        """The relative link from this page to a cell's own page."""
+        """Returns the relative link from this page to a cell's own page."""
         return f"{cell_folder(recipe, name).as_posix()}/{REPORT}/index.html"
 
     def met(self, row: ClipsRow) -> str:
-        """Returns yes or no, or a dash if the goal requires nothing."""
+        """Returns "yes" or "no", or a dash if the goal requires nothing."""
         met = self.goal.met(row, self.rows)
         return "–" if met is None else "yes" if met else "no"
 
     @property
     def floors(self) -> list[tuple[str, list[str]]]:
-        """Returns reference values that need no recipe, by column: the base model, true clips and pictures, and a guess."""
+        """The rows of reference values, which need no recipe: the base model, true clips or pictures, and a guess."""
         if not (self.rows and self.rows[0].scores):
             return []
         known = [self.rows[0].scores.get(k) for k in self.columns]
@@ -170,7 +171,7 @@ class ClipComparison:
         return [("base model", row("base")), ("true clips or pictures", row("truth")), ("a guess", row("chance"))]
 
     def markdown(self) -> str:
-        """Returns one line per recipe, and the reference values, ready for a README."""
+        """Returns a Markdown table with one line per recipe and the reference values, ready for a README."""
         head = ["recipe", "motions", "clips", *(ABOUT[k].title for k in self.columns), "learning", "one clip", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for r in self.rows:
@@ -180,10 +181,10 @@ class ClipComparison:
             lines.append("| " + " | ".join([r.recipe, count, str(r.clips), *cells, *costs]) + " |")
         lines += ["| " + " | ".join([name, "", "", *cells, "", "", ""]) + " |" for name, cells in self.floors]
         toy = any(r.toybox for r in self.reports.values())
-        return "\n".join(lines) + "\n" + ("\nToy numbers: made and judged on the toybox.\n" if toy else "")
+        return "\n".join(lines) + "\n" + ("\nToy numbers: generated and evaluated on the toybox.\n" if toy else "")
 
     def csv(self) -> str:
-        """Returns one line per recipe and one per cell (`cell` is empty in pooled lines), at full precision."""
+        """Returns CSV with one line per recipe (where `cell` is empty) and one per cell, at full precision."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -203,7 +204,7 @@ class ClipComparison:
         return out.getvalue()
 
     def html(self) -> str:
-        """Returns a self-contained page: the table, and each cell's scores with a link to its report."""
+        """Returns a self-contained page with the table, each cell's scores, and links to the cells' reports."""
         first = next(iter(self.reports.values()), None)
         return render(
             "compare_clips.html.j2",

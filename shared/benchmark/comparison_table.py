@@ -17,7 +17,7 @@ COLUMNS = ("trade_off", "identity", "text", "freedom", "recognised", "copied", "
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table, sorted by trade-off, and the reports behind it."""
+    """A table sorted by trade-off, with the reports that it was built from."""
 
     rows: tuple[Row, ...]
     reports: Mapping[tuple[str, str], Report]
@@ -27,7 +27,7 @@ class Comparison:
     control: str | None = None  # the recipe that the others are compared with
 
     def markdown(self) -> str:
-        """Returns one line per recipe, ready for a README."""
+        """Returns a Markdown table with one line per recipe, ready for a README."""
         head = [
             "recipe",
             "subjects",
@@ -50,14 +50,15 @@ class Comparison:
             ]
             cells += [_yes(self.goal.met(r))] if self._has_goal else []
             lines.append("| " + " | ".join(cells) + " |")
-        notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
+        notes = ["Toy numbers: generated and evaluated on the toybox."] if self.toybox else []
         if self.apart:
             listed = ", ".join(f"{s} ({t:.0%})" for s, t in self.apart.items())
-            notes.append(f"Shown apart, because the instruments pass fewer than half of the true pictures: {listed}.")
+            reason = "because the instruments verify fewer than half of their true pictures"
+            notes.append(f"Shown apart from the pooled figures, {reason}: {listed}.")
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
     def csv(self) -> str:
-        """Returns one line per recipe and one per cell (`subject` is empty in pooled lines), at full precision."""
+        """Returns CSV with one line per recipe (where `subject` is empty) and one per cell, at full precision."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -91,7 +92,7 @@ class Comparison:
         return out.getvalue()
 
     def html(self) -> str:
-        """Returns a self-contained page: table, plot, and each cell's scores."""
+        """Returns a self-contained page with the table, a plot, and each cell's scores."""
         first = next(iter(self.reports.values()), None)
         pooled = [Report(name=r.recipe, recipe=r.recipe, scores=list(r.scores.values())) for r in self.rows if r.scores]
         return render(
@@ -112,8 +113,8 @@ class Comparison:
         return sorted({s for _, s in [*self.reports, *self.failures]})
 
     def ahead(self, recipe: str) -> Score | None:
-        """Returns the recipe's trade-off minus the control's, averaged over the subjects that both have, with a 95 % interval
-        over subjects; None for the control itself, or if the two share no subject."""
+        """Returns the recipe's trade-off minus the control's, averaged over the subjects that both have, with a 95 %
+        interval over subjects. Returns None for the control itself, and if the two share no subject."""
         if self.control is None or recipe == self.control:
             return None
         pairs = [(self._trade_off(recipe, s), self._trade_off(self.control, s)) for s in self.subjects]
@@ -125,7 +126,7 @@ class Comparison:
         return Score(key="ahead", title=title, value=sum(gaps) / len(gaps), low=low, high=high)
 
     def _trade_off(self, recipe: str, subject: str) -> float | None:
-        """Returns one cell's trade-off; None if it has none or its subject is shown separately."""
+        """Returns a cell's trade-off, or None if the cell has none or its subject is shown apart."""
         report = self.reports.get((recipe, subject))
         score = None if report is None or report.apart else report.score("trade_off")
         return None if score is None else score.value
@@ -142,7 +143,7 @@ class Comparison:
 
     @property
     def chance(self) -> float | None:
-        """The score of a random guess among the look-alikes; None without look-alikes."""
+        """The score of a random guess among the look-alikes, or None if there are none."""
         found = [s.chance for r in self.rows for k in ("recognised", "identity") if (s := r.scores.get(k))]
         return next((c for c in found if c is not None), None)
 

@@ -22,8 +22,8 @@ KINDS = ("subject", "identity")  # kinds of concept that have an appearance in e
 
 
 def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
-    """Returns the modalities of the installed packages in order, or only those in `names`. Raises ValueError for an unknown
-    name."""
+    """Returns the modalities of the installed packages in order, or only those in `names`. Raises ValueError for an
+    unknown name."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -39,11 +39,11 @@ def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
 def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> CrossModalReport:
     """Evaluates the concept in the modalities `names` (default: all), and writes the report to `asked.out`.
 
-    If a modality fails, the report says so and the others continue.
+    If a modality fails, the report states the error and the other modalities still run.
 
     Raises:
-        ValueError: before anything is generated, for an unknown modality, one that cannot show the concept, a concept that is
-            not a subject or identity, missing reference pictures, missing instruments, or an `out` that exists
+        ValueError: before anything is generated, if a modality is unknown or cannot show the concept, the concept is
+            neither a subject nor an identity, reference pictures or instruments are missing, or `out` exists
     """
     chosen = modalities(names)
     folders = [p for p in (asked.judged.references, asked.judged.gallery, asked.judged.clip, asked.judged.dino) if p]

@@ -1,4 +1,4 @@
-"""The result of `pcs concept evaluate`: one table over modalities, as JSON, CSV tables and one page."""
+"""The result of `pcs concept evaluate`, which is one table over modalities, saved as JSON, CSV and a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.types import Subject
 
 CSV_FILE, SHOTS_FILE, REFERENCES = "report.csv", "shots.csv", "references"
 SCHEMA_VERSION = 1
-_SIDE = 128  # pixels: side of the references on the page
+_SIDE = 128  # side of the references on the page, in pixels
 TITLES = {"image": "Pictures", "video": "Clips", "3d": "Asset"}
 
 
@@ -44,12 +44,12 @@ class ModalityRow(Row):
         return TITLES.get(self.name, self.name)
 
     def score(self, key: str) -> Score | None:
-        """The score with this key; None if it was not measured."""
+        """Returns the score with this key, or None if it was not measured."""
         return next((s for s in self.scores if s.key == key), None)
 
 
 class ShotRow(Row):
-    """One generated picture, clip or asset: means over its frames."""
+    """One generated picture, clip or asset, with scores averaged over its frames."""
 
     modality: str
     text: str
@@ -60,7 +60,7 @@ class ShotRow(Row):
 
 
 class CrossModalReport(BaseModel):
-    """One concept in several modalities."""
+    """The evaluation of one concept in several modalities."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -78,7 +78,7 @@ class CrossModalReport(BaseModel):
 
     @property
     def columns(self) -> list[Score]:
-        """The columns in reading order: every score that any modality has."""
+        """Every score that any modality has, in reading order."""
         found: dict[str, Score] = {}
         for score in (s for m in self.modalities for s in m.scores):
             found.setdefault(score.key, score)
@@ -95,18 +95,18 @@ class CrossModalReport(BaseModel):
         out = []
         if not any(m.score("identity") for m in self.modalities):
             out.append(
-                "There are no true pictures of this subject to verify identity with; likeness to the references is shown."
+                "There are no true pictures of this subject to verify its identity, so its likeness to the references is shown."
             )
         if any(m.name == "3d" for m in self.modalities):
-            out.append("An asset's prompt asks only for the subject; a single asset has no interval.")
+            out.append("An asset's prompt names only the subject, and the scores of a single asset have no interval.")
         return out
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def markdown(self) -> str:
-        """Returns one line per modality, ready for a README."""
-        head = ["modality", "made", *(s.title for s in self.columns), "one takes"]
+        """Returns a Markdown table with one line per modality, ready for a README."""
+        head = ["modality", "made", *(s.title for s in self.columns), "time for one"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for m in self.modalities:
             cells = [cell(m.score(s.key)) for s in self.columns]
@@ -115,11 +115,11 @@ class CrossModalReport(BaseModel):
             if any(s.base is not None for s in m.scores):
                 floor = [formatted(s.base, s.unit) if (s := m.score(c.key)) else "–" for c in self.columns]
                 lines.append("| " + " | ".join([f"{m.title}, without the concept", "", *floor, ""]) + " |")
-        notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
+        notes = ["Toy numbers: generated and evaluated on the toybox."] if self.toybox else []
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
 
     def csv(self) -> str:
-        """Returns one line per modality, at full precision; cells of unmeasured scores are empty."""
+        """Returns CSV with one line per modality, at full precision. The cells of unmeasured scores are empty."""
         rows = []
         for m in self.modalities:
             row: dict[str, Any] = {"modality": m.name, "made": m.made, "frames": m.frames, "error": m.failed}
@@ -131,7 +131,7 @@ class CrossModalReport(BaseModel):
         return csv_table(rows, ("modality", "made", "frames", "seconds_each", "error"))
 
     def shots_csv(self) -> str:
-        """Returns one line per picture, clip and asset."""
+        """Returns CSV with one line per picture, clip or asset."""
         rows = []
         for shot in self.shots:
             row: dict[str, Any] = {"modality": shot.modality, "text": shot.text, "seed": shot.seed, "file": shot.file}
@@ -161,8 +161,8 @@ def report_of(
 
 
 def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -> CrossModalReport:
-    """Writes `report.json`, `report.csv`, `shots.csv`, the references and `index.html` into the folder of generated files.
-    Returns the report as written."""
+    """Writes `report.json`, `report.csv`, `shots.csv`, the references and `index.html` into the folder of generated
+    files. Returns the report as written."""
     (folder / REFERENCES).mkdir()
     names = []
     for i, png in enumerate(pngs(references(subject, _SIDE))):
@@ -177,7 +177,7 @@ def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -
 
 
 def page(report: CrossModalReport, folder: Path) -> str:
-    """Renders the self-contained page: the table, pictures, playing clips and the turning asset."""
+    """Renders a self-contained page with the table, the pictures, the playing clips and the turning asset."""
     return render(
         "cross_modal.html.j2",
         report=report,

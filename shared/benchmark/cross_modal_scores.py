@@ -1,9 +1,9 @@
-"""Scores one modality; all modalities use the same encoder, look-alikes and rule.
+"""Scores one modality, with the encoder, look-alikes and rule that all modalities share.
 
-A frame shows the subject if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to
-the references as 95 % of true pictures. A share T of other true pictures passes this test, and identity is the share of
-frames that pass, divided by T. True pictures are drawn the way the modality shows the subject: for the same prompts and
-through the model's autoencoder, or from the same cameras.
+A frame shows the subject if it is recognised among look-alikes, is not a copy of a reference, and is at least as
+similar to the references as 95 % of true pictures. A share T of other true pictures passes this test, and identity is
+the share of frames that pass, divided by T. True pictures show the subject as the modality does: they are drawn for the
+same prompts and passed through the model's autoencoder, or rendered from the same cameras.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Values = dict[str, float]
 
 
 def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[ModalityRow, list[ShotRow]]:
-    """Returns the modality's row of the table, and a row for each shot; file names are relative to `out`."""
+    """Returns the modality's row of the table, and a row for each shot. File names are relative to `out`."""
     scorer = _scorer(made, tools)
     measured = [_measured(scorer, made, shot) for shot in made.shots]
     floor = [_measured(scorer, made, shot) for shot in made.floor]
@@ -68,7 +68,7 @@ def _scorer(made: Made, tools: Instruments) -> Scorer:
 
 
 def _figures(verifier: Verifier, bar: Tensor, others: Tensor) -> TrueFigures:
-    """Computes figures from true renders: `bar` sets the threshold, and `others` are compared to it."""
+    """Computes figures from true renders: `bar` sets the threshold, with which `others` are compared."""
     least = float(torch.quantile(verifier.look(bar).likeness, 1 - PASSING))
     passed = verifier.look(others).passes([least] * len(others)).double().mean()
     return TrueFigures(bars={"": Bar(least=least, passed=float(passed), pictures=len(others))})
@@ -124,7 +124,7 @@ def _scores(scorer: Scorer, measured: Sequence[Values], floor: Sequence[Values],
 
 
 def _with_beside(score: Score, scorer: Scorer, passed: float | None) -> Score:
-    """Adds the values for true pictures, a guess, and the references among themselves; caps rates at 1."""
+    """Adds the values for true pictures, for a guess, and for each reference against the others. Caps rates at 1."""
     update: dict[str, object] = {}
     if score.unit == "rate":
         update = {k: min(1.0, v) for k in ("value", "low", "high", "base") if (v := getattr(score, k)) is not None}

@@ -1,4 +1,4 @@
-"""Runs several recipes on several subjects: saves one report per cell as soon as it is done, then one table and page.
+"""Runs several recipes on several subjects. Saves each cell's report as soon as it is done, then one table and one page.
 
 Cells on disk are not run again, so an interrupted comparison resumes where it stopped.
 """
@@ -66,8 +66,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Reporting(Generic[R, T]):
-    """The type of the cells' reports, and the function that builds their table: `table(reports, failures)`, both by
-    (recipe, subject)."""
+    """The type of the cells' reports, and the function `table(reports, failures)` that builds a table from them.
+
+    Both arguments of `table` are keyed by (recipe, subject).
+    """
 
     kind: type[R]
     schema: int
@@ -75,8 +77,10 @@ class Reporting(Generic[R, T]):
 
 
 def pictures(goal: Goal = Goal(), control: str | None = None) -> Reporting[Report, Comparison]:
-    """Returns the report type and the function that turns reports of pictures into a table. control: the recipe that the
-    others are compared with, subject by subject."""
+    """Returns the report type and the function that turns reports of pictures into a table.
+
+    control: the recipe that the others are compared with, subject by subject
+    """
     return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal, control))
 
 
@@ -92,11 +96,11 @@ def benchmark(
     """Runs `run(recipe, subject, workdir) -> report` for every cell that is not on disk, and writes the comparison to
     `out`.
 
-    A cell's key consists of prompts, seeds, settings and the resolved recipe: a saved cell with another key is an error, so
-    that two experiments never mix. A cell that raises is saved as failed, marked as such in every table, and run again next
-    time (if `retry`). Raises ValueError while another process writes to `out`.
+    A cell's key consists of its prompts, seeds, settings and resolved recipe. A saved cell with a different key is an
+    error, so that two experiments never mix. If a cell raises, it is saved as failed and marked as such in every table;
+    the next call runs it again if `retry` is set. Raises ValueError while another process writes to `out`.
 
-    progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
+    progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …")
     """
     out = check_benchmark(out)
     shared = {
@@ -106,7 +110,7 @@ def benchmark(
         "schema": reporting.schema,  # scores from other versions are not comparable
     }
     out.mkdir(parents=True, exist_ok=True)
-    for name in _TABLES:  # from now on the folder is known as a benchmark's, even if no cell is ever finished
+    for name in _TABLES:  # marks the folder as a benchmark's, even if no cell is ever finished
         claim(out, name, made=True)
     reports: dict[tuple[str, str], R] = {}
     failures: dict[tuple[str, str], str] = {}
@@ -126,9 +130,9 @@ def benchmark(
 
 
 def check_benchmark(out: Path | str, inputs: Iterable[Path] = ()) -> Path:
-    """Returns the folder of a benchmark. Call this before work starts.
+    """Returns the folder of a benchmark as a path. Call this before work starts.
 
-    Raises ValueError if it holds files, but not of an earlier benchmark, and as `check_output` does.
+    Raises ValueError if the folder has files that do not come from an earlier benchmark, and whenever `check_output` does.
     """
     return check_resumable(out, "benchmark", _is_benchmark, inputs)
 
@@ -156,7 +160,8 @@ class _Kept(Generic[R]):
             if cell["key"] != mark:
                 raise ValueError(
                     f"{folder} has this cell with different prompts, seeds, settings, recipe or instruments: choose another "
-                    f"output, or remove {kept.name} there (a concept that still fits is scored again, not learned again)"
+                    f"output, or remove {kept.name} from this folder (a concept that still fits is not learned again, only "
+                    "scored)"
                 )
             if cell["error"] is None:
                 self.tell(recipe, subject, "kept")
@@ -214,7 +219,7 @@ def compare(
 
 
 def cell_folder(recipe: str, subject: str) -> Path:
-    """Returns a cell's folder in the benchmark's folder; the cell's outputs are in its subfolder `work`."""
+    """Returns a cell's folder, relative to the benchmark's. The cell's outputs are in its subfolder `work`."""
     return Path("cells") / _slug(recipe) / _slug(subject)
 
 

@@ -2,7 +2,7 @@
 
 A package registers an entry point in the group `pcs.cross_modal`, named after the modality, whose value is a module with two
 functions: `check(asked)`, which rejects a concept that the modality cannot show, and `make(asked, bars)`, which returns
-`Made`. Packages generate but do not score: identity is defined in one place (`cross_modal_scores`).
+`Made`. Packages generate but do not score, so that identity is defined in only one place (`cross_modal_scores`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Asked:
-    """What to generate and with which settings; `out` is the report's folder."""
+    """A request for an evaluation across modalities. `out` is the report's folder."""
 
     concept: str  # PATH or PATH:STRENGTH
     out: Path
@@ -64,18 +64,18 @@ class Asked:
 
     @cached_property
     def world(self) -> Any:
-        """The model's toy world; None if it has none."""
+        """The model's toy world, or None if it has none."""
         return WORLDS.get(str(model_asked_for(self.backbone, [self.concept])))
 
     @cached_property
     def subject(self) -> Subject:
-        """Finds the concept's pictures. Raises ValueError if there are none."""
+        """The concept's pictures. Raises ValueError if they are missing."""
         return find_references(self.read, parse_concept(self.concept)[0], self.judged.references)
 
     @cached_property
     def standard(self) -> PromptSet:
-        """Returns the prompts for pictures and clips: by default, the ones in the model's own set that state only where
-        the subject is. Freedom is not measured across modalities."""
+        """The prompts for pictures and clips. By default, these are the prompts in the model's own set that state nothing but
+        the background. No prompt leaves the pose open, because freedom is not measured across modalities."""
         found = load_prompts(self.prompts or (self.world.prompts if self.world else REAL), self.class_noun)
         plain = [p for p in found.prompts if self.prompts or (p.free and set(p.expects) <= {"background"})]
         chosen = tuple(p.model_copy(update={"pose_open": False}) for p in plain[: self.limit])
@@ -99,9 +99,10 @@ class Shot:
 class Made:
     """Everything that a modality generated.
 
-    case: what its frames are compared with.
-    true: renders of the real subject, shown as in this modality: [N, 3, H, W] set the threshold, and [M, 3, H, W] are compared
-        to it. If None, true pictures are drawn for the shots' prompts if the model's world can draw them.
+    case: the references and look-alikes that the frames are compared with
+    true: two sets of renders of the real subject, shown as in this modality. The first, [N, 3, H, W], sets the
+        threshold, and the second, [M, 3, H, W], is compared with it. If None, true pictures are drawn for the shots'
+        prompts, provided that the model's world can draw them
     """
 
     case: Case

@@ -1,4 +1,4 @@
-"""Generates pictures and clips for `pcs concept evaluate`: the code that both packages share."""
+"""Generates the pictures and clips of `pcs concept evaluate`, for the packages that register these modalities."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ Write = Callable[[Tensor, Path], Path]  # pixels, and a path without an extensio
 
 
 def shots_of(runner: Runner, asked: Asked, bars: Bars, write: Write, motion: str = "") -> Made:
-    """Generates one shot per standard prompt and seed, using a runner with the concept loaded. motion: the name of a loaded
-    motion, which follows the concept's name in prompts."""
+    """Generates one shot per standard prompt and seed, using a runner with the concept loaded.
+
+    motion: the name of a loaded motion, which follows the concept's name in prompts
+    """
     thing = f"<{asked.name}> <{motion}>" if motion else f"<{asked.name}>"
     chosen = [(p, s) for p in asked.standard.prompts for s in asked.seeds]
     texts, plain = ([fill(p.text, t, asked.class_noun) for p, _ in chosen] for t in (thing, asked.class_noun))
@@ -52,7 +54,7 @@ def as_frames(pixels: Tensor) -> Tensor:
 
 
 def _sampling(runner: Runner, asked: Asked, name: str) -> SamplingSettings:
-    """Returns the sampling settings of this concept's recipe, with the requested number of steps applied."""
+    """Returns the sampling settings of this concept's recipe, with the requested number of steps if one is given."""
     learned = runner.loaded[name].concept.meta.learned_with.sampling
     settings = SamplingSettings(
         guidance=learned.guidance, steps=asked.steps or learned.steps, scheduler=learned.scheduler

@@ -1,4 +1,4 @@
-"""Compares recipes on the toybox's held-out subjects; the table in the README comes from it."""
+"""Compares recipes on the toybox's held-out subjects. The README's table comes from this benchmark."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from shared.train.device import pick_device
 _YAML = (".yaml", ".yml")
 #: The maximum number of subjects in a benchmark.
 MOST = 10_000
-#: Keys of a concept's recipe whose paths are removed when it is saved, so they are not compared.
+#: Keys of a recipe whose paths are removed when its concept is saved, so they are not compared.
 _PLACES = ("subject", "output", "backbone")
 #: The project's own targets (a copy counts as a failure).
 GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
@@ -43,27 +43,28 @@ GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What to compare, on how much data, and where results are saved."""
+    """The settings of a benchmark on the toybox."""
 
     split: str = "development"  # split of the toybox's held-out things; use "reporting" only once, at the end
-    subjects: int | tuple[str, ...] = 4  # how many (the first of the split), or their names
+    subjects: int | tuple[str, ...] = 4  # number of subjects, from the start of the split, or their names
     limit: int = 10  # number of prompts
     num: int = 2  # pictures per prompt
     out: Path = Path("benchmark")
     device: str | None = None  # None: the GPU if there is one
     overrides: tuple[str, ...] = ()  # key=value applied to every recipe
-    grid: tuple[str, ...] = ()  # key=value,value: every recipe with each combination
-    control: str | None = None  # the row that the others are compared with by paired differences
+    grid: tuple[str, ...] = ()  # key=value,value; every recipe runs with each combination
+    control: str | None = None  # the row that all others are compared with, subject by subject
 
 
 def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings) -> Comparison:
-    """Learns, generates and scores with every recipe (shipped names or your own files; default: all shipped ones) on the
-    split's subjects.
+    """Learns the split's subjects with every recipe, then generates and scores pictures of them.
 
     Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
+
+    recipes: names of shipped recipes, or files; if empty, all shipped recipes
     """
     chosen = varied(named(recipes or list(recipe_files("image"))), settings.overrides, settings.grid)
-    # A wrong setting is an error now, not in a cell.
+    # Resolve every recipe now, so that a wrong setting fails before any cell runs.
     resolved = {name: load(v.recipe, v.overrides) for name, v in chosen.items()}
     contents = {name: dump(recipe) for name, recipe in resolved.items()}
     if settings.control is not None and settings.control not in chosen:
@@ -90,8 +91,11 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
 
 
 def check_place(out: Path, recipes: Iterable[str], resolved: Iterable[Recipe], more: Iterable[Path] = ()) -> None:
-    """Raises ValueError, before a model is loaded, if a benchmark cannot be written to `out` or resumed there, or overlaps with
-    what it reads: recipe files, the files they name, the toybox's weights, and `more`."""
+    """Checks the folder `out` before a model is loaded.
+
+    Raises ValueError if a benchmark can neither be written to `out` nor resumed from it, or if `out` overlaps with an
+    input: a recipe file, a file that a recipe names, the toybox's weights, or `more`.
+    """
     files = [expanded(recipe) for recipe in recipes if recipe.endswith(_YAML)]
     check_benchmark(
         out, [*files, *(path for recipe in resolved for path in paths_read(recipe)), backbone_path(), *more]
@@ -111,8 +115,8 @@ def count_or_names(text: str) -> int | tuple[str, ...]:
 
 
 def chosen_things(split: str, subjects: int | Sequence[str]) -> list[str]:
-    """Returns the first `subjects` held-out things of a split, or those with these names. Raises ValueError for an unknown
-    split or name."""
+    """Returns the first `subjects` held-out things of a split, or those with these names. Raises ValueError for an
+    unknown split or name."""
     if split not in album.SPLITS:
         raise ValueError(unknown(split, album.SPLITS, "split"))
     names = [h.name for h in held_out(split)]
@@ -180,8 +184,8 @@ def _cell(
 
 
 def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
-    """Loads the concept if an earlier call learned exactly this one, so that it only has to be scored again. Returns
-    whether it was loaded."""
+    """Loads the concept if an earlier call learned it with the same recipe on the same model, so that it only has to be
+    scored again. Returns whether the concept was loaded."""
     if not concept.is_dir():
         return False
     kept = read(concept)
@@ -194,7 +198,7 @@ def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
 
 
 def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
-    """Learns a concept unless an earlier call did, and loads it. Returns its name."""
+    """Loads a concept, learning it first unless an earlier call did. Returns its name."""
     concept.parent.mkdir(parents=True, exist_ok=True)
     planned = plan(recipe, overwrite=True)
     if not learned_before(concept, planned, runner):
@@ -205,10 +209,10 @@ def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
 
 @dataclass(frozen=True)
 class Things:
-    """Held-out things as concepts in a benchmark's folder, each learned once from its pictures for all recipes."""
+    """Concepts of held-out things in a benchmark's folder. Each is learned once from pictures, and all recipes share it."""
 
     out: Path
-    recipe: str  # how things are learned from pictures
+    recipe: str  # the recipe that learns things from pictures
     overrides: tuple[str, ...] = ()  # key=value applied on top of `recipe`
     modality: str = "image"  # of `recipe`
     model: type[Recipe] = Recipe
@@ -232,7 +236,7 @@ class Things:
 
 
 def evaluators() -> str:
-    """Returns a hash of the evaluators' weights and calibration: scores from different instruments cannot share a table."""
+    """Returns a hash of the evaluators' weights and calibration. Scores from different evaluators cannot share a table."""
     digest = hashlib.sha256()
     for path in sorted([*WEIGHTS.glob("*/model.safetensors"), *WEIGHTS.glob(CALIBRATION)]):
         digest.update(path.parent.name.encode() + path.read_bytes())

@@ -1,4 +1,4 @@
-"""Compares motion recipes on the toybox's held-out motions, each shown by held-out things learned from pictures."""
+"""Compares motion recipes on the toybox's held-out motions, performed by held-out things that are learned from pictures."""
 
 from __future__ import annotations
 
@@ -33,14 +33,13 @@ GOAL = ClipGoal(motion=0.60, identity=0.60, over_floor=0.30, both=0.45, leaks_le
 
 @dataclass(frozen=True)
 class ClipBenchmarkSettings:
-    """What to compare, on how much data, and where results are saved."""
+    """The settings of a benchmark of motion recipes on the toybox."""
 
     split: str = "development"  # split of the held-out motions and things; use "reporting" only once, at the end
-    motions: int = 6  # how many, the first of the split
-    subjects: int = 4  # how many, the first of the split; 0: motions only
-    subject_recipe: str = (
-        "dreambooth_lora"  # how things are learned from pictures, once for all recipes; for pictures or clips
-    )
+    motions: int = 6  # number of motions, from the start of the split
+    subjects: int = 4  # number of things, from the start of the split; 0: motions only
+    # the recipe, for pictures or clips, that learns each thing once from pictures
+    subject_recipe: str = "dreambooth_lora"
     limit: int = 1  # number of prompts
     num: int = 4  # clips per prompt
     out: Path = Path("benchmark")
@@ -54,10 +53,11 @@ class ClipBenchmarkSettings:
 def run(
     kind: type[Runner], model: type[Recipe], recipes: Sequence[str], settings: ClipBenchmarkSettings
 ) -> ClipComparison:
-    """Learns, generates and scores with every motion recipe (shipped names or your own files; default: all shipped ones).
+    """Learns the split's motions with every motion recipe, then generates and scores clips. Each cell is a motion with a thing.
 
-    Each cell is a motion with a thing. Raises ValueError for an unknown recipe or split. Resumes where an earlier call with
-    the same arguments stopped.
+    Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
+
+    recipes: names of shipped recipes, or files; if empty, all shipped recipes for motions
     """
     chosen = named(recipes or _of_motions(model))
     resolved = {name: _load(recipe, settings.overrides, model) for name, recipe in chosen.items()}
@@ -85,8 +85,8 @@ def run(
 
 
 def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
-    """Returns how things are learned: by a recipe for pictures, or else by one for clips. Raises ValueError if it is
-    neither."""
+    """Returns the things, which a recipe for pictures, or else one for clips, will learn. Raises ValueError if
+    `subject_recipe` is neither, or learns a motion."""
     recipe, overrides = settings.subject_recipe, settings.subject_overrides
     things = Things(settings.out, recipe, overrides)
     if not settings.subjects:
@@ -99,7 +99,7 @@ def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
         except ValueError as other:
             raise (other if recipe in recipe_files("video") else error) from None
         if kind == "motion":
-            raise ValueError(f"--subject-recipe {recipe}: learns a motion, not a subject") from None
+            raise ValueError(f"--subject-recipe {recipe} learns a motion, not a subject") from None
         return replace(things, modality="video", model=model)
     return things
 
@@ -127,7 +127,7 @@ def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Learns motions and things once each, and evaluates them together."""
+    """Learns each motion and each thing once, and evaluates them together."""
 
     runner: Runner
     painter: Runner  # learns things

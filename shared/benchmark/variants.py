@@ -1,4 +1,4 @@
-"""Expands grids: each recipe with every combination of some settings, one row each."""
+"""Expands a grid into one row for every combination of a recipe and settings."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ class Variant:
 
 
 def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[str]) -> dict[str, Variant]:
-    """Combines every recipe (name in the table -> recipe) with every combination of the grid's values, after `overrides`.
+    """Combines every recipe with every combination of the grid's values, which are applied after `overrides`.
 
-    grid: "key=value,value"; commas inside brackets or double quotes belong to a value. Without a grid the names stay as they
-    are; with one, the settings are appended: "dreambooth_lora train.steps=240". Raises ValueError for an axis without values,
-    for a repeated axis, and for more than `MOST` rows.
+    Without a grid, the names stay as they are. With one, they include the settings: "dreambooth_lora train.steps=240".
+
+    Args:
+        recipes: name in the table -> recipe
+        grid: axes "key=value,value"; commas inside brackets or double quotes belong to a value
+
+    Raises:
+        ValueError: for an axis without values, a repeated axis, and more than `MOST` rows
     """
     axes = [_axis(item) for item in grid]
     keys = [key for key, _ in axes]

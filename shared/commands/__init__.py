@@ -1,1 +1,1 @@
-"""The core's command lines: thin wrappers around Python functions."""
+"""The core's commands, which are thin wrappers around Python functions."""

@@ -1,4 +1,4 @@
-"""`pcs concept show | export | import | merge | evaluate`."""
+"""The commands `pcs concept show | export | import | merge | evaluate`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def import_(
     ),
     out: Path = typer.Option(help="the concept folder to write, which also names the concept", **PATH),
     token: str = typer.Option(
-        "", help='words for the subject in training ("sks mug"); default: none, so it takes effect without a token'
+        "", help='words for the subject in training ("sks mug"); default: none, so the LoRA acts on every prompt'
     ),
     class_noun: str = typer.Option("", help="the subject's class; default: the token without its first word"),
     backbone: str = typer.Option(None, help="the model it was trained on: folder, file or hub id; default: the toybox"),
@@ -79,7 +79,7 @@ def import_(
     ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Import a LoRA trained by another program as a concept. Names that match no layer are reported."""
+    """Import a LoRA trained by another program as a concept. Names in the file that match no layer are reported."""
     from shared.backbones import load_backbone
     from shared.concept import import_lora, save
     from shared.io.outputs import check_output
@@ -100,14 +100,14 @@ def merge(
     out: Path = typer.Option(help="output folder for the merged concepts, one NAME.concept each", **PATH),
     method: str = typer.Option("closed_form", help="closed_form or sum"),
     captions: Path = typer.Option(
-        None, help="text file of captions whose meaning is preserved, one per line; default: plain prompts", **PATH
+        None, help="text file with one caption per line, whose meanings are preserved; default: plain prompts", **PATH
     ),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"
     ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Merge separately learned concepts without training, by Custom Diffusion's constrained least squares."""
+    """Merge separately learned concepts without training, using Custom Diffusion's constrained least squares."""
     from shared.concept import load_backbone_of, read, save
     from shared.concept.merge import merge as join
     from shared.io.outputs import atomic_folder, check_output
@@ -129,7 +129,7 @@ def merge(
 @app.command()
 def evaluate(
     concept: str = typer.Argument(help="the concept folder of a subject, PATH or PATH:STRENGTH"),
-    names: str = typer.Option("", "--in", help="modalities, comma-separated: image,video,3d; default: all installed"),
+    names: str = typer.Option("", "--in", help="comma-separated modalities (image, video, 3d); default: all installed"),
     out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and files", **PATH),
     prompts: str = typer.Option(
         "", help="a prompt set or a file; default: the first plain prompts of the model's own set"
@@ -141,11 +141,13 @@ def evaluate(
     motion: str = typer.Option(None, help="a motion concept for the clips, PATH or PATH:STRENGTH"),
     motion_adapter: Path = typer.Option(None, help="a folder with a diffusers MotionAdapter for clips", **PATH),
     asset_recipe: str = typer.Option("texture_refinement", help="recipe to generate the asset with"),
-    set_asset: list[str] = typer.Option([], help="key=value applied to that recipe, for example train.steps=100"),
+    set_asset: list[str] = typer.Option(
+        [], help="key=value applied to the asset's recipe, for example train.steps=100"
+    ),
     floor: bool = typer.Option(False, help="also generate everything without the concept"),
     references: Path = typer.Option(
         None,
-        help="the subject's pictures; default: a folder next to the concept with the name recorded in it",
+        help="the subject's pictures; default: a folder next to the concept, named like the training folder",
         **PATH,
     ),
     gallery: Path = typer.Option(None, help="a folder with one folder for each look-alike of the same class", **PATH),
@@ -158,7 +160,7 @@ def evaluate(
     ),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Score one concept in pictures, clips and an asset with the same instruments, in one table."""
+    """Score one concept in pictures, clips and an asset with the same instruments, and print one table."""
     from shared.benchmark.cross_modal import evaluate_across, failures_told
     from shared.benchmark.modality import Asked
     from shared.commands.progress import Bar, Lines
@@ -191,7 +193,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _plain(model: Any, nouns: list[str]) -> list[str]:
-    """Returns the evaluation prompts for each class in plain words, and the drift prompts."""
+    """Returns the evaluation prompts and the drift prompts for each class, in plain words."""
     from shared.evaluation.prompt_sets import REAL, load_prompts
 
     out = []

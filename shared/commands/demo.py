@@ -1,4 +1,4 @@
-"""`pcs demo`: the whole workflow on the toybox, in minutes."""
+"""The command `pcs demo`, which runs the whole workflow on the toybox in minutes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def demo(
     ),
     overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:
-    """Write references, concepts, a contact sheet, clips, a mesh, scores and a page that shows all of them."""
+    """Write references, concepts, a contact sheet, clips, a mesh, scores and a page that shows them all."""
     from shared.commands.progress import Bar, Lines
     from shared.demo import Asked, Bars, run
 

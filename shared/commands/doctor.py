@@ -1,4 +1,4 @@
-"""`pcs doctor`: checks whether this machine is ready."""
+"""The command `pcs doctor`, which checks whether this machine is ready."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _torchvision(line) -> None:
     from importlib.util import find_spec
 
     if find_spec("torchvision") is None:
-        line(True, "torchvision is not installed, and not needed")
+        line(True, "torchvision is not installed and not needed")
         return
     try:
         import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""The code shared by `pcs image personalize` and `pcs video personalize`: learns concepts with a recipe and saves them."""
+"""Learns and saves concepts for `pcs image personalize` and `pcs video personalize`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.runner.base import Runner
 
 @dataclass(frozen=True)
 class Medium:
-    """What a package learns from and generates."""
+    """The kind of data that a package learns from and generates."""
 
     modality: str  # the modality of its recipes: "image", "video"
     recipe: type[Recipe]
@@ -36,8 +36,8 @@ class Learning:
 
 
 def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning) -> None:
-    """Learns the recipe's concepts, showing progress on the terminal, and prints where they are saved. Invalid options raise
-    ValueError before any heavy work starts."""
+    """Learns the recipe's concepts, showing progress on the terminal, and prints where they are saved. Invalid options
+    raise ValueError before any heavy work starts."""
     from shared.commands.progress import Bar
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders

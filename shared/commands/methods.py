@@ -1,4 +1,4 @@
-"""`pcs methods`: the available recipes by family, in the survey's taxonomy."""
+"""The command `pcs methods`, which lists the available recipes by family, in the survey's taxonomy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def methods(
     context: typer.Context,
     long: bool = typer.Option(False, "--long", help="also show each recipe's place in the taxonomy"),
 ) -> None:
-    """List the families of methods: equation, use, cost, key settings and recipes."""
+    """List the families of methods with their equations, uses, costs, key settings and recipes."""
     if context.invoked_subcommand:
         return
     from rich.console import Console
@@ -66,7 +66,7 @@ def show(
     settings: list[str] = typer.Argument(None, help="key=value, as for personalize"),
     modality: str = typer.Option("", help="image, video or 3d; default: the first that has a recipe of this name"),
 ) -> None:
-    """Explain a recipe: everything it sets, resolved as it would run (on the toybox, unless backbone=… is set)."""
+    """Explain every setting of a recipe, with the values of a run (on the toybox unless backbone=… is set)."""
     from shared.backbones.load import WORLDS
     from shared.recipe.catalog import recipe_files
     from shared.recipe.explain import explained
@@ -78,7 +78,7 @@ def show(
     recipe = load(name, settings or [], modality, model_of(modality))
     place = taxonomy_of(recipe)
     if str(recipe.backbone) in WORLDS:
-        print("# values for the toybox, a small model; add backbone=PATH for those of full-size models")
+        print("# values for the toybox, a small model; add backbone=PATH for the values of full-size models")
     for key, words in _COLUMNS.items():
         if getattr(place, key):
             print(f"# {words}: {getattr(place, key)}")

@@ -1,4 +1,4 @@
-"""Shows progress: a bar on a terminal, plain lines in a log."""
+"""Shows progress as a bar on a terminal and as plain lines in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _EVERY = 10.0  # seconds between two log lines during training
 
 
 class Tenths:
-    """Prints a line to standard error each time a job completes another ten percent, and at its end."""
+    """Prints a line to standard error each time a job completes another ten percent."""
 
     def __init__(self) -> None:
         self.printed: dict[str, int] = {}
@@ -24,7 +24,7 @@ class Tenths:
 
 
 class Lines:
-    """Shows the progress of each job: a bar on a terminal, else a line every ten percent. Called with (what, done, total)."""
+    """Shows each job's progress as a bar on a terminal, or as a line every ten percent. Called with (what, done, total)."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,9 +64,9 @@ class Bar(Lines):
     def __init__(self) -> None:
         super().__init__()
         self.done = 0
-        self.loss: float | None = None  # a moving average; None: no step has had a loss
+        self.loss: float | None = None  # a moving average; None until a step has a loss
         self.printed_at = time.monotonic()
-        self.before: float | None = None  # when the last step ended; None: something else has run since
+        self.before: float | None = None  # when the last step ended; None if something else has run since
         self.took: deque[float] = deque(maxlen=50)  # the durations of the last steps in seconds
 
     def __enter__(self) -> Bar:
@@ -90,11 +90,11 @@ class Bar(Lines):
 
     def pictures(self, what: str, done: int, of: int) -> None:
         """Called after each denoising step."""
-        self.before = None  # the next step cannot be timed from the last one, because pictures came in between
+        self.before = None  # the next step cannot be timed from the last one, because pictures are generated in between
         self(what, done, of)
 
     def _speed(self) -> str:
-        """Returns the speed over the last steps, each timed from the one before it; empty if none could be timed."""
+        """Returns the average speed of the last steps that could be timed, or "" if there are none."""
         if not self.took or sum(self.took) <= 0:
             return ""
         each = sum(self.took) / len(self.took)

@@ -10,13 +10,13 @@ INVERT = "a clip (or picture) whose inverted latents are mixed into the initial 
 SHARE = "the share of the initial noise's variance that comes from --invert; 1 means all of it"
 PROMPT = "prompt for the inversion; usually empty"
 KEEP = "a clip (or picture) in which a region is kept unchanged; see --keep-mask"
-MASK = "white where --keep is kept unchanged: a mask for each frame, or one picture for all frames"
-BOXES = 'JSON: where to place subjects, {"my-mug": [left, top, right, bottom]} in fractions, or boxes by frame'
+MASK = "a mask that is white where --keep is kept unchanged: one for each frame, or one picture for all frames"
+BOXES = 'JSON file that places subjects: {"my-mug": [left, top, right, bottom]} in fractions, or boxes by frame'
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Options that steer sampling, the same for every medium."""
+    """The options that steer sampling, which are the same for every medium."""
 
     invert: Path | None = None
     invert_share: float = 0.3
@@ -31,7 +31,7 @@ class Steering:
         return [p for p in (self.invert, self.keep, self.keep_mask, self.boxes) if p is not None]
 
     def hooks(self) -> list[Any]:
-        """Returns the hooks: noise first, kept regions last. Raises ValueError, naming the option, before a model is loaded."""
+        """Returns the hooks, with noise first and kept regions last. Raises ValueError, naming the option, for a bad file."""
         from shared.config import validate
         from shared.sampling.box_tracks import read_tracks
         from shared.sampling.given_frames import GivenFrames
@@ -60,6 +60,6 @@ def named(option: str, read: Any) -> Any:
 
 
 def checked(option: str, hook: Any) -> Any:
-    """Returns the hook; raises ValueError, naming the option, if it cannot use its files."""
+    """Returns the hook. Raises ValueError, naming the option, if the hook cannot use its files."""
     named(option, hook.check)
     return hook

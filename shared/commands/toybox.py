@@ -1,5 +1,5 @@
-"""`pcs toybox train | evaluate | evaluate-clips | calibrate | curve | sheet | motions | subjects`: the embedded world and its
-model."""
+"""The commands `pcs toybox train | evaluate | evaluate-clips | calibrate | curve | sheet | motions | subjects`, for the
+embedded world and its model."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def calibrate(
 def curve(
     work: Path = _WORK,
     pictures: int = typer.Option(
-        64, min=8, max=10_000, help="number of captions to generate pictures for, with each snapshot"
+        64, min=8, max=10_000, help="number of captions to generate pictures for with each snapshot"
     ),
     guidance: float = typer.Option(None, help="default: the guidance stated in the model card", **numbers.GUIDANCE),
 ) -> None:
@@ -149,7 +149,9 @@ def sheet(
 @app.command()
 def motions(
     out: Path = typer.Argument(help="PNG file to write", **PATH),
-    name: list[str] = typer.Option([], help="a motion to draw, can be repeated; default: all, captioned ones first"),
+    name: list[str] = typer.Option(
+        [], help="a motion to draw (can be repeated); default: all, with captioned motions first"
+    ),
     rows: int = typer.Option(1, min=1, max=10_000, help="number of clips per motion"),
     columns: int = typer.Option(8, min=2, max=10_000, help="number of frames shown per clip"),
     frames: int = typer.Option(16, min=2, max=64, help="number of frames per clip"),
@@ -168,10 +170,10 @@ def subjects(
     out: Path = typer.Option(None, help="folder for the references; default: a folder called NAME", **PATH),
     num: int = typer.Option(None, min=1, max=10_000, help="number of references; default: 5 pictures, 4 clips"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
-    frames: int = typer.Option(None, min=2, max=10_000, help="for motions: frames of each clip; default: 16"),
+    frames: int = typer.Option(None, min=2, max=10_000, help="for motions: number of frames per clip; default: 16"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """List the subjects, styles and motions that no caption can describe, or write pictures or clips of one to learn from."""
+    """List the subjects, styles and motions that no caption can describe, or write reference pictures or clips of one."""
     from shared.config import unknown
     from shared.toybox import reference_sets as album
     from shared.toybox.motions.held_out import motion_names
@@ -190,7 +192,7 @@ def subjects(
     if name not in things and name not in styles and name not in motions:
         raise ValueError(unknown(name, [*things, *styles, *motions], "toybox subject, style or motion"))
     if frames is not None and name not in motions:
-        raise ValueError(f"--frames {frames} with {name}: only motions are written as clips")
+        raise ValueError(f"--frames {frames} does not apply to {name}, because only motions are written as clips")
     if name in motions:
         written = write_motion(name, out or Path(name), num or 4, seed, overwrite, frames or 16)
     else:

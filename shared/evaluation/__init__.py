@@ -1,1 +1,1 @@
-"""Evaluates one concept, with prompts, pictures with and without the concept, and scores with intervals."""
+"""Evaluates one concept by scoring pictures generated with and without it."""

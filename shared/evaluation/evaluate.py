@@ -1,7 +1,7 @@
-"""Evaluation of one concept: pictures with and without it, scores, and a report.
+"""Evaluates one concept. Generates pictures with and without it, scores them, and writes a report.
 
-No model is used directly: `generate` and `base_generate` are functions `(prompts, seeds, progress) -> pixels [N, 3, H, W]` in
-[-1, 1].
+This module uses no model directly. Pictures come from the functions `generate` and `base_generate`, which map
+`(prompts, seeds, progress)` to pixels [N, 3, H, W] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, se
 Asked = Sequence[tuple[int, int]]  # (prompt index, seed) of each picture
 
 
-#: (the base model's prompts, each picture's prompt index and seed) -> (the pictures [N, 3, H, W], the seconds per picture).
+#: (the base model's prompts, each picture's prompt index and seed) -> (the pictures [N, 3, H, W], the seconds per picture)
 KeptPictures = dict[tuple[tuple[str, ...], tuple[tuple[int, int], ...]], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Which pictures are generated for each prompt, and where the report is written."""
+    """The pictures to generate for each prompt, and the folder to write the report to."""
 
     seeds: Sequence[int]
     out: Path | str | None = None  # a folder; None: no report is written
@@ -59,22 +59,22 @@ def evaluate(
     settings: Shots,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Scores a concept on every prompt with every seed; the report is written to `settings.out`, if given.
+    """Scores a concept on every prompt with every seed, and writes the report to `settings.out` if that is set.
 
-    If a world can draw the real subject, prompts that leave the pose open get at least `freedom.SEEDS` seeds; those beyond
-    `settings.seeds` count only for freedom.
+    If a world can draw the real subject, prompts that leave the pose open get at least `freedom.SEEDS` seeds. Pictures
+    from seeds beyond `settings.seeds` count only for freedom.
 
     Args:
-        generate: the model with the concept; must also take prompts that do not name it (for drift)
-        base_generate: the model without the concept; its prompts have the class noun instead
+        generate: generates pictures with the concept, also for prompts that do not name it (for drift)
+        base_generate: generates pictures without the concept, for prompts with the class noun in its place
         progress: called with (what, done, total) after each denoising step
 
     Raises:
-        ValueError: no seeds, an output folder that exists, pictures that are not finite
+        ValueError: if there are no seeds or a seed is repeated, the output folder exists, or pictures are not finite
     """
     seeds, out = settings.seeds, settings.out
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds: give at least one, each once; got {list(seeds)}")
+        raise ValueError(f"seeds: give at least one, without repeats; got {list(seeds)}")
     if out is not None:
         check_output(out, settings.overwrite)
     scorer = Scorer(
@@ -91,7 +91,7 @@ def evaluate(
     run = _Run(generate, base_generate, settings.chunk, progress, settings.kept)
     report = _Evaluation(case, prompts, scorer, run, seeds).report()
     if out is not None:
-        # saved with the pictures, so that the folder is written atomically
+        # saved together with the pictures, so that the folder is written atomically
         tables = {"scores.csv": scores_csv(report).encode()}
         save_report(report.model_copy(update={"thumbs": {**report.thumbs, **tables}}), out, settings.overwrite)
     return report
@@ -151,7 +151,7 @@ class _Evaluation:
         return self.scorer.measure(pixels, [self.plain[i] for i, _ in shots], self._expects(shots))
 
     def _further(self) -> tuple[list[PictureRow], dict[str, bytes], list[tuple[Measured, list[int]]]]:
-        """Generates pictures with more seeds for the prompts that leave the pose open, if freedom can be measured."""
+        """Generates pictures from more seeds for the prompts that leave the pose open, if freedom can be measured."""
         figures, seeds = self.scorer.figures, list(self.seeds)
         while len(seeds) < SEEDS:
             seeds.append(max(seeds) + 1)
@@ -196,8 +196,8 @@ class _Run:
     def pictures(
         self, concept: bool, texts: Sequence[str], shots: Sequence[tuple[int, int]], what: str
     ) -> tuple[Tensor, float]:
-        """Returns pictures `[N, 3, H, W]` of all shots (text index, seed), float32 on the CPU, and the seconds per picture.
-        Pictures without the concept are generated only once if they are kept."""
+        """Returns the pictures of all shots (text index, seed) as float32 `[N, 3, H, W]` on the CPU, and the seconds
+        per picture. Pictures without the concept are taken from `kept` if an earlier evaluation generated them."""
         if concept or self.kept is None:
             return self._made(concept, texts, shots, what)
         key = (tuple(texts), tuple(shots))

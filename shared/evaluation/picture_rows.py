@@ -1,4 +1,4 @@
-"""Turns pictures into rows of a report, each with flags for what is wrong with it."""
+"""Turns pictures into rows of a report, with flags for their faults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def picture_rows(
 
 
 def _flags(measured: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
-    """Says what is wrong with picture n; empty if nothing is."""
+    """Lists what is wrong with picture n."""
     flags = []
     if _is(measured, "copied", n):
         flags.append(f"copies reference {measured.look.source(n) + 1}")
@@ -61,7 +61,7 @@ def _flags(measured: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
         flags.append("recognised, but less similar to the references than 95 % of true pictures are")
     for name, hit in measured.hits[n].items():
         if not hit:
-            flags.append(f"{name}: {measured.seen[n][name]}, but the prompt says {expects[name]}")
+            flags.append(f"{name}: {measured.seen[n][name]}, but the prompt asks for {expects[name]}")
     return flags
 
 
@@ -70,7 +70,7 @@ def _is(measured: Measured, key: str, n: int) -> bool:
 
 
 def pngs(pixels: Tensor) -> list[bytes]:
-    """Encodes `[N, 3, H, W]` in [-1, 1] as N PNG files."""
+    """Encodes pictures `[N, 3, H, W]` in [-1, 1] as N PNG files."""
     out = []
     for picture in to_pil(pixels):
         stream = io.BytesIO()

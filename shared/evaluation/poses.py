@@ -14,18 +14,19 @@ from shared.metrics.scorer import Measured
 
 @dataclass(frozen=True)
 class Poses:
-    """Poses in the pictures of one arm (with the concept, or the base model). Everything but the pairs is measured on verified
-    pictures only."""
+    """The poses in the pictures of one arm (with the concept, or by the base model). Everything but the pairs is
+    measured only on verified pictures."""
 
     by_prompt: dict[int, Pairs]
     place: float  # spread of the subject's centre within a prompt, in half-pictures; NaN for fewer than two pictures
     size: float
-    views: float  # effective number of views; NaN if there are none
+    views: float  # effective number of views; NaN if no view was read
 
 
 def poses(parts: Sequence[tuple[Measured, Sequence[int]]], free: Collection[int]) -> Poses | None:
-    """Pools the measured pictures (with their prompt indices) whose prompts are in `free`; None without crops or
-    verification.
+    """Measures the poses in all pictures whose prompts are in `free`. Returns None without crops or verification.
+
+    parts: the measurements of some pictures, with the prompt index of each picture
     """
     rows = [(m, i, p) for m, prompts in parts for i, p in enumerate(prompts) if p in free]
     if not rows or any(m.look.crops is None or m.look.places is None or "verified" not in m.scores for m, _, _ in rows):

@@ -1,8 +1,9 @@
 """Prompt sets for evaluation: the shipped ones (`configs/prompts/*.yaml`) and the user's own (YAML or one prompt per
 line).
 
-In a prompt, `{concept}` stands for the subject and `{class_noun}` for its class noun. When the concept is loaded, `{concept}`
-becomes `<name>`; for the base model and for text scores it becomes the class noun, so that no score depends on a made-up word.
+In a prompt, `{concept}` stands for the subject and `{class_noun}` for its class noun. When the concept is loaded,
+`{concept}` becomes `<name>`; for the base model and for text scores it becomes the class noun, so that no score depends
+on a made-up word.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Prompt(Part):
 
     text: str
     expects: Mapping[str, str] = {}  # attribute -> value, as the toybox recognizer names them
-    # Whether the text leaves the subject's view and placement open; None: derived from `expects`.
+    # Whether the text leaves the subject's view and placement open. If None, this is derived from `expects`.
     pose_open: bool | None = None
 
     @model_validator(mode="before")
@@ -51,7 +52,7 @@ class Prompt(Part):
 
     @property
     def free(self) -> bool:
-        """Whether freedom can be measured on the pictures: the prompt describes a photo but neither view nor placement."""
+        """Whether freedom can be measured on the pictures: the prompt asks for a photo and leaves view and placement open."""
         return not {"view", "style"} & set(self.expects) if self.pose_open is None else self.pose_open
 
     def named(self, name: str, class_noun: str) -> str:
@@ -86,12 +87,12 @@ class PromptSet(Part):
         return self
 
     def first(self, count: int | None) -> PromptSet:
-        """Returns the set with only its first `count` prompts; None keeps all."""
+        """Returns the set with only its first `count` prompts, or with all of them for None."""
         return self if count is None else self.model_copy(update={"prompts": self.prompts[:count]})
 
 
 def prompt_sets() -> tuple[str, ...]:
-    """Returns the names of the shipped sets; `dreambench` means whichever of its two sets fits the class noun."""
+    """Returns the names of the shipped sets. `dreambench` stands for whichever of its two sets fits the class noun."""
     return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml") if not p.match(CLIP_SETS)} | {REAL}))
 
 
@@ -124,7 +125,7 @@ def _from_txt(path: Path) -> PromptSet:
 
 
 def prompt_lines(path: Path) -> list[str]:
-    """Returns the prompts in a text file, one per line; lines that begin with # are comments. ValueError if none are left."""
+    """Returns the prompts in a text file, one per line, without comments (#). Raises ValueError if there are none."""
     lines = read_text_file(path, "the prompts").splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:

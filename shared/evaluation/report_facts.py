@@ -25,7 +25,7 @@ SMALL_GALLERY = 8
 
 @dataclass(frozen=True)
 class Case:
-    """What is evaluated, and what is known about it."""
+    """The concept to evaluate, and what is known about its subject."""
 
     name: str  # `<name>` in prompts
     class_noun: str
@@ -33,9 +33,8 @@ class Case:
     masks: Tensor | None = None  # [R, H, W] in [0, 1]: where the subject is in the references, if they have masks
     gallery: Mapping[str, Tensor] | None = None  # look-alikes of the same class: name -> [n, 3, H, W]
     fresh: Tensor | None = None  # [F, 3, H, W]: pictures of the subject other than the references (new renders)
-    through: Callable[[Tensor], Tensor] | None = (
-        None  # the model's autoencoder, which the pictures to compare with also pass through
-    )
+    # the model's autoencoder, through which the pictures to compare with are also passed
+    through: Callable[[Tensor], Tensor] | None = None
     through_key: str = ""  # the autoencoder's fingerprint, if measurements through it may be cached
     true: TrueThing | None = None  # the real subject, if a world can draw it
     cache: Path | None = None  # a folder for measurements of true pictures; None: nothing is cached
@@ -70,7 +69,7 @@ def about(case: Case, instruments: Instruments, scorer: Scorer) -> dict[str, Any
 
 
 def costs(case: Case, seconds: float, base_seconds: float) -> Costs:
-    """Returns the cost of a picture and of the concept; seconds are per picture."""
+    """Returns the costs of a picture and of the concept. `seconds` and `base_seconds` are per picture."""
     gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     peak, of = peak_memory(torch.device("cuda" if gpu else "cpu"))
     size = None
@@ -88,41 +87,43 @@ def costs(case: Case, seconds: float, base_seconds: float) -> Costs:
 
 
 def notes(case: Case, scorer: Scorer, prompts: PromptSet, seeds: Sequence[int]) -> list[str]:
-    """Returns what a reader must know to interpret the scores correctly."""
+    """Returns the caveats that a reader needs to interpret the scores."""
     instruments = scorer.instruments
     out = _of_identity(case, scorer)
     if instruments.text_image is None:
-        out.append("No CLIP was given: how well the prompt was followed is not measured.")
+        out.append("No CLIP was given, so how well the prompt was followed is not measured.")
     if instruments.attributes is None and any(p.expects for p in prompts.prompts):
         out.append(
-            "No recognizer was given: whether pictures show the prompts' backgrounds, views and styles is not checked."
+            "No recognizer was given, so whether pictures show the prompts' backgrounds, views and styles is not checked."
         )
     if not prompts.drift:
-        out.append("The prompt set has no drift prompts: whether the concept changes other things is not measured.")
+        out.append("The prompt set has no drift prompts, so whether the concept changes other things is not measured.")
     if len(seeds) < 2:
         out.append("With one seed per prompt, diversity is not measured.")
     if len(case.references) < 2 and case.fresh is None:
-        out.append("With one reference, the limits for copying are defaults, not calibrated.")
+        out.append("With only one reference, the limits for copying are defaults instead of calibrated values.")
     return out
 
 
 def _of_identity(case: Case, scorer: Scorer) -> list[str]:
     out = []
     if case.gallery and len(case.gallery) < SMALL_GALLERY:
-        out.append(f"The gallery holds only {len(case.gallery)} look-alikes, so recognition is easier than it sounds.")
+        count = f"{len(case.gallery)} look-alike" + ("" if len(case.gallery) == 1 else "s")
+        out.append(f"The gallery has only {count}, so recognition is easier than it sounds.")
     if not case.gallery:
         out.append(
-            "No gallery of look-alikes was given, so identity is the likeness to the references, "
-            "not recognition among look-alikes."
+            "No gallery of look-alikes was given, so identity means likeness to the references instead of recognition among "
+            "look-alikes."
         )
     if scorer.figures is None or scorer.figures.range is None:
         out.append(
-            f"The trade-off has two terms: {_why_two(case, scorer)}. Compare diversity with the base model's instead."
+            f"The trade-off has only two terms, because {_why_two(case, scorer)}. Instead of freedom, compare diversity with "
+            "the base model's."
         )
     if scorer.verifier.has_faces:
         out.append(
-            "Identity is judged where a face can be seen. Pictures without one (from behind or from above) are counted "
-            "separately, and count as failures unless the prompt asks for such a view."
+            "Identity is judged only where a face can be seen. Pictures without a face (from behind or from above) are counted "
+            "separately, and they count as failures unless the prompt asks for such a view."
         )
     return out
 
@@ -140,19 +141,19 @@ def _why_two(case: Case, scorer: Scorer) -> str:
 
 
 def truth_note(report: Report) -> str | None:
-    """Says how well the instruments recognise the real subject; None if no true pictures of it were drawn."""
+    """Returns a note on how many true pictures of the subject pass verification, or None if none were drawn."""
     identity = report.score("identity")
     if report.truth is None or identity is None or identity.truth is None:
         return None
     pictures = sum(b.pictures for b in report.truth.bars.values())
     text = f"Of {pictures} true pictures of the subject drawn for these prompts, {identity.truth:.0%} pass verification"
     if identity.truth < APART:
-        return f"{text}: too few for its scores to be compared with those of other subjects."
-    return f"{text}; identity is measured relative to that share."
+        return f"{text}. That is too few to compare the subject's scores with those of others."
+    return f"{text}. Identity is measured relative to that share."
 
 
 def scores_csv(report: Report) -> str:
-    """Returns the headline scores, one per row, and the costs; cells are empty where nothing was measured."""
+    """Returns CSV with one headline score or cost per row. Cells are empty where nothing was measured."""
     out = io.StringIO()
     writer: Any = csv.DictWriter(out, SCORE_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()

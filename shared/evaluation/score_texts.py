@@ -25,8 +25,9 @@ ABOUT = {
     ),
     "identity": About(
         "Identity",
-        "How often a picture shows this exact subject, relative to how often true pictures of it pass: recognised among "
-        "look-alikes, not a copy of a reference, and at least as similar to the references as 95 % of true pictures are.",
+        "How often a picture shows this exact subject, relative to how often true pictures of it pass the same test. A picture "
+        "passes if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to the "
+        "references as 95 % of true pictures are.",
     ),
     "text": About(
         "Prompt followed",
@@ -35,7 +36,7 @@ ABOUT = {
     "freedom": About(
         "Freedom",
         "How much of the subject's true variation in pose the pictures of one prompt keep: 0 means one pose for every seed, "
-        "1 as many poses as true pictures from random views. Measured on crops of pictures that show the subject.",
+        "and 1 means as many poses as true pictures from random views. Measured on crops of pictures that show the subject.",
         "score",
     ),
     "recognised": About(
@@ -52,10 +53,15 @@ ABOUT = {
         "How much the subject's place varies within a prompt: the standard deviation of its centre, in half-pictures.",
         "count",
     ),
-    "size": About("Spread of size", "The same for the subject's size: half its larger side.", "count"),
+    "size": About(
+        "Spread of size",
+        "How much the subject's size varies within a prompt: the standard deviation of half its larger side, in "
+        "half-pictures.",
+        "count",
+    ),
     "views": About(
         "Effective views",
-        "How many sides the subject is seen from if the prompt leaves the view open: exp(entropy) of the views that the "
+        "From how many sides the subject is seen if the prompt leaves the view open: exp(entropy) of the views that the "
         "recognizer finds in the verified pictures.",
         "count",
     ),
@@ -77,13 +83,15 @@ ABOUT = {
         "cosine",
     ),
     "dino_i": About(
-        "DINO-I", "Mean cosine between picture and references in DINO: stricter on details than CLIP-I.", "cosine"
+        "DINO-I",
+        "Mean cosine between picture and references in DINO, which is stricter on details than CLIP-I.",
+        "cosine",
     ),
     "identity_i": About("Likeness", "Mean cosine between picture and references in the identity encoder.", "cosine"),
     "diversity": About(
         "Diversity",
         "How different the pictures of one prompt are: 1 minus their mean cosine. "
-        "Zero means every seed gives the same picture.",
+        "Zero means that every seed gives the same picture.",
         "score",
     ),
     "drift": About(
@@ -106,7 +114,7 @@ TWO_TERMS = (
 TEXT_BY_CLIP = (
     "Cosine between picture and prompt in CLIP, scaled to 0–1 as in CLIPScore (unscaled for the toybox's own CLIP)."
 )
-NOT_MEASURED = "Not measured: there are too few pairs of pictures that both show the subject. The trade-off is then 0."
+NOT_MEASURED = "Not measured, because too few pairs of pictures both show the subject. The trade-off is then 0."
 
 
 def explained(key: str, scorer: Scorer, read: bool) -> dict[str, object]:

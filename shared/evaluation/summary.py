@@ -20,7 +20,7 @@ NO_BASE = ("copied", "no_face")  # the base model has never seen a reference
 
 @dataclass(frozen=True)
 class Arms:
-    """What was measured with and without the concept, and the report's rows."""
+    """The measurements with and without the concept, and the report's rows."""
 
     measured: Measured
     floor: Measured
@@ -34,7 +34,7 @@ class Arms:
 
 
 def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
-    """Returns the scores in reading order; those that were not measured are left out. Intervals resample whole prompts."""
+    """Returns the scores that were measured, in reading order. Intervals resample whole prompts."""
     measured, floor, prompts = arms.measured, arms.floor, arms.prompts
     figures = scorer.figures
     ranges: Ranges = {"": figures.range} if figures is not None and figures.range is not None else {}
@@ -63,8 +63,8 @@ def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
 
 
 def headline(made: Sequence[Tally], base: Sequence[Tally], ranges: Ranges) -> list[Score]:
-    """Returns `trade_off` and its terms, for one subject or several. If freedom could not be measured, it has no value and the
-    trade-off is 0."""
+    """Returns `trade_off` and its terms, for one subject or several. If freedom is a term but could not be measured,
+    its value is None and the trade-off is 0."""
     terms, floor, spans = measured_terms(made, ranges), measured_terms(base, {}), bootstrap_terms(made, ranges)
     out = []
     if terms.trade_off is not None:
@@ -120,7 +120,7 @@ def make_score(
 
 
 def _completed(score: Score, scorer: Scorer, measured: Measured) -> Score:
-    """Completes a score for this run: adds its texts, and what a guess, true pictures or the references themselves score."""
+    """Adds this run's texts to a score, and the values for a guess, true pictures or each reference against the others."""
     update: dict[str, object] = explained(score.key, scorer, any(measured.hits))
     if score.key in ("identity", "recognised") and scorer.chance is not None:
         key = "recognised" if "recognised" in measured.scores and scorer.figures is not None else "identity"
@@ -142,10 +142,10 @@ def prompt_rows(
     rows: Sequence[PictureRow],
     poses: Poses | None,
 ) -> list[PromptRow]:
-    """Returns means per prompt: the concept's, the base model's as `base_…`, `diversity` if there are several seeds, and
-    the pairs of a prompt that leaves the pose open.
+    """Returns one row per prompt, with mean scores for the concept and (as `base_…`) for the base model. A row also has
+    `diversity` if there are several seeds, and the pairs of pictures if the prompt leaves the pose open.
 
-    texts: the prompts with the concept's name, and in plain words
+    texts: the prompts with the concept's name, and the prompts in plain words
     """
     varied, base_varied = (diversity(m.embeddings, prompts) for m in (measured, floor))
     out = []

@@ -1,4 +1,4 @@
-"""Sums a report's rows into the tallies from which the trade-off is computed."""
+"""Sums a report's rows into tallies, from which the trade-off is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def of_report(subject: str, report: Report, arm: Arm = "concept") -> list[Tally]
 
 
 def range_of(report: Report) -> Range | None:
-    """Returns the range of pose distances for the report's subject; None if freedom is not a term of its trade-off."""
+    """Returns the range of pose distances for the report's subject, or None if freedom is not a term of its trade-off."""
     return report.truth.range if report.truth else None
 
 

@@ -27,8 +27,8 @@ Progress = Callable[[str, int, int], None]
 def true_figures(
     scorer: Scorer, case: Case, prompts: PromptSet, progress: Progress | None = None
 ) -> TrueFigures | None:
-    """Returns a case's thresholds and range, cached or newly measured. None if no world can draw the subject, or the
-    instruments for it are missing.
+    """Returns a case's thresholds and range, cached or newly measured. Returns None if no world can draw the subject,
+    or the instruments to measure its pictures with are missing.
 
     progress: called with ("true pictures of the subject", done, total)
     """
@@ -50,7 +50,7 @@ def true_figures(
 
 
 def _read(file: Path) -> TrueFigures | None:
-    """Reads cached figures; None if there are none or the file is damaged, since they can be measured again."""
+    """Reads cached figures. Returns None if there are none or the file is damaged, because they can be measured again."""
     try:
         return TrueFigures.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):
@@ -58,7 +58,7 @@ def _read(file: Path) -> TrueFigures | None:
 
 
 def _key(scorer: Scorer, case: Case, asked: Sequence[Asked]) -> str:
-    """Returns a hash of everything the figures depend on; "" if something has no fingerprint."""
+    """Returns a hash of everything the figures depend on, or "" if something has no fingerprint."""
     assert case.true is not None
     tools = scorer.instruments
     prints = [i.fingerprint for i in tools.infos()]

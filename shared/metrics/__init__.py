@@ -1,1 +1,1 @@
-"""Scores for whether pictures show the subject, follow the prompt or are copies, and for what else learning changed."""
+"""Scores that measure whether pictures show the subject, follow the prompt or are copies, and what else learning changed."""

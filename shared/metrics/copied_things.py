@@ -1,9 +1,9 @@
 """Detects things that were cut out of a reference and pasted into a new picture.
 
-As a whole, such a picture differs from the reference, so `shared.metrics.copying` misses it; only the thing in it is the same,
-pixel by pixel. This module therefore cuts the thing out of the reference and searches for it in the picture, which is also
-cropped to its thing. The score is the normalised cross-correlation under the reference's mask, maximized over shifts, sizes
-and mirroring.
+As a whole, such a picture differs from the reference, so `shared.metrics.copying` misses it; only the thing in it is
+the same, pixel by pixel. This module therefore cuts the thing out of the reference and searches for it in the picture,
+which is also cropped to its thing. The score is the normalised cross-correlation under the reference's mask, maximized
+over shifts, sizes and mirroring.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FLAT = 1e-3  # below this spread there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:
-    """Returns the best correlation `[N, R]`, in [-1, 1], between the things in pictures `[N, 3, H, W]` and the things in
+    """Returns the best correlation `[N, R]`, in [-1, 1], between the things in pictures `[N, 3, H, W]` and in
     references `[R, 3, H', W']`.
 
     Args:
-        where, reference_where: `[N, h, w]` and `[R, h, w]`, the probability that a cell shows the thing
+        where, reference_where: the probability that a cell shows the thing, `[N, h, w]` and `[R, h, w]`
 
     Each colour channel's mean over the thing is subtracted first, so that lighting does not matter.
     """
@@ -45,7 +45,7 @@ def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, referenc
 
 
 def _match(cells: Tensor, template: Tensor, mask: Tensor) -> Tensor:
-    """Maximizes the correlation under a mask over positions: `[N, 3, G, G]`, `[R, 3, s, s]`, `[R, 1, s, s]` -> `[N, R]`."""
+    """Returns the best correlation, `[N, R]`, of templates `[R, 3, s, s]` under masks `[R, 1, s, s]` anywhere in `cells`."""
     weights = mask / mask.sum((2, 3), keepdim=True).clamp_min(1e-9)
     centred = template - (weights * template).sum((2, 3), keepdim=True)
     own = (weights * centred.square()).sum((1, 2, 3))

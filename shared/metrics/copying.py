@@ -1,8 +1,8 @@
 """Detects outputs that repeat a reference picture instead of showing the subject anew.
 
-An output counts as a copy when two measures both exceed their limits: it matches the reference as a whole (embedding
-cosine) and pixel by pixel (zero-mean normalised cross-correlation, maximized over shifts, zooms and mirroring). Neither
-is enough by itself: a faithful new view has a high cosine, and two objects in front of the same plain wall correlate.
+An output counts as a copy when it matches the reference both as a whole (embedding cosine) and pixel by pixel
+(zero-mean normalised cross-correlation, maximized over shifts, zooms and mirroring). One match is not enough, because a
+faithful new view also has a high cosine, and two objects in front of the same plain wall also correlate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from shared.metrics.scores import cosine
 
 GRID = 32  # pictures are compared at this size
-MARGIN = 5  # the largest shift at which a copy is found, in cells of the grid: 16 % of the picture
+MARGIN = 5  # the largest shift at which a copy is found, in cells of the grid (16 % of the picture)
 ZOOMS = (0.87, 1.0, 1.15)
 PIXEL_FLOOR, EMBED_FLOOR = 0.85, 0.9  # limits never go below these
 SAME = 0.995  # at this similarity or above, two references count as duplicates
@@ -34,7 +34,7 @@ class CopyLimits:
 
 @dataclass(frozen=True)
 class Copying:
-    """For each output: the most similar reference, both measures `[N]`, and whether the output is a copy."""
+    """The most similar reference of each output, both measures of similarity to it, and whether the output is a copy."""
 
     nearest: Tensor  # long [N]
     pixel: Tensor  # float64 [N]
@@ -43,11 +43,12 @@ class Copying:
 
 
 def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
-    """Returns the best pixelwise correlation `[N, R]`, in [-1, 1], between `[N, 3, H, W]` and `[R, 3, H', W']`.
+    """Returns the best pixelwise correlation `[N, R]`, in [-1, 1], between outputs `[N, 3, H, W]` and references
+    `[R, 3, H', W']`.
 
     The middle of each output is searched for in each reference by template matching (Lewis 1995), with each colour
-    channel's mean subtracted; mirrored and slightly zoomed versions are tried too. 1 means the same picture; a flat picture
-    scores 0 with everything.
+    channel's mean subtracted. Mirrored and slightly zoomed versions are tried too. The same picture scores 1, and a
+    flat picture scores 0 with everything.
     """
     side = GRID - 2 * MARGIN
     whole = _grid(references)
@@ -63,7 +64,7 @@ def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
 
 
 def _match(template: Tensor, whole: Tensor) -> Tensor:
-    """Maximizes the normalised cross-correlation over positions: `[N, 3, s, s]` in `[R, 3, G, G]` -> `[N, R]`."""
+    """Returns the best normalised cross-correlation, `[N, R]`, of templates `[N, 3, s, s]` anywhere in `[R, 3, G, G]`."""
     n, channels, s, _ = template.shape
     zero = template - template.mean((2, 3), keepdim=True)
     cross = F.conv2d(whole, zero)  # [R, N, p, p]; the template has zero mean, so the window's mean drops out
@@ -89,8 +90,8 @@ def calibrate(
 ) -> CopyLimits:
     """Sets the limits halfway between "two different pictures of the subject" and "the same picture".
 
-    The former is the largest similarity between a reference and any picture known not to be a copy of it: the other
-    references `[R, 3, H, W]`, and any `fresh` pictures of the subject `[F, 3, H, W]` (new renders).
+    The former is the largest similarity between a reference and any picture known not to be a copy of it. Such pictures
+    are the other references `[R, 3, H, W]` and any `fresh` pictures of the subject `[F, 3, H, W]` (new renders).
     Duplicates among the references are not counted.
     """
     others, vectors = references, embeddings
@@ -109,8 +110,9 @@ def calibrate(
 def find_copies(
     pixels: Tensor, embeddings: Tensor, references: Tensor, reference_embeddings: Tensor, limits: CopyLimits
 ) -> Copying:
-    """Finds the outputs `[N, 3, H, W]` that repeat one of the references `[R, 3, H, W]`. The embeddings `[N, D]` and
-    `[R, D]` are of whole pictures.
+    """Finds the outputs `[N, 3, H, W]` that repeat one of the references `[R, 3, H, W]`.
+
+    embeddings, reference_embeddings: of the whole pictures, `[N, D]` and `[R, D]`
     """
     pixel, embed = aligned_similarity(pixels, references), cosine(embeddings, reference_embeddings)
     nearest = pixel.argmax(1)

@@ -1,4 +1,4 @@
-"""Crops pictures to their thing, so that things can be compared regardless of place, size and surroundings."""
+"""Crops pictures to the thing in them, so that things can be compared regardless of position, size and surroundings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ JITTERS: tuple[Jitter, ...] = (
     (0.0, 0.12, 0.93),
     (0.0, -0.12, 1.08),
 )
-LEAST = 0.15  # smallest half side of a crop, in half-pictures: anything smaller is a speck
+LEAST = 0.15  # smallest half side of a crop, in half-pictures; anything smaller is a speck
 
 
 def placements(where: Tensor) -> Tensor:
-    """Locates things, `[N, 3]`: x right and y down from the centre, and half their larger side, in units of half the picture.
+    """Locates the things in N pictures. Returns `[N, 3]`: x (right) and y (down) from the picture's centre, and half
+    the thing's larger side, in units of half the picture.
 
     Args:
-        where: `[N, h, w]`, the probability that a cell shows the thing (a mask will do)
+        where: the probability that a cell shows the thing, `[N, h, w]`; a mask will do
 
     The size assumes a uniformly filled box with the same spread (half a side = √3 standard deviations), so a few stray
     cells hardly change it. For an empty map, the result is the whole picture.
@@ -50,10 +51,10 @@ def placements(where: Tensor) -> Tensor:
 def aligned_crops(
     pixels: Tensor, where: Tensor, margin: float, cells: int | None = None, jitter: Jitter = (0.0, 0.0, 1.0)
 ) -> Tensor:
-    """Enlarges the square around each thing to the size of the picture: `[N, 3, H, W]` in and out.
+    """Enlarges the square around each thing to the size of the picture. Takes and returns `[N, 3, H, W]`.
 
     Args:
-        where: `[N, h, w]`, see `placements`
+        where: `[N, h, w]`, as for `placements`
         margin: side of the square as a multiple of the thing's; at 1 the square touches the thing
         cells: the side of the grid that the crop is reduced to, so that things that were large in their picture show no
             more detail than small ones. None keeps all detail
@@ -77,8 +78,8 @@ def aligned_crops(
 def crop_embeddings(encoder: ImageEncoder, pixels: Tensor, where: Tensor, how: CropSettings) -> Tensor:
     """Returns unit embeddings `[N, D]` of crops aligned on the thing.
 
-    Each is the mean over `JITTERS`: the map locates a thing only to a fraction of a cell, and that error must not look
-    like a change of pose.
+    Each is the mean over `JITTERS`, because the map locates a thing only to within a fraction of a cell, and that error
+    must not look like a change of pose.
     """
     every = [encoder.images(aligned_crops(pixels, where, how.margin, how.cells, jitter)) for jitter in JITTERS]
     return F.normalize(torch.stack(every).sum(0), dim=1)

@@ -1,8 +1,8 @@
-"""The instruments: models that embed pictures and texts, or read what a picture shows.
+"""The instruments, which are models that embed pictures and texts, or read what a picture shows.
 
-All take pixels `[N, 3, H, W]` in [-1, 1] of any size, and each resizes them with its own processor. Pictures are rounded
-to 8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs torchvision or network
-access.
+All take pixels `[N, 3, H, W]` in [-1, 1] of any size, and each resizes them with its own processor. Pictures are
+rounded to 8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs torchvision
+or network access.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXT_AND_LIKENESS = "text alignment and likeness (CLIP-T, CLIP-I)"
 
 @dataclass(frozen=True)
 class InstrumentInfo:
-    """The instrument behind a score, and how reliable it is."""
+    """The description of an instrument, and how accurate it is."""
 
     name: str  # "CLIP (clip-vit-base-patch32)"
     measures: str  # "text alignment"
@@ -47,7 +47,7 @@ class ImageEncoder(Protocol):
     info: InstrumentInfo
 
     def images(self, pixels: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1] -> unit vectors `[N, D]`, float32 on the CPU."""
+        """Returns the unit vectors `[N, D]`, float32 on the CPU, of pictures `[N, 3, H, W]` in [-1, 1]."""
         ...
 
 
@@ -56,7 +56,7 @@ class TextImageEncoder(ImageEncoder, Protocol):
     """Maps pictures and texts to a common space."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> unit vectors `[N, D]`, float32 on the CPU."""
+        """Returns the unit vectors `[N, D]`, float32 on the CPU, of N texts."""
         ...
 
 
@@ -67,17 +67,19 @@ class AttributeReader(Protocol):
     info: InstrumentInfo
 
     def read(self, pixels: Tensor) -> dict[str, list[str]]:
-        """Reads `[N, 3, H, W]` in [-1, 1]: attribute -> the N values seen."""
+        """Reads pictures `[N, 3, H, W]` in [-1, 1]. Returns attribute -> the N values seen."""
         ...
 
 
 @runtime_checkable
 class SoftReader(AttributeReader, Protocol):
-    """A reader that returns probabilities, so that one misread picture cannot dominate a score over a few pictures."""
+    """A reader that returns probabilities, so that one misread picture cannot dominate the score of a few pictures."""
 
     def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
-        """`[N, 3, H, W]` in [-1, 1] and each picture's requested values -> per picture: attribute -> the
-        probability of the requested value."""
+        """Returns, for each of the pictures `[N, 3, H, W]` in [-1, 1], attribute -> the probability of the requested value.
+
+        asked: the requested values of each picture
+        """
         ...
 
 
@@ -86,7 +88,7 @@ class FaceFinder(Protocol):
     """Finds the pictures in which an identity can be judged."""
 
     def faces(self, pixels: Tensor) -> Tensor:
-        """Tells whether each of `[N, 3, H, W]` in [-1, 1] shows a face (not just the back of a head): bool `[N]`."""
+        """Returns, as bool `[N]`, whether each picture shows a face and not just the back of a head."""
         ...
 
 
@@ -95,14 +97,14 @@ class Locator(Protocol):
     """Finds the thing in a picture."""
 
     def where(self, pixels: Tensor) -> Tensor:
-        """Returns the probability that a cell shows the thing, `[N, h, w]`, for `[N, 3, H, W]` in [-1, 1]."""
+        """Returns the probability that a cell shows the thing, `[N, h, w]`, for pictures `[N, 3, H, W]` in [-1, 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class Typical:
-    """Typical readings of `Instruments`, taken on things that no test uses. They set the scale of scores that may use neither
-    look-alikes nor true pictures of the thing.
+    """Typical readings of `Instruments`, taken on things that no test uses. They set the scale of scores that may use
+    neither look-alikes nor true pictures of the thing.
     """
 
     same: float  # likeness of new pictures of a thing to its references
@@ -141,7 +143,7 @@ class Instruments:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Converts `[N, 3, H, W]` in [-1, 1] to N 8-bit RGB pictures. ValueError for another shape or non-finite values."""
+    """Converts `[N, 3, H, W]` in [-1, 1] to N 8-bit RGB pictures. Raises ValueError for another shape or non-finite values."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected [N, 3, H, W], got {list(pixels.shape)}")
     if not torch.isfinite(pixels).all():
@@ -151,12 +153,12 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def to_bytes(pixels: Tensor) -> bytes:
-    """Converts `[N, 3, H, W]` in [-1, 1] to the bytes of their 8-bit values, for comparing or hashing."""
+    """Returns the 8-bit values of pictures `[N, 3, H, W]` in [-1, 1] as bytes, for comparing or hashing."""
     return b"".join(picture.tobytes() for picture in to_pil(pixels))
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:
-    """Resizes `[N, 3, H, W]` in [-1, 1] to `[N, 3, size, size]` in [0, 1], in 8-bit steps, cropping them to a square."""
+    """Crops pictures in [-1, 1] to a square and resizes them to `[N, 3, size, size]` in [0, 1], in 8-bit steps."""
     parts = []
     for picture in to_pil(pixels):
         if picture.size != (size, size):
@@ -168,7 +170,7 @@ def resize01(pixels: Tensor, size: int) -> Tensor:
 
 
 class ClipEncoder:
-    """A `CLIPModel` (Radford et al., arXiv 2103.00020): text–image and image–image cosines (CLIP-T, CLIP-I)."""
+    """A `CLIPModel` (Radford et al., arXiv 2103.00020), for text–image and image–image cosines (CLIP-T, CLIP-I)."""
 
     def __init__(self, model: Any, image_processor: Any, tokenizer: Any, info: InstrumentInfo) -> None:
         self.model, self.image_processor, self.tokenizer, self.info = model, image_processor, tokenizer, info
@@ -201,7 +203,7 @@ class ClipEncoder:
 
 
 class DinoEncoder:
-    """The CLS embedding of a DINO or DINOv2 vision transformer (arXiv 2104.14294, 2304.07193): DINO-I."""
+    """The CLS embedding of a DINO or DINOv2 vision transformer (arXiv 2104.14294, 2304.07193), for DINO-I."""
 
     def __init__(self, model: Any, image_processor: Any, info: InstrumentInfo) -> None:
         self.model, self.image_processor, self.info = model, image_processor, info
@@ -218,8 +220,7 @@ class DinoEncoder:
 
 
 def _unit(output: Any) -> Tensor:
-    """Normalises the projection, which transformers 5 returns in an object's `pooler_output` and version 4
-    returns as a tensor."""
+    """Normalises the projection, which transformers 5 returns as an object's `pooler_output` and transformers 4 as a tensor."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
 
@@ -229,7 +230,7 @@ def _stack(parts: Sequence[Tensor], dimensions: int) -> Tensor:
 
 
 def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
-    """Loads a CLIP model from a local transformers folder. ValueError if the folder contains none."""
+    """Loads a CLIP model from a local transformers folder. Raises ValueError if the folder contains none."""
     from transformers import CLIPModel, CLIPTokenizer
 
     path = _check_folder(folder, {"clip"}, "CLIP")
@@ -243,7 +244,7 @@ DINO_TYPES = {"vit", "dinov2", "dinov2_with_registers", "dinov3_vit"}
 
 
 def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
-    """Loads a DINO or DINOv2 model from a local transformers folder. ValueError if the folder contains neither."""
+    """Loads a DINO or DINOv2 model from a local transformers folder. Raises ValueError if the folder contains neither."""
     from transformers import AutoModel
 
     path = _check_folder(folder, DINO_TYPES, "DINO")
@@ -275,7 +276,7 @@ def _check_folder(folder: Path | str, types: set[str], what: str) -> Path:
 
 
 def _image_processor(path: Path) -> Any:
-    """Loads the folder's own processor with its Pillow backend (`"pil"`): transformers' default needs torchvision."""
+    """Loads the folder's own processor with its Pillow backend (`"pil"`), because transformers' default needs torchvision."""
     from transformers import AutoImageProcessor
 
     if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):

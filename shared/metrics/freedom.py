@@ -1,9 +1,9 @@
 """Measures how much of the real object's variation in pose remains across pictures of one prompt.
 
 D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is the same distance for
-true pictures of the thing from random views, and F for true pictures in one pose and place, with everything else redrawn.
-Freedom 0 means one pose for every seed, and 1 means as varied as the object itself. Only the crops are compared: neither
-a shift nor a different background counts as a new pose.
+true pictures of the thing from random views, and F for true pictures in one pose and place, with everything else
+redrawn. A freedom of 0 means one pose for every seed, and 1 means as varied as the object itself. Only crops are
+compared, so neither a shift nor a different background counts as a new pose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.metrics.scores import cosine
 
 SEEDS = 4  # pictures per prompt, if the prompt leaves the pose open
-ENOUGH = 0.3  # share of the pairs in which both pictures must be verified; fewer say nothing about the thing
+ENOUGH = 0.3  # share of the pairs in which both pictures must be verified; otherwise freedom is not measured
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> di
     """Compares the pairs within each group (prompt).
 
     Args:
-        embeddings: `[N, D]` of crops
-        groups: N names
-        counted: bool `[N]`, whether each picture shows the thing (is verified)
+        embeddings: of the crops of N pictures, `[N, D]`
+        groups: the group of each picture
+        counted: whether each picture is verified to show the thing, bool `[N]`
     """
     if not len(embeddings) == len(groups) == len(counted):
         raise ValueError(f"{len(embeddings)} embeddings, {len(groups)} groups and {len(counted)} flags")
@@ -69,15 +69,15 @@ class Range:
     fixed: float  # F: the thing in one pose and place
 
     def freedom(self, made: Pairs) -> float | None:
-        """Returns (D − F) / (R − F), clamped to [0, 1]; None if too few pairs are verified, or R is not above F."""
+        """Returns (D − F) / (R − F), clamped to [0, 1], or None if too few pairs are verified or R is not above F."""
         if not made.of or made.counted < ENOUGH * made.of or not self.free > self.fixed:
             return None
         return min(1.0, max(0.0, (made.mean - self.fixed) / (self.free - self.fixed)))
 
 
 def effective_views(views: Sequence[str]) -> float:
-    """Returns exp(H) of the views seen: 1 if all are the same, the number of distinct views if all are equally frequent; NaN
-    for none."""
+    """Returns exp(entropy) of the views seen: 1 if all are the same, and the number of distinct views if they are
+    equally frequent. Returns NaN for no views."""
     if not views:
         return math.nan
     shares = torch.tensor([views.count(v) / len(views) for v in dict.fromkeys(views)], dtype=torch.float64)
@@ -85,8 +85,8 @@ def effective_views(views: Sequence[str]) -> float:
 
 
 def placement_spread(at: Tensor, groups: Sequence[Hashable]) -> tuple[float, float]:
-    """Measures how much place and size vary within a prompt: the standard deviations of the centre (over both axes) and of
-    the size, in half-pictures, pooled over the groups; NaN if no group has two pictures.
+    """Returns how much position and size vary within a group: the standard deviations of the centre (over both axes)
+    and of the size, in half-pictures, pooled over the groups. Both are NaN if no group has two pictures.
 
     Args:
         at: `[N, 3]`, as returned by `placements`

@@ -1,5 +1,5 @@
-"""Renders one HTML page per report, with inline pictures and plots, and without scripts or external URLs. The page is readable
-on a phone, in dark mode and with a screen reader.
+"""Renders one HTML page per report, with inline pictures and plots, and without scripts or external URLs. The page is
+readable on a phone, in dark mode and with a screen reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shared.metrics.plots import Point, trade_off_svg
 from shared.metrics.report import PictureRow, Report, Score
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-LARGEST = 320  # pixels: larger pictures are scaled down for the page; the files keep their size
+LARGEST = 320  # in pixels; larger pictures are scaled down on the page, but not in the files
 MAIN = ("trade_off", "identity", "text", "freedom")  # shown next to the plot
 MORE = ("recognised", "no_face", "copied", "drift", "diversity", "views", "place", "size")
 ATTRIBUTES = ("background", "view", "accessory", "style")
@@ -49,7 +49,7 @@ def _templates() -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills one of this package's templates; everything is escaped except what is marked safe."""
+    """Fills one of this package's templates. Everything is escaped except what is marked safe."""
     return _templates().get_template(template).render(**values)
 
 
@@ -71,7 +71,7 @@ def report_html(report: Report) -> str:
 
 
 def plot_of(reports: Sequence[Report]) -> str | None:
-    """Plots the trade-off of several reports and the base model's floor; None if text was not measured."""
+    """Plots the trade-off of several reports and the base model's floor. Returns None if text was not measured."""
     points = []
     for r in reports:
         identity, text, freedom = (r.score(key) for key in ("identity", "text", "freedom"))
@@ -102,7 +102,7 @@ def _span(score: Score) -> tuple[float, float] | None:
 
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
-    """Returns, for each prompt, its row, the pictures with the concept, and the base model's pictures."""
+    """Returns the row of each prompt, with the tiles of the concept's and of the base model's pictures."""
     out = []
     for prompt in report.prompts:
         made = [p for p in (*report.of_kind("concept"), *report.of_kind("freedom")) if p.prompt == prompt.prompt]
@@ -130,13 +130,13 @@ def _tile(report: Report, row: PictureRow) -> dict[str, Any]:
 
 
 def _is_small(report: Report) -> bool:
-    """Tells whether the pictures are so small that smoothing would just blur them."""
+    """Returns whether the pictures are so small that smoothing would only blur them."""
     data = next(iter(report.thumbs.values()), None)
     return data is not None and max(Image.open(io.BytesIO(data)).size) <= 128
 
 
 def inline(png: bytes | None, largest: int = LARGEST) -> str:
-    """Returns a picture as a `data:` URL, scaled down to the size shown on the page; "" if there is none."""
+    """Returns a picture as a `data:` URL, scaled down to the size shown on the page, or "" if there is none."""
     if png is None:
         return ""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
@@ -149,7 +149,7 @@ def inline(png: bytes | None, largest: int = LARGEST) -> str:
 
 
 def formatted(value: float | None, unit: str = "score") -> str:
-    """Formats a score: rates as whole percentages, shares with one decimal more, the rest with two decimals."""
+    """Formats a score. Rates are whole percentages, shares are percentages with one decimal, and others have two decimals."""
     if value is None:
         return "–"
     if unit == "share":

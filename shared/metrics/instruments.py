@@ -15,17 +15,18 @@ OWN: Mapping[str, Callable[[], Instruments]] = {"toybox": load_toybox}
 
 
 def known_thing(files: Sequence[Path]) -> Known | None:
-    """Returns the look-alikes, new pictures and true pictures of the thing in these pictures; None if no world can draw it."""
+    """Returns what a world knows about the thing in these pictures, or None if no world can draw it."""
     return toybox_known(files)
 
 
 def load_instruments(
     clip: Path | str | None = None, dino: Path | str | None = None, evaluators: str | None = None, device: str = "cpu"
 ) -> Instruments:
-    """Loads the instruments for a run. A given CLIP or DINO replaces a world's own; if nothing else judges likeness, CLIP does.
+    """Loads the instruments for a run. A given CLIP or DINO replaces a world's own. If nothing else judges likeness, CLIP does.
 
-    evaluators: which world's own evaluators to use (`World.instruments`); they are meaningless on pictures from elsewhere.
-    ValueError if there is nothing to measure with.
+    evaluators: the world whose own evaluators are used (`World.instruments`), which are meaningless on pictures from elsewhere
+
+    Raises ValueError if there is nothing to measure with.
     """
     owned = OWN[evaluators]() if evaluators else Instruments()
     text = load_clip(clip, device) if clip else owned.text_image

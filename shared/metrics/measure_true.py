@@ -14,7 +14,7 @@ from shared.metrics.freedom import Pairs, effective_views, pairs, placement_spre
 from shared.metrics.true_thing import Asked, Bar, TrueFigures, TrueThing, style_of
 from shared.metrics.verification import PASSING, Look, Verifier
 
-#: The minimum number of pictures for each of a style's two figures, and for each of its prompts.
+#: The minimum number of pictures drawn for each of a style's two figures, and for each of its prompts.
 BEHIND, PER_PROMPT = 120, 16
 #: The number of pictures per prompt in one pose and place, and the maximum number of poses tried until one is verified.
 FIXED, POSES = 6, 8
@@ -26,7 +26,7 @@ CHUNK = 256  # pictures per batch
 
 @dataclass(frozen=True)
 class _Set:
-    """Pictures of several prompts: row i shows prompt `prompts[i]`."""
+    """Pictures of several prompts, where row i shows prompt `prompts[i]`."""
 
     prompts: Sequence[int]
     look: Look
@@ -42,8 +42,8 @@ def measure_true(
 ) -> TrueFigures:
     """Measures the bar for each style among the prompts, and the range of freedom if poses can be compared.
 
-    Two sets of pictures are drawn for every prompt: one sets the bar, and the other is judged against it. The pictures of the
-    second set that pass also give R, the distance between random views. The verifier must have look-alikes.
+    Two sets of pictures are drawn for every prompt: one sets the bar, and the other is judged against it. The pictures
+    of the second set that pass also give R, the distance between random views. The verifier must have look-alikes.
     """
     sets = []
     for number, seed in enumerate((_BARS, _OTHERS)):
@@ -110,7 +110,7 @@ def _free(
 
 
 def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures) -> Pairs:
-    """Compares pictures in one pose and place: for each prompt, the first pose with at least half of its pictures verified."""
+    """Compares pictures in one pose and place. Each prompt uses the first pose in which at least half of them are verified."""
     left = [i for i, p in enumerate(prompts) if p.free]
     found: dict[int, Pairs] = {}
     for pose in range(POSES):
@@ -149,6 +149,6 @@ def _rows_of(style: str, prompts: Sequence[Asked], drawn: _Set) -> Tensor:
 
 
 def ceilings(figures: TrueFigures, expects: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
-    """Returns, per picture, the likeness it must reach and the T of its style; NaN if nothing was drawn in that style."""
+    """Returns, for each picture, the likeness it must reach and the T of its style (NaN if that style was not drawn)."""
     bars = [figures.bar(e) for e in expects]
     return [b.least if b else math.nan for b in bars], [b.passed if b else math.nan for b in bars]

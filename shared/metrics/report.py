@@ -1,4 +1,4 @@
-"""The results of an evaluation: a `Report`, saved as JSON, CSV, pictures and one self-contained HTML page."""
+"""The `Report` of an evaluation, which is saved as JSON, CSV, pictures and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Score(Row):
     high: float | None = None
     unit: Literal["rate", "score", "cosine", "count", "share"] = "score"  # "share": a small fraction
     better: Literal["higher", "lower"] = "higher"
-    base: float | None = None  # the value for the base model, prompted only with the class: the floor
+    base: float | None = None  # the floor: the value for the base model, prompted only with the class
     chance: float | None = None
     truth: float | None = None  # the value for true pictures of the thing, if they can be drawn
-    among_low: float | None = None  # minimum and maximum over the references, each against the others
+    among_low: float | None = None  # minimum and maximum over the references, each compared with the others
     among_high: float | None = None
     explanation: str = ""
 
@@ -59,8 +59,8 @@ class MadeRow(Row):
     file: str  # relative to the report's folder
     scores: dict[str, float | None] = {}
     expects: dict[str, str] = {}
-    seen: dict[str, str] = {}  # attribute -> the value seen (for a clip: in most frames)
-    flags: list[str] = []  # what is wrong, in words
+    seen: dict[str, str] = {}  # attribute -> the value seen (in a clip, in most frames)
+    flags: list[str] = []  # descriptions of what is wrong
     failed: bool = False
 
     @field_validator("scores", mode="before")
@@ -97,7 +97,7 @@ class Instrument(Row):
 
 
 class Costs(Row):
-    """Times in seconds, memory and size in bytes; None if not measured."""
+    """Times in seconds, and memory and size in bytes. They are None if not measured."""
 
     seconds_per_picture: float | None = None
     base_seconds_per_picture: float | None = None
@@ -134,17 +134,17 @@ class Report(BaseModel):
     thumbs: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
 
     def score(self, key: str) -> Score | None:
-        """Returns the headline score with this key; None if it was not measured."""
+        """Returns the headline score with this key, or None if it was not measured."""
         return next((s for s in self.scores if s.key == key), None)
 
     def value(self, key: str) -> float | None:
-        """Returns the value of a headline score; None if it was not measured."""
+        """Returns the value of a headline score, or None if it was not measured."""
         score = self.score(key)
         return None if score is None else score.value
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The terms of the trade-off; freedom is one of them if its range was measured on true pictures."""
+        """The terms of the trade-off. Freedom is one of them if its range was measured on true pictures."""
         free = self.truth is not None and self.truth.range is not None
         return ("identity", "text", "freedom") if free else ("identity", "text")
 
@@ -162,8 +162,8 @@ class Report(BaseModel):
 
     @staticmethod
     def load(path: Path | str, pictures: bool = True) -> Report:
-        """Reads a report from its folder or JSON file. ValueError if the report is missing or damaged, or has another
-        schema version.
+        """Reads a report from its folder or JSON file. Raises ValueError if the report is missing or damaged, or has
+        another schema version.
         """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
@@ -190,7 +190,7 @@ class Report(BaseModel):
 
 
 def number(value: Any) -> float | None:
-    """Converts a value to a float, or to None unless it is finite: JSON has neither NaN nor infinity."""
+    """Converts a finite value to a float and anything else to None, because JSON has neither NaN nor infinity."""
     if value is None:
         return None
     value = float(value)

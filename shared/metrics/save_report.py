@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
-    """Writes rows as CSV: the columns `first`, then all others sorted by name."""
+    """Writes rows as CSV, with the columns `first` followed by all others, sorted by name."""
     rows = list(rows)
     rest = sorted({k for r in rows for k in r} - set(first))
     out = io.StringIO()
@@ -42,7 +42,7 @@ def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes a report's files into its folder, by name. ValueError for a name that points outside it."""
+    """Writes a report's files into its folder, by name. Raises ValueError for a name that points outside the folder."""
     for name, data in files.items():
         path = safe_relative(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,9 +65,9 @@ def prompts_csv(prompts: Sequence[PromptRow]) -> str:
 
 
 def save_report(report: Report, out: Path | str, overwrite: bool = False) -> Path:
-    """Writes `report.json`, `pictures.csv`, `prompts.csv`, `index.html` and `pictures/`; all or nothing.
+    """Writes `report.json`, `pictures.csv`, `prompts.csv`, `index.html` and `pictures/`, either all of them or none.
 
-    ValueError when `out` exists and is not empty, unless `overwrite`.
+    Raises ValueError if `out` exists and is not empty, unless `overwrite` is set.
     """
     with atomic_folder(out, overwrite) as folder:
         write_files(report.thumbs, folder)

@@ -1,4 +1,4 @@
-"""One scorer for training and evaluation: pictures in, per-picture scores and one number out."""
+"""Scores pictures during training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Expects = Mapping[str, str]
 
 
 def fill(text: str, concept: str, class_noun: str) -> str:
-    """Fills in `{concept}` and `{class_noun}` in `text` ("thing" if they are empty), and changes "a" to "an" where needed."""
+    """Fills in `{concept}` and `{class_noun}` in `text` ("thing" if they are empty), and turns "a" into "an" where needed."""
     filled = text.replace("{concept}", concept or "thing").replace("{class_noun}", class_noun or "thing")
     return re.sub(r"\b([Aa]) (?=[aeioAEIO])", r"\1n ", filled)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of N pictures. `scores` holds float columns of length N (NaN where a score does not apply)."""
+    """Scores of N pictures. `scores` contains float columns of length N, with NaN where a score does not apply."""
 
     scores: Mapping[str, list[float]]
-    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as the prompt says
+    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as the prompt asks
     seen: list[dict[str, str]]  # per picture: attribute -> value seen
     nearest: list[str]  # per picture: the most similar gallery entry; "" without a gallery
     look: Look
@@ -42,7 +42,7 @@ class Measured:
         return self.look.whole
 
     def mean(self, key: str) -> float:
-        """Averages a column, ignoring NaNs; NaN if no values are left."""
+        """Returns the mean of a column without its NaNs, or NaN if no values are left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
@@ -51,8 +51,8 @@ class Measured:
 class Scorer:
     """Compares pictures with a subject's references.
 
-    Without a gallery, identity means likeness to the references; with one, recognition among the look-alikes; and with
-    `figures` as well, verification.
+    Without a gallery, identity means likeness to the references. With a gallery, it means recognition among the
+    look-alikes, and with both a gallery and `figures`, verification.
 
     Args:
         references: `[R, 3, H, W]` in [-1, 1]
@@ -60,8 +60,8 @@ class Scorer:
         fresh: pictures of the subject that are not references, used to calibrate what counts as a copy
         expects: what a picture must show, by prompt (in plain words)
         through: the model's autoencoder, which the pictures have passed through
-        masks: `[R, H, W]`, the thing's masks in the references
-        figures: measured on true pictures of the thing
+        masks: the thing's masks in the references, `[R, H, W]`
+        figures: thresholds and ranges measured on true pictures of the thing
     """
 
     references: Tensor
@@ -96,8 +96,8 @@ class Scorer:
         return fill(text, self.class_noun, self.class_noun)
 
     def measure(self, pixels: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> Measured:
-        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts. ValueError if the
-        numbers of pictures, prompts and expectations differ."""
+        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts. Raises ValueError if the
+        numbers of pictures and prompts differ."""
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
@@ -120,8 +120,9 @@ class Scorer:
         return Measured(scores, hits, seen, nearest, look)
 
     def _identity(self, look: Look, expected: Sequence[Expects], scores: dict[str, list[float]]) -> list[str]:
-        """Adds `identity` (copies count as 0); with a gallery, `recognised` and `margin`; with the true thing's figures,
-        `verified`, `likeness` and `ceiling`; for faces, `no_face`. Returns the nearest gallery entries."""
+        """Adds `identity`, where copies count as 0. Also adds `recognised` and `margin` if there is a gallery,
+        `verified`, `likeness` and `ceiling` if there are figures of the true thing, and `no_face` for faces. Returns
+        the nearest gallery entries."""
         fresh = (~look.copied(self._pasted)).double()
         nearest = [""] * len(fresh)
         if look.retrieved is None:
@@ -162,8 +163,8 @@ class Scorer:
         return hits, [{k: v[i] for k, v in read.items()} for i in range(len(pixels))]
 
     def _follows(self, hits: Sequence[Mapping[str, bool]], scores: dict[str, list[float]]) -> None:
-        """Adds `text`: the share of the prompt's attributes that the picture shows, if there are any to check; otherwise
-        CLIPScore with the instrument's own factor."""
+        """Adds `text`, which is the share of the prompt's attributes that the picture shows. If there are no attributes
+        to check, it is CLIPScore with the instrument's own factor."""
         if any(hits):
             scores["text"] = scores["attributes"]
         elif "clip_t" in scores:
@@ -172,7 +173,7 @@ class Scorer:
             scores["text"] = text_score(torch.tensor(scores["clip_t"], dtype=torch.float64), weight).tolist()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Returns each score's mean over the pictures, and `score`, which selects the best checkpoint: see `stand_ins`."""
+        """Returns each score's mean over the pictures, and `score`, which selects the best checkpoint (see `stand_ins`)."""
         plain = [self.plain(p) for p in prompts]
         measured = self.measure(pixels, prompts)
         out = {k: v for k in measured.scores if not math.isnan(v := measured.mean(k))}

@@ -1,4 +1,4 @@
-"""Scores as pure functions of embeddings. Embeddings are `[N, D]`; all arithmetic is in float64.
+"""Scores as pure functions of embeddings `[N, D]`. All arithmetic is in float64.
 
 CLIP-T, CLIP-I and DINO-I follow DreamBooth (arXiv 2208.12242, section 4.1); KID follows arXiv 1801.01401.
 """
@@ -19,34 +19,34 @@ CLIP_SCORE_WEIGHT = 2.5
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the cosines `[N, M]`, in float64, between `[N, D]` and `[M, D]`. A zero vector has cosine 0 with everything."""
+    """Returns the float64 cosines `[N, M]` of `a` (`[N, D]`) and `b` (`[M, D]`). A zero vector has cosine 0 with any other."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"embeddings: expected [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     return F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
 
 
 def clip_t(images: Tensor, texts: Tensor) -> Tensor:
-    """CLIP-T: the cosine `[N]` of each picture with its own text; both `[N, D]`."""
+    """Returns CLIP-T, `[N]`: the cosine of each picture with its own text. Both inputs are `[N, D]`."""
     if images.shape != texts.shape:
         raise ValueError(f"one text per picture: got {list(images.shape)} and {list(texts.shape)}")
     return (F.normalize(images.double(), dim=1) * F.normalize(texts.double(), dim=1)).sum(1)
 
 
 def clip_i(outputs: Tensor, references: Tensor) -> Tensor:
-    """CLIP-I: the mean cosine `[N]` of each output `[N, D]` with all references `[R, D]`."""
+    """Returns CLIP-I, `[N]`: the mean cosine of each output (`[N, D]`) with all references (`[R, D]`)."""
     if len(references) == 0:
         raise ValueError("no references to compare with")
     return cosine(outputs, references).mean(1)
 
 
 def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
-    """DINO-I: the same as `clip_i`, on DINO embeddings."""
+    """Returns DINO-I, which is `clip_i` on DINO embeddings."""
     return clip_i(outputs, references)
 
 
 def leave_one_out(references: Tensor) -> Tensor:
-    """Returns the mean cosine `[R]` of each reference with the others: what `clip_i` would return for a real picture of
-    the subject. Empty for fewer than two."""
+    """Returns the mean cosine `[R]` of each reference with the others, which is what `clip_i` would return for a real
+    picture of the subject. The result is empty for fewer than two references."""
     count = len(references)
     if count < 2:
         return torch.zeros(0, dtype=torch.float64)
@@ -55,7 +55,7 @@ def leave_one_out(references: Tensor) -> Tensor:
 
 
 def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
-    """CLIP-T scaled to [0, 1]: `min(1, weight * max(cos, 0))`; CLIPScore (arXiv 2104.08718) uses a weight of 2.5.
+    """Returns CLIP-T scaled to [0, 1]: `min(1, weight * max(cos, 0))`. CLIPScore (arXiv 2104.08718) uses a weight of 2.5.
 
     weight: the instrument's own factor (`InstrumentInfo.text_weight`), chosen so that matching pairs stay below 1.
     """
@@ -78,9 +78,9 @@ class Retrieval:
 
 def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
     """Finds the gallery entry nearest to each output `[N, D]`. An entry consists of several pictures `[n, D]` of one
-    thing; the two closest count (`similarities`).
+    thing, of which the two most similar count (`similarities`).
 
-    ValueError if the gallery lacks the subject, or contains nothing else.
+    Raises ValueError if the gallery lacks the subject, or contains nothing else.
     """
     if subject not in gallery or len(gallery) < 2:
         raise ValueError(
@@ -92,14 +92,14 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
     others = similarity.clone()
     others[:, column] = -torch.inf
     margin = similarity[:, column] - others.max(1).values
-    # A tie is not a hit, because two equal gallery entries would also tie.
+    # A tie is not a hit, because a gallery entry equal to the subject would also tie.
     nearest = torch.where(margin > 0, torch.full_like(margin, column, dtype=torch.long), others.argmax(1))
     return Retrieval(tuple(names[i] for i in nearest.tolist()), margin > 0, margin, 1 / len(names))
 
 
 def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """Returns 1 − mean cosine over pairs of outputs in one group (one prompt, several seeds). Groups with one output are
-    left out.
+    """Returns, for each group (one prompt, several seeds), 1 − the mean cosine over pairs of outputs. Groups with one
+    output are left out.
     """
     if len(groups) != len(embeddings):
         raise ValueError(f"{len(embeddings)} embeddings and {len(groups)} groups")
@@ -113,18 +113,19 @@ def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, 
 
 
 def drift(base: Tensor, loaded: Tensor) -> Tensor:
-    """Returns, per pair `[N]`, 1 − cosine between the pictures without and with the concept loaded (same prompt and seed,
-    concept not named).
+    """Returns, for each pair, 1 − the cosine between the pictures without and with the concept loaded (`[N]`). The two
+    have the same prompt, which does not name the concept, and the same seed.
 
-    0 means that loading the concept changes nothing that it should not. peft's image benchmark uses the same measure.
+    A drift of 0 means that loading the concept changes nothing that it should not. peft's image benchmark uses the same
+    measure.
     """
     return (1 - clip_t(base, loaded)).clamp_min(0)  # rounding can put a cosine above 1
 
 
 def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Sequence[str]]) -> list[dict[str, bool]]:
-    """Tells, per picture, which of the attributes in its prompt were seen with the expected value.
+    """Returns, for each picture, whether each attribute in its prompt was seen with the expected value.
 
-    ValueError if a prompt expects an attribute that the reader does not read.
+    Raises ValueError if a prompt expects an attribute that the reader does not read.
     """
     out = []
     for i, attributes in enumerate(expected):
@@ -136,10 +137,11 @@ def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Seq
 
 
 def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
-    """Kernel Inception Distance on any features: unbiased MMD² with the kernel `(x·y / D + 1)^degree` (arXiv
-    1801.01401, eq. 3–4).
+    """Returns the Kernel Inception Distance on any features: the unbiased MMD² with the kernel `(x·y / D + 1)^degree`
+    (arXiv 1801.01401, eq. 3–4).
 
-    x: `[N, D]`, y: `[M, D]`, N and M at least 2. Unbiased: about 0, possibly negative, for two samples of one distribution.
+    The shapes are `[N, D]` for x and `[M, D]` for y, with N and M at least 2. Because the estimate is unbiased, it is
+    about 0, and possibly negative, for two samples of one distribution.
     """
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(
@@ -157,8 +159,8 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
 
 
 def trade_off(*terms: float) -> float:
-    """Returns the harmonic mean of scores in [0, 1] that pull against each other; 0 if any is 0 (copying, ignoring the
-    prompt, one pose for every seed).
+    """Returns the harmonic mean of competing scores in [0, 1]. It is 0 if any score is 0 (copying, ignoring the prompt,
+    one pose for every seed).
     """
     values = [min(1.0, max(0.0, v)) for v in terms]
     return len(values) / sum(1 / v for v in values) if values and min(values) > 0 else 0.0
@@ -171,10 +173,11 @@ def bootstrap(
     rounds: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of the mean (Efron 1979). NaNs are left out; (nan, nan) if none remain.
+    """Returns the percentile bootstrap interval of the mean (Efron 1979), ignoring NaNs; (nan, nan) if no values are left.
 
-    clusters: values of one cluster (all pictures of one prompt and subject) are drawn together. If all values are 0 or
-    all are 1, resampling says nothing; Wilson's interval for the number of clusters is returned instead.
+    If all values are 0 or all are 1, resampling shows no spread, so Wilson's interval for the number of clusters is returned.
+
+    clusters: the cluster of each value; values of one cluster (all pictures of one prompt and subject) are drawn together
     """
     data = np.asarray(values, dtype=np.float64)
     labels = list(range(len(data))) if clusters is None else list(clusters)
@@ -196,7 +199,7 @@ def bootstrap(
 
 
 def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Returns Wilson's score interval (1927) for a rate; (nan, nan) if there are no trials."""
+    """Returns Wilson's score interval (1927) for a rate, or (nan, nan) if there are no trials."""
     if trials == 0:
         return math.nan, math.nan
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
@@ -207,16 +210,16 @@ def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """Measures how much each query looks like each gallery entry: `[Q, G]`, float64, at most 1.
+    """Returns how much each query looks like each gallery entry, as float64 `[Q, G]`, at most 1.
 
     Args:
         queries: `[Q, D]`
-        gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the mean of
-            the two highest cosines counts, not the cosine with their mean. Each entry is cut to the size of the smallest,
-            because the best of more pictures would be higher by chance
+        gallery: entries `[D]` or `[n, D]`, where n is the number of pictures of one thing. A thing looks different from
+            each side, so the mean of the two highest cosines counts instead of the cosine with the mean picture. Each
+            entry is cut to the size of the smallest, because the best of more pictures would be higher by chance
 
     Raises:
-        ValueError: the gallery is empty
+        ValueError: if the gallery is empty
     """
     if not len(gallery):
         raise ValueError("gallery: empty; pass at least one entry of embeddings")

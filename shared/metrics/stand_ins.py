@@ -1,8 +1,8 @@
-"""The score that selects the best checkpoint: stand-ins for identity, text and freedom that use only the references.
+"""The score that selects the best checkpoint, made of stand-ins for identity, text and freedom that use only the references.
 
 The measures that judge the finished concept (look-alikes, true pictures of the thing) must not also select it. The
-readings are soft because there are only eight to sixteen pictures: otherwise, one misread attribute would outweigh the
-difference between two checkpoints. Freedom is scaled between two constants measured on things that no test uses (`Typical`).
+readings are soft, because with only eight to sixteen pictures one misread attribute would otherwise outweigh the difference
+between two checkpoints. Freedom is scaled between two constants measured on things that no test uses (`Typical`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.metrics.encoders import Instruments, SoftReader, Typical
 from shared.metrics.scores import cosine, trade_off
 from shared.metrics.verification import Look
 
-FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ in the other two
+FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ by the other stand-ins
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 
 
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
-    """Rates identity per picture `[N]` in [0, 1]: 0 for the likeness that another thing of the same class and colours
-    typically has to the references, 1 for the likeness of the thing itself. Without these constants, returns the plain
-    likeness. Copies, and pictures of a face that cannot be seen, get 0.
+    """Rates the identity of each picture in [0, 1], as `[N]`. A picture gets 0 for the likeness that another thing of
+    the same class and colours typically has to the references, and 1 for the typical likeness of the thing itself.
+    Without these constants, returns the plain likeness. Copies, and pictures in which a face should be seen but is not,
+    get 0.
     """
     if typical is not None and typical.same > typical.other:
         like = (look.likeness - typical.other) / (typical.same - typical.other)
@@ -60,9 +61,9 @@ def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list
 
 
 def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float | None:
-    """Returns the mean distance between the crops of one prompt, on the scale of the two constants. Each pair is weighted by
-    how much both pictures show the thing. None without constants, crops, or two pictures of a prompt that leaves view and style
-    open.
+    """Returns the mean distance between the crops of one prompt, on the scale of the two constants. Each pair is
+    weighted by how much both pictures show the thing. Returns None without constants, crops, or two pictures of a
+    prompt that leaves view and style open.
     """
     crops = made.look.crops
     if crops is None or typical is None or not typical.free > typical.fixed:

@@ -65,14 +65,14 @@ class ToyboxReader:
         return self.model.where(resize01(pixels, 64))
 
     def faces(self, pixels: Tensor) -> Tensor:
-        """Tells whether each picture is a front or side view; from behind and from above, only hair is visible."""
+        """Returns whether each picture is a front or side view. From behind and from above, only hair is visible."""
         from shared.toybox.evaluators.recognizer import FACE_VIEWS
 
         return torch.tensor([view in FACE_VIEWS for view in self.read(pixels)["view"]], dtype=torch.bool)
 
 
 def load_toybox() -> Instruments:
-    """Loads the shipped evaluators. FileNotFoundError if one is missing, with the command that trains it."""
+    """Loads the shipped evaluators. Raises FileNotFoundError, naming the command that trains it, if one is missing."""
     from shared.toybox.evaluators.clip import load_clip as toybox_clip
     from shared.toybox.evaluators.identity import load_identity
     from shared.toybox.evaluators.recognizer import load_recognizer
@@ -110,8 +110,8 @@ def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
 
 
 def calibration() -> dict[str, Any]:
-    """Reads the output of `pcs toybox calibrate`: the `encoder` that compares poses, the `crops` it uses, and the `typical`
-    readings. Empty if the command has not been run."""
+    """Reads the output of `pcs toybox calibrate`: the `encoder` that compares poses, the `crops` it uses, and the
+    `typical` readings. Empty if the command has not been run."""
     from shared.toybox.evaluators.convnet import WEIGHTS
 
     path = WEIGHTS / CALIBRATION
@@ -140,7 +140,7 @@ class ToyboxThing:
 
 
 def toybox_known(files: Sequence[Path]) -> Known | None:
-    """Returns what the toybox knows about the held-out thing in an album; None for other pictures."""
+    """Returns what the toybox knows about the held-out thing in its reference pictures, or None for other pictures."""
     from shared.toybox import reference_sets
 
     held = reference_sets.shown_in(files)
@@ -151,8 +151,8 @@ def toybox_known(files: Sequence[Path]) -> Known | None:
 
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
-    """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`; empty without a card. Accuracies on
-    VAE reconstructions are preferred where measured, because generated pictures are also decoded by the VAE.
+    """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`, if there is one. Accuracies on VAE
+    reconstructions are preferred where they were measured, because generated pictures are also decoded by the VAE.
     """
     from shared.toybox.evaluators.convnet import WEIGHTS
 

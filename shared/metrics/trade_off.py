@@ -1,4 +1,4 @@
-"""The headline: the harmonic mean of identity, prompt following and freedom, over one subject or many, with intervals.
+"""The headline score: the harmonic mean of identity, prompt following and freedom, for one subject or many, with intervals.
 
 Everything is computed from a few sums per prompt, so that whole prompts, with all their pictures and pairs, can be resampled.
 """
@@ -31,8 +31,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms, in [0, 1]; None if a term cannot be measured at all. The freedom of the `unmeasured` subjects counts as 0,
-    because too few of their pictures show the thing."""
+    """The terms of the trade-off, in [0, 1]. A term that cannot be measured at all is None. The freedom of the
+    `unmeasured` subjects counts as 0, because too few of their pictures show the thing."""
 
     identity: float | None
     text: float | None
@@ -41,13 +41,13 @@ class Terms:
 
     @property
     def trade_off(self) -> float | None:
-        """The harmonic mean of the available terms; None if identity or text is missing."""
+        """The harmonic mean of the available terms, or None if identity or text is missing."""
         if self.identity is None or self.text is None:
             return None
         return trade_off(self.identity, self.text, *(() if self.freedom is None else (self.freedom,)))
 
 
-Ranges = Mapping[str, Range]  # of the subjects whose freedom can be measured
+Ranges = Mapping[str, Range]  # subject -> range, for the subjects whose freedom can be measured
 
 
 def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
@@ -71,8 +71,8 @@ def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
 def bootstrap_terms(
     tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Returns percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts; (nan, nan)
-    for missing terms. If a term is 0 on all prompts or 1 on all, resampling says nothing, so Wilson's interval is used.
+    """Returns percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts. Missing terms
+    get (nan, nan). If a term is 0 on all prompts or 1 on all, resampling shows no spread, so Wilson's interval is used.
     """
     if not tallies:
         return dict.fromkeys(("identity", "text", "freedom", "trade_off"), (math.nan, math.nan))
@@ -98,7 +98,7 @@ def bootstrap_terms(
 
 
 def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, float] | None:
-    """Returns Wilson's interval over prompts for a term that is 0 on all of them or 1 on all; None for any other term."""
+    """Returns Wilson's interval over prompts for a term that is 0 on all prompts or 1 on all, or None for any other term."""
     sums = [(t.identity, t.judged, t.ceiling) if key == "identity" else (t.text, t.texts, t.texts) for t in tallies]
     known = [s for s in sums if s[1]]
     if not known or not (all(v == 0 for v, _, _ in known) or all(v == n for v, n, _ in known)):
@@ -109,7 +109,7 @@ def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, f
 
 
 def _share(part: float, whole: float) -> float:
-    """Returns part / whole, at most 1; 0 if the whole is 0 (no true picture passes)."""
+    """Returns part / whole, at most 1, or 0 if the whole is 0 (no true picture passes)."""
     return min(1.0, part / whole) if whole > 0 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What a world knows about the thing in the references: its look-alikes, and how it really looks under any prompt.
+"""What a world knows about the thing in the references, such as its look-alikes and its true look under any prompt.
 
 Only a world that draws its own pictures knows this. Nothing that decides what is learned or kept may use this knowledge.
 """
@@ -20,18 +20,18 @@ class Asked:
     """One prompt, in the form needed to draw a true picture for it."""
 
     expects: Mapping[str, str]  # attribute -> value
-    free: bool  # a photo prompt that fixes neither the view of the thing nor its place in the picture
+    free: bool  # whether it asks for a photo and fixes neither the view of the thing nor its place in the picture
 
 
 class TrueThing(Protocol):
     """A thing that can be drawn exactly as it is, any number of times."""
 
-    key: str  # identifies the thing and the drawing code: equal keys give equal pictures
+    key: str  # identifies the thing and the drawing code, so that equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
-        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1].
+        """Draws one picture for each item of `asked`. Returns `[N, 3, H, W]` in [-1, 1].
 
-        pose: the number of the pose and place that all pictures share; None: each picture has its own
+        pose: the number of the pose and place that all pictures share. If None, each picture has its own
         """
         ...
 
@@ -62,9 +62,8 @@ class TrueFigures(_Kept):
     """Figures measured on true pictures of a thing."""
 
     bars: Mapping[str, Bar]  # style, as prompts ask for it ("" is a photo) -> bar
-    pasted: float | None = (
-        None  # correlation at which a thing counts as pasted from a reference; few true pictures reach it
-    )
+    # correlation at which a thing counts as pasted from a reference; few true pictures reach it
+    pasted: float | None = None
     free: float | None = None  # R
     fixed: float | None = None  # F
     place: float | None = None  # spread of the true thing's place within a prompt, in half-pictures
@@ -76,10 +75,10 @@ class TrueFigures(_Kept):
         return None if self.free is None or self.fixed is None else Range(self.free, self.fixed)
 
     def bar(self, expects: Mapping[str, str]) -> Bar | None:
-        """Returns the bar for a picture that must show `expects`; None for a style that was not drawn."""
+        """Returns the bar for a picture that must show `expects`, or None for a style that was not drawn."""
         return self.bars.get(style_of(expects))
 
 
 def style_of(expects: Mapping[str, str]) -> str:
-    """Returns the style that a prompt asks for; "" if it names none."""
+    """Returns the style that a prompt asks for, or "" if it names none."""
     return expects.get("style", "")

@@ -1,8 +1,8 @@
 """Verifies that pictures show the subject itself, using its references and a bar set by true pictures.
 
-A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to the
-references as 95 % of true pictures of the thing. The first condition alone would pass a thing with arms of another colour,
-which only has to be nearer to this thing than to eight others.
+A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to
+the references as 95 % of true pictures of the thing. The first condition alone would pass the thing with arms of the
+wrong colour, because such a picture only has to be nearer to this thing than to eight others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FACELESS = ("back", "above")  # views that prompts may request but that show no 
 
 @dataclass(frozen=True)
 class Look:
-    """The instruments' readings of N pictures; None where an instrument or the look-alikes are missing."""
+    """The instruments' readings of N pictures. A reading is None if its instrument or the look-alikes are missing."""
 
     who: Tensor  # [N, D] embeddings from the identity instrument
     whole: Tensor  # [N, E] embeddings of the whole picture
@@ -37,11 +37,11 @@ class Look:
     face: Tensor | None  # bool [N], where the thing is a face
     crops: Tensor | None  # [N, F] embeddings of crops aligned on the thing, which tell poses apart
     places: Tensor | None  # [N, 3] from `placements`
-    pasted: Tensor | None  # float64 [N, R]: pixelwise match between the thing and the thing in each reference
+    pasted: Tensor | None  # float64 [N, R]: pixelwise match between the things in the picture and in each reference
 
     def copied(self, limit: float | None = None) -> Tensor:
-        """Tells whether each picture copies a reference as a whole, or shows a thing that matches the thing in a reference
-        with a correlation of at least `limit`: bool `[N]`."""
+        """Returns, as bool `[N]`, whether each picture copies a reference as a whole, or shows a thing that matches the
+        thing in a reference with a correlation of at least `limit`."""
         whole = self.copying.copied
         return whole if limit is None or self.pasted is None else whole | (self.pasted.amax(1) >= limit)
 
@@ -51,10 +51,8 @@ class Look:
         return int(self.copying.nearest[n]) if whole or self.pasted is None else int(self.pasted[n].argmax())
 
     def passes(self, least: Sequence[float], limit: float | None = None) -> Tensor:
-        """Tells whether each picture is recognised, is not a copy, shows a face if the thing is one, and reaches its `least`
-        likeness: bool `[N]`.
-
-        Requires look-alikes.
+        """Returns, as bool `[N]`, whether each picture is recognised, is not a copy, shows a face if the thing is one,
+        and reaches its `least` likeness. Requires look-alikes.
         """
         assert self.retrieved is not None
         seen = self.retrieved.hits & ~self.copied(limit)
@@ -64,7 +62,7 @@ class Look:
 
     @staticmethod
     def joined(looks: Sequence[Look]) -> Look:
-        """Joins several looks into one, in order."""
+        """Joins the readings of several batches into one, in order."""
 
         def cat(values: Sequence[Tensor | None]) -> Tensor | None:
             known = [v for v in values if v is not None]
@@ -97,11 +95,11 @@ class Verifier:
 
     Args:
         references: `[R, 3, H, W]` in [-1, 1]
-        gallery: look-alikes, name -> `[n, 3, H, W]`; without them nothing is recognised
+        gallery: look-alikes, name -> `[n, 3, H, W]`; without look-alikes, recognition is not tested
         fresh: pictures of the subject that are not references, to calibrate what counts as a copy
-        through: the model's autoencoder, which generated pictures have passed through. The references and other pictures
-            to compare with are passed through it too, so that the detail it loses does not lower the scores
-        masks: `[R, H, W]` in [0, 1], the thing's masks in the references; None uses the locator's maps
+        through: the model's autoencoder, which generated pictures have passed through. The references and other
+            pictures to compare with are passed through it too, so that the detail it loses does not lower the scores
+        masks: the thing's masks in the references, `[R, H, W]` in [0, 1]. If None, the locator's maps are used
     """
 
     def __init__(
@@ -138,11 +136,11 @@ class Verifier:
 
     @property
     def chance(self) -> float | None:
-        """The accuracy of a guess among the look-alikes; None without them."""
+        """The accuracy of a guess among the look-alikes, or None without look-alikes."""
         return 1 / len(self.gallery) if self.gallery else None
 
     def look(self, pixels: Tensor) -> Look:
-        """Reads `[N, 3, H, W]` in [-1, 1] with all instruments, without deciding whether they are verified."""
+        """Reads pictures `[N, 3, H, W]` in [-1, 1] with all instruments, without deciding whether they are verified."""
         whole = self.whole.images(pixels)
         who = whole if self.who is self.whole else self.who.images(pixels)
         copying = find_copies(pixels, whole, self.references, self.whole_references, self.limits)

@@ -1,1 +1,1 @@
-"""Recipes: their schema, how they are found, and how they are resolved."""
+"""Defines the schema of recipes, and finds and resolves them."""

@@ -1,4 +1,7 @@
-"""Finds the available recipes, and records their place in the survey. Cheap to import: nothing here imports torch."""
+"""Finds the available recipes, and records their place in the survey.
+
+This module is cheap to import, because it does not need torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from shared.config import Part, absent, expanded, unknown
 
 
 class Taxonomy(Part):
-    """A method's place in the survey (https://arxiv.org/abs/2405.05538).
+    """A method's place in the taxonomy of the survey (https://arxiv.org/abs/2405.05538).
 
     Recipes set the scheme and the concept; the rest is derived from their parts (`shared.recipe.taxonomy`) unless they
     override it.
@@ -29,7 +32,7 @@ class Taxonomy(Part):
 
 
 def config_folder() -> Path:
-    """Returns the `configs` folder: in the wheel next to the packages, or at the top of the checkout."""
+    """Returns the `configs` folder, which lies next to the packages in a wheel and at the top of a checkout."""
     return Path(str(files("configs")))
 
 

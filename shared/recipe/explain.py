@@ -1,5 +1,5 @@
-"""Writes a resolved recipe as annotated YAML: a part is explained above its settings, a setting at the end of its line,
-or above it if its value takes several lines."""
+"""Writes a resolved recipe as annotated YAML. A part is explained above its settings, and a setting at the end of its
+line, or above it if its value takes several lines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
                 yield from (f"{pad}  # {line}".rstrip() for line in _documentation(type(part), _WIDTH - 4 - 2 * depth))
             yield from _lines(part, value, depth + 1)
             continue
-        flow = None if isinstance(value, list | dict) else False  # long lists on one line, below their key
+        flow = None if isinstance(value, list | dict) else False  # None writes lists of plain values in brackets
         text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=_WIDTH, default_flow_style=flow)
         first, *rest = text.rstrip("\n").split("\n")
         if key in notes and rest:
@@ -59,8 +59,8 @@ def _above(number: int, said: Mapping[int, str], lines: Sequence[str]) -> list[s
 
 @cache
 def comments(part: type[BaseModel]) -> dict[str, str]:
-    """Returns setting -> the comment after it, or else above it, in the source of its class or a base class. Empty if there is
-    no source."""
+    """Returns setting -> the comment after it, or else above it, in the source of its class or a base class. The result
+    is empty if the source is unavailable."""
     out: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:

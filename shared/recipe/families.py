@@ -1,4 +1,4 @@
-"""The families of methods: the equation of each, the settings that matter, when to use it, and what it costs."""
+"""The families of methods, with the equation, the key settings, the use and the cost of each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from shared.recipe.catalog import config_folder
 
 
 class Family(Part):
-    """Methods with the same objective, trained on the same parameters."""
+    """A family of methods that share an objective and train the same parameters."""
 
     title: str
     equation: str
-    settings: dict[str, str]  # a key of its recipes -> what the key does
+    settings: dict[str, str]  # key in the family's recipes -> what it does
     use: str
     cost: str
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""`base:` in a recipe file: finds and reads the files it inherits from, root first."""
+"""Resolves `base:` in recipe files, by finding and reading the files that a recipe inherits from, root first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
     `base` is the name of a recipe of the same modality, or a path (`.yaml`) relative to the file that contains it.
 
     Raises:
-        ValueError: if no such recipe is found or the chain is a cycle; the message names the file and its `base`
+        ValueError: if there is no such recipe or the chain is a cycle. The message names the file and its `base`
     """
     shipped = {p.resolve() for p in recipe_files(modality).values()}
     layers: list[Layer] = []
@@ -42,7 +42,9 @@ def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
         below = _find_base(data["base"], path, modality)
         if below.resolve() in [layer.path.resolve() for layer in layers]:
             chain = " → ".join(p.name for p in [*(layer.path for layer in reversed(layers)), below])
-            raise ValueError(f"{path.name}: base = {data['base']!r}: the recipes inherit in a circle: {chain}")
+            raise ValueError(
+                f"{path.name}: base = {data['base']!r}: the recipes inherit from each other in a circle: {chain}"
+            )
         path = below
 
 

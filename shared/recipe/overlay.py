@@ -1,4 +1,4 @@
-"""Adapts every recipe to a small world (`configs/overlays/*.yaml`), and lets the user's settings override the changes."""
+"""Adapts recipes to a small world with the rules in `configs/overlays/*.yaml`, which the user's settings override."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from shared.recipe.schema import Recipe
 class Rules:
     """The rules of one overlay file, for the recipes of one modality.
 
-    `common` applies to every recipe, `by_modality` to those of one modality, `by_trained` to recipes or phases that train
-    parts of a kind (only the first such kind in the file; `alone` if the recipe has no phases, `phase` for each phase
-    otherwise), `by_kind` to every part of that kind (or `kind.type`), and `recipes` to the shipped recipe of that name and
-    those that inherit from it. Rules never add parts: a rule for a part that a recipe does not have, or has with a different
-    `kind`, is skipped.
+    A file has these sections:
+
+    - `common` applies to every recipe.
+    - `by_modality` applies to the recipes of one modality.
+    - `by_trained` applies to recipes or phases that train parts of a kind. If several kinds match, only the first one
+      in the file applies. Its `alone` is used if the recipe has no phases, and its `phase` for each phase otherwise.
+    - `by_kind` applies to every part of that kind (or `kind.type`).
+    - `recipes` applies to the shipped recipe of that name and to recipes that inherit from it.
+
+    Rules never add parts. A rule is skipped if the recipe lacks its part, or has the part with a different `kind`.
     """
 
     file: Mapping[str, Any]
     modality: str
     kinds: Mapping[str, Any]  # default kinds, as for `merge`
-    slots: Sequence[str] = slots(
-        Recipe
-    )  # the slots of the modality's recipes that hold parts under freely chosen names
+    # the slots of the modality's recipes that contain parts under freely chosen names
+    slots: Sequence[str] = slots(Recipe)
 
     @classmethod
     def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any], model: type[Recipe] = Recipe) -> Rules:
-        """Reads `configs/overlays/NAME-MODALITY.yaml`, else `NAME.yaml`; empty if neither exists or NAME is None."""
+        """Reads `configs/overlays/NAME-MODALITY.yaml`, or else `NAME.yaml`. Without a name or a file, there are no rules."""
         folder = config_folder() / "overlays"
         path = folder / f"{name}-{modality}.yaml"
         path = path if path.is_file() else folder / f"{name}.yaml"
@@ -107,10 +111,10 @@ def _of_another_kind(rule: Any, part: Any) -> bool:
 def unstated(
     rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the rules for keys that the user did not set. A rule yields to a user's value that is still set in the recipe
-    `full`.
+    """Returns the rules for keys that the user did not set. A user's value takes precedence over a rule as long as the
+    key is still set in the recipe `full`.
 
-    Values set outside the phases also count inside them.
+    Values that the user set outside the phases also take precedence inside them.
     """
     top = [{k: v for k, v in layer.items() if k != "phases"} for layer in stated]
     base = {k: v for k, v in full.items() if k != "phases"}
@@ -136,5 +140,5 @@ def _unstated(rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], ful
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """Returns the value if it is a mapping, else an empty one (validation reports what is wrong)."""
+    """Returns the value if it is a mapping, or else an empty mapping. Validation reports the wrong type."""
     return value if isinstance(value, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Parses `key=value` on the command line: literal text for paths and strings, YAML for everything else."""
+"""Parses `key=value` settings: paths and strings are taken literally, and all other values are read as YAML."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pydantic import BaseModel
 from shared.config import expanded, parse_yaml, yaml_problem
 
 _NONE = type(None)
-_SHOWN = 200  # characters of a setting in a message
+_SHOWN = 200  # maximum number of characters of a setting in a message
 
 
 def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """Parses `["train.steps=5", "subject.images=cats #1"]` into nested mappings, by the types of the fields of `model`.
+    """Parses `["train.steps=5", "subject.images=cats #1"]` into nested mappings, using the field types of `model`.
 
-    For a path or a string, the text after `=` is taken literally, with two exceptions; for any other field, it is read as
-    YAML. The exceptions are:
+    For a path or a string, the text after `=` is taken literally, with two exceptions; for any other field, it is read
+    as YAML. The exceptions are:
 
     - If the field takes several paths or strings, `[a.png, b.png]` is read as a YAML list, unless a file or folder has
       that name.
-    - If the field can be unset, an empty text (`subject.masks=`) unsets a path, and `null` unsets a string. A path may be
-      called null.
+    - If the field can be unset, empty text (`subject.masks=`) unsets a path, and `null` unsets a string. For a path,
+      `null` is a name like any other.
 
-    The overrides form one layer: if two set the same key, the last one wins; otherwise their order does not matter.
+    If two overrides set the same key, the last one wins. Otherwise their order does not matter.
     """
     out: dict[str, Any] = {}
     for item in overrides:
@@ -88,7 +88,7 @@ def _strings(text: str) -> list[str] | None:
 
 
 def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:
-    """Yields the types allowed at the key `names` below `annotation`, through models, unions, slots and phases' overlays."""
+    """Yields the types allowed at the key `names` below `annotation`, in models, unions, slots and phases' overlays."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _leaves(arguments[0], names, root)

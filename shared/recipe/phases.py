@@ -1,4 +1,4 @@
-"""The phases of a recipe: checks their names, and builds the full recipe of each."""
+"""Checks the names of a recipe's phases, and builds the full recipe of each phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.recipe.schema import Recipe, dump
 
 R = TypeVar("R", bound=Recipe)
 
-#: The keys that let a file add a new phase: its trainable parts, or its task.
+#: A file may add a new phase if the phase sets one of these keys.
 _OWN = ("trainable", "task")
 #: Settings of the whole run, which a phase cannot change.
 _ONCE = frozenset(
@@ -28,7 +28,7 @@ def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str =
     A variant's file may add a phase that sets its `trainable` or its `task`; the command line (no `file`) may not.
 
     Raises:
-        ValueError: for an unknown phase; the message lists the existing ones
+        ValueError: for an unknown phase. The message lists the existing phases
     """
     known = mapping(below.get("phases"))
     for name, phase in mapping(layer.get("phases")).items():
@@ -40,7 +40,8 @@ def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str =
 
 
 def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
-    """Yields (name, recipe) per phase: the recipe with the phase's overlay applied; just the recipe if it has no phases.
+    """Yields (name, recipe) for each phase, where the recipe has the phase's overlay applied. A recipe without phases
+    is yielded as it is, under the name of its task.
 
     A phase drops a part of the recipe by setting it to null.
     """
@@ -57,11 +58,11 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
 
 
 def learns_subjects(recipe: Recipe) -> bool:
-    """Tells whether a phase learns the subjects; without such a phase, the run only looks at their pictures."""
+    """Returns whether any phase learns the subjects. If not, the run uses the subjects' pictures only for comparison."""
     return any(phase.task.learns_subjects for _, phase in expand_phases(recipe))
 
 
 def check_learns(recipe: Recipe) -> None:
     """Raises ValueError unless a phase learns the subjects."""
     if not learns_subjects(recipe):
-        raise ValueError("no phase of the recipe learns the subject: give one of them task: tune")
+        raise ValueError("no phase of the recipe learns the subject: set task: tune in one of them")

@@ -1,4 +1,4 @@
-"""Finds recipes and resolves them: files, the backbone's overlay, overrides, phases."""
+"""Finds recipes and resolves their files, the backbone's overlay, the user's overrides and the phases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shared.recipe.phases import check_phases, expand_phases
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
-GROUP = "pcs.recipes"  # entry points: modality = "module:class", a `Recipe` that includes its package's parts
+GROUP = "pcs.recipes"  # entry points: modality = "module:class", where the class is a `Recipe` with the package's parts
 
 
 def model_of(modality: str) -> type[Recipe]:
-    """Returns the recipe class of a modality: the core's own for "image", else that of an installed package.
+    """Returns the recipe class of a modality: that of an installed package, or else (for "image") the core's own.
 
     Raises ValueError if no installed package has this modality.
     """
@@ -39,9 +39,13 @@ def load(
     model: type[R] = Recipe,
     backbone: str | Path | None = None,
 ) -> R:
-    """Resolves a recipe from these layers, lowest priority first: shipped files (a `base` before the files that inherit from
-    it), the toybox's overlay (only on the toybox), the user's own files, the user's `key=value`. The overlay adapts the parts
-    of the combined recipe. `backbone`: the model to use if no layer names one, such as the model of the concepts in use.
+    """Resolves a recipe.
+
+    The layers are, lowest priority first: shipped files (a `base` before the files that inherit from it), the toybox's
+    overlay (only on the toybox), the user's own files, and the user's `key=value`. The overlay adapts the parts of the
+    combined recipe.
+
+    backbone: the model to use if no layer names one, for example the model of the concepts in use
 
     Raises ValueError for an unknown recipe, a broken file, or an invalid key or value.
     """
@@ -66,13 +70,13 @@ def load(
 
 
 def written(recipe: str, modality: str = "image", model: type[R] = Recipe) -> R:
-    """Returns the recipe as its files state it, without any overlay, for full-size models. Raises ValueError as `load` does."""
+    """Returns the recipe as written in its files for full-size models, without an overlay. Raises ValueError as `load` does."""
     layers = read_layers(find(recipe, modality), modality)
     return validate(model, _inherited(layers, model), where=layers[-1].path.name)
 
 
 def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
-    """Combines the files: each overrides its base, including its phases, just as the command line overrides a file."""
+    """Combines the files. Each overrides its base and the base's phases, just as the command line overrides a file."""
     data = dict(layers[0].data)
     for layer in layers[1:]:
         check_phases(layer.data, data, layer.path.name)
@@ -81,8 +85,8 @@ def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
 
 
 def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
-    """Prefixes each line of a message with the first file of the chain that has this error. Lines that fit no file come from
-    the command line and stay unchanged.
+    """Prefixes each line of a message with the first file of the chain that has this error. Lines that match no file
+    come from the command line and stay unchanged.
     """
     heads: dict[str, str] = {}
     for i, layer in enumerate(layers):
@@ -101,7 +105,7 @@ def _kinds(model: type[Recipe]) -> dict[str, Any]:
 
 
 def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe]) -> dict[str, Any]:
-    """Applies the user's changes to a file and its phases; a part that the user adds is added to the existing ones."""
+    """Applies the user's changes to a file and its phases. Parts that the user adds are kept alongside the existing ones."""
     filled = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
     filled, left = _outrank(filled, changes, slots(model), default_kinds(model))
     gone = [name for name, phase in mapping(changes.get("phases")).items() if phase is None]
@@ -114,9 +118,9 @@ def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe
 def _outrank(
     data: Mapping[str, Any], changes: Mapping[str, Any], parts: Sequence[str], kinds: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lets the user's changes override the phases. Returns (data with changed phases, the changes left for the base).
+    """Lets the user's changes override the phases. Returns (data with changed phases, the remaining changes for the base).
 
-    A part that only phases have is changed only there; a part that a phase has dropped stays dropped.
+    A part that only phases have is changed only in those phases. A part that a phase has dropped stays dropped.
     """
     kept = data.get("phases") if changes.get("phases", {}) is not None else None
     phases = {name: dict(phase) for name, phase in mapping(kept).items() if isinstance(phase, Mapping)}

@@ -1,4 +1,4 @@
-"""A recipe: its slots as typed fields, and its phases. Data only; `shared.recipe.resolve` finds and resolves recipes."""
+"""The schema of a recipe: its slots as typed fields, and its phases. `shared.recipe.resolve` finds and resolves recipes."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class SubjectSettings(Part):
 
     images: PathText | tuple[PathText, ...]
     class_noun: str = ""
-    masks: PathText | None = None  # how masks are made or changed, by name
-    captions: PathText | None = None
+    masks: PathText | None = None  # a folder with masks named like the pictures
+    captions: PathText | None = None  # a folder with captions named like the pictures
 
     def read(self) -> Subject:
         """Finds the files on disk. Raises ValueError as `shared.io.read_subject.read_subject` does."""
@@ -74,7 +74,7 @@ class Validation(Part):
     every: Steps = 0  # steps; 0: never
     prompts: tuple[str, ...] = ("a photo of a {concept}",)  # prompts to score; {concept}: the concept's words
     num: Many = 2  # pictures or clips per prompt
-    keep_best: bool = True  # keep the state with the best score; false: the last one
+    keep_best: bool = True  # keep the state with the best score; false: keep the last state
 
 
 class Train(Part):
@@ -83,32 +83,35 @@ class Train(Part):
     steps: Steps = 500  # optimizer steps
     batch_size: BatchSize = 1  # examples per micro-batch
     gradient_accumulation: Many = 1  # micro-batches per step
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast at it
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass, to save memory at the cost of time
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast with it
     resolution: Side | None = None  # pixels; null: the backbone's own
     cache: bool = True  # cache latents and text that do not vary
-    variants: Annotated[int, Field(ge=0, le=10_000)] = (
-        0  # augmented versions of each picture, computed once and cached; 0: a new version each step
-    )
+    # augmented versions of each picture, computed once and cached; 0: a new version in each step
+    variants: Annotated[int, Field(ge=0, le=10_000)] = 0
     checkpoint_every: Steps = 200  # steps; 0: only at the end and on interruption
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
     validation: Validation = Validation()
 
 
 class Sampling(Part):
-    """How pictures and clips are generated, during training and by default afterwards. null: the backbone's own setting."""
+    """How pictures and clips are generated, during training and by default afterwards. null means the backbone's own value."""
 
     steps: Many | None = None  # denoising steps
     guidance: GuidanceScale | None = None  # classifier-free guidance scale
     scheduler: str | None = None  # ddim, dpm++, euler, unipc …
-    strength: Annotated[str, AfterValidator(check_points)] = ""  # by step: "0@0,1@0.2"; "": constant
+    strength: Annotated[str, AfterValidator(check_points)] = (
+        ""  # concept's strength by step, as in "0@0,1@0.2"; "": constant
+    )
 
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength schedule, which needs the concept's name."""
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
     def port(self, backbone: Backbone) -> str:
-        """Returns what is sampled differently on this model, as text for the concept's record; "" if nothing is."""
+        """Describes what is sampled differently on this model, for the concept's record. Returns "" if nothing is."""
         return ""
 
 
@@ -116,8 +119,8 @@ class PreviewSettings(Part):
     """The new pictures in a concept's `preview.png`, generated after the last step."""
 
     num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
-    resolution: Side | None = None  # pixels; null: train.resolution, else the backbone's own
-    steps: Many | None = None  # denoising steps; null: sampling.steps, else the backbone's own
+    resolution: Side | None = None  # pixels; null: train.resolution, or else the backbone's own
+    steps: Many | None = None  # denoising steps; null: sampling.steps, or else the backbone's own
     prompt: str = "a photo of a {concept}"  # {concept}: the concept's words
 
 
@@ -133,16 +136,16 @@ class Recipe(Part):
     subject: SubjectSettings | None = None  # the pictures to learn from
     subjects: dict[Annotated[str, Field(pattern=NAME)], SubjectSettings] = {}  # several subjects, by name
     backbone: NameOrPath = "toybox"  # the model: a folder, a file, a hub id or toybox
-    output: PathText | None = None  # the folder of the concept; of several concepts if there are several subjects
-    name: Annotated[str, Field(pattern=NAME)] | None = None  # the concept's name; null: that of its folder
-    seed: Seed = 0  # of all random numbers in the run
+    output: PathText | None = None  # the concept's folder; for several subjects, the folder that contains all concepts
+    name: Annotated[str, Field(pattern=NAME)] | None = None  # the concept's name; null: its folder's name
+    seed: Seed = 0  # seed of all random numbers in the run
 
     sources: Slot[Source] = {"references": {"kind": "references"}}  # type: ignore[assignment]
     masks: Slot[Mask] = {}  # how masks are made or changed, by name
     augment: Slot[Augment] = {}  # how pictures are varied, by name
     prompts: Prompts = Templates()
     modifier: Annotated[Modifier, default_kind("rare_token")] = RareToken()
-    trainable: Slot[Trainable] = {}  # what learns, by name
+    trainable: Slot[Trainable] = {}  # what is trained, by name
     attention: Slot[Attention] = {}  # changes to the model's attention; the same in all phases
     noise: Annotated[Noise, default_kind("uniform")] = Uniform()
     objective: Objective = Objective()

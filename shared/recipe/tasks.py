@@ -1,5 +1,5 @@
-"""What a phase does, as set in a recipe: `task: tune`, or `task: {kind: generate, num: 16, keep: 4}`. The tasks themselves are
-in `shared.train`; a package with more tasks widens the union in its own recipe."""
+"""The settings of what a phase does, such as `task: tune` or `task: {kind: generate, num: 16, keep: 4}`. The tasks
+themselves are in `shared.train`. A package with more tasks widens the union in its own recipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class TuneTask(Part):
-    """Learns the subject from the phase's sources. off: adapter sets of this run that are off in this phase."""
+    """Learns the subject from the phase's sources."""
 
     kind: Literal["tune"] = "tune"
-    off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
+    off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()  # adapter sets of this run that are off in this phase
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
@@ -30,7 +30,7 @@ class TuneTask(Part):
 
     @property
     def learns_subjects(self) -> bool:
-        """Whether the task learns the subjects. Recipes without such a task only use the subjects' pictures for comparison."""
+        """Whether the task learns the subjects. Recipes without such a task use the subjects' pictures only for comparison."""
         return True
 
     def count(self, steps: int, subjects: int) -> int:
@@ -45,7 +45,7 @@ class GenerateTask(Part):
     kind: Literal["generate"] = "generate"
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
     num: Count = 8  # pictures per prompt and subject
-    keep: Count | None = None  # how many of a subject's pictures to keep, the best by score; null: all
+    keep: Count | None = None  # number of pictures to keep per subject, best scores first; null: all
     batch_size: Count = 4  # pictures generated together
     off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()  # adapter sets of this run that are off in this phase
 
@@ -61,11 +61,11 @@ class GenerateTask(Part):
 
     @property
     def learns_subjects(self) -> bool:
-        """False: the task only uses what was learned."""
+        """Always False, because the task only uses what was learned."""
         return False
 
     def count(self, steps: int, subjects: int) -> int:
-        """Returns the number of steps: one per batch of pictures."""
+        """Returns the number of steps, one per batch of pictures."""
         return -(-self.num * len(self.prompts) * subjects // self.batch_size)
 
     @field_validator("prompts")
@@ -78,7 +78,7 @@ class GenerateTask(Part):
 
 
 def named(value: Any) -> Any:
-    """Allows a task to be given by name only: `task: tune`."""
+    """Lets a task be given by name only, as in `task: tune`."""
     return {"kind": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Derives a recipe's place in the survey (https://arxiv.org/abs/2405.05538) from its slots."""
+"""Derives a recipe's place in the taxonomy of the survey (https://arxiv.org/abs/2405.05538) from its slots."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _on(roles: Iterable[str]) -> str:
 
 
 def _attending(phase: Recipe) -> str:
-    """Describes the parts that change attention, and those that watch it because they need its maps."""
+    """Describes the parts that change attention, and the penalties that need attention maps."""
     watching = (p for p in phase.regularize.values() if any("attention" in need for need in p.needs))
     return ", ".join(part.taxonomy for part in (*phase.attention.values(), *watching))
 

@@ -1,1 +1,1 @@
-"""What every runner does: plan a run, open a backbone with its concepts, learn, judge."""
+"""The code that all runners share: planning a run, opening a backbone with its concepts, learning and judging."""

@@ -1,4 +1,4 @@
-"""Progress displays for commands in which several packages take part."""
+"""Progress displays for commands that involve several packages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The base class of every package's runner: it loads concepts onto one backbone, learns, generates and evaluates. A package
-defines how expanded prompts become its output (`make`)."""
+"""The base class of every package's runner, which loads concepts onto one backbone, learns, generates and evaluates. A
+package defines how its output is generated from expanded prompts (`make`)."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Progress(Protocol):
 class Runner:
     """One backbone and the concepts attached to it."""
 
-    tasks: ClassVar[TaskTable] = TASKS  # task part -> how its task is built
+    tasks: ClassVar[TaskTable] = TASKS  # task part -> the function that builds its task
     scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # scores what is generated during training
     makes: ClassVar[str] = "pictures"
-    #: For each kind of model in the suite that this runner opens: the families whose concepts it reads.
+    #: One entry for each kind of model that this runner opens, with the families whose concepts such a model reads.
     families: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"stable_diffusion"}), frozenset({"flux"}))
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
@@ -65,13 +65,13 @@ class Runner:
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError, before the model is loaded, if its files show that it cannot do what the plan needs."""
+        """Raises ValueError, before the model is loaded, if the model's files show that it cannot do what the plan needs."""
 
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
     ) -> Tensor:
-        """Generates the package's output, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one per
-        (prompt, seed) pair.
+        """Generates the package's output, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one
+        per (prompt, seed) pair.
 
         Args:
             prompts: already expanded
@@ -80,7 +80,7 @@ class Runner:
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attaches a concept. Raises ValueError when it does not fit, or a concept with this name is already loaded."""
+        """Attaches a concept. Raises ValueError if it does not fit, or if a concept with this name is already loaded."""
         attach(concept, self.backbone, strength)
         self.loaded[concept.meta.name] = Loaded(concept)
 
@@ -109,13 +109,13 @@ class Runner:
         progress: Progress | None = None,
         tensorboard: bool = True,
     ) -> dict[str, Concept]:
-        """Learns every subject in one run; returns the concepts by name, and leaves them attached.
+        """Learns every subject in one run. Returns the concepts by name, and leaves them attached.
 
         Args:
             subjects: name -> pictures
             workdir: the folder for training state, logs and sample pictures
             resume: whether to resume from the newest checkpoint in `workdir`
-            scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], plain prompts) -> scores with the key "score"
+            scorers: subject -> a function from pixels [N, 3, H, W] in [-1, 1] and plain prompts to scores, with the key "score"
             progress: called after every training step, and after every denoising step of class pictures and previews
             tensorboard: whether to also write the log as TensorBoard events
 
@@ -164,8 +164,9 @@ class Runner:
     ) -> Tensor:
         """Generates one item per (prompt, seed) pair with `make`, with the loaded concepts.
 
-        `<name>` in a prompt refers to a loaded concept. With `base`, concepts are off and names become class nouns. Raises
-        ValueError for a name that is not loaded, and, if `must_name`, for a prompt that does not name every loaded subject.
+        `<name>` in a prompt refers to a loaded concept. With `base`, concepts are off and names become class nouns.
+        Raises ValueError for a name that is not loaded, and, if `must_name`, for a prompt that does not name every
+        loaded subject.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: give one seed per prompt")
@@ -185,8 +186,8 @@ class Runner:
             return self.make(texts, seeds, settings, progress)
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Adds the per-step strength from each loaded concept's recipe (`sampling.strength`), times the strength it was loaded
-        with; strengths already set for a concept in the settings take precedence."""
+        """Adds the per-step strength from each loaded concept's recipe (`sampling.strength`), multiplied by the strength that
+        the concept was loaded with. A per-step strength that the settings already have takes precedence."""
         said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
         own = []
         for name, loaded in self.loaded.items():
@@ -204,7 +205,7 @@ class Runner:
         return evaluate_loaded(self, name, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """Returns what the concept is learned from, as pictures [N, 3, side, W] for a contact sheet."""
+        """Returns the pictures [N, 3, side, W] that show on a contact sheet what the concept is learned from."""
         return references(subject, side)
 
     def _class_pictures(
@@ -300,7 +301,7 @@ class Runner:
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Restores the caller's global random state afterwards, on the CPU and on every GPU in use."""
+    """Restores the caller's global random state at the end of the context, on the CPU and on every GPU in use."""
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=gpus):
         yield
@@ -311,7 +312,7 @@ R = TypeVar("R", bound=Runner)
 
 @contextmanager
 def attached(runner: R, concepts: Sequence[tuple[Concept, float]]) -> Iterator[R]:
-    """Inside the context, the runner has these concepts loaded; afterwards they are unloaded."""
+    """Loads these concepts into the runner for the duration of the context."""
     names = []
     try:
         for concept, strength in concepts:

@@ -19,7 +19,7 @@ from shared.runner.plan import Plan
 from shared.sampling.sampler import sample_all
 from shared.types import Subject
 
-ALARM = 0.5  # the fraction of moving clips that must have stopped for the warning
+ALARM = 0.5  # the fraction of moving clips that must stand still for a warning
 
 Make = Callable[[Sequence[str]], Tensor]  # prompts in plain words -> clips [N, 3, F, H, W] in [-1, 1]
 
@@ -28,9 +28,10 @@ Make = Callable[[Sequence[str]], Tensor]  # prompts in plain words -> clips [N, 
 class Watched:
     """A scorer that warns when training stops the motion in clips.
 
-    Small models, the toybox among them, also generate clips in which nothing moves. So the share of still clips is compared
-    with the share among clips from `base`, which generates them without what is being learned. This happens at most once per
-    list of prompts, and only when enough clips stand still for a warning to be possible.
+    Small models, including the toybox, also generate clips in which nothing moves. The share of still clips is
+    therefore compared with the share among clips from `base`, which generates them without the concept that is being
+    learned. These clips are generated at most once per list of prompts, and only when enough clips stand still for a
+    warning to be possible.
     """
 
     scorer: ClipScorer
@@ -39,15 +40,15 @@ class Watched:
     _before: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Scores clips as `ClipScorer` does, with a UserWarning if at least half of the clips that would move without what
-        is being learned stand still."""
+        """Scores clips as `ClipScorer` does. Issues a UserWarning if at least half of the clips that would move without
+        the concept stand still."""
         scores = self.scorer(clips, prompts)
         now = scores["frozen"]
         before = self._still_before(prompts) if now >= ALARM else 0.0
         if before < 1 and (now - before) / (1 - before) >= ALARM:
             warnings.warn(
                 f"nothing moves in {now:.0%} of the clips generated while {self.name} is learned, but only {before:.0%} of "
-                "those without it: training may be too long or its learning rate too high",
+                f"those without {self.name}: training may be too long, or its learning rate too high",
                 stacklevel=2,
             )
         return scores
@@ -62,10 +63,10 @@ class Watched:
 def clip_training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Watched] | None:
-    """Returns one scorer per subject or motion for the clips generated during training; None if there are none.
+    """Returns one scorer per subject or motion for the clips generated during training, or None if none are generated.
 
-    The scorers use only the clips and pictures that are learned from, and do not recognise motions: the best checkpoint must
-    not be chosen by the scores that judge the finished concept.
+    The scorers use only the clips and pictures that are learned from, and do not recognise motions, because the best
+    checkpoint must not be chosen by the scores that judge the finished concept.
     """
     if not makes_previews(planned, clip, dino):
         return None
@@ -84,7 +85,7 @@ def clip_training_scorers(
 
 
 def _base(planned: Plan, backbone: Backbone) -> Make:
-    """Returns a function that makes clips as during training, with only the adapters on that are on now."""
+    """Returns a function that generates clips as in training, but only with the adapters that are attached now."""
     loaded = {name: strength for name, strength in backbone.strengths.items() if name in backbone.adapters}
     phases = [phase for _, phase in expand_phases(planned.recipe)]
     phase = next((phase for phase in phases if phase.train.validation.every), phases[-1])

@@ -1,4 +1,4 @@
-"""Scores concepts: chooses instruments, references and look-alikes, and writes the report."""
+"""Scores concepts. Chooses instruments, references and look-alikes, and writes the report."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def check_folders(clip: Path | None, dino: Path | None) -> None:
 def training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Scorer] | None:
-    """Returns one scorer per subject for pictures generated during training; None if there are no pictures or no instruments.
+    """Returns one scorer per subject for pictures generated during training, or None without such pictures or instruments.
 
-    The scorers use only the references, never the look-alikes that the finished concept is judged against: the best
-    checkpoint must not be chosen by the scores that judge the concept.
+    The scorers use only the references, never the look-alikes that the finished concept is judged against, because the
+    best checkpoint must not be chosen by the scores that judge the concept.
     """
     world_instruments = backbone.world and backbone.world.instruments
     if not makes_previews(planned, clip, dino):
@@ -57,12 +57,12 @@ def training_scorers(
     if not (world_instruments or clip or dino):
         warnings.warn(
             "pictures are generated during training (train.validation.every), but nothing can score them, so the last state "
-            "is kept, not the best: give --clip FOLDER or --dino FOLDER",
+            "is kept instead of the best: give --clip FOLDER or --dino FOLDER",
             stacklevel=2,
         )
         return None
     instruments = load_instruments(clip, dino, world_instruments, str(backbone.device))
-    # Typical scores were measured on pictures that had been through the autoencoder, including references.
+    # Typical scores were measured on pictures and references that had passed through the autoencoder.
     through = (lambda pixels: round_trip(backbone, pixels)) if instruments.typical else None
     out = {}
     for name, subject in planned.subjects.items():
@@ -80,8 +80,8 @@ def training_scorers(
 
 
 def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
-    """Whether training generates anything that could be scored. If not, warns if a folder is given for scoring.
-    Raises ValueError when that folder does not exist."""
+    """Returns whether training generates anything that could be scored. If it does not, but a folder is given for
+    scoring, issues a warning. Raises ValueError if such a folder does not exist."""
     check_folders(clip, dino)
     phases = [p for _, p in expand_phases(planned.recipe)]
     if any(p.train.validation.every or p.task.needs_scores for p in phases):
@@ -96,7 +96,7 @@ def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
 
 
 def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[str, Mapping[str, str]]:
-    """Returns what a recognizer should see, for validation prompts that are also in the prompt set of the backbone's world."""
+    """Returns what a recognizer should see for validation prompts that are also in the prompt set of the backbone's world."""
     if backbone.world is None:
         return {}
     known = {p.plain(class_noun): p.expects for p in load_prompts(backbone.world.prompts).prompts}
@@ -107,17 +107,19 @@ def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[st
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a concept is judged."""
+    """The settings for judging a concept."""
 
     prompts: str = ""  # a prompt set ("toybox", "dreambench") or a file; "": the backbone's own set
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None in a field: as in the concept's recipe
+    sampling: SamplingSettings = field(
+        default_factory=SamplingSettings
+    )  # fields that are None come from the concept's recipe
     references: Path | None = None  # a folder; default: what the concept was learned from, found next to its folder
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
     clip: Path | None = None  # folders of the models to measure with
     dino: Path | None = None
-    path: Path | None = None  # the concept's folder, for its size; default: where it was read from
+    path: Path | None = None  # the concept's folder, whose size is measured; default: where it was read from
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
     base: dict[str, KeptPictures] | None = None  # evaluations that share this dict reuse the base model's pictures
@@ -129,7 +131,7 @@ def evaluate_loaded(
     settings: EvaluationSettings = EvaluationSettings(),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Evaluates the loaded concept `name`; with `settings.out`, the report is written there.
+    """Evaluates the loaded concept `name`, and writes the report to `settings.out` if that is set.
 
     Raises:
         ValueError: if the concept is not loaded, its references cannot be found, or there is nothing to measure with
@@ -156,8 +158,8 @@ def evaluate_loaded(
 
 
 def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
-    """Returns a subject's case: what to judge, and what is known about it. Raises ValueError when its pictures cannot be
-    found."""
+    """Returns the case to judge, with all that is known about its subject. Raises ValueError if the subject's pictures
+    cannot be found."""
     concept, folder, gallery = loaded.concept, settings.references, settings.gallery
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
@@ -196,14 +198,16 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
-    """Finds the pictures that the concept was learned from: in `folder`, or in the recorded folder next to `path`.
+    """Finds the pictures that the concept was learned from, in `folder` or else in the recorded folder next to `path`.
 
     Raises ValueError when they are missing, or when the recorded folder has pictures whose hashes the concept does not store.
     """
     recorded = concept.meta.learned_with.folder_of(concept.meta.name)
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
     if source is None or (folder is None and not source.is_dir()):
-        raise ValueError("give --references FOLDER: a concept stores the hashes of its pictures, not the pictures")
+        raise ValueError(
+            "give --references FOLDER: a concept stores the hashes of its pictures, not the pictures themselves"
+        )
     subject = read_subject(source, concept.meta.class_noun)
     hashes = {r.sha256 for r in concept.meta.references}
     known = [p for p in subject.images if sha256(p) in hashes]
@@ -213,13 +217,13 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
 
 def beside(folder: Path, name: str) -> Path:
-    """Returns the entry of a folder that has a recorded name, plain or escaped."""
+    """Returns the entry of a folder whose name, plain or escaped, is the recorded one."""
     matching = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
     return folder / name if (folder / name).exists() else next(matching, folder / name)
 
 
 def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
-    """Reads a folder of folders: name -> [n, 3, side, side]."""
+    """Reads a folder of folders. Returns name -> [n, 3, side, side]."""
     names = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     if not names:
         raise ValueError(f"{folder} contains no folders: a gallery has one folder of pictures per look-alike")
@@ -229,7 +233,7 @@ def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
 def score_line(
     score: Score, true_ones: str = "true pictures", among_each_other: str = "references among themselves"
 ) -> str:
-    """Formats a headline score as one line: value, interval, the base model's value, and other figures with these labels."""
+    """Formats a headline score as one line, with its interval and the values that it can be compared with."""
     if score.value is None:
         return "not measured"
     span = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
@@ -244,12 +248,12 @@ def score_line(
 
 
 def references(subject: Subject, side: int) -> Tensor:
-    """Returns the subject's pictures: [N, 3, side, side] in [-1, 1]."""
+    """Returns the subject's pictures as [N, 3, side, side] in [-1, 1]."""
     return torch.stack([resize(read_picture(p), side).pixels for p in subject.images])
 
 
 def reference_masks(subject: Subject, side: int) -> Tensor | None:
-    """Returns the masks [N, side, side] in [0, 1], cropped like `references`; None unless every picture has one."""
+    """Returns the masks [N, side, side] in [0, 1], cropped like `references`, or None unless every picture has one."""
     if not all(p in subject.masks for p in subject.images):
         return None
     masks = [Picture(read_mask(subject.masks[p]).convert("RGB")) for p in subject.images]

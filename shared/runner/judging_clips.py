@@ -1,4 +1,4 @@
-"""Judges a motion, a subject, or both in clips: chooses the clips and pictures to compare with, and writes the report."""
+"""Judges a motion, a subject, or both in clips. Chooses the clips and pictures to compare with, and writes the report."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ClipEvaluationSettings:
-    """How to judge concepts in clips."""
+    """The settings for judging concepts in clips."""
 
     prompts: str = DEFAULT  # a prompt set for clips, or a file
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None in a field: as in the concept's recipe
+    sampling: SamplingSettings = field(
+        default_factory=SamplingSettings
+    )  # fields that are None come from the concept's recipe
     references: Path | None = None  # the motion's clips; default: those it was learned from, found next to its folder
     pictures: Path | None = None  # the subject's pictures; default: those that it was learned from
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
@@ -71,12 +73,13 @@ def evaluate_clips_loaded(
     progress: Progress | None = None,
     kept: KeptClips | None = None,
 ) -> ClipReport:
-    """Judges the concepts loaded in `runner` (a motion, a subject, or one of each) in clips; with `settings.out`, the report
-    is written there.
+    """Judges the concepts loaded in `runner` (a motion, a subject, or one of each) in clips, and writes the report to
+    `settings.out` if that is set.
 
-    kept: a cache of clips that do not depend on the motion: the base model's and, if the motion is only a trajectory, those
-    whose prompts do not name it. Pass the same dict when judging one subject, at one strength and with one runner, with several
-    motions, so that they are generated only once. Subjects that share a cache must have different names.
+    kept: a cache of clips that do not depend on the motion. These are the base model's clips and, if the motion is only
+    a trajectory, the clips whose prompts do not name it. To generate them only once, pass the same dict when judging
+    one subject with several motions, with one runner and at one strength. Subjects that share a cache must have
+    different names.
 
     Raises:
         ValueError: if other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
@@ -89,7 +92,7 @@ def evaluate_clips_loaded(
     prompts = load_clip_prompts(settings.prompts)
     texts = ClipTexts(prompts, judged.motion_name, judged.subject_name, judged.class_noun, settings.limit)
     files = () if judged.motion is None else motion_clips(judged.motion, settings.references)
-    if judged.motion is not None and judged.motion.subject is None:  # its noise prior needs them too
+    if judged.motion is not None and judged.motion.subject is None:  # the motion's noise prior also needs the clips
         runner.loaded[judged.motion_name] = replace(judged.motion, subject=Subject((), clips=files))
     scorer = _scorer(runner, judged, settings, files, texts, progress)
     frames = settings.sampling.frames or runner.backbone.frames
@@ -102,7 +105,7 @@ def evaluate_clips_loaded(
 
 
 def check_false_motion(text: str) -> FalseMotion:
-    """Returns `text` if it is a `FalseMotion`; raises ValueError otherwise."""
+    """Returns `text` if it is a `FalseMotion`, and raises ValueError otherwise."""
     if text not in get_args(FalseMotion):
         raise ValueError(f"--false-motion: {unknown(text, get_args(FalseMotion), 'choice')}")
     return text  # type: ignore[return-value]
@@ -141,8 +144,8 @@ class _Judged:
         return self.subject.concept.meta.class_noun if self.subject else ""
 
     def is_wordless(self, runner: Painter) -> bool:
-        """Whether the motion has no words, trajectory or noise prior, so that prompts with and without its name give the same
-        clips."""
+        """Whether the motion has no words, trajectory or noise prior, so that prompts with and without its name give
+        the same clips."""
         if self.motion is None:
             return False
         how = self.motion.concept.meta.learned_with.sampling
@@ -156,16 +159,16 @@ class _Judged:
 
 
 def clip_score_line(score: Score) -> str:
-    """Returns a headline score for clips as one line."""
+    """Formats a headline score for clips as one line."""
     if score.key in ("motion_recognised", "motion_fidelity", "leakage"):
         return score_line(score, "true clips", "the motion's clips among themselves")
     return score_line(score)
 
 
 def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
-    """Returns the clips that a motion was learned from: in `folder`, or in the recorded folder next to the concept.
+    """Returns the clips that a motion was learned from, in `folder` or else in the recorded folder next to the concept.
 
-    Raises ValueError when they are missing, or if those in the recorded folder do not match the hashes in the concept.
+    Raises ValueError if they are missing, or if the clips in the recorded folder do not match the hashes in the concept.
     """
     meta, path = loaded.concept.meta, loaded.concept.path
     if folder is None and loaded.subject is not None and loaded.subject.clips:
@@ -182,9 +185,9 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
 
 
 def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
-    """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start).
+    """Reads a clip as a motion's recipe does (rate, stride, length, start). Returns `[3, F, side, side]`.
 
-    If the clip is shorter, all its frames are read. Raises ValueError for a single frame.
+    If the clip is too short for the recipe, all its frames are read. Raises ValueError for a single frame.
     """
     window = _window(recipe)
     source = open_frames(path)
@@ -206,7 +209,7 @@ def _window(recipe: Mapping[str, Any]) -> ClipWindow:
 
 
 def clip_instruments(backbone: Backbone, clip: Path | None, dino: Path | None) -> Instruments:
-    """Returns the instruments for this model's clips; empty if none are given and the model has no world of its own."""
+    """Returns the instruments for this model's clips: none at all if no folder is given and the model has no world."""
     if not (clip or dino or backbone.world):
         return Instruments()
     return load_instruments(clip, dino, backbone.world and backbone.world.instruments, str(backbone.device))

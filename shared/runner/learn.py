@@ -1,4 +1,4 @@
-"""Turns a plan into concept folders."""
+"""Learns the concepts of a plan and saves them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def personalize(
     scorers: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Learns and saves the concepts; returns their folders by name.
+    """Learns and saves the concepts. Returns their folders by name.
 
-    The training folder keeps logs and samples, but no checkpoints. Without `resume`, leftovers of an earlier run in it are
-    removed when the first step begins. An interrupted run can be resumed until every concept is complete, including its
-    preview.
+    The training folder keeps logs and samples, but no checkpoints. Without `resume`, leftovers of an earlier run in it
+    are removed when the first step begins. An interrupted run can be resumed until every concept is complete, including
+    its preview.
     """
     if planned.finished:
         return dict(planned.outputs)
@@ -59,12 +59,12 @@ def personalize(
 
 
 def _painted(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None) -> Any:
-    """Returns the preview; None if it is not wanted or generating it fails, because a concept is complete without it."""
+    """Returns the preview, or None if it is not wanted or cannot be generated. The concept is complete without it."""
     if not recipe.preview.num:
         return None
     try:
         return preview(runner, name, subject, recipe, progress)
-    except Exception as error:  # whatever it is (most likely out of memory), the concept must still be saved
+    except Exception as error:  # whatever fails (most likely memory runs out), the concept must still be saved
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"the preview of {name!r} could not be generated and is left out ({why})", stacklevel=2)
         return None
@@ -77,7 +77,7 @@ def preview_resolution(runner: Runner, recipe: Recipe) -> int:
 
 
 def preview(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None = None) -> Any:
-    """Generates the concept's `preview.png`: a row of references and a row of new pictures."""
+    """Generates the concept's `preview.png`, with a row of references above a row of new pictures."""
     *_, (_, last) = expand_phases(recipe)
     side, num, how = preview_resolution(runner, recipe), recipe.preview.num, last.sampling
     settings = replace(how.settings(), steps=recipe.preview.steps or how.steps, height=side, width=side)

@@ -1,4 +1,4 @@
-"""Concepts attached to a backbone, and the runner protocol that judging them requires."""
+"""Concepts attached to a backbone, and the protocol that a runner must satisfy to judge them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Loaded:
-    """A concept attached to a backbone, which manages the strength of its adapters and words."""
+    """A concept attached to a backbone. The backbone manages the strength of the concept's adapters and words."""
 
     concept: Concept
     subject: Subject | None = None  # its pictures, if this runner learned it

@@ -26,19 +26,19 @@ class AskedLora:
 
     path: Path
     strength: float = 1.0
-    token: str = ""  # the words for the subject in its training captions
+    token: str = ""  # the words for the subject in the LoRA's training captions
     class_noun: str = ""
 
 
 def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "") -> list[AskedLora]:
-    """Parses `FILE` or `FILE:STRENGTH` options with their tokens. Raises ValueError when the counts differ or a file does not
-    exist."""
+    """Parses `FILE` or `FILE:STRENGTH` options with their tokens. Raises ValueError when the counts differ or a file
+    does not exist."""
     if tokens and len(tokens) != len(loras):
         raise ValueError(
             f"{len(tokens)} --token for {len(loras)} --lora: give one per --lora, in the same order, or none"
         )
     if class_noun and not loras:
-        raise ValueError("--class-noun is only for --lora, and none is given; a concept stores its own class noun")
+        raise ValueError("--class-noun is only for --lora, which is not given; a concept stores its own class noun")
     asked = []
     for text, token in zip(loras, tokens or [""] * len(loras), strict=True):
         path, strength = parse_concept(text, "--lora")
@@ -89,9 +89,15 @@ def open_runner(
     loras: Sequence[AskedLora] = (),
     **how: Any,
 ) -> R:
-    """Opens a runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the model that the first
-    concept was learned on. `download`: whether to fetch the model from the hub; `loras`: LoRA files from other programs,
-    loaded after the concepts; `how`: arguments for the runner's `prepared`."""
+    """Opens a runner with its concepts loaded on `backbone`, or on the model that the first concept was learned on.
+
+    Args:
+        kind: the runner's class
+        concepts: `PATH[:STRENGTH]` of each
+        download: whether the model may be fetched from the hub
+        loras: LoRA files from other programs, loaded after the concepts
+        how: arguments for the runner's `prepared`
+    """
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     check_families(kind, [concept for concept, _ in opened])
     where = pick_device(device)
@@ -110,8 +116,8 @@ def open_runner(
 
 
 def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
-    """Raises ValueError, naming concepts and families, if no model of this runner reads all these concepts. No model is loaded
-    for this; families of other packages are compared with the model after it is loaded."""
+    """Raises ValueError, naming concepts and families, if no model of this runner reads all these concepts. This check
+    loads no model. Families of other packages are compared with the model once it is loaded."""
     known = frozenset[str]().union(*kind.families, *Runner.families)
     families = {c.meta.name: c.meta.backbone.family for c in concepts if c.meta.backbone.family in known}
     for name, family in families.items():
@@ -130,7 +136,7 @@ def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
-    """Returns the model that `open_runner` opens: `backbone`, else the first concept's, else None (the toybox)."""
+    """Returns the model that `open_runner` opens: `backbone`, or else the first concept's, or else None (the toybox)."""
     if backbone or not concepts:
         return backbone
     return where_learned(read(parse_concept(concepts[0])[0]))
@@ -163,7 +169,7 @@ def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
 
 
 def check_precision(precision: str) -> str:
-    """Returns `precision` if it is "auto", "no", "bf16" or "fp16"; raises ValueError otherwise."""
+    """Returns `precision` if it is "auto", "no", "bf16" or "fp16", and raises ValueError otherwise."""
     if precision not in ("auto", *DTYPES):
         raise ValueError(f"--precision {precision!r}: choose auto, no, bf16 or fp16")
     return precision

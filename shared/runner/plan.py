@@ -1,4 +1,4 @@
-"""A run as the user requested it: turns settings into subjects and outputs, and checks them before any heavy work."""
+"""Plans a run. Turns its settings into subjects and outputs, and checks them before any heavy work."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as the user requested it: subjects by name, and where each concept is saved."""
+    """A run as the user requested it, with the subjects by name and the folder of each concept."""
 
     recipe: Recipe
     subjects: Mapping[str, Subject]
     outputs: Mapping[str, Path]
     workdir: Path
-    finished: bool = False  # nothing to resume: the concepts already exist, learned with this recipe
+    finished: bool = False  # whether the concepts already exist, learned with this recipe
 
 
 def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()) -> Plan:
     """Reads the subjects and determines the names. Raises ValueError before anything heavy is loaded or written.
 
     Args:
-        inputs: what a run reads besides its recipe's files (concepts, scorers); no output may overlap with it
+        inputs: paths that a run reads besides its recipe's files (concepts, scorers); no output may overlap with them
     """
     check_learns(recipe)
     subjects = dict(recipe.subjects)
@@ -76,14 +76,12 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
         for name, path in outputs.items():
             _check_learned_so(recipe, read(path), subjects[name])
     elif resume and not begun:
-        warnings.warn(
-            encodable(f"{workdir} has no interrupted run to resume: starting from the beginning"), stacklevel=2
-        )
+        warnings.warn(encodable(f"{workdir} has no interrupted run to resume, so a new run starts"), stacklevel=2)
     return Plan(recipe, subjects, outputs, workdir, finished)
 
 
 def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:
-    """Whether there is an interrupted run to resume. Raises ValueError when existing files would be overwritten."""
+    """Returns whether there is an interrupted run to resume. Raises ValueError if existing files would be overwritten."""
     anew = overwrite and not resume  # leftovers of an earlier run are removed when this one begins
     begun = not anew and checkpoint.load(workdir) is not None
     for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
@@ -104,9 +102,9 @@ def _all_there(outputs: Mapping[str, Path]) -> bool:
 
 
 def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> None:
-    """Raises ValueError when a finished concept was learned with another recipe, or from other pictures."""
+    """Raises ValueError if a finished concept was learned with another recipe or from other pictures."""
     same_recipe(portable(concept.meta.recipe), portable(plain(recipe)), finished=True)
-    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # a file that has been moved has none
+    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # files that were moved have none
     if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.files)):
         raise ValueError(
             f"{concept.path} is finished, but was learned from other pictures: choose another output, or start over with "

@@ -1,1 +1,1 @@
-"""Evaluates a motion, a subject, or both, with prompts, clips with and without them, and scores with intervals."""
+"""Evaluates a motion, a subject, or both, by scoring clips generated with and without them."""

@@ -18,7 +18,7 @@ from shared.train.costs import peak_memory
 
 @dataclass(frozen=True)
 class ClipCase:
-    """What is evaluated: a motion, a subject, or both. The name of one that is not evaluated is ""."""
+    """The motion, subject, or both, to evaluate. The name of the motion or subject is "" if it is not evaluated."""
 
     motion: str = ""
     subject: str = ""
@@ -27,7 +27,7 @@ class ClipCase:
     backbone: str = ""
     toy: bool = False  # whether a model of a toy world generates the clips
     acts_unnamed: bool = False  # whether the motion has no words, so leaving its name out of a prompt changes nothing
-    still_named: bool = False  # whether prompts name the motion even for the clips for which it is switched off
+    still_named: bool = False  # whether prompts name the motion even in clips generated with the motion switched off
     ceiling: float | None = None  # the share of true clips of the motion that are recognised
     concepts: Sequence[Path] = ()  # the concepts' folders, for their size on disk
     training_seconds: float | None = None
@@ -38,7 +38,7 @@ class ClipCase:
 
 
 def costs(case: ClipCase, seconds: float, base_seconds: float) -> ClipCosts:
-    """Returns the cost of a clip and of the concepts; seconds are per clip."""
+    """Returns the costs of a clip and of the concepts. `seconds` and `base_seconds` are per clip."""
     gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     peak, of = peak_memory(torch.device("cuda" if gpu else "cpu"))
     files = [f for folder in case.concepts for f in ([folder] if folder.is_file() else folder.rglob("*"))]
@@ -62,33 +62,35 @@ def instruments(scorer: ClipScorer) -> list[Instrument]:
 
 
 def notes(case: ClipCase, scorer: ClipScorer, texts: ClipTexts, seeds: Sequence[int]) -> list[str]:
-    """Returns what a reader must know to interpret the scores correctly."""
+    """Returns the caveats that a reader needs to interpret the scores."""
     tools = scorer.instruments
     out = [
-        f"Frames are compared by {scorer.whole.info.name}: temporal consistency, leakage and spread are its cosines."
+        f"Frames are compared with {scorer.whole.info.name}, whose cosines give temporal consistency, leakage and spread."
     ]
     if case.motion and not scorer.motion_clips:
-        out.append("The motion's clips were not given: fidelity to them and leakage are not measured.")
+        out.append("The motion's clips were not given, so motion fidelity and leakage are not measured.")
     if case.motion and (scorer.known is None or scorer.reader is None):
         why = "the motion is not one of the toybox's" if scorer.known is None else "there is no path reader"
-        out.append(f"Whether the motion is recognised among its look-alikes is not measured: {why}.")
+        out.append(f"Whether the motion is recognised among its look-alikes is not measured, because {why}.")
     if case.acts_unnamed:
         out.append(
-            "The motion has no words of its own: it acts in every clip while it is loaded, so false motion is measured on "
+            "The motion has no words of its own and acts in every clip while it is loaded, so false motion is measured on "
             "the clips generated with it."
         )
     if len(scorer.motion_clips) == 1:
         out.append("Only one clip of the motion was given, so it is unknown how similar its clips are to each other.")
     if case.subject and scorer.thing is None:
-        out.append("Neither CLIP nor DINO was given: whether clips show the subject is not measured.")
+        out.append("Neither CLIP nor DINO was given, so whether clips show the subject is not measured.")
     if case.subject and scorer.thing is not None and tools.locator is None:
         out.append(
-            "Nothing here finds the subject in a frame: its likeness is that of whole frames, so surroundings count as well."
+            "No instrument locates the subject in a frame, so likeness is measured on whole frames, including the surroundings."
         )
     if tools.text_image is None:
-        out.append("No CLIP was given: how well the prompt was followed is not measured.")
+        out.append("No CLIP was given, so how well the prompt was followed is not measured.")
     if tools.attributes is None and any(texts.expects):
-        out.append("No recognizer was given: whether clips show the prompts' classes and backgrounds is not checked.")
+        out.append(
+            "No recognizer was given, so whether clips show the prompts' classes and backgrounds is not checked."
+        )
     if len(seeds) < 2:
         out.append("With one seed per prompt, the spread over seeds is not measured.")
     return out

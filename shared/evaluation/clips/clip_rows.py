@@ -1,4 +1,4 @@
-"""Turns clips into rows of a report, each with flags for what is wrong with it."""
+"""Turns clips into rows of a report, with flags for their faults."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from shared.metrics.clips.report import CLIPS, ClipRow, Kind
 from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
-HALF = 0.5  # a clip is flagged if a smaller share of its frames matches the prompt
-STILL = "still"  # the candidate that every motion is compared to
+HALF = 0.5  # a clip is flagged if less than this share of its frames matches the prompt
+STILL = "still"  # the name of the candidate that stands still
 OPPOSED = 0.0  # motion fidelity at or below this means unrelated or opposite motions
 
 
 @dataclass(frozen=True)
 class Made:
-    """The clips of one arm: each one's (prompt index, seed), the texts of the prompts, and what each clip must show."""
+    """The clips of one arm, as (prompt index, seed) pairs, with the texts of the prompts and what each clip must show."""
 
     kind: Kind
     shots: Sequence[tuple[int, int]]
@@ -25,7 +25,7 @@ class Made:
 
 
 def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[ClipRow]:
-    """Returns one row per clip. limit: the leakage at or above which a clip is flagged."""
+    """Returns one row per clip. A clip is flagged if its leakage reaches `limit`."""
     rows = []
     for n, (prompt, seed) in enumerate(made.shots):
         flags = _flags(measured, n, made.expects[n], limit) if made.kind == "concept" else []
@@ -48,14 +48,14 @@ def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[
 
 
 def leak_limit(scorer: ClipScorer) -> float | None:
-    """Returns the midpoint between 1 (the same clip) and the likeness of the motion's two most similar clips. None for fewer
-    than two clips."""
+    """Returns the midpoint between 1 (the same clip) and the highest leakage of one of the motion's clips from the
+    others. Returns None for fewer than two clips."""
     among = scorer.unrelated_looks
     return (max(among) + 1) / 2 if among else None
 
 
 def _flags(measured: MeasuredClips, n: int, expects: Mapping[str, str], limit: float | None) -> list[str]:
-    """Says what is wrong with clip n; empty if nothing is."""
+    """Lists what is wrong with clip n."""
 
     def score(key: str) -> float:
         return measured.scores[key][n] if key in measured.scores else math.nan
@@ -74,5 +74,5 @@ def _flags(measured: MeasuredClips, n: int, expects: Mapping[str, str], limit: f
         flags.append(f"shows the subject in only {score('identity'):.0%} of the frames")
     for name, asked in expects.items():
         if score(name) < HALF:
-            flags.append(f"{name}: {measured.seen[n].get(name, 'not seen')}, but the prompt says {asked}")
+            flags.append(f"{name}: {measured.seen[n].get(name, 'not seen')}, but the prompt asks for {asked}")
     return flags

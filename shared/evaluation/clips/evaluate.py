@@ -1,6 +1,7 @@
-"""Evaluation in clips: clips with and without the concepts, scores, and a report.
+"""Evaluates concepts in clips. Generates clips with and without the concepts, scores them, and writes a report.
 
-No model is used directly: clips come from functions `(prompts, seeds, progress) -> [N, 3, F, H, W]` in [-1, 1].
+This module uses no model directly. Clips come from functions that map `(prompts, seeds, progress)` to `[N, 3, F, H, W]`
+in [-1, 1].
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from shared.metrics.clips.save import save_clip_report
 from shared.metrics.clips.scorer import ClipScorer, MeasuredClips, joined
 
 Progress = Callable[[str, int, int], None]
-#: (what the clips depend on, their prompts, their seeds) -> (the clips [N, 3, F, H, W], the seconds to generate them).
+#: (what the clips depend on, their prompts, their seeds) -> (the clips [N, 3, F, H, W], the seconds to generate them)
 KeptClips = dict[tuple[Hashable, tuple[str, ...], tuple[int, ...]], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
 class Makers:
-    """Functions that generate clips: with the concepts, without any, and with the motion loaded but not asked for.
+    """Functions that generate clips with the concepts, without any, and with the motion loaded but not asked for.
 
-    `unnamed` is None if there are no such clips. `depends` states, for clips that evaluations may share, what the clips depend
-    on besides prompts and seeds.
+    `unnamed` is None if clips of the last kind are not generated. `depends` states, for each kind of clip that
+    evaluations may share, what the clips depend on besides prompts and seeds.
     """
 
     concept: Generate
@@ -48,7 +49,7 @@ class Makers:
 
 @dataclass(frozen=True)
 class ClipShots:
-    """Which clips are generated for each prompt, and where the report is written."""
+    """The clips to generate for each prompt, and the folder to write the report to."""
 
     seeds: Sequence[int]
     out: Path | str | None = None  # a folder; None: no report is written
@@ -66,17 +67,18 @@ def evaluate_clips(
     shots: ClipShots,
     progress: Progress | None = None,
 ) -> ClipReport:
-    """Scores a motion, a subject, or both on every prompt with every seed; the report is written to `shots.out`, if given.
+    """Scores a motion, a subject, or both on every prompt with every seed, and writes the report to `shots.out` if that is set.
 
     Args:
         progress: called with (what, done, total) after each denoising step and each measured clip
 
     Raises:
-        ValueError: no seeds, an output folder that exists, clips that are not finite or have fewer than two frames
+        ValueError: if there are no seeds or a seed is repeated, the output folder exists, or clips are not finite or
+            have fewer than two frames
     """
     seeds = list(shots.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds: give at least one, each once; got {seeds}")
+        raise ValueError(f"seeds: give at least one, without repeats; got {seeds}")
     if shots.out is not None:
         check_output(shots.out, shots.overwrite)
     report = _Evaluation(makers, case, texts, scorer, shots, progress).report()
@@ -141,7 +143,7 @@ class _Evaluation:
     def _arm(
         self, kind: Kind, texts: Sequence[str], asked: Sequence[tuple[int, int]], generate: Generate
     ) -> tuple[MeasuredClips, list[ClipRow], float]:
-        """Generates and measures the clips of one arm in chunks, keeping only their files; also returns seconds per clip."""
+        """Generates and measures one arm in chunks, keeping only the files of its clips. Also returns the seconds per clip."""
         what = {"concept": "with the concepts", "base": "without them", "unnamed": "motion not asked for"}[kind]
         parts, strips, seconds = [], {}, 0.0
         for start in range(0, len(asked), self.shots.chunk):
@@ -179,7 +181,7 @@ class _Evaluation:
     def _clips(
         self, kind: Kind, texts: list[str], seeds: list[int], generate: Generate, progress: Steps | None
     ) -> tuple[Tensor, float]:
-        """Returns clips and the seconds that it took to generate them, now or in an earlier evaluation."""
+        """Returns clips and the seconds it took to generate them, either now or in an earlier evaluation."""
         key = (self.makers.depends.get(kind), tuple(texts), tuple(seeds))
         kept = {} if self.shots.kept is None or key[0] is None else self.shots.kept
         if key not in kept:

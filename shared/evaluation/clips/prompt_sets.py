@@ -1,8 +1,8 @@
 """Prompt sets for clips: the shipped ones (`configs/prompts/*_motion.yaml`) and the user's own (YAML or one prompt per line).
 
-In a prompt, `{concept}` stands for the motion and `{thing}` for what moves: the subject if one is evaluated, else the prompt's
-own `thing`. For the base model and for text scores, the motion is left out and the subject is replaced with its class noun,
-so that no score depends on a made-up word.
+In a prompt, `{concept}` stands for the motion and `{thing}` for what moves. That is the subject if one is evaluated, or
+else the prompt's own `thing`. For the base model and for text scores, the motion is left out and the subject is
+replaced with its class noun, so that no score depends on a made-up word.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class ClipTexts:
     """The texts of a prompt set for a motion, a subject, or both ("" if there is none), as lists of equal length.
 
     Raises:
-        ValueError: a prompt does not say where the motion or the subject goes, or has a `{thing}` that nothing defines
+        ValueError: if a prompt does not say where the motion or the subject goes, or has a `{thing}` that nothing defines
     """
 
     prompts: ClipPromptSet
     motion: str = ""
     subject: str = ""
     class_noun: str = ""
-    limit: int | None = None  # the number of prompts to use, from the first; None: all
+    limit: int | None = None  # number of prompts to use, from the start of the set; None: all
 
     def __post_init__(self) -> None:
         for prompt in self.chosen:
@@ -109,7 +109,7 @@ class ClipTexts:
 
     @property
     def expects(self) -> list[dict[str, str]]:
-        """What the frames of each clip must show; without the class if a subject takes the place of the prompt's own thing."""
+        """What the frames of each clip must show. The class is left out if a subject replaces the prompt's own thing."""
         dropped = {"class"} if self.subject else set()
         return [{k: v for k, v in p.expects.items() if k not in dropped} for p in self.chosen]
 

@@ -8,8 +8,8 @@ from shared.evaluation.score_texts import About
 ABOUT = {
     "score": About(
         "Subject × motion × (1 − leakage)",
-        "One number for everything that a clip should have at once, as far as it was measured: the subject, the motion, and "
-        "none of the look of the motion's own clips. It selects the best checkpoint.",
+        "One number for all that a clip should achieve at once, as far as it was measured: show the subject, show the motion, "
+        "and not look like the motion's own clips. It selects the best checkpoint.",
         "score",
     ),
     "motion_recognised": About(
@@ -20,7 +20,7 @@ ABOUT = {
     "motion_fidelity": About(
         "Motion fidelity",
         "How similar the point tracks are to those in the motion's clips: the mean over tracks of the best match, in "
-        "both directions. 1 for a clip and itself, 0 for a frozen one, −1 for the opposite motion.",
+        "both directions. It is 1 for a clip compared with itself, 0 for a frozen clip, and −1 for the opposite motion.",
         "score",
     ),
     "false_motion": About(
@@ -30,8 +30,8 @@ ABOUT = {
     ),
     "leakage": About(
         "Leakage",
-        "How much the frames look like those of the motion's clips: each frame's highest cosine with any of them. The "
-        "motion should carry over, but not the appearance; the base model, which has never seen those clips, is the floor.",
+        "How much the frames look like those of the motion's clips: each frame's highest cosine with any of their frames. "
+        "The motion should carry over, but not the appearance. The floor is the base model, which has never seen those clips.",
         "cosine",
         "lower",
     ),
@@ -43,15 +43,15 @@ ABOUT = {
     "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognised."),
     "freedom": About(
         "Freedom",
-        "Whether another seed shows the subject in another pose at the same moment: 0 as in true pictures in one pose, 1 as in "
-        "true pictures from random views. Only crops of verified frames are compared; below 30 % of the pairs it is not "
-        "measured. A motion that turns the subject the same way every time lowers it.",
+        "Whether different seeds show the subject in different poses at the same moment: 0 as for true pictures in one pose, "
+        "1 as for true pictures from random views. Only crops of verified frames are compared. If fewer than 30 % of the "
+        "pairs of frames are verified, it is not measured. A motion that turns the subject the same way every time lowers it.",
         "score",
     ),
     "dynamic_degree": About(
         "Dynamic degree",
-        "How much moves from frame to frame: the largest 5 % of the optical flow, as a share of the frame's side. Read it "
-        "together with the temporal consistency.",
+        "How much moves from frame to frame: the mean of the longest 5 % of the optical flow, as a share of the frame's "
+        "shorter side. Read it together with the temporal consistency.",
         "share",
     ),
     "temporal_consistency": About(
@@ -60,13 +60,15 @@ ABOUT = {
         "cosine",
     ),
     "frozen": About("Frozen", "How many clips show no motion.", better="lower"),
-    "dynamic": About("Dynamic", "How many clips pass VBench's threshold: 6/256 of the side in a quarter of the steps."),
+    "dynamic": About(
+        "Dynamic", "How many clips exceed VBench's threshold, 6/256 of the side, in a quarter of the steps."
+    ),
     "consistency_all_pairs": About(
         "Consistency, all pairs", "Mean cosine over all pairs of frames in a clip, as some papers report it.", "cosine"
     ),
     "path_distance": About(
         "Distance to the nearest path",
-        "In units of clearly visible differences (a tenth of the frame, 45°).",
+        "Measured in units of clearly visible differences (a tenth of the frame, 45°).",
         "count",
         "lower",
     ),

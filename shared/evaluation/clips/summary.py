@@ -14,14 +14,14 @@ from shared.metrics.clips.scorer import ClipScorer, MeasuredClips, checkpoint_sc
 from shared.metrics.report import Score, number
 from shared.metrics.scores import bootstrap
 
-NO_BASE = ("copied", "freedom")  # the base model has never seen a reference, and does not show the subject
+NO_BASE = ("copied", "freedom")  # the base model has never seen a reference and does not show the subject
 FACTORS = ("identity", "motion_recognised", "motion_fidelity", "leakage")
 ROUNDS = 2000
 
 
 @dataclass(frozen=True)
 class Arms:
-    """What was measured with the concepts, without them, and with the motion loaded but not asked for (None: not generated)."""
+    """The measurements with the concepts, without them, and (if generated) with the motion loaded but not asked for."""
 
     made: MeasuredClips
     base: MeasuredClips
@@ -30,7 +30,7 @@ class Arms:
 
 
 def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> list[Score]:
-    """Returns the scores in reading order; those that were not measured are left out. Intervals resample whole prompts.
+    """Returns the scores that were measured, in reading order. Intervals resample whole prompts.
 
     ceiling: the share of true clips of the motion that are recognised
     """
@@ -39,7 +39,7 @@ def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> lis
 
 
 def measured_scores(arms: Arms) -> list[Score]:
-    """Returns the measured scores in reading order; intervals resample whole prompts (`Arms.prompts`)."""
+    """Returns the scores that were measured, in reading order. Intervals resample the clusters in `Arms.prompts`."""
     made, base = arms.made, arms.base
     out = [_product(made, base, arms.prompts)] if any(k in made.scores for k in FACTORS) else []
     for key in ABOUT:
@@ -95,7 +95,7 @@ def _means(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, flo
 
 
 def _false_motion(arms: Arms) -> list[Score]:
-    """Returns false motion by the same measure as the motion itself: recognition if paths were read, else fidelity."""
+    """Returns false motion, measured like the motion itself: by recognition if paths were read, and by fidelity otherwise."""
     key = next((k for k in ("motion_recognised", "motion_fidelity") if k in arms.made.scores), None)
     if key is None or arms.unnamed is None:
         return []
@@ -137,7 +137,7 @@ def _score(key: str, value: float, span: tuple[float, float], base: float | None
 
 
 def _completed(score: Score, arms: Arms, scorer: ClipScorer, ceiling: float | None) -> Score:
-    """Adds to a score what a guess, true clips, true pictures or the motion's own clips reach."""
+    """Adds the values that a guess, true clips, true pictures or the motion's own clips reach."""
     update: dict[str, object] = {}
     if score.key == "motion_recognised" and scorer.known is not None:
         update = {"chance": scorer.known.chance, "truth": ceiling}

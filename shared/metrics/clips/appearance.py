@@ -17,30 +17,31 @@ _FLAT = 1e-3  # makes two flat pictures count as equal; their cosine would other
 
 
 class PixelEncoder:
-    """Encodes frames by their pixels: their colours on a 16×16 grid, minus the mean, as a unit vector.
+    """Encodes each frame's colours on a 16×16 grid, minus the mean, as a unit vector.
 
-    It is the fallback if no network is given. It sees which colours are where, but not what is depicted.
+    This is the fallback if no network is given. It captures which colours are where, but not what is depicted.
     """
 
     info = InstrumentInfo("pixels (16×16, no network)", "likeness of frames")
 
     def images(self, pixels: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1] -> `[N, 769]`, float32, of length one."""
+        """Returns the unit vectors `[N, 769]`, float32, of pictures `[N, 3, H, W]` in [-1, 1]."""
         small = F.interpolate(pixels.detach().float().cpu(), (GRID, GRID), mode="area")
         centred = (small - small.mean((2, 3), keepdim=True)).flatten(1)
         return F.normalize(torch.cat([centred, torch.full_like(centred[:, :1], _FLAT)], 1), dim=1)
 
 
 def clip_t_per_frame(frames: Tensor, text: Tensor) -> Tensor:
-    """CLIP-T of a clip: the cosine `[F]` of each frame `[F, D]` with the text `[D]`; the clip's score is the mean."""
+    """Returns the cosine `[F]` of each frame (`[F, D]`) with the text (`[D]`). The mean is the clip's CLIP-T."""
     return clip_t(frames, text[None].expand(len(frames), -1))
 
 
 def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
-    """Measures how much a clip looks like the clips its motion was learned from: the highest cosine of each frame
-    `[F, D]` with any frame `[f, D]` of those clips, averaged over the frames. 1 means that every frame equals one of theirs.
+    """Returns how much a clip looks like the clips that its motion was learned from: the highest cosine of each frame
+    (`[F, D]`) with any frame of those clips (`[f, D]` each), averaged over the frames. It is 1 if every frame equals a
+    frame of those clips.
 
-    ValueError when there are no clips.
+    Raises ValueError if there are no clips.
     """
     if not clips:
         raise ValueError("leakage compares clips with the motion's own, but there are none")
@@ -48,8 +49,8 @@ def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
 
 
 def unrelated(clips: Sequence[Tensor]) -> list[float]:
-    """Returns, for each clip `[f, D]`, the `leakage` from the others: the baseline that unrelated clips (different things
-    in different places) reach. Empty for fewer than two clips."""
+    """Returns the `leakage` of each clip `[f, D]` from the others, which is the baseline for unrelated clips (different
+    things in different places). The result is empty for fewer than two clips."""
     if len(clips) < 2:
         return []
     return [leakage(clip, [other for j, other in enumerate(clips) if j != i]) for i, clip in enumerate(clips)]
@@ -58,8 +59,8 @@ def unrelated(clips: Sequence[Tensor]) -> list[float]:
 def subject_similarity(
     encoder: ImageEncoder, frames: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor], how: CropSettings
 ) -> Tensor:
-    """Returns the masked likeness to the subject: each frame's mean cosine `[F]` with the references, both cropped to the thing
-    (R-CLIP and R-DINO of MotionBooth, arXiv 2406.17758).
+    """Returns each frame's masked likeness to the subject, `[F]`: its mean cosine with the references, all cropped to
+    the thing (R-CLIP and R-DINO of MotionBooth, arXiv 2406.17758).
 
     Args:
         frames: pixels `[F, 3, H, W]` in [-1, 1], and the thing's position `[F, h, w]` in [0, 1] (a mask or a locator's map)
@@ -69,10 +70,10 @@ def subject_similarity(
 
 
 def seed_spread(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """Measures how much the clips of one group (one prompt, several seeds) differ: 1 minus the mean cosine of frames at
+    """Returns how much the clips of each group (one prompt, several seeds) differ: 1 minus the mean cosine of frames at
     the same time, over all pairs of clips. Groups of one clip are left out.
 
-    embeddings: `[N, F, D]`
+    embeddings: of the frames of N clips, `[N, F, D]`
     """
     if len(groups) != len(embeddings):
         raise ValueError(f"{len(embeddings)} clips and {len(groups)} groups")

@@ -1,4 +1,4 @@
-"""Measures how much moves and how steady the frames are. Always report both: a frozen clip is the steadiest of all."""
+"""Measures how much moves and how steady the frames are. Always report both, because a frozen clip is the steadiest of all."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from shared.metrics.clips.flow_fields import FlowFields, flow_fields
 from shared.metrics.clips.tracks import Tracks, follow
 from shared.metrics.scores import cosine
 
-TOP = 0.05  # share of the flow vectors that are averaged: the longest ones
+TOP = 0.05  # share of the flow vectors that are averaged, starting with the longest
 MOVES = 6 / 256  # VBench's threshold, as a fraction of the shorter side per frame
 OF_SIXTEEN = 4  # VBench: a 16-frame clip is dynamic when this many steps exceed the threshold
-REACH = 0.03  # fraction of the shorter side: a point that never gets this far from its start counts as still
+REACH = 0.03  # fraction of the shorter side; a point that never gets this far from its start counts as still
 FEW = 0.03  # share of the points that may move in a frozen clip
-CHANGE = 0.1  # fraction of the brightness range per frame: flicker stays below this
+CHANGE = 0.1  # fraction of the brightness range per frame; flicker stays below it
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Dynamic degree and temporal consistency of one clip, which pull against each other."""
+    """The dynamic degree and temporal consistency of one clip, which trade off against each other."""
 
     degree: float  # mean over frames of the longest 5 % of the flow, as a fraction of the shorter side per frame
     dynamic: bool  # whether enough frame pairs exceed VBench's threshold
@@ -32,17 +32,17 @@ class Dynamics:
 def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     """Measures dynamic degree and temporal consistency.
 
-    The degree is VBench's (arXiv 2311.17982, supplement, "dynamic degree"): for each pair of consecutive frames, the
-    mean of the longest 5 % of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the shorter side in at
-    least F/4 of the F - 1 pairs. Only vectors confirmed by the backward flow count, so that flicker is not taken for motion.
-    The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5): cosines of consecutive frames.
-    Some papers average over all pairs of frames; that mean is returned too.
+    The degree follows VBench (arXiv 2311.17982, supplement, "dynamic degree"): for each pair of consecutive frames, the
+    mean of the longest 5 % of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the shorter side in
+    at least F/4 of the F - 1 pairs. Only vectors confirmed by the backward flow count, so that flicker is not taken for
+    motion. The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5), the mean cosine of
+    consecutive frames. Some papers average over all pairs of frames, so that mean is returned too.
 
     Args:
-        embeddings: `[F, D]` of the clip's frames
+        embeddings: of the clip's frames, `[F, D]`
 
     Raises:
-        ValueError: fewer than two frames, or not exactly one embedding per frame
+        ValueError: if there are fewer than two frames, or not exactly one embedding per frame
     """
     frames = len(fields.forward) + 1
     if frames < 2:
@@ -62,12 +62,15 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
 
 
 def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
-    """Tells whether a clip `[3, F, H, W]` in [-1, 1] (or its flow, with its tracks if known) is a still picture: nothing
-    moves, though it may flicker.
+    """Returns whether nothing moves in a clip, though it may flicker.
 
-    Almost no tracked point may leave its place. Points that move too fast to be tracked also seem still, so the flow
-    must be below the threshold for "dynamic" too, and the 5 % of cells that change most must change little. A clip of one
-    frame is frozen.
+    In a frozen clip, almost no tracked point moves away from its start. Points that move too fast to be tracked also
+    seem still, so the flow must also be below the threshold for "dynamic", and the 5 % of cells that change most must
+    change little. A clip of one frame is frozen.
+
+    Args:
+        clip: pixels `[3, F, H, W]` in [-1, 1], or the clip's flow
+        tracks: the clip's tracks, if they are known
     """
     fields = clip if isinstance(clip, FlowFields) else flow_fields(clip)
     if len(fields.forward) == 0:
@@ -78,6 +81,6 @@ def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
 
 
 def _longest(values: Tensor) -> Tensor:
-    """Averages the largest 5 % of each step: `[F-1, h, w]` -> `[F-1]`, float64."""
+    """Returns the mean of the largest 5 % of the values in each step: `[F-1, h, w]` -> float64 `[F-1]`."""
     each = values.flatten(1).double()
     return each.topk(max(1, int(TOP * each.shape[1])), dim=1).values.mean(1)

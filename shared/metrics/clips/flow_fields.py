@@ -1,7 +1,7 @@
-"""Computes a clip's optical flow, forward and backward: the basis of point tracks and of the dynamic degree.
+"""Computes a clip's forward and backward optical flow, on which point tracks and the dynamic degree are based.
 
 The method is DIS (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590). VBench uses RAFT,
-which needs pretrained weights. This module keeps VBench's thresholds, but measures slightly different values.
+which needs pretrained weights. This module uses VBench's thresholds, but its values differ slightly from VBench's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class FlowFields:
     Values are in cells of that grid: x to the right, y down. A clip of one frame has no flow (F-1 = 0).
     """
 
-    forward: Tensor  # float32 [F-1, h, w, 2]: from a frame to the next
-    backward: Tensor  # float32 [F-1, h, w, 2]: from the next one back
-    changes: Tensor  # float32 [F-1, h, w] in [0, 1]: absolute change of each cell's brightness to the next frame
+    forward: Tensor  # float32 [F-1, h, w, 2]: from each frame to the next
+    backward: Tensor  # float32 [F-1, h, w, 2]: from the next frame back
+    changes: Tensor  # float32 [F-1, h, w] in [0, 1]: absolute change in each cell's brightness between frames
     size: tuple[int, int]  # height and width of the clip in pixels
 
     @property
@@ -36,8 +36,9 @@ class FlowFields:
 
     @cached_property
     def magnitudes(self) -> Tensor:
-        """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side. 0 where the backward flow
-        does not confirm a vector, because flicker also produces flow, with long vectors where there is no detail."""
+        """The lengths of the forward flow, `[F-1, h, w]`, as a fraction of the frame's shorter side. A length is 0
+        where the backward flow does not confirm the vector, because flicker also produces flow, with long vectors where
+        there is no detail."""
         height, width = self.forward.shape[1:3]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         here = torch.stack([columns, rows], -1).reshape(-1, 2).double()
@@ -48,7 +49,7 @@ class FlowFields:
 
 
 def flow_fields(clip: Tensor) -> FlowFields:
-    """Computes the flow of a clip `[3, F, H, W]` in [-1, 1]. ValueError for another shape or non-finite values."""
+    """Computes the flow of a clip `[3, F, H, W]` in [-1, 1]. Raises ValueError for another shape or non-finite values."""
     check_clip(clip)
     grey = grey_levels(clip.detach().float().cpu())
     height, width = grey.shape[1:]
@@ -67,20 +68,22 @@ def _between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def confirmed(ahead: Tensor, backward: Tensor, at: Tensor) -> Tensor:
-    """Tells whether the backward flow leads back to the start, bool `[N]`: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells
-    (Sundaram, Brox and Keutzer, "Dense point trajectories by GPU-accelerated large displacement optical flow", ECCV 2010,
-    eq. 5).
+    """Returns, as bool `[N]`, whether the backward flow leads back to the start.
+
+    The condition is |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells (Sundaram, Brox and Keutzer, "Dense point
+    trajectories by GPU-accelerated large displacement optical flow", ECCV 2010, eq. 5).
 
     Args:
-        ahead: f, `[N, 2]`, the flow at the places `at` `[N, 2]` (x, y)
-        backward: `[h, w, 2]`; b is its value at `at + ahead`
+        ahead: the forward flow f at the points `at`, `[N, 2]`
+        backward: the backward flow `[h, w, 2]`, whose value at the points `at + ahead` is b
+        at: the points (x, y) in cells, `[N, 2]`
     """
     back = sampled(backward, at + ahead)
     return (ahead + back).square().sum(1) < 0.01 * (ahead.square().sum(1) + back.square().sum(1)) + 0.5
 
 
 def sampled(field: Tensor, at: Tensor) -> Tensor:
-    """Samples `[h, w, 2]` bilinearly at `[N, 2]` (x, y in cells): `[N, 2]` in float64."""
+    """Samples `field` (`[h, w, 2]`) bilinearly at the points `at` (`[N, 2]`: x, y in cells). Returns float64 `[N, 2]`."""
     height, width = field.shape[:2]
     scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=torch.float64)
     where = (at * scale - 1)[None, None]

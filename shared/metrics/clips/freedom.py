@@ -1,6 +1,6 @@
-"""Measures how differently clips of one prompt show their subject: freedom, as for pictures, moment by moment.
+"""Measures freedom in clips: how differently the clips of one prompt show their subject at the same moment.
 
-Only crops of the subject are compared, so neither another background nor another place counts as another pose.
+Only crops of the subject are compared, so neither another background nor another position counts as another pose.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from shared.metrics.scores import cosine
 
 
 def freedom_of_clips(crops: Tensor, verified: Tensor, prompts: Sequence[Hashable], scale: Range) -> list[float]:
-    """Returns each clip's freedom in [0, 1], on the scale for pictures of the same subject: 0 if the other clips of its prompt
-    show the subject in the same pose at every moment. NaN if too few pairs of frames show the subject.
+    """Returns each clip's freedom in [0, 1], on the scale for pictures of the same subject. It is 0 if the other clips of the
+    prompt show the subject in the same pose at every moment, and NaN if too few pairs of frames show the subject.
 
     Args:
-        crops: `[N, f, D]`, embeddings of f frames cropped to the subject
-        verified: bool `[N, f]`, whether each frame shows the subject
-        prompts: N names
+        crops: embeddings of f frames of each clip, cropped to the subject, `[N, f, D]`
+        verified: whether each frame shows the subject, bool `[N, f]`
+        prompts: the prompt of each clip
     """
     if not len(crops) == len(verified) == len(prompts):
         raise ValueError(f"{len(crops)} clips, {len(verified)} rows of flags and {len(prompts)} prompts")

@@ -1,12 +1,13 @@
-"""Measures how similarly two clips move: Space-Time Features' motion fidelity, made symmetric and extended to still clips.
+"""Measures how similarly two clips move, with the motion fidelity of Space-Time Features, made symmetric and extended
+to still clips.
 
 Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (arXiv 2311.17009, eq. 8 and 9):
 tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track is
-scored by its best match in the other clip. Their released script averages over one clip only, subtracts an identity matrix
-(so identical clips score less than 1) and divides by 0 where a track is still.
+scored by its best match in the other clip. Their released script averages over one clip only, subtracts an identity
+matrix (so identical clips score less than 1) and divides by 0 where a track is still.
 
-Here both directions count equally, and a clip compared with itself scores exactly 1. Only moving tracks are compared: almost
-every clip has a still background, so otherwise a frozen clip would score as well as a moving one.
+Here both directions count equally, and a clip compared with itself scores exactly 1. Only moving tracks are compared.
+Almost every clip has a still background, so a frozen clip would otherwise score as well as a moving one.
 """
 
 from __future__ import annotations
@@ -16,33 +17,35 @@ from torch import Tensor
 
 from shared.metrics.clips.tracks import Tracks
 
-MOVES = 0.03  # fraction of the frame's shorter side: a track that never gets this far from its start is still
-STILL = 0.004  # fraction of the shorter side per frame: displacements far below this count as rest in any direction
-SEEN = 0.4  # share of frames in which a track must be visible, and both tracks of a compared pair at the same time
-MOST = 256  # tracks compared per clip, evenly chosen
+MOVES = 0.03  # fraction of the frame's shorter side; a track that never gets this far from its start is still
+STILL = 0.004  # fraction of the shorter side per frame; displacements far below this count as rest
+SEEN = 0.4  # share of frames in which a track, or both tracks of a compared pair, must be visible
+MOST = 256  # maximum number of tracks compared per clip, evenly chosen
 
 
 def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
-    """Averages each track's best match in the other clip: the mean over `a` and the mean over `b`, averaged; in [-1, 1].
+    """Returns the motion fidelity of two clips, in [-1, 1].
 
-    Displacements v and w match by (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), with e = `STILL`: their cosine where both
-    are fast, 1 where both are at rest, about 0 where only one is. The match is averaged over the frames in which both are
-    visible.
+    Each track is scored by its best match in the other clip. The result is the mean of the average scores of `a` and of `b`.
 
-    The result is 1 for a clip compared with itself and for two clips in which nothing moves, 0 if something moves in only
-    one of them, and about -1 for opposite directions. Clips with different numbers of frames are both resampled to the
-    smaller number.
+    The match of displacements v and w is (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), with e = `STILL`. This is their
+    cosine if both are fast, 1 if both are at rest, and about 0 if only one is at rest. The match is averaged over the
+    frames in which both tracks are visible.
+
+    The result is 1 for a clip compared with itself and for two clips in which nothing moves, 0 if something moves in
+    only one of them, and about -1 for opposite directions. If one clip has more frames, its tracks are resampled to the
+    frame count of the other.
 
     Args:
-        compensate_camera: subtracts the median displacement of all visible tracks from each frame, which is the camera's motion
-            as long as the thing covers less than half of the tracks
+        compensate_camera: whether to subtract from each frame the median displacement of all visible tracks, which is
+            the camera's motion as long as the thing covers less than half of the tracks
 
     Raises:
-        ValueError: a clip of one frame
+        ValueError: if a clip has only one frame
     """
     frames = min(a.frames, b.frames)
     if frames < 2:
-        raise ValueError("motion fidelity compares displacements between frames: a clip of one frame has none")
+        raise ValueError("motion fidelity compares displacements between frames, but a clip of one frame has none")
     (first, first_known), (second, second_known) = (_moving(resampled(t, frames), compensate_camera) for t in (a, b))
     if not len(first) or not len(second):
         return float(len(first) == len(second))
@@ -51,8 +54,8 @@ def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> fl
 
 
 def resampled(tracks: Tracks, frames: int) -> Tracks:
-    """Resamples tracks linearly to another number of evenly spaced frames, keeping the first and the last one. A point is
-    visible in a new frame if it is visible in both neighbouring old ones."""
+    """Resamples tracks linearly to another number of evenly spaced frames, keeping the first and the last frame. A
+    point is visible in a new frame if it is visible in both neighbouring original frames."""
     if frames == tracks.frames:
         return tracks
     at = torch.linspace(0, tracks.frames - 1, frames, dtype=torch.float64)
@@ -64,8 +67,8 @@ def resampled(tracks: Tracks, frames: int) -> Tracks:
 
 
 def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
-    """Returns the displacements `[N, F-1, 2]` of the moving tracks, as fractions of the shorter side, and whether each is
-    known."""
+    """Returns the displacements `[N, F-1, 2]` of the moving tracks, as fractions of the shorter side, and whether each
+    is known."""
     steps = tracks.points.double().diff(dim=1) / min(tracks.size)
     known = tracks.visible[:, 1:] & tracks.visible[:, :-1]
     if compensate_camera:
@@ -80,9 +83,10 @@ def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
 
 
 def _matches(a: Tensor, a_known: Tensor, b: Tensor, b_known: Tensor) -> Tensor:
-    """Returns how well each track of `a` matches each of `b`, `[N, M]`; 0 where they share too few frames.
+    """Returns how well each track of `a` matches each track of `b`, `[N, M]`. A match is 0 if the tracks share too few frames.
 
-    With unit vectors u = (v, e) / |(v, e)| the match is u·u' = 1 - |u - u'|² / 2, computed so that equal tracks give exactly 1.
+    With unit vectors u = (v, e) / |(v, e)|, the match is u·u' = 1 - |u - u'|² / 2. The second form is used, because it
+    is exactly 1 for equal tracks.
     """
     one, two = _directions(a), _directions(b)
     out = torch.empty(len(a), len(b), dtype=torch.float64)

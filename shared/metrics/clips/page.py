@@ -13,9 +13,9 @@ from shared.metrics.clips.report import ClipReport, ClipRow, Kind
 from shared.metrics.html import inline, render
 from shared.metrics.report import Score
 
-LARGEST = 256  # pixels: larger clips are scaled down for the page; the files keep their size
+LARGEST = 256  # in pixels; larger clips are scaled down on the page, but not in the files
 MAIN = ("score", "motion_recognised", "motion_fidelity", "false_motion", "leakage", "identity", "both")
-PAIR = ("dynamic_degree", "temporal_consistency", "frozen")  # shown together: none of them means anything on its own
+PAIR = ("dynamic_degree", "temporal_consistency", "frozen")  # shown together, because none is meaningful on its own
 ARMS: dict[Kind, str] = {
     "concept": "with the concepts",
     "base": "base model",

@@ -1,4 +1,4 @@
-"""Recognises the toybox's motions by the thing's path: its place, size, view and tilt over time."""
+"""Recognises the toybox's motions by the thing's path, which is its position, size, view and tilt over time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked, resampled
 from shared.toybox.motions.reference_clips import KEY
 
-_TRUE = 17  # part of the seed of true clips; no reference clip uses it
+_TRUE = 17  # part of the seed of true clips, which no reference clip uses
 
 
 class PathReader(Protocol):
     """Reads the path of the thing from a clip."""
 
     def __call__(self, frames: Tensor) -> Array:
-        """`[3, F, H, W]` in [-1, 1] -> float64 `[F, 6]`, the columns of `shared.toybox.motions.motion.PATH`."""
+        """Returns the path in a clip `[3, F, H, W]` in [-1, 1], as float64 `[F, 6]` with the columns of `motion.PATH`."""
         ...
 
 
@@ -34,13 +34,16 @@ class Recognition:
     """The motion that a path was recognised as."""
 
     name: str  # the nearest candidate
-    distance: float  # to that candidate, see `path_distance`
+    distance: float  # distance to that candidate; see `path_distance`
     margin: float  # how much farther away the second nearest candidate is
 
 
 def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
-    """Finds the motion (name -> path `[f, 6]`) nearest to a path `[F, 6]`. Timing matters: a different rhythm is a different
-    motion. Motions are resampled to the path's number of frames. ValueError if there are no motions."""
+    """Finds the motion in `among` (name -> path `[f, 6]`) that is nearest to `path` (`[F, 6]`).
+
+    Motions are resampled to the frame count of `path`. Timing matters, because a different rhythm is a different
+    motion. Raises ValueError if there are no motions.
+    """
     if not among:
         raise ValueError("recognition needs motions to choose from, but there are none")
     order = ranked(path, {name: resampled(known, len(path)) for name, known in among.items()})
@@ -50,8 +53,8 @@ def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
 
 @dataclass(frozen=True)
 class PathError:
-    """Root mean square differences over time, after each column is shifted to fit best, because the starting point is not part
-    of a motion."""
+    """Root mean square differences over time. Each column is first shifted to fit best, because the starting point is
+    not part of a motion."""
 
     position_px: float  # of the thing's centre
     scale: float  # of the natural logarithm of its size: 0.1 is about 10 %
@@ -61,7 +64,7 @@ class PathError:
 
 
 def path_error(path: Array, truth: Array, side: int) -> PathError:
-    """Measures how far a path `[F, 6]` is from the true one `[f, 6]` (resampled to F frames), for frames of `side` pixels."""
+    """Returns how far `path` (`[F, 6]`) is from `truth` (`[f, 6]`, resampled to F frames), in frames of `side` pixels."""
     gap = np.asarray(path, np.float64) - resampled(truth, len(path))
     turn = PATH.index("azimuth_deg")
     middle = np.angle(np.exp(1j * np.radians(gap[:, turn])).mean())
@@ -86,7 +89,7 @@ class KnownMotion:
         return self.name.split("-")[0]
 
     def candidates(self, frames: int) -> dict[str, Array]:
-        """Returns the motion, its look-alikes, the split's other held-out motions, and standing still: name -> `[F, 6]`."""
+        """Returns paths (name -> `[F, 6]`) of the motion, its look-alikes, the split's other motions and standing still."""
         return candidates(self.motion, self.split, frames)
 
     @property
@@ -100,7 +103,7 @@ class KnownMotion:
 
 
 def known_motion(files: Sequence[Path]) -> KnownMotion | None:
-    """Finds the held-out motion named in these clips' metadata; None for other clips and for clips of several motions."""
+    """Finds the held-out motion named in the clips' metadata. Returns None for other clips and for clips of several motions."""
     names = set()
     for file in files:
         try:
@@ -119,9 +122,9 @@ def recognition_ceiling(
     clips: int = 16,
     through: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """Measures the share of newly drawn true clips of the motion that are recognised: no model can be expected to exceed it.
+    """Returns the share of newly drawn true clips of the motion that are recognised. No model can be expected to exceed it.
 
-    through: the model's autoencoder, which generated frames have also passed through, `[F, 3, H, W]` in and out
+    through: the model's autoencoder, through which generated frames have passed too; it takes and returns `[F, 3, H, W]`
     """
     rng = np.random.default_rng([_TRUE, *known.name.encode()])
     hits = 0

@@ -18,6 +18,6 @@ OWN: Mapping[str, Callable[[], PathReader]] = {"toybox": _toybox}
 
 
 def load_path_reader(world: str) -> PathReader | None:
-    """Loads the reader for a world's clips; None if the world has none."""
+    """Loads the path reader of a world, or returns None if the world has none."""
     make = OWN.get(world)
     return None if make is None else make()

@@ -1,4 +1,4 @@
-"""The results of an evaluation of clips: a `ClipReport`, saved as JSON, CSV, clips and one HTML page."""
+"""The `ClipReport` of an evaluation in clips, which is saved as JSON, CSV, clips and one HTML page."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ClipRow(MadeRow):
     """One clip."""
 
     kind: Kind
-    moves_like: str = ""  # the motion that its path is nearest to
+    moves_like: str = ""  # the motion whose path is nearest to the clip's
 
 
 class ClipCosts(Row):
-    """Times in seconds, memory and size in bytes; None if not measured."""
+    """Times in seconds, and memory and size in bytes. They are None if not measured."""
 
     seconds_per_clip: float | None = None
     base_seconds_per_clip: float | None = None
@@ -57,7 +57,7 @@ class ClipReport(BaseModel):
     clips: list[ClipRow] = []
     motion_clips: list[str] = []  # the clips that the motion was learned from, relative to the report's folder
     references: list[str] = []  # the subject's pictures, relative to the report's folder
-    candidates: list[str] = []  # the motions, including this one, among which it had to be recognised
+    candidates: list[str] = []  # the motions, including this one, among which this one had to be recognised
     instruments: list[Instrument] = []
     costs: ClipCosts = ClipCosts()
     metadata: dict[str, Any] = {}  # the concepts' metadata, from their files
@@ -69,7 +69,7 @@ class ClipReport(BaseModel):
         return " with ".join(n for n in (self.subject, self.motion) if n)
 
     def score(self, key: str) -> Score | None:
-        """Returns the headline score with this key; None if it was not measured."""
+        """Returns the headline score with this key, or None if it was not measured."""
         return next((s for s in self.scores if s.key == key), None)
 
     def value(self, key: str) -> float | None:
@@ -84,8 +84,9 @@ class ClipReport(BaseModel):
 
     @staticmethod
     def load(path: Path | str, clips: bool = True) -> ClipReport:
-        """Reads a report from its folder or JSON file; with `clips`, its other files too. ValueError if the report is missing
-        or damaged, is a report of pictures, or has another schema version.
+        """Reads a report from its folder or JSON file, and its other files too if `clips` is set.
+
+        Raises ValueError if the report is missing or damaged, is a report of pictures, or has another schema version.
         """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path

@@ -13,15 +13,15 @@ from shared.metrics.save_report import csv_table, made_csv, write_files
 
 
 def scores_csv(scores: Sequence[Score]) -> str:
-    """Writes one headline score per row; cells are empty where nothing was measured."""
+    """Returns CSV with one headline score per row. Cells are empty where nothing was measured."""
     rows = [{k: v for k, v in s.model_dump(include=set(SCORE_COLUMNS)).items() if v is not None} for s in scores]
     return csv_table(rows, SCORE_COLUMNS)
 
 
 def save_clip_report(report: ClipReport, out: Path | str, overwrite: bool = False) -> Path:
-    """Writes `report.json`, `scores.csv`, `clips.csv`, `index.html` and the files; all or nothing.
+    """Writes `report.json`, `scores.csv`, `clips.csv`, `index.html` and the report's files, either all of them or none.
 
-    ValueError when `out` exists and is not empty, unless `overwrite`.
+    Raises ValueError if `out` exists and is not empty, unless `overwrite` is set.
     """
     with atomic_folder(out, overwrite) as folder:
         write_files(report.files, folder)

@@ -1,4 +1,4 @@
-"""One scorer for clips, in evaluation and in training: clips in, per-clip scores out."""
+"""Scores clips during training and evaluation."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Column = dict[str, float]
 
 @dataclass(frozen=True)
 class SubjectFrames:
-    """The subject in f evenly spaced frames of each clip; see `freedom_of_clips`."""
+    """The subject in f evenly spaced frames of each clip, as `freedom_of_clips` needs it."""
 
     crops: Tensor  # [N, f, D], embeddings of the frames cropped to the subject
     verified: Tensor  # bool [N, f]
 
     @staticmethod
     def joined(parts: Sequence[SubjectFrames | None]) -> SubjectFrames | None:
-        """Joins batches in order; None unless all of them have something."""
+        """Joins batches in order. Returns None if any batch is None."""
         known = [p for p in parts if p is not None]
         if not known or len(known) < len(parts):
             return None
@@ -50,22 +50,22 @@ class SubjectFrames:
 
 @dataclass(frozen=True)
 class MeasuredClips:
-    """Scores of N clips: float columns of length N, NaN where a score does not apply."""
+    """Scores of N clips, as float columns of length N, with NaN where a score does not apply."""
 
     scores: Mapping[str, list[float]]
     seen: list[dict[str, str]]  # per clip: attribute -> the value seen in most frames
-    moves_like: list[str]  # per clip: the motion that its path is nearest to; "" where no path was read
+    moves_like: list[str]  # per clip: the motion whose path is nearest to the clip's; "" where no path was read
     embeddings: Tensor  # [N, F, D], of whole frames
     subject: SubjectFrames | None = None  # None if the subject is not known, located and verified
 
     def mean(self, key: str) -> float:
-        """Averages a column, ignoring NaNs; NaN if no values are left."""
+        """Returns the mean of a column without its NaNs, or NaN if no values are left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
 
 def joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
-    """Joins the measurements of several batches; a score that a batch lacks is NaN there."""
+    """Joins the measurements of several batches. A score that a batch lacks is NaN for its clips."""
     keys = dict.fromkeys(k for part in parts for k in part.scores)
     scores = {k: [v for p in parts for v in p.scores.get(k, [math.nan] * len(p.seen))] for k in keys}
     return MeasuredClips(
@@ -83,9 +83,9 @@ class ClipScorer:
 
     Args:
         motion_clips: the clips that the motion was learned from, `[3, f, H, W]` in [-1, 1], all of one size
-        known: the motion, if it is one of the toybox
-        reader: reads the things' paths, by which that motion is recognised
-        thing: the scorer that has the subject's references
+        known: the motion, if it is one of the toybox's
+        reader: reads the paths of things, from which that motion is recognised
+        thing: the picture scorer that has the subject's references
         compensate_camera: as in `motion_fidelity`
     """
 
@@ -107,12 +107,12 @@ class ClipScorer:
 
     @cached_property
     def motion_looks(self) -> list[Tensor]:
-        """Embeddings `[f, D]` of each of the motion's clips."""
+        """The embeddings `[f, D]` of the frames of each of the motion's clips."""
         return [self.whole.images(clip.transpose(0, 1)) for clip in self.motion_clips]
 
     @cached_property
     def among_motion(self) -> list[float]:
-        """The fidelity of each of the motion's clips to the others; empty for fewer than two."""
+        """The fidelity of each of the motion's clips to the others. The list is empty for fewer than two clips."""
         tracks = self.motion_tracks
         if len(tracks) < 2:
             return []
@@ -125,8 +125,8 @@ class ClipScorer:
         return unrelated(self.motion_looks)
 
     def measure(self, clips: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> MeasuredClips:
-        """Computes all scores of N clips `[N, 3, F, H, W]` in [-1, 1], given their prompts in plain words. ValueError if
-        the numbers of clips, prompts and expectations differ."""
+        """Computes all scores of N clips `[N, 3, F, H, W]` in [-1, 1], given their prompts in plain words. Raises
+        ValueError if the numbers of clips, prompts and expectations differ."""
         expected = [{}] * len(prompts) if expects is None else list(expects)
         if not len(clips) == len(prompts) == len(expected):
             raise ValueError(f"{len(clips)} clips, {len(prompts)} prompts and {len(expected)} expectations")
@@ -178,7 +178,7 @@ class ClipScorer:
         return {"motion_recognised": float(hit), "path_distance": found.distance, **errors}, found.name
 
     def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> tuple[Column, SubjectFrames | None]:
-        """Averages `Scorer`'s scores and the likeness of crops over the frames."""
+        """Averages the scores of `Scorer` and the likeness of crops over the frames."""
         if self.thing is None:
             return {}, None
         measured = self.thing.measure(frames, [prompt] * len(frames), [expects] * len(frames))
@@ -206,7 +206,7 @@ class ClipScorer:
         return scores, {name: Counter(values).most_common(1)[0][0] for name, values in read.items()}
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Returns each score's mean over the clips, and `score`, which selects the best checkpoint: see `checkpoint_score`.
+        """Returns each score's mean over the clips, and `score`, which selects the best checkpoint (see `checkpoint_score`).
 
         A high `frozen`, the share of clips in which nothing moves, is a warning sign.
         """
@@ -216,9 +216,9 @@ class ClipScorer:
 
 
 def checkpoint_score(means: Mapping[str, float]) -> float:
-    """Returns subject × motion × (1 - leakage), in [0, 1]; a factor that was not measured counts as 1.
+    """Returns subject × motion × (1 - leakage), in [0, 1]. A factor that was not measured counts as 1.
 
-    Motion is the recognition rate if there is a path reader, else the fidelity; subject is `identity`.
+    The subject's factor is `identity`. The motion's factor is the recognition rate if paths were read, or else the fidelity.
     """
     motion = means.get("motion_recognised", means.get("motion_fidelity", 1.0))
     factors = (motion, means.get("identity", 1.0), 1 - max(0.0, means.get("leakage", 0.0)))

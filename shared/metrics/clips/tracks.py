@@ -10,7 +10,7 @@ from torch import Tensor
 from shared.metrics.clips.flow_fields import FlowFields, confirmed, flow_fields, sampled
 
 PER_SIDE = 24  # points along the shorter side of a frame
-LEAST = 16  # points that should lie inside a mask: the grid is refined until this many do
+LEAST = 16  # number of points that should lie inside a mask; the grid is refined until they do
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tracks:
 
     @property
     def reach(self) -> Tensor:
-        """`[N]`, float64: each point's largest distance from its start, as a fraction of the frame's shorter side."""
+        """Each point's largest distance from its start, float64 `[N]`, as a fraction of the frame's shorter side."""
         return (self.points - self.points[:, :1]).double().norm(dim=2).amax(1) / min(self.size)
 
 
@@ -47,17 +47,17 @@ def track_points(clip: Tensor, mask: Tensor | None = None, per_side: int = PER_S
 
 
 def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_SIDE) -> Tracks:
-    """Follows a grid of points of the first frame along the flow.
+    """Follows a grid of points from the first frame along the flow.
 
     A point is visible as long as the backward flow confirms its movement (`confirmed`).
 
     Args:
-        mask: `[H, W]` or `[1, H, W]`, above 0.5 where the first frame should have points. The grid is refined until 16
-            points lie inside the mask or every pixel has one
-        per_side: points along the shorter side
+        mask: where the first frame should have points (above 0.5), `[H, W]` or `[1, H, W]`. The grid is refined until
+            16 points lie inside the mask or every pixel has a point
+        per_side: number of points along the shorter side
 
     Raises:
-        ValueError: the mask is empty or does not have the frames' size
+        ValueError: if the mask is empty or does not have the frames' size
     """
     starts = _grid(fields.size, per_side) if mask is None else _inside(fields.size, mask, per_side)
     cells = fields.cells_per_pixel
@@ -79,7 +79,7 @@ def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_S
 
 
 def _grid(size: tuple[int, int], per_side: int) -> Tensor:
-    """`[N, 2]` (x, y): the centres of equal cells, `per_side` along the shorter side."""
+    """Returns the centres of equal cells, `[N, 2]` (x, y), with `per_side` cells along the shorter side."""
     spacing = min(size) / per_side
     rows, columns = (_middles(length, spacing) for length in size)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
