@@ -23,23 +23,23 @@ from shared.trainable.adapter import PeftAdapter, config_from_dict
 from shared.trainable.branch import BranchAdapter
 from shared.trainable.delta import DeltaAdapter
 
-#: For each attached placeholder: whether it is a style that consists of ordinary words.
+#: Whether each attached placeholder belongs to a style that consists of ordinary words.
 _acts_unnamed: weakref.WeakKeyDictionary[Placeholder, bool] = weakref.WeakKeyDictionary()
 _ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # the adapter_id of each attached adapter
 
 
 def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifiers: Any = Modifier) -> None:
-    """Registers the concept's name on the backbone and injects its adapters, frozen. `backbone.remove(name)` undoes this.
+    """Registers the concept's name on the backbone, and injects its adapters frozen. `backbone.remove` undoes this.
 
     Args:
-        strength: how strongly the adapters and learned words act: 0 is off (words take their initial values), 1 is as learned
+        strength: of the adapters and learned words; 1 is as learned, and 0 is off (words take their initial values)
         modifiers: the union type of all known modifiers; a package with more modifiers passes its own
 
     Raises:
-        ValueError: if the model lacks layers that the concept changes or has them in other shapes (`fits` says which), if
-            some or all of the concept's tensors do not fit (the message says how many), if the concept's name is taken, if the
-            model cannot tell its words from those of an attached concept, if the strength is not 1 but there is nothing to
-            scale, or if it shares its adapters with a concept attached at another strength. The backbone is then left
+        ValueError: if the model lacks layers that the concept changes or has them in other shapes (see `fits`), if some
+            of the concept's tensors do not fit, if the concept's name is taken, if the model cannot tell the concept's
+            words from those of an attached concept, if the strength is not 1 but there is nothing to scale, or if the
+            concept shares its adapters with a concept attached at another strength. The backbone is then left
             unchanged.
 
     Warns:
@@ -70,7 +70,10 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
 
 
 def detach(backbone: Backbone, name: str) -> None:
-    """Removes a concept and restores outputs, repr and tokenizers. Raises ValueError if it is not attached."""
+    """Removes a concept and restores the model's outputs, repr and tokenizers.
+
+    Raises ValueError if the concept is not attached.
+    """
     backbone.remove(name)
 
 
@@ -81,7 +84,7 @@ def _check_fit(concept: Concept, backbone: Backbone) -> None:
         raise ValueError(f"{meta.name!r} does not fit {backbone.name or backbone.family}: {reason}")
     if info.family == backbone.family:
         same = info.checkpoint == backbone.checkpoint
-    else:  # a family built on another has more weights in its checkpoint, so compare only the layers that the concept touches
+    else:  # a family built on another has more weights, so compare only the layers that the concept touches
         same = info.layers == layers_identity(backbone, meta.layers, meta.embeddings)
     if not same:
         warnings.warn(
@@ -111,7 +114,7 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
 
 
 def _check_words(placeholder: Placeholder, backbone: Backbone) -> None:
-    """Raises ValueError if another attached concept's words equal these words, contain them or are contained in them.
+    """Raises ValueError if the words of another attached concept equal, contain or are contained in these words.
 
     Two styles may have the same ordinary words, because they take effect without being named.
     """

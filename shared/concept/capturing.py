@@ -1,4 +1,4 @@
-"""Turns what is attached to a backbone into a concept that can be saved."""
+"""Captures the words and adapters attached to a backbone as a concept that can be saved."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Tensors = dict[str, dict[str, Tensor]]
 def capture(
     backbone: Backbone, name: str, provenance: Provenance = Provenance(), adapter_sets: Sequence[str] = ()
 ) -> Concept:
-    """Returns what is attached under `name` as a concept that can be saved.
+    """Returns the words and adapters attached under `name` as a concept that can be saved.
 
     Args:
-        adapter_sets: the names under which the adapters are registered; default: only `name`. A run with several subjects
-            or adapter sets has more names; after loading, all these adapters belong to the concept and share its strength
+        adapter_sets: the names under which the adapters are registered; by default, only `name`. A run with several
+            subjects or adapter sets uses several names. In the saved concept, all these adapters share its strength
 
     Raises:
-        ValueError: if nothing is attached under these names, or an adapter is of a kind that cannot be saved
+        ValueError: if nothing is attached under these names, or if an adapter's kind cannot be saved
 
     Warns:
         UserWarning: if the concept's provenance is invalid; the concept is then returned without it
@@ -70,7 +70,7 @@ def capture(
 
 
 def _built_on(backbone: Backbone, adapters_info: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
-    """Describes the model and those of its layers and embeddings that the concept needs."""
+    """Describes the model, with the layers and embeddings that the concept needs."""
     layers = shapes(backbone, _touched(adapters_info))
     info = {
         "family": backbone.family,
@@ -98,8 +98,10 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
 
 
 def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any], Tensors]:
-    """Returns the description's "adapters", "weights" and "branches", and the tensors by kind. If two adapters have the same
-    slot and component, a number is added to the second one's slot."""
+    """Returns the entries "adapters", "weights" and "branches" of the description, and the tensors by kind.
+
+    If two adapters have the same slot and component, a number is added to the slot of the second.
+    """
     adapters: dict[str, dict[str, Any]] = {}
     weights: dict[str, dict[str, list[str]]] = {}
     branches: dict[str, dict[str, Any]] = {}

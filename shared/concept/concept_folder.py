@@ -1,4 +1,4 @@
-"""The concept folder `NAME.concept/`: written atomically, and read without executing anything in it."""
+"""Writes the concept folder `NAME.concept/` atomically, and reads it without executing anything in it."""
 
 from __future__ import annotations
 
@@ -45,18 +45,21 @@ _TAG = re.compile(rb"(^|[\s\[{,:-])!([\w!<]|$)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Concept:
-    """What was learned about a subject: a description and tensors.
+    """A learned concept: its description and its tensors.
 
-    `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
-    weight deltas), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned, under its
-    own keys, such as `{component}` for the vectors `[n, d]` of learned tokens; the initial values are under `start.{key}`).
-    Each maps keys to float tensors on the CPU.
+    `tensors` contains float tensors on the CPU, by kind and key. There are four kinds:
+
+    - "adapter", with keys such as `{slot}.{component}.{path}.lora_A.weight`
+    - "weights", with a weight delta under each `{slot}.{component}.{path}`
+    - "branches", with keys `{slot}.{component}.{first layer}.{key}`
+    - "embeddings", with what the modifier learned under its own keys (such as the vectors [n, d] of learned tokens
+      under `{component}`), and with the initial values under `start.{key}`
     """
 
     meta: ConceptMeta
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     preview: Path | None = None  # a PNG
-    path: Path | None = None  # the folder it was read from or saved to
+    path: Path | None = None  # the folder that the concept was read from or saved to
 
     @property
     def name(self) -> str:
@@ -78,13 +81,15 @@ class Concept:
 
 
 def with_fields(part: Part, **changes: Any) -> Any:
-    """Returns a validated copy of a part with some fields changed. Raises ValueError if its constructor would."""
+    """Returns a copy of a part with some fields changed. Raises ValueError if the new values are invalid."""
     return type(part).model_validate({**part.model_dump(), **changes})
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Returns the sha256 of the adapter, weight and branch tensors (names, shapes, values); the same for concepts
-    learned together."""
+    """Returns the sha256 of the adapter, weight and branch tensors (names, shapes, values); empty if there are none.
+
+    Concepts that were learned together have the same id.
+    """
     digest = hashlib.sha256()
     any_tensor = False
     for kind in ("adapter", "weights", "branches"):
@@ -102,7 +107,7 @@ def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False
     """Writes the folder atomically and returns the concept as saved.
 
     Args:
-        preview: a PIL image or the path of a PNG file; default: the concept's own preview
+        preview: a PIL image or the path of a PNG file; by default, the concept's own preview
 
     Raises ValueError if the output exists and is not empty, unless `overwrite` is set (the old folder then stays until the
     new one is complete), or if a tensor contains NaN or Inf, which `read` would refuse.
@@ -145,9 +150,9 @@ def dump_json(meta: ConceptMeta) -> str:
 def read(path: str | os.PathLike[str]) -> Concept:
     """Reads the concept in a folder. Nothing in it is executed; its preview is not decoded.
 
-    Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged or too large, is not
-    the one that `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if the folder holds
-    a file that could contain code.
+    Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged or too large,
+    differs from what `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if a file
+    in it could contain code.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -188,7 +193,7 @@ def _survey(folder: Path) -> None:
         for name in (*folders, *files):
             count += 1
             if count > _MAX_ENTRIES:
-                raise ValueError(f"{folder} holds more than {_MAX_ENTRIES:,} files: it is not a concept")
+                raise ValueError(f"{folder} contains more than {_MAX_ENTRIES:,} files: it is not a concept")
             entry = Path(place) / name
             if entry.is_symlink() and root not in entry.resolve().parents:
                 raise ValueError(f"{entry} is a link that leads out of the concept; it was not followed")
@@ -232,7 +237,7 @@ def _read_tensors(folder: Path, kind: str, meta: ConceptMeta) -> dict[str, Tenso
         raise ValueError(f"{file} is {file.stat().st_size:,} bytes; the limit is {_MAX_BYTES:,}")
     header, _ = read_safetensors_header(file)
     if not header or len(header) > _MAX_TENSORS:
-        raise ValueError(f"{file} holds {len(header):,} tensors; there must be 1 to {_MAX_TENSORS:,}")
+        raise ValueError(f"{file} contains {len(header):,} tensors; there must be 1 to {_MAX_TENSORS:,}")
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise ValueError(

@@ -8,8 +8,8 @@ from shared.backbones.protocol import Backbone, Placeholder
 
 
 def confusable(backbone: Backbone, a: Placeholder, b: Placeholder) -> bool:
-    """Whether every text encoder finds the words of one placeholder within the words of the other, as "mug" is within
-    "sks mug" (equal words count). False if either has no words."""
+    """Whether, for every text encoder, the words of one placeholder equal or contain those of the other, as "sks mug"
+    contains "mug". False if either has no words."""
     encoders = [c for c in backbone.components if c.startswith("text_encoder")]
     return bool(encoders) and all(_within(_read(backbone, c, a), _read(backbone, c, b)) for c in encoders)
 

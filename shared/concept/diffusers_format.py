@@ -1,7 +1,7 @@
-"""The files that diffusers loads: `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`.
+"""Writes the files that diffusers loads, `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`.
 
-diffusers and peft read a LoRA without alpha as W + B A, so strength and alpha / rank are folded into B, and several
-slots on one layer are concatenated along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+diffusers and peft read a LoRA without alpha as W + B A, so strength and alpha / rank are folded into B. Several slots
+on one layer are concatenated along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Layer:
 
 
 def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]]:
-    """Returns component -> path -> the update of that layer.
+    """Returns the update of each layer, by component and path.
 
-    Raises ValueError for anything this format cannot store: adapters other than LoRA, changed weights, and DoRA that shares a
-    layer or component with something else.
+    Raises ValueError for anything that this format cannot store: adapters other than LoRA, a rank that falls with the
+    noise, changed weights, branches, and DoRA that shares a layer or component with something else.
     """
     if concept.of("weights"):
         raise ValueError(f"{concept.name!r} has changed weights, which diffusers' LoRA files cannot store")
@@ -114,7 +114,7 @@ def _check_dora(component: str, layers: Mapping[str, Layer]) -> None:
         plain = next(p for p in layers if p not in dora)
         raise ValueError(
             f"{component} has DoRA on {len(dora)} layers and plain LoRA on {len(layers) - len(dora)} "
-            f"(for example {plain}); diffusers needs all layers of a component to be of one kind"
+            f"(for example {plain}); diffusers requires the same kind on all layers of a component"
         )
 
 
@@ -164,7 +164,7 @@ def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
 
 
 def public_path(backbone: Backbone, component: str, path: str) -> str:
-    """Returns the layer's name in files: transformers 5 dropped CLIP's `text_model.`, which files and older versions have."""
+    """Returns the layer's name in files, which keep CLIP's prefix `text_model.` (transformers 5 has dropped it)."""
     clip = type(backbone.components[component]).__name__.startswith("CLIPText")
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
 
@@ -172,13 +172,13 @@ def public_path(backbone: Backbone, component: str, path: str) -> str:
 def write_tokens(
     concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...], strength: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Writes one `{token: [n, d]}` file per text encoder; as in diffusers, the first of `tokens` names all n vectors.
+    """Writes one file `{token: [n, d]}` per text encoder. As in diffusers, the first of `tokens` names all n vectors.
 
-    "end_of_text" in an entry marks a CLIP with an old configuration, which the user has to correct: it pools at
-    the position of the highest token id, which would be an added token instead of the end token.
+    "end_of_text" in a returned entry marks a CLIP with an old configuration, which the user has to correct. Such a CLIP
+    pools at the position of the highest token id, which would be an added token instead of the end token.
 
     Args:
-        strength: folded into the vectors: 0 writes their initial values, 1 the learned ones
+        strength: folded into the vectors; 0 writes their initial values, and 1 the learned values
 
     Raises ValueError if the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), or if what was
     learned is not one table of vectors per text encoder.
@@ -203,7 +203,7 @@ def write_tokens(
 
 
 def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Tensor]:
-    """Returns component -> the vectors at this strength, [n, d]."""
+    """Returns the vectors [n, d] at this strength, by component."""
     learned, placeholder = concept.learned_words, backbone.placeholders.get(concept.name)
     if not learned or placeholder is None:
         return {}
@@ -221,7 +221,7 @@ def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Te
 
 
 def reads_token_files(pipeline: Any) -> bool:
-    """Whether a diffusers pipeline can load learned tokens; if not, the README says how to add them."""
+    """Whether a diffusers pipeline can load learned tokens. If not, the README explains how to add them."""
     return hasattr(pipeline, "load_textual_inversion")
 
 
@@ -231,20 +231,21 @@ def token_names(token: str, vectors: int) -> list[str]:
 
 
 def public_token(backbone: Backbone, token: str) -> str:
-    """Returns a token's name in files: in lower case if diffusers looks it up, because CLIP's tokenizer lowercases prompts."""
+    """Returns a token's name in files. It is in lower case for pipelines that read token files, because their tokenizer
+    (CLIP's) lowercases prompts."""
     return token.lower() if reads_token_files(backbone.pipeline()) else token
 
 
 def public_words(words: str, tokens: Sequence[str], backbone: Backbone) -> str:
-    """Returns a concept's words in a diffusers prompt: its first token, which diffusers expands to all of them, or all tokens
-    if the pipeline does not expand them."""
+    """Returns a concept's words in a diffusers prompt. They contain only the first token if the pipeline expands it to
+    all tokens, and otherwise all of them."""
     if not tokens or not reads_token_files(backbone.pipeline()):
         return words
     return words.replace(" ".join(tokens), public_token(backbone, tokens[0]))
 
 
 def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Mapping[str, Any], words: str) -> None:
-    """Writes README.txt: the lines of Python that load the export."""
+    """Writes README.txt, with the lines of Python that load the export."""
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
     # a local path, which differs on other machines

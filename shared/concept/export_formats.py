@@ -35,17 +35,17 @@ def export(
 
     Args:
         path: the folder to write; it appears only if the comparison succeeds
-        backbone: the model to compare on; default: the one that the concept was learned on. If a concept of this name is
-        already attached to it, that concept is compared
+        backbone: the model to compare on; by default, the one that the concept was learned on. If a concept of this
+            name is already attached to it, that concept is compared
         strength: folded into the files
 
     Returns:
-        The content of `export.json` in the folder: the files with their hashes, and for each output the largest difference,
-        the concept's own effect and the limit.
+        The content of `export.json` in the folder. It includes the files with their hashes and, for each output, the
+        largest difference, the concept's own effect and the limit.
 
     Raises:
-        ValueError: if the format is unknown or cannot store the concept, if the folder exists already, or if the written
-            files do not produce the same outputs (nothing is left behind in that case)
+        ValueError: if the format is unknown or cannot store the concept, if the folder exists already, or if the
+            written files do not produce the same outputs (nothing is left behind in that case)
     """
     if format not in FORMATS:
         raise ValueError(unknown(format, FORMATS, "format"))
@@ -97,8 +97,8 @@ def _judge(concept: Concept, report: Mapping[str, Any]) -> None:
 
 def _difference(check: Mapping[str, Any]) -> str:
     if check["max_abs_difference"] is None:
-        return "has another shape"
-    share = "" if check["share"] is None else f", {check['share']:.1%} of what the concept changes"
+        return "has a different shape"
+    share = "" if check["share"] is None else f", {check['share']:.1%} of the concept's effect"
     return f"differs by {check['max_abs_difference']:.3g} (limit for rounding {check['limit']:.3g}{share})"
 
 

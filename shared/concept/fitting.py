@@ -1,4 +1,4 @@
-"""Checks whether a concept fits a model, comparing only the layers that it touches and their shapes."""
+"""Checks whether a concept fits a model, by comparing the shapes of the layers that the concept touches."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shared.backbones.protocol import Backbone
 from shared.concept.concept_folder import Concept
 from shared.trainable.delta import find_parameter
 
-Shapes = dict[str, dict[str, tuple[int, ...]]]  # component -> layer or parameter -> shape of the base weight
+Shapes = dict[str, dict[str, tuple[int, ...]]]  # shape of the base weight, by component and layer or parameter
 
 
 def fits(concept: Concept, backbone: Backbone) -> str | None:
-    """Returns None if the concept can be attached to this model, else the reason why not.
+    """Returns None if the concept can be attached to this model, otherwise the reason why it cannot.
 
     The model must support the concept's family, have every layer that the concept touches in the same shape, and have token
     embeddings of the same width in every text encoder for which the concept learned words.
@@ -63,7 +63,8 @@ def embedding_width(backbone: Backbone, component: str) -> int:
 
 
 def shapes(backbone: Backbone, touched: Iterable[tuple[str, str]]) -> Shapes:
-    """Returns the base shapes of (component, path) pairs; () for a layer without an ordinary weight, such as a packed one."""
+    """Returns the shapes of the base weights at (component, path) pairs. A layer without an ordinary weight, such as
+    one with packed weights, has the shape ()."""
     out: Shapes = {}
     for component, path in sorted(set(touched)):
         weight = base_weight(backbone, component, path)

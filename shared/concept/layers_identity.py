@@ -1,4 +1,4 @@
-"""A fingerprint of the weights that a concept builds on, the same in every precision."""
+"""Computes a fingerprint of the weights that a concept builds on, which is the same in every precision."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _SAMPLES = 4096  # values sampled from each weight to tell checkpoints apart
 
 @torch.no_grad()
 def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
-    """Hashes (sha256) the signs of the weights that a concept builds on: its layers, and the embeddings of a few letters.
+    """Returns the sha256 of the signs of the weights that a concept builds on.
 
-    Rounding to another precision keeps the signs, so a model has the same hash in every precision.
+    These are the weights of its layers and the embeddings of a few letters. Rounding to another precision keeps the
+    signs, so a model has the same hash in every precision.
     """
     digest = hashlib.sha256()
     with backbone.active({}):  # with everything off, changed weights have their base values

@@ -47,7 +47,7 @@ class LearnedSampling(_Read):
 
 
 class LearnedSubject(_Read):
-    """Where the subject's pictures or clips were: a folder or files, without parent folders."""
+    """The folder or files of the subject's pictures or clips, without parent folders."""
 
     images: Annotated[Any, AfterValidator(_names)] = None
     clips: Annotated[Any, AfterValidator(_names)] = None

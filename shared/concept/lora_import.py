@@ -47,15 +47,15 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
 
     Args:
         path: a safetensors file, or a folder written by diffusers or peft
-        token: what captions called the subject in training ("sks mug"); "" if the LoRA takes effect without a token
-        class_noun: the subject's plain class; default: `token` without its first word
-        name: the concept's name; default: taken from the file (see `concept_name`)
+        token: the subject's words in the training captions ("sks mug"); "" if the LoRA takes effect without a token
+        class_noun: the subject's plain class; by default, `token` without its first word
+        name: the concept's name; by default, it is taken from the file (see `concept_name`)
 
     Raises:
         ValueError: if the file is not a LoRA (see `read_lora_file`) or was made for another architecture
 
     Warns:
-        UserWarning: if some names in the file match no layer of this backbone; they are ignored, and the warning lists some
+        UserWarning: if some names in the file match no layer of this backbone and are therefore ignored
     """
     file = read_lora_file(path)
     layers, unmatched = match(file, backbone)
@@ -100,7 +100,7 @@ def concept_name(path: Path) -> str:
 def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
     """Returns the backbone layers that the file changes, and the names in the file that match no layer of the backbone.
 
-    Raises ValueError if no name matches, if shapes do not fit this architecture, or if two names mean the same layer.
+    Raises ValueError if no name matches, if shapes do not fit this architecture, or if two names refer to one layer.
     """
     index = layer_index(backbone, file.path.name)
     layers: Layers = {}
@@ -129,7 +129,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
 
 
 class _Misfit(ValueError):
-    """The layer that a name in the file stands for has another shape in the backbone."""
+    """Raised if the layer that a name in the file stands for has another shape in the backbone."""
 
 
 def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, misfits: list[str]) -> str:
@@ -145,7 +145,7 @@ def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, mi
 
 
 def _split(lora: NamedLora, place: Place, backbone: Backbone) -> Layers:
-    """Fits one of the file's LoRAs to the layers of a place: splits its rows among them, and adds or removes 1x1 kernels."""
+    """Fits a LoRA to the layers in `place`, by splitting its rows among them and adding or removing 1x1 kernels."""
     weights = []
     for path in place.paths:
         weight = base_weight(backbone, place.component, path)

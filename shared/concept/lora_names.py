@@ -1,8 +1,8 @@
 """Maps the spellings of layer names in trainers' LoRA files to the layers of a backbone.
 
-One index serves all spellings; dots and underscores count as equal, because kohya's files have no dots. Four spellings of a
-path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest Labs' for FLUX, Wan's own, and
-the one in Stable Diffusion's original (LDM) checkpoints.
+A single index covers all spellings. Dots and underscores count as equal, because kohya's files have no dots. Four
+spellings of a path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest Labs' for
+FLUX, Wan's own, and that of Stable Diffusion's original (LDM) checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ PEFT = "base_model.model."  # prefix of every name in peft's own files
 
 @dataclass(frozen=True)
 class Place:
-    """The layers that one name in a file stands for. If there are several, they share the file's output rows in order."""
+    """The layers that one name in a file stands for. Several layers split the file's output rows among them in
+    order."""
 
     component: str
     paths: tuple[str, ...]
@@ -29,11 +30,11 @@ class Place:
 
 
 def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
-    """Maps every known spelling, flattened, to the places that it can mean; with more than one, the spelling is ambiguous.
+    """Maps every known spelling, flattened, to the layers that it can stand for (several `Place`s if it is ambiguous).
 
     Args:
-        file: the file's name. If it contains the name of an expert other than the first, the file is for that expert, even
-            if its layer names begin with the name of the first one
+        file: the file's name. If it contains the name of an expert other than the first, the file is for that expert,
+            even if its layer names begin with the name of the first one
     """
     index: dict[str, set[Place]] = {}
     first, *others = backbone.noise_ranges
@@ -64,7 +65,7 @@ _DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffu
 
 
 def _text_prefixes(component: str) -> tuple[str, ...]:
-    """Returns a text encoder's prefixes; kohya and ComfyUI number FLUX's T5 as encoder 3, other programs as 2."""
+    """Returns a text encoder's prefixes. FLUX's T5 is encoder 3 in kohya and ComfyUI, but 2 in other programs."""
     if component == "text_encoder":
         return ("lora_te_", "lora_te1_")
     return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()

@@ -1,4 +1,4 @@
-"""Reads LoRA files from any trainer without executing anything: low-rank tensors and scales, by the file's own names."""
+"""Reads LoRA files from any trainer without executing anything. Tensors and scales keep the names in the file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _OTHER_KINDS = (
 class NamedLora:
     """The update that a file stores under one name: scale * up @ down."""
 
-    name: str  # as in the file, without the suffix that says which tensor it is
+    name: str  # as in the file, without the suffix for the kind of tensor
     down: Tensor  # [r, in, …]
     up: Tensor  # [out, r, …]
     alpha: float  # scale * r
@@ -68,15 +68,15 @@ class LoraFile:
 
 
 def find_file(path: Path) -> Path:
-    """Returns the path of a LoRA file, given that path or a folder from diffusers or peft. Raises ValueError if there is no
-    such file."""
+    """Returns the path of a LoRA file, given that path or a folder written by diffusers or peft. Raises ValueError if
+    there is no such file."""
     path = expanded(str(path))
     if path.is_dir():
         found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
         if len(found) != 1:
             what = "both" if found else "neither"
             raise ValueError(
-                f"{path}: expected one of {LORA_FILE} and {PEFT_FILE}, found {what}: give the path of the file"
+                f"{path}: expected either {LORA_FILE} or {PEFT_FILE}, but found {what}; give the path of the file"
             )
         return found[0]
     if not path.is_file():
@@ -141,7 +141,7 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scales: _Scales
         raise ValueError(
             f"{path}: {name!r} has matrices {list(down.shape)} and {list(up.shape)}, which do not form a pair"
         )
-    if mid is not None:  # LyCORIS' Tucker form: a convolution between two 1x1 convolutions
+    if mid is not None:  # LyCORIS' Tucker form, with a convolution between two 1x1 convolutions
         if mid.ndim < 3 or mid.shape[:2] != (down.shape[0], down.shape[0]):
             raise ValueError(
                 f"{path}: {name!r} has a middle tensor of shape {list(mid.shape)}, which does not fit rank {down.shape[0]}"
@@ -194,7 +194,7 @@ class _Scales:
         file = self.path.with_name(PEFT_CONFIG)
         if not file.is_file():
             raise ValueError(
-                f"{self.path} is a peft file, but {PEFT_CONFIG}, which holds the LoRA's scale, is not next to it"
+                f"{self.path} is a peft file, but {PEFT_CONFIG}, which contains the LoRA's scale, is not next to it"
             )
         if file.stat().st_size > _MAX_JSON:
             raise ValueError(f"{file} is too large for a settings file")

@@ -1,13 +1,13 @@
 """Merges separately learned concepts without training: Custom Diffusion's closed form (arXiv 2212.04488, section 3.3).
 
-Each concept has its own key and value weights in cross-attention. The merged weights W must treat every concept's words as
-that concept's weights do, and treat all other text as much like the base model as possible (equation 4):
+Each concept has its own key and value weights in cross-attention. The merged weights W must treat every concept's words
+as that concept's weights do, and treat all other text as much like the base model as possible (equation 4):
 
     W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
 
-where C [s, d] holds the text features of the concepts' words, V [o, s] the outputs to which each concept maps its own words,
-and C_reg the features of plain captions. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D with
-D = C G^-1 and v = (C D^T)^-1 (V - W_0 C^T)^T.
+where C [s, d] contains the text features of the concepts' words, V [o, s] the outputs to which each concept maps its
+own words, and C_reg the features of plain captions. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D
+with D = C G^-1 and v = (C D^T)^-1 (V - W_0 C^T)^T.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shared.trainable.delta import find_parameter
 
 Method = Literal["closed_form", "sum"]
 SLOT = "merged"
-_BEFORE = "a photo of a"  # what precedes the words in a sentence
+_BEFORE = "a photo of a"  # the text that precedes a concept's words
 #: The ridge, as a share of G's mean diagonal. A few captions do not span all features, and normalised features lie in a
 #: hyperplane; the ridge leaves the undetermined directions unchanged.
 _RIDGE = 1e-9
@@ -37,17 +37,18 @@ _LEAST = 1e-9  # singular values of C below this share of the largest count as z
 def merge(
     concepts: Sequence[Concept], backbone: Backbone, captions: Sequence[str], method: Method = "closed_form"
 ) -> list[Concept]:
-    """Returns the concepts with one shared change to the keys and values, each with its own name and words.
+    """Returns the concepts, each with its own name and words, and all with one shared change to the keys and values.
 
-    The concepts share this change: if several are loaded, it acts only once, and each one alone contains the change for all.
+    If several of the concepts are loaded, the change acts only once. Each concept contains the change for all of them.
 
     Args:
         backbone: the model that the concepts were learned on, with none of them attached; it is left unchanged
         captions: plain sentences whose meaning is preserved; ignored by "sum", which adds up the changes
 
     Raises:
-        ValueError: for fewer than two concepts, a repeated name, changes to weights other than cross-attention's keys and
-            values, different layers or families, no captions, an unknown method, or words that cannot be told apart
+        ValueError: if there are fewer than two concepts or no captions; if a name is repeated or the method is unknown;
+            if the concepts change weights other than cross-attention's keys and values, or differ in layers or family;
+            or if their words cannot be told apart
     """
     if method not in get_args(Method):
         raise ValueError(unknown(method, get_args(Method), "method"))
@@ -62,8 +63,8 @@ def merge(
 
 
 def solve(weight: Tensor, targets: Tensor, values: Tensor, gram: Tensor) -> Tensor:
-    """Solves equation 5: returns the change to `weight` [o, d] that maps targets [s, d] to values [s, o] at the least cost
-    tr(change gram change^T), in float64."""
+    """Solves equation 5 in float64. Returns the change to `weight` ([o, d]) that maps `targets` ([s, d]) to `values`
+    ([s, o]) at the least cost tr(change gram change^T)."""
     directions = torch.linalg.solve(gram, targets.T).T
     factors = torch.linalg.solve(targets @ directions.T, values - targets @ weight.T)
     return factors.T @ directions
@@ -139,7 +140,7 @@ def _length(backbone: Backbone, text: str) -> int:
 
 
 def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, Tensor]]:
-    """Returns, for each concept, "{component}.{path}" -> its change to that weight."""
+    """Returns the changes of each concept to the weights, by "{component}.{path}"."""
     names = [c.name for c in concepts]
     if len(names) < 2:
         raise ValueError("give two or more concepts to merge")
@@ -154,7 +155,7 @@ def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, 
         if family != first.meta.backbone.family:
             expected = first.meta.backbone.family
             raise ValueError(
-                f"{first.name!r} was learned on {expected}, {concept.name!r} on {family}: they cannot be merged"
+                f"{first.name!r} was learned on {expected}, but {concept.name!r} on {family}: they cannot be merged"
             )
     changes = [_change(concept, backbone) for concept in concepts]
     for concept, change in zip(concepts[1:], changes[1:], strict=True):

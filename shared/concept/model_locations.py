@@ -1,6 +1,6 @@
-"""Remembers where models are on this machine, by their weights. Concepts are meant to be shared, so they do not record paths.
+"""Remembers where models are stored on this machine. Concepts are meant to be shared, so they do not record paths.
 
-The file `models.json` in the user's cache maps checkpoints to paths. It may be removed at any time.
+The file `models.json` in the user's cache maps fingerprints of weights to paths. It may be removed at any time.
 """
 
 from __future__ import annotations

@@ -12,10 +12,11 @@ from shared.concept.model_locations import known_path, remember
 
 
 def load_backbone_of(concept: Concept, backbone: str | None = None, **options: Any) -> Backbone:
-    """Loads `backbone` if given, else the model that the concept was learned on; `options` are those of `load_backbone`.
+    """Loads `backbone` if given, otherwise the model that the concept was learned on.
 
-    A concept may come from anywhere, so without `download` the model it names must be the toybox, a model with the
-    same weights that this machine has seen before, a hub id in the local hub cache, or a folder of that name.
+    `options` are passed to `load_backbone`. A concept may come from anywhere, so without `download` its model must be
+    the toybox, a model whose weights have been loaded on this machine before, a hub id in the local hub cache, or an
+    existing path.
 
     Raises ValueError, naming the concept and what to give instead, if the model is not on this machine.
     """
@@ -42,7 +43,7 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
 
 
 def where_learned(concept: Concept) -> str | Path:
-    """Returns the model that a concept was learned on: the toybox, the path where its weights were last seen, or its name."""
+    """Returns the model that a concept was learned on: the path of its weights if that is known, otherwise its name."""
     info = concept.meta.backbone
     return info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
 

@@ -1,4 +1,4 @@
-"""A concept's provenance, converted so that writing it cannot fail."""
+"""Records how a concept was learned, converted to data that can always be written."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a concept was learned: what `concept.json` records besides its tensors.
+    """How a concept was learned, as recorded in `concept.json`.
 
     Args:
-        modifier: the part that gave the concept its words; default: the recipe's modifier
+        modifier: the part that gave the concept its words; by default, the recipe's modifier
         recipe: the resolved recipe; folders in the user's paths are removed, because a concept is meant to be shared
         metrics: numbers, strings, or mappings of them; numbers that are not finite become null
         references: the picture files, or {"file": name without folders, "sha256": …} for each
-        seed: the training seed; default: the recipe's seed
+        seed: the training seed; by default, the recipe's seed
         ports: roles that resolved to a port
         preview: a PNG file
     """
@@ -113,7 +113,7 @@ def portable(value: Any, key: str = "") -> Any:
     """Returns a recipe without the folders of the author's machine.
 
     Args:
-        key: the key of `value` in its recipe; it decides whether a relative path can be told from words
+        key: the key of `value` in its recipe, which shows whether a string is a path
     """
     if isinstance(value, Mapping):
         return {k: portable(v, k) for k, v in value.items()}
@@ -127,9 +127,9 @@ def portable(value: Any, key: str = "") -> Any:
 
 
 def public_name(backbone: str) -> str:
-    """Returns the last path component if the model is a local folder or file; else (toybox, a hub id) the name itself.
+    """Returns the last path component of a local folder or file, and any other name (toybox, a hub id) unchanged.
 
-    A model that is not there (yet) is local if its name cannot be a hub id, which has at most one slash.
+    A model that does not exist (yet) is local if its name cannot be a hub id, which has at most one slash.
     """
     hub_id = _HUB_ID.fullmatch(backbone) and not backbone.startswith(".") and not backbone.endswith(_WEIGHTS)
     if backbone in WORLDS or (hub_id and not Path(backbone).exists()):

@@ -17,9 +17,8 @@ from shared.io.branch_settings import BranchSettings
 
 SCHEMA_VERSION = 2
 Name = Annotated[str, Field(pattern=NAME)]
-LayerPath = Annotated[
-    str, Field(min_length=1, max_length=512)
-]  # dotted path of a layer or parameter; used only for lookup
+# the dotted path of a layer or parameter, which is used only for lookup
+LayerPath = Annotated[str, Field(min_length=1, max_length=512)]
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["subject", "style", "motion", "identity"]
@@ -47,8 +46,8 @@ class BackboneInfo(Part):
 class Reference(Part):
     """A picture that the concept was learned from: its file name without folders, and its hash."""
 
-    file: Annotated[str, Field(min_length=1, max_length=4096)]  # escaped, so a name of 255 bytes can grow
-    sha256: Sha256 | None  # null: the file was gone when the concept was saved
+    file: Annotated[str, Field(min_length=1, max_length=4096)]  # escaped, so it can be longer than the usual 255 bytes
+    sha256: Sha256 | None  # null if the file was gone when the concept was saved
 
     @field_validator("file")
     @classmethod
@@ -65,21 +64,17 @@ class ConceptMeta(Part):
     name: Name
     kind: Kind = "subject"
     class_noun: str = ""
-    modifier: dict[str, Any] = Field(
-        default_factory=dict
-    )  # the modifier part; empty: the concept has no words in prompts
+    # the modifier part; empty if the concept has no words in prompts
+    modifier: dict[str, Any] = Field(default_factory=dict)
     backbone: BackboneInfo
     adapters: dict[Name, dict[Name, dict[str, Any]]] = Field(default_factory=dict)  # slot -> component -> peft settings
-    weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(
-        default_factory=dict
-    )  # slot -> component -> parameters
-    branches: dict[Name, dict[Name, BranchSettings]] = Field(
-        default_factory=dict
-    )  # slot -> component -> form and places
+    # slot -> component -> parameters
+    weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(default_factory=dict)
+    # slot -> component -> form and layers
+    branches: dict[Name, dict[Name, BranchSettings]] = Field(default_factory=dict)
     attention: dict[Name, Attention] = Field(default_factory=dict)  # slot -> its change to the model's attention
-    layers: dict[Name, dict[LayerPath, Shape]] = Field(
-        default_factory=dict
-    )  # component -> touched layer or parameter -> base shape
+    # component -> touched layer or parameter -> base shape
+    layers: dict[Name, dict[LayerPath, Shape]] = Field(default_factory=dict)
     embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
     adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # hash of adapter, weight and branch tensors
     recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; other code reads only `learned_with`

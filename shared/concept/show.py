@@ -112,7 +112,7 @@ def _weights(concept: Concept) -> list[str]:
 
 def _branches(concept: Concept) -> list[str]:
     return [
-        f"{slot}: {settings.form.kind.replace('_', ' ')} at {len(settings.layers)} places in {component}"
+        f"{slot}: {settings.form.kind.replace('_', ' ')} in {len(settings.layers)} layers of {component}"
         for slot, components in concept.meta.branches.items()
         for component, settings in components.items()
     ]

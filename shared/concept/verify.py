@@ -1,4 +1,4 @@
-"""Verifies an export: diffusers itself loads the files, and the outputs are compared numerically."""
+"""Verifies an export by loading its files with diffusers and comparing the outputs numerically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.concept.diffusers_format import reads_token_files, token_names
 from shared.io.safetensors_files import safe_load_safetensors
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
-#: Largest rounding difference allowed, relative to the largest value: the same sums are computed in a different order.
+#: Largest difference, relative to the largest value, that rounding may cause when sums are computed in another order.
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 #: Largest difference allowed as a fraction of the concept's effect, both measured as root mean squares. An export that does
 #: nothing has a fraction of 1.
@@ -32,11 +32,11 @@ def compare(
     """Compares the outputs for the attached concept `name` with those of diffusers' own pipeline after it loads `folder`.
 
     Args:
-        written: what `write_lora` and `write_tokens` returned
+        written: the results of `write_lora` ("lora") and `write_tokens` ("tokens")
         words: the concept's words in a diffusers prompt
 
     Returns:
-        {"prompt", "checks": the result of `check` for each output}
+        A mapping with "prompt", and with "checks" (the result of `check` for each output).
     """
     placeholder = backbone.placeholders.get(name)
     phrase = placeholder.words if placeholder is not None else ""
@@ -78,7 +78,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
     Args:
         ours: with the concept attached
         theirs: with the exported files loaded
-        without: like ours, but each with one ingredient of the concept (adapters or tokens) left out
+        without: like `ours`, but each without one ingredient of the concept (its adapters or its tokens)
 
     Returns:
         max_abs_difference: the largest absolute difference between the outputs; None if their shapes differ
@@ -141,8 +141,10 @@ def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
 
 
 def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
-    """Adds an export's words and their embeddings with transformers, as its README does for pipelines that cannot read token
-    files."""
+    """Adds an export's tokens and their embeddings with transformers, for pipelines that cannot read token files.
+
+    The export's README contains the same steps.
+    """
     from transformers import AddedToken
 
     ((token, vectors),) = safe_load_safetensors(file).items()
@@ -186,7 +188,7 @@ def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor 
 
 
 def _call(backbone: Backbone, component: str, conditioning: Any) -> dict[str, Any]:
-    """Returns the arguments and output of one call that the backbone makes to a denoiser, at the middle of its time range."""
+    """Returns the arguments and output of one call from the backbone to a denoiser, at the middle of its time range."""
     side = min(backbone.resolution, _SIDE)
     generator = torch.Generator().manual_seed(_SEED)
     # two latent frames, so that attention across frames has an effect

@@ -1,7 +1,8 @@
-"""Which settings of a peft adapter a file may contain: plain numbers, switches and names that describe its form.
+"""Checks the settings of a peft adapter, of which a file may contain only those that describe its form.
 
-Other settings could import modules, read files, replace layers, or change base weights. They are refused both when a file is
-read and before training, because the result could not be saved. Importing this module loads no model library.
+These are plain numbers, switches and names. Any other setting could import modules, read files, replace layers or
+change base weights. Such settings are refused when a file is read, and also before training, because the result could
+not be saved. Importing this module loads no model library.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-SEED = "seed"  # not peft's: seeds the random tensors that some adapter types draw and never train
-MIN_RANK = "min_rank"  # not peft's: the lowest rank of a LoRA whose rank falls with the noise
+SEED = "seed"  # not a peft setting; seeds the random tensors that some adapter types draw and never train
+MIN_RANK = "min_rank"  # not a peft setting; the lowest rank of a LoRA whose rank falls with the noise
 OWN = frozenset({SEED, MIN_RANK})
 
 #: Settings used only while an adapter is created or trained; they do not describe the result and are left out of files.
@@ -53,17 +54,19 @@ _FORM = frozenset(
 )
 _CHANGES_BASE = re.compile(r"(?i)pissa|olora|corda|loftq|eva|lora_ga")  # initializations that rewrite the base weights
 _MAX_RANK, _MAX_LOKR_RANK = 4096, 10**6  # LoKr reads a rank above the layer's size as "full matrices"
-_MAX_NUMBER = 2**24  # the bound on anything that could be a size
+_MAX_NUMBER = 2**24  # the limit for any number that could be a size
 _PATTERN = re.compile(r"[\w.^$-]{1,256}")  # peft reads the keys of its patterns as regular expressions
 
 
 def check_adapter(settings: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError unless all settings are plain numbers, switches or names, of bounded size."""
+    """Raises ValueError unless every setting is a plain number, a switch or a name, of limited size."""
     for key, value in settings.items():
         if key not in _FORM:
             raise ValueError(f"{where} has the adapter setting {key!r}, which is not accepted from a file")
         if not (_names(value) if key in ("target_modules", "feedforward_modules") else _plain(key, value)):
-            raise ValueError(f"{where}.{key} must be a number, a switch, or names of modules; got {str(value)[:80]!r}")
+            raise ValueError(
+                f"{where}.{key} must be a number, a switch, or a list of names of modules; got {str(value)[:80]!r}"
+            )
         if key.startswith(("init", "ab_svd")) and isinstance(value, str) and _CHANGES_BASE.search(value):
             raise ValueError(f"{where}.{key}={value!r} rewrites the base model's weights, which a concept cannot store")
     if settings.get("bias", "none") != "none":
@@ -109,5 +112,5 @@ def _plain(key: str, value: Any) -> bool:
 def _number(key: str, value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    free = key == "r" or "seed" in key or "key" in key  # ranks have their own bound
+    free = key == "r" or "seed" in key or "key" in key  # ranks are checked separately, and a seed may be any integer
     return isinstance(value, int) and (free or abs(value) <= _MAX_NUMBER)

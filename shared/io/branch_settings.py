@@ -32,4 +32,5 @@ class BranchSettings(Part):
     """Branches of one form in one network."""
 
     form: BranchForm
-    layers: tuple[Annotated[str, Field(min_length=1, max_length=512)], ...]  # the first layer at each place
+    # the first linear layer of each attention layer or feed-forward network that has a branch
+    layers: tuple[Annotated[str, Field(min_length=1, max_length=512)], ...]

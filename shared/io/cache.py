@@ -1,4 +1,4 @@
-"""The cache, which holds files that are kept between runs and can be recreated."""
+"""Locates the cache, a folder of files that are kept between runs and can be recreated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Returns $PCS_CACHE, else `pcs` in the user's cache folder. It holds class pictures and the locations of local models."""
+    """Returns $PCS_CACHE if it is set, otherwise `pcs` in the user's cache folder.
+
+    The cache contains class pictures and the locations of local models.
+    """
     root = os.environ.get("PCS_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "pcs")
     return Path(root).expanduser()

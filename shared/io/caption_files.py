@@ -1,8 +1,8 @@
-"""Captions in the usual formats: a text file next to each picture or clip, or one `metadata.jsonl` for all of them.
+"""Reads captions from a text file next to each picture or clip, or from one `metadata.jsonl` for all of them.
 
-Text files are `NAME.txt`, `NAME.caption` or `NAME.png.txt`; the first in this list wins. A name in another case counts if no
-other file could be meant. `metadata.jsonl` is Hugging Face's image-folder format: {"file_name": "a.png", "text": "a photo of a
-mug"} on each line.
+A text file is called `NAME.txt`, `NAME.caption` or `NAME.png.txt`; if there are several, the first in this list is
+used. A name that differs only in case also matches, provided that it can belong to only one file. `metadata.jsonl` is
+Hugging Face's image-folder format, with {"file_name": "a.png", "text": "a photo of a mug"} on each line.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from shared.io.text_files import read_text_file
 METADATA = "metadata.jsonl"
 ENDINGS = (".txt", ".caption")
 _KEYS = ("text", "caption", "prompt")
-_SHOWN = 8  # lines of a `metadata.jsonl` that are named
+_SHOWN = 8  # the most lines of a `metadata.jsonl` to report
 
 
 def caption_files(items: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Maps each picture or clip (a file or a folder of frames) to the file in `folder` that holds its caption."""
+    """Maps each picture or clip (a file or a folder of frames) to the file in `folder` that contains its caption."""
     entries = sorted(folder.iterdir())
     there: dict[tuple[str, str], Path] = {}
     for path in entries:
@@ -50,7 +50,7 @@ def _stems(item: Path) -> tuple[str, ...]:
 
 
 def _spelled(names: Iterable[str]) -> dict[str, set[str]]:
-    """Returns every spelling of each name, by its case-folded form."""
+    """Maps the case-folded form of each name to all of its spellings."""
     out: dict[str, set[str]] = {}
     for name in names:
         out.setdefault(name.casefold(), set()).add(name)
@@ -58,7 +58,8 @@ def _spelled(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _other_case(name: str, known: Mapping[str, set[str]], files: Mapping[str, set[str]]) -> str | None:
-    """Returns the only spelling of `name` in `known`, unless `files` has several that it could belong to."""
+    """Returns the spelling of `name` in `known` if there is only one, unless several names in `files` could match
+    it."""
     spellings = known.get(name.casefold(), set())
     return next(iter(spellings)) if len(spellings) == 1 == len(files.get(name.casefold(), {name})) else None
 
@@ -68,7 +69,7 @@ def _row_for(item: Path, listed: Mapping[str, str], files: Mapping[str, set[str]
 
 
 def unused_rows(items: Iterable[Path], folder: Path) -> list[str]:
-    """Says which lines of the `metadata.jsonl` in `folder` caption no picture or clip, and why."""
+    """Returns messages about the captions in the `metadata.jsonl` in `folder` that are not used, with the reasons."""
     file = folder / METADATA
     if not looks_like_captions(file):
         return []
@@ -80,7 +81,7 @@ def unused_rows(items: Iterable[Path], folder: Path) -> list[str]:
         if key and _said(row) is None:
             notes.append(f"{file}, line {number}: {key} = {str(row[key])[:80]} is not text")
         elif key and name.casefold() not in here:
-            notes.append(f"{file}, line {number}: no file called {name} is here")
+            notes.append(f"{file}, line {number}: there is no file called {name} here")
     more = [f"{file}: {len(notes) - _SHOWN} more lines are not used"] if len(notes) > _SHOWN else []
     return notes[:_SHOWN] + more
 
@@ -94,7 +95,7 @@ def looks_like_captions(path: Path) -> bool:
 def caption_text(file: Path, item: Path) -> str:
     """Returns the caption of a picture or clip from the file that `caption_files` found, with line breaks turned into spaces.
 
-    Raises ValueError, naming the file, if it is not UTF-8 text or a line of `metadata.jsonl` cannot be read.
+    Raises ValueError, naming the file, if the file is not UTF-8 text or a line of `metadata.jsonl` cannot be read.
     """
     if file.name == METADATA:
         listed = _listed(file)
@@ -105,7 +106,7 @@ def caption_text(file: Path, item: Path) -> str:
 
 
 def _listed(file: Path | None) -> dict[str, str]:
-    """Returns file name -> caption from a `metadata.jsonl`; `unused_rows` names the lines that have none."""
+    """Maps file names to captions, as listed in a `metadata.jsonl`. Lines without a caption are left out."""
     return {Path(row["file_name"]).name: said for _, row in _rows(file) if (said := _said(row)) is not None}
 
 
@@ -135,8 +136,8 @@ def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name
     """Like `caption_files`, for a caption folder given by the user. Raises ValueError if it has no caption for any item.
 
     Args:
-        a_name: what messages say about whose name a caption file must have, for example "a picture's"
-        what: what messages call the items, for example "pictures"
+        a_name: the possessive used in messages about the name that a caption file must have, such as "a picture's"
+        what: the word for the items in messages, such as "pictures"
     """
     root = expanded(folder)
     if not root.is_dir():
@@ -145,7 +146,7 @@ def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name
     if not out:
         seen = names(p.name for p in sorted(root.iterdir()) if not p.name.startswith(".")) or "nothing"
         raise ValueError(
-            f"captions: no file in {root} has {a_name} name; it holds {seen}, while the {what} are "
+            f"captions: no file in {root} has {a_name} name; the folder contains {seen}, while the {what} are "
             f"{names(p.name for p in items)}"
         )
     for note in unused_rows(items, root):

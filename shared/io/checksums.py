@@ -1,4 +1,4 @@
-"""Hashes of files."""
+"""Computes hashes of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Returns the hexadecimal sha256 of a file's bytes or, for a folder (a clip's frames), of its files' names and bytes."""
+    """Returns the hexadecimal sha256 of a file's bytes.
+
+    For a folder (a clip's frames), the hash covers the names and bytes of the files directly inside it.
+    """
     state = hashlib.sha256()
     if (folder := Path(path)).is_dir():
         for file in sorted(p for p in folder.iterdir() if p.is_file()):

@@ -18,12 +18,15 @@ from shared.io.terminal import encodable
 _PAPER = (255, 255, 255)
 _INK = (30, 30, 30)
 _GAP = 4  # pixels between the pictures of a sheet
-_TILE = 128  # pixels: smaller pictures are enlarged to about this size on a contact sheet
+_TILE = 128  # pixels; smaller pictures are enlarged to about this size on a contact sheet
 _MOST_TILES = 10_000
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Converts [3, H, W] in [-1, 1] (clamped) to an 8-bit image. Raises ValueError for another shape, NaN or Inf."""
+    """Converts `pixels` ([3, H, W] in [-1, 1], clamped) to an 8-bit image.
+
+    Raises ValueError for any other shape, and for NaN or Inf.
+    """
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"a picture must have the shape [3, H, W]; this one has {list(pixels.shape)}")
     pixels = pixels.detach().to("cpu", torch.float32)
@@ -34,15 +37,15 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def check_tiles(count: int, asked: str) -> None:
-    """Raises ValueError, naming the options `asked`, for more pictures than a sheet can show."""
+    """Raises ValueError if a sheet cannot show `count` pictures. `asked` names the options that request them."""
     if count > _MOST_TILES:
-        raise ValueError(f"{asked}: {count:,} pictures; a sheet can show at most {_MOST_TILES:,}")
+        raise ValueError(f"{asked}: these are {count:,} pictures, but a sheet can show at most {_MOST_TILES:,}")
 
 
 def write_picture(
     picture: Tensor | Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes a PNG ([3, H, W] in [-1, 1], or an image) with `metadata` as text chunks, atomically.
+    """Writes `picture` ([3, H, W] in [-1, 1], or an image) atomically as a PNG, with `metadata` as text chunks.
 
     Folders are created as needed; an existing file is replaced. `read_metadata` reads the text back; characters that UTF-8
     cannot encode come back as escapes. Raises ValueError if a key is not 1 to 79 Latin-1 characters.
@@ -75,8 +78,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def stills(pixels: Tensor, frames: int = 4) -> Tensor:
-    """Returns pictures [N, 3, H, W] unchanged, and clips [N, 3, F, H, W] as at most `frames` frames side by side, evenly spaced
-    from the first to the last: [N, 3, H, n * W]."""
+    """Turns clips ([N, 3, F, H, W]) into pictures; pictures ([N, 3, H, W]) are returned unchanged.
+
+    Each clip becomes a picture of n frames side by side ([N, 3, H, n * W]). There are at most `frames` of them, evenly
+    spaced from the first to the last.
+    """
     if pixels.ndim == 4:
         return pixels
     chosen = torch.linspace(0, pixels.shape[2] - 1, min(frames, pixels.shape[2])).round().long()
@@ -84,7 +90,10 @@ def stills(pixels: Tensor, frames: int = 4) -> Tensor:
 
 
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
-    """Arranges [N, 3, H, W] in [-1, 1] in a grid with `gap` pixels between pictures; `columns` defaults to about sqrt(N)."""
+    """Arranges pictures ([N, 3, H, W] in [-1, 1]) in a grid with `gap` pixels between them.
+
+    If `columns` is None, there are about sqrt(N) columns.
+    """
     if pixels.ndim != 4 or len(pixels) == 0:
         raise ValueError(f"a grid needs pictures of shape [N, 3, H, W], not {list(pixels.shape)}")
     columns = columns or math.ceil(math.sqrt(len(pixels)))
@@ -100,7 +109,7 @@ def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Imag
 
 
 def contact_sheet(rows: Mapping[str, Tensor], tile: int = _TILE, columns: int | None = None) -> Image.Image:
-    """Draws rows of pictures, each [N, 3, H, W] in [-1, 1], with their labels in a column on the left.
+    """Draws rows of pictures (each row [N, 3, H, W] in [-1, 1]) with the label of each row on its left.
 
     Pictures smaller than `tile` pixels are enlarged by an integer factor without smoothing, so that every pixel shows;
     larger ones are unchanged. Rows may differ in length and picture size; rows longer than `columns` wrap.

@@ -1,4 +1,4 @@
-"""Decodes a picture file to 8-bit sRGB and, if it has transparency, a mask. Its size is checked before decoding."""
+"""Decodes a picture file to 8-bit sRGB and, if it has transparency, a mask. The size is checked before decoding."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from shared.io.failures import of_the_machine
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
-MAX_PIXELS = (
-    64_000_000  # width * height at 8 bits per channel; decoding and resizing take up to 1.7 GB with 32-bit values
-)
-_DEEP = 2  # deeper channels take twice the memory: 64-bit values while they are converted to 8 bits
+# width * height at 8 bits per channel; decoding and resizing then take up to 1.7 GB, with 32-bit values
+MAX_PIXELS = 64_000_000
+_DEEP = 2  # deeper channels take twice the memory, because they are converted to 8 bits through 64-bit values
 MIN_SIDE = 16  # pixels
-_DARK = 16  # of 255: where 12-bit values end if they are read as 16-bit values
-_WHITE, _DEEP_COLOUR = "pcs_white", "pcs_deep_colour"  # what `_decode` found out, in `Image.info`
+_DARK = 16  # of 255; 12-bit values that are read as 16-bit values are darker than this
+_WHITE, _DEEP_COLOUR = "pcs_white", "pcs_deep_colour"  # the keys of what `_decode` stores in `Image.info`
 _STRETCH = "If that is wrong, save it with values up to 65535"
 GROUND = (128, 128, 128)  # the colour behind transparency and around a padded picture
 
@@ -45,41 +44,43 @@ _PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # by the colou
 
 @dataclass(frozen=True)
 class Picture:
-    """One decoded picture: 8-bit sRGB, upright, with masks of its pixels."""
+    """One decoded picture in upright 8-bit sRGB, with masks of its pixels."""
 
     image: Image.Image  # mode RGB
     alpha: Image.Image | None = None  # mode L: 255 where the subject is
-    real: Image.Image | None = None  # mode L: 255 where the picture is, 0 on padding; None: everywhere
+    real: Image.Image | None = None  # mode L: 255 on the picture, 0 on padding; None if there is no padding
     path: Path | None = None
-    deep: bool = False  # had 16-bit colour channels, of which only the upper 8 bits are read
+    deep: bool = False  # whether the file has 16-bit colour channels, of which only the upper 8 bits are read
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
+        """The width and height in pixels."""
         return self.image.size
 
     @property
     def pixels(self) -> Tensor:
-        """[3, H, W] float32 in [-1, 1]."""
+        """The picture as a float32 tensor [3, H, W] in [-1, 1]."""
         return to_pixels(self.image)
 
     @property
     def mask(self) -> Tensor | None:
-        """[1, H, W] float32 in [0, 1]: where the subject is; None if unknown."""
+        """The mask of the subject as a float32 tensor [1, H, W] in [0, 1]; None if it is unknown."""
         return None if self.alpha is None else _plane(self.alpha)
 
     @property
     def valid(self) -> Tensor | None:
-        """[1, H, W] float32 in [0, 1]: where the picture is real (not padding); None: everywhere."""
+        """The mask of everything but padding, as a float32 tensor [1, H, W] in [0, 1]; None if there is no padding."""
         return None if self.real is None else _plane(self.real)
 
 
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """Decodes a picture file, whatever its extension: upright, 8-bit sRGB, with transparency as a mask on a neutral ground.
+    """Decodes a picture file of any extension to an upright picture in 8-bit sRGB.
 
-    For an animation, the first frame is used, with a UserWarning. Raises ValueError, naming the file, if it is missing, not a
-    picture, damaged, larger than `max_pixels` (checked before anything is decoded), smaller than `min_side` on a side, or fully
-    transparent.
+    Transparency becomes the mask, and transparent areas are filled with a neutral colour. Only the first frame of an
+    animation is used, with a UserWarning.
+
+    Raises ValueError, naming the file, if it is missing, not a picture, damaged, larger than `max_pixels` (checked
+    before anything is decoded), smaller than `min_side` on a side, or fully transparent.
     """
     picture = read_frame(path, max_pixels, min_side)
     brightest = max(int(high) for _, high in picture.image.getextrema())  # type: ignore[misc]
@@ -100,9 +101,9 @@ def read_frame(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_s
 
 
 def as_picture(image: Image.Image, path: Path) -> Picture:
-    """Converts a decoded, upright image of any mode to 8-bit sRGB, with transparency as a mask on a neutral ground.
+    """Converts a decoded, upright image of any mode to 8-bit sRGB.
 
-    `path` is the file it came from.
+    Transparency becomes the mask, and transparent areas are filled with a neutral colour. `path` is the image's file.
     """
     with named_errors(path):
         profile = image.info.get("icc_profile")
@@ -115,10 +116,11 @@ def as_picture(image: Image.Image, path: Path) -> Picture:
 
 
 def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads a mask file as mode L: its alpha channel if it has one, else its brightness; bright marks the subject.
+    """Reads a mask file as an image of mode L, in which bright pixels mark the subject.
 
-    A mask with only two values (0 and 1, or two label colours) becomes black and white. Raises ValueError as `read_picture`
-    does, and if the mask marks nothing.
+    The mask is the file's alpha channel if it has transparency, otherwise its brightness. A mask with only two values
+    (0 and 1, or two label colours) becomes black and white. Raises ValueError as `read_picture` does, and if the mask
+    marks nothing.
     """
     path = expanded(path)
     image = _decode(path, max_pixels, 1)
@@ -140,7 +142,7 @@ def two_valued(mask: Image.Image) -> Image.Image:
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Reads (width, height) of the upright picture from its header. Raises ValueError if it cannot be read."""
+    """Reads the width and height of the upright picture from the file's header. Raises ValueError if that fails."""
     path = expanded(path)
     with opened(path) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
@@ -148,7 +150,7 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """Returns an RGB image as [3, H, W] float32 in [-1, 1]."""
+    """Converts an RGB image to a float32 tensor [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0).contiguous()
 
 
@@ -170,7 +172,7 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Opens a picture file and reads its header. Unlike Image.open, tries only one format and does not limit the size."""
+    """Opens a picture file and reads its header. Unlike Image.open, it tries one format only and limits no size."""
     try:
         kind = sniff(path)
     except OSError as error:
@@ -213,7 +215,7 @@ def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
 
 
 def _stated_white(image: Image.Image) -> int | None:
-    """Returns the grey value of white as a TIFF states it: MaxSampleValue (tag 281), or from BitsPerSample (tag 258)."""
+    """Returns the grey value of white from a TIFF's MaxSampleValue (tag 281), else from its BitsPerSample (tag 258)."""
     tags = getattr(image, "tag_v2", {})
     most, bits = (next(iter(v), None) if isinstance(v := tags.get(tag), tuple) else v for tag in (281, 258))
     if isinstance(most, int) and most > 0:
@@ -241,11 +243,11 @@ def _split(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | N
 
 
 def _grey(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None]:
-    """Converts 16-bit, 32-bit and float grey to 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white.
+    """Converts 16-bit, 32-bit and float grey to 8 bits (65535 becomes 255), which Pillow would clip to white.
 
-    White is what the file states. If it states nothing, integers up to 255 are assumed to be 8-bit values in a wider type,
-    as scientific software writes them, and those up to 4095 to be 12-bit values, with a UserWarning; read as 16-bit values
-    they would be black.
+    The file may state which value is white. If it does not, integers up to 255 are assumed to be 8-bit values in a
+    wider type, as scientific software writes them. Integers up to 4095 are assumed to be 12-bit values, with a
+    UserWarning, because they would look black as 16-bit values.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
@@ -274,7 +276,7 @@ def _white(image: Image.Image, values: np.ndarray, high: float, path: Path) -> f
         return 1.0
     top = 4095.0 if high <= 4095.0 else 65535.0
     if high <= 16383.0:
-        then = ": they are taken as 12-bit values" if top == 4095.0 else ", which is dark"
+        then = ", so they are read as 12-bit values" if top == 4095.0 else ", which is dark"
         said = f"{path}: its grey values reach only {high:g} of 65535{then}"
         warnings.warn(encodable(f"{said}. {_STRETCH}"), stacklevel=5)
     return top

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-#: Called with (done, of) after each denoising step. Steps are counted per picture: four pictures with 50 steps each make 200.
+#: Called after each denoising step with the number of steps done and their total. Steps are counted per picture, so
+#: four pictures with 50 steps each make 200.
 Steps = Callable[[int, int], None]
 
 
 def named(progress: Callable[[str, int, int], None] | None, what: str) -> Steps | None:
-    """Returns a (done, of) callback that passes (what, done, of) to `progress`."""
+    """Returns a callback that passes its counts on to `progress`, labelled with `what`."""
     return partial(progress, f"{what}, denoising steps") if progress else None
 
 

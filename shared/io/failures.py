@@ -1,5 +1,8 @@
-"""Explains failures of the machine (memory, disk, symbolic links, recursion depth) rather than of the input: what happened,
-where, and what to do. Libraries report them with exceptions of their own, which only this module recognises."""
+"""Explains failures that are due to the machine (memory, disk, symbolic links, recursion depth) and not to the input.
+
+A message states what happened, where, and what to do. Libraries report such failures with exceptions of their own,
+which only this module recognises.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ _ADVICE = {
     errno.EFBIG: "files cannot be this large here: raise the limit (`ulimit -f unlimited`) or choose another disk",
     errno.EROFS: "this disk is read-only: choose another output",
     errno.EIO: "the disk has errors: choose another one",
-    errno.ELOOP: "its symbolic links form a loop: remove one of them, or choose another place",
+    errno.ELOOP: "its symbolic links form a loop: remove one of them, or choose another location",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "too many files are open: raise the limit (`ulimit -n 4096`)",
-    errno.EACCES: "you do not have permission to read or write there: change the permissions, or choose another place",
+    errno.EACCES: "you have no permission to read or write there: change the permissions, or choose another location",
 }
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 _MEMORY = re.compile(

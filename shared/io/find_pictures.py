@@ -38,13 +38,13 @@ class Listing:
     """Pictures in order, with their caption files and masks if they have any."""
 
     pictures: tuple[Path, ...]
-    captions: dict[Path, Path]  # picture -> the file that holds its caption
+    captions: dict[Path, Path]  # picture -> the file that contains its caption
     masks: dict[Path, Path]  # picture -> mask picture
     warnings: tuple[str, ...] = ()
 
 
 def sniff(path: Path) -> str | None:
-    """Returns a file's picture format, judged by its content: "PNG", "JPEG", … "HEIC"; None for anything else.
+    """Returns the picture format of a file's content ("PNG", "JPEG", …, "HEIC"); None if it is not a picture.
 
     A file with a two-letter signature (BMP, PPM) must also have the right extension. Raises OSError if the file cannot be
     opened.
@@ -68,12 +68,15 @@ def sniff(path: Path) -> str | None:
 
 
 def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ...], list[str]]:
-    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in the given order).
+    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in its order).
 
-    Anything that is not a picture (hidden files, text, empty files, subfolders) is skipped and listed in one UserWarning per
-    folder; captions (`shared.io.caption_files`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`,
-    `NAME_mask.png`) of the pictures are not listed. Returns the pictures and the same warnings as text. Raises ValueError,
-    with what was found, if a path does not exist, a given file is not a picture, or nothing is left.
+    Anything that is not a picture (hidden files, text, empty files, subfolders) is skipped and listed in one
+    UserWarning per folder. The warning does not list the captions (`shared.io.caption_files`) and masks
+    (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`, `NAME_mask.png`) of the pictures. Returns the pictures, and the
+    warnings as text.
+
+    Raises ValueError, stating what was found, if a path does not exist, a given file is not a picture, or there are no
+    pictures.
     """
     listing = scan(images)
     return listing.pictures, list(listing.warnings)
@@ -95,7 +98,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
         notes += part.warnings
         twice = [p.name for p in part.pictures if p in pictures]
         if twice:
-            notes.append(f"listed twice, used once: {names(twice)}")
+            notes.append(f"listed twice but used only once: {names(twice)}")
         pictures.update(dict.fromkeys(part.pictures))
         captions.update(part.captions)
         masks.update(part.masks)
@@ -119,8 +122,7 @@ def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
 
 
 def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
-    """Like `scan` for one folder, but returns the warnings without issuing them; `known` names files that the caller
-    handles."""
+    """Like `scan` for one folder, but returns warnings without issuing them. Files named in `known` are ignored."""
     entries = sorted((p for p in folder.iterdir() if p.name not in known), key=lambda p: p.name)
     stray: dict[Path, str] = {}
     pictures: list[Path] = []

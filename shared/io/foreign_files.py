@@ -1,8 +1,8 @@
-"""Determines which files in a folder pcs wrote, because a folder may be replaced only if it holds nothing else.
+"""Determines which files in a folder pcs wrote, because a folder may be replaced only if it contains nothing else.
 
-Concepts, reports, exports, checkpoints and benchmark cells list their files in their JSON; pictures are marked in their PNG
-text. Any other folder contains a list of its files: `atomic_folder` writes it at the end, and training adds each file to it
-before writing that file.
+Concepts, reports, exports, checkpoints and benchmark cells list their files in their JSON; pictures are marked in their
+PNG text. Any other folder contains a list of its files. `atomic_folder` writes this list at the end, whereas training
+adds each file to it before writing the file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def claim(folder: Path, file: str, made: bool = False) -> None:
 
 
 def is_claimed(folder: Path, file: str) -> bool:
-    """Whether a file, relative to the folder, is in the folder's list; it need not exist."""
+    """Whether `file`, a path relative to the folder, is in the folder's list. The file need not exist."""
     return file in _claimed(folder)
 
 
@@ -85,7 +85,7 @@ def _write_mark(folder: Path, files: list[str]) -> None:
 
 
 def remove_written(folder: Path) -> None:
-    """Removes the files that pcs wrote below a folder, their list, and folders that are then empty; nothing else."""
+    """Removes only the files that pcs wrote below a folder, the list of them, and folders that are then empty."""
     if folder.is_symlink() or not folder.is_dir():
         return
     kept = {folder / name for name in foreign_files(folder, sys.maxsize)}
@@ -123,7 +123,8 @@ def _explained(folder: Path) -> set[str]:
             except (KeyError, TypeError, AttributeError):
                 continue  # another program's file of this name
     if _CHECKPOINT.fullmatch(folder.name) and {p.name for p in folder.iterdir()} <= _CHECKPOINT_FILES:
-        out |= _CHECKPOINT_FILES  # even if its state.json is damaged: otherwise it could be neither resumed nor removed
+        # even if state.json is damaged, because the checkpoint could otherwise be neither resumed nor removed
+        out |= _CHECKPOINT_FILES
     if (folder / "comparison.md").is_file() and (folder / "comparison.csv").is_file():
         out |= {"comparison.md", "comparison.csv", "index.html"}
     return out | _of_pictures(folder)
@@ -165,7 +166,7 @@ def _json(path: Path) -> Any:
 
 
 def _png_text(path: Path) -> set[str]:
-    """Returns the keys of the text chunks in a PNG's header; nothing is decoded. Empty for any other file."""
+    """Returns the keys of the text chunks in a PNG's header, without decoding the picture; empty for any other file."""
     from PIL import Image
 
     if path.suffix.lower() != ".png" or path.is_symlink():

@@ -1,7 +1,9 @@
-"""Locks that let only one command at a time write an output. They use `flock`, so they are released
-however the process exits. Lock files are in the system's temporary folder, where all users of the machine
-see them and a refused command leaves nothing next to the output. Their names and contents are hashes of
-paths, so that nobody reads there what others write."""
+"""Locks outputs, so that only one command at a time can write each of them.
+
+The locks use `flock`, so they are released however the process exits. The lock files are in the system's temporary
+folder. All users of the machine can see them there, and a refused command leaves nothing next to the output. Paths
+appear in them only as hashes, so that users cannot see what others write.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ from shared.io.terminal import encodable
 if sys.platform != "win32":
     import fcntl
 
-# not $TMPDIR, in which two users or sessions may differ
+# not $TMPDIR, which may differ between users
 _TEMPORARY = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
-_PATIENCE = 0.2  # seconds; longer than another command needs to look at a lock
+_PATIENCE = 0.2  # seconds; longer than another command takes to check a lock
 
-_held: dict[str, int] | None = None  # key -> open lock file, while a command runs; None: locking is off
+_held: dict[str, int] | None = None  # key -> open lock file, while a command runs; None while locking is off
 
 
 @contextmanager
@@ -46,10 +48,10 @@ def holding() -> Iterator[None]:
 
 
 def hold(path: Path) -> None:
-    """Locks `path` for this command. Raises ValueError, naming the process, if another one is writing it, something inside
-    it, or a folder that it lies in.
+    """Locks `path` for this command. Does nothing outside `holding`.
 
-    Outside `holding`, nothing is locked. A UserWarning says so if no lock can be taken.
+    Raises ValueError, naming the process, if another process is writing `path`, something inside it, or a folder that
+    contains it. If no lock can be taken, issues a UserWarning and continues without one.
     """
     place = Path(os.path.realpath(path))
     key = _key(place)
@@ -82,7 +84,7 @@ def _locked(path: Path, key: str, around: list[str]) -> int:
             raise _busy(path, handle)
         with suppress(FileNotFoundError):  # its holder has removed it in the meantime
             if os.path.samestat(os.fstat(handle), file.stat()):
-                with suppress(OSError):  # on a full disk, the lock holds but does not say whose it is
+                with suppress(OSError):  # on a full disk, the lock works but does not name its owner
                     os.ftruncate(handle, 0)
                     about = [f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})", *around]
                     os.pwrite(handle, "\n".join(about).encode(), 0)
@@ -91,7 +93,7 @@ def _locked(path: Path, key: str, around: list[str]) -> int:
 
 
 def _open(file: Path) -> int:
-    """Opens a lock file, which another user may have left: Linux forbids O_CREAT for those in a shared folder."""
+    """Opens a lock file, first without O_CREAT, which Linux forbids for other users' files in a shared folder."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     with suppress(FileNotFoundError):
         return os.open(file, flags)
@@ -116,7 +118,7 @@ def _taken(handle: int, how: int) -> bool:
 
 
 def _check_nested(path: Path, key: str, around: list[str]) -> None:
-    """Raises ValueError if another command holds something inside `path`, or a folder that it lies in."""
+    """Raises ValueError if another command has locked something inside `path`, or a folder that contains it."""
     for file in _folder().iterdir():
         with suppress(OSError):
             if file.name in (_held or {}) or not (file.name in around or key in file.read_text().split("\n")[1:]):
@@ -140,7 +142,7 @@ def _folder() -> Path:
 def _make_folder() -> None:
     if not _folder().is_dir():
         _folder().mkdir(exist_ok=True)
-        _folder().chmod(0o1777)  # as /tmp: everybody may lock, and remove only their own
+        _folder().chmod(0o1777)  # like /tmp: all users may create lock files, but remove only their own
 
 
 def _key(place: Path) -> str:

@@ -1,4 +1,4 @@
-"""Loads networks and tokenizers from complete folders: a missing weight is an error, never silently left random."""
+"""Loads networks and tokenizers from folders. A missing weight is an error; it is never silently left random."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 
 from shared.io.failures import of_the_machine
 
-#: Expected stray keys: from older files, and from the other half of a model that is used only for text.
+#: Keys that are ignored without a warning. They occur in older files and in models that are used only for their text
+#: half.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_PADDED = 0.9  # the smallest share of a table's rows that must be tokens: tables are padded by a few rows, not by half
+_PADDED = 0.9  # the smallest share of a table's rows that must be tokens; only a few rows of a table are padding
 _WORDS = ("dog", "mug", "teapot")
 
 
@@ -30,11 +31,11 @@ def load_network(
         kind: a model class of diffusers or transformers
         folder: contains `config.json` and the weights as safetensors, in one file or in shards
         unused: patterns of model keys that are not used here and may be missing
-        variant: the files' variant, such as fp16 in `model.fp16.safetensors`; default: fp16 if all files have it, else none
+        variant: the files' variant, such as fp16 in `model.fp16.safetensors`. By default, fp16 if all files have it
         dtype: the dtype of the weights (default: float32)
 
     Raises:
-        ValueError: if the files cannot be read, lack a key, or have a key with another shape; the message says where
+        ValueError: naming the file, if the files cannot be read, lack a key, or have a key with another shape
 
     Warns:
         UserWarning: if the files have keys that the model does not

@@ -1,4 +1,7 @@
-"""How clips start from the noise of another clip, as recipes and concepts store it. Importing this loads no model library."""
+"""Settings for clips that start from the noise of another clip, as stored in recipes and concepts.
+
+Importing this module loads no model library.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from shared.config import Many, Part
 
 
 class NoisePriorSettings(Part):
-    """What part of the initial noise comes from a clip, and how that clip is inverted."""
+    """How much of the initial noise comes from a clip, and how that clip is inverted."""
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.3  # p, the share of the noise's variance that comes from the clip
     prompt: str = ""  # the prompt of the inversion
-    steps: Many | None = None  # steps of the inversion; null: as many as in sampling
+    steps: Many | None = None  # steps of the inversion; if null, as many as in sampling
     refine: Annotated[int, Field(ge=0, le=1000)] = 0  # see `shared.sampling.inversion.invert`

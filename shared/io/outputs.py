@@ -19,12 +19,13 @@ PathLike = str | os.PathLike[str]
 
 
 def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
-    """Returns the folder to write, as a path. Call this before work starts.
+    """Checks that a folder can be written, and returns it as a path. Call this before any work starts.
 
-    Raises ValueError if it is a file; if it exists and is not empty and `overwrite` is not set; if `overwrite`, which replaces
-    the whole folder, is set and the folder holds a file that pcs did not write; if it contains the working or home folder; if
-    it equals, contains or is inside one of `inputs` (files and folders that are read); if a link in its path is broken; if
-    another process is writing it (`shared.io.locks`); or if it cannot be written.
+    Raises ValueError if the path is a file; if the folder exists and is not empty, and `overwrite` is not set; if
+    `overwrite`, which replaces the whole folder, is set and the folder contains a file that pcs did not write; if it
+    contains the working or home folder; if it equals, contains or is inside one of `inputs` (files and folders that are
+    read); if a link in its path is broken; if another process is writing it (`shared.io.locks`); or if it cannot be
+    written.
     """
     path = _named(path)
     check_apart(path, inputs)
@@ -38,11 +39,11 @@ def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathL
 def check_resumable(
     path: PathLike, kind: str, is_ours: Callable[[Path], bool], inputs: Iterable[PathLike] = ()
 ) -> Path:
-    """Returns the folder to write, as a path, for a command that continues what an earlier call left there. Call this before
-    work starts.
+    """Checks a folder for a command that continues what an earlier call left there, and returns it as a path.
 
-    Raises ValueError as `check_output` does, except that a folder with files is accepted if `is_ours`; nothing in it will be
-    deleted. `kind`: what such a folder holds, for the message.
+    Call this before any work starts. Raises ValueError as `check_output` does, except that a folder with files is
+    accepted if `is_ours` returns True for it; nothing in it will be deleted. `kind` names the contents of such a folder
+    in the message.
     """
     path = _named(path)
     check_apart(path, inputs)
@@ -50,15 +51,15 @@ def check_resumable(
         _check_there(path, False)
     inside = sum(1 for _ in path.iterdir()) if path.exists() else 0
     if inside and not is_ours(path):
-        raise ValueError(f"{path} already exists and holds {inside} file(s), but no {kind}: choose another output")
+        raise ValueError(f"{path} already exists and contains {_files(inside)}, but no {kind}: choose another output")
     _writable(path)
     hold(path)
     return path
 
 
 def check_file(path: PathLike, overwrite: bool = False) -> Path:
-    """Returns the file to write, as a path. Raises ValueError if it exists (unless `overwrite`), is a folder, or cannot be
-    written."""
+    """Checks that a file can be written, and returns it as a path. Raises ValueError if it exists (unless `overwrite`
+    is set), is a folder, or cannot be written."""
     path = _named(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the path of a file")
@@ -99,7 +100,7 @@ def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
     place = _place(path)
     for item in inputs:
         source = _place(item)
-        how = "is" if place == source else "holds" if place in source.parents else ""
+        how = "is" if place == source else "contains" if place in source.parents else ""
         how = how or ("lies inside" if source in place.parents else "")
         if how:
             raise ValueError(f"the output {path} {how} {item}, which is an input: choose another output")
@@ -111,15 +112,20 @@ def _check_there(path: Path, overwrite: bool) -> None:
     inside = sum(1 for _ in path.iterdir())
     if inside and not overwrite:
         raise ValueError(
-            f"{path} already exists and holds {inside} file(s): choose another output, or replace it with --overwrite"
+            f"{path} already exists and contains {_files(inside)}: choose another output, or replace it with "
+            "--overwrite"
         )
     others = foreign_files(path) if overwrite else []
     if others:
         more = " …" if len(others) > 3 else ""
         raise ValueError(
-            f"{path} cannot be overwritten: it holds files that pcs did not write ({names(others[:3])}{more}), which would "
-            "be deleted. Choose another output, or move those files away first"
+            f"{path} cannot be overwritten: it contains files that pcs did not write ({names(others[:3])}{more}), "
+            "which would be deleted. Choose another output, or move those files away first"
         )
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _writable(path: Path) -> None:
@@ -132,12 +138,13 @@ def _writable(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Iterator[Path]:
-    """Yields a temporary folder next to `path`, which is renamed to `path` at the end and removed on an error.
+    """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed if there is an error.
 
     With `overwrite`, the old folder stays until the new one is complete, and the two are exchanged atomically if the system
     supports it. If `path` is a link to a folder, the link stays and its target is written. Files get the modes that the umask
-    sets. Leftovers of killed processes next to `path` are removed. Raises ValueError as `check_output` does.
-    Whether the output may be replaced is checked again at the end.
+    sets. Leftovers of killed processes next to `path` are removed.
+
+    Raises ValueError as `check_output` does; whether the output may be replaced is checked again at the end.
     """
     named = check_output(path, overwrite, inputs)
     path = _place(named)
@@ -169,7 +176,7 @@ def _take_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         return
     old = replaced(path)
-    path.rename(old)  # if killed here, the next process that writes next to it restores it (`sweep`)
+    path.rename(old)  # if the process is killed here, the next one that writes to this folder restores it (`sweep`)
     try:
         temporary.rename(path)
     except BaseException:
@@ -180,11 +187,11 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Yields a temporary path to write to; it replaces `path` at the end and is removed on an error.
+    """Yields a temporary path to write to, which replaces `path` at the end, or is removed if there is an error.
 
     The folder must exist; the file gets the mode that the umask sets, whichever library wrote it. The temporary path has
     another extension, so a library that infers the format from the extension must be told the format.
-    `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
+    Example: `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
     named, path = path, Path(os.path.realpath(path))
     sweep_once(path.parent)

@@ -25,10 +25,10 @@ def read_subject(
 ) -> Subject:
     """Reads pictures (a folder, a file or a list), with captions and masks next to them or in the given folders.
 
-    `masks` and `captions` are each a folder whose files have the pictures' names, or a mapping by picture (path or file
-    name). Raises ValueError if there are no pictures, the sizes of a mask and its picture differ, or a given caption or mask
-    matches no picture. Stray files are skipped with a warning; if only some pictures have a caption or a mask, a UserWarning
-    lists the others.
+    `masks` and `captions` are each a folder whose files have the pictures' names, or a mapping from pictures (paths or
+    file names). Raises ValueError if there are no pictures, the sizes of a mask and its picture differ, or a given
+    caption or mask matches no picture. Stray files are skipped with a warning; if only some pictures have a caption or
+    a mask, a UserWarning lists the others.
     """
     listing = scan(images)
     by_picture = {p: caption_text(t, p) for p, t in listing.captions.items()}
@@ -66,7 +66,7 @@ def plain_noun(text: str) -> str:
 
 
 def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:
-    """Warns about pictures without a caption or mask if others have one. If none has one, that is taken as intended."""
+    """Warns about pictures that lack a caption or mask. If all of them lack one, this is assumed to be intended."""
     without = [p.name for p in pictures if p not in having]
     if having and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"
@@ -74,7 +74,7 @@ def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str,
 
 
 def transparent(path: Path) -> bool:
-    """Whether a picture's own transparency is its mask. Unreadable pictures are reported elsewhere."""
+    """Whether a picture has transparency, which serves as its mask. False for unreadable pictures."""
     try:
         return sniff(path) != "JPEG" and read_picture(path).alpha is not None
     except (OSError, ValueError):
@@ -91,7 +91,7 @@ def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
 
 
 def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
-    """Maps each picture to the file of `folder` with the same stem, if there is one."""
+    """Maps each picture to the file in `folder` with the same stem, if there is one."""
     root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"masks: {root} {absent(root, 'is not a folder')}")
@@ -100,6 +100,7 @@ def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
     if not out:
         seen, picture_names = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
         raise ValueError(
-            f"masks: no file in {root} has a picture's name; it holds {seen}, while the pictures are {picture_names}"
+            f"masks: no file in {root} has a picture's name; the folder contains {seen}, while the pictures are "
+            f"{picture_names}"
         )
     return out

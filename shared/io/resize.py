@@ -1,4 +1,4 @@
-"""Fits a picture and its mask to a size, either cropped to cover it or padded to be contained in it."""
+"""Fits a picture and its mask to a size, either by cropping or by padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.io.decode import GROUND, Picture
 from shared.io.terminal import encodable
 
 ResizeMode = Literal["cover", "contain"]
-_KEPT = 2 / 3  # a crop that keeps less than this share of a picture warns
+_KEPT = 2 / 3  # a crop that keeps less than this share of a picture causes a warning
 
 
 def resize(
@@ -21,13 +21,16 @@ def resize(
     mode: ResizeMode | None = None,
     keep: tuple[int, int, int, int] | None = None,
 ) -> Picture:
-    """Resizes a picture and its mask to `size` (a side, or (height, width)) in pixels. Bit-for-bit deterministic.
+    """Resizes a picture and its mask to `size` in pixels. The result is bit-for-bit deterministic.
 
-    "cover" fills the frame and crops the rest, around the centre of the mask if there is one, else of the picture. A
-    UserWarning names a picture that loses more than a third, unless all of its mask stays inside. None is "cover" without the
-    warning, for pictures that are only displayed. `keep`, a box (left, top, right, bottom), replaces the bounds of the mask,
-    so that all frames of a clip are cropped alike.
-    "contain" keeps everything and pads with a neutral ground; `valid` says where the picture is.
+    Args:
+        size: a side, or (height, width)
+        mode: "cover" fills the frame and crops the rest. The crop is centred on the mask if there is one, otherwise on
+            the picture. A UserWarning names a picture that loses more than a third, unless its whole mask stays inside.
+            None is "cover" without the warning, for pictures that are only displayed. "contain" keeps the whole picture
+            and pads it with a neutral colour; `Picture.valid` marks the area that is not padding
+        keep: a box (left, top, right, bottom) that replaces the bounds of the mask, so that all frames of a clip are
+            cropped alike
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:

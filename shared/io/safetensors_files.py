@@ -1,4 +1,4 @@
-"""Reads untrusted safetensors files: the header is checked against the file, nothing is executed, and values must be finite."""
+"""Reads untrusted safetensors files. The header is checked against the file, and nothing in the file is executed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ITEM = {
 
 
 def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
+    """Reads the entries (dtype, shape and data_offsets by tensor name) and the metadata of a safetensors file.
 
-    Raises ValueError, naming the file, if it is missing or truncated, or if its header is invalid.
+    Raises ValueError, naming the file, if it is missing or truncated, or if the header is invalid or does not match it.
     """
     path = Path(path)
     try:
@@ -64,15 +64,15 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
     pair = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
     if not pair or not 0 <= span[0] <= span[1] <= data or span[1] - span[0] != math.prod(shape) * _ITEM[entry["dtype"]]:
         raise ValueError(
-            f"{where} of shape {shape} and dtype {entry['dtype']} does not fit its place in the file, bytes {span}"
+            f"{where} of shape {shape} and dtype {entry['dtype']} does not fit its byte range {span} in the file"
         )
 
 
 def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
-    """Reads tensors by name, on the CPU. Nothing in the file is executed.
+    """Reads the tensors of a file by name, on the CPU. Nothing in the file is executed.
 
-    Raises ValueError, naming file and tensor, if the file is missing, truncated or malformed, or (with `finite`) if a value is
-    NaN or Inf.
+    Raises ValueError, naming the file and the tensor, if the file is missing, truncated or malformed, or (with
+    `finite`) if a value is NaN or Inf.
     """
     read_safetensors_header(path)
     try:

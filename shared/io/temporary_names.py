@@ -23,8 +23,10 @@ _HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def beside(path: Path) -> Path:
-    """Returns an unused hidden name in the same folder (so on the same file system), with another extension, so that what a
-    killed process leaves behind is not mistaken for a complete file."""
+    """Returns an unused hidden name in the same folder, and thus on the same file system.
+
+    Its extension differs, so that what a killed process leaves behind is not mistaken for a complete file.
+    """
     return path.with_name(f".{path.name}.{_tag()}.partial")
 
 

@@ -20,7 +20,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the averages towards the parameters after the 0-based `step`."""
+        """Moves the averages towards the parameters at the end of `step`, which is counted from 0."""
         weight = 1.0 - min(self.cap, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], weight)
 
@@ -28,10 +28,10 @@ class Averages:
         return {name: shadow.cpu().clone() for name, shadow in self.shadow.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads saved averages; names must match, in any order. Raises ValueError if they do not."""
+        """Loads saved averages, in any order. Raises ValueError if their names do not match those of the parameters."""
         if state.keys() != self.shadow.keys():
             raise ValueError(
-                f"{len(state)} saved averages for {len(self.shadow)} parameters: they belong to another run"
+                f"{len(state)} saved averages do not match {len(self.shadow)} parameters: they belong to another run"
             )
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])

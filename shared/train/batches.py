@@ -1,4 +1,4 @@
-"""Turns examples into batches: order, captions, augmentation, and caching of what does not vary."""
+"""Turns examples into batches. Chooses their order, captions and augmentation, and caches what does not vary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.sampling.sampler import images_per_batch
 from shared.train.loop import generator
 from shared.types import Batch, Example, Role
 
-_ENCODE_PIXELS = 2**18  # the most pixels per autoencoder pass while caching: one 512x512 picture
+_ENCODE_PIXELS = 2**18  # the most pixels per autoencoder pass while caching, those of one 512x512 picture
 #: Step numbers that never occur in a run; they seed the streams for epoch order, cached variants and preparation.
 _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 
@@ -29,14 +29,16 @@ class CachedExample:
     example: Example  # without pixels, unless a part needs them
     mean: Tensor  # [C, (f), h, w]
     std: Tensor  # [C, (f), h, w]
-    mask: Tensor  # [1, (f), h, w]: the union of all masks; ones if there is none
+    mask: Tensor  # [1, (f), h, w], the union of all masks; ones if there is none
     masks: Mapping[str, Tensor]  # owner -> [1, (f), h, w]
     valid: Tensor  # [1, (f), h, w]
 
 
 class Data:
-    """Draws batches. Latents are cached once per picture if no augmentation is random, otherwise in `train.variants` versions
-    of each picture; pixels are dropped as soon as they are encoded.
+    """Draws batches.
+
+    If no augmentation is random, the latents of each picture are cached once, otherwise in `train.variants` versions.
+    Pixels are dropped as soon as they are encoded.
 
     The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, the same
     number of class examples follows.
@@ -74,7 +76,7 @@ class Data:
             asked = (
                 "objective.inside is below objective.outside" if recipe.objective.inverts else "objective.masked is on"
             )
-            warnings.warn(f"{asked}, but no picture has a mask: the whole picture counts", stacklevel=2)
+            warnings.warn(f"{asked}, but no picture has a mask, so the whole picture counts", stacklevel=2)
 
     @property
     def instances(self) -> list[Example]:
@@ -96,7 +98,7 @@ class Data:
     # --- reading -------------------------------------------------------------------------------------------
 
     def _read(self, examples: Iterable[Example]) -> None:
-        """Reads the examples; if latents are cached, a bounded number of pixels at a time."""
+        """Reads the examples. If latents are cached, they are encoded in batches with a limited number of pixels."""
         waiting: dict[str, list[int]] = {"instance": [], "prior": []}
         for number, example in enumerate(examples):
             if example.role == "prior" and not self.with_priors:
@@ -163,7 +165,7 @@ class Data:
         """Returns one micro-batch, which is always the same for the same (seed, step, micro).
 
         Args:
-            role: only examples of this role; None: subject examples, plus class examples if a penalty needs them
+            role: the role of the examples. If None, subject examples, plus class examples if a penalty needs them
         """
         draw = generator(self.recipe.seed, step, micro)
         roles: tuple[Role, ...] = ("instance", "prior") if self.with_priors else ("instance",)
@@ -210,7 +212,7 @@ class Data:
         cached = self._cache[(role, index, variant)]
         if self.random:
             return cached  # an augmentation may have changed its caption
-        # a new caption is drawn each time, which costs nothing and adds half of the variety
+        # drawing a new caption each time costs nothing and adds variety
         captioned = self._caption(example, draw)
         updated = captioned.with_(pixels=cached.example.pixels) if self.keep_pixels else captioned
         if captioned.owners == example.owners:
@@ -240,7 +242,10 @@ def _without_pixels(example: Example) -> Example:
 
 
 def _mask_of(cached: CachedExample, owner: str) -> Tensor:
-    """Returns the owner's mask [1, (f), h, w]: all zeros in other owners' examples, all ones in its own if it has no mask."""
+    """Returns the owner's mask [1, (f), h, w].
+
+    If the owner has no mask in an example, this is all ones in its own examples and all zeros in those of other owners.
+    """
     if owner in cached.masks:
         return cached.masks[owner]
     return torch.ones_like(cached.mask) if owner in cached.example.owners else torch.zeros_like(cached.mask)

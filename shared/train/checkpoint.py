@@ -1,4 +1,7 @@
-"""Training state on disk: written under a temporary name, then renamed, so a killed run leaves the previous state intact."""
+"""Saves and loads training state.
+
+A checkpoint is written under a temporary name and then renamed, so that a killed run leaves the previous state intact.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ class State:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     best: Mapping[str, Tensor] = field(default_factory=dict)  # learned tensors at the best score
     info: Mapping[str, Any] = field(default_factory=dict)  # recipe, best score, …
-    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases passed on besides `learned`
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # passed on by earlier phases, besides `learned`
 
 
 def save(folder: Path, state: State) -> Path:
     """Writes `checkpoint-PP-SSSSSSS` and removes older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{PREFIX}{state.phase:02d}-{state.step:07d}"
-    while target.exists():  # the same step again: keep the old one until the new one is complete
+    while target.exists():  # for the same step, keep the old checkpoint until the new one is complete
         target = target.with_name(target.name + "x")
     sweep(folder)
     temporary = beside(target)

@@ -1,4 +1,4 @@
-"""What a run costs: seconds by kind of work, and memory."""
+"""Measures what a run costs, in seconds by kind of work and in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 
 
 class Clock:
-    """Seconds by kind of work. Inside `on("a")`, `on("b")` stops "a" and starts "b"; `on(None)` counts nothing."""
+    """Counts seconds by kind of work.
+
+    `on("b")` inside `on("a")` pauses "a" and counts for "b"; `on(None)` counts nothing.
+    """
 
     def __init__(self, spent: Mapping[str, float] | None = None) -> None:
         self._spent = dict(spent or {})
@@ -36,19 +39,19 @@ class Clock:
 
     @property
     def spent(self) -> dict[str, float]:
-        """Returns the seconds spent so far, by kind of work."""
+        """The seconds spent so far, by kind of work."""
         self._turn(self._what)
         return dict(self._spent)
 
 
 def watch_memory(device: torch.device) -> None:
-    """Resets the peak memory measurement on a GPU; does nothing elsewhere."""
+    """Resets the measurement of peak memory on a GPU. Does nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Returns the peak bytes in use, and by what: "gpu" (tensors since `watch_memory`) or "process" (all of its memory)."""
+    """Returns the peak memory in bytes, and what it covers: "gpu" (tensors since `watch_memory`) or "process"."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "gpu"
     unit = 1 if sys.platform == "darwin" else 1024

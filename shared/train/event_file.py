@@ -13,19 +13,20 @@ from shared.io.failures import writing
 
 
 class EventFile:
-    """A new event file in a folder, which is created.
+    """A new event file in a folder, which is created if necessary.
 
-    Every event is on disk when its call returns. torch's `SummaryWriter` writes in a thread of its own instead: on a full disk
-    that thread prints a traceback, and the error that reaches the caller names no file.
+    Every event is on disk when its call returns. torch's `SummaryWriter` is not used, because it writes in its own
+    thread. On a full disk, that thread prints a traceback, and the error that reaches the caller names no file.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """`purge_step`: TensorBoard hides what earlier files in the folder say of this step and later ones."""
+        """Creates the file. TensorBoard hides what earlier files in the folder contain from `purge_step` onwards."""
         from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"  # TensorBoard reads them by name
+        # TensorBoard reads files in the order of their names
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self._file = self.path.open("xb")
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
@@ -38,7 +39,7 @@ class EventFile:
         self._write(step=step, summary=scalar(tag, value))
 
     def picture(self, tag: str, pixels: Tensor, step: int) -> None:
-        """`pixels`: [3, H, W] in [0, 1]."""
+        """Writes a picture ([3, H, W] in [0, 1])."""
         from torch.utils.tensorboard.summary import image
 
         self._write(step=step, summary=image(tag, pixels.clamp(0, 1).numpy(), dataformats="CHW"))

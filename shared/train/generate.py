@@ -24,7 +24,7 @@ from shared.train.task import Updates
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture to generate. about: anything else that a later phase needs to know about it."""
+    """A picture to generate. `about` is any other information about it that a later phase needs."""
 
     file: str
     owner: str
@@ -63,7 +63,7 @@ class Generate(ConceptTask):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def pictures(self, shots: Sequence[Shot]) -> Tensor:
-        """Generates these pictures: [N, 3, H, W] in [-1, 1]."""
+        """Generates these pictures, and returns them as [N, 3, H, W] in [-1, 1]."""
         assert self.context.make is not None
         return self.context.make(self.texts(shots), [s.seed for s in shots], self.context.recipe)
 

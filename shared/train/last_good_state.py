@@ -1,4 +1,4 @@
-"""The state before the last update, kept so that a non-finite loss costs one step and not the run."""
+"""Keeps the state from before the last update, so that a non-finite loss costs only one step and not the whole run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LastGood:
 
     def __init__(self, optimizers: Optimizers) -> None:
         self.optimizers = optimizers
-        self.step: int | None = None  # steps done in the kept state; None: nothing is kept
+        self.step: int | None = None  # steps done in the kept state; None if nothing is kept
         self.small = self._is_small()
         self._lowest = math.inf
         self._kept: list[tuple[Tensor, dict[str, Any]]] = []
@@ -31,7 +31,10 @@ class LastGood:
 
     @torch.no_grad()
     def keep(self, step: int, loss: float) -> None:
-        """Called before an update, with the number of steps done and the loss of the current parameters."""
+        """Keeps the current state, unless it is too large or the loss is far above the lowest one.
+
+        Call this before an update, with the number of steps done and the loss of the current parameters.
+        """
         if not self.small or (self._lowest > 0 and loss > _WILD * self._lowest):
             return
         self._lowest = min(self._lowest, loss)
@@ -75,7 +78,7 @@ class LastGood:
 
     @torch.no_grad()
     def put_back(self) -> int | None:
-        """Restores the kept parameters and moments; returns the steps done in that state, or None if no good one is kept."""
+        """Restores the kept parameters and moments. Returns their number of steps, or None if no good state is kept."""
         if self.step is None or not all(bool(values.isfinite().all()) for values, _ in self._kept):
             return None
         for (parameter, state), (values, moments) in zip(self.optimizers.states(), self._kept, strict=True):

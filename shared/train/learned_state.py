@@ -1,4 +1,4 @@
-"""What a run learns (token vectors and adapters) as one flat mapping, and back."""
+"""Collects what a run learns (token vectors and adapters) in one flat mapping, and restores it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.backbones.protocol import Adapter, Backbone
 
 
 def adapters_in(backbone: Backbone, adapter_sets: Sequence[str]) -> list[Adapter]:
-    """Returns all adapters of these sets; a set with nothing injected has none."""
+    """Returns all adapters of these sets. A set may have none."""
     return [adapter for name in adapter_sets for adapter in backbone.adapters.get(name, [])]
 
 
@@ -33,9 +33,10 @@ def restore(
     state: Mapping[str, Tensor],
     fresh: bool = False,
 ) -> None:
-    """Loads the tensors that `gather` returned. Raises ValueError when tensors are missing, unexpected or of the wrong shape.
+    """Loads the tensors that `gather` returned.
 
-    With `fresh`, an adapter with no saved tensors keeps its initial values: the phase that adds it is just starting.
+    With `fresh`, an adapter with no saved tensors keeps its initial values, because the phase that adds it is just
+    starting. Raises ValueError when tensors are missing, unexpected or of the wrong shape.
     """
     left = dict(state)
     for name in names:

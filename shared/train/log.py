@@ -1,4 +1,4 @@
-"""Logs of a run: JSON lines for machines, TensorBoard for people."""
+"""Logs a run, both as JSON lines for programs and as TensorBoard events for people."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def check_log(folder: Path) -> None:
     in_the_way = [f for f in foreign if f.split("/")[0] in ("log.jsonl", "samples", "phases")]
     if in_the_way:
         raise ValueError(
-            f"{folder} holds files that pcs did not write and that training would replace ({names(in_the_way)}): move them away"
+            f"{folder} contains files that pcs did not write and that training would replace ({names(in_the_way)}): "
+            "move them away"
         )
 
 
@@ -70,14 +71,16 @@ class Log:
                 self._board.scalar(key, value, step)
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
-        """Logs a picture to TensorBoard: `pixels` [3, H, W] in [0, 1]."""
+        """Logs a picture ([3, H, W] in [0, 1]) to TensorBoard."""
         self._open()
         if self._board is not None:
             self._board.picture(name, pixels, step)
 
     def samples(self, step: int, pixels: Tensor) -> None:
-        """Logs pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1], generated with the current state: a sheet in
-        `samples/`, and each one in TensorBoard."""
+        """Logs generated pictures ([N, 3, H, W]) or clips ([N, 3, F, H, W]) in [-1, 1].
+
+        Writes a sheet of all of them to `samples/`, and each one to TensorBoard.
+        """
         from shared.io.contact_sheets import grid, stills, write_picture
 
         pixels = stills(pixels)
@@ -89,7 +92,7 @@ class Log:
             self.picture(step, f"sample/{i}", (picture + 1) / 2)
 
     def close(self) -> None:
-        """Closes the files. What could not be written was an error when it was logged, and is none again here."""
+        """Closes the files. Errors are ignored, because a failed write was already reported when it was logged."""
         for file in (self._file, self._board):
             if file is not None:
                 with suppress(OSError):
@@ -107,5 +110,5 @@ def flat(record: Record) -> dict[str, float]:
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line truncated by a kill
+    except (ValueError, KeyError, TypeError):  # a line that is incomplete because the process was killed
         return 2**62

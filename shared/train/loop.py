@@ -1,7 +1,7 @@
-"""The loop: a generator of steps. Logging, saving and sampling stay outside it.
+"""The training loop, a generator of steps. Logging, saving and sampling are left to the caller.
 
-Every random draw of step i comes from a generator seeded with (seed, i). So no generator state has to be saved, and a run
-that is stopped after k steps and resumed for m more gives the same result as one run of k + m steps.
+Every random draw of step i comes from a generator seeded with (seed, i). Therefore no generator state has to be saved,
+and a run that is stopped after k steps and resumed for m more gives the same result as a single run of k + m steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.task import Regrouped, Update, Updates, UpdateSource
 
-#: Step -> what is trained from that step on; None: no change.
+#: Returns what is trained from a given step onwards; None if nothing changes.
 Regroup = Callable[[int], Regrouped | None]
 
 
@@ -29,7 +29,7 @@ class Record:
     """The outcome of one step."""
 
     step: int  # steps done, this one included
-    loss: float | None  # None: a step without a loss (one that generates pictures)
+    loss: float | None  # None for a step that has no loss, because it generates pictures
     parts: Mapping[str, float]
     lr: Mapping[str, float]
     grad_norm: float
@@ -64,8 +64,8 @@ class Loop:
     def run(self, start: int = 0) -> Iterator[Record]:
         """Yields a `Record` after each step, from `start` until the budget is spent.
 
-        Raises NotFinite when a loss or a gradient is not finite, before it changes any parameter; `good` then holds the state
-        to roll back to.
+        Raises NotFinite when a loss or a gradient is not finite, before any parameter changes. `good` then contains the
+        state to roll back to.
         """
         step = start
         while not self.budget.over(step):

@@ -68,7 +68,7 @@ def _highest(changes: Iterable[int]) -> int:
 
 
 def in_use(device: torch.device) -> int:
-    """Returns the bytes in use: tensors on a GPU, the whole process elsewhere (its peak so far on systems without /proc)."""
+    """Returns the bytes in use by tensors on a GPU, or by the whole process (its peak, on systems without /proc)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:

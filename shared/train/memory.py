@@ -1,4 +1,4 @@
-"""Saves memory while a phase runs: activations are recomputed, and idle networks are offloaded to main memory."""
+"""Saves memory while a phase runs, by recomputing activations and by offloading idle networks to main memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from shared.backbones.protocol import Backbone
 
 @contextmanager
 def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
-    """Inside the context, the denoiser's activations are recomputed in the backward pass instead of stored: less memory, more
-    time."""
+    """Inside the context, the denoiser's activations are recomputed in the backward pass instead of stored, which takes
+    less memory but more time."""
     networks: list[Any] = [backbone.components[name] for name in backbone.noise_ranges] if on else []
 
     def run(module: Any, *args: Any) -> Any:
@@ -47,9 +47,12 @@ def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
 
 
 class Offloaded:
-    """Networks that leave the GPU for main memory while nothing uses them; elsewhere (`on` is False) nothing moves.
+    """Networks that can be moved from the GPU to main memory while nothing uses them. On other devices, nothing moves.
 
-    placement: given for a backbone whose networks take turns on the device; each then returns when it is next used.
+    Args:
+        on: whether networks move; by default, only from a GPU
+        placement: the placement of a backbone whose networks take turns on the device. With it, each network returns
+            when it is next used
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""What a penalty may need from a step besides the prediction.
+"""Values that a penalty may need from a step besides the prediction.
 
-A need can keep a context open around the prediction, and then computes a value.
+A need computes such a value. It can also keep a context open around the prediction.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ class Need(Protocol):
     def name(self) -> str: ...
 
     def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Any]:
-        """Entered before the prediction and exited after the backward pass; what it yields goes to `value`."""
+        """Returns a context that is open from before the prediction until after the backward pass.
+
+        What it yields is passed to `value`.
+        """
         ...
 
     def value(self, step: Step, entered: Any) -> Any:
-        """Computed when a part first asks for it, at most once per step."""
+        """Computes the value. Called when a part first asks for it, at most once per step."""
         ...
 
 
@@ -55,7 +58,7 @@ class Computed:
 
 
 def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> dict[str, Need]:
-    """Returns every available need by name: the task's own, and those that parts provide.
+    """Returns every available need by name, both the task's own needs and those that parts provide.
 
     Raises ValueError when two different needs share a name.
     """
@@ -70,8 +73,8 @@ def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> d
 
 
 def check_needs(parts: Mapping[str, Needing], served: Mapping[str, Need]) -> frozenset[str]:
-    """Returns every need that the parts (place in the recipe -> part) declare. Raises ValueError for a need that nothing
-    provides."""
+    """Returns the names of all needs that the parts (by their keys in the recipe) declare. Raises ValueError for a need
+    that nothing provides."""
     for place, part in parts.items():
         missing = sorted(part.needs - served.keys())
         if missing:

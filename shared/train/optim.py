@@ -1,4 +1,4 @@
-"""Optimizers and their schedules. A learning rate is a pure function of the step, so none of it has to be saved."""
+"""Optimizers and their schedules. A learning rate is a pure function of the step, so no schedule has to be saved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Optimizers:
 
     Args:
         groups: name -> what that optimizer trains
-        settings: by group name; AdamW for a group without any. Names without a group are ignored
+        settings: by group name. A group without settings uses AdamW; names without a group are ignored
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Optimizers:
         self.given = dict(settings)
         self._build(groups, accelerator)
         self._scaler: Any = accelerator.scaler
-        self.skipped = 0  # fp16: overflowing steps in a row
+        self.skipped = 0  # with fp16, the number of steps in a row whose gradient overflowed
         self.average(False)
 
     def _build(self, groups: Mapping[str, Sequence[TrainableGroup]], accelerator: Accelerator) -> None:
@@ -69,8 +69,11 @@ class Optimizers:
         accelerator: Accelerator,
         came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] | None = None,
     ) -> None:
-        """Trains these groups from now on. Parameters that stay keep their optimizer state, parameters that replace others
-        take over the others' state row by row (`shared.train.task.Regrouped`), and the rest start with none."""
+        """Trains these groups from now on.
+
+        Parameters that stay keep their optimizer state. A parameter that replaces another takes over its state row by
+        row (see `shared.train.task.Regrouped`). The rest start without state.
+        """
         known = came_from or {}
         progress = self.progress()
         before = {id(parameter): (parameter, dict(state)) for parameter, state in self.states()}
@@ -108,7 +111,7 @@ class Optimizers:
                     yield parameter, optimizer.state[parameter]
 
     def backward(self, loss: Tensor, names: Sequence[str] | None, accelerator: Accelerator) -> None:
-        """Accumulates the loss's gradient, only in the parameters of the groups that it trains."""
+        """Accumulates the gradient of the loss in the parameters of these groups only (all groups if None)."""
         options = {"inputs": self.parameters(names)} if names is not None and len(self.groups) > len(names) else {}
         accelerator.backward(loss, **options)
 
@@ -129,8 +132,10 @@ class Optimizers:
         return {part.slot: group["lr"] for n, parts in self.groups.items() for group, part in self._rated(n, parts)}
 
     def average(self, on: bool) -> None:
-        """Switches the parameters of schedule-free optimizers to their average (on: for pictures, scores and the concept) or
-        back to the point that training continues from (off)."""
+        """Switches the parameters of schedule-free optimizers to their average, for pictures, scores and the concept.
+
+        If not `on`, switches them back to the point from which training continues.
+        """
         for name, optimizer in self.raw.items():
             if self.settings[name].averages:
                 switched: Any = optimizer
@@ -149,14 +154,14 @@ class Optimizers:
         before: Callable[[], None] | None = None,
         closure: Callable[[], Tensor] | None = None,
     ) -> float:
-        """Clips and checks the gradient, takes a step and clears the gradient; returns the gradient's norm.
+        """Clips and checks the gradient, takes a step, clears the gradient, and returns the gradient's norm.
 
         Raises NotFinite, leaving the parameters unchanged, when the gradient is not finite. With fp16, however, the scaler
-        skips a step whose gradient overflows and halves its scale; only a long run of such steps raises NotFinite. `before` is
-        called when the gradient is finite, just before the parameters change.
+        skips a step whose gradient overflows and halves its scale; only a long series of such steps raises NotFinite.
+        `before` is called just before the parameters change, if the gradient is finite.
         """
         limit = self.settings[group].max_grad_norm
-        # fp16; only this group's gradients, because phases share parameters
+        # for fp16; unscales only this group's gradients, because phases share parameters
         accelerator.unscale_gradients(self.prepared[group])
         parameters = self.parameters([group])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
@@ -198,7 +203,7 @@ class Optimizers:
             if group in (None, name):
                 optimizer.zero_grad()
 
-    # --- what is saved -------------------------------------------------------------------------------------
+    # --- saving and loading --------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, list[dict[str, Any]]]:
         """Returns what optimizers store per parameter group (an estimated rate, a count), as plain numbers."""
@@ -216,7 +221,7 @@ class Optimizers:
                 group.update(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns moments and step counts for safetensors, `group.index.name` -> tensor; suffixes mark lists and numbers."""
+        """Returns moments and step counts as tensors by `group.index.name`. Suffixes mark lists and other values."""
         out: dict[str, Tensor] = {}
         for name, optimizer in self.raw.items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -225,7 +230,7 @@ class Optimizers:
         return out
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when the tensors do not fit these parameters."""
+        """Restores what `state_dict` returned. Raises ValueError when the tensors do not fit these parameters."""
         for name in {key.split(".", 1)[0] for key in flat} - self.raw.keys():
             raise ValueError(
                 f"the saved optimizer state does not fit this recipe: {unknown(name, self.raw, 'group')} Start over."
@@ -250,7 +255,7 @@ class Optimizers:
 
 def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
     """Rearranges optimizer state for a parameter whose rows came from `rows` of the former one; new rows start at 0."""
-    if not isinstance(value, Tensor) or value.shape != former.shape:  # a count of steps
+    if not isinstance(value, Tensor) or value.shape != former.shape:  # a step count
         return value
     at = rows.to(value.device)
     return value[at.clamp_min(0)] * (at >= 0).view(-1, *[1] * (value.ndim - 1)).to(value.dtype)

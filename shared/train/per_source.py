@@ -1,4 +1,4 @@
-"""Adapters that are not saved in a concept: those for a single picture or clip (`per_source`), and temporary ones."""
+"""Handles adapters that no concept contains: those of a single picture or clip (`per_source`), and temporary ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
 def inject_each(
     part: Trainable, backbone: Backbone, slot: str, subjects: Mapping[str, Subject], seed: int
 ) -> TrainableGroup:
-    """Injects one adapter per file of the subjects, as one group; each is off except in steps on its own file."""
+    """Injects an adapter for each file of the subjects, all in one group. Each is off except in steps on its file."""
     groups = []
     for number in range(len(_files(subjects))):
         name = adapter_set(slot, number)

@@ -1,4 +1,4 @@
-"""One phase of a run: its task's steps, and the work between them."""
+"""Runs one phase, which consists of the steps of its task and the work between them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Phase:
                 raise Interrupted
 
     def _enter(self, stack: ExitStack) -> None:
-        """Enters the contexts that hold while the phase runs."""
+        """Enters the contexts that stay open while the phase runs."""
         owner, backbone = self.owner, self.owner.backbone
         off = dict.fromkeys((name for name in self.recipe.task.off if name in backbone.adapters), 0.0)
         if off:
@@ -103,7 +103,7 @@ class Phase:
         )
 
     def _after(self) -> None:
-        """Does the work after a step: validation pictures and scores, the best state, a checkpoint."""
+        """Does the work that follows a step: validates, keeps the best state, and writes a checkpoint if due."""
         owner, check, step, last = self.owner, self.recipe.train.validation, self.step, self.task.steps
         if owner.preview and check.every and (step % check.every == 0 or step == last) and self.optimizers.names:
             self.optimizers.check_finite(step)
@@ -149,7 +149,7 @@ class Phase:
         )
 
     def _finish(self) -> None:
-        """Ends the phase: restores its best state if one was kept; the next phase starts from there."""
+        """Ends the phase. Restores its best state, if one was kept, as the starting point of the next phase."""
         owner = self.owner
         self.optimizers.average(True)
         if owner.best:

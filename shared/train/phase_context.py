@@ -1,4 +1,4 @@
-"""What a phase's task receives from the run."""
+"""The context that a run passes to the task of a phase, and the base class of tasks that work on a concept."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class MakeNow(Protocol):
-    """Generates pictures with the model as it is now."""
+    """Generates pictures with the model in its current state."""
 
     def __call__(
         self, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, start: Start | None = None
     ) -> Tensor:
-        """Returns [N, 3, H, W] in [-1, 1], at the recipe's training resolution, on the CPU.
+        """Returns pictures ([N, 3, H, W] in [-1, 1]) at the recipe's training resolution, on the CPU.
 
         Args:
             prompts: already expanded
@@ -36,13 +36,13 @@ class MakeNow(Protocol):
         ...
 
 
-#: (pictures [N, 3, H, W], plain prompts) -> scores with the key "score": higher is better
+#: Scores pictures ([N, 3, H, W]), given their plain prompts. The scores include "score", of which higher is better.
 Score = Callable[[Tensor, Sequence[str]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class PhaseContext:
-    """One phase of a run."""
+    """What a phase's task receives from the run."""
 
     backbone: Backbone
     name: str
@@ -51,20 +51,21 @@ class PhaseContext:
     names: Sequence[str]  # of all subjects; empty if the run does not learn them
     adapter_sets: Sequence[str]  # of the adapters being trained, the default set first
     trained: Sequence[TrainableGroup]  # what the phase trains
-    loaded_strengths: Mapping[str, float]  # concepts loaded before the run, which stay on
+    loaded_strengths: Mapping[str, float]  # of the concepts loaded before the run, which stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's modifier, before any training
     examples: Callable[[], Iterable[Example]]  # from the phase's sources, lazily
     text_on_device: Callable[[], AbstractContextManager[None]]  # inside it, text encoders are on the device
     folder: Path  # for the phase's files
-    make: MakeNow | None = None  # None: this run cannot generate pictures
+    make: MakeNow | None = None  # None if this run cannot generate pictures
     scorers: Mapping[str, Score] = field(default_factory=dict)  # by subject
     progress: Callable[[str, int, int], None] | None = None
     per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> its own adapter sets
     temporary: tuple[str, ...] = ()  # adapter sets that are on only in training steps
-    carried: Mapping[str, Tensor] = field(default_factory=dict)  # from earlier phases, in addition to what they learned
+    # passed on by earlier phases, in addition to what they learned
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
     earlier: Sequence[Recipe] = ()  # recipes of the earlier phases, in order
     phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder of its files
-    resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase starts fresh
+    resumed_step: int = 0  # the step of this phase at which the run resumes; 0 if the phase starts afresh
 
     @property
     def class_nouns(self) -> dict[str, str]:
@@ -81,11 +82,11 @@ class ConceptTask:
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """Returns the autoencoder and all text encoders, unless a task overrides this."""
+        """The autoencoder and all text encoders, unless a task overrides this."""
         return frozenset({"vae", *(c for c in self.context.backbone.components if c.startswith("text_encoder"))})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
+        """Returns token vectors as `placeholder/<concept>/<key>`, and adapters as `adapter/<slot>/<tensor>`."""
         return gather(self.context.backbone, self.context.names, self.context.adapter_sets)
 
     @contextmanager
@@ -97,8 +98,8 @@ class ConceptTask:
         Args:
             resting: adapter sets that are off
 
-        Raises ValueError for several files at once if files have adapters of their own: an adapter cannot act on individual
-        rows of a batch.
+        Raises ValueError for several files at once if files have adapters of their own, because an adapter cannot act
+        on individual rows of a batch.
         """
         context, backbone = self.context, self.context.backbone
         now = {name: 1.0 for name in context.temporary if name in backbone.adapters}
@@ -114,24 +115,27 @@ class ConceptTask:
             yield
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, unexpected or of the wrong shape. An adapter with no saved tensors keeps
-        its initial values at the start of a phase, because that phase adds it."""
+        """Restores what `state_dict` returned.
+
+        At the start of a phase, an adapter with no saved tensors keeps its initial values, because that phase adds it.
+        Raises ValueError when tensors are missing, unexpected or of the wrong shape.
+        """
         fresh = self.context.resumed_step == 0
         restore(self.context.backbone, self.context.names, self.context.adapter_sets, state, fresh)
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        """Returns optimizer group -> the trainable parts in it."""
+        """Returns the trainable parts of each optimizer group."""
         out: dict[str, list[TrainableGroup]] = {}
         for group in self.context.trained:
             out.setdefault(group.group, []).append(group)
         return out
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Returns None: nothing changes over time."""
+        """Returns None, because nothing changes over time."""
         return None
 
     def carried(self) -> dict[str, Tensor]:
-        """Returns nothing: everything learned is attached to the backbone."""
+        """Returns an empty mapping, because everything learned is attached to the backbone."""
         return {}
 
     def result(self) -> Any:
@@ -139,5 +143,5 @@ class ConceptTask:
         return self.state_dict()
 
 
-#: The class of a recipe's task part -> what builds its task. Packages add their own.
+#: Maps the class of a recipe's task part to what builds its task. Packages add their own.
 TaskTable = Mapping[type, Callable[[PhaseContext], "Task"]]

@@ -8,7 +8,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(asked: str, device: torch.device | str) -> str:
-    """Returns "no", "bf16" or "fp16" for this device; "auto" picks one that the device is fast at.
+    """Returns "no", "bf16" or "fp16" for this device; "auto" selects a precision in which the device is fast.
 
     Raises ValueError for fp16 on a CPU, and for an unknown precision.
     """

@@ -1,4 +1,4 @@
-"""Whether a run can resume from a checkpoint: it needs the same recipe and the same dependencies."""
+"""Checks whether a run can resume from a checkpoint, which requires the same recipe and the same dependencies."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from shared.backbones.protocol import Backbone
 from shared.io.checksums import sha256
 from shared.types import Subject
 
-#: Keys that may differ: they affect where and when files are written or how memory is used, not what is learned.
+#: Keys that may differ, because they affect where and when files are written or how memory is used, but not what is
+#: learned.
 _FREE = re.compile(
     r"(output|name|preview|method|title|papers|taxonomy)(\..*)?|"
     r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)",
     re.ASCII,
 )
-#: Locations: for an interrupted run, their contents are compared instead (`dependencies`).
+#: Keys of locations. For an interrupted run, the contents are compared instead (`dependencies`).
 _MOVED = re.compile(r"backbone|subjects?\.(.+\.)?(images|clips|masks|captions)", re.ASCII)
-#: Previews during training draw no shared random numbers: they matter only if their scores decide which state is kept.
+#: Keys of previews during training. They draw no shared random numbers, so they matter only if scores decide which
+#: state is kept.
 _PREVIEWS = re.compile(r"(phases\.[^.]+\.)?train\.validation(\..*)?", re.ASCII)
 #: Keys that may also change after a non-finite loss, as a remedy.
 _CURE = re.compile(
@@ -39,12 +41,12 @@ def same_recipe(
     finished: bool = False,
     scored: bool = True,
 ) -> None:
-    """Raises ValueError naming the first key that differs from the recipe of a checkpoint or of a finished run. Keys that
-    cannot matter may differ: output, name, method, title, papers, taxonomy, preview, the checkpoint interval, gradient
-    checkpointing and, for an interrupted run, the locations of pictures and model.
+    """Raises ValueError naming the first key that differs from the recipe of a checkpoint or of a finished run.
 
-    After a non-finite loss, learning rates, precision and optimizers may also differ. Where previews are not `scored`, the
-    settings of the validation may differ.
+    Keys that cannot affect the result may differ: output, name, method, title, papers, taxonomy, preview, the
+    checkpoint interval, gradient checkpointing and, for an interrupted run, the locations of pictures and model. After
+    a non-finite loss, learning rates, precision and optimizers may also differ. If previews are not `scored`,
+    validation settings may differ.
     """
     what, cure = ("finished", "choose another output") if finished else ("interrupted", "resume with the same recipe")
     for key, before, now in _differences(old, new):
@@ -82,7 +84,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = ""
 
 
 def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float]) -> dict[str, str]:
-    """Returns what a run depends on besides its recipe: description -> hash of weights, pictures and loaded concepts.
+    """Returns hashes of what a run depends on besides its recipe (weights, pictures, loaded concepts), by description.
 
     Call it before the concepts to be trained are attached.
     """
@@ -127,7 +129,7 @@ def _short(value: str) -> str:
 
 
 def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
-    """Returns a key for what class pictures depend on besides their settings: the weights, and the concepts that are on."""
+    """Returns a key for what class pictures depend on besides their settings: the weights and the active concepts."""
     digest = hashlib.sha256(backbone.checkpoint.encode())
     on = {n: s for n, s in strengths.items() if s and n in backbone.adapters}
     for name, strength in sorted(on.items()):

@@ -1,6 +1,7 @@
-"""Stop requests: Ctrl-C, SIGTERM (a scheduler, a shutdown) and SIGHUP (a closed terminal). The current step ends first.
+"""Handles requests to stop: Ctrl-C, SIGTERM (a scheduler, a shutdown) and SIGHUP (a closed terminal).
 
-Cheap to import: the command line installs the handlers before it imports anything heavy.
+The current step is completed first. This module is cheap to import, because the command line installs the handlers
+before it imports anything heavy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _received: list[int] = []
 
 
 def heed_stops() -> None:
-    """Makes each of the signals raise KeyboardInterrupt; one that is ignored (nohup) stays ignored.
+    """Makes each of the signals raise KeyboardInterrupt, except signals that are ignored (nohup).
 
     Programs call this in their main thread.
     """
@@ -78,7 +79,7 @@ def _heeded() -> bool:
 
 def _noted(number: int) -> None:
     _received.append(number)
-    for stream in (1, 2):  # on a closed terminal every print fails, including those before the state is saved
+    for stream in (1, 2):  # on a closed terminal every print fails, even before the state is saved
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
                 nowhere = os.open(os.devnull, os.O_WRONLY)

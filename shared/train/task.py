@@ -1,4 +1,4 @@
-"""What a phase does: the contract between the loop and a task."""
+"""The contract between the loop and the task of a phase."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ class Update:
     """One loss. A step may have several, in order (distillation alternates between losses)."""
 
     loss: Tensor  # scalar
-    groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None: all
+    groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None for all
     parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # the terms of the loss, for the log
 
 
 @dataclass(frozen=True)
 class Regrouped:
-    """The new set of trained parameters, from a certain step on.
+    """The new set of trained parameters, from a certain step onwards.
 
-    came_from: new parameter -> the parameter it replaces, and int64 [N]: for each new row, the index of the old row that it
-    continues, or -1. A continued row keeps its optimizer state; a row with -1 starts with none.
+    `came_from` maps each new parameter to the parameter that it replaces and to an int64 tensor [N]. For each new row,
+    the tensor contains the index of the old row that it continues, or -1. A row that continues an old one keeps its
+    optimizer state; a row with -1 starts with none.
     """
 
     groups: Mapping[str, Sequence[TrainableGroup]]
     came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
 
-#: The losses of one micro-batch, in order. A generator; the loop closes it if it stops early.
+#: A generator of the losses of one micro-batch, in order. The loop closes it if it stops early.
 Updates = Generator[Update, None, None]
 
 
@@ -51,42 +52,54 @@ class UpdateSource(Protocol):
 
 
 class Task(UpdateSource, Protocol):
-    """The work of a phase, in numbered steps. It owns data and losses; the loop owns time, gradients and optimizers. Methods
-    are called in this order: `load_state_dict` (if the run is resumed) -> `groups` -> for each step `regrouped`, then `updates`
-    -> `result`; `state_dict` and `carried` may be called between any two steps."""
+    """The work of a phase, in numbered steps.
+
+    A task owns data and losses; the loop owns time, gradients and optimizers.
+
+    Methods are called in this order: `load_state_dict` (if the run is resumed), `groups`, then for each step
+    `regrouped` and `updates`, and finally `result`. `state_dict` and `carried` may be called between any two steps.
+    """
 
     steps: int  # the task's total number of steps
     rate_key: str  # the recipe key that sets the learning rate
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """Which of the autoencoder ("vae") and the text encoders the steps use; on a GPU the others are offloaded."""
+        """Those of the autoencoder ("vae") and the text encoders that the steps use.
+
+        On a GPU, the others are offloaded.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, unexpected or of the wrong shape."""
+        """Restores what `state_dict` returned. Raises ValueError when tensors are missing, unexpected or misshapen."""
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
-        """Returns optimizer group -> what it trains; empty for a task that trains nothing."""
+        """Returns what each optimizer group trains; empty for a task that trains nothing."""
         ...
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Called before a step: applies what changes with time, and returns the new groups if they changed, else None.
+        """Applies what changes with time, and returns the new groups if they changed, otherwise None.
 
-        Groups change when a 3D field splits, for example. A second call for the same step changes nothing more, because a run
-        may resume there.
+        Called before each step. Groups change when a 3D field splits, for example. A second call for the same step
+        must change nothing more, because a run may resume at that step.
         """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns everything that the task has produced so far and could not recompute, for checkpoints and the best state:
-        in fp32 on the CPU."""
+        """Returns, in fp32 on the CPU, everything that the task has produced so far and could not recompute.
+
+        Checkpoints and the best state consist of this.
+        """
         ...
 
     def carried(self) -> dict[str, Tensor]:
-        """Returns what later phases find in `PhaseContext.carried`, in addition to everything attached to the backbone: in
-        fp32 on the CPU. It replaces what an earlier phase left under the same prefix (up to the "/")."""
+        """Returns, in fp32 on the CPU, what later phases find in `PhaseContext.carried`.
+
+        It comes in addition to everything attached to the backbone, and replaces what an earlier phase left under the
+        same prefix (up to the "/").
+        """
         ...
 
     def result(self) -> Any:

@@ -1,4 +1,4 @@
-"""One run from pictures to learned tensors: phases, checkpoints, validation pictures, the best state, interruption."""
+"""Trains a recipe from pictures to learned tensors, with phases, checkpoints, validation and interruptions."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Preview(Protocol):
 class TrainingRun:
     """Runs a recipe's phases on `backbone` for `subjects`.
 
-    Concepts that are already attached stay on at `loaded_strengths`. What is learned is attached under the subjects' names
-    (tokens) and `adapter_sets` (adapters: `run_name`, unless a part sets another) and stays attached afterwards.
+    Concepts that are already attached stay on at `loaded_strengths`. Learned tokens are attached under the subjects'
+    names, and adapters under `adapter_sets` (`run_name`, unless a part sets another). They stay attached afterwards.
     """
 
     backbone: Backbone
@@ -61,7 +61,7 @@ class TrainingRun:
     workdir: Path
     cache_dir: Path
     class_pictures: ClassPictures | None = None  # generates pictures with everything being trained switched off
-    make: MakeNow | None = None  # generates pictures with the model as it is now
+    make: MakeNow | None = None  # generates pictures with the model in its current state
     preview: Preview | None = None
     scored: bool = True  # whether `preview` gives scores, which decide which state is kept
     scorers: Mapping[str, Score] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class TrainingRun:
 
     @property
     def costs(self) -> dict[str, Any]:
-        """Returns the run's costs (`shared.train.costs.summary`) and the precision that "auto" resolved to."""
+        """The run's costs (`shared.train.costs.summary`) and its precision ("auto" is resolved)."""
         return {**summary(self.clock, self.backbone.device, self._peak), "mixed_precision": self.precision}
 
     # --- the run -------------------------------------------------------------------------------------------
@@ -121,8 +121,9 @@ class TrainingRun:
     def steps(self, resume: bool = False) -> Iterator[tuple[str, Record]]:
         """Trains, yielding (phase, record); with `resume`, continues from the newest checkpoint in `workdir`.
 
-        Raises ValueError when the checkpoint belongs to another recipe, NotFinite (after saving the last good state), and
-        Interrupted (after saving). A run that ends so before its first checkpoint removes the folder that it made.
+        Raises ValueError when the checkpoint belongs to another recipe, NotFinite (after saving the last good state),
+        and Interrupted (after saving). A run that fails or is stopped before its first checkpoint removes the folder
+        that it created.
         """
         self._depends = dependencies(self.backbone, self.subjects, self.loaded_strengths)
         self._attach_names()
@@ -158,10 +159,10 @@ class TrainingRun:
                 checkpoint.clear_if_none(self.workdir)
 
     def _resume_from(self, state: checkpoint.State) -> None:
-        """Restores what a checkpoint holds besides its tensors. Raises ValueError when it belongs to another run."""
+        """Restores a checkpoint, except for learned tensors. Raises ValueError when it belongs to another run."""
         info = state.info
         recipe, failed = info.get("recipe", {}), bool(info.get("not_finite"))
-        # for each preview, a schedule-free optimizer is switched to its average and back, which rounds
+        # each preview switches a schedule-free optimizer to its average and back, which causes rounding
         averaged = any(o.averages for _, phase in self.phases for o in phase.train.optimizers.values())
         same_recipe(recipe, dump(self.recipe), failed, scored=self.scored or averaged)
         same_dependencies(info.get("depends", self._depends), self._depends)
@@ -180,9 +181,9 @@ class TrainingRun:
                 if other != name and confusable(self.backbone, placeholder, loaded):
                     self.backbone.remove(name)
                     raise ValueError(
-                        f"{name!r} and {other!r} would be {placeholder.words!r} and {loaded.words!r}, which the model "
-                        "cannot tell apart: learn them in separate runs with different modifier.token values, or use "
-                        "modifier.kind=learnable_token"
+                        f"{name!r} and {other!r} would be called {placeholder.words!r} and {loaded.words!r}, which the "
+                        "model cannot tell apart: learn them in separate runs with different modifier.token values, or "
+                        "use modifier.kind=learnable_token"
                     )
 
         for name in (self.run_name, *self.names):
@@ -190,7 +191,7 @@ class TrainingRun:
             self.backbone.keep_attending(name, *edits)
 
     def _unfreeze(self, phase: Recipe) -> list[TrainableGroup]:
-        """Injects what is new, unfreezes what the phase trains, and freezes the rest."""
+        """Injects new adapters, unfreezes what the phase trains, and freezes the rest."""
         self._freeze()
         now = []
         for slot, part in phase.trainable.items():
@@ -212,12 +213,12 @@ class TrainingRun:
 
     @property
     def sets_of_the_run(self) -> tuple[str, ...]:
-        """Returns every adapter set of this run, including those of single files."""
+        """Every adapter set of this run, including those of single files."""
         return (*self.adapter_sets, *(name for names in self.per_source.values() for name in names))
 
     @property
     def kept_sets(self) -> tuple[str, ...]:
-        """Returns the adapter sets that the concepts keep."""
+        """The adapter sets that the concepts keep."""
         return tuple(name for name in self.adapter_sets if name not in self.temporary)
 
     def _freeze(self) -> None:
@@ -317,7 +318,7 @@ class TrainingRun:
         )
 
     def begin(self) -> None:
-        """Removes what an earlier run left behind, on the first call only. Called after all checks have passed."""
+        """Removes what an earlier run left behind, on the first call only. Call this once all checks have passed."""
         if self._anew:
             checkpoint.clear(self.workdir)
             self._anew = False

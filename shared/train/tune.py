@@ -1,4 +1,4 @@
-"""Tuning on the subjects' pictures: the task behind every test-time fine-tuning recipe."""
+"""Tuning on the subjects' pictures, the task behind every test-time fine-tuning recipe."""
 
 from __future__ import annotations
 
@@ -74,18 +74,19 @@ class Tune(ConceptTask):
             Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
             Computed("example_loss", self._example_loss),  # [B], the objective per example
             Computed("loss_weight", self._loss_weight),  # [B, 1, (f), h, w], the weight of each location; or None
-            Computed(
-                "class_prediction", self._class_prediction
-            ),  # [I, C, h, w], of instance examples, prompted with the class noun
-            Computed(
-                "base_class_prediction", self._base_class_prediction
-            ),  # the same, without the concepts being trained
-            Computed("token_drift", self._token_drift),  # [n], squared distances of token vectors from their start
+            # [I, C, h, w], of instance examples, prompted with the class noun
+            Computed("class_prediction", self._class_prediction),
+            # the same, without the concepts being trained
+            Computed("base_class_prediction", self._base_class_prediction),
+            # [n], squared distances of token vectors from their initial values
+            Computed("token_drift", self._token_drift),
         ]
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields one loss per micro-batch: the objective on instance examples, plus every penalty. It is yielded inside all
-        contexts that the needs keep open around the prediction."""
+        """Yields one loss per micro-batch, the objective on instance examples plus every penalty.
+
+        It is yielded inside all contexts that the needs keep open around the prediction.
+        """
         with self.state(step, micro) as state:
             parts = self.losses(state)
             loss = torch.stack(list(parts.values())).sum()
@@ -100,13 +101,15 @@ class Tune(ConceptTask):
         resting: Sequence[str] = (),
         groups: tuple[str, ...] | None = None,
     ) -> Updates:
-        """Yields one loss on examples of one role: subject examples get the objective and the penalties that need no class
-        examples; class examples get the penalties that do. Use it for examples that cannot share a batch or need different
-        active adapters.
+        """Yields one loss on examples of one role.
+
+        Use it for examples that cannot share a batch or that need different active adapters. On subject examples, the
+        loss is the objective plus the penalties that need no class examples; on class examples, it is the penalties
+        that do.
 
         Args:
             own, resting: see `state`
-            groups: the optimizer groups that the loss trains; None: all
+            groups: the optimizer groups that the loss trains; all if None
         """
         of_class = "instance" not in batch.role
         penalties = {k: part for k, part in self.recipe.regularize.items() if part.needs_class_examples == of_class}
@@ -144,9 +147,9 @@ class Tune(ConceptTask):
         """Yields one micro-batch's prediction with the requested needs, inside the contexts that they keep open around it.
 
         Args:
-            batch: the examples; None: those of this step
+            batch: the examples; if None, those of this step
             own: the strength of the adapters that belong only to this example
-            needs: the names of the needs; None: those of all penalties
+            needs: the names of the needs; if None, those of all penalties
             resting: adapter sets that are off
         """
         batch = self.data.batch(step, micro) if batch is None else batch
@@ -177,7 +180,7 @@ class Tune(ConceptTask):
         return self._kept(captions, self._text)
 
     def _kept(self, captions: Sequence[str], kept: dict[str, Conditioning]) -> Conditioning:
-        """Encodes each caption once, with the model as it is now."""
+        """Encodes each caption once, with the model in its current state."""
         for caption in captions:
             if caption not in kept:
                 with torch.no_grad(), self.context.text_on_device():
@@ -232,7 +235,7 @@ class Tune(ConceptTask):
 
 
 def without_given(weight: Tensor | None, t: Tensor) -> Tensor | None:
-    """Returns the objective's weight [B, 1, (f), h, w], zero on noise-free frames (those where t [B, f] is 0)."""
+    """Returns the objective's weight ([B, 1, (f), h, w]) with zeros on noise-free frames, where t ([B, f]) is 0."""
     if t.ndim < 2:
         return weight
     asked = (t != 0).float()[:, None, :, None, None]

@@ -1,1 +1,1 @@
-"""Reading and writing clips (videos, animations, folders of frames): read as streams, written atomically."""
+"""Reads clips (videos, animations, folders of frames) as streams, and writes them atomically."""

@@ -11,7 +11,7 @@ from PIL import Image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import Picture, as_picture, check_size, named_errors, opened
 
-_SHORTEST = 20  # milliseconds: browsers show anything shorter for 100
+_SHORTEST = 20  # milliseconds; browsers show frames with a shorter delay for 100 ms
 _INSTEAD = 100
 _MILLI = Fraction(1, 1000)
 
@@ -57,7 +57,7 @@ class Animation(FrameSource):
 
 
 def _check_trailer(path: Path) -> None:
-    """Raises ValueError if a GIF lacks its trailer: it was truncated between two frames."""
+    """Raises ValueError if a GIF lacks its trailer, which means that it was truncated between two frames."""
     with named_errors(path), path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 256))
         if not stream.read().rstrip(b"\0").endswith(b";"):

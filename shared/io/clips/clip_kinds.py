@@ -1,4 +1,4 @@
-"""Determines what a file holds from its content: a video in a known container, an animation, one picture, or none of these."""
+"""Determines whether a file is a video, an animation, a single picture, or none of these, judging from its content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["video", "animation", "picture"]
 
 READABLE = "mp4, mov, webm, mkv, avi, GIF, animated WebP or PNG, or a folder of frames"
 
-#: Pillow's formats that can hold several frames of a clip; the pages of a TIFF or MPO are not a clip.
+#: Pillow's formats that can store the frames of a clip; the pages of a TIFF or MPO are not a clip.
 ANIMATED = ("GIF", "WEBP", "PNG")
 _MAGIC = (
     (0, b"\x1aE\xdf\xa3", "matroska"),
@@ -43,8 +43,8 @@ def container(path: Path) -> str | None:
 
 
 def clip_kind(path: Path) -> Kind | None:
-    """Returns a file's kind; None if it is none of these. Raises OSError if it cannot be opened, ValueError if it is
-    damaged."""
+    """Returns a file's kind; None if it has none of the known kinds. Raises OSError if the file cannot be opened, and
+    ValueError if it is damaged."""
     if container(path):
         return "video"
     kind = sniff(path)
@@ -63,7 +63,7 @@ def stated_size(path: Path) -> int | None:
     if head[:4] != b"\x1aE\xdf\xa3":
         return None
     length, place = _ebml_size(head, 4)
-    # the segment, which holds everything else
+    # the segment, which contains everything else
     if length is None or head[place + length : place + length + 4] != b"\x18S\x80g":
         return None
     segment, begin = _ebml_size(head, place + length + 4)
@@ -71,7 +71,7 @@ def stated_size(path: Path) -> int | None:
 
 
 def _ebml_size(head: bytes, place: int) -> tuple[int | None, int]:
-    """Returns (an EBML element's size, the position of its content) by RFC 8794, section 4; the size is None if unknown."""
+    """Returns the size of an EBML element (None if unknown) and the position of its content (RFC 8794, section 4)."""
     width = 9 - head[place].bit_length() if place < len(head) and head[place] else 0
     if not width or place + width > len(head):
         return None, place

@@ -22,7 +22,7 @@ DESCRIPTION = 0x010E  # EXIF: ImageDescription
 
 
 def as_json(metadata: Mapping[str, str]) -> str:
-    """Returns one line of ASCII JSON, so that no format's text encoding matters."""
+    """Encodes metadata as one line of ASCII JSON, which is safe in the text encoding of every format."""
     return json.dumps({key: encodable(str(value)) for key, value in metadata.items()})
 
 
@@ -50,7 +50,7 @@ def _video_comment(path: Path) -> str:
 
 def _picture_comment(path: Path) -> str:
     if sniff(path) not in ("GIF", "WEBP"):
-        raise ValueError(f"{path} is not a kind of clip that pcs writes (mp4, GIF, WebP or a folder of frames)")
+        raise ValueError(f"{path} is not a clip in a format that pcs writes (mp4, GIF, WebP or a folder of frames)")
     with opened(path) as image:
         if image.format == "GIF":
             comment = image.info.get("comment", b"")

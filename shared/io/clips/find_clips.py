@@ -27,7 +27,7 @@ class ClipListing:
 
     clips: tuple[Path, ...]
     captions: Mapping[Path, str]  # clip -> one line
-    masks: Mapping[Path, Path]  # clip -> its masks, as `read_windows` takes them
+    masks: Mapping[Path, Path]  # clip -> its masks, as `read_windows` accepts them
     warnings: tuple[str, ...] = ()
 
 
@@ -36,19 +36,19 @@ def find_clips(
     masks: PathLike | Mapping[PathLike, PathLike] | None = None,
     captions: PathLike | Mapping[PathLike, str] | None = None,
 ) -> ClipListing:
-    """Finds the clips in a folder (sorted by name), a single clip, or a list of both (in the given order), with captions and
-    masks.
+    """Finds the clips in a folder (sorted by name), a single clip, or a list of both (in the given order), with
+    captions and masks.
 
-    A clip is a video, an animation, or a folder of frames; a folder that holds pictures and no clips is itself a clip.
-    For `NAME.mp4` or the folder `NAME/`, the caption is `NAME.txt` (or `NAME/caption.txt`) and the masks are
-    `masks/NAME` or `NAME.mask`, `NAME-mask`, `NAME_mask`: a clip or a folder with a mask for each frame, or one picture
-    for the first frame. Inside a folder of frames, masks may also be stored as they are for pictures. `masks` and
-    `captions` are each a folder whose entries have the clips' names, or a mapping by clip (path or name); they replace masks
-    and captions found next to the clips.
+    A clip is a video, an animation, or a folder of frames; a folder that contains pictures but no clips is itself a
+    clip. For `NAME.mp4` or the folder `NAME/`, the caption is `NAME.txt` (or `NAME/caption.txt`). The masks are
+    `masks/NAME`, `NAME.mask`, `NAME-mask` or `NAME_mask`, each either a clip or folder with a mask for each frame, or
+    one picture for the first frame. Inside a folder of frames, masks may also be stored as they are for pictures.
+    `masks` and `captions` are each a folder whose entries have the clips' names, or a mapping from clips (paths or
+    names). They replace the masks and captions found next to the clips.
 
-    Anything that is not a clip is skipped and listed with the reason in one UserWarning per folder; if only some clips have
-    a caption or masks, a UserWarning lists the others. Raises ValueError if a path does not exist, a given file is not a
-    clip, nothing is left, or `masks` or `captions` matches no clip.
+    Anything that is not a clip is skipped and listed with the reason in one UserWarning per folder. If only some clips
+    have a caption or masks, a UserWarning lists the clips without one. Raises ValueError if a path does not exist, a
+    given file is not a clip, no clips are left, or `masks` or `captions` matches no clip.
     """
     paths = [clips] if isinstance(clips, (str, os.PathLike)) else list(clips)
     if not paths:
@@ -58,7 +58,7 @@ def find_clips(
     notes = [note for part in parts for note in part.warnings]
     named = [clip for part in parts for clip in part.clips]
     twice = [clip.name for clip in found if named.count(clip) > 1]
-    notes += [f"listed twice, used once: {names(twice)}"] if twice else []
+    notes += [f"listed twice but used only once: {names(twice)}"] if twice else []
     texts = {clip: text for part in parts for clip, text in part.captions.items()}
     planes = {clip: mask for part in parts for clip, mask in part.masks.items()}
     if captions is not None:
@@ -131,7 +131,7 @@ def _not_a_clip(path: Path) -> str:
 
 
 def _frames(folder: Path) -> bool:
-    """Whether a folder directly holds pictures, which are then the frames of one clip."""
+    """Whether a folder directly contains pictures, which are then the frames of one clip."""
     try:
         return bool(listing_of(folder, known=(CAPTION,)).pictures)
     except (OSError, ValueError):
@@ -199,7 +199,7 @@ def _match(found: Sequence[Path], key: PathLike, what: str) -> Path:
 
 
 def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Path, Path]:
-    """Maps each clip to the entry of `folder` with the same name, if there is one."""
+    """Maps each clip to the entry in `folder` with the same name, if there is one."""
     root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"{what}: {root} {absent(root, 'is not a folder')}")
@@ -207,5 +207,7 @@ def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Pat
     out = {clip: entry for clip in found for entry in entries if _stem(entry) == _stem(clip)}
     if not out:
         seen, clips = names(p.name for p in entries) or "nothing", names(p.name for p in found)
-        raise ValueError(f"{what}: no file in {root} has a clip's name; it holds {seen}, while the clips are {clips}")
+        raise ValueError(
+            f"{what}: no file in {root} has a clip's name; the folder contains {seen}, while the clips are {clips}"
+        )
     return out

@@ -10,9 +10,9 @@ from PIL import Image
 _BT709, _UNSPECIFIED, _BT601, _BT2020, _BT2020_CONSTANT = 1, 2, 5, 9, 10  # ITU-T H.273, matrix coefficients
 _PRIMARIES_2020 = 9
 _PQ, _HLG = 16, 18  # H.273, transfer characteristics
-_HD = 720  # lines: from this height up, a video without a stated matrix is assumed to be BT.709, as players do
+_HD = 720  # lines; from this height upwards, a video that states no matrix is assumed to be BT.709, as players do
 _WHITE = 203.0  # nits of diffuse white, ITU-R BT.2408
-_KNEE = 0.75  # as a fraction of diffuse white: anything darker keeps its brightness
+_KNEE = 0.75  # as a fraction of diffuse white; anything darker keeps its brightness
 _ROWS = 128  # rows converted in float at a time
 # Linear BT.2020 to linear BT.709, ITU-R BT.2087
 _TO_709 = np.array(
@@ -78,7 +78,8 @@ def _pq(code: np.ndarray) -> np.ndarray:
 
 
 def _hlg(code: np.ndarray) -> np.ndarray:
-    """Converts HLG code values to nits on a 1000-nit display, ITU-R BT.2100: the inverse OETF, then the OOTF with gamma 1.2."""
+    """Converts HLG code values to nits on a 1000-nit display, with the inverse OETF and the OOTF of ITU-R BT.2100
+    (gamma 1.2)."""
     scene = np.where(code <= 0.5, code**2 / 3, (np.exp((code - 0.55991073) / 0.17883277) + 0.28466892) / 12)
     luminance = np.maximum(scene @ _LUMA_2020, 1e-6)[..., None]
     return 1000 * luminance**0.2 * scene

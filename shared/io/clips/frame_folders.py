@@ -14,16 +14,18 @@ from shared.io.decode import Picture, check_size, picture_size, read_frame
 from shared.io.find_pictures import listing_of, sniff
 from shared.io.terminal import names
 
-CAPTION = "caption.txt"  # in the folder: the caption of the whole clip
+CAPTION = "caption.txt"  # the file in the folder with the caption of the whole clip
 FPS = "fps"  # the key in the PNG text of frames written by pcs
 
 
 class FrameFolder(FrameSource):
-    """The pictures of a folder in natural order (frame2 before frame10), one frame each.
+    """A folder of pictures that are the frames of a clip, in natural order (frame2 before frame10).
 
-    The frames have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested. Raises
-    ValueError, naming the folder or file, if there are no pictures, their sizes differ, numbers are missing or repeated, or
-    the folder holds two series. A constant step other than 1 does not count as a gap.
+    The frames have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested.
+
+    Raises ValueError, naming the folder or file, if there are no pictures, their sizes differ, frame numbers are
+    missing or repeated, or the folder contains several series of frames. A constant step other than 1 does not count as
+    a gap.
     """
 
     may_be_transparent = True
@@ -62,12 +64,14 @@ def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
         return tuple(ordered)  # the last number is not a frame number (a size, for example)
     if len(series) > 1:
         heads = names(p.name for p in series.values())
-        raise ValueError(f"{folder} holds {len(series)} series of frames ({heads} …): put each clip in its own folder")
+        raise ValueError(
+            f"{folder} contains {len(series)} series of frames ({heads} …): put each clip in its own folder"
+        )
     numbers = [part[1] for part in parts if part]
     steps = [b - a for a, b in pairwise(numbers)]
     for path, after, step in zip(ordered, ordered[1:], steps, strict=False):
         if step == 0:
-            raise ValueError(f"{folder} holds the same frame number twice: {path.name}, {after.name}")
+            raise ValueError(f"{folder} contains the same frame number twice: {path.name}, {after.name}")
         if step != min(s for s in steps if s):
             raise ValueError(
                 f"{folder} has a gap in its numbering: {path.name} is followed by {after.name}. Add the missing frames, or "
@@ -82,7 +86,8 @@ def _natural(stem: str) -> list[tuple[int, int, str]]:
 
 
 def _last_number(stem: str) -> tuple[str, int, str] | None:
-    """Splits a name into (text before, the last number, text after); None if it has no number."""
+    """Splits a name into the text before its last number, the number, and the text after it; None if there is no
+    number."""
     match = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", stem, re.DOTALL)
     return (match[1], int(match[2]), match[3]) if match else None
 

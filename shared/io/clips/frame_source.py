@@ -1,4 +1,4 @@
-"""The interface of every kind of clip: the times of its frames, and requested frames one at a time."""
+"""The interface of every kind of clip: it gives the times of the frames, and yields requested frames one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.io.decode import Picture
 
 @dataclass(frozen=True)
 class Timing:
-    """When the frames of a clip are shown, in seconds after the first."""
+    """The times at which the frames of a clip are shown, in seconds after the first frame."""
 
     times: tuple[Fraction, ...]
     end: Fraction  # when the last frame ends
@@ -25,12 +25,12 @@ class Timing:
 
 
 class FrameSource:
-    """A clip that is reopened for each pass: `count` frames of `size` (width, height) pixels, upright."""
+    """A clip of `count` upright frames of `size` (width, height) pixels. It is reopened for each pass."""
 
     path: Path
     count: int
     size: tuple[int, int]
-    timing: Timing | None  # None: the frame rate is unknown
+    timing: Timing | None  # None if the frame rate is unknown
     may_be_transparent: bool
 
     def frames(self, picks: Sequence[int]) -> Iterator[Picture]:

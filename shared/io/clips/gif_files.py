@@ -12,12 +12,12 @@ from shared.io.clips.webp_files import durations
 
 _COLORS = 256
 _SIDE = 360  # the palette is computed from _SIDE² pixels, sampled from the whole clip
-_UNIT = 10  # milliseconds: the unit of a GIF's delays
-_FASTEST = 50  # frames per second: browsers slow anything faster down to 10
+_UNIT = 10  # milliseconds; the unit of a GIF's delays
+_FASTEST = 50  # frames per second; browsers slow anything faster down to 10
 
 
 def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """Writes [F, H, W, 3] 8-bit sRGB as an endless loop. A clip with at most 256 colours is kept exactly.
+    """Writes frames ([F, H, W, 3], 8-bit sRGB) as an endless loop. A clip with at most 256 colours is stored exactly.
 
     Other clips get an adaptive palette of 256 colours with ordered dithering, which stays still where the picture does
     (error diffusion would crawl). Raises ValueError above 50 frames per second.
@@ -39,7 +39,7 @@ def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> No
 
 
 def _exact(levels: np.ndarray) -> list[Image.Image]:
-    """Returns frames in a palette of all the clip's colours; empty if it has too many."""
+    """Returns the frames with a palette of all the clip's colours; empty if there are too many colours."""
     packed = (levels.astype(np.uint32) * np.array([1 << 16, 1 << 8, 1], np.uint32)).sum(-1, dtype=np.uint32)
     colors = np.unique(packed)
     if len(colors) > _COLORS:
@@ -56,7 +56,10 @@ def _indexed(places: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def _patterned(levels: np.ndarray) -> list[Image.Image]:
-    """Returns frames in the clip's best 256 colours; the dither amplitude is about the distance between palette colours."""
+    """Returns the frames, dithered with an adaptive palette of 256 colours.
+
+    The amplitude of the dither is about the distance between palette colours.
+    """
     pixels = levels.reshape(-1, 3)
     drawn = pixels[np.random.default_rng(0).integers(0, len(pixels), _SIDE * _SIDE)].reshape(_SIDE, _SIDE, 3)
     palette = Image.fromarray(drawn).quantize(_COLORS, method=Image.Quantize.MEDIANCUT)

@@ -1,4 +1,7 @@
-"""Masks of a clip's frames: a clip or folder of masks, masks next to the frames, or one picture for the first frame."""
+"""Reads the masks of a clip's frames.
+
+They are a clip or folder of masks, masks next to the frames, or a single picture for the first frame.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from shared.io.terminal import names
 
 
 class MaskFrames:
-    """Masks (mode L, 255 where the subject is) by frame index.
+    """The masks of a clip by frame index (mode L, 255 where the subject is).
 
-    `first_only`: only the clip's first frame has a mask; the masks of the other frames are found by tracking it.
+    If `first_only` is set, only the first frame has a mask, and the masks of the other frames are found by tracking it.
     """
 
     def __init__(self, path: Path, source: FrameSource | None, files: Sequence[Path] = ()) -> None:
@@ -46,14 +49,17 @@ class MaskFrames:
 
 
 def as_mask(picture: Picture) -> Image.Image:
-    """Returns a frame as a mask: its alpha channel if it has one, else its brightness. One that marks nothing stays empty."""
+    """Converts a frame to a mask, using its alpha channel if it has one and its brightness otherwise.
+
+    A mask that marks nothing stays empty.
+    """
     return two_valued(picture.image.convert("L") if picture.alpha is None else picture.alpha)
 
 
 def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
     """Opens the masks at `path` for a clip. Raises ValueError if their number or size does not match the frames.
 
-    For a folder of frames that also holds the masks, `path` is that folder.
+    If the masks are in the same folder as the frames, `path` is that folder.
     """
     if path == clip.path and isinstance(clip, FrameFolder):
         return _beside(clip)
@@ -67,8 +73,8 @@ def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
         return MaskFrames(path, None, [file])
     if source.count != clip.count:
         raise ValueError(
-            f"{path} holds {source.count} masks, but {clip.path} has {clip.count} frames: give one mask for each frame, or "
-            "a single one for the first"
+            f"{path} contains {source.count} masks, but {clip.path} has {clip.count} frames: give one mask for each "
+            "frame, or a single one for the first"
         )
     return MaskFrames(path, source)
 

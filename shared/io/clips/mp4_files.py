@@ -16,10 +16,9 @@ _CRF = "12"  # visually lossless; clips of the size written here stay below 1 MB
 
 
 def write_mp4(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """Writes [F, H, W, 3] 8-bit sRGB as H.264 with the index first, so that the clip plays while loading. Odd sides are
-    padded to even ones.
+    """Writes frames ([F, H, W, 3], 8-bit sRGB) as H.264, with the index first so that the clip can play while it loads.
 
-    Raises OSError if the file cannot be written.
+    Odd sides are padded to even lengths. Raises OSError if the file cannot be written.
     """
     odd = ((0, 0), (0, levels.shape[1] % 2), (0, levels.shape[2] % 2), (0, 0))
     levels = np.ascontiguousarray(np.pad(levels, odd, mode="edge"))

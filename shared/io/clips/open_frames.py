@@ -14,8 +14,8 @@ from shared.io.clips.video_files import VideoFile
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameSource:
-    """Opens a clip, whose kind is judged by its content. Raises ValueError, naming the path, if it is missing, not a clip, or
-    unreadable."""
+    """Opens a clip, determining its kind from its content. Raises ValueError, naming the path, if it is missing, not a
+    clip, or unreadable."""
     path = expanded(path)
     if path.is_dir():
         return FrameFolder(path)

@@ -28,11 +28,11 @@ class Clip:
     """One window of a clip."""
 
     frames: Tensor  # [3, F, H, W] float32 in [-1, 1]
-    # [1, F, H, W] in [0, 1]: where the subject is; [1, 1, H, W] if only the first frame's mask is known
+    # the subject, [1, F, H, W] in [0, 1]; [1, 1, H, W] if only the first frame's mask is known
     masks: Tensor | None
-    valid: Tensor | None  # [1, F, H, W] in [0, 1]: where the clip is real (not padding); None: everywhere
+    valid: Tensor | None  # everything but padding, [1, F, H, W] in [0, 1]; None if there is no padding
     fps: float | None  # frames per second; None for a folder of frames without a known rate
-    picks: tuple[int, ...]  # F: the indices of these frames in the file
+    picks: tuple[int, ...]  # the F indices of these frames in the file
     path: Path
 
 
@@ -54,15 +54,19 @@ def read_windows(
     fit: ResizeMode = "cover",
     mask: PathLike | None = None,
 ) -> Iterator[Clip]:
-    """Yields the windows of a clip (a video file, an animation, a folder of frames), each read on demand.
+    """Yields the windows of a clip (a video file, an animation or a folder of frames), each read on demand.
 
-    size: a side, or (height, width), in pixels; None keeps the clip's own size. fit: as in `shared.io.resize.resize`; all
-    frames of a window are cropped alike, around the centre of the box that holds all its masks. mask: a clip or folder with
-    a mask for each frame, or one picture for the first frame (see `find_clips`); without it, transparency is the mask, as for
-    pictures. The subject may be absent from a frame, but not from a whole window.
+    Args:
+        size: a side, or (height, width), in pixels. None keeps the clip's own size
+        fit: as in `shared.io.resize.resize`. All frames of a window are cropped alike, around the centre of the box
+            that contains all masks of the window
+        mask: a clip or folder with a mask for each frame, or one picture for the first frame (see `find_clips`). By
+            default, transparency is the mask, as for pictures. The subject may be absent from a frame, but not from a
+            whole window
 
-    Raises ValueError, naming the file, if it is not a clip, is damaged, truncated or shorter than a window, or if its frames
-    and masks do not match.
+    Raises:
+        ValueError: naming the file, if it is not a clip, is damaged, truncated or shorter than a window, or if its
+            frames and masks do not match
     """
     window = window or ClipWindow()
     source = open_frames(path)
@@ -117,7 +121,7 @@ def _masks_of(
 
 
 def _spread(planes: list[Tensor], indices: Sequence[int], picks: tuple[int, ...]) -> Tensor:
-    """Stacks planes [C, H, W], one per index, into [C, F, H, W] with one frame per pick; picks may repeat."""
+    """Stacks planes (one [C, H, W] per index) into a tensor [C, F, H, W] with one frame per pick. Picks may repeat."""
     place = {index: i for i, index in enumerate(indices)}
     out = torch.empty(planes[0].shape[0], len(picks), *planes[0].shape[1:])
     for frame, index in enumerate(picks):
@@ -153,7 +157,7 @@ def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFra
 
 
 def _boxes(planes: Iterator[Image.Image | None], size: tuple[int, int]) -> Iterator[Box]:
-    """Yields the bounds of each mask that is not empty; the whole frame if there is no mask."""
+    """Yields the bounds of each mask that is not empty, or of the whole frame if it has no mask."""
     for plane in planes:
         box = (0, 0, *size) if plane is None else plane.getbbox()
         if box is not None:

@@ -1,4 +1,4 @@
-"""Reads video files through libav: takes the frame times from the packets, then decodes the requested frames."""
+"""Reads video files with libav. The frame times come from the packets; only requested frames are returned."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders
 
 
 class _Packets(NamedTuple):
-    """What a pass over the packets found, in units of the stream's clock."""
+    """The result of a pass over the packets, with times in units of the stream's clock."""
 
-    stamps: list[int]  # when each frame is shown, ascending; empty if the file does not say
+    stamps: list[int]  # when each frame is shown, ascending; empty if the file does not state it
     last: int  # the duration of the last frame
     count: int
     cut: bool  # whether the last packet is incomplete
 
 
 class VideoFile(FrameSource):
-    """A video file. Frames are returned as a player shows them: rotated and mirrored, with square pixels, in 8-bit sRGB.
+    """A video file. Frames look as in a player (rotated and mirrored, with square pixels) and are in 8-bit sRGB.
 
-    Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends earlier than
-    its index or header says: a truncated video is not read as a shorter one. (Streams recorded without index and header sizes,
-    such as MPEG-TS, do not say where they should end.)
+    Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends earlier
+    than its index or header states, so that a truncated video is not mistaken for a shorter one. (Streams recorded
+    without an index and header sizes, such as MPEG-TS, do not state where they should end.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class VideoFile(FrameSource):
         first = next((frame for _, frame in self._decoded(0)), None)
         if first is None:
             raise ValueError(f"{path} has a video stream in which no frame can be decoded")
-        # read once, from the first frame: in PyAV a frame and its side data refer to each other and stay alive until collected
+        # read only once, because in PyAV a frame and its side data refer to each other and stay alive until collected
         matrices = (bytes(data) for data in first.side_data if data.type == Type.DISPLAYMATRIX)
         self._matrix = next((np.frombuffer(matrix, dtype=np.int32) for matrix in matrices), None)
         self.size = self._upright(first).size
@@ -68,7 +68,7 @@ class VideoFile(FrameSource):
         yielded = 0
         held: tuple[int, Any] | None = None  # the frame shown before the one just decoded
         for index, frame in self._decoded(picks[0] if picks else 0):
-            # a packet may hold no picture: the previous picture stays on screen
+            # during a packet without a picture, the previous picture stays on screen
             while yielded < len(picks) and picks[yielded] < index:
                 yield self._picture(*(held or (index, frame)))
                 yielded += 1
@@ -85,7 +85,8 @@ class VideoFile(FrameSource):
         return self.same_size(as_picture(self._upright(frame), self.path), index)
 
     def _upright(self, frame: Any) -> Image.Image:
-        """Returns the picture as a player shows it: with square pixels, then turned by the display matrix, which phones set."""
+        """Returns the picture as a player shows it: with square pixels, and turned by the display matrix (set by
+        phones)."""
         image = to_image(frame)
         if self._aspect != 1:
             image = image.resize((max(1, round(image.width * self._aspect)), image.height), Image.Resampling.LANCZOS)
@@ -148,7 +149,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with path.open("rb") as data, av.open(data, format=kind) as file:
             streams = [s for s in file.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
             if not len(file.streams):
-                raise ValueError(f"{path} cannot be read as a video; it is damaged or truncated: it holds nothing")
+                raise ValueError(
+                    f"{path} cannot be read as a video; it is damaged or truncated: it contains no streams"
+                )
             if not streams:
                 holds = ", ".join(sorted({s.type for s in file.streams if s.type != "video"}))
                 raise ValueError(f"{path} has no video stream" + (f", only {holds}" if holds else ""))

@@ -1,4 +1,4 @@
-"""Which frames of a clip are used: rate, stride, length, start, and how many windows."""
+"""Selects frames of a clip by rate, stride, length, start, and number of windows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shared.config import Frames, Many, NotNegative, Part
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.terminal import encodable
 
-_TOLERANCE = Fraction(1, 1000)  # seconds: a rate may be given rounded, such as 29.97 for 30000/1001
+_TOLERANCE = Fraction(1, 1000)  # seconds; allows for rounded rates, such as 29.97 for 30000/1001
 
 
 class ClipWindow(Part):
-    """`length` frames of a clip: every `stride`-th at `fps` frames per second, starting at `start` seconds.
+    """Selects `length` frames of a clip: every `stride`-th at `fps` frames per second, starting at `start` seconds.
 
-    With `fps`, a clip is sampled at equal intervals, and each sample is the frame that a player shows at that moment: clips
-    with a variable frame rate keep their timing, and frames repeat if `fps` exceeds the clip's own rate. Without `fps`, the
-    clip's frames are used as they are. `windows` are spread evenly over the clip and may overlap; a clip with fewer distinct
-    windows yields only those, with a UserWarning. A folder of frames without a rate is used frame by frame, as if it had been
-    sampled at `fps`.
+    With `fps`, a clip is sampled at equal intervals, and each sample is the frame that a player shows at that moment.
+    Clips with a variable frame rate thus keep their timing, and frames repeat if `fps` exceeds the clip's own rate.
+    Without `fps`, the clip's frames are used as they are. `windows` are spread evenly over the clip and may overlap; a
+    clip with fewer distinct windows yields only those, with a UserWarning. A folder of frames without a rate is used
+    frame by frame, as if it had been sampled at `fps`.
     """
 
     fps: float | None = Field(default=None, gt=0, le=1000)
@@ -50,7 +50,7 @@ class ClipWindow(Part):
         return [tuple(samples[s : s + (self.length - 1) * self.stride + 1 : self.stride]) for s in starts]
 
     def rate(self, source: FrameSource, picks: tuple[int, ...]) -> float | None:
-        """Returns the frames per second of a window: the mean for a variable frame rate, None if unknown."""
+        """Returns the frames per second of a window (the mean for a variable frame rate); None if they are unknown."""
         if self.fps is not None:
             return self.fps / self.stride
         if source.timing is None:

@@ -22,7 +22,7 @@ from shared.io.clips.webp_files import write_webp
 from shared.io.contact_sheets import contact_sheet, write_picture
 from shared.io.outputs import atomic_folder, atomic_write
 
-PLAYABLE_SIDE = 256  # pixels: players blur smaller clips when they enlarge them
+PLAYABLE_SIDE = 256  # pixels; players blur smaller clips when they enlarge them
 _WRITERS: dict[str, Callable[[Path, np.ndarray, Fraction, str], None]] = {
     ".mp4": write_mp4,
     ".gif": write_gif,
@@ -37,18 +37,23 @@ def write_clip(
     metadata: Mapping[str, str] | None = None,
     enlarge: int | None = None,
 ) -> Path:
-    """Writes a clip [3, F, H, W] (or [F, 3, H, W]; if ambiguous, the former) in [-1, 1], clamped, at `fps`.
+    """Writes a clip at `fps` frames per second.
 
     The extension of `path` sets the format: `.mp4` (H.264, yuv420p, BT.709, CRF 12), `.gif` (one palette for the clip,
-    looping), `.webp` (lossless, looping); without an extension, a folder of PNG frames `frame_0000.png`, `frame_0001.png`, …
-    An existing file is replaced; an existing folder only if pcs wrote everything in it. `metadata` is stored as JSON (mp4:
-    comment; GIF: comment extension; WebP: EXIF) or as the text chunks of PNG frames; `read_clip_metadata` reads it back.
+    looping) or `.webp` (lossless, looping). Without an extension, the clip becomes a folder of PNG frames
+    `frame_0000.png`, `frame_0001.png`, … An existing file is replaced; an existing folder is replaced only if pcs wrote
+    everything in it. For H.264, odd sides are made even by repeating the last row or column.
 
-    enlarge: the factor by which mp4, GIF and WebP clips are enlarged, without smoothing; None brings the shorter side to at
-    least 256 pixels. This keeps 64x64 clips sharp in players, and makes the halved colour resolution of yuv420p harmless.
-    Frames in a folder are written as they are. For H.264, odd sides are made even by repeating the last row or column.
+    Args:
+        frames: [3, F, H, W] or [F, 3, H, W] (the former if both are possible), in [-1, 1], clamped
+        metadata: stored as JSON (mp4: comment; GIF: comment extension; WebP: EXIF) or as the text chunks of PNG frames;
+            `read_clip_metadata` reads it back
+        enlarge: the factor by which mp4, GIF and WebP clips are enlarged, without smoothing. If None, the shorter side
+            becomes at least 256 pixels long. This keeps 64x64 clips sharp in players, and makes the halved colour
+            resolution of yuv420p harmless. The frames of a folder are not enlarged
 
-    Raises ValueError for another extension or shape, NaN or Inf values, or a rate that the format cannot store.
+    Raises:
+        ValueError: for any other extension or shape, for NaN or Inf, and for a rate that the format cannot store
     """
     path = expanded(path)
     frames = as_frames(frames)
@@ -68,7 +73,7 @@ def write_clip(
 
 
 def webp_bytes(frames: Tensor, fps: float, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Returns a `.webp` file's bytes as `write_clip` writes them, but not enlarged, for pages that show the native size."""
+    """Returns the bytes of the `.webp` file that `write_clip` would write, but without enlarging the clip."""
     stream = io.BytesIO()
     write_webp(stream, _levels(as_frames(frames)), _rate(fps), as_json(metadata or {}))
     return stream.getvalue()
@@ -80,7 +85,7 @@ def write_clip_sheet(
     columns: int = 8,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes a contact sheet as PNG: a labelled row for each clip [3, F, H, W], with `columns` evenly spaced frames.
+    """Writes a contact sheet of clips ([3, F, H, W]) as PNG, with `columns` evenly spaced frames in each labelled row.
 
     The first and last frames are included; a clip with fewer frames shows all of them.
     """
@@ -88,7 +93,7 @@ def write_clip_sheet(
 
 
 def spread(clip: Tensor, count: int) -> Tensor:
-    """Returns at most `count` frames [N, 3, H, W] of a clip [3, F, H, W], evenly spaced from the first to the last."""
+    """Returns at most `count` evenly spaced frames [N, 3, H, W] of a clip [3, F, H, W], from the first to the last."""
     if count < 1:
         raise ValueError(f"a row of a contact sheet needs at least one frame, not {count}")
     frames = as_frames(clip).movedim(1, 0)
@@ -96,7 +101,10 @@ def spread(clip: Tensor, count: int) -> Tensor:
 
 
 def as_frames(frames: Tensor) -> Tensor:
-    """Returns [3, F, H, W] or [F, 3, H, W] as [3, F, H, W] on the CPU. Raises ValueError for another shape, NaN or Inf."""
+    """Returns a clip ([3, F, H, W] or [F, 3, H, W]) as [3, F, H, W] on the CPU.
+
+    Raises ValueError for any other shape, and for NaN or Inf.
+    """
     if frames.ndim != 4 or 3 not in frames.shape[:2] or 0 in frames.shape:
         raise ValueError(f"a clip must have the shape [3, F, H, W]; this one has {list(frames.shape)}")
     frames = frames.detach().to("cpu", torch.float32)
@@ -106,7 +114,7 @@ def as_frames(frames: Tensor) -> Tensor:
 
 
 def _levels(frames: Tensor) -> np.ndarray:
-    """Converts [3, F, H, W] in [-1, 1], clamped, to 8 bits [F, H, W, 3]."""
+    """Converts frames ([3, F, H, W] in [-1, 1], clamped) to 8-bit levels [F, H, W, 3]."""
     return frames.permute(1, 2, 3, 0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
 
 
