@@ -1,1 +1,1 @@
-"""Personalized pictures: learn a subject from a few photos, show it in new scenes, measure how well."""
+"""Learns a subject from a few photos, shows it in new scenes, and measures the result."""

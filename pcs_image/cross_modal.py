@@ -15,7 +15,7 @@ from shared.runner.open_runner import open_runner
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for a model that does not make pictures, or a concept that does not fit it."""
+    """Raises ValueError if the model does not generate pictures, or the concept does not fit it."""
     _opened(asked)
 
 
@@ -27,7 +27,7 @@ def make(asked: Asked, bars: Bars) -> Made:
 def _opened(asked: Asked) -> ImageRunner:
     runner = open_runner(ImageRunner, asked.backbone, [asked.concept], asked.device, "auto", asked.download)
     if runner.backbone.frames is not None:
-        raise ValueError(f"{runner.backbone.name} makes clips, not pictures")
+        raise ValueError(f"{runner.backbone.name} generates clips, not pictures")
     return runner
 
 

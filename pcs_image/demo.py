@@ -1,4 +1,4 @@
-"""The picture part of the demo: learns the subject as a concept and shows new scenes, scores and a report."""
+"""The part of the demo with pictures, which learns the subject as a concept and shows new scenes, scores and a report."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def _settings(asked: Asked) -> list[str]:
 
 
 def _first(report: Any, asked: Asked, kind: str) -> torch.Tensor:
-    """Returns the first picture [3, 64, 64] of each of the first prompts, as a batch."""
+    """Returns the first picture of each of the first prompts, as a batch [N, 3, 64, 64]."""
     found = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(_SCENES)]
     return torch.stack([resize(read_picture(asked.out / "report" / r.file), 64).pixels for r in found])
 
 
 def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
-    """Writes a grid: references | new scenes | the base model without the concept, for the first prompts."""
+    """Writes a sheet with the references, and with pictures of the concept and of the base model for the first prompts."""
     references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted(asked.references.glob("*.png"))])
     path = asked.out / "contact-sheet.png"
     contact_sheet(

@@ -17,7 +17,7 @@ from shared.sampling.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """Where pictures are written."""
+    """The folder in which pictures are written."""
 
     path: Path
     overwrite: bool = False

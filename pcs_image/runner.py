@@ -1,4 +1,4 @@
-"""The public interface of `pcs_image`: personalize, generate, evaluate. The command line and Python code both use it."""
+"""The public interface of `pcs_image`, which learns, generates and evaluates, both for the command line and for Python code."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ __all__ = ["ImageRunner", "attached"]
 
 
 class ImageRunner(Runner):
-    """One backbone and the concepts attached to it; makes pictures [N, 3, H, W] in [-1, 1]."""
+    """A backbone and the concepts attached to it. It generates pictures [N, 3, H, W] in [-1, 1]."""

@@ -1,1 +1,1 @@
-"""Personalized clips: learn subjects and motions from pictures and clips, show them in new clips."""
+"""Learns subjects and motions from pictures and clips, and shows them in new clips."""

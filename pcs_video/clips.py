@@ -23,12 +23,12 @@ ENDINGS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """Where clips are written: one file, or a folder of them."""
+    """Where clips are written, which is a single file or a folder."""
 
     path: Path
     fps: float = 8.0
-    kind: str = "mp4"  # format of the files in a folder: a key of `ENDINGS`
-    with_sheet: bool = False  # whether a sheet is also written, with a row of frames for each clip
+    kind: str = "mp4"  # format of the files in a folder, a key of `ENDINGS`
+    with_sheet: bool = False  # whether to also write a contact sheet with a row of frames for each clip
     overwrite: bool = False
 
     @property
@@ -36,23 +36,26 @@ class ClipFiles:
         return self.path.suffix != ""
 
     def check(self, clips: int, read: Sequence[Path] = ()) -> None:
-        """Raises ValueError if this many clips cannot be written there, or an existing output or one of the inputs `read`
-        would be overwritten."""
+        """Raises ValueError if this many clips cannot be written there, or if an existing output or one of the input files
+        `read` would be overwritten."""
         if self.kind not in ENDINGS:
             raise ValueError(f"--format: {unknown(self.kind, ENDINGS, 'format')}")
         if self.one_file and self.path.suffix.lower() not in ENDINGS.values():
             raise ValueError(
-                f"{self.path}: one clip can be written as .mp4, .gif or .webp; several clips, or frames, need a folder"
+                f"cannot write a clip to {self.path}; use a file ending in .mp4, .gif or .webp, or a folder for several "
+                "clips or for frames"
             )
         if self.one_file and clips > 1:
-            raise ValueError(f"{self.path} is one file, but there will be {clips} clips: give a folder, --out clips/")
+            raise ValueError(
+                f"{self.path} is one file, but there will be {clips} clips; give a folder, such as --out clips/"
+            )
         if self.one_file:
             check_apart(check_file(self.path, self.overwrite), read)
         else:
             check_output(self.path, self.overwrite, read)
 
     def sheet(self) -> Path:
-        """Path of the contact sheet."""
+        """Returns the path of the contact sheet."""
         return self.path.with_name(f"{self.path.stem}-sheet.png") if self.one_file else self.path / "sheet.png"
 
 
@@ -74,7 +77,8 @@ def generate(
     if isinstance(runner.backbone, PictureClipsBackbone):
         for prompt in (p for p in dict.fromkeys(prompts) if not runner.follows(p, settings)):
             warnings.warn(
-                f"{prompt!r} names no trajectory, and without a motion module nothing else moves", stacklevel=2
+                f"nothing will move in {prompt!r}, which names no trajectory, because there is no motion module",
+                stacklevel=2,
             )
     clips = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
     about = [{**metadata(p, s, runner, settings), "fps": f"{out.fps:g}"} for p, s in shots]

@@ -16,13 +16,13 @@ from shared.runner.open_runner import open_runner, parse_concept
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError if the model does not make clips, the concepts do not fit it, or `--motion` is not a motion."""
+    """Raises ValueError if the model does not generate clips, a concept does not fit it, or `--motion` is not a motion."""
     _motion(asked)
     _opened(asked)
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """Generates a clip of each standard prompt with every seed, in the requested motion."""
+    """Generates a clip of each standard prompt with every seed, with the requested motion."""
     runner = _opened(asked)
     rate = clip_rate(runner, None)
 
@@ -39,7 +39,7 @@ def _opened(asked: Asked) -> VideoRunner:
 
 
 def _motion(asked: Asked) -> str:
-    """Returns the motion's name; "" if none is requested."""
+    """Returns the motion's name, or "" if none is requested."""
     if asked.motion is None:
         return ""
     meta = read(parse_concept(asked.motion, "--motion")[0]).meta

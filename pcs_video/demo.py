@@ -1,4 +1,4 @@
-"""The demo in clips: learns a motion from clips of other objects and shows it on the subject or an object of its class."""
+"""The part of the demo with clips, which learns a motion from clips of other objects and shows the subject moving in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What loaded motions add to the sampler: the path that clips follow, and the clip whose noise they start from."""
+"""Makes the sampling hooks of loaded motions, with which clips follow a path or start from the noise of another clip."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from shared.sampling.settings import SamplingSettings
 
 HookOfMotion = FollowTrajectory | NoisePrior
 
-MOTION_MODULES = "motion_modules"  # in the names of AnimateDiff's layers for motion
+MOTION_MODULES = "motion_modules"  # occurs in the names of AnimateDiff's layers for motion
 
 
 def is_of_motion(hook: SamplingHook) -> TypeGuard[HookOfMotion]:
-    """Whether a hook acts only where the prompt names its concept."""
+    """Whether a hook acts only if the prompt names its concept."""
     return isinstance(hook, FollowTrajectory) or (isinstance(hook, NoisePrior) and bool(hook.name))
 
 
 def is_trajectory(concept: Concept) -> bool:
-    """Whether a concept consists of a trajectory alone."""
+    """Whether a concept consists only of a trajectory."""
     path = concept.meta.learned_with.sampling.trajectory
     return path is not None and bool(path.points) and not any(concept.tensors.values())
 
@@ -38,16 +38,19 @@ def follows(hooks: Sequence[SamplingHook]) -> bool:
 
 
 def hooks_of_motions(painter: Painter, settings: SamplingSettings) -> list[HookOfMotion]:
-    """Returns what loaded motions add to the settings: their trajectories, scaled by their strengths, and their noise priors,
-    from the first of their clips. What the settings already contain for a concept takes precedence.
+    """Returns the hooks that loaded motions add to the settings. These are trajectories, scaled by the motions' strengths, and
+    noise priors, which use the first training clip of a motion. Hooks that the settings already have for a concept take
+    precedence.
 
-    Warns if that clip is not found or too short. Raises ValueError for strengths by step of a concept that consists of a
-    trajectory alone.
+    Warns if that clip is not found or is too short. Raises ValueError if there is a strength schedule for a concept that
+    consists only of a trajectory.
     """
     stepwise = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
     for name, loaded in painter.loaded.items():
         if name in stepwise and is_trajectory(loaded.concept):
-            raise ValueError(f"{name!r} is a trajectory, which has one strength for the whole clip: give PATH:STRENGTH")
+            raise ValueError(
+                f"{name!r} is a trajectory, which has one strength for all steps; give PATH:STRENGTH instead"
+            )
     return [*_trajectories(painter, settings), *_noise_priors(painter, settings)]
 
 
@@ -75,8 +78,8 @@ def _noise_priors(painter: Painter, settings: SamplingSettings) -> list[NoisePri
             own.append(NoisePrior(path=clip, name=name, **how.model_dump()))
             continue
         warnings.warn(
-            f"{name!r} was learned to start from the noise of its first clip, but {why}: clips start from random noise "
-            "unless you give --invert CLIP",
+            f"{name!r} was learned to start from the noise of its first clip, but {why}. Clips start from random noise "
+            "unless you give --invert CLIP.",
             stacklevel=3,
         )
     return own
@@ -87,11 +90,11 @@ def _strength(painter: Painter, name: str) -> float:
 
 
 def _first_clip(loaded: Loaded, frames: int) -> tuple[Path | None, str]:
-    """Returns the first clip that a motion was learned from, or why it cannot be used for clips of this many frames."""
+    """Returns the first clip that a motion was learned from, or the reason why it cannot be used for this frame count."""
     try:
         clip = motion_clips(loaded, None)[0]
     except ValueError:
-        return None, "that was not found next to the concept"
+        return None, "that clip was not found next to the concept"
     there = open_frames(clip).count
     return (clip, "") if there >= frames else (None, f"{clip.name} has only {there} of {frames} frames")
 
@@ -99,10 +102,11 @@ def _first_clip(loaded: Loaded, frames: int) -> tuple[Path | None, str]:
 def hooks_for_prompt(
     painter: Painter, prompt: str, hooks: Sequence[HookOfMotion], base: bool
 ) -> tuple[HookOfMotion, ...]:
-    """Returns the hooks for one prompt. The hooks of loaded motions that the prompt does not name rest; if `base`, all do.
+    """Returns the hooks for one prompt. Hooks of loaded motions that the prompt does not name have no effect; if `base` is
+    set, this applies to all loaded motions.
 
-    Raises ValueError if the prompt names several motions with trajectories, several with noise priors, or a motion whose layers
-    the trajectory of another leaves out.
+    Raises ValueError if the prompt names several motions with trajectories or several with noise priors, or if the trajectory
+    of one motion leaves out the layers that another motion uses.
     """
     named = set() if base else {name for name in painter.loaded if f"<{name}>" in prompt}
     own = tuple(hook.resting() if hook.name in painter.loaded.keys() - named else hook for hook in hooks)
@@ -116,8 +120,8 @@ def hooks_for_prompt(
     idle = [f"<{name}>" for name in others if _moves(painter.loaded[name].concept)]
     if idle and painter.backbone.frames_apart and any(hook.trajectory.layers == "image" for hook in followed):
         raise ValueError(
-            f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> leaves out the layers for motion: learn it with "
-            "sampling.trajectory.layers=all"
+            f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> leaves out the layers for motion; learn "
+            f"<{followed[0].name}> with sampling.trajectory.layers=all"
         )
     return own
 

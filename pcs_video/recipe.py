@@ -1,4 +1,4 @@
-"""The recipe for clips, which adds clips to learn from and parts for motion to the recipe for pictures."""
+"""The recipe for clips, which extends the recipe for pictures with sources of clips and with parts for motion."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ClipTask = Annotated[
 
 
 class ClipSubject(SubjectSettings):
-    """The user's clips of a motion, or pictures of a subject."""
+    """The user's clips of a motion, or the user's pictures of a subject."""
 
     images: PathText | tuple[PathText, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     clips: PathText | tuple[PathText, ...] | None = None
@@ -55,7 +55,7 @@ class ClipSubject(SubjectSettings):
         return self
 
     def read(self) -> Subject:
-        """Finds the files on disk. Raises ValueError as `find_clips` and `read_subject` do."""
+        """Finds the files on disk. Raises ValueError under the same conditions as `find_clips` and `read_subject`."""
         if self.clips is None:
             return super().read()
         found = find_clips(self.clips, self.masks, self.captions)
@@ -63,12 +63,12 @@ class ClipSubject(SubjectSettings):
 
 
 class ClipSampling(Sampling):
-    """How clips are generated, during training and by default afterwards. null: the backbone's own setting."""
+    """How clips are generated, during training and by default afterwards. null stands for the backbone's own setting."""
 
-    frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # 0: pictures
-    trajectory: Trajectory | None = None  # the path that clips naming the motion follow; null: the model decides
-    # once learned, clips that name the motion start from noise that partly comes from the first of its own clips, if that is
-    # found; clips generated during training start from random noise
+    frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # frames per clip; 0 for pictures
+    trajectory: Trajectory | None = None  # the path of clips whose prompts name the motion; null for none
+    # once the motion is learned, clips whose prompts name it start from noise that comes partly from the first of its
+    # training clips, if that clip is found; clips generated during training start from random noise
     noise_prior: NoisePriorSettings | None = None
 
     def settings(self) -> SamplingSettings:
@@ -79,9 +79,7 @@ class ClipSampling(Sampling):
         path = self.trajectory
         if path is None or path.layers == "all" or backbone.frames_apart:
             return ""
-        return (
-            f"sampling.trajectory.layers: {backbone.family} has no layers of its own for motion, so all its layers act"
-        )
+        return f"sampling.trajectory.layers: {backbone.family} has no separate layers for motion, so all its layers act"
 
 
 class VideoRecipe(Recipe):
@@ -89,23 +87,24 @@ class VideoRecipe(Recipe):
 
     subject: ClipSubject | None = None  # the clips or pictures to learn from
     subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}  # several subjects, by name
-    # a folder with diffusers' `MotionAdapter`; none: nothing moves but along trajectories; null: the backbone's own
+    # a folder with a diffusers `MotionAdapter`, or "none" for no motion modules, without which subjects move only along
+    # trajectories; null for the backbone's own
     motion_adapter: NameOrPath | None = None
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
-    trainable: Slot[ClipTrainable] = {}  # what learns, by name
+    trainable: Slot[ClipTrainable] = {}  # the trained parts, by name
     regularize: Slot[ClipRegularizer] = {}  # penalties, by name
     sampling: ClipSampling = ClipSampling()
     task: ClipTask = TuneTask()
 
     def opening(self) -> dict[str, Any]:
-        """Returns the options for opening the backbone besides its name. Warns if clips have several frame rates: a network
-        conditioned on the rate then uses its own."""
+        """Returns the options, besides its name, for opening the backbone. Warns if clips have different frame rates, because
+        a network that is conditioned on the rate then uses its own."""
         rates = {part.window.fps / part.window.stride for part in clip_sources(self) if part.window.fps is not None}
         how = {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}
         if len(rates) > 1:
             listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
             warnings.warn(
-                f"clips have different frame rates ({listed} per second): a model conditioned on the rate uses its own instead",
+                f"clips have different frame rates ({listed} per second), so a model conditioned on the rate uses its own",
                 stacklevel=2,
             )
         return {**how, "fps": rates.pop()} if len(rates) == 1 else how
@@ -117,7 +116,7 @@ def clip_sources(recipe: Recipe) -> list[Clips]:
 
 
 def check_lengths(recipe: Recipe, check: Callable[[int], object]) -> None:
-    """Raises ValueError, naming the key, for windows and generated clips of a length that `check` refuses."""
+    """Raises ValueError, naming the setting, if `check` rejects the length of a window or of generated clips."""
     for _, phase in expand_phases(recipe):
         lengths = {
             f"sources.{k}.window.length": p.window.length for k, p in phase.sources.items() if isinstance(p, Clips)

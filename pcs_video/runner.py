@@ -1,4 +1,4 @@
-"""The public interface of `pcs_video`: personalize, generate, evaluate clips. The command line and Python code both use it."""
+"""The public interface of `pcs_video`, which learns, generates and evaluates, both for the command line and for Python code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ __all__ = ["VideoRunner", "attached"]
 
 
 class VideoRunner(Runner):
-    """One backbone and the concepts attached to it; makes clips [N, 3, F, H, W] in [-1, 1]."""
+    """A backbone and the concepts attached to it. It generates clips [N, 3, F, H, W] in [-1, 1]."""
 
     tasks = {**Runner.tasks, DualPathTask: DualPath, AlternateTask: Alternate}
     scorers = staticmethod(clip_training_scorers)
@@ -64,9 +64,10 @@ class VideoRunner(Runner):
     def prepared(
         cls, backbone: Backbone, motion_adapter: str | Path | None = None, fps: float | None = None
     ) -> Backbone:
-        """Returns the backbone, unchanged if it makes clips, otherwise with the folder's or the toybox's motion module added.
+        """Returns the backbone unchanged if it generates clips. Otherwise, adds the folder's or the toybox's motion module.
 
-        `fps`: frames per second of the clips, for a network conditioned on it; None: its own rate.
+        Args:
+            fps: frames per second of the clips, for a network that is conditioned on it. If None, the network's own rate
         """
         made = with_motion_adapter(backbone, motion_adapter)
         if fps is not None and made.frame_rate is not None:
@@ -77,7 +78,7 @@ class VideoRunner(Runner):
     def check_frames(
         cls, backbone: str | Path | None, motion_adapter: str | Path | None, frames: int | None, key: str = "--frames"
     ) -> None:
-        """Raises ValueError, naming the key, if the model cannot make this many frames. The model is not loaded for this."""
+        """Raises ValueError, naming `key`, if the model does not support this frame count. Does not load the model."""
         check = None if frames is None else frame_check(backbone, motion_adapter)
         if check is not None and frames is not None:
             try:
@@ -87,9 +88,9 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError for windows and clips whose length the model cannot make, for a trajectory that would have to be
-        measured on anything but the clips of one motion, and for a noise prior without clips. The model is not loaded for
-        this."""
+        """Raises ValueError if the model does not support the length of a window or of generated clips, if a trajectory must
+        be measured but there are no clips of exactly one motion, or if there is a noise prior but no clips. Does not load the
+        model."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -98,10 +99,10 @@ class VideoRunner(Runner):
             one_motion(planned.subjects)
             _clips_of(recipe)
         if recipe.sampling.noise_prior is not None and not any(s.clips for s in planned.subjects.values()):
-            raise ValueError("sampling.noise_prior takes noise from the motion's own clips: give subject.clips=FOLDER")
+            raise ValueError("sampling.noise_prior takes noise from the motion's own clips; give subject.clips=FOLDER")
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attaches a concept as `Runner.load` does. The strength of one that consists of a trajectory alone scales the path."""
+        """Attaches a concept as `Runner.load` does. If the concept is only a trajectory, the strength scales its path."""
         alone = is_trajectory(concept)
         if alone and not math.isfinite(strength):
             raise ValueError(f"the strength of {concept.meta.name!r} must be a finite number, not {strength}")
@@ -114,8 +115,8 @@ class VideoRunner(Runner):
     ) -> dict[str, Concept]:
         """Learns as `Runner.personalize` does, after measuring the trajectory of a motion if the recipe asks for one.
 
-        Also raises ValueError for frames of a size that the model cannot take, if a trajectory cannot be measured (see
-        `trajectory.measure`), or if clips that follow it would leave out layers that the recipe trains.
+        Also raises ValueError if the model does not support the size of the frames, if a trajectory cannot be measured (see
+        `trajectory.measure`), or if the trajectory leaves out layers that the recipe trains.
         """
         for source in clip_sources(recipe):
             if source.size is not None:
@@ -143,7 +144,7 @@ class VideoRunner(Runner):
                     )
 
     def measured(self, subjects: Mapping[str, Subject], recipe: Recipe) -> Recipe:
-        """Returns the recipe with the points of `sampling.trajectory`, if they are not set, measured on the clips."""
+        """Returns the recipe with the points of `sampling.trajectory` measured on the clips, unless they are set already."""
         if not _asks_for_trajectory(recipe):
             return recipe
         how: Any = recipe.sampling
@@ -162,10 +163,11 @@ class VideoRunner(Runner):
         progress: Steps | None = None,
         **more: Any,
     ) -> Tensor:
-        """Generates as `Runner.generate` does. Only clips whose prompts name a loaded motion follow its trajectory, or start
-        from its clips' noise. Without motion modules (`PictureClipsBackbone`), nothing moves in the others.
+        """Generates as `Runner.generate` does. Clips follow the trajectory of a loaded motion, or start from the noise of its
+        clip, only if their prompts name the motion. Without motion modules (`PictureClipsBackbone`), nothing moves in clips
+        that follow no trajectory.
 
-        Also raises ValueError for a prompt that names several motions with trajectories, or several with noise priors.
+        Also raises ValueError if a prompt names several motions with trajectories, or several with noise priors.
         """
         hooks = settings.hooks if base else self.with_own_sampling(settings).hooks
         named = [hook for hook in hooks if is_of_motion(hook)]
@@ -175,7 +177,7 @@ class VideoRunner(Runner):
         alone = isinstance(self.backbone, PictureClipsBackbone)
         if not (named or alone) or len(prompts) != len(seeds):
             return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
-        # Paths come first, so that what other hooks keep or provide (frames, regions) is not moved.
+        # trajectories come first, so that frames and regions that other hooks keep are not moved
         others = tuple(hook for hook in settings.hooks if not is_of_motion(hook))
         made, order = [], [row for rows in groups.values() for row in rows]
         for own, rows in groups.items():
@@ -187,12 +189,13 @@ class VideoRunner(Runner):
         return torch.cat(made)[torch.tensor(order).argsort()]
 
     def follows(self, prompt: str, settings: SamplingSettings) -> bool:
-        """Whether a clip with this prompt follows a trajectory. ValueError as in `generate`."""
+        """Whether a clip with this prompt follows a trajectory. Raises ValueError as `generate` does."""
         paths = [hook for hook in self.with_own_sampling(settings).hooks if isinstance(hook, FollowTrajectory)]
         return follows(hooks_for_prompt(self, prompt, paths, base=False))
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Also adds the trajectories and noise priors of loaded motions; warns and raises as `hooks_of_motions` does."""
+        """Also adds the trajectories and noise priors of loaded motions. Warns and raises ValueError as `hooks_of_motions`
+        does."""
         settings = super().with_own_sampling(settings)
         return replace(settings, hooks=(*settings.hooks, *hooks_of_motions(self, settings)))
 
@@ -208,7 +211,7 @@ class VideoRunner(Runner):
         """Measures the loaded motion, the loaded subject, or both in clips, as `pcs video evaluate` does.
 
         Raises:
-            ValueError: neither a motion nor a subject is loaded, or its clips or pictures cannot be found
+            ValueError: when neither a motion nor a subject is loaded, or their clips or pictures cannot be found
         """
         return evaluate_clips_loaded(self, settings)
 
@@ -221,13 +224,13 @@ class VideoRunner(Runner):
 
 
 def _asks_for_trajectory(recipe: Recipe) -> bool:
-    """Whether a trajectory has to be measured."""
+    """Whether the recipe has a trajectory that must be measured."""
     path: Trajectory | None = getattr(recipe.sampling, "trajectory", None)
     return path is not None and not path.points
 
 
 def _clips_of(recipe: Recipe) -> Clips:
-    """Returns the first source of clips, which a trajectory is measured on. ValueError if there is none."""
+    """Returns the first source of clips, on which trajectories are measured. Raises ValueError if there is none."""
     sources = clip_sources(recipe)
     if not sources:
         raise ValueError(
@@ -237,10 +240,10 @@ def _clips_of(recipe: Recipe) -> Clips:
 
 
 def opening(motion_adapter: str | Path | None, fps: float | None) -> dict[str, Any]:
-    """Returns the options that are set, as `open_runner` passes them to `VideoRunner.prepared`."""
+    """Returns those of the two options that are set, for `open_runner` to pass to `VideoRunner.prepared`."""
     return {k: v for k, v in {"motion_adapter": motion_adapter, "fps": fps}.items() if v is not None}
 
 
 def clip_rate(runner: VideoRunner, fps: float | None) -> float:
-    """Returns the frames per second for files: as requested, else the network's own, else 8."""
+    """Returns the frames per second of written files, which is the requested rate, else the network's own, else 8."""
     return fps or runner.backbone.frame_rate or 8.0

@@ -16,7 +16,7 @@ from shared.sampling.subject_boxes import SubjectBoxes
 
 @dataclass(frozen=True)
 class ClipSteering(Steering):
-    """Steering for clips: they may also begin with given frames, and the camera may move."""
+    """The options that steer clips, which may also begin with given frames and have a moving camera."""
 
     first_frame: Path | None = None
     prefix: Path | None = None
@@ -28,11 +28,11 @@ class ClipSteering(Steering):
         return [*super().files, *(p for p in (self.first_frame, self.prefix) if p is not None)]
 
     def hooks(self) -> list[Any]:
-        """The sampling hooks. Raises ValueError, naming the option, before a model is loaded."""
+        """Returns the sampling hooks. Raises ValueError, naming the option, for errors found before a model is loaded."""
         if self.first_frame is not None and self.prefix is not None:
-            raise ValueError("--first-frame and --prefix both set how the clip begins: give only one of them")
+            raise ValueError("--first-frame and --prefix both set how the clip begins; give only one of them")
         if self.prefix_frames is not None and self.prefix is None:
-            raise ValueError("--prefix-frames sets how much of --prefix is used: also give --prefix")
+            raise ValueError("--prefix-frames sets how much of --prefix is used; also give --prefix")
         made, boxes = super().hooks(), {}
         for hook in made:
             boxes = dict(hook.boxes) if isinstance(hook, SubjectBoxes) else boxes
@@ -43,18 +43,18 @@ class ClipSteering(Steering):
                 continue
             hook = checked(option, GivenFrames(path=path, frames=self.prefix_frames))
             if is_clip(path) != (option == "--prefix"):
-                other = "a clip: give it as --prefix" if option == "--first-frame" else "one picture: use --first-frame"
+                other = "a clip; give it as --prefix" if option == "--first-frame" else "a picture; use --first-frame"
                 raise ValueError(f"{option}: {path} is {other}")
             made.append(hook)
         return made
 
 
 def parse_pan(text: str, boxes: Any = None) -> CameraPan:
-    """Parses `RIGHT,DOWN`, in fractions of width and height. Raises ValueError if it is malformed."""
+    """Parses `RIGHT,DOWN`, in fractions of width and height. Raises ValueError if the text is malformed."""
     try:
         right, down = (float(x) for x in text.split(","))
         return validate(CameraPan, {"right": right, "down": down, "boxes": boxes or {}})
     except ValueError:
         raise ValueError(
-            f"--pan {text!r}: write RIGHT,DOWN, each between -1 and 1, in fractions of width and height: 0.25,0"
+            f"--pan {text!r}: write RIGHT,DOWN, in fractions of width and height between -1 and 1, such as 0.25,0"
         ) from None

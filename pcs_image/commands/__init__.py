@@ -1,1 +1,1 @@
-"""Command lines of `pcs_image`: thin wrappers around the runner."""
+"""The commands of `pcs image`, which are thin wrappers around the runner."""

@@ -20,7 +20,7 @@ _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
 _DOWNLOAD = typer.Option(False, "--download", help="download files from the hub if they are not in the local cache")
-_CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH)
+_CLIP = typer.Option(None, help="a local CLIP folder to score with; the toybox has its own by default", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
 
@@ -28,7 +28,7 @@ _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", *
 def personalize(
     recipe: str = typer.Argument(help="a recipe's name (see `pcs methods`) or a YAML file"),
     settings: list[str] = typer.Argument(
-        None, help="key=value: subject.images=photos/ subject.class_noun=mug output=my-mug.concept"
+        None, help="key=value, such as subject.images=photos/ subject.class_noun=mug output=my-mug.concept"
     ),
     resume: bool = typer.Option(False, help="resume an interrupted run"),
     overwrite: bool = typer.Option(False, help="replace an existing concept, and the state of an interrupted run"),
@@ -55,9 +55,11 @@ def generate(
     token: list[str] = _TOKEN,
     out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
     num: int = typer.Option(1, min=1, max=10_000, help="pictures per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; the others count up from it"),
+    seed: int = typer.Option(
+        0, min=0, max=_SEEDS, help="seed of a prompt's first picture, which increases by 1 per picture"
+    ),
     strength: list[str] = typer.Option(
-        [], help="a concept's strength schedule: my-mug=0@0,1@0.2 leaves my-mug out of the first fifth of the steps"
+        [], help="a concept's strength schedule; my-mug=0@0,1@0.2 leaves my-mug out of the first fifth of the steps"
     ),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, help=steering.SHARE, **numbers.SHARE),
@@ -65,7 +67,7 @@ def generate(
     keep: Path = typer.Option(None, help=steering.KEEP, **PATH),
     keep_mask: Path = typer.Option(None, help=steering.MASK, **PATH),
     boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
-    negative: str = typer.Option("", help="negative prompt: what should not appear"),
+    negative: str = typer.Option("", help="negative prompt, which describes what should not appear"),
     guidance: float = typer.Option(
         None, help="classifier-free guidance scale; default: the model's own", **numbers.GUIDANCE
     ),
@@ -122,7 +124,7 @@ def evaluate(
         **PATH,
     ),
     gallery: Path = typer.Option(
-        None, help="a folder with one folder for each look-alike of the same class, for identity retrieval", **PATH
+        None, help="a folder with a subfolder for each look-alike of the same class, for identity retrieval", **PATH
     ),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
@@ -142,8 +144,8 @@ def evaluate(
     download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure a concept, or a LoRA from another program: subject fidelity, prompt following, drift, copying, diversity,
-    time and memory."""
+    """Measure a concept, or a LoRA from another program. Scores subject fidelity, prompt following, drift, copying and
+    diversity, and reports time and memory."""
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Lines
     from shared.io.outputs import check_output
@@ -182,9 +184,9 @@ def benchmark(
         None, help="recipes to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option(
-        "development", help="development (use it while tuning) or reporting (use it once, at the end)"
+        "development", help="development (for use while tuning) or reporting (for a single use at the end)"
     ),
-    subjects: str = typer.Option("4", help="how many of the split's subjects, or their names: NAME,NAME"),
+    subjects: str = typer.Option("4", help="how many of the split's subjects to use, or their names as NAME,NAME"),
     limit: int = typer.Option(10, min=1, max=10_000, help="number of prompts"),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
@@ -192,12 +194,12 @@ def benchmark(
         [], "--set", help="key=value applied to every recipe, for example train.steps=100"
     ),
     grid: list[str] = typer.Option(
-        [], "--grid", help="key=value,value: one row per value; repeated: one row per combination"
+        [], "--grid", help="key=value,value for one row per value; repeat it for one row per combination"
     ),
     control: str = typer.Option(None, help="the row to compare the others with, subject by subject"),
     device: str = _DEVICE,
 ) -> None:
-    """Compare recipes on the toybox's held-out subjects: identity among look-alikes, prompt following, copying and time."""
+    """Compare recipes on the toybox's held-out subjects, by identity among look-alikes, prompt following, copying and time."""
     from pcs_image.runner import ImageRunner
     from shared.benchmark.experiment import failures_told
     from shared.benchmark.toybox import BenchmarkSettings, count_or_names, run

@@ -1,1 +1,1 @@
-"""Model families that make clips."""
+"""Model families that generate clips."""

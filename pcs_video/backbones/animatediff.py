@@ -1,4 +1,4 @@
-"""AnimateDiff (https://arxiv.org/abs/2307.04725): an image U-Net with motion modules between its layers."""
+"""AnimateDiff (https://arxiv.org/abs/2307.04725), an image U-Net with motion modules between its layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.io.model_folders import quiet
 
 DEFAULT_FRAMES = 16
 _UNWRAPPED = (
-    "all but motion modules' proj_in and proj_out: diffusers uses keyword arguments, which peft's layers do not accept"
+    "all but motion modules' proj_in and proj_out, because diffusers passes keyword arguments, which peft rejects"
 )
 ROLES: Mapping[str, Sequence[RoleSpec]] = {
     **PICTURE_ROLES,
@@ -33,16 +33,16 @@ _ENDS = ("conv_in", "time_proj", "time_embedding", "conv_norm_out", "conv_act", 
 class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
     """A diffusers `AnimateDiffPipeline` behind the protocol.
 
-    Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go only through its image layers:
-    motion modules change even a single frame, but a subject should be learned and shown without them. So a concept
-    learned on the image U-Net works unchanged with this backbone, and one that trains both kinds of layers is a single concept.
+    Clips [B, C, F, h, w] pass through the whole network. Pictures [B, C, h, w] pass only through its image layers, because
+    motion modules change even a single frame, whereas a subject should be learned and shown without them. A concept learned on
+    the image U-Net therefore works unchanged with this backbone, and a single concept can train both kinds of layers.
 
     Args:
         pipe: the pipeline; its U-Net is a `UNetMotionModel` or becomes one, and is frozen
-        name: as the user gave it
+        name: the model's name as the user gave it
 
     Raises:
-        ValueError: this family does not support the U-Net's kind, or the motion module does not fit the U-Net
+        ValueError: when this family does not support this kind of U-Net, or the motion module does not fit the U-Net
     """
 
     family = "animatediff"
@@ -58,11 +58,11 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts it can load: its own and the image U-Net's."""
+        """The families whose concepts can fit this model, which are its own and that of the image U-Net."""
         return frozenset({self.family, StableDiffusionBackbone.family})
 
     def pipeline(self) -> Any:
-        """Returns an `AnimateDiffPipeline` around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns an `AnimateDiffPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
         from diffusers import AnimateDiffPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         return AnimateDiffPipeline(
@@ -74,13 +74,13 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """Returns the network's output in its own parametrisation: [B, C, F, h, w] for clips, [B, C, h, w] for pictures.
-        Otherwise as in `StableDiffusionBackbone.predict`."""
+        """Returns the network's output in its own parametrisation, [B, C, F, h, w] for clips and [B, C, h, w] for pictures.
+        In all else, does what `StableDiffusionBackbone.predict` does."""
         return super().predict(x_t, t, conditioning)
 
     @contextmanager
     def image_layers(self) -> Iterator[None]:
-        """Within the context, clips go through the image layers alone, frame by frame, as pictures do."""
+        """Inside the context, clips pass only through the image layers, frame by frame, as pictures do."""
         before, self._by_frame = self._by_frame, True
         try:
             yield
@@ -152,7 +152,7 @@ def with_motion(pipe: Any, adapter: Any) -> Any:
     from diffusers import AnimateDiffPipeline, UNetMotionModel  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        with quiet():  # diffusers warns about the precision, but it is the U-Net's own
+        with quiet():  # diffusers warns about the precision, which is only that of the given U-Net
             unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the motion module does not fit the U-Net: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,5 @@
-"""Encodes and decodes clips with a causal autoencoder: the first frame, then each group of frames, becomes a latent frame."""
+"""Encodes and decodes clips with a causal autoencoder, which turns the first frame and then each group of frames into one
+latent frame."""
 
 from __future__ import annotations
 
@@ -11,24 +12,25 @@ from shared.backbones.latents import LatentCodec
 
 
 class CausalCodec(LatentCodec):
-    """The autoencoder half of a family whose autoencoder maps r n + 1 frames to n + 1 latent frames.
+    """The autoencoder part of a backbone whose autoencoder maps r n + 1 frames to n + 1 latent frames.
 
-    Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no frame axis. Latent units are
-    (z - mean) / spread per channel; the family sets both. `frame_factor` is r.
+    Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no frame axis. Latents are
+    (z - mean) / spread per channel, where the family sets mean and spread. `frame_factor` is r.
     """
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and spread of the autoencoder's own latents, each [C], on the device and in the precision of `like`."""
+        """Returns the mean and the spread of the autoencoder's own latents, each [C], with the device and dtype of `like`."""
         raise NotImplementedError
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (f), h, w]; differentiable; the mean if `generator` is None."""
+        """Encodes pixels [B, 3, (F), H, W] in [-1, 1] to latents [B, C, (f), h, w]. With a generator, samples the latents;
+        without one, returns their mean. Differentiable."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return self._like(pixels, self._normalized(z))
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean and spread of the latents in latent units, each [B, C, (f), h, w]."""
+        """Returns the mean and the standard deviation of the latents, each [B, C, (f), h, w]."""
         posterior = self._posterior(pixels)
         spread = _of_channels(self._statistics(posterior.std)[1])
         return self._like(pixels, self._normalized(posterior.mean)), self._like(pixels, posterior.std / spread)
@@ -47,7 +49,7 @@ class CausalCodec(LatentCodec):
         return (latents if pixels.ndim == 5 else latents[:, :, 0]).to(self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, (f), h, w] -> pixels [B, 3, (F), H, W], nominally in [-1, 1]."""
+        """Decodes latents [B, C, (f), h, w] to pixels [B, 3, (F), H, W], nominally in [-1, 1]."""
         self._use_vae()
         clips = latents if latents.ndim == 5 else latents[:, :, None]
         mean, spread = map(_of_channels, self._statistics(clips))
@@ -55,12 +57,12 @@ class CausalCodec(LatentCodec):
         return pixels if latents.ndim == 5 else pixels[:, :, 0]
 
     def _decode(self, z: Tensor) -> Tensor:
-        """The autoencoder's own latents [B, C, f, h, w] -> pixels [B, 3, F, H, W]."""
+        """Decodes the autoencoder's own latents [B, C, f, h, w] to pixels [B, 3, F, H, W]."""
         return self.vae.decode(z, return_dict=False)[0]
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns (C, h, w) for a picture, (C, f, h, w) for a clip. Raises ValueError, naming the nearest valid values, if the
-        size is not a multiple of what the model needs, or the number of frames is not r n + 1."""
+        """Returns (C, h, w) for a picture and (C, f, h, w) for a clip. Raises ValueError if the size is not a multiple of what
+        the model needs, or if the frame count is not r n + 1."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -68,13 +70,13 @@ class CausalCodec(LatentCodec):
 
 
 def check_causal_frames(family: str, frames: int, factor: int) -> int:
-    """Returns the number of latent frames of a clip. Raises ValueError, naming the nearest valid numbers, unless `frames`
-    is `factor` n + 1."""
+    """Returns the number of latent frames of a clip. Raises ValueError, naming the nearest valid frame counts, unless
+    `frames` is `factor` n + 1."""
     more, rest = divmod(frames - 1, factor)
     if frames < 1 or rest:
         nearest = f"{more * factor + 1} and {(more + 1) * factor + 1}" if frames > 0 else "1"
         raise ValueError(
-            f"a clip of {frames} frames does not fit {family}, which makes {factor}n + 1 frames (nearest: {nearest})"
+            f"a clip of {frames} frames does not fit {family}, which generates {factor}n + 1 frames (nearest: {nearest})"
         )
     return more + 1
 

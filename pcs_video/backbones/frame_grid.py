@@ -1,4 +1,4 @@
-"""Reads from a model's folder how many frames it can make, so that errors are reported before the model is loaded."""
+"""Reads from a model's folder which frame counts it supports, so that errors are reported before the model is loaded."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pcs_video.backbones.picture_clips import NONE, PictureClipsBackbone
 from shared.backbones.load import TOYBOX
 from shared.config import expanded
 
-Check = Callable[[int], object]  # raises ValueError if this many frames cannot be made
+Check = Callable[[int], object]  # raises ValueError if the model does not support this frame count
 
 
 def frame_check(source: str | Path | None, motion_adapter: str | Path | None = None) -> Check | None:
-    """Returns a function that rejects numbers of frames that the model cannot make, as its `latent_shape` does.
+    """Returns a function that rejects frame counts that the model does not support, as its `latent_shape` does.
 
     Args:
-        source: as for `load_backbone`; None: the toybox
-        motion_adapter: a folder with a diffusers `MotionAdapter` or "none", for an image model
+        source: the model, as for `load_backbone`. If None, the toybox
+        motion_adapter: for an image model, a folder with a diffusers `MotionAdapter`, or "none"
 
-    Returns None if the files do not say (a model not yet downloaded, a single file, a family from another
-    package); the number is then checked when the model is opened.
+    Returns:
+        The function, or None if the files do not tell (because the model is not downloaded, is a single file, or belongs to
+        another package's family). The frame count is then checked when the model is opened.
     """
     if source is None or str(source) == TOYBOX:
         from shared.toybox.weights import backbone_path, motion_adapter_path
@@ -51,14 +52,16 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
 
 
 def _ltx_factor(vae: Mapping[str, Any]) -> int:
-    """Returns the factor as in `AutoencoderKLLTXVideo`: stated, or computed from the patches and the levels that halve time."""
+    """Returns the factor as `AutoencoderKLLTXVideo` does, either as it is stated, or computed from the patches and the levels
+    that halve time."""
     stated = vae.get("temporal_compression_ratio")
     halved = vae.get("spatio_temporal_scaling", (True, True, True, False))
     return stated or vae.get("patch_size_t", 1) * 2 ** sum(halved)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """Reads a configuration. Empty if it cannot be read: opening the model will report why."""
+    """Reads a configuration. Returns an empty one if it cannot be read, because the error is reported when the model is
+    opened."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -15,10 +15,10 @@ FRAMES_AT_ONCE = 2**18  # pixels decoded at a time (one frame of 512x512), to li
 
 
 def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int | None = None) -> Tensor:
-    """Applies a function of pictures [N, C, H, W] to every frame of clips [B, C, F, H, W]; also accepts pictures.
+    """Applies a function of pictures [N, C, H, W] to every frame of clips [B, C, F, H, W], or to pictures.
 
     Args:
-        at_once: frames per call; None: all of them
+        at_once: frames per call. If None, all frames at once
     """
     if clips.ndim == 4:
         return function(clips)
@@ -28,38 +28,39 @@ def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int |
 
 
 class FramewiseCodec(LatentCodec):
-    """A backbone's image autoencoder, applied to pictures [B, 3, H, W] and clips [B, 3, F, H, W] alike.
+    """The part of a backbone that applies an image autoencoder to pictures [B, 3, H, W] and clips [B, 3, F, H, W] alike.
 
-    `most_frames` is the number of frames the model was made for.
+    `most_frames` is the largest frame count that the model supports.
     """
 
     most_frames: int
     frames_apart: bool = True
 
     def image_layers(self) -> AbstractContextManager[None]:
-        """Returns a context in which clips go through the image layers alone, each frame by itself."""
+        """Returns a context in which clips pass only through the image layers, frame by frame."""
         return nullcontext()
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (F), h, w]; differentiable; the mean if `generator` is None."""
+        """Encodes pixels [B, 3, (F), H, W] in [-1, 1] to latents [B, C, (F), h, w]. With a generator, samples the latents;
+        without one, returns their mean. Differentiable."""
         encode = super().encode_pixels
         return by_frame(lambda frames: encode(frames, generator), pixels)
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean and spread of the latents in latent units, each [B, C, (F), h, w]."""
+        """Returns the mean and the standard deviation of the latents, each [B, C, (F), h, w]."""
         moments = super().latent_moments
         both = by_frame(lambda frames: torch.cat(moments(frames), dim=1), pixels)
         mean, std = both.chunk(2, dim=1)
         return mean.contiguous(), std.contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, (F), h, w] -> pixels [B, 3, (F), H, W], nominally in [-1, 1]; not clamped."""
+        """Decodes latents [B, C, (F), h, w] to pixels [B, 3, (F), H, W], nominally in [-1, 1] and not clamped."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.vae_factor**2
         return by_frame(super().decode, latents, max(1, FRAMES_AT_ONCE // pixels))
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns (C, h, w) for a picture, (C, F, h, w) for a clip. Raises ValueError if the size is not a multiple of what the
-        model needs, or if there are fewer than 2 frames or more than the model was made for."""
+        """Returns (C, h, w) for a picture and (C, F, h, w) for a clip. Raises ValueError if the size is not a multiple of what
+        the model needs, or if there are fewer than 2 frames or more than the model supports."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -68,16 +69,17 @@ class FramewiseCodec(LatentCodec):
 
 
 def check_framewise_frames(family: str, frames: int, most: int) -> None:
-    """Raises ValueError, naming the nearest valid number, for a clip of fewer than 2 or more than `most` frames."""
+    """Raises ValueError, naming the nearest valid frame count, if `frames` is less than 2 or more than `most`."""
     if not 2 <= frames <= most:
         nearest = min(max(frames, 2), most)
         raise ValueError(
-            f"a clip of {frames} frames does not fit this {family} model, which makes 2 to {most}; the nearest is {nearest}"
+            f"a clip of {frames} frame{'s' if frames != 1 else ''} does not fit this {family} model, which generates 2 to "
+            f"{most} frames; the nearest is {nearest}"
         )
 
 
 def shares(clip: Any, picture: Any, names: tuple[str, ...]) -> None:
-    """Replaces these submodules of `picture`, where it has them, with those of `clip`: the same objects, not copies."""
+    """Replaces those of the named submodules that `picture` has with the submodules of `clip`, without copying them."""
     for name in names:
         if getattr(picture, name, None) is not None:
             setattr(picture, name, getattr(clip, name))

@@ -1,4 +1,5 @@
-"""LTX-Video (https://arxiv.org/abs/2501.00103): flow matching on strongly compressed clips, with positions in seconds."""
+"""LTX-Video (https://arxiv.org/abs/2501.00103), which uses flow matching on strongly compressed clips, with positions in
+seconds."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ class LTXBackbone(VideoTransformerBackbone):
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
-        name: as the user gave it
-        max_sequence_length: T5 tokens per prompt; default: the smaller of 128 and the tokenizer's limit
+        name: the model's name as the user gave it
+        max_sequence_length: T5 tokens per prompt. By default, the tokenizer's limit, but at most 128
 
     Raises:
-        ValueError: the transformer joins several cells into one token, or its channels differ from the autoencoder's
+        ValueError: when the transformer joins several cells into one token, or its channels differ from the autoencoder's
     """
 
     family = "ltx"
@@ -33,9 +34,9 @@ class LTXBackbone(VideoTransformerBackbone):
     default_steps = 50
     masks_context = True
     time_per_frame = True
-    #: Frames per second of generated and learned clips: the network gets each frame's time, not its number.
+    #: Frames per second of generated and learned clips. The network gets each frame's time in seconds, not its number.
     frame_rate: float | None = 25.0
-    #: The noise level for decoding, for an autoencoder that is conditioned on one.
+    #: The noise level for decoding, if the autoencoder is conditioned on one.
     decode_time: float = 0.0
 
     def __init__(self, pipe: Any, name: str = "", max_sequence_length: int | None = None) -> None:
@@ -56,7 +57,7 @@ class LTXBackbone(VideoTransformerBackbone):
         self._set_sites("transformer_blocks", len(self.transformer.transformer_blocks))
 
     def pipeline(self) -> Any:
-        """Returns an `LTXPipeline` around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns an `LTXPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
         from diffusers import LTXPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -78,7 +79,7 @@ class LTXBackbone(VideoTransformerBackbone):
         return mean, std / self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Decodes with the same noise every time: some versions are conditioned on a noise level and add noise."""
+        """Decodes with the same noise every time, because some versions of the autoencoder add noise."""
         timed = self.vae.config.timestep_conditioning
         t = z.new_full([len(z)], self.decode_time) if timed else None
         with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []):
@@ -88,7 +89,7 @@ class LTXBackbone(VideoTransformerBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """Sets sigmas as `LTXPipeline` does: evenly spaced, shifted by the number of tokens if the scheduler shifts them."""
+        """Sets evenly spaced sigmas, as `LTXPipeline` does. The scheduler may shift them according to the number of tokens."""
         import numpy as np
         from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
@@ -124,7 +125,7 @@ class LTXBackbone(VideoTransformerBackbone):
         return out.transpose(1, 2).unflatten(2, (frames, height, width))
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self._components[component](ids)[0], None  # T5 attends to the padding; the transformer does not
+        return self._components[component](ids)[0], None  # T5 attends to padding here; the transformer does not
 
     def _processor_for(self, layer: Any) -> type[Processor] | None:
         from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor

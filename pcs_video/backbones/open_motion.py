@@ -1,4 +1,4 @@
-"""Turns an image backbone into one for clips."""
+"""Turns a backbone for pictures into a backbone for clips."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from shared.io.model_folders import load_network
 
 
 def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) -> Backbone:
-    """Returns `backbone` itself if it already makes clips, otherwise one with motion modules (Stable Diffusion, the toybox).
+    """Returns `backbone` itself if it already generates clips. Otherwise, returns a backbone for clips around the same
+    networks, which is possible for Stable Diffusion and the toybox.
 
     Args:
-        folder: contains a diffusers `MotionAdapter`; "none": no motion modules, see `PictureClipsBackbone`; None: the toybox's
-            own, for the toybox only
+        folder: a folder with a diffusers `MotionAdapter`, or "none" for no motion modules (`PictureClipsBackbone`). If None,
+            the toybox's own adapter is used, which fits only the toybox
 
     Raises:
-        ValueError: the backbone makes pictures and no folder is given; the folder has no motion module, or one for another
-            U-Net; or a folder is given but the backbone already makes clips
+        ValueError: when the backbone generates pictures and no folder is given, when the folder has no motion module or one
+            for another U-Net, or when a folder is given but the backbone already generates clips
     """
     if backbone.frames is not None:
         if folder is not None:
-            raise ValueError(f"motion_adapter={folder}: {backbone.name} already makes clips; leave motion_adapter out")
+            raise ValueError(
+                f"motion_adapter={folder}: {backbone.name} already generates clips; leave motion_adapter out"
+            )
         return backbone
     if not isinstance(backbone, StableDiffusionBackbone):
-        raise ValueError(f"{backbone.name} ({backbone.family}) makes pictures, and motion modules do not support it")
+        raise ValueError(
+            f"{backbone.name} ({backbone.family}) generates pictures, and motion modules do not support it"
+        )
     if folder is not None and str(folder) == NONE:
         made = PictureClipsBackbone(backbone.pipeline(), backbone.name)
     else:
@@ -45,9 +50,9 @@ def _folder(backbone: Backbone, folder: str | Path | None) -> Path:
         return expanded(folder)
     if backbone.world is None:
         raise ValueError(
-            f"{backbone.name} makes pictures: give motion_adapter=FOLDER (--motion-adapter), a diffusers MotionAdapter "
-            "for it, or an AnimateDiffPipeline's folder as the backbone; for a trajectory alone, "
-            "motion_adapter=none is enough"
+            f"{backbone.name} generates pictures; give motion_adapter=FOLDER (--motion-adapter), the folder of a diffusers "
+            "MotionAdapter for it, or an AnimateDiffPipeline's folder as the backbone. For a trajectory alone, "
+            "motion_adapter=none is enough."
         )
     from shared.toybox.weights import motion_adapter_path
 
@@ -58,5 +63,5 @@ def _adapter(folder: Path, dtype: Any) -> Any:
     from diffusers import MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"motion_adapter={folder}: not a diffusers MotionAdapter, because it has no config.json")
+        raise ValueError(f"motion_adapter={folder} is not a diffusers MotionAdapter, because it has no config.json")
     return load_network(MotionAdapter, folder, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Clips from a picture model alone, frame by frame."""
+"""Generates clips with a picture model alone, frame by frame."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MOST_FRAMES = 1024
 
 
 class PictureClipsBackbone(FramewiseCodec, StableDiffusionBackbone):
-    """A diffusers `StableDiffusionPipeline` that also makes clips, each frame by itself.
+    """A diffusers `StableDiffusionPipeline` that also generates clips, whose frames it processes separately.
 
-    It has no layers for motion: a subject moves only along a trajectory (`FollowTrajectory`). It reads the same concepts as for
-    pictures, and its frames see each other only where attention is edited (`SparseCausal`).
+    It has no layers for motion, so a subject moves only along a trajectory (`FollowTrajectory`). It reads the same concepts as
+    for pictures. Frames attend to one another only where attention is edited (`SparseCausal`).
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
-        name: as the user gave it
+        name: the model's name as the user gave it
     """
 
     most_frames: int = _MOST_FRAMES

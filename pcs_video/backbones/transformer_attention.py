@@ -1,4 +1,4 @@
-"""The attention layers of video transformers, with edits and maps."""
+"""Attention processors for video transformers that apply edits and record maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.backbones.attention_processors import Processor
 
 
 def is_plain(layer: Any, default: type) -> bool:
-    """Tells whether a layer uses diffusers' default processor, with none of its optional settings."""
+    """Whether a layer uses diffusers' default processor without any of its optional settings."""
     now = layer.processor
     return (
         type(now) is default
@@ -22,7 +22,7 @@ def is_plain(layer: Any, default: type) -> bool:
 
 
 class WanProcessor(Processor):
-    """Computes diffusers' `WanAttention` as `WanAttnProcessor` does, with a plan's edits and maps."""
+    """Computes what diffusers' `WanAttnProcessor` computes for a `WanAttention` layer, and carries out a plan."""
 
     def __call__(
         self,
@@ -32,7 +32,7 @@ class WanProcessor(Processor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Tokens [B, N, C], and for cross-attention text [B, L, C] -> [B, N, C]."""
+        """Maps tokens [B, N, C] to the same shape. Cross-attention layers also take the text [B, L, C]."""
         assert attention_mask is None, "Wan also attends to the padding, which is zeros"
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in _projected(attn, hidden_states, encoder_hidden_states))
         if rotary_emb is not None:
@@ -42,7 +42,7 @@ class WanProcessor(Processor):
 
 
 class LTXProcessor(Processor):
-    """Computes diffusers' `LTXAttention` as `LTXVideoAttnProcessor` does, with a plan's edits and maps."""
+    """Computes what diffusers' `LTXVideoAttnProcessor` computes for an `LTXAttention` layer, and carries out a plan."""
 
     def __call__(
         self,
@@ -52,7 +52,7 @@ class LTXProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Tokens [B, N, C], and for cross-attention text [B, L, C] with a bias [B, 1, L] -> [B, N, C]."""
+        """Maps tokens [B, N, C] to the same shape. Cross-attention layers also take the text [B, L, C] and a bias [B, 1, L]."""
         from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 
         q, k, v = _projected(attn, hidden_states, encoder_hidden_states)
@@ -66,7 +66,7 @@ class LTXProcessor(Processor):
 
 
 def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns queries, keys and values, each [B, L, H * d]; the norms are over all heads."""
+    """Returns queries, keys and values, each [B, L, H * d]. Norms are computed over all heads together."""
     source = x if text is None else text
     return attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
 
@@ -78,5 +78,5 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _out(attn: Any, attended: Tensor, like: Tensor) -> Tensor:
-    """[B, H, L, d] -> [B, L, C]."""
+    """Joins the heads, [B, H, L, d], and projects them to the layer's output, [B, L, C]."""
     return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2).to(like.dtype)))

@@ -1,4 +1,5 @@
-"""The common parts of video transformers: joint attention over space and time, cross-attention to the text, flow matching."""
+"""The base class of video transformers, which have joint attention over space and time, cross-attention to the text, and flow
+matching."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ from shared.types import Conditioning
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _LEAVES = {"": _QKVO, ".kv": "to_[kv]", ".q": "to_q", ".qk": "to_[qk]"}
 _T5 = r"encoder\.block\.\d+\.layer\.\d+\."
-_NOTE = "the layers of self_attention, which attends jointly over space and time; no layers are for time alone"
+_NOTE = "the layers of self_attention, which attends jointly over space and time; there are no layers for time alone"
 
 
 def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) -> dict[str, tuple[RoleSpec, ...]]:
-    """Returns the roles of transformers of one kind, and of their T5.
+    """Returns the roles of one or more transformers with the same layers, and of their T5 text encoder.
 
     Args:
-        networks: names of the components
+        networks: the component names of the transformers
         block: pattern of a block's name, including the trailing dot
         feed_forward: name of the feed-forward module in a block
     """
@@ -49,10 +50,11 @@ def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) ->
 
 
 class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
-    """A diffusers pipeline with one T5, one kind of video transformer and a causal autoencoder behind the protocol.
+    """A diffusers pipeline with a T5, one or more video transformers with the same layers, and a causal autoencoder, behind the
+    protocol.
 
-    Clips are [B, C, f, h, w]; pictures [B, C, h, w] are handled as clips of one frame. Prompts are used as they are: unlike
-    the pipelines, this backbone does not clean up HTML entities and repeated spaces.
+    Clips are [B, C, f, h, w], and pictures [B, C, h, w] are handled as clips of one frame. Unlike the pipelines, this backbone
+    uses prompts as they are, without cleaning up HTML entities and repeated spaces.
     """
 
     why_one_context = "all of its layers share one projection of the text"
@@ -66,30 +68,31 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """The pipelines sample in float32, whatever the network's precision."""
+        """The dtype of latents during sampling, which is float32 whatever the network's precision, as in the pipelines."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def sites(self) -> tuple[Site, ...]:
         return self._sites
 
     def text_sites(self) -> tuple[str, ...]:
-        """Returns no sites: one projection of the text serves all layers."""
+        """Returns no sites, because all layers share one projection of the text."""
         return ()
 
     def _set_sites(self, block: str, blocks: int) -> None:
-        """Lists the sites: block by block, self-attention, then cross-attention."""
+        """Sets the list of sites, which are the self-attention and then the cross-attention of each block, in order."""
         names = [(f"{block}.{i}.attn{n}", n) for i in range(blocks) for n in (1, 2)]
         self._sites = tuple(Site(name, "self" if n == 1 else "cross", self.latent_multiple) for name, n in names)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predicts the velocity noise - x_0, in the shape of x_t.
+        """Returns the velocity `noise - x_0`, in the shape of x_t.
 
         Args:
-            x_t: [B, C, f, h, w], or pictures [B, C, h, w]
-            t: [B] or a scalar; [B, f] if the network takes a time for each token (`time_per_frame`)
+            x_t: clips [B, C, f, h, w], or pictures [B, C, h, w]
+            t: [B] or a scalar; also [B, f] if the network takes one time per frame (`time_per_frame`)
 
         Raises:
-            ValueError: given a context per site, image tokens, regions or size_ids, or shapes that do not match
+            ValueError: when the conditioning has one context per site, image tokens, regions or size_ids, or when shapes do
+                not match
         """
         self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):
@@ -99,11 +102,12 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
         return out if x_t.ndim == 5 else out[:, :, 0]
 
     def _velocity(self, clips: Tensor, t: Tensor, conditioning: Conditioning, context: Tensor) -> Tensor:
-        """Clips [B, C, f, h, w], t [B] or [B, f], context [B, L, D] -> [B, C, f, h, w]."""
+        """Returns the velocity of clips [B, C, f, h, w] at times t ([B] or [B, f]), with the context [B, L, D]."""
         raise NotImplementedError
 
 
 def per_token(t: Tensor, frames: int, tokens: int) -> Tensor:
-    """[B] or [B, f] -> [B, tokens]: each token's time is its frame's; all frames have the same number of tokens."""
+    """Returns the time of each token's frame, [B, tokens], for times t ([B] or [B, f]). All frames have the same number of
+    tokens."""
     each = t if t.ndim == 2 else t[:, None].expand(-1, frames)
     return each.repeat_interleave(tokens // frames, dim=1)

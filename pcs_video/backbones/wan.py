@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314): flow matching on clips; 2.2 has one expert for each range of noise."""
+"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314), which use flow matching on clips. Wan 2.2 has an expert for high and one
+for low noise."""
 
 from __future__ import annotations
 
@@ -18,22 +19,22 @@ from shared.types import Conditioning
 class WanBackbone(VideoTransformerBackbone):
     """A diffusers `WanPipeline` (text to video) behind the protocol.
 
-    With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. Both have
-    the same layers: a role refers to the layers of both experts, a site to a layer of the expert that predicts.
+    With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. Both have the same
+    layers. A role refers to the layers of both experts, and a site to a layer of the expert that predicts.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
-        name: as the user gave it
-        max_sequence_length: tokens per prompt; default: the smaller of 512 and the tokenizer's limit
+        name: the model's name as the user gave it
+        max_sequence_length: tokens per prompt. By default, the tokenizer's limit, but at most 512
 
     Raises:
-        ValueError: the transformer takes more than noisy latents (image to video), or an expert is missing
+        ValueError: when the transformer takes more than noisy latents (image to video), or an expert is missing
     """
 
     family = "wan"
     default_guidance = 5.0
     default_steps = 50
-    #: Guidance while the second expert predicts (the pipeline's `guidance_scale_2`); None: the same as for the first.
+    #: Guidance for the second expert (the pipeline's `guidance_scale_2`). If None, the same as for the first.
     low_noise_guidance: float | None = None
 
     def __init__(self, pipe: Any, name: str = "", max_sequence_length: int | None = None) -> None:
@@ -62,7 +63,7 @@ class WanBackbone(VideoTransformerBackbone):
         self._set_sites("blocks", len(pipe.transformer.blocks))
 
     def pipeline(self) -> Any:
-        """Returns a `WanPipeline` around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns a `WanPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
         from diffusers import WanPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -98,7 +99,8 @@ class WanBackbone(VideoTransformerBackbone):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """Each expert's times: `transformer` from the boundary upwards, `transformer_2` below it; or `transformer` always."""
+        """The time range of each expert. With two experts, `transformer` predicts from the boundary upwards and
+        `transformer_2` below it; otherwise, `transformer` always predicts."""
         low = {"transformer_2": (0.0, self.boundary)} if len(self.experts) > 1 else {}
         return {"transformer": (self.boundary, 1000.0), **low}
 
@@ -118,8 +120,8 @@ class WanBackbone(VideoTransformerBackbone):
         if self._is_attended:
             raise ValueError(
                 f"{self.family}: these times are on both sides of {self.boundary:g}, where the experts change, but attention "
-                "is edited or watched, so its maps must come from one network. Predict on one side at a time "
-                "(train.batch_size=1, or a range of noise on one side)"
+                "is edited or watched, which is possible for only one expert at a time. Predict on one side at a time "
+                "(train.batch_size=1, or a range of times on one side)."
             )
         parts = [self._ask(name, clips[index], t[index], context[index]) for name, index in asked.items()]
         return torch.cat(parts)[torch.cat(list(asked.values())).argsort()]
@@ -136,13 +138,13 @@ class WanBackbone(VideoTransformerBackbone):
             )[0]
 
     def _per_token(self, t: Tensor, clips: Tensor) -> Tensor:
-        """[B] or [B, f] -> [B, tokens]."""
+        """Returns one time per token, [B, tokens], for times t ([B] or [B, f])."""
         return per_token(t, clips.shape[2], clips[0, 0].numel() // self.latent_multiple**2)
 
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Applies classifier-free guidance; the second expert uses `low_noise_guidance` if it is set."""
+        """Predicts with classifier-free guidance. The second expert uses `low_noise_guidance` if it is set."""
         if self.low_noise_guidance is None or len(self.experts) == 1:
             return super().predict_guided(x_t, t, positive, negative, guidance)
         high = per_row(self._told(t, x_t)) >= self.boundary
@@ -150,7 +152,7 @@ class WanBackbone(VideoTransformerBackbone):
         return super().predict_guided(x_t, t, positive, negative, strength)
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Encodes text: UMT5 does not attend to padding, and the network gets zeros in its place."""
+        """Runs the text encoder. UMT5 does not attend to padding, and its hidden states there are replaced with zeros."""
         hidden = self._components[component](ids, attention_mask=mask)[0]
         return hidden * mask[..., None].to(hidden.dtype), None
 
@@ -167,10 +169,10 @@ def _check(experts: Mapping[str, Any], channels: int) -> None:
         config = network.config
         if config.in_channels != channels or config.image_dim or config.added_kv_proj_dim:
             raise ValueError(
-                f"wan: the {name} needs {config.in_channels} channels and gets {channels}, or takes images besides text: "
-                "only text to video is supported, not image to video"
+                f"wan: the {name} takes {config.in_channels} channels instead of {channels}, or takes images besides text; "
+                "only text-to-video models are supported, not image-to-video models"
             )
         if config.patch_size[0] != 1 or config.patch_size[1] != config.patch_size[2]:
             raise ValueError(f"wan: the {name} has patches of {list(config.patch_size)}; only 1 x n x n is supported")
     if len({len(network.blocks) for network in experts.values()}) > 1:
-        raise ValueError("wan: its two experts have different numbers of blocks")
+        raise ValueError("wan: the two experts must have the same number of blocks")

@@ -1,1 +1,1 @@
-"""The command lines of `pcs video`."""
+"""The commands of `pcs video`."""

@@ -21,7 +21,8 @@ _DOWNLOAD = typer.Option(False, "--download", help="download files from the hub 
 _MOTION = typer.Option(
     None,
     "--motion-adapter",
-    help="a folder with a diffusers MotionAdapter, or none (nothing moves but along trajectories); default: the backbone's own",
+    help="a folder with a diffusers MotionAdapter, or none (subjects then move only along trajectories); default: the "
+    "backbone's own",
     **PATH,
 )
 
@@ -29,7 +30,7 @@ _MOTION = typer.Option(
 @app.command()
 def personalize(
     recipe: str = typer.Argument(help="a recipe's name (see `pcs methods`) or a YAML file"),
-    settings: list[str] = typer.Argument(None, help="key=value: subject.clips=clips/ output=zigzag.concept"),
+    settings: list[str] = typer.Argument(None, help="key=value, such as subject.clips=clips/ output=zigzag.concept"),
     resume: bool = typer.Option(False, help="resume an interrupted run"),
     overwrite: bool = typer.Option(False, help="replace an existing concept, and the state of an interrupted run"),
     concept: list[str] = _CONCEPT,
@@ -53,13 +54,13 @@ def generate(
         Path("clip.mp4"), help="a file (.mp4, .gif, .webp), or a folder for several clips", **PATH
     ),
     num: int = typer.Option(1, min=1, max=10_000, help="clips per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; the others count up from it"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of a prompt's first clip, which increases by 1 per clip"),
     frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, help=_FPS, **numbers.FPS),
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if --out is a folder"),
-    sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
+    sheet: bool = typer.Option(False, help="also write a contact sheet with a row of frames for each clip"),
     strength: list[str] = typer.Option(
-        [], help="a concept's strength schedule: my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
+        [], help="a concept's strength schedule; my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
     ),
     first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
     prefix: Path = typer.Option(None, help="a clip that the new one begins with and continues", **PATH),
@@ -70,8 +71,10 @@ def generate(
     keep: Path = typer.Option(None, help=steering.KEEP, **PATH),
     keep_mask: Path = typer.Option(None, help=steering.MASK, **PATH),
     boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
-    pan: str = typer.Option("", help="RIGHT,DOWN: how far the camera moves, in fractions of width and height: 0.25,0"),
-    negative: str = typer.Option("", help="negative prompt: what should not appear"),
+    pan: str = typer.Option(
+        "", help="RIGHT,DOWN: how far the camera moves, in fractions of width and height, such as 0.25,0"
+    ),
+    negative: str = typer.Option("", help="negative prompt, which describes what should not appear"),
     guidance: float = typer.Option(
         None, help="classifier-free guidance scale; default: the model's own", **numbers.GUIDANCE
     ),
@@ -130,16 +133,16 @@ def evaluate(
     references: Path = typer.Option(
         None, help="the motion's clips; default: a folder next to the concept, named like the training folder", **PATH
     ),
-    pictures: Path = typer.Option(None, help="the subject's pictures; default: found in the same way", **PATH),
-    gallery: Path = typer.Option(None, help="a folder with one folder for each look-alike of the subject", **PATH),
+    pictures: Path = typer.Option(None, help="the subject's pictures; default: found like --references", **PATH),
+    gallery: Path = typer.Option(None, help="a folder with a subfolder for each look-alike of the subject", **PATH),
     num: int = typer.Option(2, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
     false_motion: str = typer.Option(
         "unnamed",
-        help="comparison clips: with the motion loaded but not in the prompt (unnamed), with it at strength 0 (off), or none",
+        help="clips to compare with: the motion loaded but not in the prompt (unnamed), at strength 0 (off), or none",
     ),
-    compensate_camera: bool = typer.Option(False, help="measure motion fidelity without the camera's own movement"),
+    compensate_camera: bool = typer.Option(False, help="measure motion fidelity without the camera's movement"),
     frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, help=_FPS, **numbers.FPS),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the motion's recipe"),
@@ -149,7 +152,9 @@ def evaluate(
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: as in the motion's recipe"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
     width: int = typer.Option(None, min=1, max=8192, help="pixels"),
-    clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
+    clip: Path = typer.Option(
+        None, help="a local CLIP folder to score with; the toybox has its own by default", **PATH
+    ),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"
@@ -160,7 +165,8 @@ def evaluate(
     download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure a motion, a subject, or one of each in clips: motion, leakage, identity, amount of motion and steadiness."""
+    """Measure a motion, a subject, or one of each in clips. Scores motion, leakage, identity, amount of motion and
+    steadiness."""
     from pcs_video.runner import VideoRunner, clip_rate, opening
     from shared.commands.progress import Lines
     from shared.evaluation.clips.prompt_sets import load_clip_prompts
@@ -176,7 +182,7 @@ def evaluate(
     from shared.sampling.settings import SamplingSettings
 
     if not concept:
-        raise ValueError("evaluate needs at least one --concept: a motion, a subject, or one of each")
+        raise ValueError("evaluate needs --concept with a motion, a subject, or one of each")
     read = [p for p in (references, pictures, gallery, clip, dino) if p is not None]
     check_output(out, overwrite, [*read_by(concept, backbone), *read])
     check_folders(clip, dino)
@@ -204,11 +210,11 @@ def benchmark(
         None, help="motion recipes to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option(
-        "development", help="development (use it while tuning) or reporting (use it once, at the end)"
+        "development", help="development (for use while tuning) or reporting (for a single use at the end)"
     ),
     motions: int = typer.Option(6, min=1, max=10_000, help="how many of the split's motions to use"),
     subjects: int = typer.Option(
-        4, min=0, max=10_000, help="how many of the split's subjects to show each motion on; 0: none"
+        4, min=0, max=10_000, help="how many of the split's subjects to show each motion on; 0 for none"
     ),
     subject_recipe: str = typer.Option("dreambooth_lora", help="recipe that learns the subjects from pictures"),
     limit: int = typer.Option(1, min=1, max=10_000, help="number of prompts"),
@@ -218,11 +224,11 @@ def benchmark(
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every motion recipe, for example train.steps=100"
     ),
-    subject_overrides: list[str] = typer.Option([], "--set-subject", help="the same for the subjects' recipe"),
+    subject_overrides: list[str] = typer.Option([], "--set-subject", help="key=value applied to the subjects' recipe"),
     motion_adapter: Path = _MOTION,
     device: str = _DEVICE,
 ) -> None:
-    """Compare motion recipes on the toybox's held-out motions and subjects: motion, identity, leakage and time."""
+    """Compare motion recipes on the toybox's held-out motions and subjects, by motion, identity, leakage and time."""
     from pcs_video.recipe import VideoRecipe
     from pcs_video.runner import VideoRunner
     from shared.benchmark.experiment import failures_told

@@ -1,1 +1,1 @@
-"""Recipe parts for clips that the core does not have."""
+"""Recipe parts that only clips need."""

@@ -14,12 +14,12 @@ from shared.train.tune import Tune
 
 
 class AlternateTask(TuneTask):
-    """Every `every`-th step is for preservation: it learns from class examples, through the penalties that need them. The other
-    steps learn from the subject, with all other losses. This way, pictures of a subject and clips that preserve motion can be
-    learned in one phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
+    """Alternates between two kinds of steps. Every `every`-th step is for preservation, and learns from class examples through
+    the penalties that need them. All other steps learn from the subject, with all other losses. Pictures of a subject and clips
+    that preserve motion can thus be learned in one phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
 
-    `rest`: adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.
-    `subject_only`: optimizer groups that learn only from the subject, such as the words of a motion in SynMotion
+    `rest` lists adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.
+    `subject_only` lists optimizer groups that learn only from the subject, such as that of a motion's words in SynMotion
     (https://arxiv.org/abs/2506.23690).
     """
 
@@ -30,8 +30,8 @@ class AlternateTask(TuneTask):
 
 
 class Alternate(Tune):
-    """See `AlternateTask`. Raises ValueError if no penalty needs class examples, an adapter set or a group is unknown, or
-    nothing is left to learn in preservation steps."""
+    """Runs an `AlternateTask`. Raises ValueError if no penalty needs class examples, if an adapter set or a group is unknown,
+    or if nothing is left to learn in preservation steps."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__(context)
@@ -39,7 +39,7 @@ class Alternate(Tune):
         self.task: AlternateTask = task
         if not self.data.with_priors:
             raise ValueError(
-                "task.kind=alternate: no penalty needs class examples: add regularize.prior.kind=prior_preservation"
+                "task.kind=alternate: no penalty needs class examples; add regularize.prior.kind=prior_preservation"
             )
         sets = [name for name in context.adapter_sets if name in self.backbone.adapters]
         missing = next((name for name in task.rest if name not in sets), None)
@@ -52,7 +52,7 @@ class Alternate(Tune):
         self.preserving = tuple(name for name in groups if name not in task.subject_only)
         if not self.preserving:
             raise ValueError(
-                f"task.subject_only = {list(task.subject_only)}: nothing is left to learn from class examples"
+                f"task.subject_only = {list(task.subject_only)} leaves nothing that could learn from class examples"
             )
 
     def updates(self, step: int, micro: int) -> Updates:

@@ -1,4 +1,4 @@
-"""A loss on the differences between frames, which gives little weight to what they have in common."""
+"""A loss on the differences between frames, which gives little weight to errors that all frames share."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class AppearanceDebias(Penalty):
     """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eq. 6 and 7), for epsilon, v and flow
     prediction.
 
-    phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew for each example; the penalty is
-    the mean of |phi(target) - phi(prediction)|^2 over instance examples. With beta = 1 and 16 frames, an error shared by all
-    frames has 0.17 times its weight in the plain loss, and an error of individual frames 2.8 times: a clip's motion is learned
-    more than its appearance. Weights from masks or padding also apply here: the difference between two frames gets the lower of
-    their weights at each position.
+    For every frame i, phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a, where a is a frame drawn at random for each example. The
+    penalty is the mean of |phi(target) - phi(prediction)|^2 over instance examples. With beta = 1 and 16 frames, an error that
+    all frames share has 0.17 times its weight in the plain loss, and an error of individual frames has 2.8 times that weight.
+    A clip's motion is therefore learned more than its appearance. Weights from masks or padding also apply here. At each
+    position, the difference between two frames gets the lower of the two frames' weights.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
     kind: Literal["appearance_debias"] = "appearance_debias"
     weight: NotNegative = 1.0  # factor of the penalty
-    beta: NotNegative = 1.0  # how much the frame z_a counts against each frame; 0: the plain loss
+    beta: NotNegative = 1.0  # the factor of frame z_a; 0 for the plain loss
 
     def __call__(self, step: Step) -> Tensor:
-        """Raises ValueError for pictures, which have no frames to compare."""
+        """Returns the penalty. Raises ValueError if the batch contains pictures, which have no frames to compare."""
         if step.prediction.ndim != 5:
-            raise ValueError("regularize.appearance_debias compares frames of clips, but this batch holds pictures")
+            raise ValueError("regularize.appearance_debias compares frames of clips, but this batch contains pictures")
         instance = step.batch.with_role("instance").to(step.prediction.device)
         error = (step.prediction - step.target)[instance]
         anchors = torch.randint(error.shape[2], (len(error),), generator=step.draw)
@@ -48,15 +48,15 @@ class AppearanceDebias(Penalty):
 def debiased_error(error: Tensor, anchors: Tensor, beta: float) -> Tensor:
     """Returns |phi(error)|^2, in the shape of `error` [B, C, F, h, w].
 
-    Because phi is linear, this is |phi(target) - phi(prediction)|^2.
+    Because phi is linear, this is |phi(target) - phi(prediction)|^2 for the error target - prediction.
 
     Args:
-        anchors: [B], index of the frame that each row's frames are compared with
+        anchors: the index of the frame with which each row's frames are compared, [B]
     """
     error = error.float()
     return ((beta**2 + 1) ** 0.5 * error - beta * _anchor_of(error, anchors)).square()
 
 
 def _anchor_of(clips: Tensor, anchors: Tensor) -> Tensor:
-    """[B, C, F, h, w] -> [B, C, 1, h, w]."""
+    """Returns one frame of each clip, [B, C, F, h, w] -> [B, C, 1, h, w]."""
     return clips[torch.arange(len(clips)), :, anchors].unsqueeze(2)

@@ -1,4 +1,4 @@
-"""A moving camera: shifts latents from frame to frame."""
+"""Moves the camera, by shifting latents from frame to frame."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from shared.sampling.settings import SamplingSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Distance = Annotated[float, Field(ge=-1, le=1)]
-_STREAM = 2**40  # random stream for filling what comes into view, separate from the noise
+_STREAM = 2**40  # random stream for cells that come into view, separate from that of the noise
 
 
 class CameraPan(SamplingHookBase):
     """MotionBooth's camera control (https://arxiv.org/abs/2406.17758), which needs no training.
 
-    The camera moves evenly, by `right` of the picture's width and `down` of its height in total; the content moves the other
-    way. Each frame's latents are shifted by whole cells, part of the way in each of the steps between `start` and `end`.
-    Cells that come into view are filled with values drawn from the same row (or column, for a vertical shift) outside the
-    subjects' `boxes`, so that the spread of the values matches the noise level.
+    The camera moves at constant speed, in total by `right` times the picture's width and `down` times its height, so that the
+    content moves in the opposite direction. The latents of each frame are shifted by whole cells, a little in each of the
+    steps between `start` and `end`. Cells that come into view are filled with values drawn from the same row (or column, for
+    a vertical shift) outside the subjects' `boxes`, so that the spread of the values matches the noise level.
     """
 
     kind: Literal["camera_pan"] = "camera_pan"
     right: Distance = 0.0
     down: Distance = 0.0
-    start: Fraction = 0.1  # fractions of the steps: by default, steps 5 to 15 of 50
+    start: Fraction = 0.1  # fraction of the steps at which the shifts begin; by default, steps 5 to 15 of 50
     end: Fraction = 0.3
     boxes: Mapping[str, Mapping[int, Box]] = {}
 
@@ -48,7 +48,8 @@ class CameraPan(SamplingHookBase):
         return self
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> CameraPan:
-        """Raises ValueError for a picture, for boxes in frames that do not exist, and for a path shorter than a latent cell."""
+        """Returns the hook itself. Raises ValueError if a picture is generated, if there are boxes for frames that are not
+        generated, or if the camera moves by less than a latent cell."""
         *frames, height, width = output_size(backbone, settings)
         if not frames:
             raise ValueError("a camera can move only in a clip, not in a picture")
@@ -56,8 +57,8 @@ class CameraPan(SamplingHookBase):
         _, _, rows, columns = backbone.latent_shape(height, width, *frames)
         if (self.right or self.down) and not (round(self.right * columns) or round(self.down * rows)):
             raise ValueError(
-                f"a camera that moves by {self.right:g} of the width and {self.down:g} of the height moves by less than one "
-                f"of the {columns}x{rows} latent cells: use {max(1 / columns, 1 / rows):.2g} or more"
+                f"a pan by {self.right:g} of the width and {self.down:g} of the height moves by less than one of the "
+                f"{columns}x{rows} latent cells; use {max(1 / columns, 1 / rows):.2g} or more"
             )
         return self
 
@@ -83,13 +84,13 @@ class CameraPan(SamplingHookBase):
         return step.index in self._steps(step)
 
     def _steps(self, step: DenoisingStep) -> list[int]:
-        """Returns the calls before which latents are shifted, each where a step begins."""
+        """Returns the scheduler calls before which latents are shifted. Each is the first call of a step."""
         begin = range(0, step.steps, step.order)
         steps = [i for i in begin if self.start <= i / step.steps < self.end]
-        return steps or [max(i for i in begin if i <= self.start * step.steps)]  # too few steps: where the range begins
+        return steps or [max(i for i in begin if i <= self.start * step.steps)]  # no step is in the range
 
     def _source(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """Returns bool [f, h, w]: the cells that a fill may be drawn from."""
+        """Returns a bool mask [f, h, w] of the cells from which values for new cells may be drawn."""
         frames, height, width = latents.shape[2:]
         times = latent_frame_times(frames, step.backbone.frame_factor)
         free = torch.ones(frames, height, width, dtype=torch.bool)
@@ -99,10 +100,10 @@ class CameraPan(SamplingHookBase):
 
 
 def shifted(plane: Tensor, cells: int, axis: int, source: Tensor, draw: torch.Generator) -> Tensor:
-    """Shifts [C, h, w] as if the camera had moved by `cells` along an axis (1: down, 2: right).
+    """Shifts a plane [C, h, w] as if the camera had moved by `cells` along an axis (1 for down, 2 for right).
 
-    Each cell that comes into view is drawn from the cells of the same row (axis 2) or column (axis 1) of `plane` that
-    `source` [h, w] allows, or from all of them if it allows none.
+    Each cell that comes into view is drawn from those cells of the same row (axis 2) or column (axis 1) of `plane` that
+    `source` ([h, w]) allows. If it allows none of them, the cell is drawn from the whole row or column.
     """
     size = plane.shape[axis]
     cells = max(-size, min(size, cells))

@@ -20,24 +20,24 @@ from shared.types import Example, Subject
 
 
 class Clips(SourcePart):
-    """Yields every clip of every subject: the examples of role "instance" that motions are learned from.
+    """Yields every clip of every subject. These are the examples of role "instance", from which motions are learned.
 
-    `window` sets which frames are used: rate, stride, length, start, and the number of windows per clip. Masks are the
-    user's if there are any next to the clip, else the clip's transparency, else none; a single mask, of the first frame,
-    is tracked through the clip. The caption is the user's own, or "" for the prompt part to fill in.
+    `window` selects the frames, with a rate, stride, length, start, and number of windows per clip. Masks are the user's if
+    there are any next to the clip, else the clip's transparency, else none. A single mask belongs to the first frame and is
+    tracked through the clip. The caption is the user's own, or "" for the prompt part to fill in.
     """
 
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
-    size: tuple[Side, Side] | None = None  # height and width of the frames; null: a square of side train.resolution
+    size: tuple[Side, Side] | None = None  # height and width of the frames; null for a square of side train.resolution
     fit: ResizeMode = "cover"  # how frames of another shape are fitted into that size
     track: Track = Track()
-    apart: bool = False  # true: each frame becomes a picture
+    apart: bool = False  # whether each frame becomes a picture
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}
         if not found:
-            raise ValueError("there are no clips: give subject.clips=FOLDER")
+            raise ValueError("there are no clips; give subject.clips=FOLDER")
         for path, mask in found.items():  # reports short clips and mismatched masks before a model is loaded
             clip = open_frames(path)
             masks = None if mask is None else open_masks(mask, clip)
@@ -47,15 +47,16 @@ class Clips(SourcePart):
         return found
 
     def windows(self, subject: Subject, path: Path, side: int) -> Iterator[Clip]:
-        """Yields the windows of one clip, of `size` or `side` pixels square, with a mask for every frame if the clip has any.
+        """Yields the windows of one clip. Frames have the set `size`, or are squares of `side` pixels. If the clip has a mask,
+        every frame gets one.
 
-        Raises ValueError, naming the file, if a clip or its masks cannot be used; see `read_windows`.
+        Raises ValueError, naming the file, if a clip or its masks cannot be used (see `read_windows`).
         """
         for clip in read_windows(path, self.window, self.size or side, self.fit, subject.masks.get(path)):
             yield clip if clip.masks is None else replace(clip, masks=self.track(clip.frames, clip.masks))
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError as `windows` does."""
+        """Yields the examples. Raises ValueError as `windows` does."""
         for name, subject in context.subjects.items():
             for path in subject.clips:
                 caption = subject.captions.get(path, "")

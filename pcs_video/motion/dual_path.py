@@ -1,4 +1,4 @@
-"""Learns a motion and the appearance of its clips separately, on two paths."""
+"""Learns a motion separately from the appearance of its clips, on two paths."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ _PATHS = 2**44  # a separate random stream
 
 
 class DualPathTask(TuneTask):
-    """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2); each step runs both, one after the other.
+    """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2), which each step runs one after the other.
 
-    On the spatial path, parts of the optimizer group `spatial` learn one random frame of the clip as a picture (the first
-    frame if a latent spans several, because only the first has a latent of its own), with all other trained parts off. On
-    the temporal path, parts of the group `temporal` learn the whole clip, while the clip's own spatial adapters stay fixed and
-    provide its appearance. With probability `skip`, the spatial path and its adapters are off. If a penalty needs class
-    examples (the base model's own clips), the temporal path also learns from these, with all spatial adapters off.
+    On the spatial path, parts of the optimizer group `spatial` learn a random frame of the clip as a picture, with all other
+    trained parts off. If a latent frame spans several frames, they learn the first frame, because only that one has a latent
+    frame to itself. On the temporal path, parts of the group `temporal` learn the whole clip, while the clip's own spatial
+    adapters stay fixed and provide its appearance. With probability `skip`, the spatial path and its adapters are off. If a
+    penalty needs class examples (the base model's own clips), the temporal path also learns from these, with all spatial
+    adapters off.
     """
 
     kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]
     skip: Annotated[float, Field(ge=0, le=1)] = 0.2
-    spatial: str = "spatial"  # the optimizer groups of the two paths
-    temporal: str = "temporal"
+    spatial: str = "spatial"  # optimizer group of the spatial path
+    temporal: str = "temporal"  # optimizer group of the temporal path
 
 
 class DualPath(Tune):
-    """See `DualPathTask`. Raises ValueError if a path has nothing to train, or spatial parts are shared by clips."""
+    """Runs a `DualPathTask`. Raises ValueError if a path has nothing to train, or if clips share a spatial part."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__(context)
@@ -52,13 +53,13 @@ class DualPath(Tune):
         parts = {slot: part for slot, part in self.recipe.trainable.items() if part.group == task.spatial}
         shared = next((slot for slot, part in parts.items() if not part.per_source), None)
         if shared is not None:
-            raise ValueError(f"trainable.{shared}: dual_path needs a spatial part for each clip: per_source=true")
+            raise ValueError(f"trainable.{shared}: dual_path needs a spatial part for each clip; set per_source=true")
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields a loss on one frame, one on the clip, and if a penalty needs class examples, one on these."""
+        """Yields a loss on one frame, a loss on the clip, and, if a penalty needs class examples, a loss on these."""
         batch = self.data.batch(step, micro, "instance")
         if batch.latents.ndim != 5:
-            raise ValueError("task.kind=dual_path learns from clips: give subject.clips=FOLDER")
+            raise ValueError("task.kind=dual_path learns from clips; give subject.clips=FOLDER")
         draw = generator(self.recipe.seed, _PATHS + step, micro)
         rests = float(torch.rand((), generator=draw)) < self.task.skip
         if not rests:
@@ -72,7 +73,7 @@ class DualPath(Tune):
 
     @contextmanager
     def _only(self, batch: Batch) -> Iterator[None]:
-        """Within the context, adapters being trained are off unless they are this clip's."""
+        """Inside the context, all trained adapters are off except the clip's own."""
         with self.backbone.active(self.context.loaded_strengths), self.learning_from(batch.sources):
             yield
 

@@ -1,4 +1,4 @@
-"""Makes clips follow a path, by moving their subject from frame to frame."""
+"""Makes the subject of clips follow a path, by moving it from frame to frame."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ from shared.sampling.sampler import output_size
 from shared.sampling.schedulers import adds_noise, make_scheduler
 from shared.sampling.settings import SamplingSettings
 
-_MARGIN = 0.2  # of the frame: about half the size of a subject
-_STREAM = 2**43  # random stream for new noise, separate from the initial noise and the camera's noise
+_MARGIN = 0.2  # as a fraction of the frame, about half the size of a subject
+_STREAM = 2**43  # random stream for new noise, separate from those of the initial noise and of camera pans
 
 
 class FollowTrajectory(SamplingHookBase):
     """Moves the subject that is being generated along a trajectory, without training.
 
-    Once the subject has formed, it is located in the predicted clean latents. In each frame it is then moved and scaled to
-    match the trajectory: its clean latents by bilinear interpolation, its noise by whole cells. The area it leaves is filled
-    row by row from the background beside it. The remaining steps blend subject and background. If the subject would leave the
-    frame, the whole path is shifted. FreeTraj moves noise along trajectories (https://arxiv.org/abs/2406.16863), and
-    MotionBooth shifts latents for cameras (https://arxiv.org/abs/2406.17758).
+    Once the subject has formed, it is located in the predicted clean latents. In each frame, it is then moved and scaled to
+    match the trajectory, with bilinear interpolation for its clean latents and by whole cells for its noise. The area that it
+    leaves is filled row by row from the background on both sides. The remaining steps blend subject and background. If the
+    subject would leave the frame, the whole path is shifted. Related methods are FreeTraj, which moves noise along
+    trajectories (https://arxiv.org/abs/2406.16863), and MotionBooth, which shifts latents to move the camera
+    (https://arxiv.org/abs/2406.17758).
 
-    With `layers: image`, models with separate motion layers (AnimateDiff) skip them. Then all frames start from the same noise,
-    and in self-attention they also see the first frame, as in Text2Video-Zero
-    (https://arxiv.org/abs/2303.13439): one picture whose subject moves.
+    With `layers: image`, models with separate motion layers (AnimateDiff) skip these layers. All frames then start from the
+    same noise, and also attend to the first frame in self-attention, as in Text2Video-Zero (https://arxiv.org/abs/2303.13439).
+    The clip is one picture in which the subject moves.
 
-    `VideoRunner.generate` leaves it out for prompts that do not name the concept.
+    `VideoRunner.generate` does not use this hook for prompts that do not name the concept.
     """
 
     kind: Literal["follow_trajectory"] = "follow_trajectory"
-    name: str  # the concept's
+    name: str  # the concept's name
     trajectory: Trajectory
 
     def resting(self) -> FollowTrajectory:
@@ -52,7 +53,7 @@ class FollowTrajectory(SamplingHookBase):
         return self.model_copy(update={"trajectory": Trajectory()})
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """Returns the hook that moves the subject; for pictures, one that does nothing."""
+        """Returns the hook that moves the subject, or a hook that does nothing if a picture is generated."""
         *frames, _, _ = output_size(backbone, settings)
         if not frames or not self.trajectory.points:
             return SamplingHookBase()
@@ -63,17 +64,18 @@ class FollowTrajectory(SamplingHookBase):
 
 
 class ByFrame(SamplingHookBase):
-    """Generates clips with the image layers alone: one picture, if nothing moves it.
+    """Generates clips with only the image layers, which gives a still picture unless something moves it.
 
-    All frames start from the same noise, and in self-attention each sees itself and the first one.
+    All frames start from the same noise. In self-attention, each frame attends to the first frame and to itself.
     """
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> ByFrame:
-        """Raises ValueError for a scheduler that adds noise in its steps: the noise would differ between frames."""
+        """Returns the hook itself. Raises ValueError if the scheduler adds noise in its steps, because that noise would differ
+        between frames."""
         if len(output_size(backbone, settings)) == 3 and adds_noise(make_scheduler(backbone, settings.scheduler)):
             name = settings.scheduler or f"the scheduler of {backbone.name}"
             raise ValueError(
-                f"{name} adds different noise to each frame, so without a motion module the frames would not fit together: "
+                f"{name} adds different noise to each frame, so without a motion module the frames would not fit together; "
                 "use a deterministic scheduler (ddim, dpm++, euler …)"
             )
         return self
@@ -92,7 +94,7 @@ class ByFrame(SamplingHookBase):
 
 
 class Following(SamplingHookBase):
-    """Follows a trajectory in one call of the sampler; see `FollowTrajectory`."""
+    """The hook with which one call of the sampler follows a trajectory (see `FollowTrajectory`)."""
 
     trajectory: Trajectory
 
@@ -112,7 +114,8 @@ class Following(SamplingHookBase):
         return torch.stack([signal * x + noisy * eps for x, eps in out]).to(latents.dtype)
 
     def _moved(self, clean: Tensor, noise: Tensor, path: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-        """Returns one clip's latents and noise [C, f, h, w], each frame moved to its waypoint of the path [f, 3]."""
+        """Returns the clean latents and the noise of one clip, each [C, f, h, w], after moving the subject in each frame to the
+        frame's waypoint on the path ([f, 3])."""
         mask = subject_mask(clean)
         place = centre_of(mask)
         path = path + np.append(into_view(place, path[:, :2]), 0.0)
@@ -126,7 +129,7 @@ class Following(SamplingHookBase):
         return torch.randn(noise.shape, generator=draw).to(noise)
 
     def _at(self, times: Sequence[float]) -> np.ndarray:
-        """Returns the waypoints at these frames, [len(times), 3]. The trajectory is stretched over the whole clip."""
+        """Returns the waypoints at these times, [len(times), 3]. The trajectory is stretched over the whole clip."""
         points = np.array(self.trajectory.points)
         last = max(times[-1], 1e-6)
         known = np.linspace(0, 1, len(points))
@@ -134,18 +137,18 @@ class Following(SamplingHookBase):
 
 
 class FollowingByFrame(Following, ByFrame):
-    """Follows a trajectory with the image layers alone."""
+    """The hook that follows a trajectory with only the image layers."""
 
     def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
-        """Draws noise that is the same in all frames, like the initial noise, so that the background does not change."""
+        """Draws noise that is the same in all frames, as the initial noise is, so that the background does not change."""
         return super()._fresh(noise[:, :1], draw).expand_as(noise)
 
 
 def subject_mask(clean: Tensor) -> Tensor:
-    """Finds the subject, as a bool mask [h, w], in clean latents [C, f, h, w] or a multiple of them.
+    """Returns a bool mask [h, w] of the subject in clean latents [C, f, h, w] or in a multiple of them.
 
-    It is where the mean over frames differs most from the median of its row. The threshold is Otsu's, chosen so that the mask
-    covers at most half of the frame; for uniform latents, the mask is the whole frame.
+    The mask contains the cells whose mean over frames differs most from the median of their row. The threshold is Otsu's,
+    chosen so that the mask covers at most half of the frame. If the latents are uniform, the mask is the whole frame.
     """
     mean = clean.double().mean(1).cpu()
     far = (mean - mean.median(2, keepdim=True).values).square().sum(0).sqrt()
@@ -155,23 +158,23 @@ def subject_mask(clean: Tensor) -> Tensor:
 
 
 def _threshold(values: np.ndarray) -> float:
-    """Returns Otsu's threshold for values [n], among the thresholds that at most half of the values reach."""
+    """Returns Otsu's threshold for values [n], chosen among the thresholds that at most half of the values reach."""
     values = np.sort(values)
     n, total = len(values), values.sum()
-    above = np.arange(1, n // 2 + 1)  # how many reach it
+    above = np.arange(1, n // 2 + 1)  # the number of values that reach each threshold
     high = np.cumsum(values[::-1])[: n // 2]
     between = above * (n - above) * (high / above - (total - high) / (n - above)) ** 2
     return float(values[n - above[between.argmax()]])
 
 
 def centre_of(mask: Tensor) -> np.ndarray:
-    """Returns the centre of a mask [h, w] as [2]: right and down in fractions of the frame."""
+    """Returns the centre of a mask [h, w] as (right, down) in fractions of the frame."""
     y, x = (mask.nonzero().double().mean(0) + 0.5) / torch.tensor(mask.shape)
     return np.array([float(x), float(y)])
 
 
 def widened(mask: Tensor) -> Tensor:
-    """Returns a bool mask [h, w] with a border of one sixteenth of the shorter side."""
+    """Returns a bool mask [h, w] that is wider by one sixteenth of the shorter side, but at least one cell."""
     reach = _border(mask)
     return functional.max_pool2d(mask.double()[None, None], 2 * reach + 1, 1, reach)[0, 0] > 0
 
@@ -181,14 +184,15 @@ def _border(plane: Tensor) -> int:
 
 
 def into_view(place: np.ndarray, path: np.ndarray, margin: float = _MARGIN) -> np.ndarray:
-    """Returns the smallest shift (right, down) that keeps a path [f, 2], relative to `place`, at least `margin` inside the
-    frame. A path that is too long is centred."""
+    """Returns the smallest shift (right, down) that keeps a path [f, 2], which is relative to `place`, at least `margin` away
+    from the edges of the frame. A path that is too long for this is centred."""
     low, high = margin - place - path.min(0), 1 - margin - place - path.max(0)
     return np.where(low > high, (low + high) / 2, np.clip(0.0, low, np.maximum(low, high)))
 
 
 class _Subject:
-    """Moves a subject within frames [C, h, w]: `mask` [h, w] is where it is, `place` its centre in fractions of the frame."""
+    """Moves a subject within frames [C, h, w]. `mask` ([h, w]) covers the subject, and `place` is its centre in fractions of
+    the frame."""
 
     def __init__(self, mask: Tensor, place: np.ndarray) -> None:
         self.mask, self.place = mask, place
@@ -197,8 +201,8 @@ class _Subject:
     def moved(
         self, clean: Tensor, noise: Tensor, fresh: Tensor, right: float, down: float, log_size: float
     ) -> tuple[Tensor, Tensor]:
-        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size). Where no
-        noise can move along with it, noise is taken from `fresh`."""
+        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size). Cells
+        for which there is no noise to move get noise from `fresh`."""
         height, width = self.mask.shape
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         size = math.exp(log_size)
@@ -218,15 +222,16 @@ class _Subject:
         return cleaned, noises
 
     def _background(self, clean: Tensor) -> Tensor:
-        """Returns clean latents [C, h, w] without the subject: its area is interpolated along each row."""
+        """Returns clean latents [C, h, w] without the subject, whose area is interpolated along each row."""
         left, right, share = (part.to(clean.device) for part in (self.left, self.right, self.share))
         left, right = (clean.gather(2, column.expand_as(clean)) for column in (left, right))
         return torch.lerp(left, right, share.to(clean).expand_as(clean))
 
 
 def _around(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the columns of the nearest unmasked cells to the left and right of each cell, and where it is between them, from
-    0 to 1: each [h, w]. For an unmasked cell, both are its own column. Fully masked rows use the edges of the frame."""
+    """Returns the columns of the nearest unmasked cells to the left and to the right of each cell, and the cell's relative
+    position between them, from 0 to 1, each [h, w]. For an unmasked cell, both columns are its own. Fully masked rows use the
+    edges of the frame."""
     height, width = mask.shape
     columns = np.arange(width)
     left, right, share = np.zeros((height, width), int), np.zeros((height, width), int), np.zeros((height, width))
@@ -244,7 +249,7 @@ def _sampled(planes: Tensor, grid: Tensor, beyond: str) -> Tensor:
 
 
 def _first(numbers: Tensor) -> Tensor:
-    """Returns a bool tensor of the same shape: True where a number occurs first."""
+    """Returns a bool tensor of the same shape, True where a number occurs for the first time."""
     flat = numbers.flatten().numpy()
     first = np.zeros(flat.shape, bool)
     first[np.unique(flat, return_index=True)[1]] = True

@@ -16,16 +16,16 @@ from shared.types import Example, Role, Subject
 
 
 class FrozenClips(SourcePart):
-    """Repeats every picture of another source `length` times, as a still clip.
+    """Makes a still clip of every picture of another source, by repeating the picture `length` times.
 
-    Still-Moving (https://arxiv.org/abs/2407.08674, section 4) learns from such clips both what "no motion" is and what a
-    subject looks like with motion layers active; CustomCrafter (https://arxiv.org/abs/2408.13239) only the latter.
+    From such clips, Still-Moving (https://arxiv.org/abs/2407.08674, section 4) learns both the absence of motion and a
+    subject's appearance with motion layers active. CustomCrafter (https://arxiv.org/abs/2408.13239) learns only the latter.
     """
 
     kind: Literal["frozen_clips"] = "frozen_clips"
     length: int = Field(default=16, ge=2, le=4096)  # frames
     pictures: Annotated[Source, default_kind("references")] = References()
-    role: Role = "instance"  # role of the clips, whatever the pictures' own role
+    role: Role = "instance"  # role of the clips, whatever the role of the pictures
 
     @property
     def gives(self) -> Role:
@@ -36,6 +36,6 @@ class FrozenClips(SourcePart):
         return found if self.role == "instance" else {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError as the source of the pictures does."""
+        """Yields the clips. Raises ValueError as the source of the pictures does."""
         for picture in self.pictures.examples(context):
             yield Example.clip([picture] * self.length).with_(role=self.role)

@@ -1,4 +1,4 @@
-"""Learns a motion as vectors that are added where frames attend to each other."""
+"""Learns a motion as vectors that are added to the inputs of temporal attention."""
 
 from __future__ import annotations
 
@@ -17,29 +17,33 @@ from shared.trainable.branch import BranchAdapter, place_of
 
 
 class MotionEmbeddings(TrainablePart):
-    """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) at temporal attention: one per frame for queries and
-    keys, one per frame and position for values; all start at 0.
+    """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) for temporal attention layers. Queries and keys get one
+    embedding per frame, and values get one per frame and position. All start at 0.
 
-    They are made for clips of `frames` frames and `resolution` pixels, and resized for others. The values' embeddings depend
-    on position and could therefore store appearance; outside training, only their differences from frame to frame take effect.
+    The embeddings are made for clips of `frames` frames and `resolution` pixels, and are resized for other clips. Embeddings
+    of values depend on the position and could therefore store appearance. By default, only their differences from frame to
+    frame take effect outside training.
     """
 
     taxonomy: ClassVar[str] = "motion embeddings"
     kind: Literal["motion_embeddings"] = "motion_embeddings"
     lr: Rate = 2e-2  # learning rate
-    coarsest: Annotated[int, Field(ge=1, le=64)] | None = 2  # number of grids used, from the coarsest; null: all
-    frames: Annotated[int, Field(ge=2, le=4096)] | None = None  # null: the backbone's own
-    resolution: Side | None = None  # pixels; null: the backbone's own
-    values: Values = "differences"  # what the values' embeddings add outside training
+    coarsest: Annotated[int, Field(ge=1, le=64)] | None = (
+        2  # use layers of this many of the coarsest grids; null for all
+    )
+    frames: Annotated[int, Field(ge=2, le=4096)] | None = None  # frames per clip; null for the backbone's own
+    resolution: Side | None = None  # pixels; null for the backbone's own
+    values: Values = "differences"  # what the embeddings of values add outside training
 
     @property
     def places(self) -> tuple[str, ...]:
         return ("temporal_attention",)
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Hooks the temporal attention layers and unfreezes the embeddings.
+        """Adds trainable embeddings to the temporal attention layers.
 
-        Raises ValueError if no layer attends only between frames, or the number of frames or the size does not fit.
+        Raises ValueError if no layer attends only between frames, or if the model does not support the frame count or the
+        size.
         """
         side, frames = self.resolution or backbone.resolution, self.frames or backbone.frames
         sites = [site for site in backbone.sites() if site.kind == "temporal"]

@@ -1,11 +1,11 @@
-"""Changes to a model's attention that belong to a concept, in training and in generation.
+"""Changes to a model's attention that belong to a concept, and act both in training and in generation.
 
-To add a part, write one file and add one line here.
+To add a part, write a module and add its class here.
 """
 
 from shared.attention.base import AttentionPart
 from shared.attention.sparse_causal import SparseCausal
 
-Attention = SparseCausal  # becomes a union when there are more
+Attention = SparseCausal  # a union, once there are several parts
 
 __all__ = ["Attention", "AttentionPart", "SparseCausal"]

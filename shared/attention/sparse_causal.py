@@ -19,11 +19,11 @@ Seen = Literal["first", "previous", "own"]
 
 
 class SparseCausal(AttentionPart):
-    """Each frame's queries attend to the concatenated keys and values of the first and the previous frame (Tune-A-Video,
-    https://arxiv.org/abs/2212.11565, section 4.1). The first frame's previous frame is itself.
+    """Makes each frame's queries attend to the concatenated keys and values of the first and the previous frame
+    (Tune-A-Video, https://arxiv.org/abs/2212.11565, section 4.1). For the first frame, the previous frame is the first itself.
 
-    `frames: [first]` is LAMP's attention (https://arxiv.org/abs/2310.10769); with `[own, previous]`, each frame
-    attends to itself and to the previous one. Pictures are left unchanged, and so are models with joint space-time attention.
+    `frames: [first]` is LAMP's attention (https://arxiv.org/abs/2310.10769). With `frames: [own, previous]`, each frame
+    attends to itself and to the previous frame. Pictures and models with joint space-time attention are left unchanged.
     """
 
     kind: Literal["sparse_causal"] = "sparse_causal"
@@ -40,7 +40,7 @@ class SparseCausal(AttentionPart):
         return (At(self, Where(kinds=frozenset({"self"}))),) if backbone.frames_apart else ()
 
     def port(self, backbone: Backbone) -> str:
-        """Raises ValueError for a model that generates pictures."""
+        """Describes what replaces the part on this model. Raises ValueError if the model generates pictures."""
         if backbone.frames is None:
             raise ValueError(
                 f"attention.sparse_causal: {backbone.name} generates pictures, which have no previous frame; remove the part "
@@ -53,7 +53,8 @@ class SparseCausal(AttentionPart):
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `Edit`: k and v [B * F, H, L, d] -> [B * F, H, n L, d], from the n frames that each frame attends to."""
+        """Replaces k and v ([B * F, H, L, d]) with those of the n frames that each frame attends to ([B * F, H, n L, d]). See
+        `Edit`."""
         frames = rows.repeat
         if frames == 1:
             return q, k, v, bias

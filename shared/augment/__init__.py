@@ -1,4 +1,4 @@
-"""Random changes to an example each time it is drawn: flip, resize, colour, background."""
+"""Random changes (flips, resizing, colours, backgrounds) that are made to an example each time it is drawn."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ Fill = Literal["color", "noise", "grey"]
 class Background(Augmentation):
     """With probability `p`, replaces everything outside the mask with one of `fills` (DreamTuner's random masking).
 
-    "color": one random colour; "noise": uniform noise per pixel; "grey": 0. Every example that it may change needs a mask;
-    ValueError, with the picture's path, if one has none. Captions that describe the background become wrong.
+    "color" is one random colour, "noise" is uniform noise per pixel, and "grey" is mid-grey. Every example of the given
+    `roles` needs a mask; ValueError, naming the picture, is raised for one without a mask. Captions that describe the
+    background become wrong.
     """
 
     kind: Literal["background"] = "background"
@@ -33,7 +34,7 @@ class Background(Augmentation):
     def apply(self, example: Example, generator: torch.Generator) -> Example:
         if example.mask is None:
             raise ValueError(
-                f"augment background needs a mask for {example.source}: put one in masks/ next to the picture"
+                f"augment background needs a mask for {example.source}; put one in masks/ next to the picture"
             )
         if uniform(0, 1, generator) >= self.p:
             return example

@@ -9,20 +9,20 @@ from shared.types import Example, Role
 
 
 class Augmentation(KindPart):
-    """Changes an example as it is drawn: picture, mask and valid area together, using the generator passed in.
+    """Changes the picture, masks and valid area of an example alike, each time the example is drawn.
 
-    Runs after the prompt part (so captions are filled in) and after the mask parts.
+    This happens after the prompt part has filled in the caption, and after the mask parts.
     """
 
-    roles: tuple[Role, ...] = ("instance", "prior")  # which examples are changed
+    roles: tuple[Role, ...] = ("instance", "prior")  # the roles of the examples that are changed
 
     @property
     def random(self) -> bool:
-        """Tells whether two calls may give different results; latents are cached if no augmentation is random."""
+        """Whether two calls may give different results. Latents are cached if no augmentation is random."""
         return True
 
     def __call__(self, example: Example, generator: torch.Generator) -> Example:
-        """Returns the changed example; examples of other roles are passed through. All frames of a clip change alike."""
+        """Returns the changed example, or the example itself if it has another role. All frames of a clip change alike."""
         if example.role not in self.roles:
             return example
         if not example.is_clip:
@@ -34,7 +34,7 @@ class Augmentation(KindPart):
         return Example.clip(frames)
 
     def apply(self, example: Example, generator: torch.Generator) -> Example:
-        """Changes a picture."""
+        """Returns the changed example of a picture or of one frame."""
         raise NotImplementedError
 
 

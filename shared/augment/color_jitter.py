@@ -1,4 +1,4 @@
-"""Small changes in brightness, contrast and saturation."""
+"""Makes small random changes to brightness, contrast and saturation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class ColorJitter(Augmentation):
-    """Multiplies brightness, contrast and saturation by factors from [1 - a, 1 + a]; padding stays grey.
+    """Multiplies `brightness`, `contrast` and `saturation` by factors from [1 - a, 1 + a], where a is the setting. Padding
+    stays grey.
 
-    Keep these factors small: colour is part of most subjects' identity.
+    Keep these settings small, because colour is part of most subjects' identity.
     """
 
     kind: Literal["color_jitter"] = "color_jitter"

@@ -1,4 +1,4 @@
-"""Custom Diffusion's resizing: makes the subject smaller or larger in the frame, and says so in the caption."""
+"""Makes the subject smaller or larger in the frame, and adds this to the caption, as Custom Diffusion does."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from shared.types import Example, Role
 
 
 class RandomResize(Augmentation):
-    """Resizes the picture by a factor from `scale` and places it, or a crop of it, at random (arXiv 2212.04488, 3.2).
+    """Resizes the picture by a factor from the range `scale`, and pads or crops it at random (arXiv 2212.04488, section 3.2).
 
-    For factors below `small_below`, one of `small_words` is added to the caption; above 1, one of `large_words`. An empty
-    caption stays empty. Padding is grey, and 0 in `valid`; a border of `margin` pixels of the picture is also invalid, because
-    the autoencoder mixes it with the padding. Sizes are drawn from one range, as in the paper; its code uses two.
+    For factors below `small_below`, one of `small_words` is added to the caption; for factors above 1, one of `large_words`.
+    An empty caption stays empty. Padding is grey, and 0 in `valid`. A border of `margin` pixels of a padded picture is also
+    0 in `valid`, because the autoencoder mixes it with the padding. Factors are drawn from one range, as in the paper, whereas
+    its code uses two.
     """
 
     kind: Literal["random_resize"] = "random_resize"
@@ -68,12 +69,12 @@ class RandomResize(Augmentation):
 
 
 def resized(plane: Tensor, size: tuple[int, int], mode: str, low: float) -> Tensor:
-    """Resizes [C, H, W] to (height, width), anti-aliased; values are clamped to [low, 1]."""
+    """Resizes a plane [C, H, W] to `size`, which is (height, width), with anti-aliasing. Values are clamped to [low, 1]."""
     return F.interpolate(plane[None], size=size, mode=mode, antialias=True, align_corners=False)[0].clamp(low, 1)
 
 
 def placed(plane: Tensor, height: int, width: int, top: int, left: int) -> Tensor:
-    """Puts a plane into a frame of zeros at (top, left), or crops it from there if it is larger."""
+    """Puts a plane at (top, left) into a frame of zeros. If the plane is larger than the frame, crops it at (top, left)."""
     h, w = plane.shape[-2:]
     if h >= height:
         return plane[:, top : top + height, left : left + width].contiguous()

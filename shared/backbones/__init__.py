@@ -1,4 +1,4 @@
-"""Model families behind one protocol. Importing this loads no model library."""
+"""Model families behind one protocol. Importing this package loads no model library."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Added tokens get ids after the base vocabulary, in a copy of the tokenizer. The text encoder never sees those ids: it
 gets a harmless base id in their place, and while it runs, a hook inserts the learned vectors at those positions. As a
 result, embedding tables keep their size, gradients reach the vectors, the end-of-text pooling of old CLIP configurations
-(`argmax` of the ids) stays correct, and removing the last added token restores the original state.
+(`argmax` of the ids) stays correct, and the original state returns once the last added token is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shared.io.terminal import check_utf8
 
-#: Stands for the end-of-text token wherever words are expected. No learned token contains whitespace, so none can equal it.
+#: Stands for the end-of-text token wherever words are expected. Learned tokens contain no whitespace, so none can equal it.
 END = "<end of text>"
 
 
@@ -83,7 +83,7 @@ class TokenOverlay:
         return Tokenized(out.input_ids.to(device), out.attention_mask.to(device))
 
     def overflow(self, component: str, prompt: str) -> str:
-        """Returns the end of `prompt` that this encoder would truncate; "" if it all fits."""
+        """Returns the end of `prompt` that this encoder would cut off, or "" if the whole prompt fits."""
         tokenizer = self.current[component]
         room = self.max_length[component] - tokenizer.num_special_tokens_to_add()
         out = tokenizer(check_utf8(prompt), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -96,7 +96,8 @@ class TokenOverlay:
         return [self.current[component].convert_tokens_to_ids(t) for t in tokens]
 
     def find(self, component: str, ids: Tensor, tokens: Sequence[str], words: str) -> Tensor:
-        """Finds a concept's positions, bool [B, L]: its added tokens if it has any, else every occurrence of its `words`."""
+        """Returns a bool mask [B, L] of a concept's positions, which are those of its added tokens, or of every occurrence of
+        its `words` if it has no tokens."""
         if tokens:
             return torch.isin(ids, torch.tensor(self.ids_of(component, tokens), device=ids.device))
         positions = torch.zeros_like(ids, dtype=torch.bool)
@@ -112,11 +113,11 @@ class TokenOverlay:
         return positions
 
     def find_words(self, component: str, prompts: Sequence[str], words: str) -> Tensor:
-        """Finds where `words` occur in prompts as this encoder reads them: bool [B, L] on the CPU. Matches inside longer
-        words and truncated matches do not count. Added tokens count as words.
+        """Returns a bool mask [B, L] on the CPU, True where `words` occur in the prompts as this encoder reads them. Matches
+        inside longer words and truncated matches do not count. Added tokens count as words.
 
         Args:
-            words: text, matched case-insensitively unless it contains an added token; or END, the end-of-text token
+            words: text, matched case-insensitively unless it contains an added token, or END for the end-of-text token
 
         Raises:
             ValueError: when `words` is empty
@@ -131,7 +132,7 @@ class TokenOverlay:
             return positions
         pattern = _whole(words, any(token in words for token in self.tokens))
         for row, (prompt, offsets) in enumerate(zip(prompts, out["offset_mapping"], strict=True)):
-            # T5's tokens may include the space before them
+            # a T5 token may include the space before its word
             spans = [(a + len(prompt[a:b]) - len(prompt[a:b].lstrip()), b) for a, b in offsets]
             starts, ends = ({span[i] for span in spans if span[0] < span[1]} for i in (0, 1))
             for start, end in (match.span() for match in pattern.finditer(prompt)):
@@ -140,7 +141,7 @@ class TokenOverlay:
         return positions
 
     def filler(self, component: str) -> int:
-        """Returns a base id to put in place of an added token: the first that is not a special token."""
+        """Returns the base id to put in place of an added token, which is the first that is not a special token's."""
         special = set(self.base[component].all_special_ids)
         return next(i for i in range(len(special) + 1) if i not in special)
 
@@ -152,7 +153,7 @@ class TokenOverlay:
         return list(ids)
 
     def pieces(self, component: str, words: str) -> tuple[str, ...]:
-        """Returns the base tokenizer's pieces of `words`, without its word-boundary marks."""
+        """Returns the pieces into which the base tokenizer splits `words`, without word-boundary marks."""
         pieces = self.base[component].convert_ids_to_tokens(self.word_ids(component, words))
         return tuple(p for p in (str(t).replace("</w>", "").replace("▁", "") for t in pieces) if p)
 
@@ -161,13 +162,13 @@ def _whole(words: str, exact: bool) -> re.Pattern[str]:
     """Returns a pattern that matches `words` with any whitespace between them and no letter or digit directly around them."""
     parts = check_utf8(words).split()
     if not parts:
-        raise ValueError("words must not be empty: their positions in a prompt are needed")
+        raise ValueError("words must not be empty, because their positions in the prompts are needed")
     before, after = (r"(?<!\w)" if words.strip()[0].isalnum() else "", r"(?!\w)" if words.strip()[-1].isalnum() else "")
     return re.compile(before + r"\s+".join(map(re.escape, parts)) + after, 0 if exact else re.IGNORECASE)
 
 
 def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Returns the index into `token_ids` at every position of `ids`, or -1: [B, L]."""
+    """Returns, for every position of `ids` ([B, L]), the index of its id in `token_ids`, or -1 if it is not in there."""
     out = torch.full_like(ids, -1)
     for i, token in enumerate(token_ids):
         out[ids == token] = i
@@ -180,7 +181,7 @@ def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[
 
     Args:
         embedding: the token embedding; its output is [B, L, d]
-        places: [B, L], index into the vectors, or -1
+        places: [B, L], indices into the vectors, or -1
         vectors: [n, d], or [B, n, d] if each sample has its own; differentiable
     """
 
@@ -199,16 +200,16 @@ def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[
 
 
 def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
-    """Joins the vectors of several placeholders into one table: [N, d], or [B, N, d] if any of them has per-sample vectors."""
+    """Joins the vectors of several placeholders into one table, [N, d], or [B, N, d] if any of them has per-sample vectors."""
     if all(p.ndim == 2 for p in parts):
         return torch.cat(list(parts))
     return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)
 
 
 def same_embeddings(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two sets of vectors give the same encoding *and* the same gradients, so one encoder run serves both.
+    """Whether two sets of vectors give the same encoding *and* the same gradients, so that one encoder run serves both.
 
-    Trainable vectors are the same only if they share memory: sites that start out equal must be able to diverge.
+    Trainable vectors are the same only if they share memory, because sites that start out equal must be able to diverge.
     """
 
     def equal(x: Tensor, y: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Owns attention: applies edits, records maps, and chooses the computation. Nothing else sets a processor."""
+"""Applies edits to attention layers and records their maps. No other module sets an attention processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.backbones.attention_sites import Site, Where
 
 
 class Attending:
-    """The part of a backbone that owns its attention layers."""
+    """The part of a backbone that manages its attention layers."""
 
     family: str
     _predictions: PredictionRows
@@ -42,7 +42,7 @@ class Attending:
         return self._predictions.time
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """Returns a context to enter later, in which layers run again as they did in the current prediction."""
+        """Returns a context in which gradient checkpointing can later rerun layers as they ran in the current prediction."""
         return self._predictions.at_time(self._predictions.time)
 
     @contextmanager
@@ -50,11 +50,11 @@ class Attending:
         """Inside the context, attention layers apply these edits in order and record the watched maps.
 
         A plain edit acts at every site, and `At(edit, where)` at the sites that match. Layers that are neither edited nor
-        watched keep their own fast processor. Contexts nest: inner edits follow outer ones, and outer watches keep recording.
-        The original processor objects are restored, even after exceptions. With gradient checkpointing, stay inside until the
-        backward pass has finished, because it runs the layers again.
+        watched keep their own fast processor. Contexts can be nested: inner edits are applied after outer ones, and outer
+        watches keep recording. The original processor objects are restored, even after exceptions. With gradient checkpointing,
+        leave the context only after the backward pass, because that pass runs the layers again.
 
-        A custom processor (anything but diffusers' default) is never replaced: its layer can be neither edited nor watched.
+        A custom processor (anything but diffusers' default) is never replaced, so its layer can be neither edited nor watched.
 
         Raises:
             ValueError: when an edit or watch matches no site, or one of its sites has a custom processor
@@ -75,10 +75,10 @@ class Attending:
                 self._predictions.forget()
 
     def keep_attending(self, name: str, *edits: At) -> None:
-        """Applies these edits from now on, whenever the concept `name` has a nonzero strength; without edits, removes the
-        concept's earlier ones.
+        """Applies these edits from now on, whenever the concept `name` has a nonzero strength. Called without edits, removes
+        the concept's earlier ones.
 
-        An edit that several concepts share is applied once. Must not be called inside `attending`. Raises ValueError
+        An edit that several concepts share is applied only once. Must not be called inside `attending`. Raises ValueError
         under the same conditions as `attending`, and then changes nothing.
         """
         before = self._kept_edits
@@ -104,7 +104,7 @@ class Attending:
             layer.processor = processor
 
     def _layers(self, site: Site) -> list[Any]:
-        """Returns the layers of a site, one per denoiser."""
+        """Returns the layers at a site, one per component that predicts."""
         return [self._components[name].get_submodule(site.name) for name in self.noise_ranges]
 
     @property
@@ -144,7 +144,7 @@ class Attending:
 
 @dataclass(frozen=True)
 class _WhileOn:
-    """An edit that does nothing while all concepts that it belongs to are off."""
+    """An edit that has no effect while every concept that it belongs to is off."""
 
     edit: Edit
     owners: tuple[str, ...]

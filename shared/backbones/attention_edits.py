@@ -17,15 +17,15 @@ class Edit(Protocol):
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Returns changed q [B, H, Lq, d], k and v [B, H, Lk, d], and the bias added to the scores before the softmax,
-        [B or 1, H or 1, Lq or 1, Lk] or None. Lk may change; other sizes may not. When a forward pass is recomputed, the edit
-        is called again with the same arguments."""
+        """Returns the changed q ([B, H, Lq, d]), k and v ([B, H, Lk, d]), and the bias that is added to the scores before the
+        softmax ([B or 1, H or 1, Lq or 1, Lk], or None). Only Lk may change, not the other sizes. When a forward pass is
+        recomputed, the edit is called again with the same arguments."""
         ...
 
 
 @dataclass(frozen=True)
 class At:
-    """An edit for certain sites; all other sites keep their own fast computation."""
+    """An edit that acts at certain sites only. All other sites keep their own fast computation."""
 
     edit: Edit
     where: Where

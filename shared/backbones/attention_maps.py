@@ -1,4 +1,4 @@
-"""Requests for attention maps, and the record of them."""
+"""Requests for attention maps, and the maps recorded for them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from shared.backbones.attention_sites import Site, Where
 
 @dataclass(frozen=True)
 class Watch(Where):
-    """Requests the maps of some sites: softmax probabilities after all edits, float32, differentiable."""
+    """Requests the attention maps of some sites. The maps are softmax probabilities after all edits, in at least float32 and
+    differentiable."""
 
     heads: Literal["mean", "all"] = "mean"
-    #: Which prediction's maps to keep when there are several. "first" is for penalties whose own extra predictions must not
-    #: replace the maps they read. A recomputed forward pass is not a new prediction, and overwrites its earlier maps.
+    #: Whether the maps of the first or of the last of several predictions are kept. "first" is for penalties that make
+    #: extra predictions, which must not replace the maps that they read. A recomputed forward pass is not a new prediction,
+    #: and overwrites its own earlier maps.
     keep: Literal["first", "last"] = "last"
 
 
 @dataclass(eq=False)
 class Record(Mapping[str, Tensor]):
-    """Attention maps by site name, in the order of the forward pass: [B, Lq, Lk], or [B, H, Lq, Lk] with `heads="all"`.
+    """Attention maps by site name, in the order of the forward pass. Each is [B, Lq, Lk], or [B, H, Lq, Lk] with `heads="all"`.
 
-    Empty until the first prediction. At a joint site, queries and keys are the text tokens, then the picture tokens, row by
-    row.
+    The record is empty until the first prediction. At a joint site, both queries and keys are the text tokens, followed by
+    the picture tokens row by row.
     """
 
     sites: Mapping[str, Site]  # the watched sites
@@ -49,14 +51,15 @@ class Record(Mapping[str, Tensor]):
         return name in self.maps
 
     def text_map(self, name: str, length: int) -> Tensor:
-        """Returns the picture's attention to the text: [B, h*w, L], or [B, H, h*w, L]; for a joint site, that part of its map.
+        """Returns the picture's attention to the text, [B, h*w, L] or [B, H, h*w, L]. For a joint site, it is a part of the
+        map.
 
         Args:
             name: a watched site of kind "cross" or "joint"
             length: L, the number of text tokens
 
         Raises:
-            ValueError: for a site of another kind, which has no text
+            ValueError: when the site is of another kind, which does not attend to text
         """
         kind = self.sites[name].kind
         if kind == "cross":

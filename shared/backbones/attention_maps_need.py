@@ -1,4 +1,4 @@
-"""The need for attention maps: a penalty declares it, and the maps are recorded during the prediction."""
+"""Lets a penalty declare that it needs attention maps, which are then recorded during the prediction."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared.types import Batch, Step
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Provides the maps of a step's first prediction; later predictions in the same step do not replace them.
+    """The attention maps of a step's first prediction, which later predictions in the same step do not replace.
 
     Args:
-        kinds: the kinds of layers to watch; those that the family lacks are ignored
-        scales: the scales to watch; empty: the one whose shorter side is closest to `cells`
-        cells: the target size of a map's shorter side
+        kinds: the kinds of layers to watch. Kinds that the family lacks are ignored
+        scales: the scales to watch. If empty, the scale at which a map's shorter side is closest to `cells`
+        cells: the target length of a map's shorter side, in cells
     """
 
     kinds: frozenset[Kind] = frozenset({"cross", "joint"})
@@ -27,7 +27,7 @@ class AttentionMaps:
     name: str = "attention_maps"
 
     def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Record]:
-        """Yields the record. Raises ValueError when the backbone has no such layers."""
+        """Returns a context that yields the record of the maps. Raises ValueError when the backbone has no such layers."""
         return backbone.attending(Watch(kinds=self.kinds, scales=self._scales(backbone, batch), keep="first"))
 
     def value(self, step: Step, entered: Record) -> Record:

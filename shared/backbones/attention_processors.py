@@ -34,7 +34,7 @@ class Plan:
     records: Sequence[tuple[Watch, Record]] = ()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """Computes softmax(q k^T / sqrt(d) + bias) v, edited and recorded: [B, H, Lq, d]."""
+        """Applies the edits, records the maps, and returns softmax(q k^T / sqrt(d) + bias) v, [B, H, Lq, d]."""
         size = q.shape
         if self.edits:
             rows = self.predictions.rows(self.site, q.shape[0])
@@ -59,9 +59,9 @@ class Plan:
 
 
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk].
+    """Returns softmax(q k^T / sqrt(d) + bias), [B, H, Lq, Lk].
 
-    Uses at least float32, even if the network runs in half precision or under autocast.
+    The result is in at least float32, even if the network runs in half precision or under autocast.
 
     Args:
         q: [B, H, Lq, d]
@@ -88,7 +88,7 @@ class Processor:
 
 
 class UNetProcessor(Processor):
-    """Computes diffusers' `Attention` as `AttnProcessor2_0` does, and carries out a plan."""
+    """Computes what diffusers' `AttnProcessor2_0` computes for an `Attention` layer, and carries out a plan."""
 
     def __call__(
         self,
@@ -127,7 +127,8 @@ class UNetProcessor(Processor):
 
 
 class FluxProcessor(Processor):
-    """Computes diffusers' `FluxAttention` as `FluxAttnProcessor` does, and carries out a plan. The text comes first."""
+    """Computes what diffusers' `FluxAttnProcessor` computes for a `FluxAttention` layer, and carries out a plan. Text tokens
+    precede picture tokens."""
 
     def __call__(
         self,
@@ -137,7 +138,8 @@ class FluxProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Maps picture [B, N, C] and text [B, L, C] to the same shapes; in single blocks both are in `hidden_states`."""
+        """Maps picture tokens [B, N, C] and text tokens [B, L, C] to the same shapes. In single blocks, `hidden_states`
+        contains both."""
         from diffusers.models.embeddings import apply_rotary_emb
 
         assert attention_mask is None, "FLUX also attends to padding"

@@ -1,4 +1,4 @@
-"""Maps a layer's tensors to rows of the caller's batch, including under guidance and in recomputed passes."""
+"""Maps a layer's tensors to rows of the caller's batch, also with guidance and in recomputed forward passes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from shared.backbones.attention_sites import Site
 class Rows:
     """The rows of the caller's batch that a layer's tensors belong to.
 
-    Along the batch axis, a layer's tensors have `len(index) * repeat` entries: `repeat` consecutive ones per row (one in a
-    picture model; one per frame or position in a clip model).
+    Along the batch axis, a layer's tensors have `len(index) * repeat` entries, with `repeat` consecutive entries per row.
+    `repeat` is 1 in a picture model; a clip model has one entry per frame or per position.
     """
 
     index: tuple[int, ...]  # rows of the caller's batch; with classifier-free guidance, each appears twice
@@ -26,16 +26,16 @@ class Rows:
 
     @staticmethod
     def plain(batch: int) -> Rows:
-        """Returns every row once, none of them with the negative prompt."""
+        """Returns every row of a batch once, none of them with the negative prompt."""
         return Rows(tuple(range(batch)), (False,) * batch)
 
     @staticmethod
     def guided(batch: int) -> Rows:
-        """Returns every row twice, first with the negative prompt, in the order of `predict_guided`."""
+        """Returns every row of a batch twice, first with the negative prompt, in the order of `predict_guided`."""
         return Rows(tuple(range(batch)) * 2, (True,) * batch + (False,) * batch)
 
     def indices(self, device: torch.device) -> Tensor:
-        """Returns the caller's row for each entry of the layer's batch, int64."""
+        """Returns the index of the caller's row for each entry of the layer's batch, int64."""
         return torch.tensor(self.index, device=device).repeat_interleave(self.repeat)
 
     def negatives(self, device: torch.device) -> Tensor:
@@ -47,8 +47,8 @@ class Rows:
 class PredictionRows:
     """The current prediction and its batch rows, which are remembered for recomputed forward passes."""
 
-    number: int | None = None
-    time: Tensor | None = None  # [B], of the current prediction, or of the one being recomputed
+    number: int | None = None  # of the current prediction; None outside a prediction and while one is recomputed
+    time: Tensor | None = None  # the times [B] of the current prediction or of the one being recomputed
     _count: int = 0
     _recomputes: bool = False  # whether the current prediction can be recomputed, because it has a gradient
     _rows: Rows | None = None
@@ -56,8 +56,8 @@ class PredictionRows:
 
     @contextmanager
     def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
-        """Inside the context, a new prediction of `batch` rows runs at times t [B]; its rows are the ones set by `holding`,
-        else plain."""
+        """Inside the context, a new prediction of `batch` rows runs at times t [B]. Its rows are those set by `holding`, or
+        `Rows.plain` if none of this size are set."""
         before, rows = (self.number, self._rows, self.time, self._recomputes), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
@@ -70,7 +70,7 @@ class PredictionRows:
 
     @contextmanager
     def at_time(self, t: Tensor | None) -> Iterator[None]:
-        """Inside the context, recomputed layers belong to a prediction at these times."""
+        """Inside the context, layers are recomputed as part of a prediction at these times."""
         before, self.time = self.time, t
         try:
             yield
@@ -79,7 +79,7 @@ class PredictionRows:
 
     @contextmanager
     def holding(self, rows: Rows) -> Iterator[None]:
-        """Inside the context, a prediction with the same number of rows has these rows."""
+        """Inside the context, a prediction whose batch has as many rows as `rows` has exactly these rows."""
         before, self._rows = self._rows, rows
         try:
             yield
@@ -87,10 +87,10 @@ class PredictionRows:
             self._rows = before
 
     def rows(self, site: Site, entries: int) -> Rows:
-        """Returns a layer's rows, given its number of batch entries, for the current prediction or the one being recomputed.
+        """Returns the rows of a layer with this many batch entries, in the current prediction or the one being recomputed.
 
         Raises:
-            ValueError: in a recomputed pass, when two predictions of this size had different rows
+            ValueError: when the layer is recomputed, and two predictions of this size had different rows
         """
         key = (site.name, entries)
         if self.number is not None and self._rows is not None:
@@ -103,7 +103,7 @@ class PredictionRows:
         if len(seen) > 1:
             raise ValueError(
                 f"{site.name} is recomputed for its gradient, but predictions with and without guidance both had "
-                f"{entries} rows, so edits cannot tell them apart. Run them in separate `attending` blocks."
+                f"{entries} rows, so edits cannot tell which one it is. Run them in separate `attending` blocks."
             )
         return next(iter(seen))
 

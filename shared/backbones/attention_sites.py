@@ -10,8 +10,8 @@ Kind = Literal["cross", "self", "joint", "temporal"]
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer: from picture to text (cross), within the picture (self), both at once (joint), or across frames
-    (temporal)."""
+    """One attention layer. The picture attends to the text (cross) or to itself (self), picture and text attend jointly
+    (joint), or frames attend to one another (temporal)."""
 
     name: str  # dotted path in the denoiser
     kind: Kind
@@ -24,9 +24,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Where:
-    """Selects the sites of a backbone that meet every given condition."""
+    """Selects the sites of a backbone that meet every condition; None imposes no condition."""
 
-    sites: frozenset[str] | None = None  # by name
+    sites: frozenset[str] | None = None  # names of sites
     kinds: frozenset[Kind] | None = None
     scales: frozenset[int] | None = None
 

@@ -1,4 +1,4 @@
-"""What model families share: placeholders and adapters by concept name, and the identity of the weights."""
+"""The base class of all model families, which manages concepts' placeholders and adapters and their strengths."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from shared.types import Conditioning
 
 
 class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
-    """A frozen pipeline's components, with adapters and placeholders. Families implement the abstract methods.
+    """The components of a frozen pipeline, with the adapters and placeholders attached to them. Each family implements the
+    abstract methods.
 
     Args:
-        name: as the user gave it
+        name: the model's name as the user gave it
         components: the trainable networks by name, the denoiser first
-        tokenizers: by text-encoder name
+        tokenizers: the base tokenizers, by text-encoder name
         max_length: tokens per prompt, by text-encoder name
         vae: an AutoencoderKL
         scheduler: the family's own scheduler; sampling schedulers are built from its configuration
@@ -40,10 +41,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     role_table: Mapping[str, Sequence[RoleSpec]] = {}
     default_guidance: float = 7.5
     default_steps: int = 50
-    discrete_time: bool = True  # trained on integer timesteps
+    discrete_time: bool = True  # whether the model was trained on integer timesteps
     time_per_frame: bool = False  # whether `predict` takes one time per frame of a clip, t [B, f]
     world: World | None = None
-    frames: int | None = None  # the default number of frames of a clip; None: the model generates pictures
+    frames: int | None = None  # default frame count of a clip; None if the model generates pictures
     frame_rate: float | None = None  # frames per second, for networks that take it as input
     frames_apart: bool = False  # whether self-attention sees each frame of a clip separately
 
@@ -65,8 +66,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.placement: Placement | None = None  # set when networks take turns on the device
         self.adapters: dict[str, list[Adapter]] = {}
         self.placeholders: dict[str, Placeholder] = {}
-        self._strengths: dict[str, float] = {}  # of adapters
-        self._placeholder_strengths: dict[str, float] = {}  # of placeholders
+        self._strengths: dict[str, float] = {}  # of adapters, by concept
+        self._placeholder_strengths: dict[str, float] = {}
         self._warned: set[str] = set()
         self._predictions = PredictionRows()
         self._kept_edits, self._replaced = {}, []
@@ -81,7 +82,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit this model. A family built from the layers of another lists both."""
+        """The families whose concepts can fit this model. A family built from another family's layers lists both."""
         return frozenset({self.family})
 
     @property
@@ -90,12 +91,12 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The components that predict, each with its time range [from, to); one for all times, or several."""
+        """The components that predict, each with its time range [from, to). Together they cover all times."""
         return {next(iter(self._components)): (0.0, 1000.0)}
 
     @property
     def device(self) -> torch.device:
-        """The device used for computation; networks that take turns on it may currently be in main memory."""
+        """The device used for computation. Networks that take turns on it may currently be in main memory."""
         return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
@@ -112,7 +113,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return self._components
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BaseBackbone:
-        """Moves every network, in place; with `device`, all of them stay on it from now on."""
+        """Moves every network in place. If `device` is given, all networks stay on it from now on."""
         if self.placement and device is not None:
             self.placement.close()
             self.placement = None
@@ -137,7 +138,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         raise NotImplementedError
 
     def text_sites(self) -> tuple[str, ...]:
-        """Returns the names of the sites that can each have their own text context."""
+        """Returns the names of the sites that can each have a text context of their own."""
         return tuple(s.name for s in self.sites() if s.kind == "cross")
 
     # --- attached concepts ---------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         adapter.set_strength(self._strengths.setdefault(name, 1.0))
 
     def remove(self, name: str) -> None:
-        """Ejects everything attached under this name. Raises ValueError when there is nothing."""
+        """Removes everything attached under this name. Raises ValueError when there is nothing."""
         if name not in self.adapters and name not in self.placeholders:
             raise ValueError(self._unknown([name]))
         self.keep_attending(name)
@@ -171,24 +172,24 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     def _refresh_tokens(self) -> None:
         self.tokens.set([t for n in self.placeholders.values() for t in n.tokens])
-        self._warned.clear()  # text that is truncated may now contain another concept's name
+        self._warned.clear()  # truncated text may now contain a concept's name
 
     # --- strengths by adapter set --------------------------------------------------------------------------
 
     @property
     def strengths(self) -> dict[str, float]:
-        """A copy of the current strength of each concept's adapters, or of its learned words if it has no adapters; 0 is
-        off."""
+        """A new dictionary with the current strength of each concept's adapters, or of its learned words if it has no
+        adapters. 0 means off."""
         learned = {name: s for name, s in self._placeholder_strengths.items() if self.placeholders[name].components}
         return {**learned, **self._strengths}
 
     @contextmanager
     def active(self, strengths: Mapping[str, float]) -> Iterator[None]:
-        """Inside the context, exactly these adapters are on, with these strengths; all others are off.
+        """Inside the context, exactly these adapters are on, with these strengths, and all others are off.
 
-        Learned words take the strength given for their concept; words of other concepts keep their strength, because they
+        Learned words take the strength given for their concept. The words of other concepts keep their strength, because they
         act only if the prompt contains them. Previous strengths are restored, even in nested blocks and after exceptions.
-        Concepts that learned nothing are allowed and change nothing. Raises ValueError for other names.
+        Concepts that learned nothing may be named, with no effect. Raises ValueError for names that are not attached.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
         if missing:
@@ -232,13 +233,15 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     # --- prediction ----------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]."""
+        """Returns the network's output for x_t [B, C, h, w], of the same shape and in the network's own parametrisation."""
         raise NotImplementedError
 
     def _refuse_unread(self, conditioning: Conditioning, batch: int) -> None:
         """Raises ValueError for conditioning that this family does not support, and for a wrong batch size."""
         if conditioning.batch_size != batch:
-            raise ValueError(f"{self.family}: {batch} noisy pictures, but conditioning for {conditioning.batch_size}")
+            raise ValueError(
+                f"{self.family}: the batch size is {batch}, but the conditioning is for {conditioning.batch_size}"
+            )
         if conditioning.image_tokens:
             raise ValueError(f"{self.family}: image tokens need an image encoder's attention, but none is attached")
         if conditioning.regions:
@@ -253,16 +256,16 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             raise ValueError(f"{self.family}: context_mask {why} to know where the text is padding")
 
     def _told(self, t: Tensor | float, x_t: Tensor) -> Tensor:
-        """Returns the times to pass to the network: [B], or [B, f] if it takes one per frame.
+        """Returns the times to pass to the network, [B], or [B, f] if the network takes one per frame.
 
-        Raises ValueError if the network takes one per clip but the frames have different times.
+        Raises ValueError if the network takes one time per clip but the frames have different times.
         """
         t = frame_times(t, x_t)
         if t.ndim == 1 or self.time_per_frame:
             return t
         if not bool((t == t[:, :1]).all()):
             raise ValueError(
-                f"{self.family} takes one timestep for all frames of a clip, but these frames have several"
+                f"{self.family} takes one timestep for all frames of a clip, but these frames have different ones"
             )
         return t[:, 0]
 
@@ -273,12 +276,13 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Applies classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; none without `negative`.
+        """Predicts with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), both prompts in one batch. If
+        `negative` is None, predicts without guidance.
 
         Args:
             x_t: [B, C, h, w]
             t: a scalar or [B]; also [B, f] if `time_per_frame`
-            guidance: as in diffusers, negative + guidance * (positive - negative), so 1 is no guidance
+            guidance: as in diffusers, the result is negative + guidance * (positive - negative), so 1 means no guidance
         """
         t = self._told(t, x_t)
         if negative is None:

@@ -1,4 +1,4 @@
-"""Identifies a model's weights by one string, which is the same in every precision."""
+"""Identifies a model's weights by a string that is the same in every precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLES = 2**16  # the most values to sample from each tensor
 
 @torch.no_grad()
 def checkpoint_identity(networks: Mapping[str, nn.Module], samples: int = SAMPLES) -> str:
-    """Returns the sha256 of the sign bits of every parameter (up to `samples` evenly spaced values each), in order of names.
+    """Returns the SHA-256 of sign bits of all parameters in order of names, up to `samples` evenly spaced values of each.
 
     Rounding to any floating-point format keeps the sign bit, even of values that underflow to zero or overflow. So float32,
     float16 and bfloat16 files of one model, loaded in any precision and rounded any number of times, give exactly the same
@@ -37,7 +37,8 @@ def checkpoint_identity(networks: Mapping[str, nn.Module], samples: int = SAMPLE
 
 
 def _signs(tensor: Tensor, samples: int) -> Tensor:
-    """Samples signs, bool [n] on the CPU. The stride is odd, so it visits all columns of a matrix of even width."""
+    """Returns a sample of a tensor's signs, bool [n] on the CPU. The stride is odd, so that the sample covers all columns of a
+    matrix whose width is a power of two."""
     flat = tensor.detach().reshape(-1)
     stride = -(-flat.numel() // samples) | 1 if flat.numel() > samples else 1
     return torch.signbit(flat[::stride]).cpu()

@@ -1,4 +1,4 @@
-"""FLUX.1: a flow-matching MMDiT (Esser et al., arXiv 2403.03206) with CLIP's pooled text and T5's context."""
+"""FLUX.1, a flow-matching MMDiT (Esser et al., arXiv 2403.03206) conditioned on CLIP's pooled output and T5's context."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class FluxBackbone(FlowMatching, BaseBackbone):
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
-        name: as the user gave it
-        max_sequence_length: T5 tokens per prompt; default: the tokenizer's limit, at most 512
+        name: the model's name as the user gave it
+        max_sequence_length: T5 tokens per prompt. By default, the tokenizer's limit, but at most 512
     """
 
     family = "flux"
@@ -65,8 +65,8 @@ class FluxBackbone(FlowMatching, BaseBackbone):
     latent_multiple = 2
     default_guidance = 3.5
     default_steps = 28
-    undistilled_defaults = (1.0, 4)  # guidance and steps of FLUX.1-schnell, which takes no guidance scale
-    #: The default scale that `predict` passes to a guidance-distilled transformer. At 1 its output is closest to the
+    undistilled_defaults = (1.0, 4)  # guidance and steps for FLUX.1-schnell, which takes no guidance scale
+    #: The scale that `predict` passes to a guidance-distilled transformer by default. At 1 the output is closest to the
     #: unguided velocity, which is the training target.
     training_guidance = 1.0
 
@@ -122,7 +122,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return bool(self.transformer.config.guidance_embeds)
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """Spaces sigmas evenly, as `FluxPipeline` does; the scheduler may shift them, depending on the picture's size."""
+        """Spaces sigmas evenly, as `FluxPipeline` does. The scheduler may shift them according to the picture's size."""
         import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -140,15 +140,16 @@ class FluxBackbone(FlowMatching, BaseBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
-        """Returns the velocity noise - x_0: [B, C, h, w].
+        """Returns the velocity `noise - x_0`, [B, C, h, w].
 
         Args:
             x_t: [B, C, h, w], unpacked
             t: [B] or a scalar
-            guidance: the scale for a guidance-distilled transformer; default `training_guidance`
+            guidance: the scale for a guidance-distilled transformer; `training_guidance` by default
 
         Raises:
-            ValueError: for a context per site, image tokens, regions or size_ids, and for mismatched shapes
+            ValueError: when the conditioning has one context per site, image tokens, regions or size_ids, or when shapes do
+                not match
         """
         self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):
@@ -173,7 +174,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return unpack(out, h, w)
 
     def needs_negative(self, guidance: float) -> bool:
-        """Whether sampling uses the negative prompt; a guidance-distilled transformer takes the scale as input instead."""
+        """Whether sampling uses the negative prompt. A guidance-distilled transformer takes the scale as input instead."""
         return not self.distilled and guidance > 1
 
     def predict_guided(
@@ -190,21 +191,21 @@ class FluxBackbone(FlowMatching, BaseBackbone):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Packs [B, C, h, w] into [B, h/2 * w/2, 4C]: each 2x2 block of cells becomes one token."""
+    """Packs each 2x2 block of latent cells into one token, [B, C, h, w] -> [B, h/2 * w/2, 4C]."""
     b, c, h, w = latents.shape
     cells = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b, (h // 2) * (w // 2), c * 4)
 
 
 def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """Inverts `pack`: [B, h/2 * w/2, 4C] -> [B, C, h, w]."""
+    """Inverts `pack`, [B, h/2 * w/2, 4C] -> [B, C, h, w]."""
     b, _, channels = tokens.shape
     cells = tokens.reshape(b, h // 2, w // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return cells.reshape(b, channels // 4, h, w)
 
 
 def picture_ids(rows: int, columns: int) -> Tensor:
-    """Returns the rotary positions of the picture tokens: [rows * columns, 3], each (0, row, column)."""
+    """Returns the rotary positions of the picture tokens, [rows * columns, 3], each of them (0, row, column)."""
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]

@@ -1,7 +1,7 @@
 """The forward process and prediction parametrisations, as pure functions of (alpha, sigma).
 
-`x_t = alpha * x_0 + sigma * noise`. Variance-preserving (epsilon, v, sample): alpha^2 + sigma^2 = 1.
-Flow matching: alpha = 1 - sigma.
+The forward process is `x_t = alpha * x_0 + sigma * noise`. Variance-preserving models (epsilon, v, sample) have
+alpha^2 + sigma^2 = 1, and flow-matching models have alpha = 1 - sigma. The networks predict p:
 
     epsilon   Ho et al., DDPM, arXiv 2006.11239, eq. 14:         p = noise
     v         Salimans & Ho, arXiv 2202.00512, appendix D:       p = alpha * noise - sigma * x_0
@@ -21,15 +21,15 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Returns training times, one per example: [B]; integers stay integers. Without `batch`, the shape of `t` is kept: a
-    scalar, [B], or [B, f] with one time per clip frame.
+    """Returns training times, one per example ([B]). Integers stay integers. Without `batch`, `t` keeps its shape, which may
+    be a scalar, [B], or [B, f] with one time per frame of a clip.
 
     Args:
         t: a scalar or [B]
         batch: B, if known
 
     Raises:
-        ValueError: for any other shape, which would silently broadcast against the examples
+        ValueError: when `t` has any other shape, which would silently broadcast against the examples
     """
     t = torch.as_tensor(t, device=device)
     if batch is None and t.ndim <= 2:
@@ -37,15 +37,15 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
     if t.ndim > 1 or (t.ndim == 1 and batch not in (None, len(t))):
         size = "B" if batch is None else batch
         raise ValueError(
-            f"t has shape {list(t.shape)}, but must be a scalar or [{size}]: one time per example of the batch"
+            f"t has shape {list(t.shape)}, but must be a scalar or [{size}], with one time per example of the batch"
         )
     return t if batch is None else t.expand(batch)
 
 
 def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
-    """Returns the training times of `latents`: [B], or [B, f] if t has one per frame of clips [B, C, f, h, w].
+    """Returns the training times of `latents`, [B], or [B, f] if t has one time per frame of clips [B, C, f, h, w].
 
-    Raises ValueError for any other shape, as in `times`.
+    Raises ValueError when `t` has any other shape, as `times` does.
     """
     t = torch.as_tensor(t, device=latents.device)
     if t.ndim != 2 or latents.ndim != 5:
@@ -53,24 +53,24 @@ def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
     frames = (len(latents), latents.shape[2])
     if t.shape != frames:
         raise ValueError(
-            f"t has shape {list(t.shape)}, but must be a scalar, [{frames[0]}], or {list(frames)}: one time per frame"
+            f"t has shape {list(t.shape)}, but must be a scalar, [{frames[0]}], or {list(frames)} with one time per frame"
         )
     return t
 
 
 def per_row(t: Tensor) -> Tensor:
-    """Reduces [B] or [B, f] to [B]: the time of each clip's noisiest frame, for code that needs one time per example."""
+    """Returns one time per example ([B]), which is that of a clip's noisiest frame if `t` has one per frame ([B, f])."""
     return t.amax(1) if t.ndim == 2 else t
 
 
 class ForwardProcess:
-    """The diffusion part of a backbone: a family sets `prediction_type` and implements `alpha_sigma`."""
+    """The diffusion part of a backbone. Each family sets `prediction_type` and implements `alpha_sigma`."""
 
     prediction_type: str  # one of PREDICTIONS
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, in the shape of `t`: a scalar, [B] or [B, f].
-        Raises ValueError for other shapes."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, in the shape of `t`, which is a scalar, [B] or [B, f].
+        Raises ValueError for any other shape."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +82,12 @@ class ForwardProcess:
         return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Returns x_t [B, C, (f), h, w] at training times t: [B] or a scalar, for clips also [B, f]."""
+        """Returns x_t [B, C, (f), h, w] at the training times t, which are [B] or a scalar, or for clips also [B, f]."""
         alpha, sigma = self._coefficients(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Returns what the network is trained to predict: [B, C, (f), h, w], like x0 and noise; t as in `add_noise`."""
+        """Returns the network's training target, of the same shape as x0 and noise, [B, C, (f), h, w]; t as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x0)
         if self.prediction_type == "epsilon":
             return noise
@@ -125,13 +125,14 @@ class ForwardProcess:
 
 
 class FlowMatching(ForwardProcess):
-    """Straight lines from clean latents to noise: sigma = t / 1000, alpha = 1 - sigma (Liu et al., arXiv 2209.03003)."""
+    """A forward process along straight lines from clean latents to noise, with sigma = t / 1000 and alpha = 1 - sigma (Liu et
+    al., arXiv 2209.03003)."""
 
     prediction_type = "flow"
     discrete_time = False
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise; t in [0, 1000]: a scalar, [B] or [B, f]."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise for t in [0, 1000], a scalar, [B] or [B, f]."""
         t = times(t)
         sigma = (t if t.is_floating_point() else t.float()) / 1000
         return 1 - sigma, sigma

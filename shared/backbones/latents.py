@@ -11,13 +11,13 @@ from shared.backbones.placement import Placement
 
 
 class LatentCodec:
-    """The autoencoder part of a backbone. Latents are in units of (z - shift) * scale, as in diffusers' pipelines."""
+    """The autoencoder part of a backbone. Latents are (z - shift) * scale, as in diffusers' pipelines."""
 
     family: str
     vae: Any
     placement: Placement | None = None
     latent_multiple: int = 1  # the latent grid must be a multiple of this
-    frame_factor: int = 1  # frames per latent frame, after the first
+    frame_factor: int = 1  # frames per latent frame, from the second latent frame on
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,14 +37,15 @@ class LatentCodec:
         return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: sampled, or the mean without a generator; differentiable."""
+        """Encodes pixels [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]. With a generator, samples the latents; without one,
+        returns their mean. Differentiable."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         scale, shift = self._scale_shift
         return ((z - shift) * scale).to(self.dtype)
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the latents' mean and spread, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
+        """Returns the mean and the standard deviation of the latents, each [B, C, h, w]. `mean + std * noise` is a sample."""
         posterior = self._posterior(pixels)
         scale, shift = self._scale_shift
         return ((posterior.mean - shift) * scale).to(self.dtype), (posterior.std * scale).to(self.dtype)
@@ -55,19 +56,20 @@ class LatentCodec:
         return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, C, h, w] to pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so gradients pass."""
+        """Decodes latents [B, C, h, w] to pixels [B, 3, H, W], nominally in [-1, 1]. Values are not clamped, so that gradients
+        pass."""
         self._use_vae()
         scale, shift = self._scale_shift
         return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]
 
     def _use_vae(self) -> None:
-        """Called before the autoencoder's `encode` and `decode`, because these methods bypass forward hooks."""
+        """Brings the autoencoder to the device. Its `encode` and `decode` bypass forward hooks, so this must precede them."""
         if self.placement:
             self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns the latent shape (C, h, w) of a picture. Raises ValueError when `frames` is given, or a side is not a
-        suitable multiple."""
+        """Returns the latent shape (C, h, w) of a picture. Raises ValueError when `frames` is given, or when a side is not a
+        multiple of what the model needs."""
         if frames is not None:
             raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple

@@ -1,4 +1,4 @@
-"""Loads a backbone from a folder, a file or a hub id; by default, the embedded toybox."""
+"""Loads a backbone from a folder, a file or a hub id. The embedded toybox is the default."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ def _flux(pipe: Any, name: str) -> Backbone:
     return FluxBackbone(pipe, name)
 
 
-Wrap = Callable[[Any, str], "Backbone"]  # (pipeline, name as the user gave it) -> the backbone around it
-#: diffusers pipeline class -> its family's wrapper. Packages can add their own: see `families`.
+Wrap = Callable[[Any, str], "Backbone"]  # (pipeline, name as the user gave it) -> backbone
+#: The wrapper for each diffusers pipeline class. Packages can add their own; see `register_family`.
 FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
 }
-GROUP = "pcs.families"  # entry points: diffusers' pipeline class = "module:function", a `Wrap`
+GROUP = (
+    "pcs.families"  # entry-point group; an entry's name is a diffusers pipeline class, its value the path of a `Wrap`
+)
 TOYBOX = "toybox"
-#: Models with their own world, by the name that a user gives.
+#: The synthetic worlds of models that were trained on one, by the model's name.
 WORLDS: Mapping[str, World] = {
     TOYBOX: World(
         overlay="toybox",
@@ -53,7 +55,7 @@ WORLDS: Mapping[str, World] = {
         find=("from shared.toybox.weights import backbone_path  # where the toybox's folder is", "backbone_path()"),
     )
 }
-_UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # not needed here, and slow to load
+_UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # parts that are never used and slow to load
 _MAY_DOWNLOAD = "Use --download (download=True) to fetch missing files."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -67,20 +69,22 @@ def load_backbone(
     memory: int | None = None,
     prepare: Callable[[Backbone], Backbone] | None = None,
 ) -> Backbone:
-    """Loads the backbone at `source`, frozen, on `device` (default: the CPU) in `dtype` (default: float32).
+    """Loads the backbone at `source` and freezes it.
 
     Args:
-        source: None or "toybox" for the embedded one; a diffusers folder (with `model_index.json`); a `.safetensors`
+        source: None or "toybox" for the embedded model; a diffusers folder (with `model_index.json`); a `.safetensors`
             checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` next to `NAME.safetensors`, or
             in the hub's cache); or a hub id `owner/name`
-        download: whether to download files that are not in the hub's cache; if False, nothing is fetched over the internet
-        memory: bytes on `device` for the networks; if these do not all fit at once, they take turns there
-            (`shared.backbones.placement`). Default: a share of the free memory on a GPU, no limit elsewhere
-        prepare: modifies the backbone before it goes to the device (adds motion modules, for example)
+        device: the device to move the backbone to. By default, the CPU
+        dtype: the networks' precision. By default, float32
+        download: whether to download files that are not in the hub's cache. If False, nothing is fetched over the internet
+        memory: bytes on `device` for the networks. If they do not fit there together, they take turns there
+            (`shared.backbones.placement`). By default, a share of the free memory on a GPU, and no limit elsewhere
+        prepare: modifies the backbone before it goes to the device, for example by adding motion modules
 
     Raises:
-        ValueError: if it cannot be loaded; the message says what was found and which families exist, or which file
-            lacks which key
+        ValueError: when the backbone cannot be loaded. The message names what was found and the available families, or the
+            file and the key that it lacks.
     """
     import torch
 
@@ -89,7 +93,7 @@ def load_backbone(
     name = TOYBOX if source is None or str(source) == TOYBOX else str(source)
     path = _toybox_path() if name == TOYBOX else expanded(name)
     if name != TOYBOX and path.exists():
-        name = str(path.resolve())  # concepts record this name, and are used from other folders
+        name = str(path.resolve())  # concepts record this name and may be used from another working directory
     dtype = dtype or torch.float32
     if path.is_dir():
         backbone = _from_folder(path, name, dtype)
@@ -119,8 +123,8 @@ def _toybox_defaults(backbone: Backbone) -> None:
 def register_family(pipeline: str, wrap: Wrap) -> None:
     """Registers a family, so that `load_backbone` opens diffusers pipelines of this class for the rest of the process.
 
-    An installed package instead registers its families under the entry point group `pcs.families`, and is imported only when
-    such a model is opened. Raises ValueError when the class already has a family.
+    An installed package can instead register its families in the entry-point group `pcs.families`. It is then imported only
+    when such a model is opened. Raises ValueError when the class already has a family.
     """
     if pipeline in families():
         raise ValueError(f"{pipeline} already has a family, and a pipeline class can have only one")
@@ -128,9 +132,10 @@ def register_family(pipeline: str, wrap: Wrap) -> None:
 
 
 def families() -> dict[str, Wrap]:
-    """Returns diffusers pipeline class -> wrapper, for our families and those of installed packages; imports no package.
+    """Returns the wrapper of each diffusers pipeline class, including those that installed packages register. Imports no
+    package.
 
-    Raises ValueError when two packages register the same class.
+    Raises ValueError when two families have the same class.
     """
     from importlib.metadata import entry_points
 
@@ -138,8 +143,8 @@ def families() -> dict[str, Wrap]:
     for entry in entry_points(group=GROUP):
         if entry.name in out:
             raise ValueError(
-                f"{entry.value} registers {entry.name}, which already has a family: uninstall one of the packages that "
-                "register it"
+                f"{entry.value} registers {entry.name}, which already has a family. Uninstall one of the packages that "
+                "register it."
             )
         out[entry.name] = _imported(entry)
     return out
@@ -184,7 +189,7 @@ def _class_of(index: Path) -> str:
 
 
 def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
-    """Loads the folder's pipeline; its networks are loaded and checked one by one."""
+    """Loads the pipeline in a folder. Its networks are loaded and checked one by one."""
     import diffusers
 
     pipeline = getattr(diffusers, kind)
@@ -198,7 +203,7 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
     try:
         with quiet():
             pipe = pipeline.from_pretrained(path, local_files_only=True, **networks, **extra)
-    except Exception as error:  # whatever a broken folder raises, the fault is in the user's files
+    except Exception as error:  # broken files can raise any exception
         if of_the_machine(error):
             raise
         raise ValueError(f"cannot load {name} as {kind}: {first_line(error)}") from error
@@ -210,8 +215,8 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
 
 
 def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
-    """Returns the network classes of a diffusers folder. Raises ValueError when a required part is missing, or an optional one
-    (Wan's second expert) that the folder's index lists."""
+    """Returns the network classes of a diffusers folder, by part. Raises ValueError when a part is missing that the pipeline
+    requires or that the folder's index lists (such as Wan's optional second expert)."""
     from torch import nn
 
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
@@ -233,8 +238,8 @@ def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Backbone:
-    """Loads a single file, which holds only weights. Configuration and tokenizer come from the folder with the same name next
-    to it (a diffusers folder, which needs no weights) if there is one, else from the hub's cache."""
+    """Loads a single file, which contains only weights. The configuration and the tokenizer come from the diffusers folder
+    `NAME/` next to `NAME.safetensors` if there is one (it needs no weights), else from the hub's cache."""
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; other formats can run code, so they are not supported. {_families()}"
@@ -270,17 +275,18 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
 
 
 def check_filled(components: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError when parameters of a network are not in the file."""
+    """Raises ValueError when the file at `path` lacks parameters of a network."""
     from torch import nn
 
     for part, network in components.items():
         lost = [n for n, p in network.named_parameters() if p.is_meta] if isinstance(network, nn.Module) else []
         if lost:
-            raise ValueError(f"{path} is incomplete: it lacks {len(lost)} keys of the {part}, for example {lost[0]}")
+            keys = f"{len(lost)} key{'s' if len(lost) > 1 else ''}"
+            raise ValueError(f"{path} is incomplete: it lacks {keys} of the {part}, for example {lost[0]}")
 
 
 def _from_hub(name: str, download: bool) -> Path:
-    """Returns the cached folder of a hub id; with `download`, missing files are fetched first."""
+    """Returns the cached folder of a hub id. If `download` is set, fetches missing files first."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:

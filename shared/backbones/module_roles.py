@@ -1,7 +1,7 @@
-"""Resolves roles, the architecture-independent names for groups of modules, by matching patterns against leaf names.
+"""Resolves roles, the architecture-independent names for groups of modules, by matching patterns against module names.
 
-A family provides a table `role -> RoleSpec`s. Names are those in the unmodified network: peft's wrappers around a layer
-(`to_k.base_layer`, `to_k.lora_A.default`) do not appear.
+Each family provides a table from roles to `RoleSpec`s. Module names are those of the unmodified network, without the names
+that peft's wrappers add (`to_k.base_layer`, `to_k.lora_A.default`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _BASE = ".base_layer"
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """Leaves of `component` whose full dotted name matches `pattern`.
+    """The modules of `component` whose full dotted name matches `pattern`.
 
-    Leaves are linear and convolution layers, which any adapter can wrap; with `of="parameters"` they are all modules that
-    directly hold parameters, including norms and embeddings.
+    By default, only linear and convolution layers are considered, which any adapter can wrap. With `of="parameters"`, all
+    modules that directly hold parameters are considered, including norms and embeddings.
     """
 
     component: str
@@ -36,8 +36,8 @@ class RoleSpec:
 
 
 def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
-    """Returns the two roles that every family has: the denoiser's linear and convolution layers, and all its modules that hold
-    parameters, for full fine-tuning."""
+    """Returns the two roles that every family has: "denoiser", its linear and convolution layers, and "denoiser.all", all its
+    modules that directly hold parameters."""
     return {
         "denoiser": (RoleSpec(component, ".*"),),
         "denoiser.all": (RoleSpec(component, ".*", of="parameters"),),
@@ -46,9 +46,7 @@ def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
 
 def leaf_names(module: nn.Module) -> tuple[str, ...]:
     """Returns the dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
-
-    Args:
-        module: any network. A layer wrapped by an adapter is listed under its own name; the adapter's layers are not
+    Layers that an adapter added are not listed.
     """
     return _unwrapped(module, [name for name, child in module.named_modules() if isinstance(child, LEAVES)])
 
@@ -86,8 +84,8 @@ def resolve(
     """Returns the groups of a role, one per component.
 
     Raises:
-        ValueError: when the family has no such role, or it matches nothing in this network; the message lists the available
-            roles
+        ValueError: when the family has no such role, or the role matches nothing in this network. The message lists the
+            available roles.
     """
     if role not in table:
         raise ValueError(f"{family}: {unknown(role, there_are(table, components), 'role')}")
@@ -102,7 +100,7 @@ def resolve(
 
 
 class _Names:
-    """Leaf names of networks; each network is traversed only once per kind of leaf."""
+    """Finds the module names that specs match, and lists the names of each network only once."""
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self._components = components

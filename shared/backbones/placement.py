@@ -1,4 +1,4 @@
-"""Decides where a model's networks are: on the device, or in main memory until they are used."""
+"""Keeps a model's networks on the device, or in main memory until they are used if they do not all fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-#: The share of a GPU's free memory for networks; the rest is for activations, gradients and pictures.
+#: The share of a GPU's free memory that networks may take; the rest is for activations, gradients and pictures.
 SHARE = 0.7
 
 
@@ -24,7 +24,7 @@ def to_evict(
         pinned: the networks that must stay
 
     Returns:
-        just enough networks from `present`, in its order, or all that may leave if even these are not enough
+        just enough networks from the start of `present`; if that cannot free enough memory, all networks that may leave
     """
     total = sum(sizes[n] for n in {*present, needed})
     out = []
@@ -43,25 +43,25 @@ def check_budget(sizes: Mapping[str, int], free: int, device: str) -> None:
     if sizes[name] > free:
         raise ValueError(
             f"the {name} takes {sizes[name] / 2**30:.1f} GiB, but {device} has only {free / 2**30:.1f} GiB free: "
-            "choose a smaller model, a lower precision (--precision bf16), or --device cpu"
+            "use a smaller model, a lower precision (--precision bf16), or --device cpu"
         )
 
 
 def size_of(network: nn.Module) -> int:
-    """Returns the total bytes of parameters and buffers."""
+    """Returns the total size of a network's parameters and buffers, in bytes."""
     return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
 
 
 class Placement:
-    """Moves networks to the device when they are used, and the least recently used ones away when memory is short.
+    """Moves networks to the device when they are used, and moves the least recently used ones away when memory is short.
 
-    A network with parameters being trained never leaves: the backward pass needs them where the forward pass had them, and
-    their optimizer moments are on the same device.
+    A network with trainable parameters never leaves the device, because the backward pass needs those parameters where the
+    forward pass had them, and the optimizer's moments are on the same device.
 
     Args:
-        networks: by name
+        networks: the networks by name
         device: the device used for computation
-        budget: bytes for all networks on the device; None: no limit
+        budget: bytes for all networks on the device. If None, there is no limit
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, budget: int | None = None) -> None:
@@ -81,7 +81,7 @@ class Placement:
         self._handles = []
 
     def use(self, name: str) -> None:
-        """Brings this network to the device; others leave if there is not enough room."""
+        """Brings this network to the device, and moves others away if there is not enough room."""
         if name in self.present:
             if self.present[-1] != name:
                 self.present.remove(name)
@@ -114,11 +114,11 @@ class Placement:
         self.networks[name].to(device)
 
     def __deepcopy__(self, memo: Any) -> Placement:
-        return self  # a copied network shares its weights with one that is placed here, or has none to place
+        return self  # a copied network that still has this hook shares the placement of the original network
 
 
 class _Use:
-    """A network's forward pre-hook, which brings it to the device."""
+    """A forward pre-hook that brings its network to the device."""
 
     def __init__(self, placement: Placement, name: str) -> None:
         self.placement, self.name = placement, name
@@ -135,12 +135,13 @@ def place(
     budget: int | None = None,
     free: Callable[[torch.device], int] | None = None,
 ) -> None:
-    """Moves all networks to `device` if they all fit at once; otherwise makes them take turns there.
+    """Moves all of a backbone's networks to `device` if they fit there together; otherwise, makes them take turns there.
 
     Args:
-        backbone: its networks are in main memory
-        budget: bytes for all networks; default `SHARE` of the free memory on a GPU, no limit elsewhere
-        free: returns the free bytes on a device; default: as reported by CUDA
+        backbone: a backbone whose networks are in main memory
+        device: the device used for computation
+        budget: bytes for all networks. By default, `SHARE` of the free memory on a GPU, and no limit elsewhere
+        free: returns the free bytes on a device. By default, as reported by CUDA
 
     Raises:
         ValueError: if even the largest network does not fit into the device's free memory

@@ -1,7 +1,7 @@
 """The interface that a model family offers to the rest of the suite.
 
 A backbone is a frozen diffusion model behind one small protocol. It wraps diffusers classes and defines *roles*
-and *sites*; it contains no method-specific logic. `t` is in the model's own training time, [0, 1000) (see `shared.types`).
+and *sites*, and contains no method-specific logic. `t` is the model's own training time, in [0, 1000) (see `shared.types`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ Resolution = Literal["exact", "port"]
 
 @dataclass(frozen=True)
 class Group:
-    """The modules that a role stands for. Names are dotted paths inside `component`."""
+    """The modules that a role stands for in one component."""
 
     role: str
     component: str  # "unet", "transformer", "text_encoder", "text_encoder_2"
-    modules: tuple[str, ...]  # linear and convolution layers; for "denoiser.all", every module that holds parameters
+    # dotted paths of linear and convolution layers; for "denoiser.all", of every module that directly holds parameters
+    modules: tuple[str, ...]
     resolution: Resolution = "exact"
-    note: str = ""  # for a port: which layers stand in for the role
+    note: str = ""  # for a port, describes the layers that stand in for the role
 
 
 @runtime_checkable
@@ -41,21 +42,21 @@ class Adapter(Protocol):
 
     @property
     def slot(self) -> str:
-        """The recipe's trainable slot that the adapter comes from; it distinguishes adapters that share a name."""
+        """The trainable slot of the recipe that the adapter comes from. It distinguishes adapters that share a name."""
         ...
 
     def train(self, mode: bool) -> None:
-        """Switches the adapter's training behaviour (dropout and the like); the network itself is unaffected."""
+        """Turns the adapter's training behaviour, such as dropout, on or off. Does not affect the network itself."""
         ...
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength: at 0 the adapter has no effect at all; 1 is as trained."""
+        """Sets the strength. At 0 the adapter has no effect at all; at 1 it acts as trained."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns tensors with the component as prefix (`unet.….lora_A.weight`), in fp32 on the CPU."""
+        """Returns the adapter's tensors in fp32 on the CPU. Keys begin with the component (`unet.….lora_A.weight`)."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -63,23 +64,23 @@ class Adapter(Protocol):
         ...
 
     def eject(self) -> None:
-        """Removes the adapter and restores the modules, their outputs and their repr."""
+        """Removes the adapter. The modules, their outputs and their repr become what they were before."""
         ...
 
 
 @runtime_checkable
 class Placeholder(Protocol):
-    """A modifier attached to a backbone for one concept: how `<name>` is written and encoded."""
+    """A modifier attached to a backbone for one concept. It defines how `<name>` is written and encoded."""
 
     name: str
-    frozen: bool  # loaded, not being trained
+    frozen: bool  # loaded from a concept rather than being trained
     words: str  # what `<name>` becomes in a prompt, e.g. "<my-mug> <my-mug>_1 mug"
     tokens: tuple[str, ...]  # tokens added to the tokenizers; may be empty
-    components: tuple[str, ...]  # the text encoders it learns vectors for; empty: it learns nothing
-    varies_with: frozenset[str]  # subset of {"time", "site"}; empty: encoded once and cached
+    components: tuple[str, ...]  # the text encoders that it learns vectors for; empty if it learns nothing
+    varies_with: frozenset[str]  # subset of {"time", "site"}; if empty, the encoding can be cached
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """Returns the input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] if they vary with time."""
+        """Returns the input embeddings of `tokens` in this text encoder, [n, d], or [B, n, d] if they vary with time."""
         ...
 
     def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
@@ -87,14 +88,14 @@ class Placeholder(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength: 0 is as initialized, 1 as learned. Raises ValueError for anything but 1 if it cannot
-        interpolate."""
+        """Sets the strength. 0 is the initial state and 1 the learned one. A placeholder that cannot interpolate raises
+        ValueError for anything but 1."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the learned tensors in fp32 on the CPU; keys are the placeholder's own."""
+        """Returns the learned tensors in fp32 on the CPU, with keys chosen by the placeholder."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -102,7 +103,7 @@ class Placeholder(Protocol):
         ...
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Returns its initial state, with the keys of `state_dict`; empty if it cannot interpolate."""
+        """Returns the initial state, with the keys of `state_dict`. Empty if the placeholder cannot interpolate."""
         ...
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -112,33 +113,35 @@ class Placeholder(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen diffusion model. Nothing here trains it; trainable parts are attached through `adapters` and `placeholders`.
+    """A frozen diffusion model. The model itself is never trained; trainable parts are attached as `adapters` and
+    `placeholders`.
 
     Pixels are [B, 3, H, W] and latents [B, C, h, w]; a clip model also takes [B, 3, F, H, W] and [B, C, f, h, w].
     """
 
     family: str  # "stable_diffusion", "flux"
-    name: str  # as the user gave it, "toybox" for the embedded one
+    name: str  # as the user gave it; "toybox" for the embedded model
     checkpoint: str  # identity of the weights; differs between two checkpoints of one architecture
-    autoencoder: str  # the identity of the autoencoder's weights
+    autoencoder: str  # identity of the autoencoder's weights
     resolution: int  # default picture size in pixels
-    frames: int | None  # the default number of frames of a clip; None: the model generates pictures
-    frame_rate: float | None  # frames per second of clips; None: the network does not take it as input
-    frames_apart: bool  # True: self-attention sees each frame of a clip separately
-    frame_factor: int  # frames per latent frame; if it is not 1, the first frame is its own latent frame
+    frames: int | None  # default frame count of a clip; None if the model generates pictures
+    frame_rate: float | None  # frames per second of clips; None if the network does not take it as input
+    frames_apart: bool  # whether self-attention sees each frame of a clip separately
+    frame_factor: int  # frames per latent frame; unless it is 1, the first frame has a latent frame to itself
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
-    discrete_time: bool  # True: trained on integer timesteps
-    time_per_frame: bool  # True: `predict` takes one time per frame of a clip, t [B, f]
-    world: World | None  # the synthetic world it was trained on; None: the real world
+    discrete_time: bool  # whether the model was trained on integer timesteps
+    time_per_frame: bool  # whether `predict` takes one time per frame of a clip, t [B, f]
+    world: World | None  # the synthetic world that the model was trained on; None for the real world
     context_component: str  # the text encoder whose hidden states are the context
     vae: Any  # maps between pixels and latents; never trained
-    placement: Placement | None  # set when networks take turns on the device; None: all of them stay there
+    placement: Placement | None  # moves networks that take turns on the device; None if all of them stay there
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families (including its own) whose concepts can fit this model, if the layers they touch are the same."""
+        """The families whose concepts can fit this model, its own included. A concept fits if the layers that it changes are
+        the same in both models."""
         ...
 
     @property
@@ -152,13 +155,13 @@ class Backbone(Protocol):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that predicts; the first if there are several."""
+        """The network that predicts, or the first of them if there are several."""
         ...
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The components that predict, each with its time range [from, to): one for all times, or one expert per noise
-        range (Wan 2.2), all with the same layers."""
+        """The components that predict, each with its time range [from, to). There is one for all times, or one expert per
+        noise range (Wan 2.2); experts have the same layers."""
         ...
 
     @property
@@ -169,7 +172,7 @@ class Backbone(Protocol):
     # text
     @property
     def pooled_component(self) -> str | None:
-        """The text encoder whose pooled output is `Conditioning.pooled`, if there is one."""
+        """The text encoder whose pooled output is `Conditioning.pooled`, or None."""
         ...
 
     @property
@@ -178,31 +181,32 @@ class Backbone(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
-        """Encodes B expanded prompts: context [B, L, D] (or one per site), pooled [B, P]. Needs `t` [B] if a name
-        varies with it."""
+        """Encodes B expanded prompts. The result has the context [B, L, D] (or one per site) and the pooled output [B, P].
+        `t` [B] is required if the encoding of a concept's name varies with time."""
         ...
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """Finds where `words` occur in these prompts (not inside longer words): bool [B, L], over the tokens of the context.
-        `words` may be any text or `shared.backbones.added_tokens.END`, the end-of-text token. Raises ValueError if they are
-        empty."""
+        """Returns a bool mask [B, L] over the context's tokens, True where `words` occur in these prompts, but not inside
+        longer words. `words` may be any text, or `shared.backbones.added_tokens.END` for the end-of-text token. Raises
+        ValueError if `words` is empty."""
         ...
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
-        """Returns what the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
+        """Returns what the encoding of these prompts varies with ("time", "site"). If empty, the encoding can be cached."""
         ...
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError, quoting the text that would be cut, when the prompt is longer than the text encoders can read."""
+        """Raises ValueError, quoting the text that would be cut, when the prompt is too long for the text encoders."""
         ...
 
     # pictures
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: sampled, or the mean without a generator; differentiable."""
+        """Encodes pixels [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]. With a generator, samples the latents; without one,
+        returns their mean. Differentiable."""
         ...
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean and spread of the latents, in latent units, for caching: each [B, C, h, w]."""
+        """Returns the mean and the standard deviation of the latents, each [B, C, h, w], so that callers can cache them."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -210,12 +214,12 @@ class Backbone(Protocol):
         ...
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns the latent shape: (C, h, w) of a picture, or (C, f, h, w) of a clip of `frames`. Raises ValueError when a
-        side is not a multiple of what the model needs, or the model cannot generate that many frames."""
+        """Returns the latent shape, which is (C, h, w) for a picture and (C, f, h, w) for a clip of `frames` frames. Raises
+        ValueError when the model cannot generate pictures of this size or clips of this length."""
         ...
 
-    # the forward process; every function takes t: [B] or a scalar, for clips also [B, f] (one per frame), and raises
-    # ValueError for any other shape
+    # the forward process; every function accepts `t` as [B] or a scalar, and for clips also as [B, f] (one per frame), and
+    # raises ValueError for any other shape
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise."""
         ...
@@ -225,7 +229,7 @@ class Backbone(Protocol):
         ...
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Returns what `predict` is trained to output, in the model's own parametrisation: [B, C, h, w]."""
+        """Returns the training target of `predict`, [B, C, h, w], in the model's own parametrisation."""
         ...
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -237,17 +241,18 @@ class Backbone(Protocol):
         ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. Raises ValueError when
-        the network does not support something in the conditioning, or takes only one time but frames have different ones."""
+        """Returns the network's output for x_t [B, C, h, w], of the same shape and in the network's own parametrisation.
+        Raises ValueError when the network does not support something in the conditioning, or when the frames of a clip have
+        different times but the network takes only one."""
         ...
 
     @property
     def prediction_time(self) -> Tensor | None:
-        """The times [B] of the current prediction, for parts that vary with them; None outside `predict`."""
+        """The times [B] of the current prediction, for adapters that vary with time. None outside `predict`."""
         ...
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """Returns a context to enter later, in which layers run again as in the current prediction (gradient checkpointing)."""
+        """Returns a context in which gradient checkpointing can later rerun layers as they ran in the current prediction."""
         ...
 
     # sampling
@@ -266,7 +271,8 @@ class Backbone(Protocol):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Applies classifier-free guidance or the family's own; none if `negative` is None and guidance is not distilled."""
+        """Predicts with classifier-free guidance, or with the model's distilled guidance. If `negative` is None and the model
+        has no distilled guidance, predicts without guidance."""
         ...
 
     def pipeline(self) -> Any:
@@ -283,10 +289,10 @@ class Backbone(Protocol):
         network does not have the role.
 
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
-        or in two ports. A port may borrow layers of one exact group, in which case its note names that role: joint
-        attention over space and time is "self_attention", and a port for "temporal_attention".
-        "denoiser" is every linear and convolution layer of the denoiser; "denoiser.all" is every module in the denoiser that
-        directly holds parameters, including norms and embeddings, for full fine-tuning.
+        or in two ports. A port may borrow layers of one exact group, in which case its note names that role. For example,
+        layers that attend jointly over space and time are the exact "self_attention", and a port for "temporal_attention".
+        "denoiser" is every linear and convolution layer of the denoiser. "denoiser.all", for full fine-tuning, is every module
+        in the denoiser that directly holds parameters, including norms and embeddings.
         """
         ...
 
@@ -295,17 +301,19 @@ class Backbone(Protocol):
         ...
 
     def text_sites(self) -> tuple[str, ...]:
-        """Returns the names of the sites that can each have their own text context; empty if text attends jointly."""
+        """Returns the names of the sites that can each have a text context of their own. Empty if picture and text attend
+        jointly."""
         ...
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
-        """Inside the context, attention layers apply these edits and record the watched maps; see `shared.backbones.attending`.
-        Raises ValueError when an edit or watch matches no site, or matches a layer with a custom processor."""
+        """Returns a context in which attention layers apply these edits and record the watched maps; see
+        `shared.backbones.attending`. Raises ValueError when an edit or watch matches no site, or matches a layer with a custom
+        processor."""
         ...
 
     def keep_attending(self, name: str, *edits: At) -> None:
-        """Applies these edits from now on, whenever the concept `name` is active; without edits, removes the concept's earlier
-        ones. See `shared.backbones.attending`. Raises ValueError as `attending` does."""
+        """Applies these edits from now on, whenever the concept `name` is active. Called without edits, removes the concept's
+        earlier ones. See `shared.backbones.attending`. Raises ValueError under the same conditions as `attending`."""
         ...
 
     # attached concepts, by name
@@ -315,11 +323,12 @@ class Backbone(Protocol):
         ...
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Registers an injected adapter under a concept's name (adapters may share a name); a new name starts at strength 1."""
+        """Registers an injected adapter under a concept's name, which several adapters may share. A new name starts at
+        strength 1."""
         ...
 
     def remove(self, name: str) -> None:
-        """Ejects everything attached under this name; outputs, repr and tokenizers are restored."""
+        """Removes everything attached under this name, and restores outputs, repr and tokenizers."""
         ...
 
     def word_embeddings(self, component: str, words: str) -> Tensor:
@@ -337,13 +346,13 @@ class Backbone(Protocol):
     # strengths by adapter set
     @property
     def strengths(self) -> dict[str, float]:
-        """The current strength of each concept's adapters, or of its learned words if it has no adapters; 0 is off."""
+        """The current strength of each concept's adapters, or of its learned words if it has no adapters. 0 means off."""
         ...
 
     def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Inside the context, exactly these adapters are on, with these strengths; all others are off.
+        """Returns a context in which exactly these adapters are on, with these strengths, and all others are off.
 
-        Learned words take the strength given for their concept; words of other concepts keep their strength, because they
+        Learned words take the strength given for their concept. The words of other concepts keep their strength, because they
         act only if the prompt contains them.
         """
         ...

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and the toybox: a U-Net with cross-attention to one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x, and the toybox. Each is a U-Net with cross-attention to one CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.types import Conditioning, SiteContext
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _CLIP = r"(text_model\.)?encoder\.layers\.\d+\."
 _BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
-_SPATIAL = _BLOCK + r"attentions\.\d+\."  # a motion module's layers have the same names: see _TEMPORAL
+_SPATIAL = _BLOCK + r"attentions\.\d+\."  # excludes motion modules, whose layers have the same names
 _LAYER = _SPATIAL + r"transformer_blocks\.\d+\."
 _TEMPORAL = _BLOCK + r"motion_modules\.\d+\.transformer_blocks\.\d+\.attn[12]\."
 
@@ -27,7 +27,8 @@ def _unet(pattern: str) -> tuple[RoleSpec, ...]:
 
 
 def _self(leaf: str) -> tuple[RoleSpec, ...]:
-    """Returns the role of self-attention layers, in a transformer block or on their own (AttnDownBlock2D takes no text)."""
+    """Returns the role of self-attention layers, which are in transformer blocks, or stand alone in blocks that take no text
+    (AttnDownBlock2D)."""
     return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
 
 
@@ -56,7 +57,7 @@ class StableDiffusionBackbone(BaseBackbone):
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen, and its tokenizer is left unchanged
-        name: as the user gave it
+        name: the model's name as the user gave it
 
     Raises:
         ValueError: when this family does not support this kind of U-Net (inpainting, guidance-distilled, …)
@@ -105,10 +106,10 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the forward process -------------------------------------------------------------------------------
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads the scheduler's table, which is exact at integer timesteps; in between, alpha_bar is interpolated linearly.
+        """Returns alpha and sigma from the scheduler's table, interpolating alpha_bar linearly between integer timesteps.
 
         Args:
-            t: [B] or a scalar, in [0, 1000); [B, f] for frames of clips
+            t: [B] or a scalar, in [0, 1000); for clips also [B, f], one per frame
         """
         t = times(t)
         table = self.alphas_cumprod.to(t.device)
@@ -123,7 +124,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the U-Net's output, in the shape of x_t and the backbone's own parametrisation.
+        """Returns the U-Net's output for x_t, of the same shape and in the backbone's own parametrisation.
 
         Args:
             x_t: [B, C, h, w]
@@ -131,7 +132,8 @@ class StableDiffusionBackbone(BaseBackbone):
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
 
         Raises:
-            ValueError: for sites without a context, image tokens, regions or size_ids, and for mismatched shapes
+            ValueError: when the conditioning lacks the context of a site, or has image tokens, regions or size_ids, or when
+                shapes do not match
         """
         self._refuse_unread(conditioning, len(x_t))
         context = conditioning.context
@@ -143,15 +145,16 @@ class StableDiffusionBackbone(BaseBackbone):
             return self._run_denoiser(x_t.to(dtype), t, context.to(dtype))
 
     def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Runs the network once: x_t [B, C, h, w], t [B], context [B, L, D]."""
+        """Runs the network once on x_t [B, C, h, w] at times t [B], with the context [B, L, D]."""
         return self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
-        """Concatenates all sites' keys and values, [B, L, 2*S*D]; each `to_k` and `to_v` takes its own slice.
+        """Concatenates the keys and values of all S sites into one context [B, L, 2*S*D], and adds hooks with which each
+        `to_k` and `to_v` takes its own slice.
 
-        The contexts are passed as the network's ordinary argument, and the slicing hooks are stateless, so gradient
-        checkpointing, which runs the layers again in the backward pass, sees the same inputs as the forward pass. On a
-        plain context (of width D) the hooks do nothing.
+        The context is an ordinary argument of the network and the hooks are stateless, so layers that gradient checkpointing
+        reruns in the backward pass see the same inputs as in the forward pass. The hooks leave a plain context (of width D)
+        unchanged.
         """
         names = self.text_sites()
         missing = [n for n in names if n not in contexts]
@@ -179,7 +182,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes[path] = (module, module.register_forward_pre_hook(take))
 
     def remove(self, name: str) -> None:
-        """Ejects everything attached under this name. Raises ValueError when there is nothing."""
+        """Removes everything attached under this name. Raises ValueError when there is nothing."""
         super().remove(name)
         if not self.placeholders:
             for _, handle in self._routes.values():
@@ -212,7 +215,7 @@ def _prediction_type(scheduler: Any) -> str:
 
 
 def _alphas_cumprod(scheduler: Any) -> Tensor:
-    """Returns the scheduler's own table [T], float32 on the CPU."""
+    """Returns the scheduler's alpha_bar per training timestep, float32 [T] on the CPU."""
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
@@ -238,7 +241,7 @@ def _sites(unet: Any) -> tuple[Site, ...]:
     attention = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
     sites = []
     for prefix, size in scales.items():
-        # a block calls its layers in turn, each followed by the motion module of the same number
+        # a block calls its attention layers in order, and after each one the motion module with the same index
         inside = sorted((n for n in attention if n.startswith(prefix)), key=lambda n: _turn(n.removeprefix(prefix)))
         sites += [Site(name, _kind(name, attention[name]), size) for name in inside]
     return tuple(sites)

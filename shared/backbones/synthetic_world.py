@@ -1,4 +1,4 @@
-"""Facts about a model whose pictures show a synthetic world."""
+"""Facts about a model that was trained on pictures of a synthetic world."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """Facts that a backbone provides (`Backbone.world`), so that no other code has to check the model's name."""
+    """What a backbone reports about its synthetic world (`Backbone.world`), so that no other code has to check its name."""
 
-    overlay: str  # configs/overlays/NAME.yaml adapts recipes to it
-    prompts: str  # the prompt set used to judge concepts on it
-    instruments: str  # the evaluators trained on it, as named in `shared.metrics.instruments`
-    side: int  # pixels; its training pictures are square and of this size
-    unseen: str  # completes the warning about other pictures that begins "the pictures of NAME"
-    find: tuple[str, str]  # for exported code: an import line, and an expression for the model's folder
+    overlay: str  # the file configs/overlays/NAME.yaml that adapts recipes to the model
+    prompts: str  # the prompt set with which concepts are evaluated on the model
+    instruments: str  # the evaluators trained on this world, as named in `shared.metrics.instruments`
+    side: int  # side of the square training pictures, in pixels
+    unseen: str  # completes the warning about pictures from outside this world, which begins "the pictures of NAME"
+    find: tuple[str, str]  # for exported code, an import line and an expression that gives the model's folder

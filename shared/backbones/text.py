@@ -1,4 +1,4 @@
-"""Encodes text with placeholders: runs the text encoder once, or once per site, with learned vectors inserted."""
+"""Encodes text that contains placeholders, by running the text encoders with learned vectors inserted."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class TextEncoding:
 
     family: str
     name: str
-    context_component: str = "text_encoder"  # whose hidden states are the text context
-    pooled_component: str | None = None  # whose pooled output is `Conditioning.pooled`
-    masks_context: bool = False  # whether the network takes a padding mask for the context: `Conditioning.context_mask`
-    why_one_context: str = "its text and picture attend jointly"  # used if `text_sites` is empty
+    context_component: str = "text_encoder"  # the encoder whose hidden states are the text context
+    pooled_component: str | None = None  # the encoder whose pooled output is `Conditioning.pooled`
+    masks_context: bool = (
+        False  # whether the network takes a padding mask for the context (`Conditioning.context_mask`)
+    )
+    why_one_context: str = "its text and picture attend jointly"  # explains in errors why `text_sites` is empty
     tokens: TokenOverlay
     placeholders: dict[str, Placeholder]
     _components: dict[str, nn.Module]
@@ -44,8 +46,8 @@ class TextEncoding:
         return self.tokens.max_length
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError, quoting the text, when the context's text encoder would cut the prompt, or any encoder would cut
-        a concept's name. Warns about other text that only a second encoder would cut."""
+        """Raises ValueError, quoting the text that would be cut, when the context's text encoder would cut the prompt, or any
+        encoder would cut a concept's name. Only warns about other text that a second encoder would cut."""
         cut = self.tokens.overflow(self.context_component, prompt)
         if cut:
             limit = self.tokens.max_length[self.context_component]
@@ -55,7 +57,7 @@ class TextEncoding:
         self._warn_cut([prompt])
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
-        """Returns what the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
+        """Returns what the encoding of these prompts varies with ("time", "site"). If empty, the encoding can be cached."""
         texts = self._tokenize(list(prompts))
         return frozenset().union(*(n.varies_with for n in self._used(texts)))
 
@@ -70,8 +72,11 @@ class TextEncoding:
         return self.tokens.pieces(component, words)
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """Finds where `words` (a class noun, a concept's tokens, or `END`, the end-of-text token) occur in these prompts: bool
-        [B, L], over the tokens of `Conditioning.context`. All False for a prompt without them.
+        """Returns a bool mask [B, L] over the tokens of `Conditioning.context`, True where `words` occur in these prompts.
+
+        Args:
+            prompts: B texts
+            words: for example a class noun, a concept's tokens, or `END` for the end-of-text token
 
         Raises:
             ValueError: when `words` is empty
@@ -86,16 +91,17 @@ class TextEncoding:
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """Encodes expanded prompts into the network's conditioning.
 
-        Runs the text encoder once or, if a placeholder varies with "site", once for each distinct set of vectors.
-        Differentiable with respect to the vectors and to text-encoder adapters.
+        The text encoder runs once or, if a placeholder varies with "site", once for each distinct set of vectors. The result
+        is differentiable with respect to the vectors and to text-encoder adapters.
 
         Args:
             prompts: B texts
-            t: [B] or a scalar, required if a placeholder used in these prompts varies with "time"
+            t: [B] or a scalar; required if a placeholder used in these prompts varies with "time"
 
         Raises:
-            ValueError: when time is required but missing or of the wrong shape, when the family cannot have the required
-                context per site, and when a text encoder would cut a concept's name (for other text, it only warns)
+            ValueError: when `t` is required but missing, or has the wrong shape; when the prompts need a context per site
+                but the family has no such sites; or when a text encoder would cut a concept's name. Other text that would
+                be cut only causes a warning.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._warn_cut(prompts)
@@ -166,7 +172,7 @@ class TextEncoding:
         if not timed:
             return None
         if t is None:
-            raise ValueError(f"the words of {', '.join(timed)} vary with time: encode(prompts, t) needs t")
+            raise ValueError(f"the words of {', '.join(timed)} vary with time, so pass t to encode(prompts, t)")
         return t
 
     def _readers(self) -> list[str]:
@@ -190,7 +196,7 @@ class TextEncoding:
         time: Tensor | None,
         site: str | None,
     ) -> list[Tensor]:
-        """Returns the vectors of the placeholders in use that have tokens, in order: each [n, d] or [B, n, d]."""
+        """Returns the vectors of the used placeholders that have tokens, in order. Each is [n, d] or [B, n, d]."""
         out = []
         batch, width = texts[component].ids.shape[0], self._embedding(component).weight.shape[1]
         for placeholder in (n for n in used if n.tokens):
@@ -218,17 +224,18 @@ class TextEncoding:
             return self._run_text(component, ids, text.mask)
 
     def _embedding(self, component: str) -> Any:
-        """Returns the token embedding that this text encoder's forward calls (for T5, not the one its accessor returns)."""
+        """Returns the token embedding that this text encoder's forward pass calls. For T5, that is not the one that
+        `get_input_embeddings` returns."""
         module: Any = self._components[component]
         stack = getattr(module, "encoder", None)
         return getattr(stack, "embed_tokens", None) or module.get_input_embeddings()
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Runs a text encoder once; returns hidden states [B, L, D], and pooled [B, P] if it has a pooled output."""
+        """Runs a text encoder once. Returns its hidden states [B, L, D] and its pooled output [B, P], or None without one."""
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:
-        """Warns once per prompt about text that an encoder cuts. Raises ValueError when that text contains a concept's name."""
+        """Warns once per prompt about text that an encoder cuts. Raises ValueError if part of a concept's name is lost."""
         for prompt in prompts:
             if prompt in self._warned:
                 continue

@@ -1,4 +1,4 @@
-"""Masks of the subjects: the user's own, grown and softened, or reduced to boxes; in clips, tracked and pooled in time."""
+"""Prepares the subjects' masks, which can be grown, softened or replaced with boxes, and in clips tracked and pooled."""
 
 from __future__ import annotations
 

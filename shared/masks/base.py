@@ -12,8 +12,8 @@ from shared.types import Example
 def no_mask(picture: object) -> str:
     """Returns the error message for a picture that must have a mask."""
     return (
-        f"{picture} has no mask, but this recipe requires one: put it in masks/ next to the pictures, with the same name, "
-        "or use pictures with a transparent background"
+        f"{picture} has no mask, but this recipe requires one. Put it in masks/ next to the pictures, with the same name, "
+        "or use pictures with a transparent background."
     )
 
 
@@ -22,18 +22,18 @@ class MaskPart(KindPart):
 
     @property
     def needs_masks(self) -> bool:
-        """Tells whether every picture of a subject must come with a mask."""
+        """Whether every picture of a subject must have a mask."""
         return False
 
     @property
     def random(self) -> bool:
-        """Returns False: masks are prepared once."""
+        """Always False, because masks are prepared only once."""
         return False
 
     def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
-        """Returns the example with its mask changed; the generator is unused."""
+        """Returns the example with its masks changed. The generator is unused."""
         return example.with_masks(self.change)
 
     def change(self, mask: Tensor) -> Tensor:
-        """Changes a mask: [1, H, W] in [0, 1] -> the same shape and range."""
+        """Returns the changed mask, [1, H, W] in [0, 1] like `mask`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Replaces the mask with a rectangle around it."""
+"""Replaces masks with rectangles around them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.masks.base import MaskPart
 
 
 class Box(MaskPart):
-    """Replaces the mask with its bounding box (where it is above 0.5), enlarged by `margin` pixels on each side."""
+    """Replaces the mask with the bounding box of its values above 0.5, enlarged by `margin` pixels on each side."""
 
     taxonomy: ClassVar[str] = "boxes as masks"
     kind: Literal["box"] = "box"

@@ -13,12 +13,12 @@ from shared.types import Example
 
 
 class Given(MaskPart):
-    """Keeps masks as they are, or binarized at a threshold; with `require`, every reference must have one."""
+    """Keeps masks as they are, or binarizes them at `threshold`. With `require`, every reference must have a mask."""
 
     taxonomy: ClassVar[str] = "given masks"
     kind: Literal["given"] = "given"
     require: bool = False
-    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # the mask becomes 1 above it, else 0
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # masks become 1 above it, else 0
 
     @property
     def needs_masks(self) -> bool:

@@ -14,9 +14,9 @@ from shared.masks.base import MaskPart
 
 
 class Grow(MaskPart):
-    """Grows the mask by a disc of radius `by` (shrinks it if negative), then blurs it with sigma `soften`.
+    """Dilates the mask with a disc of radius `by`, or erodes it if `by` is negative, then blurs it with sigma `soften`.
 
-    Both are in pixels of the training resolution.
+    Both settings are in pixels of the training resolution.
     """
 
     taxonomy: ClassVar[str] = "grown masks"
@@ -30,7 +30,7 @@ class Grow(MaskPart):
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
-    """Replaces each pixel of [1, H, W] with the maximum within `radius` pixels."""
+    """Replaces each pixel of a mask [1, H, W] with the maximum within `radius` pixels."""
     height = mask.shape[-2]
     out = mask.clone()
     for dy in range(-min(radius, height - 1), min(radius, height - 1) + 1):
@@ -42,7 +42,7 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 
 
 def blur(mask: Tensor, sigma: float) -> Tensor:
-    """Blurs [1, H, W] with a Gaussian of `sigma` pixels; edge values are replicated outside."""
+    """Blurs a mask [1, H, W] with a Gaussian of `sigma` pixels. Edge values are replicated outside the mask."""
     if sigma == 0:
         return mask
     half = max(1, math.ceil(3 * sigma))

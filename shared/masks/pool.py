@@ -1,4 +1,4 @@
-"""Pools a clip's masks to its latent grid."""
+"""Pools the masks of a clip to its latent grid."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 
 def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Pools [B, 1, F, H, W] in [0, 1] to [B, 1, f, h, w]: the share of each latent cell that is in the mask.
+    """Returns the share of each latent cell that is in the mask, [B, 1, f, h, w], for masks [B, 1, F, H, W] in [0, 1].
 
     In space, this is the mean over a cell's pixels, as for pictures. In time, f = F if frames are encoded one by one
-    (AnimateDiff), or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (Wan: 4, LTX: 8): the first
-    latent covers only the first frame, and every other one is the mean of the next r frames. ValueError for any other f.
+    (AnimateDiff), or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (4 in Wan, 8 in LTX). Then the
+    first latent frame covers only the first frame, and each of the others is the mean of the next r frames. Raises ValueError
+    for any other f.
     """
     if masks.ndim != 5 or masks.shape[1] != 1:
         raise ValueError(f"the masks of clips must have the shape [B, 1, F, H, W], not {list(masks.shape)}")
@@ -26,8 +27,9 @@ def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
     if rest or ratio < 1:
         possible = sorted({frames, *(1 + (frames - 1) // r for r in range(1, frames) if (frames - 1) % r == 0)} - {1})
         raise ValueError(
-            f"masks of {frames} frames cannot be pooled to {latents} latent frames, only to {possible or [1]}: "
-            "one per frame, or one for the first frame and then one per group of equal size"
+            f"masks of {frames} frame{'s' if frames > 1 else ''} cannot be pooled to {latents} latent "
+            f"frame{'s' if latents > 1 else ''}, only to {possible or [1]}; there must be one latent frame per frame, or "
+            "one for the first frame and then one per group of equal size"
         )
     groups = planes[:, 1:].unflatten(1, (latents - 1, ratio)).mean(2)
     return torch.cat([planes[:, :1], groups], 1)[:, None]

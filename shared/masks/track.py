@@ -13,31 +13,35 @@ from torch.nn import functional as F
 
 from shared.config import Part
 
-_SIDE = 256  # approximate minimum size, in pixels, at which flow is estimated
+_SIDE = 256  # smallest side, in pixels, at which flow is estimated
 
 
 class Track(Part):
-    """Tracks the mask of a clip's first frame by optical flow; clips with a mask for every frame keep theirs.
+    """Tracks the mask of a clip's first frame with optical flow. Clips with a mask for every frame keep these masks.
 
-    flow: "dis" (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590) or "farneback"
-    (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). Parts that are hidden in the first
-    frame and appear later are not found. For those, and for motion of more than about a tenth of the picture between
-    frames, provide a mask for every frame.
+    `flow` is "dis" (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590) or "farneback"
+    (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). Parts of the subject that are hidden in the
+    first frame and appear later are not found. Provide a mask for every frame if there are such parts, or if the subject moves
+    by more than about a tenth of the picture between frames.
     """
 
     flow: Literal["dis", "farneback"] = "dis"
-    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # the mask becomes 1 above it, else 0; null: soft edges
+    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # masks become 1 above it, else 0; null for soft edges
 
     def __call__(self, frames: Tensor, masks: Tensor) -> Tensor:
-        """Returns a mask for each of the frames [3, F, H, W]: [1, F, H, W]. masks: the same, or [1, 1, H, W] of the first."""
+        """Returns masks [1, F, H, W] for the frames [3, F, H, W].
+
+        Args:
+            masks: [1, F, H, W], which are returned unchanged, or [1, 1, H, W] for the first frame
+        """
         return self.follow(frames, masks[:, 0]) if masks.shape[1] == 1 < frames.shape[1] else masks
 
     def follow(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Follows the first frame's mask [1, H, W] through frames [3, F, H, W] in [-1, 1]: masks [1, F, H, W].
+        """Follows the first frame's mask [1, H, W] through frames [3, F, H, W] in [-1, 1], and returns masks [1, F, H, W].
 
-        Every mask is sampled directly from the first one through the accumulated flow, so it does not get blurrier from
-        frame to frame. Only flow well inside the mask is used and extrapolated across its edge, because at edges the flow
-        mixes subject and background. ValueError if frames and mask differ in size.
+        Every mask is sampled directly from the first one through the accumulated flow, so that masks do not get blurrier from
+        frame to frame. Only flow well inside the mask is used, and it is extrapolated across the mask's edge, because flow at
+        edges mixes subject and background. Raises ValueError if frames and mask differ in size.
         """
         if frames.ndim != 4 or frames.shape[0] != 3 or mask.shape != (1, *frames.shape[2:]):
             raise ValueError(
@@ -46,7 +50,7 @@ class Track(Part):
         grey = grey_levels(frames)
         height, width = grey.shape[1:]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        here = torch.stack([columns, rows]).float()[None]  # [1, 2, H, W]: (x, y)
+        here = torch.stack([columns, rows]).float()[None]  # (x, y) of each pixel, [1, 2, H, W]
         first = F.interpolate(mask[None].float(), (height, width), mode="bilinear", align_corners=False)
         origin, out, now = here, [mask.float()], first
         for before, after in pairwise(grey):
@@ -61,7 +65,8 @@ class Track(Part):
 
 
 def grey_levels(frames: Tensor) -> np.ndarray:
-    """Converts frames to uint8 [F, h, w]; enlarges small clips: 64 pixels are too few for the patches of the flow."""
+    """Converts frames to grey levels, uint8 [F, h, w]. Small clips are enlarged, because 64 pixels, for example, are too few
+    for the patches of the flow."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
     if factor > 1:
@@ -70,7 +75,7 @@ def grey_levels(frames: Tensor) -> np.ndarray:
 
 
 def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Estimates the displacement of each pixel of `before`, in pixels (x, y): [h, w, 2]."""
+    """Estimates the displacement (x, y) of each pixel of `before`, in pixels, [h, w, 2]."""
     import cv2
 
     if kind == "dis":
@@ -79,7 +84,8 @@ def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray
 
 
 def _of_the_thing(flow: np.ndarray, mask: np.ndarray) -> Tensor:
-    """Smoothly extrapolates the flow [h, w, 2] inside the mask [h, w] to the whole frame: [1, 2, h, w]. 0 for an empty mask."""
+    """Smoothly extrapolates the flow ([h, w, 2]) inside the mask ([h, w]) to the whole frame ([1, 2, h, w]). Returns 0 if the
+    mask is empty."""
     import cv2
 
     reach = max(mask.shape) // 40
@@ -93,7 +99,8 @@ def _of_the_thing(flow: np.ndarray, mask: np.ndarray) -> Tensor:
 
 
 def _inverse(forward: Tensor, here: Tensor) -> Tensor:
-    """Solves u(x) = -forward(x + u(x)) by iteration: the offset to where each pixel of the later frame came from."""
+    """Returns the offset u(x) from each pixel of the later frame to its position in the earlier frame, by iterating
+    u(x) = -forward(x + u(x))."""
     back = -forward
     for _ in range(5):
         back = -_sampled(forward, here + back)
@@ -101,7 +108,8 @@ def _inverse(forward: Tensor, here: Tensor) -> Tensor:
 
 
 def _sampled(planes: Tensor, at: Tensor) -> Tensor:
-    """Samples [1, C, h, w] at the positions [1, 2, h, w] (x, y in pixels); edge values are replicated outside."""
+    """Samples `planes` ([1, C, h, w]) bilinearly at the positions `at` ([1, 2, h, w], x and y in pixels). Edge values are
+    replicated outside the planes."""
     height, width = planes.shape[2:]
     scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)])
     grid = at.permute(0, 2, 3, 1) * scale - 1

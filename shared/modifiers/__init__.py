@@ -1,4 +1,5 @@
-"""Modifiers: the words that stand for a concept in prompts. To add one, write one file and add one line to the union."""
+"""Modifiers, which define the words that stand for a concept in prompts. To add a modifier, write a module and add its class
+to the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""The placeholder that every modifier attaches: one concept's name on one backbone."""
+"""The base class of the placeholders that modifiers attach to a backbone, one for each concept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from shared.types import SiteContext
 
 
 class PlaceholderBase:
-    """Plain words that are not learned; the base of other placeholders. Satisfies `shared.backbones.protocol.Placeholder`."""
+    """A placeholder (`shared.backbones.protocol.Placeholder`) of plain words that are not learned. Other placeholders are
+    derived from it."""
 
     tokens: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
@@ -26,12 +27,12 @@ class PlaceholderBase:
         return context
 
     def set_strength(self, strength: float) -> None:
-        """Raises ValueError for strengths other than 1 if words are learned; plain words have no strength.
+        """Does nothing for plain words, which have no strength. If words are learned, raises ValueError for any strength but 1.
 
-        Subclasses may interpolate from the initial to the learned vectors instead.
+        Subclasses may instead interpolate between the initial and the learned vectors.
         """
         if strength != 1 and any(True for _ in self.parameters()):
-            raise ValueError(f"{self.name!r}: its learned words only work at strength 1, not {strength:g}")
+            raise ValueError(f"the learned words of {self.name!r} work only at strength 1, not {strength:g}")
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
@@ -41,18 +42,20 @@ class PlaceholderBase:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            raise ValueError(f"this concept has no learned words, but there are {len(state)} tensors for it")
+            given = f"{len(state)} tensor{'s' if len(state) > 1 else ''}"
+            raise ValueError(f"{self.name!r} has no learned words, but was given {given} for them")
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Returns nothing, because this placeholder cannot interpolate between its initial and its learned words."""
+        """Returns an empty dictionary, because this placeholder cannot interpolate from an initial state."""
         return {}
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError if there is anything to load."""
         if state:
-            raise ValueError(f"{self.name!r} keeps no initial words, but there are {len(state)} tensors for them")
+            given = f"{len(state)} tensor{'s' if len(state) > 1 else ''}"
+            raise ValueError(f"{self.name!r} keeps no initial words, but was given {given} for them")
 
 
 def phrase(words: str, class_noun: str, with_class_noun: bool) -> str:
-    """Joins modifier and class noun, without an article."""
+    """Returns the modifier's words, followed by the class noun if it is asked for, without an article."""
     return f"{words} {class_noun}".strip() if with_class_noun else words

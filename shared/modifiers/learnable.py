@@ -16,16 +16,17 @@ from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class LearnableToken(KindPart):
-    """`vectors` new tokens per concept, which start as the embedding of `init` (default: the class noun).
+    """Adds `vectors` new tokens per concept, which start as the embeddings of `init`, or of the class noun by default.
 
-    If the words have more sub-tokens than there are vectors, each vector starts as the mean of several. With `per: layer`, each
-    cross-attention layer reads the whole prompt with its own vectors (P+, section 3.2): one text encoder run per layer."""
+    If these words have more sub-tokens than there are vectors, each vector starts as the mean of several sub-tokens. With
+    `per: layer`, each cross-attention layer reads the prompt with its own vectors (P+, section 3.2), which takes one text
+    encoder run per layer."""
 
     kind: Literal["learnable_token"] = "learnable_token"
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
-    init: str = ""  # words; "": the class noun; "<rand>": noise with the spread of the embedding table
+    init: str = ""  # words, or "<rand>" for noise with the spread of the embedding table; if empty, the class noun
     with_class_noun: bool = False  # whether the class noun follows the tokens
-    per: Literal["layer"] | None = None  # null: the same vectors for all layers
+    per: Literal["layer"] | None = None  # "layer" for separate vectors per layer; null for the same in all layers
 
     @property
     def taxonomy(self) -> str:
@@ -37,17 +38,17 @@ class LearnableToken(KindPart):
         """Adds `<name>`, `<name>_1`, … to the tokenizers.
 
         Raises:
-            ValueError: there is neither `init` nor a class noun, or `per` is set for a model without cross-attention
+            ValueError: when there is neither `init` nor a class noun, or `per` is set for a model without cross-attention
         """
         init = self.init or class_noun
         if not init:
             raise ValueError(
-                "modifier.init is empty and there is no class noun: set subject.class_noun or modifier.init"
+                "modifier.init is empty and there is no class noun; set subject.class_noun or modifier.init"
             )
         sites = backbone.text_sites()
         if self.per and not sites:
             raise ValueError(
-                f"modifier.per={self.per}: {backbone.family} has no cross-attention layers that can each take their own text: "
+                f"modifier.per={self.per}: {backbone.family} has no cross-attention layers that can each take their own text; "
                 "leave out modifier.per"
             )
         tokens = tuple(f"<{name}>" + (f"_{i}" if i else "") for i in range(self.vectors))
@@ -68,9 +69,9 @@ class LearnableToken(KindPart):
 
 
 class LearnedPlaceholder(PlaceholderBase):
-    """The learned vectors: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table.
+    """A placeholder with learned vectors, which are one fp32 parameter [n, d] per text encoder, outside the embedding table.
 
-    The initial vectors are kept: at strength s the vectors are start + s * (learned - start).
+    The initial vectors are kept. At strength s, the vectors are start + s * (learned - start).
     """
 
     def __init__(self, name: str, words: str, tokens: tuple[str, ...], start: Mapping[str, Tensor]) -> None:
@@ -85,21 +86,22 @@ class LearnedPlaceholder(PlaceholderBase):
         return at_strength(self.start[component], self.table[component], self.strength)
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength: 0 gives the initial vectors, 1 the learned ones; others interpolate or extrapolate linearly."""
+        """Sets the strength. 0 gives the initial vectors and 1 the learned ones; other values interpolate or extrapolate
+        linearly."""
         self.strength = strength
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self.table.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Maps each component (for vectors per layer, component and layer) to its learned vectors [n, d]."""
+        """Returns the learned vectors [n, d] of each component, or of each component and layer if layers have their own."""
         return {c: p.detach().float().cpu().clone() for c, p in self.table.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._load(state, {c: p.data for c, p in self.table.items()}, "embeddings")
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Maps each component to its initial vectors [n, d]."""
+        """Returns the initial vectors [n, d], with the keys of `state_dict`."""
         return {c: v.float().cpu().clone() for c, v in self.start.items()}
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -116,10 +118,10 @@ class LearnedPlaceholder(PlaceholderBase):
 
 
 class LayeredPlaceholder(LearnedPlaceholder):
-    """Separate vectors per attention layer. All start from the same values, so training starts as with shared vectors.
+    """A placeholder with separate vectors for each attention layer, all of which start from the same values.
 
     Args:
-        start: text encoder -> [n, d]
+        start: the initial vectors [n, d] of each text encoder
         sites: the cross-attention layers
     """
 
@@ -134,7 +136,7 @@ class LayeredPlaceholder(LearnedPlaceholder):
         self.components, self.sites = tuple(start), sites
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """Returns one layer's vectors [n, d], or their mean over layers if `site` is None (for a pooled text embedding)."""
+        """Returns one layer's vectors [n, d], or the mean over all layers if `site` is None (for a pooled text embedding)."""
         if site is not None:
             return super().embeddings(f"{component}.{site}", t, site)
         per_site = [super(LayeredPlaceholder, self).embeddings(f"{component}.{s}", t, s) for s in self.sites]
@@ -147,18 +149,19 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
-    """Interpolates rows [n, d] from `start` (0) to `learned` (1); at 0 and 1 it returns these objects themselves."""
+    """Interpolates linearly from `start` at strength 0 to `learned` at strength 1, each [n, d]. At 0 and 1, returns these
+    objects themselves."""
     if strength in (0.0, 1.0):
         return learned if strength else start
     return start + strength * (learned - start)
 
 
 def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: int) -> Tensor:
-    """Computes initial vectors [vectors, d]: the embeddings of the words' sub-tokens in order.
+    """Returns initial vectors [vectors, d], which are the embeddings of the words' sub-tokens in order.
 
-    With fewer vectors than sub-tokens, each starts as the mean of its share of them (a single vector for "coffee mug" as the
-    mean of both words). With more, the words are repeated with a little noise so that they can diverge. "<rand>" gives
-    noise with the spread of the whole table.
+    With fewer vectors than sub-tokens, each vector is the mean of an equal share of them; a single vector for "coffee mug" is
+    the mean of both words. With more vectors than sub-tokens, the sub-tokens are repeated with a little noise, so that they
+    can diverge. "<rand>" gives noise with the spread of the whole embedding table.
     """
     generator = torch.Generator().manual_seed(seed)
     words = backbone.word_embeddings(component, "a" if init == "<rand>" else init).float().cpu()

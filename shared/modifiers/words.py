@@ -1,4 +1,4 @@
-"""Names concepts by words that the text encoder already knows."""
+"""Names concepts with words that the text encoder already knows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class PlainText(KindPart):
-    """Replaces `<name>` with plain words, or with only the class noun if none are set."""
+    """Replaces `<name>` with plain words, or with only the class noun if no words are set."""
 
     kind: Literal["plain_text"] = "plain_text"
     words: str = ""  # the words that stand for the concept
@@ -22,9 +22,9 @@ class PlainText(KindPart):
 
 
 class RareToken(KindPart):
-    """Lets a rare word of the vocabulary stand for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
+    """Names the subject with a rare word, as in "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
 
-    If a tokenizer splits the token, it is still accepted, with a warning that lists the pieces."""
+    A word that a tokenizer splits is still accepted, with a warning that lists the pieces."""
 
     kind: Literal["rare_token"] = "rare_token"
     token: str = "sks"  # the rare word
@@ -37,8 +37,8 @@ class RareToken(KindPart):
         if split:
             read = "; ".join(f"{c}: {' + '.join(map(repr, pieces))}" for c, pieces in split.items())
             warnings.warn(
-                f"modifier.token={self.token!r} is not a single token here ({read}): the model already knows these pieces "
-                "as words, so a rare single token represents a subject better",
+                f"modifier.token={self.token!r} is not a single token here ({read}). The model already knows these pieces "
+                "as words, so a rare single token represents a subject better.",
                 stacklevel=2,
             )
         return placeholder

@@ -1,4 +1,4 @@
-"""How time and noise are drawn. To add a distribution, write one file and add one line to the union."""
+"""Distributions of training times and of noise. To add a distribution, write a module and add its class to the union."""
 
 from typing import Annotated
 

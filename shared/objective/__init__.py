@@ -1,4 +1,4 @@
-"""How a prediction becomes a loss."""
+"""Computes the loss of a prediction."""
 
 from shared.objective.denoising import Denoising
 

@@ -1,4 +1,4 @@
-"""Optimizers from libraries. To add one, write one file and add one line to the union."""
+"""Optimizers from libraries. To add an optimizer, write a module and add its class to the union."""
 
 from typing import Annotated
 

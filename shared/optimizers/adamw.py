@@ -19,13 +19,13 @@ class AdamW(OptimizerPart):
     eps: Positive = 1e-8  # added to the denominator, for numerical stability
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        # Not fused: on a CPU, the fused kernel misreads moments with other strides and rounds differently at the end of a
-        # tensor, so a resumed run would differ.
+        # The fused kernel is not used: on a CPU, it misreads moments whose strides differ from the parameter's, and rounds
+        # differently at the end of a tensor, so that a resumed run would differ.
         return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps)
 
 
 class AdamW8bit(AdamW):
-    """bitsandbytes' AdamW, whose moments take a quarter of the memory; needs a GPU."""
+    """bitsandbytes' AdamW, whose moments take a quarter of the memory. It needs a GPU."""
 
     kind: Literal["adamw_8bit"] = "adamw_8bit"  # type: ignore[assignment]
 
@@ -35,5 +35,5 @@ class AdamW8bit(AdamW):
         try:
             from bitsandbytes.optim import AdamW8bit as Quantised  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise ValueError("train.optimizers: adamw_8bit needs bitsandbytes: pip install bitsandbytes") from None
+            raise ValueError("train.optimizers: adamw_8bit needs bitsandbytes (pip install bitsandbytes)") from None
         return Quantised(list(groups), betas=self.betas, eps=self.eps)

@@ -1,4 +1,4 @@
-"""L-BFGS (Liu & Nocedal, 1989): for few parameters and a noise-free loss."""
+"""L-BFGS (Liu & Nocedal, 1989), for few parameters and a noise-free loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Lbfgs(OptimizerPart):
-    """torch's L-BFGS, which evaluates a step's loss up to `max_iter` * 1.25 times, each time with the same noise.
+    """torch's L-BFGS, which evaluates the loss of a step up to `max_iter` * 1.25 times, always with the same noise.
 
     Gradients are not clipped, because the line search needs gradients that match the losses.
     """

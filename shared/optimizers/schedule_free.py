@@ -1,4 +1,4 @@
-"""Schedule-free AdamW (https://arxiv.org/abs/2405.15682): averages the iterates instead of lowering the rate."""
+"""Schedule-free AdamW (https://arxiv.org/abs/2405.15682), which averages the iterates instead of lowering the rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.optimizers.base import Beta, OptimizerPart
 
 
 class ScheduleFree(OptimizerPart):
-    """schedulefree's AdamW. Pictures, scores and the concept use the average; `schedule` must be constant."""
+    """schedulefree's AdamW. Pictures, scores and the concept use the averaged weights. `schedule` must be constant."""
 
     progress: ClassVar[tuple[str, ...]] = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
     averages: ClassVar[bool] = True

@@ -20,7 +20,7 @@ def _with_place(template: str) -> str:
 
 #: A caption that contains {concept}.
 Template = Annotated[str, AfterValidator(_with_place)]
-#: Owner -> its words in captions, or its class noun.
+#: Words for each owner of an example.
 Names = Mapping[str, str]
 
 
@@ -33,7 +33,7 @@ class CaptionPart(KindPart):
         """Returns the example with its caption.
 
         Args:
-            words: owner -> its words in captions
-            class_nouns: owner -> its class noun
+            words: the words that stand for each owner in captions
+            class_nouns: the class noun of each owner
         """
         raise NotImplementedError

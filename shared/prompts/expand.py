@@ -1,4 +1,4 @@
-"""Expands a user's prompt into what the text encoder reads."""
+"""Expands a user's prompt into the text that the text encoder reads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ _NAME = re.compile(r"<([A-Za-z0-9][A-Za-z0-9_-]*)>")
 
 
 def names_in(prompt: str) -> tuple[str, ...]:
-    """Lists the concepts that a prompt names as `<name>`, in order, without repeats."""
+    """Lists the concepts that a prompt names as `<name>`, in order and without duplicates."""
     return tuple(dict.fromkeys(_NAME.findall(prompt)))
 
 
 def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
-    """Replaces every `<name>` with its words. ValueError, with the loaded names, for a name that is not loaded.
+    """Replaces every `<name>` with the words that stand for it. Raises ValueError, listing the loaded names, if a name is not
+    loaded.
 
     Warns about the syntax of other programs, which is read as plain words here.
     """
@@ -38,10 +39,14 @@ def without(prompt: str, class_nouns: Mapping[str, str]) -> str:
 
 
 def check_named(prompt: str, must: Mapping[str, str]) -> None:
-    """Raises ValueError if the prompt does not name a loaded subject (name -> kind); motions and styles need no mention."""
+    """Raises ValueError if the prompt does not name every loaded subject. Motions and styles need not be named.
+
+    Args:
+        must: the kind of each loaded concept
+    """
     named = names_in(prompt)
     for name, kind in must.items():
         if kind in ("subject", "identity") and name not in named:
             raise ValueError(
-                f"{name!r} is loaded, but the prompt {prompt!r} does not name it: write <{name}> where it should appear"
+                f"{name!r} is loaded, but the prompt {prompt!r} does not name it; write <{name}> where it should appear"
             )

@@ -17,11 +17,11 @@ _EMBEDDING = re.compile(r"\bembedding:\s*([\w.-]+)", re.IGNORECASE)
 _CONTROL = re.compile(r"<\|\w+\|>|</s>")
 _BRACKETS = re.compile(r"<(\s*[^\W\d_][^<>]*)>")
 _WEIGHTS = (
-    # (cat:1.2), but neither (ratio 4:3) nor (at 10:30): a number before the colon needs a fraction after it
+    # (cat:1.2), but neither (ratio 4:3) nor (at 10:30), because after a number the weight must be a fraction
     re.compile(rf"(?<!\()\(+[^()]*?(?:[^()\d\s]\s*:\s*{_NUMBER}|\d\s*:\s*\d*[.,]\d+)\s*\)+"),
     re.compile(r"\([^()]*[^\W\d_][^()]*\)(?:\++|-{2,}|\d*\.?\d+)(?![\w+-])"),  # (cat)++, (cat)1.3
     re.compile(r"(?<!\()\({2,}[^()]*\){2,}"),  # ((cat))
-    re.compile(r"\b[^\W\d_]{2,}(?:\+{2,}|-{2,}(?=\s*(?:,|$)))"),  # cat++; C++ is a word
+    re.compile(r"\b[^\W\d_]{2,}(?:\+{2,}|-{2,}(?=\s*(?:,|$)))"),  # cat++, but not C++, which is a word
     re.compile(r"(?<![\w>)])[\w>)]+::(?:\s*-?\d*\.?\d+(?!\w)|(?=\s|$))"),  # cat::2
 )
 _SQUARE = re.compile(r"\[+([^\[\]:|]*[^\W\d_][^\[\]:|]*)\]+")
@@ -29,7 +29,7 @@ _SCHEDULE = re.compile(r"\[[^\[\]]*:[^\[\]]*\d\]|\[[^\[\]]*\|[^\[\]]*\]")
 _CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}|\b__[\w/-]+__\b")
 _ESCAPED = re.compile(r"\\\([^()\\]*\\\)|\\[()\[\]{}]")
 _JOINED = (
-    # "ROCK AND ROLL" and "COFFEE BREAK" are words in capitals
+    # but not in "ROCK AND ROLL" and "COFFEE BREAK", which are ordinary words in capitals
     re.compile(r"(?<![A-Z] )\bAND\b|\bAND\b(?! [A-Z](?![a-z]))"),
     re.compile(r"(?<![A-Z] )\b(?:BREAK|ADDCOMM|ADDBASE|ADDROW|ADDCOL)\b(?! [A-Z](?![a-z]))"),
     re.compile(r"\.(?:and|blend|swap)\("),
@@ -38,7 +38,7 @@ _OPTION = re.compile(r"(?<!\S)--(?:[a-z]+ +\d[\d.:]*|(?:no|niji|tile|raw|hd|styl
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _How = Callable[[re.Match[str], Collection[str]], str]
-_NO_WEIGHTS = "words have no weights here; a concept has a strength, --concept PATH:0.8"
+_NO_WEIGHTS = "words have no weights here, but a concept has a strength (--concept PATH:0.8)"
 
 
 def _network(found: re.Match[str], names: Collection[str]) -> str:
@@ -49,7 +49,7 @@ def _network(found: re.Match[str], names: Collection[str]) -> str:
 
 def _strength(found: re.Match[str], names: Collection[str]) -> str:
     name, strength = _loaded(found[1], names) or _valid(found[1]) or "NAME", found[2].replace(",", ".")
-    return f"the strength belongs to the option, --concept {name}.concept:{strength}; write <{name}> in the prompt"
+    return f"set the strength in the option --concept {name}.concept:{strength}, and write <{name}> in the prompt"
 
 
 def _named(found: re.Match[str], names: Collection[str]) -> str:
@@ -64,7 +64,7 @@ def _always(how: str) -> _How:
     return lambda *_: how
 
 
-_FORMS: tuple[tuple[re.Pattern[str], _How], ...] = (  # what an earlier form has found, a later one leaves alone
+_FORMS: tuple[tuple[re.Pattern[str], _How], ...] = (  # text that one form matches is skipped by later forms
     (_NETWORK, _network),
     (_STRENGTH, _strength),
     (_EMBEDDING, _named),
@@ -72,17 +72,17 @@ _FORMS: tuple[tuple[re.Pattern[str], _How], ...] = (  # what an earlier form has
     *((pattern, _always(_NO_WEIGHTS)) for pattern in _WEIGHTS),
     (
         _SCHEDULE,
-        _always("words cannot change between steps; a concept's strength can, --strength NAME=0@0,1@0.2"),
+        _always("words cannot change between steps, but a concept's strength can (--strength NAME=0@0,1@0.2)"),
     ),
     (_SQUARE, _square),
     (_CHOICE, _always("write out each prompt separately")),
-    *((pattern, _always("a prompt is one text here: write one sentence")) for pattern in _JOINED),
+    *((pattern, _always("a prompt is a single text here, so write one sentence")) for pattern in _JOINED),
     (_OPTION, _always("options go outside the prompt, such as --width, --seed and --negative")),
 )
 
 
 def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
-    """Yields one sentence for each piece of another program's syntax in a prompt, with the way to write it here.
+    """Yields, for each use of another program's syntax in a prompt, a sentence that explains what to write instead.
 
     Args:
         names: the loaded concepts
@@ -97,22 +97,22 @@ def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
             taken.append((start, end))
             if found[0] not in said:
                 said.add(found[0])
-                yield f"{found[0]!r} is read as plain words: {here(found, names)}"
+                yield f"{found[0]!r} is read as plain words; {here(found, names)}"
     for mark in dict.fromkeys(_CONTROL.findall(prompt)):
-        yield f"{mark!r} is not text but a control token of the text encoder: leave it out"
+        yield f"{mark!r} is not text but a control token of the text encoder; leave it out"
     known = ", ".join(f"<{n}>" for n in sorted(names)) or "none"
     for found in _BRACKETS.finditer(prompt):
         if not _NAME.fullmatch(found[1]) and not any(s < found.end() and found.start() < e for s, e in taken):
             how = f"write <{name}>" if (name := _loaded(found[1], names)) else "leave the brackets out"
-            yield f"{found[0]!r} is not a concept's name and is read as plain words: {how} (loaded concepts: {known})"
+            yield f"{found[0]!r} is not a concept's name and is read as plain words; {how} (loaded concepts: {known})"
 
 
 def _loaded(text: str, names: Collection[str]) -> str:
-    """Returns the loaded concept that the text refers to, else ""."""
+    """Returns the loaded concept that the text refers to, or "" if there is none."""
     return next((n for n in names if n.lower() == _valid(text).lower()), "")
 
 
 def _valid(text: str) -> str:
-    """Returns the text as a valid name ("Émile 2" -> "Emile-2"); "" if it has no Latin letter or digit."""
+    """Returns the text as a valid name ("Émile 2" -> "Emile-2"), or "" if it has no Latin letter or digit."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_-]+", "-", plain.strip()).strip("-_")

@@ -1,4 +1,4 @@
-"""Captions for training pictures."""
+"""Writes captions for training pictures from templates."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ SETS = {"plain": ("a photo of a {concept}",), "subject": SUBJECT, "style": STYLE
 
 
 class Templates(CaptionPart):
-    """Draws one template per picture and step; a user's own caption is kept, with the concept inserted.
+    """Draws one template per picture and step. A user's own caption is used instead, with the concept inserted.
 
-    In a user's caption, `<name>` or `{concept}` marks the position. If it has neither, the concept replaces the class noun,
-    and if that is missing too, the concept is put in front.
+    In a user's caption, `<name>` or `{concept}` marks where the concept goes. If neither occurs, the concept replaces the
+    class noun. If that does not occur either, the concept goes in front.
     """
 
     kind: Literal["templates"] = "templates"
     set: Literal["plain", "subject", "style"] = "plain"  # which set of templates to draw from
     templates: tuple[Template, ...] = ()  # used instead of the set, unless empty
-    user_captions: bool = True  # false: templates replace the user's captions
+    user_captions: bool = True  # whether to use the user's captions instead of templates
 
     @property
     def taxonomy(self) -> str:
@@ -52,7 +52,7 @@ class Templates(CaptionPart):
         return ("one template" if one else "template captions") + (", some empty" if self.drop else "")
 
     def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
-        """Class pictures keep their own caption, or get one with the class noun."""
+        """Returns the example with its caption. Class pictures keep their own caption, or get one with the class noun."""
         concept, class_noun = words.get(example.owner, ""), class_nouns.get(example.owner, "")
         choices = self.templates or SETS[self.set]
         pick = choices[int(torch.randint(len(choices), (), generator=generator))]

@@ -1,4 +1,4 @@
-"""Captions for several subjects at once."""
+"""Writes captions that name several subjects at once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from shared.types import Example
 
 
 class UnionSampling(CaptionPart):
-    """Each time a picture is drawn, a random non-empty subset of its subjects is named together ("a photo of a <mug> and a
-    <dog>"), and the loss uses the union of their masks (Break-A-Scene, https://arxiv.org/abs/2305.16311, section 3.2).
-    Without it, concepts that are always trained together cannot be told apart afterwards.
+    """Names a random non-empty subset of a picture's subjects each time the picture is drawn ("a photo of a <mug> and a
+    <dog>"). The loss uses the union of the named subjects' masks (Break-A-Scene, https://arxiv.org/abs/2305.16311, section
+    3.2). Concepts that were always named together could not be told apart after training.
 
     Class pictures keep their own caption.
     """
 
     kind: Literal["union_sampling"] = "union_sampling"
-    template: Template = "a photo of {concept}"  # {concept}: the joined names
-    joined_by: str = " and "  # the words between two names
+    template: Template = "a photo of {concept}"  # {concept} stands for the joined names
+    joined_by: str = " and "  # the text between two names
     article: str = "a "  # before each name
 
     def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:

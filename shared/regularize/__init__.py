@@ -1,4 +1,4 @@
-"""Penalties. To add one, write one file and add one line to the union."""
+"""Penalties that are added to the loss. To add a penalty, write a module and add its class to the union."""
 
 from typing import Annotated
 

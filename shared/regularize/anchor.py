@@ -12,12 +12,13 @@ from shared.types import Step
 
 
 class EmbeddingAnchor(Penalty):
-    """weight * mean squared distance of the token vectors from their initial values (Cross Initialization,
-    https://arxiv.org/abs/2312.15905, eq. 6): tokens that stay near words stay editable."""
+    """Penalizes the mean squared distance of the token vectors from their initial values, times `weight` (Cross
+    Initialization, https://arxiv.org/abs/2312.15905, eq. 6). Vectors that stay near those of words combine better with the
+    rest of a prompt."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})
     kind: Literal["embedding_anchor"] = "embedding_anchor"
     weight: NotNegative = 1e-5
 
     def __call__(self, step: Step) -> Tensor:
-        return self.weight * step.need("token_drift").mean()  # [n], squared distances
+        return self.weight * step.need("token_drift").mean()  # squared distances [n]

@@ -1,4 +1,4 @@
-"""Preserves what the model knows about the class while it learns one member of it."""
+"""Preserves the model's knowledge of a class while it learns one member of that class."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class PriorPreservation(Penalty):
 
 
 class PriorPrediction(Penalty):
-    """Keeps the prediction for the class prompt, on the same noisy latents, close to the base model's.
+    """Keeps the prediction for the class prompt, on the same noisy latents, close to that of the base model.
 
-    |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2; needs no class pictures. "Base" is the model with all previously
-    loaded concepts but without the ones being trained, whose adapters are switched off by name.
+    The penalty is |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2, which needs no class pictures. The base model has all
+    previously loaded concepts, but not those that are being trained, whose adapters are switched off.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})

@@ -1,4 +1,4 @@
-"""One sampler, and the hooks between its steps."""
+"""The sampler, and the hooks that it calls between its steps."""
 
 from __future__ import annotations
 

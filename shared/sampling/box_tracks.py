@@ -1,4 +1,4 @@
-"""Boxes for objects in a picture or clip: one box, or boxes at some frames with linear interpolation in between."""
+"""Boxes for objects in a picture or clip. An object has one box, or boxes at some frames that are interpolated linearly."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from shared.config import expanded
 from shared.io.text_files import read_text_file
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the width and height
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the width and height
 Track = Mapping[int, Box]  # by frame
 
 
 def as_track(value: Any, name: str) -> dict[int, Box]:
-    """Parses one box for all frames, a list of boxes from the first frame on, or boxes by frame. Raises ValueError if they are
-    invalid."""
+    """Parses one box for all frames, a list of boxes for the first frames, or boxes by frame. Raises ValueError if a box or a
+    frame is invalid."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], int | float):
         value = {0: value}
     if isinstance(value, list | tuple):
@@ -42,14 +42,14 @@ def _box(box: Any, where: str) -> Box:
         raise ValueError(f"{where}: {box!r} is not a box [left, top, right, bottom] in fractions between 0 and 1")
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(
-            f"{where}: {list(box)} is empty: left must be less than right, top (0 at the top) less than bottom"
+            f"{where}: the box {list(box)} is empty; left must be less than right, and top (0 at the top) less than bottom"
         )
     return box[0], box[1], box[2], box[3]
 
 
 def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
-    """Reads a JSON file of boxes by name or words of the prompt, as in `as_track`. Raises ValueError, naming the file, if it is
-    invalid."""
+    """Reads a JSON file that gives boxes by a concept's name or by words of the prompt, in the forms that `as_track` accepts.
+    Raises ValueError, naming the file, if it is invalid."""
     path = expanded(path)
     try:
         data = json.loads(read_text_file(path, "the boxes"))
@@ -67,12 +67,14 @@ def check_frames(tracks: Mapping[str, Track], frames: int) -> None:
     for name, track in tracks.items():
         if max(track) >= frames:
             raise ValueError(
-                f"the boxes of {name!r} go up to frame {max(track)}, but only {frames} frames are generated (counted from 0)"
+                f"the boxes of {name!r} go up to frame {max(track)} (counted from 0), but only {frames} "
+                f"{'frame is' if frames == 1 else 'frames are'} generated"
             )
 
 
 def at(track: Track, frame: float) -> Box:
-    """Returns the box at a frame: a key box or a linear interpolation; constant before the first and after the last."""
+    """Returns the box at a frame, interpolated linearly between the given boxes. It is constant before the first of them and
+    after the last."""
     before = max((f for f in track if f <= frame), default=min(track))
     after = min((f for f in track if f >= frame), default=max(track))
     if before >= after:
@@ -83,12 +85,13 @@ def at(track: Track, frame: float) -> Box:
 
 
 def latent_frame_times(latents: int, factor: int) -> list[float]:
-    """Returns the middle of the frames that each latent frame covers: the first covers one, the others `factor` each."""
+    """Returns, for each latent frame, the middle of the frames that it covers. The first latent frame covers one frame, and
+    the others cover `factor` frames each."""
     return [0.0 if i == 0 else factor * (i - 1) + (factor + 1) / 2 for i in range(latents)]
 
 
 def box_masks(track: Track, times: list[float], height: int, width: int) -> Tensor:
-    """Marks the cells whose centre is in the box (at least one per frame): bool [f, h, w]."""
+    """Returns a bool mask [f, h, w] of the cells whose centre is in the box, with at least one cell per frame."""
     out = torch.zeros(len(times), height, width, dtype=torch.bool)
     for i, time in enumerate(times):
         left, top, right, bottom = at(track, time)

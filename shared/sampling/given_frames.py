@@ -1,4 +1,4 @@
-"""Keeps existing content (a first frame, the first frames, or a region) while the rest is sampled."""
+"""Keeps existing content, which is the first frame, the first frames or a region, while the rest is sampled."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ _MOST = 0.5  # the share of a latent cell that must be masked for the cell to be
 
 
 class GivenFrames(SamplingHookBase):
-    """Keeps frames, or a region of them, in the result. Several such hooks may be combined.
+    """Keeps frames of a file, or a region of them, in the result. Several such hooks may be combined.
 
-    A picture becomes the first frame, and a clip the first frames. With a mask, only its region is kept, and the file must
-    be a clip at least as long as the result, or a picture if a picture is generated. At each step the kept latents are
-    replaced by the file's, with that step's noise, and after the last step by the clean ones (Lugmayr et al., RePaint, arXiv
-    2201.09865, eq. 8, without resampling). Families that take a time per frame (`time_per_frame`) get whole frames without
-    noise instead, at t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
+    A picture becomes the first frame, and a clip the first frames. With a mask, only the masked region is kept, and the file
+    must be a clip at least as long as the result, or a picture if a picture is generated. At each step, the kept latents are
+    replaced with the file's latents plus that step's noise, and after the last step with the clean ones (Lugmayr et al.,
+    RePaint, arXiv 2201.09865, eq. 8, without resampling). Families that take one time per frame (`time_per_frame`) instead get
+    frames that are kept whole without noise, at t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
     """
 
     kind: Literal["given_frames"] = "given_frames"
     path: PathText
-    mask: PathText | None = None  # white where the clip is kept: one mask per frame, or one for all
-    frames: Many | None = None  # for a clip without a mask: how many of its first frames to use
+    mask: PathText | None = None  # white in the region to keep; one mask per frame, or one for all frames
+    frames: Many | None = None  # how many of the first frames of a clip without a mask to keep; if null, all of them
 
     def check(self) -> None:
-        """Raises ValueError, with the file's path, for errors that can be found before a model is loaded."""
+        """Raises ValueError, naming the file, for errors that can be found before a model is loaded."""
         clip = is_clip(self.path)
         if self.mask is None and clip and self.frames is not None and self.frames > open_frames(self.path).count:
             there = open_frames(self.path).count
-            raise ValueError(f"{self.path} has only {there} frames, but its first {self.frames} are requested")
+            has = f"only {there} frame{'s' if there > 1 else ''}"
+            raise ValueError(f"{self.path} has {has}, but its first {self.frames} are requested")
         if not clip and self.frames is not None:
-            raise ValueError(f"{self.path} is a picture: set the number of frames only for clips")
+            raise ValueError(f"{self.path} is a picture; set the number of frames only for clips")
         if self.mask is not None and not self.mask.exists():
             raise ValueError(f"{self.mask} {absent(self.mask)}")
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> KeptLatents:
-        """Raises ValueError if frames or masks do not fit the sampled size, or nothing is left to generate."""
+        """Returns a hook with the encoded latents. Raises ValueError if frames or masks do not fit the sampled size, or if
+        nothing is left to generate."""
         self.check()
         *frames, height, width = output_size(backbone, settings)
         shape = backbone.latent_shape(height, width, *frames)
@@ -55,23 +57,24 @@ class GivenFrames(SamplingHookBase):
         elif frames:
             known, kept = self._beginning(backbone, frames[0], (height, width), shape)
         else:
-            raise ValueError(f"{self.path} would fix the whole picture: use a mask to choose what to keep")
+            raise ValueError(f"{self.path} would be kept as the whole picture; use a mask to choose what to keep")
         if bool(kept.all()):
-            raise ValueError(f"{self.path} already fixes every frame: nothing is left to generate")
+            raise ValueError(f"{self.path} already fills every frame, so nothing is left to generate")
         return KeptLatents(known=known, kept=kept)
 
     def _beginning(
         self, backbone: Backbone, frames: int, size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Returns latents [1, C, f, h, w], 0 where nothing is kept, and bool [1, 1, f, h, w], True where they are kept."""
+        """Returns latents [1, C, f, h, w], which are 0 where nothing is kept, and a bool mask [1, 1, f, h, w] of what is
+        kept."""
         if is_clip(self.path):
             count = self.frames or open_frames(self.path).count
             if count >= frames:
                 raise ValueError(
-                    f"{self.path} fixes {count} of {frames} frames: generate a longer clip, or keep fewer frames"
+                    f"{self.path} fills {count} of {frames} frames; generate a longer clip, or keep fewer frames"
                 )
             if count > 1:
-                backbone.latent_shape(*size, count)  # report an invalid number of frames as such
+                backbone.latent_shape(*size, count)  # raises a clear error for an invalid frame count
             pixels = read_given(self.path, count, size).frames
             given = encoded(backbone, pixels) if count > 1 else encoded(backbone, pixels[:, 0])[:, :, None]
         else:
@@ -84,7 +87,7 @@ class GivenFrames(SamplingHookBase):
     def _region(
         self, backbone: Backbone, frames: list[int], size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Returns latents [1, C, (f), h, w], and bool [1, 1, (f), h, w], True where they are kept."""
+        """Returns latents [1, C, (f), h, w], and a bool mask [1, 1, (f), h, w] of what is kept."""
         assert self.mask is not None
         if not frames:
             pixels, mask = masked_picture(self.path, self.mask, size)
@@ -96,18 +99,19 @@ class GivenFrames(SamplingHookBase):
 
 
 def _pooled(backbone: Backbone, masks: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Pools masks [1, F, H, W] to bool [1, 1, f, h, w], True for latent cells that are kept."""
+    """Pools masks [1, F, H, W] to a bool mask [1, 1, f, h, w] of the latent cells that are kept."""
     return (pool_masks(masks[None], (grid[0], grid[1], grid[2])) >= _MOST).to(backbone.device)
 
 
 class KeptLatents(SamplingHookBase):
-    """Keeps clean latents `known` [1, C, (f), h, w] where `kept`, bool [1, 1, (f), h, w], is True."""
+    """Keeps the clean latents `known` ([1, C, (f), h, w]) where the bool mask `kept` ([1, 1, (f), h, w]) is True."""
 
     known: Tensor
     kept: Tensor
 
     def _whole(self, backbone: Backbone) -> Tensor:
-        """Returns bool [1, 1, f, 1, 1]: True for frames kept whole if the network takes a time per frame, else all False."""
+        """Returns a bool mask [1, 1, f, 1, 1] of the frames that are kept whole, or all False if the network does not take one
+        time per frame."""
         whole = self.kept.all(-1, keepdim=True).all(-2, keepdim=True)
         return whole if backbone.time_per_frame and self.kept.ndim == 5 else torch.zeros_like(whole)
 

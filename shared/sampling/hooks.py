@@ -25,16 +25,18 @@ class DenoisingStep:
     steps: int  # scheduler calls (two per step for second-order schedulers)
     t: Tensor  # scalar, in the model's training time
     backbone: Backbone
-    prompts: Sequence[str]  # B, expanded; inside `during`, as changed by hooks
-    seeds: Sequence[int]  # B
-    noise: Tensor  # [B, C, (f), h, w]: the initial noise, of unit variance
-    scale: Tensor | float = 1.0  # multiplies the latents into the network's input; not 1 for Karras et al. schedulers
+    prompts: Sequence[str]  # B expanded prompts; inside `during`, as changed by hooks
+    seeds: Sequence[int]  # B seeds
+    noise: Tensor  # the initial noise [B, C, (f), h, w], of unit variance
+    scale: Tensor | float = 1.0  # factor from latents to the network's input; not 1 for schedulers of Karras et al.
     order: int = 1  # scheduler calls per step
-    clean: Tensor | None = None  # [B, C, (f), h, w]: what the previous call predicted; None before the first
+    clean: Tensor | None = (
+        None  # clean latents [B, C, (f), h, w] that the previous call predicted; None before the first
+    )
 
     @property
     def fraction(self) -> float:
-        """The fraction of steps done: 0 at the first step, approaching 1 at the last."""
+        """The fraction of steps that are done, which is 0 at the first step and less than 1 at the last."""
         return self.index / self.steps
 
     @property
@@ -43,51 +45,51 @@ class DenoisingStep:
 
     @property
     def levels(self) -> tuple[float, float]:
-        """The shares of clean latents and of unit noise in this step's latents, in the scheduler's units."""
+        """The factors of clean latents and of unit noise in this step's latents, in the scheduler's units."""
         alpha, sigma = self.backbone.alpha_sigma(self.t)
         return float(alpha / self.scale), float(sigma / self.scale)
 
     def noised(self, x0: Tensor) -> Tensor:
-        """Adds the initial noise to clean latents [B or 1, C, (f), h, w] at this step's level; returns [B, C, (f), h, w] in the
-        scheduler's units."""
+        """Adds the initial noise, at this step's level, to clean latents [B or 1, C, (f), h, w]. Returns [B, C, (f), h, w] in
+        the scheduler's units."""
         return self.backbone.add_noise(x0.expand_as(self.noise), self.noise, self.t) / self.scale
 
 
 @runtime_checkable
 class SamplingHook(Protocol):
-    """Acts between denoising steps. The base class `SamplingHookBase` implements every method as a no-op."""
+    """Acts between denoising steps. `SamplingHookBase` implements every method as a no-op."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """Returns the hook for one call of the sampler: itself, or a copy that has read its files. Raises ValueError if they do
-        not fit the sampled size."""
+        """Returns the hook for one call of the sampler, which is the hook itself or a copy that has read its files. Raises
+        ValueError if the files do not fit the sampled size."""
         ...
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
-        """Replaces the initial noise, [B, C, (f), h, w] of unit variance (inversion)."""
+        """Returns the initial noise, [B, C, (f), h, w] of unit variance; for example, inverted noise."""
         ...
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
-        """Changes the prompts of this step (delayed subjects)."""
+        """Returns the prompts of this step; for example, to add a subject in later steps."""
         ...
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """Changes the latents [B, C, (f), h, w] before the prediction (layout gradients, given frames)."""
+        """Returns the latents [B, C, (f), h, w] for the prediction; for example, after a gradient step on the layout."""
         ...
 
     def jumps(self, step: DenoisingStep) -> bool:
-        """Whether `latents` makes them jump at this step, so that the scheduler must forget its earlier predictions."""
+        """Whether `latents` changes them abruptly at this step, so that the scheduler must forget its earlier predictions."""
         ...
 
     def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
-        """Changes the times passed to the network: a scalar, or [B, f] if it takes one per frame."""
+        """Returns the times to pass to the network, as a scalar, or as [B, f] if the network takes one time per frame."""
         ...
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
-        """The context held during this step's prediction (strengths, attention)."""
+        """Returns a context for this step's prediction; for example, one that sets strengths or edits attention."""
         ...
 
     def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """Changes the latents [B, C, (f), h, w] after the step."""
+        """Returns the latents [B, C, (f), h, w] that follow the step."""
         ...
 
 
@@ -125,22 +127,22 @@ def check_points(text: str) -> str:
         StrengthSchedule.parse(f"concept={text or '1@0'}")
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a strength schedule; write STRENGTH@FRACTION,…, with strengths from -{MOST_STRENGTH} to "
-            f"{MOST_STRENGTH} at fractions of the steps in [0, 1]: 0@0,1@0.2"
+            f"{text!r} is not a strength schedule; write STRENGTH@FRACTION,…, such as 0@0,1@0.2, with strengths from "
+            f"-{MOST_STRENGTH} to {MOST_STRENGTH} at fractions of the steps in [0, 1]"
         ) from None
     return text
 
 
 class StrengthSchedule(SamplingHookBase):
-    """Adapter strengths by step: `{"my-mug": {0: 0, 0.2: 1}}` leaves the mug out of the first fifth of the steps.
+    """Sets adapter strengths by step. `{"my-mug": {0: 0, 0.2: 1}}` leaves the mug out of the first fifth of the steps.
 
     Other adapters keep their strength. This is the delayed subject conditioning of FastComposer (Xiao et al., arXiv
     2305.10431, section 4.3), applied to adapters instead of text.
     """
 
     kind: Literal["strength_schedule"] = "strength_schedule"
-    strengths: Mapping[str, Mapping[float, float]]  # concept -> {fraction of steps done: strength from then on}
-    linear: bool = False  # True: strengths are interpolated linearly between points instead of held
+    strengths: Mapping[str, Mapping[float, float]]  # for each concept, the strength from a fraction of the steps on
+    linear: bool = False  # whether strengths are interpolated linearly between these points instead of kept constant
 
     @field_validator("strengths")
     @classmethod
@@ -156,9 +158,10 @@ class StrengthSchedule(SamplingHookBase):
 
     @classmethod
     def parse(cls, text: str) -> StrengthSchedule:
-        """Parses `my-mug=0@0,1@0.2`: strength 0 from the first step, 1 after a fifth of the steps.
+        """Parses text such as `my-mug=0@0,1@0.2`, which means strength 0 from the first step on, and 1 after a fifth of the
+        steps.
 
-        Raises ValueError for any other format, or a fraction that is outside [0, 1] or repeated.
+        Raises ValueError when the format is different, or when a fraction is outside [0, 1] or repeated.
         """
         name, _, points = text.partition("=")
         try:
@@ -167,7 +170,7 @@ class StrengthSchedule(SamplingHookBase):
             if len(schedule) < len(pairs):
                 raise ValueError("duplicate fraction")
         except ValueError:
-            usage = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
+            usage = "write NAME=STRENGTH@FRACTION,…, such as my-mug=0@0,1@0.2"
             raise ValueError(f"{text!r} is not a strength schedule; {usage}") from None
         return validate(cls, {"strengths": {name: schedule}})
 
@@ -177,7 +180,8 @@ class StrengthSchedule(SamplingHookBase):
         return self.model_copy(update={"strengths": scaled})
 
     def at(self, name: str, fraction: float) -> float:
-        """Returns a concept's strength once `fraction` of the steps are done; before the first point, that point's strength."""
+        """Returns a concept's strength once `fraction` of the steps are done. Before the first point, it is that point's
+        strength."""
         points = sorted(self.strengths[name].items())
         before = [p for p in points if p[0] <= fraction] or points[:1]
         after = [p for p in points if p[0] > fraction]

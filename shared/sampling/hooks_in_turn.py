@@ -15,7 +15,7 @@ from shared.sampling.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class InTurn:
-    """Hooks applied in order, each to the result of the previous one."""
+    """A hook that applies several hooks in order, each to the result of the previous one."""
 
     hooks: tuple[SamplingHook, ...]
 

@@ -23,24 +23,24 @@ from shared.sampling.settings import SamplingSettings
 def invert(
     backbone: Backbone, latents: Tensor, prompts: Sequence[str] = ("",), *, steps: int | None = None, refine: int = 0
 ) -> Tensor:
-    """Finds the noise [B, C, (f), h, w] from which deterministic sampling without guidance generates `latents`, with these
-    prompts.
+    """Finds the noise [B, C, (f), h, w] from which deterministic sampling with these prompts, without guidance, generates
+    `latents`.
 
     For epsilon, v and sample predictions, this runs DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et
-    al., arXiv 2211.09794, section 3.2) over the DDIM scheduler's times; for flow matching, it runs Euler's method backwards
-    over the sigmas of the family's own schedule. A step back needs the prediction at its end point, which is approximated
-    by the prediction for the less noisy latents at the later time, so the round trip is exact only in the limit of many
-    steps.
+    al., arXiv 2211.09794, section 3.2) over the DDIM scheduler's times. For flow matching, it runs Euler's method backwards
+    over the sigmas of the family's own schedule. A backward step needs the prediction at its end point, which is approximated
+    by the prediction for the less noisy latents at the noisier time. The round trip is therefore exact only in the limit of
+    many steps.
 
     Args:
-        latents: clean, in latent units
+        latents: clean latents [B, C, (f), h, w]
         prompts: B texts, already expanded, or one for all
-        steps: default: the backbone's own
-        refine: how many times to recompute each step's prediction at its end point (Pan et al., arXiv 2309.04907); a fixed
-            point is the exact inverse
+        steps: the number of steps. By default, the backbone's own
+        refine: how many times to recompute each step's prediction at its end point (Pan et al., arXiv 2309.04907). If this
+            converges, the inverse is exact
 
     Raises:
-        ValueError: for fewer than one step, or a prompt that exceeds the token limit
+        ValueError: when `steps` is less than 1, `refine` is negative, or a prompt exceeds the token limit
     """
     steps = backbone.default_steps if steps is None else steps
     if steps < 1 or refine < 0:
@@ -62,8 +62,8 @@ def invert(
 
 
 def _levels(backbone: Backbone, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns increasing times [N], and alpha and sigma, first for the sampler's final latents, then at these times:
-    each [N + 1], float64."""
+    """Returns increasing times ([N]), and alpha and sigma ([N + 1] each, float64), which begin with those of the sampler's
+    final latents and continue with those at the times."""
     flow = backbone.prediction_type == "flow"
     solver: Any = make_scheduler(backbone, "flow_euler" if flow else "ddim")
     backbone.set_timesteps(solver, steps, shape)
@@ -96,7 +96,7 @@ def _one_back(
 
 
 class NoisePrior(NoisePriorSettings, SamplingHookBase):
-    """Starts sampling from noise that partly comes from a clip (or picture): sqrt(p) * inverted + sqrt(1 - p) * random.
+    """Starts sampling from noise that comes partly from a clip or picture, sqrt(p) * inverted + sqrt(1 - p) * random.
 
     Tune-A-Video starts with p = 1 (https://arxiv.org/abs/2212.11565). For a motion from a single clip, MotionDirector uses
     0.1 to 0.5 (https://arxiv.org/abs/2310.08465), which keeps the clip's layout and movement without its appearance. The
@@ -105,21 +105,23 @@ class NoisePrior(NoisePriorSettings, SamplingHookBase):
 
     kind: Literal["noise_prior"] = "noise_prior"
     path: PathText
-    name: str = ""  # the concept that the prior belongs to: only prompts that name it use the prior; "": all prompts do
+    name: str = (
+        ""  # the concept that the prior belongs to, whose name a prompt must contain; if empty, all prompts use it
+    )
 
     def resting(self) -> NoisePrior:
         """Returns a hook of the same concept that takes nothing from the clip."""
         return self.model_copy(update={"share": 0.0})
 
     def check(self) -> None:
-        """Raises ValueError, with the file's path, for errors that can be found before a model is loaded."""
+        """Raises ValueError, naming the file, for errors that can be found before a model is loaded."""
         is_clip(self.path)
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """Returns the hook that mixes the noise; for a share of 0, one that does nothing.
+        """Returns the hook that mixes the noise, or one that does nothing if the share is 0.
 
-        Raises ValueError if the file cannot be read, is a picture when a clip is generated (or the reverse), or is too
-        short.
+        Raises ValueError if the file cannot be read, if it is a picture when a clip is generated or a clip when a picture is
+        generated, or if it is too short.
         """
         if not self.share:
             return SamplingHookBase()
@@ -127,7 +129,7 @@ class NoisePrior(NoisePriorSettings, SamplingHookBase):
         backbone.latent_shape(height, width, *frames)
         if is_clip(self.path) != bool(frames):
             here, made = ("a clip", "a picture") if not frames else ("a picture", "a clip")
-            raise ValueError(f"{self.path} is {here}, but {made} is generated: its noise does not fit")
+            raise ValueError(f"{self.path} is {here}, but {made} is generated, so its noise does not fit")
         if frames:
             clean = encoded(backbone, read_given(self.path, frames[0], (height, width)).frames)
         else:
@@ -138,7 +140,8 @@ class NoisePrior(NoisePriorSettings, SamplingHookBase):
 
 
 class MixedNoise(SamplingHookBase):
-    """Takes `share` of the variance from inverted latents [1, C, (f), h, w], the rest from the drawn noise."""
+    """Mixes initial noise that takes `share` of its variance from inverted latents [1, C, (f), h, w], and the rest from the
+    random noise."""
 
     inverted: Tensor
     share: float

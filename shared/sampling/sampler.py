@@ -1,7 +1,7 @@
-"""A single sampler built on diffusers' schedulers, with hooks between the steps.
+"""A sampler for all model families, built on diffusers' schedulers, with hooks between the steps.
 
-It generates the same pixels as the family's diffusers pipeline with the same prompt, negative prompt, guidance, steps,
-scheduler and generators (tested). Each picture has its own generator, so the result does not depend on the rest of the batch.
+Given the same prompt, negative prompt, guidance, steps, scheduler and generators, it generates the same pixels as the family's
+diffusers pipeline (tested). Each picture has its own generator, so that it does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from shared.sampling.settings import SamplingSettings, Start
 from shared.trainable.merged_forward import merged_layers
 from shared.types import Conditioning
 
-DECODE_PIXELS = 2**18  # decoded together: one 512x512 picture, because the autoencoder has the largest activations
-MOST_CELLS = 2**20  # of latents: 8192x8192 pixels of Stable Diffusion
-SAMPLE_PIXELS = 2**20  # denoised together: four 512x512 pictures, or one of 1024x1024
+DECODE_PIXELS = (
+    2**18
+)  # most pixels decoded together (one 512x512 picture), few because of the autoencoder's activations
+MOST_CELLS = 2**20  # most latent cells of a picture or clip (8192x8192 pixels with Stable Diffusion)
+SAMPLE_PIXELS = 2**20  # most pixels denoised together (four 512x512 pictures, or one 1024x1024 picture)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Denoised:
 
     index: int
     steps: int
-    t: Tensor  # scalar: the time of the prediction
+    t: Tensor  # the time of the prediction, a scalar
     latents: Tensor  # [B, C, (f), h, w] after the step
 
 
@@ -52,11 +54,11 @@ def sample(
 
     Args:
         prompts: B texts, already expanded, or one for all seeds
-        seeds: B seeds; generators are on the CPU, so that a seed gives the same noise on every device
-        progress: called with (done, total) after each step, counted per picture
+        seeds: B seeds. Generators are on the CPU, so that a seed gives the same noise on every device
+        progress: called with (done, total) after each step, where each picture's steps count separately
 
     Raises:
-        ValueError: for prompts that exceed the token limit, invalid sizes, unknown schedulers, or a negative prompt that
+        ValueError: when a prompt exceeds the token limit, the size is invalid, the scheduler is unknown, or a negative prompt
             would be ignored
     """
     latents = None
@@ -76,7 +78,7 @@ def sample_all(
     settings: SamplingSettings = SamplingSettings(),
     progress: Steps | None = None,
 ) -> Tensor:
-    """Samples like `sample`, but returns pixels on the CPU and uses batches that fit in memory. One prompt per seed."""
+    """Samples like `sample`, but in batches that fit in memory, and returns pixels on the CPU. Needs one prompt per seed."""
     settings = ready(backbone, settings)
     pixels = math.prod(output_size(backbone, settings))
     at_once = images_per_batch(pixels, SAMPLE_PIXELS)
@@ -91,22 +93,26 @@ def sample_all(
 
 
 def output_size(backbone: Backbone, settings: SamplingSettings) -> tuple[int, ...]:
-    """Returns (H, W) in pixels for a picture, (F, H, W) for a clip: as requested, or the backbone's own."""
+    """Returns the size to sample, (H, W) in pixels for a picture and (F, H, W) for a clip. What is not set is the backbone's
+    default."""
     height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
     frames = backbone.frames if settings.frames is None else settings.frames
     return (frames, height, width) if frames else (height, width)
 
 
 def ready(backbone: Backbone, settings: SamplingSettings) -> SamplingSettings:
-    """Returns the settings with hooks that have read their files; calling it again changes nothing."""
+    """Returns the settings with hooks that have read their files. Repeated calls change nothing."""
     return replace(settings, hooks=InTurn(settings.hooks).ready(backbone, settings).hooks)
 
 
 @torch.no_grad()
 def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
-    """Decodes latents to pictures or clips in [-1, 1], in batches of bounded size. Each has `pixels` = (F *) H * W pixels.
+    """Decodes latents to pictures or clips in [-1, 1], in batches of bounded size.
 
     The autoencoder keeps its loaded precision, even under autocast.
+
+    Args:
+        pixels: the number of pixels of each picture or clip, (F *) H * W
     """
     at_once = images_per_batch(pixels, DECODE_PIXELS)
     with torch.autocast(latents.device.type, enabled=False):
@@ -114,24 +120,26 @@ def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
 
 
 def images_per_batch(pixels: int, limit: int, most: int = 8) -> int:
-    """Returns how many pictures of `pixels` pixels fit into `limit` pixels: at least one, at most `most`."""
+    """Returns how many pictures of `pixels` pixels fit into `limit` pixels, but at least one and at most `most`."""
     return max(1, min(most, limit // pixels))
 
 
 def check_guidance(guidance: float | None, where: str = "guidance") -> None:
-    """Raises ValueError for a guidance that would overflow."""
+    """Raises ValueError for a guidance scale that would overflow."""
     if guidance is not None and not abs(guidance) <= MOST_GUIDANCE:
         most = MOST_GUIDANCE
         raise ValueError(
-            f"{where} = {guidance}: give a number from -{most} to {most}, such as 7.5 (1 means no guidance)"
+            f"{where} = {guidance} is out of range; give a number from -{most} to {most}, such as 7.5 (1 means no guidance)"
         )
 
 
 def _check_cells(shape: Sequence[int], pixels: Sequence[int]) -> None:
-    """Raises ValueError for a size that no memory holds, before a library's allocation fails in the middle of a run."""
+    """Raises ValueError for a size that fits in no memory, before an allocation fails in the middle of a run."""
     if math.prod(shape[1:]) > MOST_CELLS:
         needs = f"{'x'.join(map(str, pixels))} pixels need latents of {'x'.join(map(str, shape[1:]))}"
-        raise ValueError(f"{needs}: at most {MOST_CELLS:,} cells; choose a smaller height and width, or fewer frames")
+        raise ValueError(
+            f"{needs}, more than the limit of {MOST_CELLS:,} cells; choose a smaller height and width, or fewer frames"
+        )
 
 
 @torch.no_grad()
@@ -142,7 +150,7 @@ def denoise(
     seeds: Sequence[int],
     settings: SamplingSettings = SamplingSettings(),
 ) -> Iterator[Denoised]:
-    """Runs the sampler and yields each step; arguments as in `sample`."""
+    """Runs the sampler and yields the state after each step. Takes the arguments of `sample`."""
     guidance = backbone.default_guidance if settings.guidance is None else settings.guidance
     check_guidance(guidance)
     steps = backbone.default_steps if settings.steps is None else settings.steps
@@ -180,16 +188,17 @@ def denoise(
 
 
 def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple[Tensor, Tensor]:
-    """Returns the remaining times [n], and the latents [B, C, (f), h, w] at the first of them, in the scheduler's units.
-    Raises ValueError for a start of the wrong shape, or one that leaves no steps."""
+    """Returns the remaining times ([n]), and the latents ([B, C, (f), h, w]) at the first of them, in the scheduler's units.
+    Raises ValueError when the start has the wrong shape or leaves no steps."""
     if start is None:
         return solver.timesteps, noise * getattr(solver, "init_noise_sigma", 1.0)
     if start.latents.shape != noise.shape:
-        raise ValueError(f"start: latents are {list(start.latents.shape)}, but {list(noise.shape)} is sampled")
+        raise ValueError(f"start.latents has shape {list(start.latents.shape)}, but must be {list(noise.shape)}")
     taken = int(steps * start.strength)
     if not taken:
         raise ValueError(
-            f"strength = {start.strength:g} of {steps} steps leaves nothing to sample: use more steps or a larger strength"
+            f"strength = {start.strength:g} of {steps} step{'s' if steps > 1 else ''} leaves nothing to sample; use more "
+            "steps or a larger strength"
         )
     first = (steps - taken) * getattr(solver, "order", 1)
     times, clean = solver.timesteps[first:], start.latents.to(noise)
@@ -200,25 +209,25 @@ def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple
 
 
 def _solver(backbone: Backbone, settings: SamplingSettings, steps: int, shape: Sequence[int]) -> Any:
-    """Returns a scheduler at its first step."""
+    """Returns a new scheduler at its first step."""
     solver = make_scheduler(backbone, settings.scheduler)
     backbone.set_timesteps(solver, steps, shape)
     return solver
 
 
 def _begin(solver: Any, call: int) -> None:
-    """Sets the call at which an unused scheduler starts."""
-    if hasattr(solver, "set_begin_index"):  # schedulers that count their calls
+    """Makes an unused scheduler start at this call."""
+    if hasattr(solver, "set_begin_index"):  # only schedulers that count their calls have it
         solver.set_begin_index(call)
 
 
 def _seen(solver: Any, latents: Tensor, t: Tensor) -> Tensor:
-    """Converts latents to the network's units: some schedulers use their own."""
+    """Converts latents to the network's units, because some schedulers use their own."""
     return solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
 
 
 class _ConditioningCache:
-    """Caches conditionings, re-encoding only when words, time or strengths have changed."""
+    """Caches conditionings, and encodes prompts again only when words, time or strengths have changed."""
 
     def __init__(self, backbone: Backbone, negatives: Sequence[str] | None) -> None:
         self.backbone = backbone
@@ -251,13 +260,13 @@ def _requests(
 ) -> tuple[list[str], list[str]]:
     """Checks prompts and negative prompts, and returns one per picture."""
     if steps < 1 or batch < 1:
-        raise ValueError(f"sampling needs at least one step and one seed, got steps={steps} and {batch} seeds")
+        raise ValueError(f"sampling needs at least one step and one seed, but got steps={steps} and {batch} seeds")
     guided = backbone.needs_negative(guidance)
     texts = _texts(prompts, batch, "prompts")
     negatives = _texts([negative] if isinstance(negative, str) else negative, batch, "negative prompts")
     if any(negatives) and not guided:
         raise ValueError(
-            f"{backbone.family} ignores negative prompts at guidance={guidance}: leave the negative prompt out"
+            f"{backbone.family} ignores negative prompts at guidance={guidance}; leave the negative prompt out"
         )
     for text in dict.fromkeys([*texts, *(negatives if guided else ())]):
         backbone.check_prompt(text)
@@ -269,12 +278,13 @@ def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
     if len(out) == 1:
         return out * batch
     if len(out) != batch:
-        raise ValueError(f"{len(out)} {what} for {batch} seeds: give one per seed, or one for all")
+        raise ValueError(f"got {len(out)} {what} for {batch} seeds; give one per seed, or one for all")
     return out
 
 
 def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draws noise [B, C, (f), h, w] per picture on the CPU in the sampler's precision, like diffusers' `randn_tensor`."""
+    """Draws noise [B, C, (f), h, w] on the CPU, in the sampler's precision, with each picture's own generator, like diffusers'
+    `randn_tensor`."""
     noise = [torch.randn((1, *shape), generator=g, dtype=backbone.latent_dtype) for g in generators]
     return torch.cat(noise).to(backbone.device)
 

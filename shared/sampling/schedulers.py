@@ -1,4 +1,4 @@
-"""Makes schedulers by name from a backbone's own configuration, like `X.from_config(pipe.scheduler.config)`."""
+"""Makes schedulers by name from a backbone's own configuration, as `X.from_config(pipe.scheduler.config)` does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from shared.backbones.protocol import Backbone
 from shared.config import unknown
 
-#: name -> (diffusers class, settings on top of the backbone's configuration)
+#: The diffusers class of each scheduler, and settings that override the backbone's configuration.
 DIFFUSION: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),  # Song et al., arXiv 2010.02502
     "ddpm": ("DDPMScheduler", {}),  # Ho et al., arXiv 2006.11239
@@ -34,10 +34,10 @@ def scheduler_names(backbone: Backbone) -> tuple[str, ...]:
 
 
 def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
-    """Makes a new diffusers scheduler: the one called `name`, or the backbone's own kind if that is None.
+    """Makes a new diffusers scheduler, either the one called `name`, or one of the backbone's own kind if `name` is None.
 
     Raises:
-        ValueError: for an unknown name; the message lists the names that fit the family
+        ValueError: when the name is unknown. The message lists the names that fit the family.
     """
     default = backbone.scheduler
     if name is None:
@@ -49,17 +49,17 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
 
 
 def adds_noise(solver: Any) -> bool:
-    """Whether a diffusers scheduler draws new noise in its steps (ancestral and stochastic ones)."""
+    """Whether a diffusers scheduler draws new noise in its steps, as ancestral and stochastic ones do."""
     kind, config = type(solver).__name__, solver.config
     stochastic = "Ancestral" in kind or kind in ("DDPMScheduler", "LCMScheduler", "TCDScheduler")
     return stochastic or "sde" in str(config.get("algorithm_type", "")) or bool(config.get("stochastic_sampling"))
 
 
 def named_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """Makes a new diffusers scheduler, by a known name, from another scheduler's configuration, as `from_config` does."""
+    """Makes a new diffusers scheduler by name from another scheduler's configuration, as `from_config` does."""
     import diffusers
 
     kind, settings = {**DIFFUSION, **FLOW}[name]
-    if "flow_shift" in config and "shift" not in config:  # UniPC and Euler have different names for the same setting
+    if "flow_shift" in config and "shift" not in config:  # UniPC's name for what Euler calls shift
         settings = {**settings, "shift": config["flow_shift"]}
     return getattr(diffusers, kind).from_config(config, **settings)

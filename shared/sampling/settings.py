@@ -1,4 +1,4 @@
-"""Sampling settings, as one object passed from the command line to the sampler."""
+"""Sampling settings, passed as one object from the command line to the sampler."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from shared.sampling.hooks import SamplingHook
 class Start:
     """Starts sampling from existing latents instead of pure noise (SDEdit, https://arxiv.org/abs/2108.01073).
 
-    latents: clean, [B, C, (f), h, w]. strength: the share of the steps to take, in (0, 1]: small values change little, and 1
-    keeps hardly anything. Raises ValueError for any other strength.
+    Args:
+        latents: clean latents [B, C, (f), h, w]
+        strength: the share of the steps to take, in (0, 1]. Small values change little, and 1 keeps hardly anything
+
+    Raises:
+        ValueError: when the strength is not in (0, 1]
     """
 
     latents: Tensor
@@ -23,9 +27,7 @@ class Start:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise ValueError(
-                f"strength = {self.strength:g}: must be above 0 (which would change nothing) and at most 1"
-            )
+            raise ValueError(f"strength = {self.strength:g} must be above 0 (which would change nothing) and at most 1")
 
     def __getitem__(self, rows: slice) -> Start:
         return Start(self.latents[rows], self.strength)
@@ -36,14 +38,16 @@ class SamplingSettings:
     """The sampler's settings besides prompts and seeds; None means the backbone's default."""
 
     negative: str | tuple[str, ...] = ""  # one text, or one per picture
-    guidance: float | None = None  # classifier-free guidance, or distilled guidance if the model takes it; 1: none
+    guidance: float | None = (
+        None  # scale of classifier-free guidance (1 means none), or of the model's distilled guidance
+    )
     steps: int | None = None  # scheduler steps
     scheduler: str | None = None  # one of `scheduler_names(backbone)`
     height: int | None = None  # pixels
     width: int | None = None
-    frames: int | None = None  # number of frames of a clip; 0: a picture, even from a clip model
+    frames: int | None = None  # frame count of a clip; 0 for a picture, even from a clip model
     hooks: tuple[SamplingHook, ...] = field(default=())  # applied between steps, in order
-    start: Start | None = None  # None: pure noise
+    start: Start | None = None  # None to start from pure noise
 
     def stated(self) -> dict[str, Any]:
         """Returns the settings that differ from the defaults, by name."""

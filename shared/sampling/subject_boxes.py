@@ -1,4 +1,4 @@
-"""Places subjects in boxes: attention to their words is boosted inside and cut off outside."""
+"""Places subjects in boxes, by raising the attention to their words inside the boxes and masking it outside."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ _NEVER = -1e4  # when added to a score, removes the attention, even in half prec
 class SubjectBoxes(SamplingHookBase):
     """The training-free subject motion control of MotionBooth (https://arxiv.org/abs/2406.17758).
 
-    In the first steps, which decide the layout, cross-attention scores from positions inside a subject's box (in the
-    same frame) to its words are raised before the softmax by `strength` times the share of the picture outside the box; from
-    positions outside, the words are masked out. Rows of the negative prompt are unchanged.
+    In the first steps, which decide the layout, the cross-attention scores between positions in a subject's box and the
+    subject's words are raised before the softmax, by `strength` times the share of the frame outside the box. Positions
+    outside the box of their frame do not attend to these words at all. Rows of the negative prompt are unchanged.
     """
 
     kind: Literal["subject_boxes"] = "subject_boxes"
-    boxes: Mapping[str, Mapping[int, Box]]  # concept, or words of the prompt -> frame -> box
+    boxes: Mapping[str, Mapping[int, Box]]  # boxes by frame, for each concept's name or words of the prompt
     strength: NotNegative = 7.5
-    until: Annotated[float, Field(ge=0, le=1)] = 0.1  # fraction of the steps: the first 5 of 50
+    until: Annotated[float, Field(ge=0, le=1)] = 0.1  # fraction of the steps; the default is the first 5 of 50 steps
 
     @field_validator("boxes", mode="before")
     @classmethod
     def _tracks(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or not value:
-            raise ValueError("set boxes by name: {my-mug: [left, top, right, bottom]}, or by frame")
+            raise ValueError("give boxes by name, such as {my-mug: [left, top, right, bottom]}, or by name and frame")
         return {str(name): as_track(track, str(name)) for name, track in value.items()}
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SubjectBoxes:
-        """Raises ValueError for frames that are not generated."""
+        """Returns the hook itself. Raises ValueError if there are boxes for frames that are not generated."""
         frames = output_size(backbone, settings)[:-2]
         check_frames(self.boxes, frames[0] if frames else 1)
         return self
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
-        """Raises ValueError for a name that is not in a prompt, and for models without cross-attention."""
+        """Returns a context that edits the attention. Raises ValueError when a prompt lacks one of the names, or the model has
+        no cross-attention."""
         positions = {name: self._positions(step, name) for name in self.boxes} if step.index == 0 else None
         if step.fraction >= self.until or not self.strength:
             return nullcontext()
@@ -60,7 +61,7 @@ class SubjectBoxes(SamplingHookBase):
         return step.backbone.attending(At(edit, Where(kinds=frozenset({"cross"}))))
 
     def _positions(self, step: DenoisingStep, name: str) -> Tensor:
-        """Finds the positions of a concept's words, or of the words `name`, in the prompts: bool [B, L]."""
+        """Returns a bool mask [B, L] of the positions of a concept's words, or of the words `name`, in the prompts."""
         placeholder = step.backbone.placeholders.get(name)
         words = placeholder.words if placeholder is not None else name
         found = step.backbone.word_positions(step.prompts, words)
@@ -86,7 +87,7 @@ class _Boxed:
         return q, k, v, added if bias is None else bias + added.to(bias.dtype)
 
     def _bias(self, name: str, site: Site, q: Tensor, rows: Rows) -> Tensor:
-        """Returns the bias [entries, 1, Lq, L]: a row's frames are separate entries, or consecutive in Lq."""
+        """Returns the bias [entries, 1, Lq, L]. The frames of a row are separate entries, or follow one another in Lq."""
         *frames, height, width = self.step.noise.shape[2:]
         times = latent_frame_times(frames[0], self.step.backbone.frame_factor) if frames else [0.0]
         inside = box_masks(self.part.boxes[name], times, *site.grid(height, width))

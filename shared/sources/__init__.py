@@ -1,4 +1,5 @@
-"""Sources of examples: the user's pictures, the model's own, or a folder. They never use the model being trained."""
+"""Sources of examples, such as the user's pictures or class pictures from the base model. None of them uses the model that is
+being trained."""
 
 from __future__ import annotations
 

@@ -15,23 +15,23 @@ class SourcePart(KindPart):
 
     @property
     def gives(self) -> Role:
-        """The role of its examples."""
+        """The role of the source's examples."""
         return "instance"
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         """Checks everything that can be checked before a model is loaded.
 
         Args:
-            earlier: the phases before the one that has this source
+            earlier: the names of the phases before the one that has this source
 
         Returns:
-            its pictures of role "instance" that already exist as files, each with its mask or None
+            the mask, or None, of each picture of role "instance" that already exists as a file
 
         Raises:
-            ValueError: for missing files, subjects and phases
+            ValueError: when a file, a subject or a phase is missing
         """
         return {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Yields its examples lazily, in the same order each time."""
+        """Yields the examples lazily, in the same order each time."""
         raise NotImplementedError

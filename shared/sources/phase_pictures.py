@@ -1,4 +1,4 @@
-"""Learns from pictures that an earlier phase generated: iterated feedback, pseudo multi-view, self-distilled sets."""
+"""Provides pictures that an earlier phase generated, for iterated feedback, pseudo multi-view and self-distilled sets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.types import Example, Role, Subject
 
-KEPT = "kept.json"  # in a phase's folder: the list of its pictures that later phases learn from
+KEPT = "kept.json"  # the file in a phase's folder that lists the pictures for later phases
 
 
 class PhasePictures(SourcePart):
-    """Yields the pictures that phase `phase` generated and kept, with their prompts as captions."""
+    """Yields the pictures that the phase named `phase` generated and kept, with their prompts as captions."""
 
     kind: Literal["phase_pictures"] = "phase_pictures"
     phase: str
@@ -33,7 +33,7 @@ class PhasePictures(SourcePart):
         return {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError if no earlier phase has this name, or its kept pictures cannot be read."""
+        """Yields the examples. Raises ValueError if no earlier phase has this name, or its kept pictures cannot be read."""
         self.check(context.subjects, list(context.phase_folders))
         folder = context.phase_folders[self.phase]
         for entry in read_kept(folder):
@@ -43,9 +43,9 @@ class PhasePictures(SourcePart):
 
 
 def read_kept(folder: Path) -> list[dict[str, Any]]:
-    """Reads the list of a phase's kept pictures: file, caption (with {concept}), owner, score. Raises ValueError if it cannot
-    be read."""
+    """Reads the list of a phase's kept pictures, with the file, caption (containing {concept}), owner and score of each.
+    Raises ValueError if the list cannot be read."""
     try:
         return json.loads((folder / KEPT).read_text(encoding="utf-8"))["kept"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / KEPT} cannot be read: run its phase again (--overwrite)") from None
+        raise ValueError(f"{folder / KEPT} cannot be read; run its phase again (--overwrite)") from None

@@ -19,9 +19,9 @@ from shared.types import Example, Role, Subject
 
 
 class Folder(SourcePart):
-    """Reads pictures from a folder: real class (regularization) pictures, as in Custom Diffusion, with role "prior".
+    """Reads pictures from a folder, by default real pictures of the class (role "prior") as in Custom Diffusion.
 
-    Captions come from `NAME.txt` next to the pictures, else from `prompt`, with "{class_noun}" filled in. With role
+    The caption of a picture comes from `NAME.txt` next to it, else from `prompt`, with "{class_noun}" filled in. With role
     "instance", the prompt part fills in missing captions, as for the references.
     """
 
@@ -31,7 +31,7 @@ class Folder(SourcePart):
     role: Role = "prior"
     prompt: str = "a photo of a {class_noun}"
     fit: ResizeMode = "cover"
-    limit: int = Field(default=0, ge=0, le=100_000)  # use only this many pictures, starting with the first; 0: all
+    limit: int = Field(default=0, ge=0, le=100_000)  # use only this many of the first pictures; 0 for all
 
     @property
     def gives(self) -> Role:
@@ -42,7 +42,8 @@ class Folder(SourcePart):
         return {path: read.masks.get(path) for path in read.images} if self.role == "instance" else {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError if the folder has no pictures, one cannot be read, or the subject is ambiguous."""
+        """Yields the examples. Raises ValueError if the folder has no pictures, if a picture cannot be read, or if the subject
+        is ambiguous."""
         owner, subject = self._read(context.subjects)
         default = self._default.replace("{class_noun}", subject.class_noun)
         for path in subject.images:
@@ -55,7 +56,7 @@ class Folder(SourcePart):
         return self.prompt if self.role == "prior" else ""
 
     def _read(self, subjects: Mapping[str, Subject]) -> tuple[str, Subject]:
-        """Returns the owner of the pictures, and the pictures."""
+        """Returns the name of the subject that owns the pictures, and the pictures."""
         owner = owner_among(subjects, self.subject, f"source folder {self.images}")
         noun = subjects[owner].class_noun
         if "{class_noun}" in self._default and not noun:

@@ -17,7 +17,8 @@ from shared.types import Example, Subject
 
 
 class References(SourcePart):
-    """Yields every picture of every subject `repeats` times: the examples of role "instance" that all methods learn from.
+    """Yields every picture of every subject `repeats` times. These are the examples of role "instance", from which all methods
+    learn.
 
     The mask is the user's if there is one, else the picture's transparency, else None. The caption is the user's own, or ""
     for the prompt part to fill in.
@@ -31,9 +32,9 @@ class References(SourcePart):
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError, with the path, if a picture or mask cannot be used; see `read_picture`."""
+        """Yields the examples. Raises ValueError, naming the file, if a picture or mask cannot be used (see `read_picture`)."""
         if not context.subjects:
-            raise ValueError("there is no subject: set subject.images=FOLDER")
+            raise ValueError("there is no subject; set subject.images=FOLDER")
         small: list[str] = []
         for number in range(self.repeats):
             for name, subject in context.subjects.items():
@@ -46,7 +47,7 @@ class References(SourcePart):
             if number == 0 and small:
                 warnings.warn(
                     encodable(
-                        f"pictures enlarged to {context.resolution} pixels, and therefore blurry: {names(small)}"
+                        f"these pictures are enlarged to {context.resolution} pixels, which blurs them: {names(small)}"
                     ),
                     UserWarning,
                     stacklevel=2,

@@ -16,15 +16,15 @@ from shared.types import Example, Subject
 
 
 class Scene(SourcePart):
-    """Yields every picture once, however many subjects use it: one example with a mask per subject
-    (Break-A-Scene, https://arxiv.org/abs/2305.16311, section 3).
+    """Yields one example per picture, with a mask for each subject that the picture shows (Break-A-Scene,
+    https://arxiv.org/abs/2305.16311, section 3).
 
-    A picture shared by several subjects needs a mask for each: `subjects.mug.images=scene.png
+    A picture that several subjects share needs a mask for each of them, for example `subjects.mug.images=scene.png
     subjects.mug.masks=masks-mug/ subjects.dog.images=scene.png subjects.dog.masks=masks-dog/`.
     """
 
     kind: Literal["scene"] = "scene"
-    repeats: Many = 1  # how often each picture is yielded
+    repeats: Many = 1  # how many times each picture is used
     fit: ResizeMode = "cover"  # how pictures are made square
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
@@ -33,14 +33,15 @@ class Scene(SourcePart):
                 path = _own_path(subjects[name], place)
                 if path not in subjects[name].masks and not transparent(path):
                     raise ValueError(
-                        f"{path} shows {', '.join(names)}, but {name!r} has no mask for it: set subjects.{name}.masks"
+                        f"{path} shows {', '.join(names)}, but {name!r} has no mask for it; set subjects.{name}.masks"
                     )
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError, with file and subject, if a mask is missing or is completely cropped away."""
+        """Yields the examples. Raises ValueError, naming the file and the subject, if a mask is missing or is completely
+        cropped away."""
         if not context.subjects:
-            raise ValueError("there is no subject: set subjects.NAME.images=FILE")
+            raise ValueError("there is no subject; set subjects.NAME.images=FILE")
         self.check(context.subjects, ())
         for _ in range(self.repeats):
             for place, names in _owners(context.subjects).items():
@@ -67,5 +68,5 @@ def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
 
 
 def _own_path(subject: Subject, place: Path) -> Path:
-    """Returns a picture's path in the subject's own form."""
+    """Returns a picture's path as it is written in the subject."""
     return next(path for path in subject.images if path.resolve() == place)

@@ -1,4 +1,4 @@
-"""The inputs of a source besides its own settings."""
+"""What a source needs besides its own settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.types import Subject
 
 
 class Generate(Protocol):
-    """Generates pictures or clips with the base model, without the concepts being trained; one seed per prompt."""
+    """Generates pictures or clips with the base model, without the concepts that are being trained."""
 
     def __call__(
         self,
@@ -27,31 +27,31 @@ class Generate(Protocol):
         frames: int = 0,
         progress: Steps | None = None,
     ) -> Tensor:
-        """Returns [N, 3, resolution, resolution] in [-1, 1], or clips [N, 3, frames, resolution, resolution] if `frames` is
-        given; `progress` is called after every denoising step."""
+        """Generates N pictures [N, 3, resolution, resolution] in [-1, 1], or clips [N, 3, frames, resolution, resolution] if
+        `frames` is given. Needs one seed per prompt. Calls `progress` after every denoising step."""
         ...
 
 
 @dataclass(frozen=True)
 class SourceContext:
-    """The run that the examples are used in."""
+    """The facts about a run that its sources depend on."""
 
     subjects: Mapping[str, Subject]
     resolution: int  # side of the pictures, in pixels
     seed: int
     cache_dir: Path  # generated pictures are kept here between runs
-    generate: Generate | None = None  # None: this run cannot generate pictures
-    backbone_key: str = ""  # the weights that `generate` uses: `Backbone.checkpoint`
-    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder of its pictures
+    generate: Generate | None = None  # None if this run cannot generate pictures
+    backbone_key: str = ""  # `Backbone.checkpoint` of the model that `generate` uses
+    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # the folder of each earlier phase's pictures
     progress: Callable[[str, int, int], None] | None = None  # called with (what, done, total) after each denoising step
 
 
 def owner_among(subjects: Mapping[str, Subject], name: str, what: str) -> str:
-    """Returns `name` if it is a subject, or the only subject if it is empty. Raises ValueError,
-    listing the subjects, otherwise."""
+    """Returns `name` if it is a subject, or the only subject if `name` is empty. Otherwise raises ValueError, listing the
+    subjects."""
     names = ", ".join(sorted(subjects)) or "none"
     if name and name not in subjects:
         raise ValueError(f"{what}: unknown subject {name!r}. Available: {names}.")
     if not name and len(subjects) != 1:
-        raise ValueError(f"{what}: set the subject it belongs to. Available: {names}.")
+        raise ValueError(f"{what}: set the subject that it belongs to. Available: {names}.")
     return name or next(iter(subjects))

@@ -10,14 +10,14 @@ from shared.types import Example, Role
 
 
 def load(path: Path, mask: Path | None) -> Picture:
-    """Reads a picture with its mask. Raises ValueError if they differ in size."""
+    """Reads a picture with its mask. Raises ValueError if the two differ in size."""
     picture = read_picture(path)
     if mask is None:
         return picture
     alpha = read_mask(mask)
     if alpha.size != picture.size:
         sizes = f"{alpha.width}x{alpha.height} pixels, but its picture {path} is {picture.size[0]}x{picture.size[1]}"
-        raise ValueError(f"the mask {mask} is {sizes}: they must have the same size")
+        raise ValueError(f"the mask {mask} is {sizes}; both must have the same size")
     return Picture(picture.image, alpha, path=path)
 
 

@@ -1,4 +1,4 @@
-"""Parts that add or unfreeze parameters and train them. To add a part, write one file and add one line to the union."""
+"""Parts that add or unfreeze parameters and train them. To add a part, write a module and add its class to the union."""
 
 from typing import Annotated
 

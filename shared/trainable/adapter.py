@@ -20,10 +20,10 @@ from shared.trainable.rank_by_noise import RankByNoise
 
 
 class PeftAdapter:
-    """One peft adapter in one component; satisfies `shared.backbones.protocol.Adapter`.
+    """An adapter (`shared.backbones.protocol.Adapter`) that consists of one peft adapter in one component.
 
-    peft's own switches act on all adapters of a model at once, and `set_adapter` makes the adapters it activates trainable
-    again. So this class sets strengths layer by layer, and switches training only by `requires_grad_`.
+    peft's own switches act on all adapters of a model at once, and `set_adapter` makes the adapters that it activates
+    trainable. This class therefore sets strengths layer by layer, and turns training on and off only with `requires_grad_`.
     """
 
     def __init__(self, model: nn.Module, component: str, slot: str, peft_name: str, config: PeftConfig) -> None:
@@ -37,22 +37,23 @@ class PeftAdapter:
             for key in ("rank_dropout", "module_dropout")
             if peft_name in getattr(layer, key, {})
         }
-        # LoRA and similar types keep a scale per adapter; types without one (OFT) can only be on or off
+        # LoRA and similar types have a scale per adapter; types without a scale (OFT) can only be on or off
         self._scaling = [dict(getattr(m, "scaling", {})).get(peft_name) for m in self.layers]
 
     @classmethod
     def inject(
         cls, backbone: Backbone, name: str, slot: str, component: str, config: PeftConfig, seed: int
     ) -> PeftAdapter:
-        """Wraps the target modules of `component` and registers the adapter under `name`; it starts frozen and active at 1.
+        """Wraps the target modules of `component` and registers the adapter under `name`. It starts frozen, with strength 1
+        unless the name already has another strength.
 
-        Raises ValueError if nothing matches, if this type of adapter cannot wrap a layer, or if the settings cannot be
-        saved in a concept (which would otherwise fail only after training).
+        Raises ValueError if no module matches, if this type of adapter cannot wrap a layer, or if the settings cannot be
+        saved in a concept (which would otherwise be noticed only after training).
         """
         check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
         peft_name = f"{name}__{slot}"
-        # an adapter shared by several concepts outlives the first one
+        # an adapter that several concepts share may still have the name of a removed concept
         while peft_name in getattr(model, "peft_config", {}):
             peft_name += "_"
         trainable = {id(p): p.requires_grad for p in model.parameters()}
@@ -62,7 +63,7 @@ class PeftAdapter:
             if isinstance(m, BaseTunerLayer)
         }
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several concepts are intended
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are intended
             torch.manual_seed(seed)
             try:
                 inject_adapter_in_model(config, model, adapter_name=peft_name)
@@ -87,16 +88,17 @@ class PeftAdapter:
         return sorted(name for name, module in self.model.named_modules() if id(module) in ids)
 
     def let_rank_fall(self, backbone: Backbone, min_rank: int) -> None:
-        """Makes the rank fall from its full value at no noise to `min_rank` at full noise (see `RankByNoise`), until the
+        """Makes the rank fall from its full value without noise to `min_rank` at full noise (see `RankByNoise`), until the
         adapter is removed.
 
-        Raises ValueError for components that see no noise (text encoders), for DoRA, and when `min_rank` exceeds the rank.
+        Raises ValueError if the component's input has no noise (text encoders), if the adapter is a DoRA, or if `min_rank`
+        exceeds the rank.
         """
         recorded = recordable(config_to_dict(self.config), [], self.seed, min_rank)
         check_adapter(recorded, f"{self.slot}.{self.component}")
         if self.component not in backbone.noise_ranges:
             raise ValueError(
-                f"{self.slot}: the rank cannot fall with the noise in {self.component}, which sees no noise"
+                f"{self.slot}: the rank cannot fall with the noise in {self.component}, whose input has no noise"
             )
         self.min_rank = min_rank
         for layer in self.layers:
@@ -113,7 +115,7 @@ class PeftAdapter:
             parameter.requires_grad_(on)
 
     def train(self, mode: bool) -> None:
-        """Switches only this adapter's dropout; the model itself stays in eval mode."""
+        """Turns this adapter's dropout on or off. The model itself stays in eval mode."""
         for layer in self.layers:
             for table in layer._modules.values():
                 if isinstance(table, nn.ModuleDict) and self.peft_name in table:
@@ -154,7 +156,7 @@ class PeftAdapter:
         for name, module in list(self.model.named_modules()):
             if not isinstance(module, BaseTunerLayer) or not _holds(module, self.peft_name):
                 continue
-            # if this one were still active, peft would activate the other adapters and make them trainable
+            # if this adapter were still active, peft would activate the other adapters and make them trainable
             module._active_adapter = [n for n in module.active_adapters if n != self.peft_name]
             module.delete_adapter(self.peft_name)
             if not any(_names(module)):
@@ -169,7 +171,7 @@ class PeftAdapter:
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:
-    """Returns JSON-safe settings that rebuild the adapter: its type, and the settings that differ from peft's defaults."""
+    """Returns an adapter's type and the settings that differ from peft's defaults, as data that can be written to JSON."""
     plain = type(config)()
     out: dict[str, Any] = {"peft_type": getattr(config.peft_type, "value", config.peft_type)}
     for key, value in config.to_dict().items():
@@ -179,7 +181,7 @@ def config_to_dict(config: PeftConfig) -> dict[str, Any]:
 
 
 def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
-    """Inverts `config_to_dict`. Raises ValueError for a type or a key that peft does not have."""
+    """Inverts `config_to_dict`. Raises ValueError when peft lacks the type or one of its settings."""
     kinds = {k.value if hasattr(k, "value") else str(k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = data.get("peft_type")
     if kind not in kinds:
@@ -191,7 +193,7 @@ def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
 
 
 def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[Any, list[str]]) -> None:
-    """Restores what peft changes on injection: active adapters, and requires_grad (new parameters start frozen)."""
+    """Restores the active adapters and `requires_grad`, both of which peft changes on injection. New parameters are frozen."""
     for layer, names in active.items():
         layer._active_adapter = names
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The base classes of trainable parts, which find the layers to adapt, and the groups of parameters they return."""
+"""The base classes of trainable parts, which find the layers to train, and the groups of parameters that parts return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.trainable.layer_choice import Projection, block_names, of_blocks, of
 MAIN = "main"  # the optimizer group of parts that do not set one
 
 
-#: A learning rate; a value above the limit overflows in one step and must be a typo.
+#: A learning rate. A value above the limit would overflow in one step, so it must be a typo.
 Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
@@ -24,20 +24,20 @@ class TrainablePart(KindPart):
     """Base of every part that injects or unfreezes parameters."""
 
     lr: Rate = 1e-4  # learning rate
-    group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains the part: train.optimizers.GROUP
+    group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains the part, train.optimizers.GROUP
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
-        ""  # the name under which its adapters are switched on and off; "": the concept's name
+        ""  # the name under which the adapters are switched on and off; if empty, the concept's name
     )
-    weight_decay: NotNegative | None = None  # null: the optimizer's setting
+    weight_decay: NotNegative | None = None  # if null, the optimizer's setting
     per_source: bool = False  # one adapter per picture or clip, active only for that one; not saved in the concept
-    temporary: bool = False  # active only in training steps (of this and later phases); not saved in the concept
+    temporary: bool = False  # whether it acts only in training steps, of this and later phases, and is not saved
 
     @model_validator(mode="after")
     def _one_name(self) -> TrainablePart:
         if self.per_source and self.adapter_set:
-            raise ValueError("per_source: each picture or clip has its own adapter set; leave out adapter_set")
+            raise ValueError("per_source gives each picture or clip its own adapter set, so leave out adapter_set")
         if self.temporary and not self.adapter_set:
-            raise ValueError("temporary: such a part needs its own adapter set; set adapter_set=NAME")
+            raise ValueError("a temporary part needs its own adapter set; set adapter_set=NAME")
         return self
 
     @property
@@ -47,17 +47,17 @@ class TrainablePart(KindPart):
 
 
 class OnRoles(TrainablePart):
-    """Base of the parts that act on the modules of `roles`, or only on those that the other fields select from them.
+    """Base of the parts that act on the modules of `roles`, or on a selection of them.
 
-    In models that attend over space and time jointly, no role is specific to motion. There, selecting projections separates
-    motion from appearance: queries and keys determine where to look, and values and outputs what is seen there (TAP+AH,
-    https://arxiv.org/abs/2501.16714).
+    In models that attend jointly over space and time, no role is specific to motion. There, motion can be separated from
+    appearance by projection, because queries and keys determine which positions are attended to, and values and outputs
+    determine what is read from them (TAP+AH, https://arxiv.org/abs/2501.16714).
     """
 
     roles: Annotated[tuple[str, ...], Field(min_length=1)]
-    projections: tuple[Projection, ...] = ()  # only these attention projections; []: all modules
-    blocks: str = ""  # "0-9,12": modules inside these blocks of each network, counted from 0; "": everywhere
-    networks: tuple[str, ...] = ()  # only these networks, such as "transformer_2" (Wan 2.2's low-noise expert); []: all
+    projections: tuple[Projection, ...] = ()  # only these attention projections; if empty, all modules
+    blocks: str = ""  # only modules in these blocks of each network, such as "0-9,12", counted from 0; if empty, all
+    networks: tuple[str, ...] = ()  # only these, such as "transformer_2", Wan 2.2's low-noise expert; if empty, all
 
     @field_validator("blocks")
     @classmethod
@@ -71,10 +71,10 @@ class OnRoles(TrainablePart):
         return self.roles
 
     def modules(self, backbone: Backbone, slot: str) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-        """Returns component -> sorted dotted names of the selected modules, and a note for each port.
+        """Returns the sorted dotted names of the selected modules by component, and a note for each port.
 
-        Raises ValueError for roles, blocks and networks that this backbone does not have, and if the selection leaves a role
-        without modules.
+        Raises ValueError when this backbone lacks one of the roles, blocks or networks, or when none of a role's modules is
+        selected.
         """
         chosen = []
         for role in self.roles:
@@ -104,8 +104,8 @@ class OnRoles(TrainablePart):
         if self.blocks:
             blocks, numbers = block_names(leaf_names(backbone.components[group.component])), parse_ranges(self.blocks)
             if numbers[-1] >= len(blocks):
-                there = f"{group.component} has {len(blocks)}, counted from 0"
-                raise ValueError(f"trainable.{slot}.blocks = {self.blocks!r}: no block {numbers[-1]}; {there}")
+                there = f"{group.component} has {len(blocks)} block{'s' if len(blocks) != 1 else ''}, counted from 0"
+                raise ValueError(f"trainable.{slot}.blocks = {self.blocks!r}: there is no block {numbers[-1]}; {there}")
             names = of_blocks(names, numbers, blocks)
         return names
 
@@ -117,7 +117,7 @@ class TrainableGroup:
     slot: str
     parameters: list[nn.Parameter]
     lr: float
-    weight_decay: float | None = None  # None: the optimizer's setting
-    touches_text: bool = False  # the text context changes during training: do not cache it
+    weight_decay: float | None = None  # if None, the optimizer's setting
+    touches_text: bool = False  # whether the text context changes during training, so that it cannot be cached
     group: str = MAIN  # the optimizer group
-    ports: tuple[str, ...] = ()  # roles that resolved to a stand-in; recorded in the concept
+    ports: tuple[str, ...] = ()  # notes on roles for which other layers stand in; recorded in the concept

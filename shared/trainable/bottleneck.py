@@ -16,11 +16,11 @@ from shared.trainable.branch import BranchAdapter, place_of, places_among
 
 class Bottleneck(OnRoles):
     """Adds up(gelu(down(input))) to the output of the attention layers and feed-forward networks of `roles` (Houlsby et al.,
-    https://arxiv.org/abs/1902.00751; DreamVideo, https://arxiv.org/abs/2312.04433, section 3.2). `up` starts at 0, so the
-    outputs are unchanged at first.
+    https://arxiv.org/abs/1902.00751; DreamVideo, https://arxiv.org/abs/2312.04433, section 3.2). `up` starts at 0, so that
+    nothing changes at first.
 
-    A bottleneck spans a whole attention layer or feed-forward network. A role selects those whose first layer (`to_q` or
-    `net.0.proj`) it contains, so `cross_attention` and `cross_attention.q` select the same ones.
+    Each bottleneck runs in parallel to a whole attention layer or feed-forward network. A role selects a layer or network if
+    it contains its first linear layer (`to_q` or `net.0.proj`), so `cross_attention` and `cross_attention.q` are equivalent.
     """
 
     taxonomy: ClassVar[str] = "bottleneck adapters"
@@ -30,9 +30,9 @@ class Bottleneck(OnRoles):
     lr: Rate = 1e-5  # learning rate
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Adds a bottleneck at every attention layer and feed-forward network of the roles; the new weights are trainable.
+        """Adds a trainable bottleneck to every attention layer and feed-forward network of the roles.
 
-        Raises ValueError if the roles contain no such first layer in one of the components.
+        Raises ValueError if the roles select none of these in one of the components.
         """
         targets, ports = self.modules(backbone, slot)
         adapters = []

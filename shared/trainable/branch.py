@@ -1,4 +1,4 @@
-"""Branches: small trainable functions alongside a network's layers, which can be removed without a trace."""
+"""Adds branches, which are small trainable functions alongside a network's layers, and removes them without a trace."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from shared.backbones.protocol import Backbone
 from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
 from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
 
-#: How the name of a place's first layer ends: in an attention layer, and in a feed-forward network.
+#: Endings of the first layer's name, in an attention layer and in a feed-forward network.
 FIRST = (".to_q", ".net.0.proj")
 
 
 class BranchAdapter:
-    """Branches at some places of one component; satisfies `shared.backbones.protocol.Adapter`.
+    """An adapter (`shared.backbones.protocol.Adapter`) that consists of branches in one component.
 
-    A place is an attention layer or a feed-forward network, identified by its first layer (`….attn2.to_q`). Branches are
-    hooks on these modules, not submodules: the network's module names, repr and state dict are unchanged. What a branch adds
-    to a layer's input reaches only the layer's own weights, not other adapters on it.
+    A branch is attached to an attention layer or a feed-forward network, called its place, which is identified by the name of
+    its first linear layer (`….attn2.to_q`). Branches are hooks rather than submodules, so the network's module names, repr and
+    state dict do not change. If a branch adds to a layer's input, only the layer's own weights receive the sum, not other
+    adapters on it.
     """
 
     def __init__(self, backbone: Backbone, component: str, slot: str, form: BranchForm) -> None:
@@ -43,13 +44,14 @@ class BranchAdapter:
         form: BranchForm,
         tensors: Mapping[str, Mapping[str, Tensor]],
     ) -> BranchAdapter:
-        """Hooks the places and registers the adapter under a concept's name; it starts frozen and active at 1.
+        """Attaches the branches and registers the adapter under a concept's name. It starts frozen, with strength 1 unless the
+        name already has another strength.
 
         Args:
-            tensors: first layer of each place -> initial tensors of its branch, by the form's own keys
+            tensors: the initial tensors of each branch, under the form's own keys, by the first layer of its place
 
         Raises:
-            ValueError: when this model has no such place, or the tensors do not fit it
+            ValueError: when this model lacks one of the places, or the tensors do not fit it
         """
         adapter = cls(backbone, component, slot, form)
         make = Bottleneck if isinstance(form, BottleneckForm) else FrameEmbeddings
@@ -71,7 +73,7 @@ class BranchAdapter:
 
     @property
     def settings(self) -> BranchSettings:
-        """Returns what is saved besides the tensors."""
+        """The settings that are saved along with the tensors."""
         return BranchSettings(form=self.form, layers=tuple(self.branches))
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -138,7 +140,7 @@ def unwrapped(layer: Any) -> Any:
 
 
 def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
-    """Returns (name of the place, its first layer) if `first` names the first layer of a place, else ("", None)."""
+    """Returns the name of a place and its first layer if `first` is the name of that layer, else ("", None)."""
     end = next((end for end in FIRST if first.endswith(end)), None)
     if end is None:
         return "", None
@@ -150,5 +152,5 @@ def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
 
 
 def places_among(layers: Sequence[str]) -> list[str]:
-    """Returns the layers of a role that are the first layer of a place."""
+    """Returns those of the layers that are the first layer of a place."""
     return [name for name in layers if name.endswith(FIRST)]

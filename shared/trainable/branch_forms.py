@@ -1,4 +1,4 @@
-"""The forms of branches: a bottleneck in parallel with a layer, or frame embeddings added to its input."""
+"""The two forms of branches, which are bottlenecks in parallel with a layer and frame embeddings added to its input."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Unwrap = Callable[[Any], Any]
 
 
 class Grid:
-    """The latent grid of the current prediction, read from the network's last call."""
+    """The size of the latent grid in the current prediction, read from the network's last call."""
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
         self.size = (0, 0)
 
     def look(self, _network: nn.Module, args: tuple[Any, ...]) -> None:
-        """Reads the grid; a pre-hook on the network, whose first argument is the latents [B, C, (f), h, w]."""
+        """Reads the size, as a pre-hook on the network, whose first argument is the latents [B, C, (f), h, w]."""
         if args and isinstance(args[0], Tensor) and args[0].ndim >= 4:
             self.size = (args[0].shape[-2], args[0].shape[-1])
 
     def at(self, site: str) -> tuple[int, int]:
-        """Returns rows and columns at this site."""
+        """Returns the number of rows and of columns at this site."""
         return self.sites[site].grid(*self.size)
 
 
 class Branch:
-    """One branch at one place. `parameters` holds fp32 tensors by the form's keys."""
+    """A branch at one attention layer or feed-forward network. Its parameters are fp32 tensors under the form's own keys."""
 
-    keys: ClassVar[Mapping[str, int]]  # key -> number of axes
+    keys: ClassVar[Mapping[str, int]]  # the number of axes of each tensor
 
     def __init__(self, form: Any, place: str, grid: Grid) -> None:
         self.form, self.place, self.grid = form, place, grid
@@ -44,7 +44,7 @@ class Branch:
         self.strength, self.training = 1.0, False
 
     def start(self, tensors: Mapping[str, Tensor], width: int, device: torch.device, where: str) -> None:
-        """Sets copies of the tensors as parameters. Raises ValueError if they do not match this form or the layer's width."""
+        """Makes parameters from copies of the tensors. Raises ValueError if these do not fit this form or the layer's width."""
         for key, axes in self.keys.items():
             if key not in tensors or tensors[key].ndim != axes:
                 raise ValueError(f"{where}: the branch needs {key!r} with {axes} axes")
@@ -59,7 +59,7 @@ class Branch:
         raise NotImplementedError
 
     def hook(self, place: nn.Module, unwrap: Unwrap) -> Iterator[RemovableHandle]:
-        """Starts acting at a place; yields the handles of its hooks."""
+        """Registers the branch's hooks on a module and yields their handles."""
         raise NotImplementedError
 
     def value(self, key: str, like: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Branch:
 
 
 class Bottleneck(Branch):
-    """out + strength * (up gelu(down x + b) + c), where x is the input of the place (Houlsby's adapter, in parallel)."""
+    """Houlsby's adapter, in parallel: out + strength * (up gelu(down x + b) + c), where x is the input of the module."""
 
     keys: ClassVar[Mapping[str, int]] = {"down": 2, "down_bias": 1, "up": 2, "up_bias": 1}
     form: BottleneckForm
@@ -86,24 +86,24 @@ class Bottleneck(Branch):
             return out
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         added = self.strength * self._of(x if x.ndim == 3 else x.movedim(1, -1))
-        added = added if x.ndim == 3 else added.movedim(-1, 1)  # attention over [B, C, h, w]
-        if isinstance(out, tuple):  # joint attention: the picture, then the text
+        added = added if x.ndim == 3 else added.movedim(-1, 1)  # some attention layers take [B, C, h, w]
+        if isinstance(out, tuple):  # joint attention returns the picture, then the text
             return (out[0] + added.to(out[0].dtype), *out[1:])
         return out + added.to(out.dtype)
 
     def _of(self, x: Tensor) -> Tensor:
-        """Computes the bottleneck: [..., C] -> [..., C]."""
+        """Computes the bottleneck of x, [..., C] -> [..., C]."""
         down, bias, up, shift = (self.value(key, x) for key in self.keys)
         return F.linear(F.gelu(F.linear(x.to(down.dtype), down, bias)), up, shift)
 
 
 class FrameEmbeddings(Branch):
-    """Vectors added to the inputs of temporal attention (Motion Inversion, https://arxiv.org/abs/2403.20193, section 3.2):
-    `qk` [F, C] to queries and keys, the same at every spatial position, and `v` [rows, columns, F, C] to values.
+    """Vectors added to the inputs of temporal attention (Motion Inversion, https://arxiv.org/abs/2403.20193, section 3.2).
 
-    They are interpolated linearly to other frame counts and grids. Outside training, unless the form says otherwise, the value
-    embedding of every frame but the first is replaced with its difference from the previous frame's (the authors do this to
-    keep appearance out).
+    `qk` ([F, C]) is added to the inputs of queries and keys, and is the same at every spatial position. `v`
+    ([rows, columns, F, C]) is added to the inputs of values. Both are interpolated linearly to other frame counts and grids.
+    Outside training, the value embedding of every frame but the first is by default replaced with its difference from the
+    previous frame's, which the authors do to keep appearance out.
     """
 
     keys: ClassVar[Mapping[str, int]] = {"qk": 2, "v": 4}
@@ -139,14 +139,14 @@ class FrameEmbeddings(Branch):
 
 
 def resized_frames(embedding: Tensor, frames: int) -> Tensor:
-    """Interpolates linearly in time: [F, C] -> [frames, C]."""
+    """Interpolates linearly in time, [F, C] -> [frames, C]."""
     if len(embedding) == frames:
         return embedding
     return F.interpolate(embedding.T[None], size=frames, mode="linear", align_corners=False)[0].T
 
 
 def resized_places(embedding: Tensor, grid: tuple[int, int], frames: int) -> Tensor:
-    """Interpolates linearly in space and time: [rows, columns, F, C] -> [*grid, frames, C]."""
+    """Interpolates linearly in space and time, [rows, columns, F, C] -> [*grid, frames, C]."""
     size = (*grid, frames)
     if embedding.shape[:3] == size:
         return embedding
@@ -156,5 +156,5 @@ def resized_places(embedding: Tensor, grid: tuple[int, int], frames: int) -> Ten
 
 
 def differences(embedding: Tensor) -> Tensor:
-    """Replaces every frame but the first with its difference from the previous one: [..., F, C]."""
+    """Replaces every frame but the first of [..., F, C] with its difference from the previous frame."""
     return torch.cat([embedding[..., :1, :], embedding.diff(dim=-2)], dim=-2)

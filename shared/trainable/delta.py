@@ -1,4 +1,4 @@
-"""Keeps changed weights as differences, so that they can be scaled by a strength and removed without a trace."""
+"""Stores changed weights as differences, so that they can be scaled by a strength and removed without a trace."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _count = itertools.count()
 
 
 class DeltaAdapter:
-    """W = W_0 + sum of strength * delta over all delta adapters on W; satisfies `shared.backbones.protocol.Adapter`.
+    """An adapter (`shared.backbones.protocol.Adapter`) that adds strength * delta to weights W_0 of the network.
 
-    The original bytes are kept while any delta exists; at strength 0 and after `eject` they are restored exactly.
+    Several such adapters on one weight add up. The original bytes are kept while any delta exists. At strength 0 and after
+    `eject` they are restored exactly.
     """
 
     def __init__(
@@ -27,15 +28,17 @@ class DeltaAdapter:
         self.backbone, self.slot, self.targets = backbone, slot, dict(targets)
         self.deltas = {k: nn.Parameter(v.detach().float().clone(), requires_grad=False) for k, v in deltas.items()}
         self.strength = 0.0
-        self.number = next(_count)  # sums run in order of injection, so that toggling restores exact values
+        self.number = next(
+            _count
+        )  # changes are summed in order of injection, so that toggling one restores exact values
 
     @classmethod
     def inject(cls, backbone: Backbone, name: str, slot: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:
-        """Registers the deltas under a concept's name; they act immediately, at that name's strength.
+        """Registers the deltas under a concept's name. They act immediately, at that name's strength.
 
         Args:
-            slot: the recipe slot that they come from, which distinguishes several parts of one concept
-            deltas: "{component}.{path of the parameter}" -> its change, in the parameter's shape
+            slot: the recipe's slot that the deltas come from, which distinguishes several parts of one concept
+            deltas: the change of each parameter, in its shape, by `{component}.{path of the parameter}`
 
         Raises:
             ValueError: if the model lacks a parameter or has it in a different shape
@@ -44,7 +47,7 @@ class DeltaAdapter:
         unknown = sorted(k for k, p in targets.items() if p is None)
         if unknown:
             raise ValueError(
-                f"{len(unknown)} of {len(deltas)} changed weights are not in this model, for example {unknown[0]!r}"
+                f"this model lacks {len(unknown)} of {len(deltas)} changed weights, for example {unknown[0]!r}"
             )
         for key, parameter in targets.items():
             if parameter is not None and parameter.shape != deltas[key].shape:
@@ -59,10 +62,10 @@ class DeltaAdapter:
         return iter(self.deltas.values())
 
     def train(self, mode: bool) -> None:
-        """Does nothing: the sum is the same in and outside training."""
+        """Does nothing, because the sum is the same during training and outside of it."""
 
     def set_strength(self, strength: float) -> None:
-        """Rewrites the weights; 0 restores the original bytes."""
+        """Rewrites the weights for this strength. 0 restores the original bytes."""
         if strength == self.strength:
             return
         self.strength = strength

@@ -16,21 +16,21 @@ from shared.trainable.base import OnRoles, TrainableGroup
 
 
 class Lora(OnRoles):
-    """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the adapter starts as the identity.
+    """Adds (alpha / rank) B A to the weights W of the modules of `roles`. B starts at 0, so nothing changes at first.
 
-    With `min_rank`, it is T-LoRA (https://arxiv.org/abs/2507.05964, section 3): W' = W + (alpha / rank) B M_t A, where the mask
-    M_t keeps the first r(t) directions: all of them at no noise, `min_rank` at full noise, where training on a few pictures
-    overfits most (to their poses and layouts). The mask also applies at sampling.
+    With `min_rank`, this is T-LoRA (https://arxiv.org/abs/2507.05964, section 3), W' = W + (alpha / rank) B M_t A, where the
+    mask M_t keeps the first r(t) directions. All of them act without noise, and only `min_rank` at full noise, where training
+    on a few pictures overfits most to their poses and layouts. The mask is also applied during sampling.
     """
 
     kind: Literal["lora"] = "lora"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    alpha: Real | None = None  # null: equal to rank, so that the scale is 1
+    alpha: Real | None = None  # if null, equal to rank, so that the scale is 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # probability that an input of A is set to 0 in training
-    min_rank: Annotated[int, Field(ge=0, le=4096)] | None = None  # rank at full noise; null: the same at all times
-    orthogonal: bool = False  # A starts with orthonormal rows, so that no masked direction repeats another
-    dora: bool = False  # separate magnitude and direction; the norm is treated as constant in backward
+    min_rank: Annotated[int, Field(ge=0, le=4096)] | None = None  # rank at full noise; if null, always the full rank
+    orthogonal: bool = False  # whether A starts with orthonormal rows, so that no two directions overlap
+    dora: bool = False  # train magnitude and direction separately (DoRA); the backward pass treats the norm as constant
 
     @property
     def taxonomy(self) -> str:
@@ -42,15 +42,19 @@ class Lora(OnRoles):
         if self.min_rank is not None and self.min_rank > self.rank:
             raise ValueError(f"min_rank = {self.min_rank} must not exceed rank = {self.rank}")
         if self.min_rank is not None and self.dora:
-            raise ValueError("min_rank: DoRA's magnitude belongs to the full rank; leave out min_rank or dora")
+            raise ValueError(
+                "min_rank does not work with dora, whose magnitude is for the full rank; leave out one of them"
+            )
         return self
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Injects LoRA layers into every component of the roles; the new weights are trainable."""
+        """Injects trainable LoRA layers into every component in which the roles have modules."""
         targets, ports = self.modules(backbone, slot)
         text = sorted(c for c in targets if c.startswith("text_encoder"))
         if self.min_rank is not None and text:
-            raise ValueError(f"trainable.{slot}.min_rank: {text[0]} sees no noise; adapt it with a separate part")
+            raise ValueError(
+                f"trainable.{slot}.min_rank: {text[0]} has no noise level; train it with another part, without min_rank"
+            )
         adapters = []
         for component, modules in targets.items():
             config = LoraConfig(

@@ -1,9 +1,9 @@
 """Lets LoRA layers compute with one merged weight, W' = W + s B A, instead of a second, narrow layer in parallel.
 
-peft's layers compute W x + s B (A x): two extra products, and two passes over the output. When x has many rows, W' is cheaper.
-Results are equal up to rounding, and exactly those of W if B is 0. Merging happens only inside `merged_layers()`, which
-sampling and teachers use: predictions that a training step compares must all be rounded in the same way, and with a backward
-pass peft's own forward is just as fast.
+peft's layers compute W x + s B (A x), which takes two extra products and two passes over the output. When x has many rows, W'
+is cheaper. Results are equal up to rounding, and exactly those of W if B is 0. Layers are merged only inside
+`merged_layers()`, which is used for sampling and for teachers. Training does without it: the predictions that a training step
+compares must all be rounded in the same way, and with a backward pass peft's own forward is just as fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _merges: ContextVar[bool] = ContextVar("merges", default=False)
 
 @contextmanager
 def merged_layers() -> Iterator[None]:
-    """Inside this context, LoRA layers compute with merged weights where possible and cheaper, but not with gradients."""
+    """Inside this context, LoRA layers compute with merged weights wherever that is possible and cheaper. Layers that need
+    gradients do not."""
     token = _merges.set(True)
     try:
         yield
@@ -36,7 +37,7 @@ def merged_layers() -> Iterator[None]:
 
 
 def merge_in_forward(layer: nn.Module) -> None:
-    """Prepares one of peft's LoRA layers for `merged_layers`; leaves other layers alone. Calling it again changes nothing."""
+    """Prepares one of peft's LoRA layers for `merged_layers`. Other layers are left unchanged, and so are prepared ones."""
     if type(layer) in (Linear, Conv2d):
         layer.forward = MethodType(_forward, layer)
 
@@ -55,10 +56,15 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
-    """Returns the factors that currently act on a layer. None if peft's own forward must be used: with gradients; in half
-    precision and autocast, where W' would round B A away; with hooks on the layer, or dropout or anything else between A, B
-    and x; for variants of LoRA layers; if x has too few rows for W' to be cheaper; and on devices other than the CPU, where
-    it has not been measured."""
+    """Returns the factors that currently act on a layer, or None if peft's own forward must be used. That is the case
+
+    - with gradients enabled,
+    - in half precision or under autocast, where W' could round B A away,
+    - with hooks on the layer, or with dropout or anything else between A, B and x,
+    - with variants of LoRA layers,
+    - when x has too few rows for W' to be cheaper,
+    - on devices other than the CPU, where the gain has not been measured.
+    """
     base = layer.base_layer
     if torch.is_grad_enabled() or layer.disable_adapters or layer.merged or not _plain(base):
         return None
@@ -81,8 +87,8 @@ def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
 
 
 def _rank(a: Any) -> int | None:
-    """Returns how many directions of A act. During sampling, a rank that falls with the noise is the same for all rows. None
-    if rows differ, or if A has any other hook."""
+    """Returns how many directions of A act, or None if that differs between rows or A has an unknown hook. During sampling, a
+    rank that falls with the noise is the same for all rows."""
     if not _hooked(a):
         return len(a.weight)
     falls = [hook for hook in a._forward_hooks.values() if isinstance(hook, RankByNoise)]
@@ -104,8 +110,8 @@ def _hooked(module: Any) -> bool:
 
 
 def _pays(base: Any, x: Tensor) -> bool:
-    """Tells whether computing B A (r out K multiplications, with K inputs per output) costs less than r (out + K) per row of
-    x."""
+    """Whether merging is cheaper. B A takes r * out * K multiplications, where K is the number of inputs per output; without
+    merging, each row of x takes r * (out + K)."""
     if x.ndim < base.weight.ndim:
         return False
     out, inputs = len(base.weight), base.weight[0].numel()

@@ -1,4 +1,4 @@
-"""Any peft method by name (https://github.com/huggingface/peft): OFT, LoKr, LoHa, IA3, BOFT and others."""
+"""Trains any of peft's methods by name, such as OFT, LoKr, LoHa, IA3 and BOFT (https://github.com/huggingface/peft)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from shared.trainable.adapter import PeftAdapter, config_from_dict
 from shared.trainable.base import OnRoles, TrainableGroup
 from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED, unsuited, why_not
 
-Number = Annotated[int, Field(ge=-(2**31), le=2**31)] | Real  # peft has seeds among its settings
+Number = Annotated[int, Field(ge=-(2**31), le=2**31)] | Real  # integers may be large because some settings are seeds
 Plain = bool | Number | str | dict[str, Number]
 
 
 class Peft(OnRoles):
-    """The adapter that peft calls `type`, with peft's own `settings`, on the modules of `roles`.
+    """The peft method named `type`, with peft's own `settings`, on the modules of `roles`.
 
-    It starts as the exact identity, except for DEFT and HRA, whose products of reflections leave rounding errors (1e-6).
-    Methods that cannot be trained, saved and removed again are rejected with the reason.
+    The adapter starts as the exact identity, except that DEFT and HRA start with rounding errors (1e-6) from their products of
+    reflections. Methods that cannot be trained, saved and removed again are rejected with the reason.
     """
 
     kind: Literal["peft"] = "peft"
-    type: str  # as peft writes it: "OFT"
+    type: str  # the method's name in peft's spelling, such as "OFT"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
     settings: dict[str, Plain] = {}
 
@@ -50,9 +50,9 @@ class Peft(OnRoles):
         return self
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Injects the adapter into every component of the roles; the new weights are trainable.
+        """Injects trainable adapters into every component in which the roles have modules.
 
-        Raises ValueError for roles with layers that this method cannot adapt, and for settings that do not fit them.
+        Raises ValueError when the roles include layers that this method cannot adapt, or the settings do not fit them.
         """
         targets, ports = self.modules(backbone, slot)
         for component, modules in targets.items():
@@ -60,9 +60,9 @@ class Peft(OnRoles):
             bad = unsuited(self.type, {m: _kernel(network.get_submodule(m)) for m in modules})
             if bad:
                 raise ValueError(
-                    f"trainable.{slot}: {self.type} adapts only {ADAPTER_TYPES[self.type].layers} layers, but "
-                    f"{len(bad)} of the {len(modules)} that roles={list(self.roles)} select in {component} are other "
-                    f"convolutions, for example {bad[0]}; choose other roles or another type"
+                    f"trainable.{slot}: {self.type} adapts only {ADAPTER_TYPES[self.type].layers} layers, which excludes "
+                    f"{len(bad)} of the {len(modules)} layers that roles={list(self.roles)} select in {component}, for "
+                    f"example {bad[0]}; choose other roles or another type"
                 )
         adapters = []
         try:
@@ -91,7 +91,7 @@ class Peft(OnRoles):
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:
-    """Returns a convolution's kernel size, even inside adapter wrappers; () for a linear layer."""
+    """Returns a convolution's kernel size, or () for a linear layer, looking inside any adapter wrappers."""
     base: Any = getattr(module, "base_layer", module)
     while hasattr(base, "base_layer"):
         base = base.base_layer
@@ -99,9 +99,9 @@ def _kernel(module: nn.Module) -> tuple[int, ...]:
 
 
 def _check_value(key: str, value: Plain, default: Any) -> None:
-    """Raises ValueError if peft's default has a plain type and the value has a different one."""
+    """Raises ValueError if peft's default is a bool, int, float or str, and the value has a different type."""
     for kind in (bool, int, float, str):
         if type(default) is kind:
             fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
             if not fits or (kind is not bool and isinstance(value, bool)):
-                raise ValueError(f"{key} = {value!r}: must have the type of peft's default, {default!r}")
+                raise ValueError(f"{key} = {value!r} must have the type of peft's default, {default!r}")

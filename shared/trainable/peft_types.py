@@ -1,4 +1,4 @@
-"""The peft methods that `kind: peft` offers, the settings that a recipe may set, and the reasons why others are not offered.
+"""The peft methods that `kind: peft` offers, the settings that recipes may change, and why other methods are not offered.
 
 Each one was tested on linear layers and convolutions with peft 0.21.2 (see `tests/core/test_trainable_peft.py`): it starts
 as the identity, gets a gradient, computes the same outputs after saving and loading, leaves the network unchanged after
@@ -17,10 +17,10 @@ from typing import Any
 class AdapterType:
     """One of peft's methods."""
 
-    settings: frozenset[str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # always set, so that the adapter starts as the identity
-    exact_start: bool = True  # False: it starts as the identity up to rounding
-    layers: str = "any"  # "linear"; "linear or 1x1": also convolutions with 1x1 kernels
+    settings: frozenset[str]  # the settings that a recipe may change
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # set so that the adapter starts as the identity
+    exact_start: bool = True  # whether it starts as the exact identity, not only up to rounding
+    layers: str = "any"  # "any", "linear", or "linear or 1x1" (also convolutions with 1x1 kernels)
 
 
 def _type(*settings: str, **more: Any) -> AdapterType:
@@ -32,7 +32,7 @@ _LYCORIS = ("r", "alpha", *_PATTERNS, "rank_dropout", "module_dropout", "use_eff
 _CAYLEY = ("use_cayley_neumann", "num_cayley_neumann_terms")
 _ZERO = {"init_weights": True}
 
-#: peft's name of the method -> its limits and settings.
+#: The available methods by peft's name.
 ADAPTER_TYPES: Mapping[str, AdapterType] = {
     "BEFT": _type(layers="linear"),
     "BOFT": _type("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"),
@@ -85,14 +85,14 @@ UNSUPPORTED: Mapping[str, str] = {
     "ADAMSS": "it needs calls between steps to choose its subspaces",
     "OSF": f"{_HALF}, and it trains nothing on convolutions",
     "POLY": "it needs a task number with every prediction",
-    "SUPERTUNING": "the positions it trains are numbers too large for a concept's tensors",
+    "SUPERTUNING": "it stores the positions of trained weights as numbers that are too large for a concept's tensors",
     "TRAINABLE_TOKENS": "use modifier.kind=learnable_token to learn new words",
     "XLORA": "it mixes adapters of a language model",
 }
 
 
 def why_not(peft_type: str) -> str:
-    """Explains why a method is not offered, and lists those that are; "" if it is offered."""
+    """Explains why a method is not offered, and lists those that are. Returns "" if the method is offered."""
     if peft_type in ADAPTER_TYPES:
         return ""
     reason = UNSUPPORTED.get(peft_type, "it has not been tested with this suite")
@@ -100,7 +100,8 @@ def why_not(peft_type: str) -> str:
 
 
 def unsuited(peft_type: str, kernels: Mapping[str, Iterable[int]]) -> list[str]:
-    """Lists the layers that such an adapter cannot wrap. `kernels`: layer -> its kernel size, () for a linear layer."""
+    """Lists the layers that an adapter of this type cannot wrap. `kernels` maps each layer to its kernel size, which is () for
+    a linear layer."""
     allowed = ADAPTER_TYPES[peft_type].layers
     sides = {name: list(kernel) for name, kernel in kernels.items()}
     bad = {"any": lambda k: False, "linear": bool, "linear or 1x1": lambda k: any(side != 1 for side in k)}[allowed]

@@ -1,4 +1,4 @@
-"""Lowers a LoRA's rank as the noise grows (T-LoRA, https://arxiv.org/abs/2507.05964)."""
+"""Lowers the rank of a LoRA as the noise increases (T-LoRA, https://arxiv.org/abs/2507.05964)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ _T = 1000  # number of timesteps in the model's training schedule
 
 
 def rank_at(t: Tensor, rank: int, min_rank: int) -> Tensor:
-    """Returns r(t) = floor((r - r_min) (T - t) / T) + r_min: how many of `rank` directions act at times t [B]; int64."""
+    """Returns the number of directions, out of `rank`, that act at times t [B], int64:
+    r(t) = floor((r - r_min) (T - t) / T) + r_min."""
     return ((rank - min_rank) * (_T - t.double()) / _T).floor().long() + min_rank
 
 
 class RankByNoise:
-    """A hook on a LoRA's first matrix that passes on only the first r(t) values of its output.
+    """A hook on a LoRA's first matrix that sets all but the first r(t) values of the output to 0.
 
-    Each picture of a batch has its own time in the current prediction; in layers with several rows per picture (frames,
-    positions), the time is repeated. The hook adds no parameters and changes neither repr nor the state dict.
+    Each picture of a batch has its own time in the current prediction. In layers with several rows per picture (for frames or
+    positions), that time applies to all of its rows. The hook adds no parameters and changes neither repr nor the state dict.
     """
 
     def __init__(self, backbone: Backbone, min_rank: int) -> None:
@@ -36,7 +37,7 @@ class RankByNoise:
         return ranks.pop() if len(ranks) == 1 else None
 
     def __call__(self, module: Any, _args: Any, out: Tensor) -> Tensor:
-        """Masks the output of a linear layer, [B * n, …, r], or of a convolution, [B * n, r, …]."""
+        """Masks the output of a linear layer ([B * n, …, r]) or of a convolution ([B * n, r, …])."""
         t = self.backbone.prediction_time
         assert t is not None, "a rank that falls with the noise is only known inside backbone.predict"
         linear = isinstance(module, nn.Linear)

@@ -1,4 +1,5 @@
-"""Manages one parameter's values: the originals, the saved changes on top of them, and the values being trained."""
+"""Manages the values of one parameter, which consist of the original values, saved changes on top of them, and the change that
+is being trained."""
 
 from __future__ import annotations
 
@@ -20,20 +21,21 @@ class Owner(Protocol):
 
 
 class Stack:
-    """W = W_0 + sum of strength * delta. It stays attached to the parameter for as long as anything changes the weights.
+    """The changes of one parameter, W = W_0 + sum of strength * delta. The stack stays attached to the parameter as long as
+    anything changes it.
 
-    The parameter object itself is kept and only its tensor is swapped, so the original bytes can be restored exactly, and an
-    autograd graph built on one tensor keeps that tensor.
+    The parameter object is kept and only its tensor is swapped. The original bytes can therefore be restored exactly, and an
+    autograd graph keeps the tensor that it was built on.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
         self.original = parameter.data
-        self.parts: dict[Any, tuple[Tensor, float]] = {}  # active saved changes: owner -> delta, strength
+        self.parts: dict[Any, tuple[Tensor, float]] = {}  # delta and strength of the active saved changes, by owner
         self.training: Training | None = None
 
     def put(self, owner: Owner, delta: Tensor, strength: float) -> None:
-        """Applies a saved change at this strength on top of the others; 0 removes it."""
+        """Applies a saved change at this strength on top of the others. Strength 0 removes it."""
         self.parts.pop(owner, None)
         if strength:
             self.parts[owner] = (delta, strength)
@@ -65,32 +67,31 @@ class Stack:
 
 
 class Training:
-    """The trained values of one parameter: W_0 + other changes + delta, in fp32, updated by the optimizer.
+    """The values of one parameter that is being trained, W_0 + other changes + delta, in fp32. The optimizer updates them.
 
-    Delta is not stored but computed, as the values minus W_0 and the other changes. `settle` rounds the values so that adding
-    delta back reproduces them bit for bit, and the saved change is therefore exact. (`settle` is idempotent in fp32; this was
+    Delta is not stored, but computed as the values minus W_0 and the other changes. `settle` rounds the values so that adding
+    delta back reproduces them bit for bit, which makes the saved change exact. (`settle` is idempotent in fp32; this was
     checked for every exponent that occurs in weights.)
 
-    The parameter holds these values only at strength 1 and with the same other changes active as in training; otherwise it
-    holds a computed sum and has no gradient.
+    The parameter has these values only at strength 1, and while the same other changes are active as in training. Otherwise,
+    it is set to a computed sum and has no gradient.
     """
 
     def __init__(self, stack: Stack, owner: Owner) -> None:
         self.stack, self.owner, self.strength, self.full_precision = stack, owner, 0.0, True
-        self.reference = dict(
-            stack.parts
-        )  # the changes below it: the same as the stack's parts until another adapter changes
+        # the changes on top of which this one is trained; the same as the stack's parts until another adapter changes
+        self.reference = dict(stack.parts)
         self.values = stack.below(self.reference).clone()
         self._shown, self._settled = False, -1
         self._wants_grad = stack.parameter.requires_grad
 
     def delta(self) -> Tensor:
-        """Returns the change being trained, in fp32, on the parameter's device."""
+        """Returns the change that is being trained, in fp32, on the parameter's device."""
         self.settle()
         return self.current() - self.stack.below(self.reference)
 
     def current(self) -> Tensor:
-        """Returns the values being trained, on the parameter's device."""
+        """Returns the values that are being trained, on the parameter's device."""
         if self._shown and self.stack.parameter.dtype == torch.float32:
             return self.stack.parameter.data  # valid even if the network has been moved in the meantime
         return self.values.to(self.stack.parameter.device)
@@ -99,7 +100,7 @@ class Training:
     def settle(self, again: bool = True) -> None:
         """Rounds the values so that their fp32 difference from W_0 + other changes represents them exactly.
 
-        Repeating it changes nothing. Without `again`, it runs only if the parameter was written to since the last call.
+        Repeating this changes nothing. Without `again`, it runs only if the parameter was written to since the last call.
         """
         version = self.stack.parameter._version
         if version == self._settled and not again:
@@ -111,16 +112,16 @@ class Training:
 
     @torch.no_grad()
     def load(self, delta: Tensor) -> None:
-        """Sets the values being trained from a change; the inverse of `delta`."""
+        """Sets the values that are being trained from a change. Inverts `delta`."""
         below = self.stack.below(self.reference)
         values = self.current()
         values.copy_(below + delta.to(below.device))
         self.values = values
-        torch.clear_autocast_cache()  # it caches casts of weights that require a gradient
+        torch.clear_autocast_cache()  # autocast caches casts of weights that require a gradient
         self.stack.show()
 
     def enter(self) -> None:
-        """Installs the values in the parameter: in fp32 in training mode, otherwise rounded to the network's own precision."""
+        """Puts the values into the parameter, in fp32 in training mode, and otherwise in the network's own precision."""
         self.values, self._shown = self.values.to(self.stack.parameter.device), True
         self._expose()
         self.stack.parameter.requires_grad_(self._wants_grad)
@@ -137,7 +138,7 @@ class Training:
         self.stack.parameter.data = self.values if self.full_precision else self.values.to(self.stack.original.dtype)
 
     def leave(self) -> None:
-        """Withdraws the values from the parameter and turns off its gradient, because a sum of changes is not a leaf tensor.
+        """Stops using the parameter for the values, and turns off its gradient, because it is then set to a computed sum.
 
         This also keeps autocast, which caches casts of weights that require a gradient, from using its cast of the values.
         """
@@ -148,7 +149,7 @@ class Training:
 
 
 def _same(a: dict[Any, tuple[Tensor, float]], b: dict[Any, tuple[Tensor, float]]) -> bool:
-    """Tells whether the same tensors are applied at the same strengths."""
+    """Whether the same tensors are applied at the same strengths."""
     return a.keys() == b.keys() and all(
         delta.data_ptr() == b[owner][0].data_ptr() and strength == b[owner][1] for owner, (delta, strength) in a.items()
     )

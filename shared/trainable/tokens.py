@@ -10,8 +10,8 @@ from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 
 
 class Tokens(TrainablePart):
-    """Trains the token vectors of the concept's modifier. Every row of the embedding table stays bit-identical, because the
-    new vectors never enter the table."""
+    """Trains the token vectors of the concept's modifier. The embedding table stays bit-identical, because the new vectors
+    are not stored in it."""
 
     taxonomy: ClassVar[str] = "token embeddings"
     kind: Literal["tokens"] = "tokens"
@@ -19,9 +19,10 @@ class Tokens(TrainablePart):
     weight_decay: NotNegative | None = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Trains the tokens of every attached concept that is not frozen (loaded concepts are). `name` is ignored.
+        """Makes the tokens of every attached concept trainable, except those of loaded concepts, which are frozen. `name` is
+        ignored.
 
-        Raises ValueError if no concept being trained has learnable tokens.
+        Raises ValueError if no concept that is being trained has learnable tokens.
         """
         parameters = [
             p

@@ -1,4 +1,4 @@
-"""Trains existing weights: full fine-tuning (DreamBooth, https://arxiv.org/abs/2208.12242), or the keys and values of
+"""Trains existing weights, for example all of them (DreamBooth, https://arxiv.org/abs/2208.12242), or the keys and values of
 cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from shared.trainable.stack import Training, stack_of
 
 
 class Weights(OnRoles):
-    """Trains the weights (and biases) of `roles` themselves, in fp32, and saves them as differences from the originals.
+    """Trains the weights and biases in the modules of `roles`, in fp32, and saves them as differences from the originals.
 
-    Besides gradients and optimizer state, memory holds one more copy of the weights (the originals), in the precision and on
-    the device that the network was loaded with. Switching the part off (for a penalty's base prediction) copies nothing; a
-    strength between 0 and 1 needs one sum per weight.
+    Besides gradients and optimizer state, this takes memory for a copy of the original weights, in the precision and on the
+    device that the network was loaded with. Nothing is copied when the part is switched off, for example for a penalty's base
+    prediction. A strength between 0 and 1 takes one sum per weight.
     """
 
     taxonomy: ClassVar[str] = "weights"
     kind: Literal["weights"] = "weights"
-    roles: tuple[str, ...] = ("cross_attention.kv",)  # "denoiser.all": full fine-tuning
+    roles: tuple[str, ...] = ("cross_attention.kv",)  # "denoiser.all" for full fine-tuning
     lr: Rate = 5e-6  # learning rate
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Unfreezes the parameters of the roles' modules; training starts from their current values.
+        """Unfreezes the parameters of the roles' modules. Training starts from their current values.
 
-        Raises ValueError if a role is unknown or has no parameters, or another slot already trains them.
+        Raises ValueError if a role is unknown, if its modules have no parameters, or if another slot already trains them.
         """
         targets, ports = self.modules(backbone, slot)
         keys = weights_of(backbone, targets)
@@ -51,7 +51,7 @@ class Weights(OnRoles):
 
 
 def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list[str]:
-    """Lists the parameters that these modules (by component) hold directly, as `{component}.{path}`."""
+    """Lists the parameters that these modules (by component) have directly, as `{component}.{path}`."""
     keys = []
     for component, paths in targets.items():
         for path in paths:
@@ -65,9 +65,9 @@ def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list
 
 
 class TrainedWeights(DeltaAdapter):
-    """Weights being trained, as an adapter: its `parameters` are the network's own, and its state is their change.
+    """An adapter whose parameters are the network's own weights, and whose state is their change since training began.
 
-    W = W_0 + strength * delta, with a gradient at strength 1; strength 0 restores the original bytes.
+    It computes W = W_0 + strength * delta. W has a gradient at strength 1; strength 0 restores the original bytes.
     """
 
     def __init__(self, backbone: Backbone, name: str, slot: str, targets: Mapping[str, nn.Parameter]) -> None:
@@ -105,12 +105,13 @@ class TrainedWeights(DeltaAdapter):
             parameter.requires_grad_(on)
 
     def train(self, mode: bool) -> None:
-        """Uses fp32 weights for training, whatever the network's precision; otherwise the values that loading would produce."""
+        """Switches to fp32 weights for training, whatever the network's precision, or to the values that a saved and reloaded
+        concept would have."""
         for training in self.training.values():
             training.train(mode)
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength; 0 restores the original bytes."""
+        """Sets the strength. 0 restores the original bytes."""
         if not self.training:
             return super().set_strength(strength)
         self.strength = strength
@@ -120,7 +121,7 @@ class TrainedWeights(DeltaAdapter):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the changes in fp32 on the CPU, computed one weight at a time, so that the device never holds a full copy."""
+        """Returns the changes in fp32 on the CPU, computed one weight at a time to avoid a full copy on the device."""
         if not self.training:
             return super().state_dict()
         return {key: t.delta().cpu().contiguous() for key, t in self.training.items()}
@@ -133,7 +134,7 @@ class TrainedWeights(DeltaAdapter):
             training.load(state[key])
 
     def finish(self) -> None:
-        """Ends training: from now on this is an ordinary saved change, and another can be trained on top of it."""
+        """Ends training. The adapter becomes an ordinary saved change, on top of which another one can be trained."""
         strength, self.strength = self.strength, 0.0
         self.deltas = {k: nn.Parameter(t.delta(), requires_grad=False) for k, t in self.training.items()}
         self._leave()
