@@ -1,1 +1,1 @@
-"""3D assets of subjects learned from pictures, by score distillation."""
+"""Makes 3D assets of subjects learned from pictures, using score distillation."""

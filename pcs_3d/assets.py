@@ -1,4 +1,4 @@
-"""Assets as files: a recipe and a prompt become a folder with a mesh, renders and a turntable."""
+"""Makes an asset from a recipe and a prompt, and writes it as a folder with a mesh, renders and a turntable."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ from shared.train import checkpoint
 from shared.train.log import check_log
 from shared.types import Subject
 
-#: (field, folder, settings) -> a description of the mesh that it writes into the folder.
+#: Called with the field, the folder and the export settings. Writes a mesh into the folder and returns a description of
+#: it.
 Export = Callable[[Any, Path, Any], Exported]
 ABOUT = "asset.json"
 _SIDES, _SECONDS = 8, 3.0
-_REFERENCES, _REFERENCE = 8, 96  # number of a subject's pictures on the page, and their side in pixels
-_TURN_FRAMES, _TURN_SIDE = 24, 128  # number of frames of the turntable on a page, and their side in pixels
+_REFERENCES, _REFERENCE = 8, 96  # how many of a subject's pictures the page shows, and their side in pixels
+_TURN_FRAMES, _TURN_SIDE = 24, 128  # frame count of the turntable on a page, and the side of its frames in pixels
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AssetFiles:
         return self.out.with_name(self.out.name + ".training")
 
     def check(self) -> bool:
-        """Whether the asset is already finished. Raises ValueError if existing output would be overwritten."""
+        """Returns whether the asset is already finished. Raises ValueError if existing output would be overwritten."""
         anew = self.overwrite and not self.resume
         begun = not anew and checkpoint.load(self.workdir) is not None
         if self.resume and not begun and not self.overwrite and (self.out / ABOUT).is_file():
@@ -65,7 +66,7 @@ class AssetFiles:
             return False
         check_output(self.workdir, overwrite=True)
         if self.resume:
-            warnings.warn(f"{self.workdir} holds no interrupted run: starting from the beginning", stacklevel=2)
+            warnings.warn(f"{self.workdir} has no interrupted run to resume, so a new run starts", stacklevel=2)
         return False
 
 
@@ -78,12 +79,15 @@ def create(
     export: Export = export_asset,
     plan: MemoryPlan | None = None,
 ) -> Asset:
-    """Creates an asset and writes it. Its folder appears only once it is complete; the saved state of the run is then deleted.
+    """Creates an asset and writes it. The folder appears only once it is complete; the saved state of the run is then
+    deleted.
 
-    plan: the memory plan, if the recipe was changed to fit a budget; recorded in the asset.
+    Args:
+        plan: the memory plan, if the recipe was changed to fit a budget. It is recorded in the asset.
 
     Raises:
-        ValueError: the prompt, concepts and recipe do not fit together, or the field is empty; the state of the run is kept
+        ValueError: the prompt, concepts and recipe do not fit together, or the field is empty. The state of the run is
+            kept.
     """
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
     if plan is not None:
@@ -101,7 +105,8 @@ def create(
 
 @torch.no_grad()
 def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
-    """Writes renders from eight sides and a turntable; by default at the size of the training views."""
+    """Writes renders from eight sides and a turntable. Without export settings, they have the size of the training
+    views."""
     side, frames = (None, 48) if how is None else (how.picture, how.frames)
     around = asset.views(turntable(_SIDES), side).pixels
     for i, picture in enumerate(around):
@@ -111,8 +116,8 @@ def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
 
 
 def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, bytes]]:
-    """Labels and PNGs of what the model learned, for the page: previews of the loaded concepts, and pictures of the subjects
-    learned in this run."""
+    """Returns labelled PNGs that show on the page what the asset was made of: previews of the loaded concepts, and
+    pictures of the run's subjects."""
     previews = [(name, loaded.concept.preview) for name, loaded in runner.loaded.items()]
     out = [(f"concept {name}", path.read_bytes()) for name, path in previews if path is not None and path.is_file()]
     for name, subject in subjects.items():
@@ -129,7 +134,7 @@ def write_turning(asset: Asset, path: Path) -> Path:
 
 
 def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported | None) -> dict[str, Any]:
-    """The content of asset.json: a description of the asset, and everything needed to reproduce it."""
+    """Returns the content of asset.json: a description of the asset and everything needed to reproduce it."""
     backbone = runner.backbone
     return {
         "prompt": recipe.prompt,

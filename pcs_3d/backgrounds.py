@@ -12,7 +12,7 @@ from shared.config import Part, Real
 
 
 class Backgrounds(Part):
-    """The background of each view in a step: one colour.
+    """The background colour of each view in a step.
 
     With probability `random` it is a random colour, otherwise one of `colors`. If the background were always the same
     colour, the field would grow a wall of that colour around the object.
@@ -20,10 +20,11 @@ class Backgrounds(Part):
 
     colors: Annotated[tuple[tuple[Real, Real, Real], ...], Field(min_length=1)] = ((1.0, 1.0, 1.0),)
     random: Annotated[float, Field(ge=0, le=1)] = 0.5
-    same: bool = False  # one colour for all views of a step
+    same: bool = False  # use one colour for all views of a step
 
     def draw(self, count: int, channels: int, generator: Generator) -> Tensor:
-        """Draws backgrounds [B, K, 1, 1] in [0, 1]; for fields in latent space (K is not 3) they are 0."""
+        """Draws the backgrounds of `count` views (`[B, K, 1, 1]`, in [0, 1]). In latent space (K other than 3), they
+        are 0."""
         rows = 1 if self.same else count
         chosen = torch.randint(len(self.colors), (rows,), generator=generator)
         any_color = torch.rand(rows, 3, generator=generator)

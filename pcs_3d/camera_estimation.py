@@ -1,8 +1,8 @@
 """Estimates where pictures of an object were taken from, and crops them to the object.
 
-After cropping, the camera looks at the origin from the usual distance. There are two estimators: one compares the pictures
-with renders of an asset that resembles the object (for any pictures with masks); the other is the toybox's pose estimator
-(only for the toybox's own pictures).
+The camera of a cropped picture looks at the origin from the usual distance. There are two estimators. One compares
+pictures that have masks with renders of an asset that resembles the object. The other is the toybox's pose estimator,
+which works only for the toybox's own pictures.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from pcs_3d.renderers.rendering import Rendering
 _TOYBOX_FILL = 0.92  # share of a picture's side that an object of radius 1 covers at the toybox's scale 1
 _SOLID = 0.5  # pixels of at least this opacity belong to the silhouette
 
-#: Cameras -> renders on white, pixels [B, 3, H, W] in [0, 1], on the CPU.
+#: Renders the asset on white from the given cameras. The pixels (`[B, 3, H, W]`, in [0, 1]) are on the CPU.
 Renders = Callable[[Cameras], Rendering]
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How cameras are placed: their field of view, and the share of a picture's side that an object of radius 1 covers."""
+    """The field of view of the cameras, and the share of a picture's side that an object of radius 1 covers."""
 
     fov_deg: float
     fill: float
 
     def cameras(self, azimuth_deg: Tensor, elevation_deg: Tensor, roll_deg: Tensor | float = 0.0) -> Cameras:
-        """One camera per azimuth, looking at the origin."""
+        """Returns one camera per azimuth, looking at the origin."""
         distance = look_at_distance(self.fov_deg, self.fill)
         return Cameras.of(azimuth_deg, elevation_deg, distance, self.fov_deg, roll_deg)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """For each of N pictures: its crop to the object, and the camera of the cropped picture.
+    """The crops of N pictures to the object, and the cameras of the cropped pictures.
 
-    centre: [N, 2], x right and y down, in [-1, 1] across the picture
-    size: [N], the crop's side relative to the picture's
-    agreement: [N] in [0, 1], how well the picture matches what its camera sees, or None
+    centre: the centre of each crop, [N, 2], x right and y down, in [-1, 1] across the picture
+    size: the side of each crop relative to the picture's, [N]
+    agreement: how well each cropped picture matches the render from its camera, [N] in [0, 1]; None if not measured
     """
 
     cameras: Cameras
@@ -54,17 +54,19 @@ class Estimate:
     agreement: Tensor | None = None
 
     def cut(self, pictures: Tensor, side: int, outside: str = "border") -> Tensor:
-        """[N, C, H, W] -> [N, C, side, side]; `outside` fills what lies beyond the picture: "border" or "zeros"."""
+        """Crops the pictures (`[N, C, H, W]`) and returns them as `[N, C, side, side]`. Where a crop extends beyond its
+        picture, it is filled with the nearest border pixel (`outside` = "border") or with 0 ("zeros")."""
         return _cut(pictures, self.centre, self.size, side, outside)
 
 
 @dataclass(frozen=True)
 class Search:
-    """The cameras to compare.
+    """The cameras to compare with each picture.
 
-    azimuths: how many to try, evenly spaced around the object; each is combined with every elevation
-    refinements: how often the steps between cameras are halved around the best match
-    near_deg: the rough azimuth of each picture, where it is known; at first, only azimuths within `within_deg` of it are tried
+    azimuths: the number of azimuths to try, evenly spaced around the object; each is combined with every elevation
+    refinements: how many times the steps between cameras are halved around the best match
+    near_deg: the rough azimuth of each picture, if known; before the refinements, only azimuths within `within_deg` of
+    it are tried
     """
 
     azimuths: int = 24
@@ -74,7 +76,7 @@ class Search:
     within_deg: float = 45.0
 
     def allowed(self, azimuth_deg: Tensor, picture: int) -> Tensor:
-        """Which azimuths [B] are tried for this picture: bool [B]."""
+        """Returns whether each azimuth (`[B]`) is tried for this picture, as bool `[B]`."""
         if self.near_deg is None:
             return torch.ones_like(azimuth_deg, dtype=torch.bool)
         return wrapped_deg(azimuth_deg - self.near_deg[picture]).abs() <= self.within_deg
@@ -87,10 +89,12 @@ def from_renders(
     masks: Tensor,
     search: Search = Search(),
 ) -> Estimate:
-    """Compares each picture with renders from all around, then with renders at ever smaller steps around the best match.
+    """Estimates cameras by comparing each picture with renders from all around, then with renders at ever smaller steps
+    around the best match.
 
-    A picture is moved and scaled until its silhouette's bounding box has the render's centre and area. The error of a pixel is
-    the mean colour difference where both show the object, and 1 where only one does.
+    A picture is moved and scaled so that the bounding box of its silhouette has the same centre and area as the
+    render's. The error of a pixel is the mean colour difference where both show the object, and 1 where only one of
+    them does.
 
     Args:
         pictures: [N, 3, H, H] in [0, 1]
@@ -102,7 +106,7 @@ def from_renders(
     boxes = _boxes(masks)
     if bool((empty := boxes[:, 2] == 0).any()):
         raise ValueError(
-            f"picture {int(empty.nonzero()[0, 0]) + 1}: its mask shows nothing, so its camera cannot be found"
+            f"the mask of picture {int(empty.nonzero()[0, 0]) + 1} shows nothing, so its camera cannot be found"
         )
     step_azimuth, step_elevation = 360 / search.azimuths, _steps(search.elevations_deg)
     every = torch.arange(search.azimuths) * step_azimuth
@@ -129,7 +133,8 @@ def from_renders(
 
 
 def from_toybox_poses(framing: Framing, pictures: Tensor) -> Estimate:
-    """Estimates cameras with the toybox's pose estimator, for toybox pictures [N, 3, H, H] in [0, 1]."""
+    """Estimates cameras with the toybox's pose estimator. The pictures (`[N, 3, H, H]`, in [0, 1]) must be the toybox's
+    own."""
     from shared.toybox.evaluators.pose import load_pose, path_of
     from shared.toybox.motions.motion import PATH
 
@@ -151,7 +156,7 @@ class _Found:
 
 
 class _Seen:
-    """Renders that show something, with the bounding boxes of their silhouettes."""
+    """Renders and the bounding boxes of their silhouettes. Raises ValueError if no render shows anything."""
 
     def __init__(self, rendering: Rendering) -> None:
         self.opacity = rendering.opacity.clamp(0, 1)
@@ -164,7 +169,7 @@ class _Seen:
 def _best(
     seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor, allowed: Tensor | bool = True
 ) -> _Found:
-    """The best match for a picture [3, H, H] and its mask among those of B renders that are allowed."""
+    """Returns the best match for a picture (`[3, H, H]`) and its mask among those of the B renders that are allowed."""
     count, side = len(directions), seen.pixels.shape[-1]
     size = box[2] / seen.boxes[:, 2].clamp_min(1e-3)
     centre = box[:2] - size[:, None] * seen.boxes[:, :2]
@@ -181,8 +186,8 @@ def _best(
 
 
 def _boxes(opacity: Tensor) -> Tensor:
-    """Silhouettes [B, 1, H, H] -> [B, 3]: the centre (x right, y down) of each bounding box and the square root of its area,
-    in units of half a picture; 0 for empty silhouettes."""
+    """Returns the centre (x right, y down) of each silhouette's bounding box and the square root of its area, in units
+    of half a picture, as `[B, 3]`. All three are 0 for an empty silhouette. The silhouettes are `[B, 1, H, H]`."""
     side, out = opacity.shape[-1], torch.zeros(len(opacity), 3)
     for i, solid in enumerate(opacity[:, 0] >= _SOLID):
         rows, columns = solid.any(1).nonzero(), solid.any(0).nonzero()
@@ -202,6 +207,6 @@ def _cut(pictures: Tensor, centre: Tensor, size: Tensor, side: int, outside: str
 
 
 def _steps(values: tuple[float, ...]) -> float:
-    """The largest step between neighbouring values; 15 for a single one."""
+    """Returns the largest step between neighbouring values, or 15 if there is only one value."""
     ordered = sorted(values)
     return max((b - a for a, b in pairwise(ordered)), default=15.0)

@@ -1,4 +1,4 @@
-"""Cameras of the views in a step."""
+"""Draws the cameras of the views in a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.config import BatchSize, NotNegative, Part, Real
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError(f"{list(value)}: the first must not be greater than the second")
+        raise ValueError(f"{list(value)}: the first number must not be greater than the second")
     return value
 
 
@@ -23,22 +23,22 @@ Range = Annotated[tuple[Real, Real], AfterValidator(_ordered)]
 
 
 class CameraSampling(Part):
-    """Random cameras around an object of radius 1, as DreamFusion and threestudio draw them.
+    """Random cameras around an object of radius 1, drawn as in DreamFusion and threestudio.
 
-    Half of the elevations are uniform in angle, half uniform on the sphere. Azimuths are stratified over the batch. `grown`
-    widens all ranges from 0 (only the front view) to 1 (full ranges). With `ring` = n, every n views share
-    everything but their azimuths, which are evenly spaced around the object (MVDream, https://arxiv.org/abs/2308.16512); only
-    the rings are stratified, not the views within a ring.
+    Half of the elevations are uniform in angle, half uniform on the sphere. Azimuths are stratified over the batch.
+    `grown` scales all ranges, from 0 (only the front view) to 1 (the full ranges). With `ring` = n, each group of n
+    views has the same camera settings except for the azimuths, which are evenly spaced around the object (MVDream,
+    https://arxiv.org/abs/2308.16512). Only the rings are stratified, not the views within a ring.
     """
 
-    azimuth_deg: Range = (-180.0, 180.0)  # 0: the front
-    elevation_deg: Range = (-10.0, 60.0)  # 0: level; 90: from above
+    azimuth_deg: Range = (-180.0, 180.0)  # 0 is the front
+    elevation_deg: Range = (-10.0, 60.0)  # 0 is level, 90 is from above
     fov_deg: Range = (24.53, 24.53)  # vertical field of view
-    fill: Range = (0.75, 0.95)  # how much of the view's side an object of radius 1 covers; determines the distance
+    fill: Range = (0.75, 0.95)  # share of the view's side that an object of radius 1 covers; determines the distance
     distance: Range | None = None  # in radii; overrides `fill`
-    roll_deg: NotNegative = 0.0  # standard deviation
-    look_at: NotNegative = 0.0  # standard deviation of the point looked at, in radii
-    jitter: NotNegative = 0.0  # shift of the camera's position: uniform in ± this value, in radii
+    roll_deg: NotNegative = 0.0  # standard deviation of the roll
+    look_at: NotNegative = 0.0  # standard deviation, in radii, of the point that the camera looks at
+    jitter: NotNegative = 0.0  # the camera's position is shifted along each axis by up to ± this many radii
     grown: Schedule = 1.0
     ring: BatchSize = 1
 
@@ -81,7 +81,7 @@ class CameraSampling(Part):
         return cameras
 
     def _azimuths(self, count: int, size: float, generator: Generator) -> Tensor:
-        """Draws one azimuth in each of `count` equal parts of the range."""
+        """Draws one azimuth in each of `count` equal parts of the range, scaled by `size`."""
         low, high = (size * end for end in self.azimuth_deg)
         places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         return low + (high - low) * places
@@ -96,7 +96,7 @@ class CameraSampling(Part):
 
 
 def moved(cameras: Cameras, shift: Tensor) -> Cameras:
-    """The same cameras moved by `shift` [B, 3], looking at the same places."""
+    """Returns the cameras moved by `shift` (`[B, 3]`), still looking at the same points."""
     offset = cameras.distance[:, None] * cameras.axes[:, 2] + shift
     distance = offset.norm(dim=-1).clamp_min(1e-3)
     elevation = torch.rad2deg(torch.asin((offset[:, 2] / distance).clamp(-1, 1)))

@@ -1,4 +1,4 @@
-"""Cameras that look at an object: angles in degrees, lengths in the object's radii."""
+"""Cameras that look at an object. Angles are in degrees, and lengths are in radii of the object."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DISTANCE, FOV_DEG = 5.0, 24.53
-"""Distance and field of view of the toybox's cameras: an object of radius 1 fills 92 % of the picture's side."""
+"""Distance and field of view of the toybox's cameras, at which an object of radius 1 fills 92 % of the picture's
+side."""
 
 
 @dataclass(frozen=True)
 class Cameras:
     """B pinhole cameras around the origin; fields are float32 [B] unless stated otherwise.
 
-    In the world, x is forward (the object's front), y its left and z up. Azimuth 0 looks at the front, 90 at the object's
-    left; elevation 90 looks from above. `roll_deg` turns the picture clockwise; `fov_deg` is the angle across the picture's
-    shorter side. `centre` [B, 3]: the point in the middle of the picture; the camera is `distance` away from it.
+    In world coordinates, x points to the object's front, y to its left and z up. A camera at azimuth 0 looks at the
+    object's front, at azimuth 90 at its left side, and at elevation 90 from above. `roll_deg` turns the picture
+    clockwise. `fov_deg` is the angle across the picture's shorter side. `centre` (`[B, 3]`) is the point in the middle
+    of the picture, and `distance` is the camera's distance from it.
     """
 
     azimuth_deg: Tensor
@@ -38,7 +40,8 @@ class Cameras:
         roll_deg: Tensor | float = 0.0,
         centre: Tensor | None = None,
     ) -> Cameras:
-        """Cameras with these azimuths; a single number elsewhere applies to all. Raises ValueError as `check` does."""
+        """Returns cameras with these azimuths. A single number for another field applies to all of them. Raises
+        ValueError as `check` does."""
         azimuth = torch.as_tensor(azimuth_deg, dtype=torch.float32).reshape(-1)
 
         def each(value: Tensor | list[float] | float) -> Tensor:
@@ -52,11 +55,12 @@ class Cameras:
         return made
 
     def check(self) -> None:
-        """Raises ValueError for values that are not finite, a distance of 0 or less, or a field of view outside (0, 180)."""
+        """Raises ValueError for values that are not finite, a distance of 0 or less, or a field of view outside (0,
+        180)."""
         if not all(bool(value.isfinite().all()) for value in vars(self).values()):
             raise ValueError("cameras: an angle or a length is not a finite number")
         if bool((self.distance <= 0).any()):
-            raise ValueError(f"cameras: distances must be above 0, but one is {float(self.distance.min()):g}")
+            raise ValueError(f"cameras: distances must be above 0, but the smallest is {float(self.distance.min()):g}")
         if bool(((self.fov_deg <= 0) | (self.fov_deg >= 180)).any()):
             raise ValueError("cameras: fields of view must be between 0 and 180 degrees")
 
@@ -67,7 +71,7 @@ class Cameras:
         return Cameras(*(value[index] for value in vars(self).values()))
 
     def to(self, device: torch.device | str) -> Cameras:
-        """The same cameras, on a device."""
+        """Returns the cameras on a device."""
         return Cameras(*(value.to(device) for value in vars(self).values()))
 
     @staticmethod
@@ -77,7 +81,8 @@ class Cameras:
 
     @property
     def axes(self) -> Tensor:
-        """[B, 3, 3]: the rows are the picture's right and up directions, and the direction from the object to the camera."""
+        """Each camera's axes as the rows of `[B, 3, 3]`: the picture's right and up directions, and the direction from
+        the object to the camera."""
         azimuth, elevation, roll = (torch.deg2rad(a) for a in (self.azimuth_deg, self.elevation_deg, self.roll_deg))
         zero = torch.zeros_like(azimuth)
         right = torch.stack([-azimuth.sin(), azimuth.cos(), zero], -1)
@@ -88,17 +93,17 @@ class Cameras:
 
     @property
     def positions(self) -> Tensor:
-        """[B, 3]: positions of the cameras."""
+        """The positions of the cameras, `[B, 3]`."""
         return self.centre + self.distance[:, None] * self.axes[:, 2]
 
     @property
     def focal(self) -> Tensor:
-        """[B]: focal lengths, for a picture that spans -1 to 1."""
+        """The focal lengths, `[B]`, for a picture that spans -1 to 1."""
         return 1 / torch.tan(torch.deg2rad(self.fov_deg) / 2)
 
     def rays(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Origins and unit directions [B, H, W, 3] of the rays through pixel centres; the field of view spans the shorter
-        side."""
+        """Returns the origins and unit directions of the rays through pixel centres, both `[B, H, W, 3]`. The field of
+        view spans the shorter side."""
         device, shorter = self.distance.device, min(height, width)
         rows = (torch.arange(height, device=device) + 0.5 - height / 2) * (-2 / shorter)
         columns = (torch.arange(width, device=device) + 0.5 - width / 2) * (2 / shorter)
@@ -110,8 +115,12 @@ class Cameras:
         return origins, F.normalize(directions, dim=-1)
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Points [N, 3] or [B, N, 3] -> positions [B, N, 2] in the picture (x right, y up, -1 to 1 along the shorter side) and
-        depths [B, N] along the camera's axis; points behind a camera have a depth of 0 or less."""
+        """Projects points (`[N, 3]` or `[B, N, 3]`) onto the pictures.
+
+        Returns:
+            Positions in each picture (`[B, N, 2]`; x right, y up, -1 to 1 along the shorter side), and depths along the
+            camera's axis (`[B, N]`). Points behind a camera have a depth of 0 or less.
+        """
         moved = points - self.positions[:, None]
         local = torch.einsum("bnj,bij->bni", moved, self.axes)
         depth = -local[..., 2]
@@ -119,20 +128,20 @@ class Cameras:
         return local[..., :2] * self.focal[:, None, None] / safe[..., None], depth
 
     def turned(self, by_deg: float) -> Cameras:
-        """The same cameras, turned around the object by this many degrees."""
+        """Returns the cameras turned around the object by `by_deg` degrees."""
         return replace(self, azimuth_deg=self.azimuth_deg + by_deg)
 
 
 def turntable(count: int, elevation_deg: float = 15.0) -> Cameras:
-    """Places `count` cameras evenly around the object, the first at its front."""
+    """Places `count` cameras evenly around the object, starting at its front."""
     return Cameras.of([360 * i / count for i in range(count)], elevation_deg)
 
 
 def wrapped_deg(angle: Tensor) -> Tensor:
-    """Angles in [-180, 180)."""
+    """Wraps angles to [-180, 180)."""
     return (angle + 180) % 360 - 180
 
 
 def look_at_distance(fov_deg: float, fill: float = 0.92) -> float:
-    """The distance at which an object of radius 1 fills the share `fill` of the picture's side."""
+    """Returns the distance at which an object of radius 1 fills the share `fill` of the picture's side."""
     return 1 / (fill * math.tan(math.radians(fov_deg) / 2))

@@ -32,13 +32,13 @@ from shared.types import Subject
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown recipe, for one that learns the subject itself or needs more than a prompt and a
-    concept, for a model or concept that does not fit, and for a missing package that assets need."""
+    """Raises ValueError if the recipe is unknown, learns the subject itself, or needs more than a prompt and a concept;
+    if the model or concept does not fit; or if a package that assets need is missing."""
     check_installed()
     recipe = _recipe(asked, f"<{asked.name}>")
     check_uses_concept(asked.asset_recipe, recipe)
     if recipe.export is None:
-        raise ValueError("export = null: there would be no mesh to evaluate")
+        raise ValueError("export = null leaves no mesh to evaluate: choose a recipe that exports one")
     _opened(asked, recipe, [asked.concept]).check(recipe, _subjects(asked, recipe))
 
 
@@ -68,13 +68,14 @@ def _recipe(asked: Asked, thing: str) -> Recipe3D:
     recipe = load(asked.asset_recipe, [*asked.asset_settings, *own], "3d", Recipe3D, model)
     if recipe.backbone not in (str(model), str(expanded(str(model)))):
         raise ValueError(
-            f"--set-asset backbone={recipe.backbone}: all modalities use {model}; change it with --backbone"
+            f"--set-asset backbone={recipe.backbone}: all modalities use the same model ({model}); change it with "
+            "--backbone instead"
         )
     return recipe
 
 
 def _subjects(asked: Asked, recipe: Recipe3D) -> dict[str, Subject]:
-    """The subject's pictures, if the recipe compares its renders with them."""
+    """Returns the subject's pictures, if the recipe compares its renders with them."""
     return {asked.name: asked.subject} if compares_with_subject(recipe) else {}
 
 
@@ -89,7 +90,7 @@ def _opened(asked: Asked, recipe: Recipe3D, concepts: Sequence[str]) -> Runner3D
 def _asset(
     runner: Runner3D, recipe: Recipe3D, subjects: dict[str, Subject], out: Path, bars: Bars
 ) -> tuple[Tensor, Path]:
-    """Makes an asset; returns renders of its mesh, [16, 3, H, W] in [-1, 1], and its turntable."""
+    """Makes an asset. Returns renders of its mesh (`[16, 3, H, W]`, in [-1, 1]) and the path of its turntable."""
     files = AssetFiles(out)
     with bars.bar() as progress:
         asset = create(runner, recipe, files, subjects, progress=progress)
@@ -100,8 +101,8 @@ def _asset(
 
 
 def _true(asked: Asked) -> tuple[Tensor, Tensor] | None:
-    """Two sets of renders of the real object: those that set the bar for verification, and those from the usual cameras; None
-    outside the toybox."""
+    """Returns two sets of renders of the real object: those that determine the threshold for verification, and those
+    from the usual cameras. Returns None for a subject that is not from the toybox."""
     held = shown_in(asked.subject.images)
     if held is None:
         return None

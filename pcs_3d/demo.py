@@ -1,4 +1,4 @@
-"""Assets in the demo: a mesh of the subject, or of an ordinary object of its class."""
+"""Makes the demo's asset, a mesh of the subject or of an ordinary object of its class."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from shared.recipe.resolve import load
 from shared.runner.open_runner import open_runner
 from shared.toybox.reference_sets import write_album
 
-_SHOTS, _SIDE = 5, 128  # in the overview: number of renders, and their side in pixels
+_SHOTS, _SIDE = 5, 128  # number of renders in the overview, and their side in pixels
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown recipe, one that learns the subject itself, or a missing package that assets need."""
+    """Raises ValueError if the recipe is unknown or learns the subject itself, or if a package that assets need is
+    missing."""
     check_installed()
     check_uses_concept(asked.asset_recipe, load(asked.asset_recipe, [], "3d", Recipe3D))
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Makes an asset of the subject if it was learned from pictures, otherwise of an ordinary object of its class. A recipe
-    that compares its renders with the subject's pictures gets them in either case."""
+    """Makes an asset of the subject if the subject was learned from pictures, otherwise of an ordinary object of its
+    class. A recipe that compares its renders with the subject's pictures gets these pictures in either case."""
     known = asked.concept.is_dir()
     prompt = f"a photo of a {f'<{asked.concept.stem}>' if known else asked.thing.thing.class_name}"
     recipe = load(asked.asset_recipe, [f"prompt={prompt}"], "3d", Recipe3D)

@@ -1,4 +1,4 @@
-"""Checks for libraries that only assets need."""
+"""Checks that the packages needed only for assets are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ NEEDED = {"nerfacc": "nerfacc", "scipy": "scipy", "skimage": "scikit-image", "tr
 
 
 def check_installed() -> None:
-    """Raises ValueError naming the libraries that are missing."""
+    """Raises ValueError with the names of the missing packages, if there are any."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
-        raise ValueError(f"assets need {', '.join(missing)}: pip install 'personalization-suite[3d]'")
+        raise ValueError(
+            f"assets need packages that are missing ({', '.join(missing)}): pip install 'personalization-suite[3d]'"
+        )

@@ -1,4 +1,5 @@
-"""The recipe of an asset: how renders are guided, which field is optimised, and how it is drawn."""
+"""The recipe of an asset. It determines how renders are guided, which field is optimised, and how the field is
+rendered."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ _FIELDS = {part.model_fields["kind"].default: part for part in get_args(get_args
 
 
 class Recipe3D(DistillRecipe):
-    """The resolved, typed description of how an asset is made. `renderer.kind` defaults to the renderer that draws the
-    field."""
+    """The resolved, typed description of how an asset is made. By default, `renderer.kind` is the renderer for the kind
+    of field."""
 
     field: FieldSettings = Voxels()
     renderer: RendererSettings = Volume()
-    export: ExportSettings | None = ExportSettings()  # null: only renders and a turntable, no mesh
+    export: ExportSettings | None = ExportSettings()  # if null, renders and a turntable are written, but no mesh
 
     @model_validator(mode="before")
     @classmethod
@@ -38,7 +39,8 @@ class Recipe3D(DistillRecipe):
     def _fits(self) -> Recipe3D:
         if self.renderer.kind != self.field.drawn_by:
             raise ValueError(
-                f"renderer.kind = {self.renderer.kind}: a field of kind {self.field.kind} is drawn by {self.field.drawn_by}"
+                f"renderer.kind = {self.renderer.kind} does not fit: a field of kind {self.field.kind} needs "
+                f"renderer.kind={self.field.drawn_by}"
             )
         if self.guidance.space == "latents" and self.export is not None:
             raise ValueError("guidance.space = latents: the field has no colours to write to files: set export=null")

@@ -1,4 +1,4 @@
-"""Pictures with known cameras: the subject's own, or views made by an earlier phase."""
+"""Pictures with known cameras, which are the subject's own or were written by an earlier phase."""
 
 from __future__ import annotations
 
@@ -22,40 +22,42 @@ from shared.types import Subject
 
 
 class References(KindPart):
-    """The cameras of the subject's pictures, in the order of their file names. Azimuth 0 shows the front, 90 the object's left.
+    """The cameras of the subject's pictures, in the order of the pictures' file names. Azimuth 0 shows the front, 90
+    the object's left.
 
-    elevation_deg: one for all pictures, or one for each.
-    fill: how much of a picture's side an object of radius 1 covers.
+    elevation_deg: one elevation for all pictures, or one per picture.
+    fill: the share of a picture's side that an object of radius 1 covers.
     """
 
     kind: Literal["subject"] = "subject"
-    azimuth_deg: Annotated[tuple[Real, ...], Field(min_length=1)]  # one for each picture
+    azimuth_deg: Annotated[tuple[Real, ...], Field(min_length=1)]  # one per picture
     elevation_deg: Real | tuple[Real, ...] = 15.0
     fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG  # vertical field of view of the pictures
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
 
     def cameras(self) -> Cameras:
-        """One camera for each picture. Raises ValueError if there are several elevations, but not one per azimuth."""
+        """Returns one camera per picture. Raises ValueError if there are several elevations, but not one per
+        azimuth."""
         if isinstance(self.elevation_deg, tuple) and len(self.elevation_deg) != len(self.azimuth_deg):
             raise ValueError(
-                f"references: {len(self.azimuth_deg)} azimuths but {len(self.elevation_deg)} elevations: give one of each "
-                "for every picture, or one elevation for all"
+                f"references: the numbers of azimuths ({len(self.azimuth_deg)}) and elevations "
+                f"({len(self.elevation_deg)}) differ: give one of each per picture, or one elevation for all"
             )
         elevations = list(self.elevation_deg) if isinstance(self.elevation_deg, tuple) else self.elevation_deg
         distance = look_at_distance(self.fov_deg, self.fill)
         return Cameras.of(list(self.azimuth_deg), elevations, distance, self.fov_deg)
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
-        """Raises ValueError unless there is one subject, with a picture for each azimuth and, if `masks`, a mask for each
-        picture."""
+        """Raises ValueError unless there is one subject, with one picture per azimuth and, if `masks` is set, a mask
+        for each picture."""
         subject = only(subjects)
         if len(subject.images) != len(self.azimuth_deg):
             raise ValueError(
-                f"references.azimuth_deg: {len(self.azimuth_deg)} azimuths for {len(subject.images)} pictures; give one for "
-                f"each, in this order: {', '.join(p.name for p in subject.images)}"
+                f"references.azimuth_deg must have one azimuth per picture ({len(subject.images)}), but has "
+                f"{len(self.azimuth_deg)}: give them in this order: {', '.join(p.name for p in subject.images)}"
             )
         if masks and (bare := [p.name for p in subject.images if p not in subject.masks]):
-            raise ValueError(f"a penalty needs masks for all pictures, and these have none: {', '.join(bare)}")
+            raise ValueError(f"a penalty needs masks for all pictures, but they are missing for: {', '.join(bare)}")
         self.cameras()
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
@@ -68,12 +70,14 @@ class References(KindPart):
 
 
 class PhaseViews(KindPart):
-    """The pictures of the phase named by `phase`, or of several phases, with their cameras: views that it made
-    (`task.kind=pseudo_views`), or the subject's pictures, whose cameras and masks it found (`task.kind=reference_cameras`).
-    A phase that is named twice counts twice.
+    """The pictures written by one or several earlier phases, with their cameras.
 
-    foreground: in views without masks, a pixel counts as the object if a channel differs from the colour of the view's border
-    by more than this value, in [0, 1]. This suits prompts with a plain background. null: no masks.
+    phase: the name of the phase, or several names. With `task.kind=pseudo_views`, the pictures are views that the phase
+    generated. With `task.kind=reference_cameras`, they are the subject's own, and the phase found their cameras. A
+    phase that is named twice counts twice.
+    foreground: makes masks for views that have none. A pixel belongs to the object if one of its channels differs from
+    the colour of the view's border by more than this value, in [0, 1]. This suits prompts with a plain background. If
+    null, no masks are made.
     """
 
     kind: Literal["phase"] = "phase"
@@ -81,11 +85,11 @@ class PhaseViews(KindPart):
     foreground: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
-        """Raises ValueError if a phase is not among the `earlier` ones that give views, or if `masks` are needed and there are
-        none."""
+        """Raises ValueError if a phase is not among the `earlier` phases that write views, or if masks are needed and
+        missing."""
         for name in self.phases:
             if name not in earlier:
-                raise ValueError(f"references.phase: {unknown(name, earlier, 'earlier phase that gives views')}")
+                raise ValueError(f"references.phase: {unknown(name, earlier, 'earlier phase that writes views')}")
         bare = [name for name in self.phases if not earlier[name]]
         if bare and self.foreground is None and (masks or len(bare) < len(self.phases)):
             why = (
@@ -94,8 +98,8 @@ class PhaseViews(KindPart):
                 else "pictures must either all have masks or all lack them"
             )
             raise ValueError(
-                f"{why}, and the views of the phase {bare[0]} have none: references.foreground=0.25 makes masks from plain "
-                "backgrounds"
+                f"{why}, but the views of the phase {bare[0]} have none: set references.foreground=0.25 to make masks "
+                "of views with plain backgrounds"
             )
 
     @property
@@ -130,7 +134,7 @@ KnownViews = Annotated[References | PhaseViews, Field(discriminator="kind"), def
 
 
 def only(subjects: Mapping[str, Subject]) -> Subject:
-    """The only subject. Raises ValueError if there are several, or none."""
+    """Returns the only subject. Raises ValueError if there are several subjects or none."""
     if len(subjects) != 1:
         raise ValueError(f"references need exactly one subject, but there are {len(subjects)}: give subject.images")
     (subject,) = subjects.values()
@@ -138,7 +142,7 @@ def only(subjects: Mapping[str, Subject]) -> Subject:
 
 
 def camera_entry(cameras: Cameras, i: int) -> dict[str, Any]:
-    """One of the cameras, as a phase's list of pictures stores it."""
+    """Returns camera `i` in the form in which a phase's list of pictures stores it."""
     return {name: value.tolist()[0] for name, value in vars(cameras[i : i + 1]).items()}
 
 
@@ -151,6 +155,7 @@ def _stacked(files: Sequence[Path], side: int) -> Tensor:
 
 
 def _foreground(pixels: Tensor, least: float) -> Tensor:
-    """[B, 1, H, W]: where pictures [B, 3, H, W] differ from the colour of their border; soft along the silhouette."""
+    """Returns masks (`[B, 1, H, W]`) of the pixels at which pictures (`[B, 3, H, W]`) differ from the colour of their
+    border. The masks are soft along the silhouette."""
     differs = (pixels - border_color(pixels)).abs().amax(1, keepdim=True) > least
     return F.avg_pool2d(differs.float(), 3, 1, 1)

@@ -1,4 +1,4 @@
-"""The public interface of `pcs_3d`: creates assets. The command line and Python code both use it."""
+"""The public interface of `pcs_3d`, which creates assets. The command line and Python code both use it."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ __all__ = ["Asset", "Runner3D", "attached"]
 
 @dataclass(frozen=True)
 class Asset:
-    """A finished field and its provenance. costs: time and memory (`TrainingRun.costs`)."""
+    """A finished field and its provenance. `costs` contains time and memory (`TrainingRun.costs`)."""
 
     field: Field
     recipe: DistillRecipe  # the recipe of the phase that finished it
     costs: Mapping[str, Any]
-    decode: Callable[[Tensor], Tensor]  # latents to pixels in [0, 1], for fields of latents
-    side: int  # pixels, or latent cells, of the training views
+    decode: Callable[[Tensor], Tensor]  # decodes latents to pixels in [0, 1], for fields of latents
+    side: int  # side of the training views, in pixels or latent cells
 
     def views(self, cameras: Cameras, side: int | None = None) -> Rendering:
-        """Renders on white: pixels [B, 3, H, W] in [0, 1], on the CPU."""
+        """Renders views on white. The pixels (`[B, 3, H, W]` in [0, 1]) are on the CPU."""
         return shown(self.recipe, self.field, cameras, side or self.side, self.decode)
 
 
 class Runner3D(Runner):
-    """One backbone and the concepts attached to it; makes 3D fields."""
+    """A backbone and the concepts attached to it, which can make 3D fields."""
 
     tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews, ReferenceCamerasTask: ReferenceCameras}
 
@@ -64,22 +64,23 @@ class Runner3D(Runner):
         progress: Progress | None = None,
         tensorboard: bool = True,
     ) -> Asset:
-        """Makes an asset of what `recipe.prompt` describes, with the loaded concepts.
+        """Makes an asset of what `recipe.prompt` describes, using the loaded concepts.
 
         Args:
-            workdir: training state, logs and sample renders
-            subjects: name -> pictures, for recipes that also learn a subject; its name and adapters are detached afterwards
-            resume: continue from the newest checkpoint in `workdir`
+            workdir: folder for training state, logs and sample renders
+            subjects: the pictures of each subject, by name, for recipes that learn a subject or compare renders with
+                its pictures. The names and adapters of learned subjects are detached afterwards.
+            resume: whether to continue from the newest checkpoint in `workdir`
 
         Raises:
             ValueError: the prompt, concepts and recipe do not fit together
-            NotFinite, Interrupted: after saving the last good state
+            NotFinite, Interrupted: training failed or was interrupted; the last good state is saved first
         """
         subjects = subjects or {}
         self.check(recipe, subjects)
         last = next((p for _, p in reversed(list(expand_phases(recipe))) if isinstance(p.task, DistillTask)), None)
         if last is None:
-            raise ValueError("no phase of the recipe makes an asset: give one of them task: distill")
+            raise ValueError("no phase of the recipe makes an asset: set task: distill for one of them")
         current = _Current(self)
         run = self._training(
             recipe,
@@ -109,8 +110,9 @@ class Runner3D(Runner):
         memory: int,
         sides_fixed: bool = False,
     ) -> MemoryPlan:
-        """Changes the recipe so that making the asset fits into `memory` bytes (`plan_memory`) of the GPU or, on a CPU, of the
-        process. Raises ValueError as `create` does, and if nothing fits; the message then names the smallest budget."""
+        """Changes the recipe so that making the asset fits into `memory` bytes of the GPU or, on a CPU, of the process
+        (`plan_memory`). Raises ValueError as `create` does, and if no plan fits; the message then states the smallest
+        budget that would be enough."""
         subjects = subjects or {}
         self.check(recipe, subjects)
         run = self._training(recipe, subjects, workdir, None, tensorboard=False)
@@ -129,13 +131,14 @@ class Runner3D(Runner):
         return Asset(field.to(self.backbone.device), recipe, run.costs, decoder(self.backbone), side)
 
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
-        """Raises ValueError for a prompt that is empty or too long, leaves out a loaded subject or names an unknown one; for
-        fields that cannot follow one another or cannot start as configured; and for reference pictures that do not fit their
-        cameras."""
+        """Checks a recipe before it runs. Raises ValueError if a prompt is empty or too long, leaves out a loaded
+        subject or names an unknown one; if a field cannot start as configured or cannot continue the earlier phase's
+        field; or if reference pictures do not fit their cameras."""
         check_fields(recipe)
         phases = list(expand_phases(recipe))
-        views: dict[str, bool] = {}  # phases that provide pictures with cameras -> whether they also provide masks
-        # If no phase learns the subject, its pictures serve only for comparison, and prompts refer to a loaded concept.
+        views: dict[str, bool] = {}  # the phases that write pictures with cameras, and whether they also write masks
+        # If no phase learns the subject, its pictures are used only for comparison, and prompts refer to a loaded
+        # concept.
         learned = list(subjects) if learns_subjects(recipe) else []
         for name, phase in phases:
             if isinstance(phase.task, ReferenceCamerasTask):
@@ -147,7 +150,7 @@ class Runner3D(Runner):
             if not isinstance(phase.task, DistillTask | PseudoViewsTask):
                 continue
             if not phase.prompt.strip():
-                raise ValueError('prompt is empty: describe what to make, prompt="a photo of a <my-mug>"')
+                raise ValueError('prompt is empty: describe what to make, as in prompt="a photo of a <my-mug>"')
             if phase.references is not None and isinstance(phase.task, DistillTask):
                 masks = any(p.needs_masks for p in phase.penalties.values())
                 phase.references.check(subjects, masks, views)
@@ -159,7 +162,7 @@ class Runner3D(Runner):
                 if region is not None:
                     region.check()
                 for text in scene_prompts(phase, self.class_nouns, region).all_texts():
-                    if not set(names_in(text)) & set(learned):  # names to be learned have no words yet
+                    if not set(names_in(text)) & set(learned):  # names that are still to be learned have no words yet
                         self.backbone.check_prompt(expand(text, self.backbone.placeholders))
 
 
@@ -167,13 +170,13 @@ def _check_strength(phase: str, strength: float, steps: int | None) -> None:
     """Raises ValueError if this share of the denoising steps rounds down to 0."""
     if steps is not None and int(steps * strength) == 0:
         raise ValueError(
-            f"phases.{phase}.task.strength = {strength:g} of {steps} steps leaves nothing to sample: use more steps "
+            f"phases.{phase}.task.strength = {strength:g} leaves none of the {steps} denoising steps: use more steps "
             "(sampling.steps) or a larger strength"
         )
 
 
 class _Current:
-    """The current phase's task, for previews."""
+    """Keeps the task of the current phase, for previews."""
 
     def __init__(self, runner: Runner3D) -> None:
         self.build_task, self.task = runner.tasks[DistillTask], None
@@ -183,7 +186,8 @@ class _Current:
         return self.task
 
     def preview(self, of_pictures: Any) -> Any:
-        """Previews four sides of the current field; in other phases, the usual pictures."""
+        """Returns a preview function that shows four sides of the current field. In phases without a field, it calls
+        `of_pictures`."""
 
         def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
             if self.task is None or self.task.context.name != phase:
@@ -194,5 +198,5 @@ class _Current:
 
 
 def decoder(backbone: Backbone) -> Callable[[Tensor], Tensor]:
-    """Latents to pixels in [0, 1]."""
+    """Returns a function that decodes latents to pixels in [0, 1]."""
     return lambda latents: (backbone.decode(latents).float() + 1) / 2

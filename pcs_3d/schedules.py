@@ -1,4 +1,4 @@
-"""Schedules: numbers in a recipe that change over a run."""
+"""Schedules, which are numbers in a recipe that can change over a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from shared.config import MOST_STEPS
 
-#: Values, and times in steps.
+#: A value of a schedule, or a time.
 Number = Annotated[int, Field(ge=-MOST_STEPS, le=MOST_STEPS)] | Annotated[float, Field(ge=-MOST_STEPS, le=MOST_STEPS)]
 
 
@@ -19,33 +19,34 @@ def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]
         return schedule
     if len(schedule) < 4 or len(schedule) % 2:
         raise ValueError(
-            f"{list(schedule)} is not a schedule: write one number, or [from, value, value, to], and optionally more pairs "
-            "of a value and the time at which it is reached"
+            f"{list(schedule)} is not a schedule: write one number, or [from, value, value, to] and optionally more "
+            "pairs of a value and the time at which it is reached"
         )
     for kind in (int, float):
         places = [p for p in _places(schedule) if type(p) is kind]
         if places != sorted(places):
             raise ValueError(f"{list(schedule)} is not a schedule: times must increase")
     if any(p < 0 or (isinstance(p, float) and p > 1) for p in _places(schedule)):
-        raise ValueError(f"{list(schedule)} is not a schedule: times are steps, or shares of the run from 0.0 to 1.0")
+        raise ValueError(f"{list(schedule)} is not a schedule: times are steps or shares of the run from 0.0 to 1.0")
     return schedule
 
 
-#: Either one number throughout, or `[from, a, b, to]`: a until `from`, b after `to`, linear in between. Further pairs
-#: `c, then` continue in the same way. Times are steps if they are integers, and shares of the run if they have a decimal point:
-#: `[0.0, 0.98, 0.5, 0.5]` falls over the first half.
+#: Either one constant number, or `[from, a, b, to]`. The latter is a until `from`, b from `to` on, and linear in
+#: between. Further pairs `c, then` continue in the same way. Times are steps if they are integers, and shares of the
+#: run if they have a decimal point. For example, `[0.0, 0.98, 0.5, 0.5]` falls from 0.98 to 0.5 over the first half of
+#: the run.
 Schedule = Annotated[Number | tuple[Number, ...], AfterValidator(_check)]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A point in a run: `step` of `steps`, counted from 0."""
+    """A point in a run of `steps` steps. `step` is counted from 0."""
 
     step: int
     steps: int
 
     def of(self, schedule: Number | Sequence[Number]) -> float:
-        """A schedule's value now."""
+        """Returns the value of a schedule at this point."""
         if isinstance(schedule, int | float):
             return float(schedule)
         places = [p if isinstance(p, int) else p * self.steps for p in _places(schedule)]
@@ -60,7 +61,7 @@ class Moment:
 
     @property
     def share(self) -> float:
-        """The share of the run that is done, in [0, 1]."""
+        """The finished share of the run, in [0, 1]."""
         return min(1.0, self.step / max(1, self.steps))
 
 

@@ -1,4 +1,4 @@
-"""Lighting of the views in a step."""
+"""Draws the lighting of the views in a step."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from shared.config import NotNegative, Part
 
 
 class Shadings(Part):
-    """Probabilities of the shadings in a step: Lambertian, Lambertian without colours (textureless), or unlit (ambient;
-    DreamFusion, section 3.2). The light is near the camera."""
+    """The proportions of steps with each kind of shading (DreamFusion, section 3.2). The light is near the camera. The
+    three proportions are normalised to probabilities."""
 
-    lambertian: Schedule = 0.0  # share of steps with coloured shading
-    textureless: Schedule = 0.0  # share of steps with grey shading, which shows only the shape
-    ambient: Schedule = 1.0  # only the proportions of the three matter: they are normalised to probabilities
+    lambertian: Schedule = 0.0  # proportion of steps with Lambertian shading of the colours
+    textureless: Schedule = 0.0  # proportion of steps with Lambertian shading of white, which shows only the shape
+    ambient: Schedule = 1.0  # proportion of steps with unlit colours
     spread: NotNegative = 1.0  # standard deviation of the light's position around the camera, in radii
 
     def draw(self, cameras: Cameras, moment: Moment, generator: Generator) -> tuple[Shading, Tensor]:
-        """Draws one shading for all views, and a light [B, 3] for each. Raises ValueError if all proportions are 0 or one is
-        negative."""
+        """Draws one shading for all views, and the position of a light for each view (`[B, 3]`). Raises ValueError if
+        all proportions are 0 or one is negative."""
         parts = torch.tensor([moment.of(s) for s in (self.ambient, self.lambertian, self.textureless)])
         if bool((parts < 0).any()) or float(parts.sum()) <= 0:
             raise ValueError(
-                f"shading: {parts.tolist()} are not valid proportions of ambient, lambertian and textureless: give numbers of "
-                "at least 0, and one above 0"
+                f"shading: {parts.tolist()} are not valid proportions of ambient, lambertian and textureless: give "
+                "numbers of at least 0, with at least one above 0"
             )
         chosen = int(torch.multinomial(parts, 1, generator=generator))
         light = cameras.positions + self.spread * torch.randn(len(cameras), 3, generator=generator)

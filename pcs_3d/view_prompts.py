@@ -1,4 +1,4 @@
-"""The teacher's prompt for each view: the scene's prompt with words for the visible side."""
+"""The teacher's prompt for each view, which is the scene's prompt with words for the visible side."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ViewWords(Part):
-    """Words for directions, and the angles that decide which direction a camera looks from (DreamFusion, section 3.2).
+    """The words for directions, and the angles that determine the direction of a camera (DreamFusion, section 3.2).
 
-    `place: noun` puts the words right after the first `<name>` of the prompt, where they bind to the object, or at the end if
-    there is no name; `end` always puts them at the end. In a prompt with `{view}`, they replace it.
+    `place` determines where the words go. With `noun`, they directly follow the first `<name>` of the prompt, so that
+    they refer to the object, or are at the end if there is no name. With `end`, they are always at the end. In a prompt
+    with `{view}`, they replace it.
     """
 
     front: str = "front view"  # words for this direction
@@ -32,14 +33,15 @@ class ViewWords(Part):
     back: str = "back view"  # words for this direction
     overhead: str = "overhead view"  # words for this direction
     place: Literal["noun", "end"] = "noun"
-    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 0
-    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 180
-    overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation upwards
+    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # front views are up to this angle from azimuth 0
+    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # back views are up to this angle from azimuth 180
+    overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # overhead views are at this elevation or above
     blend_deg: Annotated[float, Field(ge=0, le=45)] = 0.0  # within this angle of a border, embeddings are mixed
-    drop_subject: Share = 0.0  # how often a back view's prompt names only the class, because few pictures show the back
+    # share of back views whose prompt names only the class; useful because few pictures show the back
+    drop_subject: Share = 0.0
 
     def directions(self, cameras: Cameras) -> list[Direction]:
-        """The direction of each camera."""
+        """Returns the direction of each camera."""
         around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
         above = cameras.elevation_deg.tolist()
         return [self._direction(a, e) for a, e in zip(around, above, strict=True)]
@@ -52,10 +54,11 @@ class ViewWords(Part):
         return "back" if around >= 180 - self.back_deg else "side"
 
     def shares(self, cameras: Cameras) -> list[dict[Direction, float]]:
-        """The share of each direction for each camera; a camera's shares sum to 1, and zero shares are left out.
+        """Returns the share of each direction for each camera. The shares of a camera sum to 1, and shares of 0 are
+        left out.
 
-        DreamFusion's weighted combination of text embeddings (section 3.2): within `blend_deg` of a border the shares change
-        linearly; elsewhere the nearest direction has the whole share.
+        They are the weights of DreamFusion's combination of text embeddings (section 3.2). Within `blend_deg` of a
+        border, the shares change linearly. Elsewhere, one direction has a share of 1.
         """
         around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
         above = cameras.elevation_deg.tolist()
@@ -75,13 +78,14 @@ class ViewWords(Part):
         return {d: share for d, share in found.items() if share > 1e-6}
 
     def _past(self, angle: float, border: float) -> float:
-        """How far an angle is past a border: 0 before it, 1 beyond it, linear within `blend_deg` of it."""
+        """Returns 0 for an angle before a border and 1 for an angle beyond it. Within `blend_deg` of the border, the
+        value changes linearly."""
         if self.blend_deg == 0:
             return float(angle >= border)
         return min(max((angle - border) / (2 * self.blend_deg) + 0.5, 0.0), 1.0)
 
     def said(self, prompt: str, direction: Direction | None) -> str:
-        """The prompt with words for a direction; for None, without them."""
+        """Returns the prompt with words for a direction, or without them if the direction is None."""
         words = getattr(self, direction) if direction else ""
         if "{view}" in prompt:
             return _tidy(prompt.replace("{view}", words))
@@ -97,10 +101,11 @@ class ViewWords(Part):
 
 @dataclass(frozen=True)
 class Views:
-    """B views of one step: their cameras, and whether each one's prompt leaves out the subject's name.
+    """B views of one step.
 
-    blind: the model does not get the cameras.
-    regions: name -> the share of each cell that the region covers, [B, 1, h, w] in [0, 1].
+    nameless: whether the prompt for each view leaves out the subject's name.
+    blind: whether the cameras are hidden from the model.
+    regions: the share of each cell that a region covers, [B, 1, h, w] in [0, 1], by the name of the region.
     """
 
     cameras: Cameras
@@ -112,7 +117,7 @@ class Views:
         return len(self.cameras)
 
 
-#: One prompt for a view, or several whose embeddings are mixed: (weight, text).
+#: The weights and texts of the prompts for a view, whose embeddings are mixed.
 Mix = tuple[tuple[float, str], ...]
 
 
@@ -120,8 +125,8 @@ Mix = tuple[tuple[float, str], ...]
 class ScenePrompts:
     """All prompts for one asset. Texts refer to concepts as `<name>`.
 
-    class_nouns: concept -> its class, for views that leave the name out.
-    by_direction: prompts that differ in more than the words for the view.
+    class_nouns: the class of each concept, for views whose prompt leaves out the name.
+    by_direction: the prompts of directions that differ from `prompt` in more than the words for the view.
     """
 
     prompt: str
@@ -131,25 +136,25 @@ class ScenePrompts:
     by_direction: Mapping[Direction, str] = field(default_factory=dict)
 
     def views(self, cameras: Cameras, generator: Generator) -> Views:
-        """Adds the random choices for prompts to the cameras of a step."""
+        """Returns the views of a step, with the random choices for their prompts."""
         coins = torch.rand(len(cameras), generator=generator).tolist()
         behind = [d == "back" for d in self.words.directions(cameras)]
         return Views(cameras, tuple(b and c < self.words.drop_subject for b, c in zip(behind, coins, strict=True)))
 
     def text(self, direction: Direction | None, nameless: bool = False) -> str:
-        """The prompt for one direction."""
+        """Returns the prompt for one direction."""
         prompt = self.by_direction.get(direction, self.prompt) if direction else self.prompt
         said = self.words.said(prompt, direction)
         return without(said, self.class_nouns or {}) if nameless else said
 
     def all_texts(self) -> list[str]:
-        """Every text that may be used."""
+        """Returns every text that can be used."""
         texts = [self.text(d) for d in (None, *DIRECTIONS)] + [self.negative, ""]
         return list(dict.fromkeys(texts))
 
     def rows(self, kind: str, views: Views) -> list[Mix]:
-        """The texts of a kind of conditioning for each view: "prompt", "plain_prompt" (no words for the view), "negative",
-        "null"."""
+        """Returns the texts of each view for a kind of conditioning, which is "prompt", "plain_prompt" (without words
+        for the view), "negative" or "null"."""
         if kind == "prompt":
             shares = self.words.shares(views.cameras)
             return [

@@ -1,4 +1,4 @@
-"""One cell of a comparison: a recipe's asset of one subject, and the references for its scores."""
+"""One cell of a comparison of recipes: the scores of one recipe's asset of one subject, with reference scores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ SCHEMA_VERSION = 1
 class AssetCell(BaseModel):
     """The reports in a cell.
 
-    made: on the asset with the concept.
-    base: on an asset made by the same recipe, prompted only with the class; None for recipes that learn the subject themselves.
+    made: the report on the asset with the concept.
+    base: the report on an asset that the same recipe made when prompted only with the class. It is None for recipes
+    that learn the subject themselves.
     generic: the scores of a generic object of the class, by key (`Yardstick.generic_scores`).
     """
 
@@ -33,15 +34,16 @@ class AssetCell(BaseModel):
 
     @property
     def truth(self) -> float | None:
-        """The share of true renders that are verified."""
+        """The share of the subject's true renders that are verified."""
         verified = self.score("verified")
         return None if verified is None else verified.truth
 
     @property
     def apart(self) -> bool:
-        """Whether this subject is left out of pooled figures because the instruments verify too few of its true renders."""
+        """Whether this subject is left out of pooled figures because the instruments verify too few of its true
+        renders."""
         return self.truth is not None and self.truth < APART
 
     def score(self, key: str) -> Score | None:
-        """A headline score of the asset with the concept; None when it was not measured."""
+        """Returns a headline score of the asset with the concept, or None if it was not measured."""
         return next((s for s in self.made.scores if s.key == key), None)

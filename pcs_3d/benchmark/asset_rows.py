@@ -1,4 +1,4 @@
-"""One recipe's assets as one row of a table: means over subjects, each counted once."""
+"""Aggregates one recipe's assets into one row of a table. Scores are means over subjects, with equal weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """Scores that a recipe must reach, in [0, 1]; None: no requirement. If set, identity must also beat the same recipe without
-    the concept, unless the recipe cannot be run without one, and the overlap of silhouettes must also beat a generic object of
-    the class."""
+    """Scores in [0, 1] that a recipe must reach. A score of None is not required.
+
+    If `identity` is set, the asset must also beat one made by the same recipe without the concept, unless the recipe
+    cannot run without it. If `iou` is set, the overlap of silhouettes must also beat that of a generic object of the
+    class.
+    """
 
     identity: float | None = None
     view: float | None = None
     iou: float | None = None
 
     def met(self, row: AssetRow) -> bool | None:
-        """Whether the row meets the goal; None if the goal is empty."""
+        """Returns whether the row meets the goal, or None if the goal is empty. A score that was not measured is not
+        met."""
         found = {"identity": row.value(IDENTITY), "view": row.value("view"), "iou": row.value("iou")}
         reached = all_reached([(value, getattr(self, name)) for name, value in found.items()])
         if not reached:
@@ -41,10 +45,10 @@ class AssetGoal:
 
 @dataclass(frozen=True)
 class AssetRow:
-    """One recipe over all its subjects.
+    """The mean scores and costs of one recipe over all its subjects.
 
-    scores: `base` is the same recipe without the concept, `truth` the real object.
-    sphere, generic: mean scores of these references, by key.
+    scores: by key; each score's `base` is for the same recipe without the concept, and its `truth` for the real object.
+    sphere, generic: the mean scores of a sphere and of a generic object of the class, by key.
     """
 
     recipe: str
@@ -55,8 +59,8 @@ class AssetRow:
     training_seconds: float | None
     peak_memory: float | None  # bytes
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
-    has_base: bool = True  # False: the recipe learns its subjects, so it has no asset without the concept
-    # subjects left out of pooled figures -> the share of their true renders that are verified
+    has_base: bool = True  # False if the recipe learns its subjects itself, and so makes no asset without the concept
+    # the subjects left out of pooled figures, with the share of their true renders that are verified
     apart: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
@@ -66,8 +70,9 @@ class AssetRow:
 def aggregate_assets(
     recipe: str, cells: Mapping[str, AssetCell], failed: Mapping[str, str], pool_all: bool = False
 ) -> AssetRow:
-    """Aggregates all assets of a recipe; confidence intervals resample whole subjects. Unless `pool_all`, leaves out subjects
-    for which the instruments verify too few true renders (`AssetCell.apart`)."""
+    """Aggregates all assets of a recipe, with confidence intervals that resample whole subjects. Unless `pool_all` is
+    set, subjects for which the instruments verify too few true renders (`AssetCell.apart`) are left out of the
+    scores."""
     apart = {name: c for name, c in cells.items() if c.apart and not pool_all}
     pooled = [c for name, c in cells.items() if name not in apart]
     scores = {s.key: _over(s, pooled) for s in _first_of_each(pooled)}
@@ -86,7 +91,7 @@ def aggregate_assets(
 
 
 def _first_of_each(cells: Sequence[AssetCell]) -> list[Score]:
-    """Every score that occurs in any cell, taken from the first cell that has it."""
+    """Returns every score that occurs in any cell, taken from the first cell that has it."""
     found: dict[str, Score] = {}
     for cell in cells:
         found |= {s.key: s for s in cell.made.scores if s.key not in found}

@@ -1,4 +1,4 @@
-"""A comparison of recipes for assets, as Markdown, CSV and a page."""
+"""Writes a comparison of recipes for assets as Markdown, as CSV and as an HTML page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ _GENERIC = "a generic object of the class"
 
 @dataclass(frozen=True)
 class AssetComparison:
-    """The table, sorted by identity and then by overlap of silhouettes, and the cells behind it."""
+    """The rows of the table, sorted by identity and then by overlap of silhouettes, and the cells that they
+    summarize."""
 
     rows: tuple[AssetRow, ...]
     reports: Mapping[tuple[str, str], AssetCell]  # by (recipe, subject)
@@ -43,7 +44,7 @@ class AssetComparison:
 
     @property
     def columns(self) -> list[Score]:
-        """The score shown in each column."""
+        """One score per column, with the column's title."""
         found = {k: next((r.scores[k] for r in self.rows if k in r.scores), None) for k in COLUMNS}
         return [s.model_copy(update={"title": COLUMNS[k]}) for k, s in found.items() if s is not None]
 
@@ -53,22 +54,24 @@ class AssetComparison:
 
     @property
     def apart(self) -> dict[str, float]:
-        """The subjects left out of pooled figures, and the share of their true renders that are verified."""
+        """The subjects left out of pooled figures, with the share of their true renders that are verified."""
         return {thing: share for r in self.rows for thing, share in r.apart.items()}
 
     def met(self, row: AssetRow) -> str:
-        """Yes or no, or a dash if there is no goal."""
+        """Returns "yes" or "no", or a dash if the goal is empty."""
         met = self.goal.met(row)
         return "–" if met is None else "yes" if met else "no"
 
     def without(self, row: AssetRow) -> list[str]:
-        """Scores of the same recipe, prompted only with the class, for each column; empty if it makes no such asset."""
+        """Returns the scores of the same recipe prompted only with the class, one per column. The list is empty if the
+        recipe makes no such asset."""
         if not row.has_base:
             return []
         return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
-        """Reference values that need no recipe, by column: the generic object, the sphere, the real object and a guess."""
+        """Returns the rows of reference values that need no recipe: those of a generic object of the class, a sphere,
+        the real object and a guess. Each has a title and one value per column."""
         first = next((r for r in self.rows if r.scores), None)
         if first is None:
             return []
@@ -84,21 +87,24 @@ class AssetComparison:
     def notes(self) -> list[str]:
         """Notes on how to read the table."""
         out = [
-            "The generic object has the class's usual shape and the real object's two colours, but not its proportions or "
-            "pattern. It is rendered as is; assets and the sphere are first aligned to the real object's size and position."
+            "The generic object has the usual shape of its class and the real object's two colours, but not the real "
+            "object's proportions or pattern. It is rendered as is; assets and the sphere are first aligned with the "
+            "real object's size and position."
         ]
         if alone := [row.recipe for row in self.rows if not row.has_base]:
             out.append(
-                "Recipes that learn the subject themselves have no line without the concept, and making includes learning it: "
-                f"{', '.join(alone)}."
+                "Recipes that learn the subject themselves have no line without the concept, and the time for making "
+                f"their assets includes learning the subject. This applies to {', '.join(alone)}."
             )
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
-            out.append(f"Shown apart, because the instruments verify fewer than half of their true renders: {listed}.")
+            reason = "because the instruments verify fewer than half of their true renders"
+            out.append(f"Shown apart from the pooled figures, {reason}: {listed}.")
         return out
 
     def markdown(self) -> str:
-        """Two lines per recipe, with the concept and (where possible) without it, then the floors; ready for a README."""
+        """Returns the table as Markdown. Each recipe has a line with the concept and, where possible, one without it;
+        the reference values follow."""
         columns = self.columns
         head = ["recipe", "subjects", *(s.title for s in columns), "making", "memory", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
@@ -115,8 +121,8 @@ class AssetComparison:
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
 
     def csv(self) -> str:
-        """One line per recipe and one per cell (`thing` is empty in pooled lines), with unrounded numbers; `.base` is the same
-        recipe without the concept."""
+        """Returns unrounded numbers as CSV, with one line per recipe (where `thing` is empty) and one per cell. Columns
+        that end in `.base` are for the same recipe without the concept."""
         singles = [(aggregate_assets(r, {t: c}, {}, pool_all=True), t) for (r, t), c in self.reports.items()]
         pooled = [(row, "") for row in self.rows]
         keys = list(dict.fromkeys(k for row, _ in [*pooled, *singles] for k in row.scores))
@@ -134,7 +140,8 @@ class AssetComparison:
         return out.getvalue()
 
     def html(self) -> str:
-        """A self-contained page: the table, scores by azimuth, and each cell's four sides with a link to its report."""
+        """Returns a self-contained page with the table, plots of the scores by azimuth, and four renders of each cell's
+        asset with a link to its report."""
         return render(
             "compare_assets.html.j2",
             comparison=self,
@@ -148,7 +155,7 @@ class AssetComparison:
         )
 
     def place(self, recipe: str, thing: str, what: str) -> str:
-        """The path from the page to a cell's report, turntable or mesh."""
+        """Returns the path from the page to a cell's report, turntable or mesh."""
         paths = {
             "report": f"{REPORT}/{HTML_FILE}",
             "report without": f"{PLAIN_REPORT}/{HTML_FILE}",
@@ -158,14 +165,15 @@ class AssetComparison:
         return f"{cell_folder(recipe, thing).as_posix()}/work/{paths[what]}"
 
     def sides(self, recipe: str, thing: str, which: str) -> list[str]:
-        """Four renders, as `data:` URLs, of the "made" asset, the "base" or the "truth"; "" for a missing file."""
+        """Returns four renders, as `data:` URLs, of the asset with the concept ("made"), the one without it ("base") or
+        the real object ("truth"). A missing file becomes ""."""
         report, folder = (PLAIN_REPORT if which == "base" else REPORT), (TRUTH if which == "truth" else RENDERS)
         files = [self.out / cell_folder(recipe, thing) / "work" / report / folder / f"{name}.png" for name in SHOWN]
         return [inline(f.read_bytes()) if f.is_file() else "" for f in files]
 
 
 def _shown(about: Score, value: float | None) -> str:
-    """A mean over subjects as text; yes-or-no scores become shares."""
+    """Formats a mean over subjects. Yes-or-no scores become shares."""
     return formatted(value, "rate") if about.key == "watertight" else said(about, value)
 
 
@@ -174,7 +182,7 @@ def _span(score: Score) -> str:
 
 
 def _cell(score: Score | None) -> str:
-    """Value and interval."""
+    """Formats a score's value and, if known, its confidence interval."""
     if score is None:
         return "–"
     span = _span(score)
@@ -188,7 +196,8 @@ def _numbers(row: AssetRow, key: str) -> list[float | None]:
 
 
 def _plots(rows: Sequence[AssetRow], cells: Mapping[tuple[str, str], AssetCell]) -> Iterator[tuple[str, str]]:
-    """(title, svg) of each score by azimuth: means over the subjects, one line per recipe, dashed for the real objects."""
+    """Yields the title and the SVG of each plot of a score by azimuth. A plot has one line of means over subjects per
+    recipe, and a dashed line for the real objects."""
     for key in CURVES:
         lines, truth, title, azimuths = [], [], "", [0.0]
         for number, row in enumerate(rows):
@@ -213,8 +222,8 @@ def compare_assets(
     out: Path,
     goal: AssetGoal = AssetGoal(),
 ) -> AssetComparison:
-    """Tabulates the cells, keyed by (recipe, subject), whose files are in the folder `out`. Raises ValueError if they were not
-    measured with the same instruments."""
+    """Compares the cells, keyed by (recipe, subject), whose files are in the folder `out`. Raises ValueError if they
+    were not measured with the same instruments."""
     check_instruments(reports.values())
     rows = []
     for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):
@@ -225,5 +234,5 @@ def compare_assets(
 
 
 def assets(out: Path, goal: AssetGoal = AssetGoal()) -> Reporting[AssetCell, AssetComparison]:
-    """Reports of assets in a benchmark's folder."""
+    """Returns how a benchmark of assets reads its cells and compares them."""
     return Reporting(AssetCell, SCHEMA_VERSION, lambda cells, failures: compare_assets(cells, failures, out, goal))

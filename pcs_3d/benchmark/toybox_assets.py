@@ -1,5 +1,5 @@
-"""Compares recipes for assets on the toybox's held-out subjects. Each subject is learned from its pictures once for all recipes
-that do not learn it themselves."""
+"""Compares recipes for assets on the toybox's held-out subjects. Each subject is learned from its pictures only once,
+and its concept is shared by all recipes that do not learn the subject themselves."""
 
 from __future__ import annotations
 
@@ -50,23 +50,26 @@ GOAL = AssetGoal(identity=0.50, view=0.65, iou=0.55)
 class AssetBenchmarkSettings:
     """Settings of a comparison: the subjects, the recipe that learns them, and the output folder."""
 
-    split: str = "development"  # of the held-out subjects; use "reporting" once, at the end
-    subjects: int = 4  # how many of the split, from its first
+    split: str = "development"  # which held-out subjects to use; use "reporting" only once, at the end
+    subjects: int = 4  # how many subjects of the split to use, from its first
     learn: str = "t_lora"  # recipe that learns subjects from pictures
     prompt: str = "a photo of a {concept}"
     out: Path = Path("benchmark")
-    device: str | None = None  # None: the GPU if there is one
-    overrides: tuple[str, ...] = ()  # key=value applied to every recipe for assets
-    learn_overrides: tuple[str, ...] = ()  # key=value applied to the recipe for pictures
+    device: str | None = None  # if None, the GPU if there is one
+    overrides: tuple[str, ...] = ()  # key=value settings for every recipe for assets
+    learn_overrides: tuple[str, ...] = ()  # key=value settings for the recipe that learns subjects
 
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
-    """Learns the split's subjects, then makes and scores assets of them with every recipe (names or YAML files; `RECIPES` if
-    none are given), once with the concept and once without it, with only the class in the prompt. Recipes that learn the
-    subject themselves get its pictures instead of the concept, and make one asset.
+    """Learns the split's subjects, and makes and scores assets of them with every recipe (given by name or as a YAML
+    file; `RECIPES` if none are given).
 
-    Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt, pictures and a concept.
-    Resumes an interrupted call with the same arguments.
+    Each recipe makes one asset with the concept and one with only the class in the prompt. A recipe that learns the
+    subject itself gets the subject's pictures instead of the concept and makes only the first asset. An interrupted
+    call is resumed if the arguments are the same.
+
+    Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt, pictures and a
+    concept.
     """
     chosen = named(recipes or RECIPES)
     if settings.split not in album.SPLITS:
@@ -98,13 +101,14 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
 def _check(
     name: str, recipe: Recipe3D, runner: Runner3D | None = None, subjects: Mapping[str, Subject] | None = None
 ) -> None:
-    """Raises ValueError, naming the recipe, if it needs more than a prompt and pictures, or makes nothing to evaluate."""
+    """Raises ValueError with the recipe's name if the recipe needs more than a prompt and pictures, or makes no mesh to
+    evaluate."""
     try:
         if runner is not None:
             runner.check(recipe, subjects or {})
         check_fields(recipe)
         if recipe.export is None:
-            raise ValueError("export = null: there would be no mesh to evaluate")
+            raise ValueError("export = null leaves no mesh to evaluate: choose a recipe that exports one")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -115,8 +119,8 @@ def _loaded(recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str
 
 
 def _example(recipe: str, settings: AssetBenchmarkSettings) -> Recipe3D:
-    """The recipe, prompted for an unknown subject: by name if it learns the subject, else by words, because no concept is
-    loaded yet."""
+    """Returns the recipe with a placeholder for the subject in its prompt. If the recipe learns the subject, the
+    placeholder is `<thing>`; otherwise it is a plain word, because no concept is loaded yet."""
     loaded = _loaded(recipe, settings, "thing")
     return _loaded(recipe, settings, "<thing>", "thing") if learns_subjects(loaded) else loaded
 
@@ -135,7 +139,8 @@ class _Bench:
     yardsticks: dict[str, Yardstick] = field(default_factory=dict)
 
     def cell(self, recipe: str, thing: str, workdir: Path) -> AssetCell:
-        """Makes one cell: an asset, in most cases a second one without the concept, and their reports."""
+        """Makes one cell: an asset, a second one without the concept unless the recipe learns the subject, and their
+        reports."""
         noun = album.held_out(thing).thing.class_name
         plain = _loaded(recipe, self.settings, noun)
         alone = learns_subjects(plain)
@@ -146,14 +151,14 @@ class _Bench:
         return AssetCell(thing=thing, made=made, base=base, generic=by.generic_scores)
 
     def _alone(self, recipe: str, thing: str, noun: str, workdir: Path) -> str:
-        """Makes an asset by a recipe that learns the subject; returns the prompt."""
+        """Makes an asset with a recipe that learns the subject. Returns the prompt."""
         album.write_album(thing, self.things.references(thing), overwrite=True)
         mine = _loaded(recipe, self.settings, f"<{thing}>", noun)
         make_once(self.runner, mine, workdir / ASSET, {}, self._pictures(thing, noun))
         return mine.prompt
 
     def _pair(self, recipe: str, thing: str, noun: str, plain: Recipe3D, workdir: Path) -> str:
-        """Makes assets with the concept and without it; returns the prompt of the first."""
+        """Makes one asset with the concept and one without it. Returns the prompt of the first."""
         name = self.things.learned(self.runner, thing)
         try:
             mine = _loaded(recipe, self.settings, f"<{name}>", noun)
@@ -180,10 +185,11 @@ def make_once(
     concept: Mapping[str, str],
     subjects: dict[str, Subject] | None = None,
 ) -> None:
-    """Makes the asset in a folder: reuses the one from an earlier call with identical inputs, and resumes an interrupted call.
+    """Makes an asset in the folder `out`, unless an earlier call with identical inputs made it. Resumes an interrupted
+    call.
 
     Args:
-        concept: its files and their hashes
+        concept: the concept's files and their hashes
         subjects: pictures for recipes that learn from them or compare views with them
     """
     pictures = {f.name: sha256(f) for subject in (subjects or {}).values() for f in subject.files}
@@ -198,7 +204,7 @@ def make_once(
     files.check()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(begun, mark)
-    create(runner, recipe, files, subjects)  # replaces an asset made from other inputs, which stays until then
+    create(runner, recipe, files, subjects)  # replaces an asset made from other inputs only once this one is complete
     write_text(done, mark)
     begun.unlink()
 

@@ -1,1 +1,1 @@
-"""The command lines of `pcs 3d`."""
+"""The commands of `pcs 3d`."""

@@ -21,7 +21,9 @@ def three_d() -> None:
 @app.command()
 def create(
     recipe: str = typer.Argument(help="a recipe's name (see `pcs methods`) or a YAML file"),
-    settings: list[str] = typer.Argument(None, help='key=value: prompt="a photo of a <my-mug>" train.steps=1000'),
+    settings: list[str] = typer.Argument(
+        None, help='settings as key=value, such as prompt="a photo of a <my-mug>" train.steps=1000'
+    ),
     concept: list[str] = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; can be repeated"),
     out: Path = typer.Option(Path("asset"), help="folder for the mesh, renders and turntable.mp4", **PATH),
     resume: bool = typer.Option(False, help="resume an interrupted run"),
@@ -29,8 +31,9 @@ def create(
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
     vram: str = typer.Option(
         None,
-        help="memory limit (8G, 512M) for the GPU or, on a CPU, for the whole process; to stay within it, fewer views are "
-        "processed at a time, activations are recomputed, and renders get smaller unless train.resolution is set",
+        help="limit (such as 8G or 512M) on GPU memory or, on a CPU, on the memory of the whole process; to stay "
+        "within it, fewer views are processed at a time, activations are recomputed, and renders get smaller unless "
+        "train.resolution is set",
     ),
     download: bool = typer.Option(
         False, "--download", help="download files from the hub if they are not in the local cache"
@@ -100,19 +103,22 @@ def evaluate(
     asset: Path = typer.Argument(help="a folder that `create` wrote, or a GLB, OBJ or PLY file", **PATH),
     truth: str = typer.Option(None, help="the real object: a toybox subject (development-car) or a mesh file"),
     references: Path = typer.Option(None, help="a folder of pictures of the object", **PATH),
-    prompt: str = typer.Option("", help="what it should look like; default: the asset's own prompt"),
+    prompt: str = typer.Option("", help="what the asset should look like; default: the asset's own prompt"),
     class_noun: str = typer.Option(
-        "", help="class noun that replaces the learned name in the prompt, such as mug; default: that of --truth"
+        "", help="class noun that replaces the learned name in the prompt, such as mug; default: the noun of --truth"
     ),
     out: Path = typer.Option(
         Path("report"), help="folder for report.html, report.json, CSV tables and renders", **PATH
     ),
-    clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
+    clip: Path = typer.Option(
+        None, help="a local CLIP folder to score with (default for toybox assets: the toybox's own CLIP)", **PATH
+    ),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     device: str = typer.Option("cpu", help="where --clip and --dino run"),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Evaluate an asset from 16 viewpoints: shape and colour (against the real object), identity, prompt, views, geometry."""
+    """Evaluate an asset from 16 viewpoints. Scores identity, agreement with the prompt and between views, and geometry,
+    and compares shape and colours with the real object if it is given."""
     from pcs_3d.evaluation.evaluate import Against
     from pcs_3d.evaluation.evaluate import evaluate as measure
     from pcs_3d.evaluation.headline import line
@@ -140,16 +146,17 @@ def evaluate(
 def benchmark(
     recipes: list[str] = typer.Argument(
         None,
-        help="asset recipes to compare, by name or as YAML files; "
+        help="asset recipes to compare, given by name or as YAML files; "
         "default: reference_reconstruction texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
     ),
     split: str = typer.Option(
-        "development", help="development (use it while tuning) or reporting (use it once, at the end)"
+        "development", help="development (for use while tuning) or reporting (for use only once, at the end)"
     ),
     subjects: int = typer.Option(4, min=1, max=10_000, help="number of the split's subjects to use"),
     learn: str = typer.Option(
         "t_lora",
-        help="recipe that learns each subject from pictures, once for all asset recipes that do not learn it themselves",
+        help="recipe that learns each subject from pictures; its concept is shared by all asset recipes that do not "
+        "learn the subject themselves",
     ),
     prompt: str = typer.Option("a photo of a {concept}", help="what to make; {concept} stands for the subject"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
@@ -159,7 +166,8 @@ def benchmark(
     learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe given by --learn"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
 ) -> None:
-    """Compare asset recipes on the toybox's held-out subjects: identity with and without the concept, shape, views."""
+    """Compare asset recipes on the toybox's held-out subjects. Scores shape, agreement between views, and identity,
+    which is also measured without the concept."""
     from pcs_3d.benchmark.toybox_assets import AssetBenchmarkSettings, run
     from pcs_3d.extra import check_installed
     from shared.benchmark.experiment import failures_told

@@ -10,7 +10,7 @@ import typer
 from shared.commands.paths import PATH
 
 app = typer.Typer(
-    help="Concepts in threestudio (https://github.com/threestudio-project/threestudio).", no_args_is_help=True
+    help="Use concepts in threestudio (https://github.com/threestudio-project/threestudio).", no_args_is_help=True
 )
 _CHECKOUT = typer.Argument(help="the folder of a threestudio checkout", **PATH)
 
@@ -20,7 +20,8 @@ def install(
     checkout: Path = _CHECKOUT,
     overwrite: bool = typer.Option(False, help="replace files of an earlier installation even if they were changed"),
 ) -> None:
-    """Write an extension and a configuration into a checkout: its launch.py can then use pcs-guidance and related classes."""
+    """Write an extension and a configuration into a checkout, so that its launch.py can use pcs-guidance and related
+    classes."""
     from pcs_3d.extra import check_installed
     from pcs_3d.threestudio.checkout import install as write
 
@@ -45,7 +46,9 @@ def doctor(checkout: Path = _CHECKOUT) -> None:
 @app.command(context_settings={"ignore_unknown_options": True})
 def run(
     checkout: Path = _CHECKOUT,
-    arguments: list[str] = typer.Argument(None, help="for launch.py: --config configs/pcs-dreamfusion.yaml --train …"),
+    arguments: list[str] = typer.Argument(
+        None, help="arguments for launch.py, such as --config configs/pcs-dreamfusion.yaml --train …"
+    ),
     cpu: bool = typer.Option(False, "--cpu", help="train on the CPU, in full precision"),
 ) -> None:
     """Run a checkout's launch.py without a GPU, or without some of the packages that it imports."""

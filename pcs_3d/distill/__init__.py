@@ -1,1 +1,1 @@
-"""Score distillation as a task on the core's loop."""
+"""Score distillation, as a task for the training loop in `shared`."""

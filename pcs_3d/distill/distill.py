@@ -1,4 +1,5 @@
-"""Score distillation: trains a field so that its renders look likely to a diffusion model (DreamFusion and successors)."""
+"""Trains a field by score distillation, so that a diffusion model finds its renders likely (DreamFusion and
+successors)."""
 
 from __future__ import annotations
 
@@ -33,12 +34,12 @@ from shared.trainable import TrainableGroup
 
 _VIEWS, _NOISE, _STUDENT = 2**45, 2**46, 2**47  # separate random streams
 
-#: (phase, prompts, strengths of concepts) -> the scores that guide the phase.
+#: Takes the phase, its prompts and the strengths of concepts. Returns the scores that guide the phase.
 OpenScores = Callable[[PhaseContext, ScenePrompts, Mapping[str, float]], Scores]
 
 
 def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapping[str, float]) -> Scores:
-    """Scores of the run's own backbone."""
+    """Returns the scores of the run's own backbone."""
     guidance = recipe_of(context).guidance
     return BackboneScores(
         context.backbone,
@@ -54,8 +55,8 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
 class Distill(ConceptTask):
     """See `DistillTask`. Each step updates the field and, if there is a student, the student on the same views.
 
-    The field continues from the field of an earlier phase, if any (`first_field`). The teacher uses everything learned so far
-    (the loaded concepts, and those that earlier phases of this run learned); only the student uses the adapter set `student`.
+    If an earlier phase made a field, this one continues from it (`first_field`). The teacher uses the loaded concepts
+    and those learned by earlier phases of this run. Only the student uses the adapter set `student`.
 
     Raises:
         ValueError: sizes, prompts, optimizer groups or parts do not fit together
@@ -92,21 +93,21 @@ class Distill(ConceptTask):
         student, mine = self.guidance.student, super().groups()
         if student is not None and student.group not in mine:
             raise ValueError(
-                f"guidance.student: nothing is trained in the optimizer group {student.group!r}: give a part under "
-                f"trainable group={student.group} and adapter_set={STUDENT}"
+                f"guidance.student is set, but nothing is trained in the optimizer group {student.group!r}: set "
+                f"group={student.group} and adapter_set={STUDENT} for a part under trainable"
             )
         allowed = {student.group} if student else set()
         for name, parts in mine.items():
             if name not in allowed:
                 raise ValueError(
-                    f"trainable.{parts[0].slot}: a distill phase trains only the field and a student (guidance.student); "
-                    "the model that guides it is fixed"
+                    f"trainable.{parts[0].slot}: a distill phase trains only the field and a student "
+                    "(guidance.student), because the model that guides it is fixed: remove this part"
                 )
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Raises ValueError if the field, renderer and penalties do not fit together, including penalties whose weight starts
-        at 0."""
+        """Raises ValueError if the field, renderer and penalties do not fit together. This includes penalties whose
+        weight starts at 0."""
         draw, device, side = generator(self.recipe.seed, _VIEWS), self.field.device, 16
         behind = torch.zeros(1, self.field.channels, 1, 1, device=device)
         settings = RenderSettings(side, side, behind, normals=self._normals, generator=draw)
@@ -121,25 +122,26 @@ class Distill(ConceptTask):
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """The autoencoder, if views are encoded; texts are encoded only once unless a name varies with time."""
+        """The networks that run in every step: the autoencoder if views are encoded, and the text encoder if the
+        embedding of a name varies with time. Otherwise texts are encoded only once."""
         vae = frozenset({"vae"}) if self.guidance.space == "pixels" else frozenset()
         timed = any("time" in p.varies_with for p in self.context.backbone.placeholders.values())
         return vae | (super().networks_in_steps - {"vae"} if timed else frozenset())
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        """The groups of the field and of the student."""
+        """Returns the optimizer groups of the field and of the student."""
         out = {name: list(parts) for name, parts in self.field.groups().items()}
         for name, parts in super().groups().items():
             out.setdefault(name, []).extend(parts)
         return out
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Advances the field to this step; returns its groups if they have changed."""
+        """Advances the field to this step. Returns the new groups if they have changed, else None."""
         came_from = self.field.advance(step, self.steps)
         return None if came_from is None else Regrouped(self.groups(), came_from)
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields the field's loss, from guidance and penalties, then the student's."""
+        """Yields the field's loss, which is the sum of guidance and penalties, and then the student's loss."""
         moment = Moment(step, self.steps)
         noise = generator(self.recipe.seed, _NOISE + step, micro)
         seen = self._drawn(moment, micro)
@@ -168,7 +170,7 @@ class Distill(ConceptTask):
                 yield Update(loss, (student.group,), {STUDENT: loss.detach()})
 
     def _drawn(self, moment: Moment, micro: int) -> Seen:
-        """Draws the views of a step."""
+        """Draws cameras, lights and backgrounds for a step, and renders its views."""
         recipe, draw = self.recipe, generator(self.recipe.seed, _VIEWS + moment.step, micro)
         device, channels = self.context.backbone.device, self.field.channels
         cameras = recipe.cameras.sample(recipe.train.batch_size, moment, draw)
@@ -190,7 +192,7 @@ class Distill(ConceptTask):
         return any(penalty.needs_normals for penalty in self.recipe.penalties.values())
 
     def _seen(self, cameras: Cameras, settings: RenderSettings, moment: Moment) -> Seen:
-        """Draws views in full precision."""
+        """Renders views in full precision."""
 
         def view(cameras: Cameras, settings: RenderSettings) -> Rendering:
             with torch.autocast(self.field.device.type, enabled=False):
@@ -200,7 +202,8 @@ class Distill(ConceptTask):
         return Seen(self.field, cameras, rendering, moment, settings.generator, view, settings, self.pictures)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
-        """The latents that the guidance acts on, and the views in [0, 1]. Pixels are encoded; latents are used as they are."""
+        """Returns the latents that the guidance acts on, and the rendered views. Views of pixels are encoded. Views of
+        a latent field already are latents and are returned as both."""
         pixels = rendering.pixels
         if self.guidance.space == "latents":
             return pixels, pixels
@@ -210,8 +213,8 @@ class Distill(ConceptTask):
     # --- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The field (`field/…`) and the adapters being trained, including the student's. Schedules have no state: they
-        depend only on the step."""
+        """Returns the tensors of the field (`field/…`) and of the adapters being trained, including the student's.
+        Schedules depend only on the step and therefore have no state."""
         return {**super().state_dict(), **self.carried()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -222,16 +225,16 @@ class Distill(ConceptTask):
             self.field.load_state_dict(mine)
 
     def carried(self) -> dict[str, Tensor]:
-        """The field, for later phases and for export."""
+        """Returns the tensors of the field, for later phases and for export."""
         return {FIELD + key: value for key, value in self.field.state_dict().items()}
 
     def result(self) -> Field:
-        """The finished field."""
+        """Returns the finished field."""
         return self.field
 
     @torch.no_grad()
     def picture(self, cameras: Cameras, side: int | None = None) -> Rendering:
-        """Views on white, without jitter; fields in latent space are decoded."""
+        """Renders views on white, without jitter. Views of a field in latent space are decoded."""
         return shown(self.recipe, self.field, cameras, side or self.side, self.scores.decode)
 
 
@@ -239,7 +242,7 @@ class Distill(ConceptTask):
 def shown(
     recipe: DistillRecipe, field: Any, cameras: Cameras, side: int, decode: Callable[[Tensor], Tensor]
 ) -> Rendering:
-    """Draws a field on white, one view at a time; pixels [B, 3, H, W] in [0, 1], on the CPU."""
+    """Renders a field on white, one view at a time. Returns pixels `[B, 3, H, W]` in [0, 1], on the CPU."""
     channels, device = field.channels, field.device
     behind = torch.full((1, channels, 1, 1), 1.0 if channels == 3 else 0.0, device=device)
     made = []
@@ -250,14 +253,15 @@ def shown(
 
 
 def recipe_of(context: PhaseContext) -> DistillRecipe:
-    """The phase's recipe. Raises AssertionError if it is not a recipe for assets."""
+    """Returns the phase's recipe. Raises AssertionError if it is not a recipe for assets."""
     recipe = context.recipe
     assert isinstance(recipe, DistillRecipe), f"{type(recipe).__name__} has no field and no guidance"
     return recipe
 
 
 def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:
-    """A view's side, in pixels or latent cells: `train.resolution`, else the backbone's own."""
+    """Returns the side of a view in pixels or, in latent space, in cells. This is `train.resolution` or, if that is
+    None, the backbone's own resolution."""
     if recipe.train.resolution is not None:
         return recipe.train.resolution
     own = backbone.resolution

@@ -1,4 +1,4 @@
-"""Asset-recipe settings that are the same for every kind of field."""
+"""The settings of an asset recipe that do not depend on the kind of field."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kin
 
 
 class DistillRecipe(Recipe):
-    """A recipe for assets, except for the types of field, renderer and export, which `Recipe3D` adds."""
+    """A recipe for assets, without the types of field, renderer and export, which `Recipe3D` adds."""
 
     prompt: str = ""  # what the asset shows; `<name>` stands for a concept
-    setting: str = (
-        ""  # the scene, appended to the prompt ("in a white studio"): a plain one keeps other objects out of the field
-    )
-    negative: str = ""  # what it should not show
+    # the scene, such as "in a white studio", which is appended to the prompt; a plain one keeps other objects out of
+    # the field
+    setting: str = ""
+    negative: str = ""  # what the asset should not show
     views: ViewWords = ViewWords()
-    debias: PromptDebias | None = None  # leaves words out of the prompts for some views
+    debias: PromptDebias | None = None  # removes words from the prompts for some views
     cameras: CameraSampling = CameraSampling()
     background: Backgrounds = Backgrounds()
     shading: Shadings = Shadings()
@@ -66,8 +66,8 @@ class DistillRecipe(Recipe):
         joint, ring = self.guidance.joint_views, self.cameras.ring
         if joint > 1 and ring != joint:
             raise ValueError(
-                f"guidance.joint_views = {joint}: the views of a ring attend to each other, but "
-                f"cameras.ring = {ring}; set both to the same number"
+                f"guidance.joint_views = {joint} but cameras.ring = {ring}: the views of a ring attend to each other, "
+                "so set both to the same number"
             )
         return self
 
@@ -76,7 +76,8 @@ class DistillRecipe(Recipe):
         silent = self.guidance.weight == 0 and self.guidance.pixel_weight == 0
         if silent and not self.penalties and isinstance(self.task, DistillTask) and not self.phases:
             raise ValueError(
-                "guidance.weight = 0, guidance.pixel_weight = 0 and no penalties: nothing trains the field; set one of them"
+                "guidance.weight = 0 and guidance.pixel_weight = 0 without penalties: nothing trains the field, so set "
+                "one of them"
             )
         return self
 
@@ -85,7 +86,8 @@ class DistillRecipe(Recipe):
         for name, penalty in self.penalties.items():
             if penalty.needs_pictures and self.guidance.space == "latents":
                 raise ValueError(
-                    f"penalties.{name} compares views with pictures, but views have no pixels when guidance.space = latents"
+                    f"penalties.{name} compares views with pictures, but views have no pixels with guidance.space = "
+                    f"latents: set penalties.{name}=null"
                 )
             if penalty.needs_pictures and self.references is None:
                 raise ValueError(

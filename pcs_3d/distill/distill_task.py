@@ -1,4 +1,4 @@
-"""Score distillation: its settings in a recipe."""
+"""The settings of score distillation in a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from shared.trainable.base import MAIN
 
 
 class DistillTask(TuneTask):
-    """Optimises an asset: `train.steps` steps on `train.batch_size` views of `train.resolution` pixels each."""
+    """Optimises an asset for `train.steps` steps, each with `train.batch_size` views of `train.resolution` pixels per
+    side."""
 
     kind: Literal["distill"] = "distill"  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -20,5 +21,5 @@ class DistillTask(TuneTask):
 
     @property
     def learns_subjects(self) -> bool:
-        """False: it learns a field."""
+        """Always False, because the phase learns a field."""
         return False

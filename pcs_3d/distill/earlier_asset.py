@@ -19,7 +19,9 @@ class EarlierAsset:
     def __init__(self, context: PhaseContext) -> None:
         made = [r for r in context.earlier if isinstance(r, DistillRecipe) and isinstance(r.task, DistillTask)]
         if not made:
-            raise ValueError(f"phases.{context.name}: no earlier phase makes an asset to render views of")
+            raise ValueError(
+                f"phases.{context.name} renders views, but no earlier phase makes an asset: put a distill phase first"
+            )
         self.context, self.recipe = context, made[-1]
         self._field: Any = None
 
@@ -30,7 +32,7 @@ class EarlierAsset:
 
     @property
     def field(self) -> Any:
-        """The field as that phase left it."""
+        """The field as the earlier phase left it."""
         if self._field is None:
             backbone = self.context.backbone
             channels = backbone.latent_shape(backbone.resolution, backbone.resolution)[0] if self.in_latents else 3
@@ -39,7 +41,7 @@ class EarlierAsset:
         return self._field
 
     def shown(self, cameras: Cameras, side: int) -> Rendering:
-        """Renders the field on white, `side` pixels wide; latents are decoded."""
+        """Renders the field on white, `side` pixels wide. If it is in latent space, its renders are decoded."""
         backbone = self.context.backbone
         cells = backbone.latent_shape(side, side)[-1] if self.in_latents else side
         return shown(self.recipe, self.field, cameras, cells, lambda z: (backbone.decode(z).float() + 1) / 2)

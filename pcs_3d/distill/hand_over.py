@@ -1,4 +1,4 @@
-"""Hands one phase's field over to the next phase, even if that phase's field is of a different kind."""
+"""Hands one phase's field over to a later phase, whose field may be of a different kind."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 
 FIELD = "field/"  # prefix of the names of a field's tensors in the saved state
-_SAMPLES = 120_000  # points on a surface that is handed over
+_SAMPLES = 120_000  # number of points sampled on a surface that is handed over
 
 
 def check_fields(recipe: DistillRecipe) -> None:
-    """Raises ValueError if a phase's field cannot be built as configured: its file cannot be read; it starts from an earlier
-    phase, but there is none; or it differs in kind from the earlier phase's field and does not start from it."""
+    """Raises ValueError if a phase's field cannot be built as configured. This is the case if its file cannot be read,
+    if it should start from an earlier phase but there is none, or if its kind differs from that of the earlier phase's
+    field and it does not start from that field."""
     earlier: DistillRecipe | None = None
     for name, phase in expand_phases(recipe):
         if isinstance(phase.task, DistillTask):
@@ -44,14 +45,14 @@ def _check_start(where: str, phase: DistillRecipe, earlier: DistillRecipe | None
     if earlier is None:
         if isinstance(mine.start, PhaseStart):
             raise ValueError(
-                f"{where}.start.kind = phase: no earlier phase makes an asset; start from a blob or a file"
+                f"{where}.start.kind = phase, but no earlier phase makes an asset: start from a blob or a file"
             )
         return
     before: FieldPart = earlier.field
     if earlier.guidance.space != phase.guidance.space:
         raise ValueError(
-            f"{where}: the earlier phase's field shows {earlier.guidance.space} and this one {phase.guidance.space}: set the "
-            "same guidance.space in both"
+            f"{where} shows {phase.guidance.space}, but the earlier phase's field shows {earlier.guidance.space}: set "
+            "the same guidance.space in both phases"
         )
     if before.kind != mine.kind and not isinstance(mine.start, PhaseStart):
         raise ValueError(
@@ -69,16 +70,18 @@ def first_field(
 ) -> Field:
     """Returns the field that a phase begins with, on the CPU.
 
-    A field of the same kind as the earlier phase's continues unchanged, unless `start.kind` is phase and its settings differ in
-    more than learning rates. It is then rebuilt from the shape and colours of the earlier field.
+    If no earlier phase made a field, the field is built from its settings. If its `start.kind` is phase and its
+    settings differ from the earlier field's in more than learning rates, it is rebuilt from the earlier field's shape
+    and colours. Otherwise the earlier field continues unchanged.
 
     Args:
-        earlier: recipes of the earlier phases
-        carried: the state they left (`field/...`)
+        earlier: the recipes of the earlier phases
+        carried: the state that those phases left (`field/...`)
         resumed: whether the state will be loaded from a checkpoint
 
     Raises:
-        ValueError: there is no earlier field, it is empty, or it does not match this one
+        ValueError: the field starts from an earlier phase that left none, or the earlier field is empty or does not
+            match
     """
     part, state = recipe.made, under(carried, FIELD)
     if resumed:
@@ -102,8 +105,8 @@ def restored(part: FieldPart, channels: int, seed: int, state: Mapping[str, Tens
 
 
 def blank(part: FieldPart, channels: int, seed: int) -> Field:
-    """Builds a field whose state will be loaded later: if it starts from an earlier phase, a stand-in replaces that phase's
-    result."""
+    """Builds a field whose state will be loaded later. If it starts from an earlier phase, a simple shape stands in for
+    that phase's result."""
     if isinstance(part.start, PhaseStart):
         corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
         sides = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
@@ -112,16 +115,19 @@ def blank(part: FieldPart, channels: int, seed: int) -> Field:
 
 
 def _settings(part: FieldPart) -> dict[str, Any]:
-    """All settings except the start and the learning rates."""
+    """Returns all settings except the start and the learning rates."""
     return {k: v for k, v in dict(part).items() if k != "start" and not k.startswith("lr")}
 
 
 def handed(field: Any, start: PhaseStart, seed: int = 0) -> Handed:
-    """The shape and colours of a field, for another field to start from. Raises ValueError for an empty field."""
+    """Returns the shape and colours of a field, for another field to start from. Raises ValueError if the field is
+    empty."""
     try:
         found = extract(field, start.resolution, start.threshold, start.all_parts)
     except ValueError as error:
-        raise ValueError(f"field.start.kind = phase: the earlier phase left nothing to start from: {error}") from None
+        raise ValueError(
+            f"field.start.kind = phase, but the earlier phase left nothing to start from: {error}"
+        ) from None
     mesh = simplified(found, start.faces)
     left = [note for note in mesh.notes if not note.startswith("threshold")]
     if left:
@@ -140,7 +146,7 @@ def handed(field: Any, start: PhaseStart, seed: int = 0) -> Handed:
 
 
 def _spread(vertices: np.ndarray, faces: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points [N, 3] spread evenly over the triangles, and the unit normals [N, 3] at these points."""
+    """Returns random points spread evenly over the triangles, and the unit normals at these points, both `[N, 3]`."""
     rng = np.random.default_rng(seed)
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     normals = np.cross(b - a, c - a)
@@ -151,5 +157,5 @@ def _spread(vertices: np.ndarray, faces: np.ndarray, seed: int) -> tuple[np.ndar
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors saved under a prefix, with the prefix removed."""
+    """Returns the tensors whose names start with a prefix, with the prefix removed."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

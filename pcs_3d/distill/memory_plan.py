@@ -1,4 +1,4 @@
-"""Fits a run into a memory budget: measures one small step and changes the recipe until it fits."""
+"""Fits a run into a memory budget, by measuring small steps and changing the recipe until it fits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from shared.train.last_good_state import MOST
 from shared.train.measure_memory import in_use, peak_during
 from shared.train.training_run import TrainingRun
 
-_SMALL = 128  # pixels: steps on views up to this size are measured at full size
-_LEAST = 16  # pixels of the smallest renders
-_RAYS = 2048  # rays drawn at a time, if the renderer recomputes activations
-_MOMENTS = 2  # values that Adam keeps per parameter
+_SMALL = 128  # side in pixels; steps on views up to this size are measured at full size
+_LEAST = 16  # side in pixels of the smallest renders
+_RAYS = 2048  # largest number of rays rendered at a time if the renderer recomputes activations
+_MOMENTS = 2  # number of values that Adam keeps per parameter
 #: Settings that a plan may change in a recipe.
 _PLANNED = {
     "train": ("batch_size", "gradient_accumulation", "gradient_checkpointing", "resolution"),
@@ -42,9 +42,10 @@ _PLANNED = {
 class Levers:
     """Settings that save memory.
 
-    views: number of views per pass through the networks, out of `of` per step.
-    recompute: which activations are recomputed: 0 for none, 1 for the networks', 2 for the renderer's as well.
-    side: a view's side in pixels; None: as requested.
+    views: the number of views per pass through the networks, out of `of` views per step.
+    recompute: the activations that are recomputed: 0 for none, 1 for those of the networks, 2 for those of the renderer
+    as well.
+    side: the side of a view in pixels. If None, it is as requested.
     """
 
     views: int
@@ -53,7 +54,7 @@ class Levers:
     side: int | None = None
 
     def changes(self, phase: DistillRecipe) -> dict[str, Any]:
-        """The changes to a phase's recipe."""
+        """Returns the changes to a phase's recipe."""
         train: dict[str, Any] = {
             "batch_size": self.views,
             "gradient_accumulation": phase.train.gradient_accumulation * (self.of // self.views),
@@ -77,17 +78,21 @@ class Levers:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A recipe that fits into the memory budget. estimate, budget: in bytes. how: the levers of each phase."""
+    """A recipe that fits into the memory budget.
+
+    budget, estimate: the limit and the estimated use, in bytes.
+    how: the levers of each phase.
+    """
 
     recipe: Any
     budget: int
     estimate: int
     how: Mapping[str, Levers]
-    of: str  # whose memory is counted: "gpu" or "process"
+    of: str  # which memory is counted, "gpu" or "process"
 
     @property
     def costs(self) -> dict[str, int]:
-        """The plan's entries in an asset's costs."""
+        """The entries that the plan adds to an asset's costs."""
         return {"memory_budget": self.budget, "estimated_memory": self.estimate}
 
     def __str__(self) -> str:
@@ -99,16 +104,17 @@ class MemoryPlan:
 def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = False) -> MemoryPlan:
     """Changes the recipe so that each phase that makes an asset stays within `budget` bytes.
 
-    The estimate adds up what is already in memory (networks; on a CPU, the whole process), the field with its gradients,
-    optimizer moments and saved copy, and the memory of one view in a step, measured at two small sizes. First, fewer views go
-    through the networks at a time, which changes only the order of random draws; then activations are recomputed; then, unless
-    `sides_fixed`, renders get smaller.
+    The estimate is the sum of three parts: the memory already in use (that of the networks or, on a CPU, of the whole
+    process); the field with its gradients, optimizer moments and saved copy; and the memory of the views in a step,
+    extrapolated from steps at two small sizes. The first change is to pass fewer views through the networks at a time,
+    which affects only the order of random draws. The next is to recompute activations. The last, unless `sides_fixed`
+    is set, is to make renders smaller.
 
     Args:
-        run: a run of this recipe that has not begun; the caller removes the names and adapters that it attaches
+        run: a run of this recipe that has not begun. Planning attaches names and adapters, which the caller removes.
 
     Raises:
-        ValueError: nothing fits; the message names the smallest budget that would be enough
+        ValueError: no plan fits. The message states the smallest budget that would be enough.
     """
     run._attach_names()
     how: dict[str, Levers] = {}
@@ -133,7 +139,8 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
 
 
 def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
-    """Finds the first settings that fit the budget, and the bytes they need. Raises ValueError naming the smallest budget."""
+    """Returns the first settings that fit the budget, and the bytes that they need. If none fit, raises ValueError with
+    the smallest budget that would be enough."""
     least: tuple[int, Levers] | None = None
     for levers in tries.ladder(sides_fixed):
         fixed, per_view = tries.costs(levers)
@@ -147,13 +154,13 @@ def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
                 least = needed, now
     assert least is not None
     raise ValueError(
-        f"--vram {size(budget)}: this needs at least about {size(least[0])} ({least[1]}): give --vram "
+        f"--vram {size(budget)} is not enough: the run needs about {size(least[0])} ({least[1]}); set --vram "
         f"{-(-least[0] // 2**20)}M or more, or choose a smaller model or field (field.resolution)"
     )
 
 
 class Tries:
-    """Runs small steps of one phase to measure their memory."""
+    """Runs small steps of one phase and measures the memory that they use."""
 
     def __init__(self, run: TrainingRun, index: int, trained: Any) -> None:
         self.run, self.index, self.trained = run, index, trained
@@ -170,7 +177,7 @@ class Tries:
         self._known: dict[tuple[int, int | None], tuple[int, int]] = {}
 
     def ladder(self, sides_fixed: bool) -> Iterator[Levers]:
-        """Yields settings that save memory, ending with those that cost the most time and quality."""
+        """Yields settings in increasing order of what they cost in time and quality."""
         views = self.recipe.train.batch_size
         for recompute in range(3):
             yield Levers(views, views, recompute)
@@ -180,14 +187,14 @@ class Tries:
             side //= 2
 
     def costs(self, levers: Levers) -> tuple[int, int]:
-        """Bytes that do not depend on the number of views, and bytes per view."""
+        """Returns the bytes that do not depend on the number of views, and the bytes per view."""
         key = levers.recompute, levers.side
         if key not in self._known:
             large = 1.0 if self.seen <= _SMALL else 0.5
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if not self._warm:
-                    self._peak(levers, large / 2)  # warm-up: imports libraries, caches kernels and texts
+                    self._peak(levers, large / 2)  # a warm-up that imports libraries and caches kernels and texts
                     self._warm = True
                 state, more = self._peak(levers, large)
                 less = self._peak(levers, large / 2)[1]
@@ -199,7 +206,8 @@ class Tries:
         return self._known[key]
 
     def _views(self, folder: Path) -> dict[str, Path]:
-        """Blank stand-ins for the views that earlier phases will make, for penalties to compare with."""
+        """Makes blank stand-ins for the views that earlier phases will write and that penalties compare renders with.
+        Returns the folder of each such phase."""
         made = [(name, phase.task) for name, phase in self.run.phases[: self.index]]
         views = {name: task.cameras() for name, task in made if isinstance(task, PseudoViewsTask)}
         pictures = sum(len(subject.images) for subject in self.run.subjects.values())
@@ -207,8 +215,8 @@ class Tries:
         return {name: blank_views(cameras, folder / name) for name, cameras in views.items()}
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
-        """Bytes of the field with its gradients, optimizer moments and saved copy, and of one step on the fewest possible
-        views, at this share of their usual side."""
+        """Returns the bytes of the field with its gradients, optimizer moments and saved copy, and the bytes of one
+        step. The step has the fewest possible views, at the given share of their usual side."""
         unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
         changes = replace(levers, views=self.together, of=self.together).changes(self.recipe)
         side = max(_LEAST // 2, round((levers.side or self.side) * share))
@@ -230,7 +238,7 @@ class Tries:
 
 
 def step_once(run: TrainingRun, task: Any) -> None:
-    """Adds the gradients of a run's last step to the existing ones."""
+    """Runs a run's last step, and adds its gradients to the existing ones."""
     updates = task.updates(max(0, task.steps - 1), 0)
     while True:
         with run.accelerator.autocast():
@@ -241,7 +249,8 @@ def step_once(run: TrainingRun, task: Any) -> None:
 
 
 def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
-    """Applies the changes that a plan made when an interrupted run began, because measuring again could lead to others."""
+    """Applies the changes that a plan made when an interrupted run began. A new measurement could lead to different
+    changes."""
     data = dump(recipe)
 
     def copied(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

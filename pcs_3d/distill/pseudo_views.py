@@ -1,4 +1,4 @@
-"""Pictures of the subject from all around, made from renders of a preliminary asset."""
+"""Makes pictures of the subject from all around, using renders of a preliminary asset."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from shared.sources.phase_pictures import KEPT
 from shared.train.generate import Generate, Shot
 from shared.train.phase_context import PhaseContext
 
-_ASSET = "asset"  # the subject of the pictures if the prompt uses only concepts learned before
+_ASSET = "asset"  # the name of the pictures' subject if the run learns none and the prompt uses only loaded concepts
 
 
 class PseudoViews(Generate):
-    """See `PseudoViewsTask`. Raises ValueError if no earlier phase makes an asset, or several subjects are learned."""
+    """See `PseudoViewsTask`. Raises ValueError if no earlier phase makes an asset or if several subjects are
+    learned."""
 
     def __init__(self, context: PhaseContext) -> None:
         self.recipe = recipe_of(context)
@@ -37,7 +38,8 @@ class PseudoViews(Generate):
         self.asset = EarlierAsset(context)
         if len(context.names) > 1:
             raise ValueError(
-                f"phases.{context.name}: its pictures show one subject, but {len(context.names)} are learned"
+                f"phases.{context.name} makes pictures of one subject, but {len(context.names)} are learned: learn "
+                "only one"
             )
         if not context.names and any("{concept}" in prompt for prompt in self.task.prompts):
             raise ValueError(
@@ -48,7 +50,7 @@ class PseudoViews(Generate):
         super().__init__(context)
 
     def planned(self) -> Iterator[Shot]:
-        """One shot for each view and prompt, with words for the visible side."""
+        """Yields one shot for each prompt and view. Its text includes words for the visible side."""
         owner = next(iter(self.context.names), _ASSET)
         for number, prompt in enumerate(self.task.prompts or (self.recipe.prompt,)):
             named = prompt.replace("{concept}", f"<{owner}>")
@@ -71,13 +73,13 @@ class PseudoViews(Generate):
         return context.make(self.texts(shots), [shot.seed for shot in shots], self.recipe, start)
 
     def depends_on(self) -> Mapping[str, Tensor]:
-        """The learned tensors, and the asset's field."""
+        """Returns the learned tensors and those of the asset's field."""
         return {**self.state_dict(), **{k: v for k, v in self.context.carried.items() if k.startswith(FIELD)}}
 
 
 def blank_views(cameras: Cameras, folder: Path) -> Path:
-    """Fills a folder with white pictures and masks for these cameras, to try out phases whose reference pictures do not exist
-    yet."""
+    """Fills a folder with white pictures and masks for these cameras, so that a phase can be tried before its reference
+    pictures exist. Returns the folder."""
     kept = []
     write_picture(torch.ones(3, 16, 16), folder / "blank.png", {})
     for i in range(len(cameras)):

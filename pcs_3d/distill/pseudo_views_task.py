@@ -17,8 +17,9 @@ class PseudoViewsTask(GenerateTask):
     concept learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases can learn from
     the pictures (`sources.NAME.kind=phase_pictures`) and compare renders with them (`references.kind=phase`).
 
-    prompts: used for each view, with {concept}; if empty, the recipe's prompt. Words for the view are added to each.
-    num: number of views, evenly spaced around the object, starting at its front.
+    prompts: the prompts, with {concept}; one picture is made for each prompt and view. If empty, the recipe's prompt is
+    used. Words that describe the view are added to each prompt.
+    num: the number of views, evenly spaced around the object, starting at its front.
     elevation_deg: the elevations that the views cycle through.
     strength: the share of denoising steps that are run. With higher values, pictures look more like the subject and less like
     the render.
@@ -33,11 +34,11 @@ class PseudoViewsTask(GenerateTask):
     strength: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     def count(self, steps: int, subjects: int) -> int:
-        """The number of steps: one for each batch of pictures."""
+        """Returns the number of steps, which is one per batch of pictures."""
         return -(-self.num * max(1, len(self.prompts)) // self.batch_size)
 
     def cameras(self) -> Cameras:
-        """The camera of each view."""
+        """Returns the camera of each view."""
         azimuths = [360 * i / self.num for i in range(self.num)]
         elevations = [self.elevation_deg[i % len(self.elevation_deg)] for i in range(self.num)]
         return Cameras.of(azimuths, elevations, look_at_distance(self.fov_deg, self.fill), self.fov_deg)

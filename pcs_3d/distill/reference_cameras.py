@@ -28,11 +28,12 @@ from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.task import Updates
 from shared.types import Subject
 
-_SIDE = 64  # pixels of the renders that pictures are compared with
+_SIDE = 64  # side in pixels of the renders that pictures are compared with
 
 
 def compares_with_subject(recipe: DistillRecipe) -> bool:
-    """Whether the field is compared with pictures of a subject that no phase learns, because a loaded concept stands for it."""
+    """Returns whether the field is compared with pictures of a subject that no phase learns. The subject is then given
+    by a loaded concept."""
     if learns_subjects(recipe):
         return False
     phases = [phase for _, phase in expand_phases(recipe)]
@@ -49,23 +50,24 @@ def check_uses_concept(name: str, recipe: DistillRecipe) -> None:
 
 
 def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str, Subject]) -> None:
-    """Raises ValueError unless there is one subject whose pictures all have masks, and `near_deg`, if set, fits them."""
+    """Raises ValueError unless there is one subject whose pictures all have masks. If `near_deg` is set, it must have
+    one azimuth per picture."""
     subject = only(subjects)
     if bare := [path.name for path in subject.images if path not in subject.masks]:
         raise ValueError(
-            f"phases.{phase} crops the pictures to the subject by their masks, and these have none: {', '.join(bare)}; put "
-            "masks/NAME.png next to the pictures"
+            f"phases.{phase} crops the pictures to the subject and needs masks, but {', '.join(bare)} "
+            f"{'has' if len(bare) == 1 else 'have'} none: put masks/NAME.png next to the pictures"
         )
     if task.near_deg is not None and len(task.near_deg) != len(subject.images):
         raise ValueError(
-            f"phases.{phase}.task.near_deg: {len(task.near_deg)} azimuths for {len(subject.images)} pictures; give one for "
-            f"each, in this order: {', '.join(p.name for p in subject.images)}"
+            f"phases.{phase}.task.near_deg must have one azimuth per picture ({len(subject.images)}), but has "
+            f"{len(task.near_deg)}: give them in this order: {', '.join(p.name for p in subject.images)}"
         )
 
 
 class ReferenceCameras(ConceptTask):
-    """See `ReferenceCamerasTask`. Raises ValueError unless there is one subject whose pictures all have masks, and, for the
-    estimator `renders`, an earlier phase that makes an asset."""
+    """See `ReferenceCamerasTask`. Raises ValueError unless there is one subject whose pictures all have masks. The
+    estimator `renders` also needs an earlier phase that makes an asset."""
 
     steps = 1
 
@@ -77,12 +79,13 @@ class ReferenceCameras(ConceptTask):
         self.asset = EarlierAsset(context) if task.estimator == "renders" else None
 
     def updates(self, step: int, micro: int) -> Updates:
-        """There is no loss: `result` does the work."""
+        """Yields nothing, because there is no loss. `result` does the work."""
         yield from ()
 
     @torch.no_grad()
     def result(self) -> list[dict[str, Any]]:
-        """Writes the pictures, cropped to the subject, with masks and cameras. Returns their entries."""
+        """Writes the cropped pictures and masks, and a file that lists them with their cameras. Returns the entries of
+        that list."""
         recipe, folder = recipe_of(self.context), self.context.folder
         side = recipe.train.resolution or self.context.backbone.resolution
         subject = only(self.context.subjects)
@@ -108,9 +111,10 @@ class ReferenceCameras(ConceptTask):
         if self.asset is None:
             if shown_in(only(self.context.subjects).images) is None:
                 warnings.warn(
-                    "task.estimator = toybox: the pose estimator works only for the toybox's own pictures, so these cameras "
-                    f"are probably wrong; phases.{self.context.name}.task.estimator=renders compares the pictures with "
-                    "renders of the asset instead",
+                    "task.estimator = toybox: the pose estimator works only for the toybox's own pictures, so the "
+                    "cameras of these pictures are probably wrong; set "
+                    f"phases.{self.context.name}.task.estimator=renders to compare the pictures with renders of the "
+                    "asset instead",
                     stacklevel=2,
                 )
             return from_toybox_poses(task.framing, pixels)

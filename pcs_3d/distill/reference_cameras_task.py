@@ -15,13 +15,14 @@ Angle = Annotated[float, Field(ge=-89, le=89)]
 
 class ReferenceCamerasTask(TuneTask):
     """Finds the camera of each of the subject's pictures and crops the picture and its mask to the subject. A later phase
-    compares the field with them (`references.kind=phase`). Azimuth 0 shows the front.
+    compares the field with these crops (`references.kind=phase`). Azimuth 0 shows the front.
 
     estimator: `renders` compares each picture with renders of the earlier phase's asset, from `azimuths` directions around it
     at each of `elevation_deg`, and then halves the steps around the best match `refinements` times. `toybox` uses the toybox's
     pose estimator, which works only for the toybox's own pictures.
-    near_deg: for `renders`, the approximate azimuth of each picture, in the order of the file names (0 front, 90 the object's
-    left, 180 back, -90 its right). It helps because a first asset often looks the same from the front and from the back.
+    near_deg: the approximate azimuth of each picture, in the order of the file names, for the estimator `renders`. 0 is
+    the front, 90 the object's left, 180 the back and -90 the object's right. It is useful because a first asset often
+    looks the same from the front and from the back.
     fill: the share of the crop's side that an object of radius 1 covers.
     """
 
@@ -38,25 +39,26 @@ class ReferenceCamerasTask(TuneTask):
     def _uses_what_is_set(self) -> ReferenceCamerasTask:
         if self.near_deg is not None and self.estimator != "renders":
             raise ValueError(
-                f"near_deg narrows the search of estimator=renders, but estimator = {self.estimator} does not search"
+                f"near_deg narrows the search of estimator=renders, but estimator = {self.estimator} does not search: "
+                "remove near_deg"
             )
         return self
 
     @property
     def learns_subjects(self) -> bool:
-        """False: the phase only reads the subjects' pictures."""
+        """Always False, because the phase only reads the subjects' pictures."""
         return False
 
     @property
     def search(self) -> Search:
-        """Which cameras the estimator `renders` compares."""
+        """The cameras that the estimator `renders` compares."""
         return Search(self.azimuths, self.elevation_deg, self.refinements, self.near_deg)
 
     @property
     def framing(self) -> Framing:
-        """How the cameras are placed."""
+        """The field of view and distance of the cameras."""
         return Framing(self.fov_deg, self.fill)
 
     def count(self, steps: int, subjects: int) -> int:
-        """One step finds all cameras."""
+        """Returns 1, because one step finds all cameras."""
         return 1

@@ -1,4 +1,4 @@
-"""The regions of a phase: the scores that guide each, and where they appear in views."""
+"""The regions of a phase: which scores guide each region, and where each appears in the views."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pcs_3d.regularize.base import Seen
 from pcs_3d.view_prompts import ScenePrompts
 from shared.config import unknown
 
-#: (prompts, strengths of concepts) -> the scores that guide a scene.
+#: Takes prompts and the strengths of concepts. Returns the scores that guide a scene.
 Opened = Callable[[ScenePrompts, Mapping[str, float]], Scores]
 
 
 def scene_prompts(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], region: RegionPart | None = None
 ) -> ScenePrompts:
-    """The teacher's prompts, as set by the recipe; a region's own prompts replace them."""
+    """Returns the recipe's prompts for the teacher. If a region is given, its own prompts replace the recipe's."""
     said = (region.prompt if region else "") or recipe.prompt
     negative = (region.negative if region else "") or recipe.negative
     prompt = f"{said} {recipe.setting}".strip()
@@ -32,10 +32,11 @@ def scene_prompts(
 def regional_scores(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], strengths: Mapping[str, float], opened: Opened
 ) -> Scores:
-    """The scores that guide a phase: for the whole scene, and for each region with its own prompt or concepts.
+    """Returns the scores that guide a phase. They combine scores for the whole scene with scores for each region that
+    has its own prompt or concepts.
 
     Args:
-        strengths: of all concepts that have adapters
+        strengths: the strength of each concept that has adapters
 
     Raises:
         ValueError: a region names an unknown concept
@@ -69,7 +70,7 @@ class ShownRegions:
         self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items() if part.is_told_more}
 
     def of(self, views: Seen, cells: tuple[int, int]) -> dict[str, Tensor]:
-        """The share of each cell that each region covers, [B, 1, h, w]."""
+        """Returns, for each region, the share of each cell that it covers, as `[B, 1, h, w]`."""
         depth, opacity, reach = views.rendering.depth, views.rendering.opacity.detach(), views.field.bound
         return {
             name: seen(inside, views.cameras, depth.detach(), opacity, cells, reach)

@@ -1,1 +1,1 @@
-"""Measures finished assets: against the real object, if it is known, and by their renders."""
+"""Measures finished assets, using their renders and, if it is known, the real object."""

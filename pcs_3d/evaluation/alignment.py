@@ -1,4 +1,4 @@
-"""Aligns a mesh with the real object, by scale and translation only: a wrong front is not corrected."""
+"""Aligns a mesh with the real object, using only scale and translation, so that a wrong front is not corrected."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.views import PaintedMesh, silhouettes
 
-_SIDE = 64  # pixels of the silhouettes that are compared
-_MOMENTS = 4  # iterations of matching size and centre to the truth's
+_SIDE = 64  # side in pixels of the silhouettes that are compared in the first, coarse search
+_MOMENTS = 4  # number of iterations that match the size and centre to the truth's
 _EVERY = 2  # only every second view is used
-# steps of the search for the best overlap: shares of the size, and radii
+# Steps of the search for the best overlap, as shares of the size and as shifts in radii.
 _COARSE, _FINE = (0.06, 0.03, 0.015), (0.006, 0.003)
-_LIMITS = (0.1, 10.0)
+_LIMITS = (0.1, 10.0)  # bounds on the scale
 
 
 @dataclass(frozen=True)
 class _Outlines:
-    """Areas [B] and centres [B, 2] (x right, y up, -1 to 1) of silhouettes [B, H, W]."""
+    """The areas (`[B]`) and centres (`[B, 2]`; x right, y up, -1 to 1) of B silhouettes."""
 
     areas: Tensor
     middles: Tensor
@@ -40,17 +40,21 @@ class _Outlines:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union [B] of silhouettes bool [B, H, W]; 1 where both are empty."""
+    """Returns the intersection over union of each pair of silhouettes (bool `[B, H, W]`), as `[B]`. It is 1 where both
+    are empty."""
     both, either = (a & b).sum((1, 2)), (a | b).sum((1, 2))
     return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(either)).double()
 
 
 def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
-    """Scales and moves the mesh so that its silhouettes overlap most with the truth's; leaves it unchanged if no
+    """Scales and moves the mesh so that its silhouettes overlap most with the truth's. Returns it unchanged if no other
     placement is better.
 
-    truth: bool [B, H, W], seen by the same cameras. Areas and centres give a first guess, which a coordinate search refines;
-    one size and one position apply to all views. The mesh is never rotated.
+    A first guess from areas and centres is refined by a coordinate search. One size and one position apply to all
+    views. The mesh is never rotated.
+
+    Args:
+        truth: silhouettes of the real object (bool `[B, H, W]`), seen by the cameras `around`
     """
     around, truth = around[::_EVERY], truth[::_EVERY]
     if (given := _overlap(mesh, truth, around)) == 1:
@@ -78,7 +82,7 @@ def _searched(mesh: PaintedMesh, truth: Tensor, around: Cameras, steps: Sequence
 
 
 def _smaller(masks: Tensor) -> Tensor:
-    """Silhouettes [B, H, W] as bool [B, 64, 64]."""
+    """Resizes silhouettes (`[B, H, W]`) to bool `[B, 64, 64]`."""
     return F.adaptive_avg_pool2d(masks.float()[:, None], _SIDE)[:, 0] >= 0.5
 
 
@@ -99,7 +103,7 @@ def _by_moments(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMes
             break
         larger = math.sqrt(float(wanted.areas.sum() / found.areas.sum()))
         scale = min(max(mesh.scale * larger, _LIMITS[0]), _LIMITS[1])
-        # Half a view's width, in radii, at the object's distance.
+        # half the width of each view, in radii, at the object's distance
         width = (around.distance / around.focal).double()[:, None]
         shift = torch.linalg.lstsq(axes.reshape(-1, 3), ((wanted.middles - found.middles) * width).reshape(-1, 1))
         x, y, z = (torch.tensor(mesh.offset, dtype=torch.float64) + shift.solution[:, 0]).tolist()

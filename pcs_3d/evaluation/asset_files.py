@@ -1,4 +1,4 @@
-"""Reads the asset to evaluate: a folder that `pcs 3d create` wrote, or a mesh from any program."""
+"""Reads the asset to evaluate, which is a folder that `pcs 3d create` wrote or a mesh from any program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGEST = 1 << 24  # bytes of an asset.json
 
 @dataclass(frozen=True)
 class Judged:
-    """An asset to evaluate. about: the content of its asset.json (empty for a bare mesh)."""
+    """An asset to evaluate. `about` is the content of its asset.json; it is empty for a mesh without one."""
 
     name: str
     file: Path
@@ -26,13 +26,13 @@ class Judged:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def said(self, key: str) -> str:
-        """A text from asset.json; "" if it has none."""
+        """Returns a text from asset.json, or "" if the file has none under this key."""
         value = self.about.get(key)
         return value if isinstance(value, str) else ""
 
     @property
     def costs(self) -> dict[str, Any]:
-        """Time and memory that its creation took; empty if not recorded."""
+        """The time and memory that creating the asset took. Empty if they were not recorded."""
         value = self.about.get("costs")
         return dict(value) if isinstance(value, Mapping) else {}
 
@@ -48,8 +48,8 @@ def read_judged(path: Path | str) -> Judged:
     if path.is_file():
         return Judged(path.name, path, painted_mesh(path))
     if not (path / MESH).is_file():
-        what = "an asset without a mesh (export was null)" if (path / ABOUT).is_file() else "no asset"
-        raise ValueError(f"{path} holds {what}: it lacks {MESH}, which `pcs 3d create` writes")
+        what = "an asset without a mesh (its export was null)" if (path / ABOUT).is_file() else "no asset"
+        raise ValueError(f"{path} contains {what}: there is no {MESH}, which `pcs 3d create` writes")
     about = _about(path / ABOUT) if (path / ABOUT).is_file() else {}
     return Judged(path.resolve().name, path / MESH, painted_mesh(path / MESH), about)
 

@@ -1,4 +1,4 @@
-"""The result of evaluating an asset: an `AssetReport`, saved as JSON, CSV, renders and one HTML page."""
+"""The result of evaluating an asset. An `AssetReport` is saved as JSON, CSV, renders and one HTML page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ViewRow(Row):
     file: str  # in the report's folder
     truth_file: str = ""
     scores: dict[str, float | None] = {}
-    seen: dict[str, str] = {}  # azimuth and name of the view, as instruments read them
+    seen: dict[str, str] = {}  # the azimuth and the name of the view that instruments estimate from the render
 
     @field_validator("scores", mode="before")
     @classmethod
@@ -32,7 +32,7 @@ class ViewRow(Row):
 
 
 class Curve(Row):
-    """One score by azimuth around the object; also for the real object and the sphere, if it was measured for them."""
+    """One score by azimuth around the object, for the asset and, if measured, for the real object and the sphere."""
 
     key: str
     title: str
@@ -57,7 +57,7 @@ class AssetReport(BaseModel):
     medium: Literal["asset"] = "asset"
     name: str
     file: str  # the evaluated mesh
-    prompt: str = ""  # as the instruments read it: in plain words
+    prompt: str = ""  # as given to the instruments, in plain words
     truth: str = ""
     backbone: str = ""
     created: str = ""  # UTC, ISO 8601
@@ -69,17 +69,17 @@ class AssetReport(BaseModel):
     placed: Placed | None = None
     references: list[str] = []  # files in the report's folder
     instruments: list[Instrument] = []
-    costs: dict[str, Any] = {}  # time and memory of creating the asset, as recorded in it
+    costs: dict[str, Any] = {}  # time and memory that creating the asset took, as recorded in its asset.json
     notes: list[str] = []
     files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
     viewer: str = Field(default="", exclude=True, repr=False)  # a page that shows the mesh
 
     def value(self, key: str) -> float | None:
-        """The value of a headline score; None if it was not measured."""
+        """Returns the value of a headline score, or None if it was not measured."""
         return next((s.value for s in self.scores if s.key == key), None)
 
     def curve(self, key: str) -> Curve | None:
-        """One score by azimuth; None if it was not measured."""
+        """Returns one score by azimuth, or None if it was not measured."""
         return next((c for c in self.curves if c.key == key), None)
 
     def to_json(self) -> str:

@@ -27,7 +27,7 @@ __all__ = ["Against", "Yardstick", "evaluate", "measure", "plain"]
 def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None] = lambda _: None) -> AssetReport:
     """Measures the asset in a folder or the mesh in a file.
 
-    Raises ValueError if the asset, the truth, pictures or model folders are missing or invalid.
+    Raises ValueError if the asset, the truth, the pictures or a model folder is missing or invalid.
     """
     judged = read_judged(asset)
     progress("instruments")
@@ -36,7 +36,7 @@ def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None
 
 @torch.no_grad()
 def measure(judged: Judged, by: Yardstick, progress: Callable[[str], None] = lambda _: None) -> AssetReport:
-    """The report of one asset; a yardstick can be reused for all assets of the same object and prompt."""
+    """Returns the report on one asset. The yardstick can be reused for all assets of the same object and prompt."""
     judge, tools = by.judge, by.judge.tools
     progress("renders")
     renders = draw(judged.mesh, by.around)
@@ -103,15 +103,15 @@ def _files(renders: Views, true: Views | None, looks: Looks, around: Cameras) ->
 
 
 def _notes(judged: Judged, by: Yardstick) -> list[str]:
-    """Says what was not measured, and why."""
+    """Returns notes on what was not measured, and why."""
     judge, tools, prompt = by.judge, by.judge.tools, by.judge.prompt
     said = []
     if by.truth is None:
         said.append("Silhouettes, colours and identity are not measured: give --truth NAME or FILE.")
     elif judge.verifier is None:
         said.append(
-            "Identity is not verified: look-alikes and a bar exist only for the toybox's subjects. "
-            "With an encoder, likeness to the truth from the same side replaces it."
+            "Identity is not verified: look-alikes and a threshold exist only for the toybox's subjects. "
+            "With an encoder, the likeness to the truth from the same side is reported instead."
         )
     if tools.attributes is None:
         said.append("Views are not read: only the toybox's own instruments can tell front, side and back apart.")
@@ -120,7 +120,7 @@ def _notes(judged: Judged, by: Yardstick) -> list[str]:
     elif not prompt:
         said.append("CLIP-T is not measured: the prompt is unknown; give --prompt.")
     if judge.references is None:
-        said.append("Likeness to pictures is not measured by azimuth: give --references FOLDER.")
+        said.append("Similarity to reference pictures (CLIP-I, DINO-I) is not measured: give --references FOLDER.")
     if re.search(r"<[^<>]*>", judged.said("prompt")) and "thing" in prompt.split():
         said.append("The learned name in the prompt was read as “thing”: set its class with --class-noun.")
     return said

@@ -1,4 +1,4 @@
-"""The headline numbers of a report: means over views, next to those of the real object and the sphere."""
+"""The headline scores of a report. They are means over views, shown next to those of the real object and a sphere."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ Unit = Literal["rate", "score", "cosine", "count", "share"]
 
 @dataclass(frozen=True)
 class Arm:
-    """All measurements of one object: those by view, including shape, and the PSNR over all views (NaN: nothing to compare)."""
+    """All measurements of one object.
+
+    looks: the measurements of each view, including those of shape.
+    psnr: the PSNR over all views. It is NaN if there is nothing to compare.
+    """
 
     looks: Looks
     psnr: float = math.nan
 
     def mean(self, key: str) -> float | None:
-        """The mean over views; None if it was not measured."""
+        """Returns the mean over views, or None if the score was not measured."""
         values = [v for v in self.looks.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
 class Arms:
-    """The asset and, if the real object is known, the object and a sphere in its mean colour."""
+    """The measurements of the asset and, if the real object is known, of that object and of a sphere in its mean
+    colour."""
 
     asset: Arm
     truth: Arm | None = None
@@ -49,23 +54,27 @@ class Measure:
     explanation: str = ""
 
 
-_ALIGNED = "Overlap of the silhouettes with the real object's, after aligning scale and translation but not rotation."
+_ALIGNED = (
+    "Overlap of the silhouettes with those of the real object, after aligning scale and translation but not rotation."
+)
 _COLORS = (
-    f"Inside either silhouette, after the same alignment, over all views together; at most {BEST_DB:.0f}. The asset's colours "
-    "are unlit; the toybox's real objects are lit."
+    "Computed over the pixels of all views that lie in either silhouette, after the same alignment; at most "
+    f"{BEST_DB:.0f}. The asset's colours are unlit; the toybox's real objects are lit."
 )
 _VERIFIED = (
-    "Views that are recognised among look-alikes and at least as similar to the references as 95 % of true renders are."
+    "Share of views that are recognised among look-alikes and are at least as similar to the references as 95 % of the "
+    "true renders."
 )
 _RETRIEVED = (
-    "Retrieval: closer to the object than to any other of the same class and colours. A sphere may pass: see identity."
+    "Share of views that are closer to the object than to any other object of the same class and colours. Even a "
+    "sphere may pass, so see identity as well."
 )
 _JANUS = (
-    "Janus score: views in which the pose estimator sees the side that the camera looks at (front, side, back). "
-    "Always guessing “front” gets 31 %, “side” 62 %."
+    "Janus score: share of views in which the pose estimator sees the side that the camera looks at (front, side, "
+    "back). Always guessing “front” gets 31 %, “side” 62 %."
 )
-_ERROR = "Between the camera and the pose estimator's reading; 90 if it has none."
-_FRONTS = "Quarters around the object in which most views look like its front: 1 is correct."
+_ERROR = "Difference between the camera's azimuth and the pose estimator's reading."
+_FRONTS = "Number of quarters around the object in which most views look like its front; 1 is correct."
 
 MEASURES: Mapping[str, Measure] = {
     "iou": Measure("Silhouette IoU", "score", explanation=_ALIGNED),
@@ -87,7 +96,8 @@ MEASURES: Mapping[str, Measure] = {
 
 
 def headline(arms: Arms, shape: Geometry | None = None) -> list[Score]:
-    """Every score that was measured; `base` is the sphere's, `truth` the real object's. shape: None if there is no mesh."""
+    """Returns every score that was measured. Its `base` is the sphere's score and its `truth` the real object's.
+    `shape` is None if there is no mesh."""
     scores = []
     for key, measure in MEASURES.items():
         if (value := _of(arms.asset, key)) is None:
@@ -119,7 +129,7 @@ def _relative(identity: Score) -> Score:
     passed = identity.truth
     title, explanation = (
         "Identity, relative",
-        "Identity, divided by the share of true renders from the same cameras that pass.",
+        "Identity divided by the share of true renders from the same cameras that are verified.",
     )
     value, sphere = (None if not passed or v is None else min(1.0, v / passed) for v in (identity.value, identity.base))
     more: dict[str, Any] = {"unit": "rate", "explanation": explanation}
@@ -138,7 +148,7 @@ def _geometry(shape: Geometry) -> list[Score]:
 
 
 def curves(arms: Arms, azimuths: Sequence[float]) -> list[Curve]:
-    """Every score by azimuth, for each arm in which it was measured."""
+    """Returns every score by azimuth, for each arm in which it was measured."""
     found = []
     for key, measure in MEASURES.items():
         if key not in arms.asset.looks.scores:
@@ -150,7 +160,7 @@ def curves(arms: Arms, azimuths: Sequence[float]) -> list[Curve]:
 
 
 def said(score: Score, value: float | None) -> str:
-    """A score's value as text."""
+    """Formats a score's value."""
     if value is not None and score.key == "watertight":
         return "yes" if value else "no"
     if value is not None and score.unit == "count" and float(value).is_integer():
@@ -159,7 +169,8 @@ def said(score: Score, value: float | None) -> str:
 
 
 def line(score: Score) -> str:
-    """A headline score as one line, with the scores of the real object and the sphere."""
+    """Formats a headline score as one line, with the scores of the real object, the sphere and chance if they are
+    known."""
     beside = {"real object": score.truth, "sphere": score.base, "chance": score.chance}
     figures = [said(score, score.value), *(f"{n} {said(score, v)}" for n, v in beside.items() if v is not None)]
     return "   ".join([*figures, "lower is better"] if score.better == "lower" else figures)

@@ -1,4 +1,5 @@
-"""Checks that views show the side that the camera looks at: an asset with the Janus problem has fronts on several sides."""
+"""Checks that views show the side that the camera looks at. An asset with the Janus problem has fronts on several
+sides."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ _QUARTERS = (0.0, 90.0, 180.0, 270.0)
 
 @dataclass(frozen=True)
 class ReadViews:
-    """Directions read from B pictures.
+    """The directions estimated from B pictures.
 
-    azimuths: [B] in degrees, 0 at the front, from the pose estimator.
-    names: front, side, back or above, from the recognizer.
+    azimuths: the pose estimator's azimuths, [B] in degrees, 0 at the front.
+    names: the recognizer's names of the views (front, side, back or above).
     """
 
     azimuths: Tensor
@@ -28,7 +29,8 @@ class ReadViews:
 
 
 def read_views(pixels: Tensor) -> ReadViews:
-    """Reads pictures [B, 3, H, W] in [-1, 1], each on its own, with the toybox's pose estimator and recognizer."""
+    """Estimates the direction of each picture separately, with the toybox's pose estimator and recognizer. The pictures
+    are `[B, 3, H, W]` in [-1, 1]."""
     from shared.toybox.evaluators.pose import load_pose, path_of
     from shared.toybox.evaluators.recognizer import load_recognizer
     from shared.toybox.motions.motion import PATH
@@ -40,8 +42,8 @@ def read_views(pixels: Tensor) -> ReadViews:
 
 
 def sectors(azimuth_deg: float) -> set[str]:
-    """The sectors that contain an azimuth: front up to 45 degrees, back from 135 degrees, side in between; on a border,
-    both."""
+    """Returns the sectors that contain an azimuth: front up to 45 degrees, back from 135 degrees, and side in between.
+    An azimuth on a border is in both sectors."""
     turn = abs((azimuth_deg + 180) % 360 - 180)
     low, high = EDGES_DEG
     within = {"front": turn <= low, "side": low <= turn <= high, "back": turn >= high}
@@ -49,13 +51,14 @@ def sectors(azimuth_deg: float) -> set[str]:
 
 
 def agreeing(named: Sequence[set[str]], azimuths: Sequence[float]) -> list[bool]:
-    """Whether each view's estimated sectors include one that its camera is in."""
+    """Returns, for each view, whether the sectors estimated from it include one that its camera is in."""
     return [bool(seen & sectors(azimuth)) for seen, azimuth in zip(named, azimuths, strict=True)]
 
 
 def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
-    """The number of quarters around an object (front, left, back, right) in which most views look like its front: 1 for an
-    object with one front, 4 for one with a front on every side. Views on the border of two quarters are left out."""
+    """Returns the number of quarters around an object (front, left, back, right) in which most views look like its
+    front. This is 1 for an object with one front and 4 for an object with a front on every side. Views on the border of
+    two quarters are left out."""
     count = 0
     for middle in _QUARTERS:
         apart = [abs((a - middle + 180) % 360 - 180) for a in azimuths]
@@ -65,5 +68,5 @@ def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
 
 
 def turned_by(read: Tensor, azimuths: Tensor) -> Tensor:
-    """[B]: degrees between the estimate and the camera, 0 to 180."""
+    """Returns the angles between the estimated azimuths and the cameras', `[B]` in degrees from 0 to 180."""
     return wrapped_deg(read - azimuths).abs()

@@ -1,4 +1,4 @@
-"""Measures an asset's renders one by one with instruments for pictures."""
+"""Measures each render of an asset separately, with instruments for pictures."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from shared.metrics.scores import clip_i, clip_t
 from shared.metrics.verification import PASSING, Verifier
 from shared.toybox import reference_sets
 
-_ELEVATIONS_DEG = (8.0, 15.0, 22.0)  # of the true renders that set the bar
+_ELEVATIONS_DEG = (8.0, 15.0, 22.0)  # elevations of the true renders that determine the threshold for verification
 
 
 @dataclass(frozen=True)
 class Looks:
     """Measurements of B views of one object.
 
-    scores: by name, [B] each, NaN where a score does not apply.
-    seen: for each view, what the instruments read from it, by name.
-    fronts: the number of fronts found; None: no instrument reads views.
+    scores: B values by name, NaN where a score does not apply.
+    seen: for each view, what the instruments estimate from it, by name.
+    fronts: the number of fronts found. It is None if no instrument estimates directions.
     """
 
     scores: Mapping[str, list[float]]
@@ -41,9 +41,9 @@ class Judge:
     Args:
         instruments: the available instruments
         around: the cameras of all renders
-        prompt: in plain words; "" if unknown
-        references: [R, 3, H, W] in [-1, 1], or None
-        toy: the real object, if it is from the toybox: only then are there look-alikes to tell it from
+        prompt: the prompt in plain words, or "" if unknown
+        references: the reference pictures ([R, 3, H, W] in [-1, 1]), or None
+        toy: the real object, if it is from the toybox, which also provides the look-alikes for identity
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Judge:
             self._know(toy)
 
     def _know(self, toy: TrueToy) -> None:
-        """Finds the look-alikes, and the bar: the similarity to the references that 95 % of true renders reach."""
+        """Prepares the look-alikes and the threshold for verification, which is the similarity to the references that
+        95 % of the true renders reach."""
         held = toy.held
         shown = reference_sets.pictures(held.thing, split=held.name.split("-")[0])
         shown = shown if self.references is None else self.references
@@ -68,7 +69,8 @@ class Judge:
         self.least = float(torch.quantile(torch.cat(likeness), 1 - PASSING))
 
     def look(self, views: Views, true: Views | None = None) -> Looks:
-        """Measures everything possible. true: the real object from the same cameras."""
+        """Measures all scores for which there are instruments and references. `true` shows the real object from the
+        same cameras."""
         pixels, scores = as_model_pixels(views), dict[str, list[float]]()
         tools = self.tools
         if tools.text_image is not None:
@@ -99,7 +101,7 @@ class Judge:
         scores["likeness"] = look.likeness.tolist()
 
     def _views(self, pixels: Tensor, scores: dict[str, list[float]]) -> Looks:
-        if self.tools.attributes is None:  # only the toybox's own instruments read views
+        if self.tools.attributes is None:  # only the toybox's own instruments estimate directions
             return Looks(scores)
         azimuths = self.around.azimuth_deg
         read = read_views(pixels)
@@ -113,8 +115,8 @@ class Judge:
 
 
 def raised(toy: TrueToy, around: Cameras) -> list[Views]:
-    """True renders that set the bar for similarity to the references: from these cameras' azimuths at several elevations, each
-    in different light."""
+    """Renders the real object for the threshold on similarity to the references. The renders have the cameras' azimuths
+    and several elevations, each in different light."""
     found = []
     for number, elevation in enumerate(_ELEVATIONS_DEG, 1):
         higher = Cameras.of(around.azimuth_deg, elevation)

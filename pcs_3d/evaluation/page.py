@@ -1,4 +1,4 @@
-"""The self-contained page of an asset's report: renders from all around, scores, and every score by azimuth."""
+"""Builds the self-contained page of an asset's report, with renders from all around, scores, and plots by azimuth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
 
 
 def asset_html(report: AssetReport) -> str:
-    """Builds the self-contained page."""
+    """Builds the self-contained page of a report."""
     shown = [
         {
             "row": view,
@@ -41,7 +41,11 @@ def asset_html(report: AssetReport) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot: a value for each azimuth (None: not measured), its colour, and an SVG dash pattern ("": solid)."""
+    """One line of a plot.
+
+    values: the value at each azimuth, or None where it was not measured.
+    dash: an SVG dash pattern; "" is a solid line.
+    """
 
     values: Sequence[float | None]
     color: str
@@ -49,7 +53,7 @@ class Line:
 
 
 def lines(curve: Curve) -> list[Line]:
-    """A curve's lines for the asset, the real object and the sphere."""
+    """Returns a curve's lines for the asset, the real object and the sphere."""
     columns = [
         (arm, values, color) for arm, color in zip(ARMS, COLORS, strict=False) if (values := getattr(curve, arm))
     ]
@@ -57,7 +61,8 @@ def lines(curve: Curve) -> list[Line]:
 
 
 def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
-    """Draws a score around the object as an `<svg>`: azimuth to the right, once around from 0 (front); "" if there is none."""
+    """Plots a score against the azimuth, once around the object from its front. Returns an `<svg>`, or "" if there are
+    no values."""
     known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""
@@ -81,7 +86,7 @@ def _place(azimuth: float, value: float, low: float, high: float) -> tuple[float
 
 
 def _path(azimuths: Sequence[float], values: Sequence[float | None], low: float, high: float) -> str:
-    """A path that breaks where nothing was measured."""
+    """Returns an SVG path with a gap wherever nothing was measured."""
     out, pen = [], "M"
     for azimuth, value in zip(azimuths, values, strict=True):
         if value is None:

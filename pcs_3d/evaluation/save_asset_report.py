@@ -1,4 +1,4 @@
-"""Writes an asset's report as a folder: JSON, CSV tables, renders and one page."""
+"""Writes an asset's report as a folder with JSON, CSV tables, renders and one page."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from shared.metrics.save_report import csv_table, write_files
 
 
 def save_asset_report(report: AssetReport, out: Path | str, overwrite: bool = False) -> Path:
-    """Writes `report.json`, `report.csv` (one row per view), `scores.csv`, `report.html` and the renders, all or nothing.
+    """Writes `report.json`, `report.csv` (one row per view), `scores.csv`, `report.html` and the renders. If anything
+    fails, nothing is written. Returns the path of `report.html`.
 
-    Raises ValueError if `out` exists and is not empty, unless `overwrite`.
+    Raises ValueError if `out` exists and is not empty, unless `overwrite` is set.
     """
     rows = []
     for view in report.views:

@@ -1,4 +1,4 @@
-"""How well an asset's silhouettes and colours match the real object's, and properties of its mesh."""
+"""Compares an asset's silhouettes and colours with those of the real object, and measures properties of its mesh."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.alignment import aligned, iou
 from pcs_3d.evaluation.views import PaintedMesh, Views, draw
 
-BEST_DB = 60.0  # for equal colours
-_BEHIND = (0.0, 1.0)
+BEST_DB = 60.0  # the PSNR of equal colours
+_BEHIND = (0.0, 1.0)  # backgrounds
 
 
 @dataclass(frozen=True)
 class Compared:
     """A mesh compared with the real object.
 
-    iou: [B], overlap of the silhouettes in each view, 0 to 1.
-    psnr: [B], PSNR of the colours in each view, in dB.
-    psnr_of_all: PSNR over all views.
+    iou: the overlap of the silhouettes in each view, [B], 0 to 1.
+    psnr: the PSNR of the colours in each view, [B], in dB.
+    psnr_of_all: the PSNR over all views.
     mesh, views: the mesh with the size and position that `aligned` found, and its views.
     """
 
@@ -35,7 +35,7 @@ class Compared:
 
 
 def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
-    """Aligns the mesh by scale and translation only, and compares it view by view."""
+    """Aligns the mesh, using only scale and translation, and compares it view by view."""
     placed = aligned(mesh, truth.masks, around)
     views = draw(placed, around, truth.masks.shape[-1])
     return Compared(*differences(views, truth), placed, views)
@@ -43,7 +43,7 @@ def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
 
 def differences(views: Views, truth: Views) -> tuple[Tensor, Tensor, float]:
     """Compares views with the truth's, without aligning them. Returns the overlap of the silhouettes and the PSNR of the
-    colours in dB, both float64 [B], and the PSNR over all views."""
+    colours in dB (both float64 `[B]`), and the PSNR over all views."""
     errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
     psnr = torch.tensor([_decibels(e) for e in errors], dtype=torch.float64)
     return iou(views.masks, truth.masks), psnr, _decibels(torch.cat(errors))
@@ -54,8 +54,8 @@ def _each(views: Views) -> list[tuple[Tensor, Tensor]]:
 
 
 def _errors(view: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> Tensor:
-    """Squared errors of the pixels that either of the two covers, on black and on white, so that a missing part does not pass
-    for one in the background colour."""
+    """Returns the squared errors of the pixels that the object covers in either picture. The errors are computed on
+    black and on white, so that a missing part is not mistaken for a part in the background colour."""
     (pixels, mask), (wanted, true_mask) = view, truth
     parts = []
     for level in _BEHIND:
@@ -73,12 +73,13 @@ def _decibels(errors: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Properties of a mesh of radius 1, with coincident vertices merged.
+    """Properties of a mesh of radius 1. All except `faces` are measured with coincident vertices merged.
 
-    faces, vertices: how many triangles and vertices it has.
-    watertight: whether it is closed.
+    faces, vertices: the numbers of triangles and vertices.
+    watertight: whether the mesh is closed.
     components, largest_component: the number of connected parts, and the largest one's share of the triangles.
-    volume, share_of_box: the volume in radii³, and its share of the bounding box; None if the mesh is not closed.
+    volume, share_of_box: the volume in radii³, and its share of the bounding box. Both are None if the mesh is not
+    closed.
     """
 
     faces: int

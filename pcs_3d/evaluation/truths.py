@@ -1,4 +1,4 @@
-"""The real object that an asset is compared with: a held-out subject of the toybox, or a mesh file."""
+"""The real object that an asset is compared with, which is a held-out subject of the toybox or a mesh file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Truth(Protocol):
         ...
 
     def views(self, around: Cameras, side: int = SIDE) -> Views:
-        """The object's views from these cameras."""
+        """Returns views of the object from these cameras."""
         ...
 
 
@@ -47,7 +47,7 @@ class TrueMesh:
 
 @dataclass(frozen=True)
 class TrueToy:
-    """A held-out subject of the toybox: rendered lit, cut out and placed on white."""
+    """A held-out subject of the toybox. Its views are lit, cut out and placed on white."""
 
     held: HeldOut
 
@@ -61,8 +61,8 @@ class TrueToy:
 
     @property
     def plain(self) -> TrueToy:
-        """A generic object of the class: its usual shape in the same two colours, without this object's own proportions and
-        pattern."""
+        """A generic object of the class. It has the class's usual shape and this object's two colours, but not its
+        proportions and pattern."""
         thing = self.held.thing
         return TrueToy(replace(self.held, thing=replace(thing, pattern_seed=None)))
 
@@ -70,7 +70,8 @@ class TrueToy:
         return self.lit(around, [0] * len(around), side)
 
     def lit(self, around: Cameras, seeds: Sequence[int], side: int = SIDE) -> Views:
-        """One view for each camera and light seed. The cameras' distance and field of view must be the toybox's."""
+        """Returns one view per camera, with the light that the camera's seed determines. The distance and field of view
+        of the cameras must be the toybox's."""
         angles = zip(around.azimuth_deg.tolist(), around.elevation_deg.tolist(), seeds, strict=True)
         scenes = [Scene((self.held.thing,), "white studio", (Camera(a, e),), "photo", s) for a, e, s in angles]
         drawn = render(scenes, side)
@@ -79,9 +80,11 @@ class TrueToy:
 
 
 def read_truth(name: str) -> Truth:
-    """Reads the ground truth that the user chose: a subject of the toybox ("development-car"), or a mesh file.
+    """Reads the ground truth that the user chose, which is the name of a toybox subject ("development-car") or a mesh
+    file.
 
-    Raises ValueError for a file that is missing or not a mesh, and for an unknown subject, listing the known ones.
+    Raises ValueError if the file is missing or not a mesh, or if the subject is unknown; the message lists the known
+    subjects.
     """
     if Path(name).suffix.lower() in _MESHES or "/" in name or expanded(name).exists():
         path = expanded(name)
@@ -95,6 +98,6 @@ def read_truth(name: str) -> Truth:
 
 
 def mean_color(views: Views) -> Tensor:
-    """[3]: the mean colour of the pixels that the object covers."""
+    """Returns the mean colour (`[3]`) of the pixels that the object covers, or grey if it covers none."""
     inside = views.pixels.permute(0, 2, 3, 1)[views.masks]
     return inside.mean(0) if len(inside) else torch.full((3,), 0.5)

@@ -1,4 +1,4 @@
-"""Meshes with the colours stored in their files, rendered from all around."""
+"""Renders meshes from all around, in the colours that are stored in their files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from pcs_3d.renderers.mesh import on_screen
 from pcs_3d.renderers.rasterize import barycentric, nearest_faces
 
 VIEWS, SIDE = 16, 128
-_FINER = 2  # supersampling: each pixel is the mean of 2 × 2 samples
+_FINER = 2  # for supersampling; each pixel is the mean of 2 × 2 samples
 
 
 @dataclass(frozen=True)
 class Views:
-    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the object covers at least half a pixel."""
+    """B views of an object.
+
+    pixels: [B, 3, H, W] in [0, 1], on white.
+    masks: bool [B, H, W], whether the object covers at least half of a pixel.
+    """
 
     pixels: Tensor
     masks: Tensor
@@ -30,8 +34,8 @@ class Views:
 
 @dataclass(frozen=True)
 class PaintedMesh:
-    """Triangles with a texture or vertex colours: pieces from `read_mesh`, each with faces, scaled by `scale` and then moved by
-    `offset`."""
+    """A mesh with a texture or vertex colours. It consists of pieces from `read_mesh`, each with faces, that are scaled
+    by `scale` and then moved by `offset`."""
 
     pieces: tuple[Piece, ...]
     scale: float = 1.0
@@ -39,22 +43,23 @@ class PaintedMesh:
 
     @property
     def vertices(self) -> Tensor:
-        """[V, 3], of all pieces, x forward, y left, z up."""
+        """The vertices of all pieces, [V, 3], with x forward, y left and z up."""
         every = np.concatenate([p.vertices for p in self.pieces])
         return (torch.from_numpy(every) * self.scale + torch.tensor(self.offset, dtype=torch.float64)).float()
 
     @property
     def faces(self) -> Tensor:
-        """int64 [F, 3], of all pieces."""
+        """The faces of all pieces, int64 [F, 3]."""
         starts = np.cumsum([0, *(len(p.vertices) for p in self.pieces)])
         return torch.from_numpy(np.concatenate([p.faces + s for p, s in zip(self.pieces, starts, strict=False)]))
 
     def placed(self, scale: float, offset: tuple[float, float, float]) -> PaintedMesh:
-        """The same mesh, scaled and moved."""
+        """Returns the mesh with this scale and offset instead of its own."""
         return replace(self, scale=scale, offset=offset)
 
     def colors(self, faces: Tensor, shares: Tensor) -> Tensor:
-        """[N, 3] in [0, 1] at barycentric coordinates [N, 3] in triangles [N], from the file."""
+        """Returns the colours from the file, [N, 3] in [0, 1], at N points. A point is given by the index of its
+        triangle in `faces` (`[N]`) and its barycentric coordinates in that triangle, `shares` (`[N, 3]`)."""
         out, first = torch.zeros(len(faces), 3), 0
         for piece in self.pieces:
             mine = (faces >= first) & (faces < first + len(piece.faces))
@@ -65,13 +70,13 @@ class PaintedMesh:
 
 
 def cameras() -> Cameras:
-    """The cameras of every evaluation: once around, the first at the front."""
+    """Returns the cameras of every evaluation, evenly spaced around the object from its front."""
     return turntable(VIEWS)
 
 
 def painted_mesh(path: Path) -> PaintedMesh:
-    """Reads a GLB, OBJ or PLY file as a mesh of radius 1 around the origin. Raises ValueError as `read_mesh` does, and for a
-    file with only points."""
+    """Reads a GLB, OBJ or PLY file as a mesh of radius 1 around the origin. Raises ValueError as `read_mesh` does, and
+    if the file contains only points."""
     pieces = tuple(p for p in read_mesh(path) if len(p.faces))
     if not pieces:
         raise ValueError(f"{path} has points but no faces: only meshes can be evaluated")
@@ -79,7 +84,7 @@ def painted_mesh(path: Path) -> PaintedMesh:
 
 
 def sphere(color: Tensor) -> PaintedMesh:
-    """A ball of radius 1 in one colour [3], as a floor for scores."""
+    """Returns a sphere of radius 1 in one colour (`[3]`). Its scores serve as a lower reference."""
     import trimesh
 
     ball = trimesh.creation.icosphere(3)
@@ -89,7 +94,7 @@ def sphere(color: Tensor) -> PaintedMesh:
 
 
 def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
-    """Draws a mesh in its own colours, without light, on white."""
+    """Renders a mesh in its own colours, without light, on white."""
     vertices, faces, fine = mesh.vertices, mesh.faces, side * _FINER
     pixels = []
     for i in range(len(around)):
@@ -107,9 +112,11 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 
 
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
-    """bool [B, side, side]: equals `draw(...).masks`, but is computed much faster. The views are drawn one below the other in a
-    tall picture, each with a margin of half a picture above and below for parts outside the view; anything beyond the margin
-    is squeezed into it."""
+    """Returns `draw(...).masks` (bool `[B, side, side]`), but computes them much faster.
+
+    All views are drawn below each other in one tall picture. Each has a margin of half a picture above and below, for
+    parts outside the view. Vertices beyond the margin are moved to its edge.
+    """
     vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []
     for i in range(len(around)):
@@ -124,10 +131,10 @@ def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FIN
 
 
 def as_model_pixels(views: Views) -> Tensor:
-    """[B, 3, H, W] in [-1, 1], the format that instruments take."""
+    """Returns the pixels as `[B, 3, H, W]` in [-1, 1], the format that instruments take."""
     return 2 * views.pixels - 1
 
 
 def angle_name(azimuth_deg: float) -> str:
-    """The file name of a view: "022" for 22.5 degrees."""
+    """Returns the file name of a view without its extension, such as "022" for 22.5 degrees."""
     return f"{math.floor(azimuth_deg):03d}"

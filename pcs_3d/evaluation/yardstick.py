@@ -24,17 +24,17 @@ from shared.metrics.scorer import fill
 from shared.runner.judging import references
 from shared.toybox.reference_sets import shown_in
 
-_SIDE = 64  # side of the references in pixels, as for the toybox's own instruments
+_SIDE = 64  # side of the references in pixels, which is what the toybox's own instruments expect
 
 
 @dataclass(frozen=True)
 class Against:
-    """What an asset is compared with.
+    """The user's choice of what an asset is compared with.
 
-    truth: a subject of the toybox, or a mesh file.
+    truth: the name of a toybox subject, or a mesh file.
     references: a folder of pictures.
-    prompt: if empty, the asset's own.
-    class_noun: replaces concept names in the prompt.
+    prompt: the prompt. If empty, the asset's own is used.
+    class_noun: the noun that replaces concept names in the prompt.
     clip, dino: model folders.
     """
 
@@ -49,11 +49,11 @@ class Against:
 
 @dataclass
 class Yardstick:
-    """What assets of one object are measured against.
+    """The instruments and references that assets of one object are measured against.
 
-    truth: the real object; None if unknown.
-    true: the truth's views from the judge's cameras.
-    shown: the references, [R, 3, H, W] in [-1, 1].
+    truth: the real object, or None if unknown.
+    true: views of the truth from the judge's cameras.
+    shown: the reference pictures, [R, 3, H, W] in [-1, 1].
     """
 
     judge: Judge
@@ -64,9 +64,9 @@ class Yardstick:
     @staticmethod
     @torch.no_grad()
     def of(against: Against, prompt: str = "", backbone: str = "") -> Yardstick:
-        """Loads the truth, pictures and instruments. prompt, backbone: as recorded in the assets.
+        """Loads the truth, the pictures and the instruments. `prompt` and `backbone` are those recorded in the assets.
 
-        Raises ValueError if the truth, pictures or model folders are missing or invalid.
+        Raises ValueError if the truth, the pictures or a model folder is missing or invalid.
         """
         truth = None if against.truth is None else read_truth(against.truth)
         shown, truth = _references(against, truth)
@@ -85,14 +85,15 @@ class Yardstick:
 
     @cached_property
     def truth_arm(self) -> Arm:
-        """Measurements of the real object. Requires ground truth."""
+        """The measurements of the real object. Requires ground truth."""
         assert self.true is not None
         same = [1.0] * len(self.true.masks), [BEST_DB] * len(self.true.masks)
         return Arm(with_shape(self.judge.look(self.true, self.true), *same), BEST_DB)
 
     @cached_property
     def sphere_arm(self) -> Arm:
-        """Measurements of a sphere in the truth's mean colour, aligned as assets are. Requires ground truth."""
+        """The measurements of a sphere in the truth's mean colour, aligned in the same way as assets. Requires ground
+        truth."""
         assert self.true is not None
         ball = compared(sphere(mean_color(self.true)), self.true, self.around)
         looks = self.judge.look(ball.views, self.true)
@@ -100,8 +101,8 @@ class Yardstick:
 
     @cached_property
     def generic_scores(self) -> dict[str, float | None]:
-        """Scores of a generic object of the class, by key: the class's usual shape in the real object's two colours, not
-        aligned. Empty if the truth is not one of the toybox's objects."""
+        """The scores, by key, of a generic object of the class (`TrueToy.plain`), which is not aligned. Empty if the
+        truth is not a toybox subject."""
         if self.true is None or not isinstance(self.truth, TrueToy):
             return {}
         with torch.no_grad():
@@ -117,12 +118,14 @@ def with_shape(looks: Looks, iou: list[float], psnr: list[float]) -> Looks:
 
 
 def plain(prompt: str, class_noun: str) -> str:
-    """A prompt for instruments, which do not know learned names: "a photo of a <my-mug>" -> "a photo of a mug"."""
+    """Replaces learned names in a prompt, because instruments do not know them. For example, "a photo of a <my-mug>"
+    becomes "a photo of a mug"."""
     return fill(re.sub(r"<[^<>]*>", "{concept}", prompt), class_noun, class_noun).strip()
 
 
 def _references(against: Against, truth: Truth | None) -> tuple[Tensor | None, Truth | None]:
-    """The reference pictures, and the truth: as given, or else the object that a toybox album shows."""
+    """Returns the reference pictures and the truth. If no truth is given but the pictures are a toybox album, the truth
+    is the object that they show."""
     if against.references is None:
         return None, truth
     subject = read_subject(against.references, against.class_noun)

@@ -1,1 +1,1 @@
-"""Writes a field to files for other programs; each file is read back and compared."""
+"""Writes a field to files for other programs. Each file is read back and compared with what was written."""

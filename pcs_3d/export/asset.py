@@ -23,11 +23,11 @@ from pcs_3d.fields.grids import by_chunks
 class Exported:
     """The result of an export.
 
-    files: all files written.
-    faces: the mesh's number of triangles.
+    files: all files that were written.
+    faces: the number of triangles of the mesh.
     watertight: whether the mesh is closed.
-    volume: the mesh's volume in radii³; None if it is not closed.
-    notes: choices made and parts left out.
+    volume: the volume of the mesh in radii³, or None if the mesh is not closed.
+    notes: the choices that were made and the parts that were left out.
     """
 
     files: tuple[Path, ...]
@@ -38,21 +38,22 @@ class Exported:
 
 
 def export_asset(field: Any, folder: Path, settings: ExportSettings | None = None, name: str = "asset") -> Exported:
-    """Writes `NAME.glb`, `NAME.obj` with MTL and PNG, `NAME.ply`, and for Gaussians `NAME.splats.ply`, into an existing folder.
+    """Writes a field into an existing folder as `NAME.glb`, as `NAME.obj` with its MTL and PNG, and as `NAME.ply`.
+    Gaussians are also written as `NAME.splats.ply`.
 
-    Raises ValueError, before anything is written, for a field that has no surface, holds latents or contains values that are
-    not finite.
+    Raises ValueError, before anything is written, if the field has no surface, consists of latents or contains values
+    that are not finite.
     """
     settings = settings or ExportSettings()
     if field.channels != 3:
-        raise ValueError(f"the field holds latents with {field.channels} channels, but files need colours")
+        raise ValueError(f"the field consists of latents with {field.channels} channels, but files need colours")
     found = extract(field, settings.resolution, settings.threshold, settings.all_parts)
     mesh = simplified(found, settings.faces)
     colors = surface_colors(field)
     painted = textured(mesh, colors, settings.texture)
     at_vertices = by_chunks(colors, torch.from_numpy(mesh.vertices).float()).cpu().numpy()
     splats = []
-    if isinstance(field, SplatField):  # first, because only this finds individual Gaussians that are not finite
+    if isinstance(field, SplatField):  # written first, because only this detects single Gaussians that are not finite
         with torch.no_grad():
             splats.append(write_gaussians(folder / f"{name}.splats.ply", field.splats()))
     files = [write_glb(folder / f"{name}.glb", painted), *write_obj(folder / f"{name}.obj", painted)]
@@ -63,8 +64,8 @@ def export_asset(field: Any, folder: Path, settings: ExportSettings | None = Non
 
 
 def surface_colors(field: Any) -> Callable[[Tensor], Tensor]:
-    """Returns a function from points [N, 3] on a field's surface to colours [N, 3], on the CPU, without gradient. It raises
-    ValueError for colours that are not finite."""
+    """Returns a function that takes points on a field's surface and returns their colours, both `[N, 3]`. The colours
+    are on the CPU and have no gradient. The function raises ValueError if any of them is not finite."""
 
     @torch.no_grad()
     def colors(points: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Extracts triangles from fields: samples densities on a grid, finds the surface's threshold and keeps the largest part."""
+"""Extracts a mesh from a field. If the field has densities, they are sampled on a grid, and the surface is where they
+pass a threshold."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from pcs_3d.fields.field import SurfaceField, VolumeField
 from pcs_3d.fields.grids import by_chunks, nodes
 
-_CANDIDATES = 48  # thresholds tried
+_CANDIDATES = 48  # number of thresholds that are tried
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Extracted:
 
     vertices: float64 [V, 3], in radii of the object.
     faces: int64 [F, 3], counter-clockwise when seen from outside.
-    notes: choices made and parts left out, as sentences.
+    notes: the choices that were made and the parts that were left out, as text.
     """
 
     vertices: np.ndarray
@@ -31,7 +32,8 @@ class Extracted:
 
 @torch.no_grad()
 def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
-    """Densities [R, R, R] at the nodes of a grid over the bound, on the CPU. Raises ValueError if any is not finite."""
+    """Returns the densities (`[R, R, R]`, on the CPU) at the nodes of a grid that spans the field's bound. Raises
+    ValueError if any is not finite."""
     places = nodes(resolution, field.bound).reshape(-1, 3)
     grid = by_chunks(lambda p: field.density(p.to(field.device)).float().cpu(), places).view((resolution,) * 3)
     check_finite(grid, "densities")
@@ -41,15 +43,20 @@ def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
 def check_finite(values: Tensor, what: str) -> None:
     """Raises ValueError if any of a field's values is not finite."""
     if not bool(values.isfinite().all()):
-        raise ValueError(f"the field holds {what} that are not finite (NaN or Inf): its training failed")
+        raise ValueError(f"the field contains {what} that are not finite (NaN or Inf), so its training failed")
 
 
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
-    """Extracts the surface of a field: its own triangles, or where its density passes a threshold.
+    """Extracts the surface of a field. This is the field's own mesh if it has one, and otherwise the surface where its
+    density passes a threshold.
 
-    threshold: density per radius; None: the one whose silhouettes fit the rendered ones best (`automatic_threshold`). Unless
-    `all_parts`, only the largest connected part is kept. Raises ValueError for a field without a surface, or with densities or
-    vertices that are not finite.
+    Args:
+        threshold: the density at the surface, per radius. If None, the threshold whose silhouettes best match the
+            renders is chosen (`automatic_threshold`).
+        all_parts: if False, only the largest connected part is kept
+
+    Raises:
+        ValueError: the field has no surface, or densities or vertices that are not finite
     """
     if isinstance(field, SurfaceField):
         with torch.no_grad():
@@ -61,8 +68,8 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
     level = automatic_threshold(grid, step) if threshold is None else threshold
     if not grid.max() > level:
         raise ValueError(
-            f"the field is empty: its largest density is {grid.max():.3g}, and the surface is where it passes {level:.3g}. "
-            "Train longer, or with a larger guidance scale"
+            f"the field is empty: its largest density is {grid.max():.3g}, which does not exceed the surface's "
+            f"threshold of {level:.3g}. Train longer, or with a larger guidance scale"
         )
     notes = [f"threshold {level:.3g}"]
     if not all_parts:
@@ -73,8 +80,9 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
 
 
 def automatic_threshold(grid: np.ndarray, step: float) -> float:
-    """The density at which to cut: the one whose silhouettes along the three axes overlap most with the pixels that are more
-    than half opaque; the middle one if several fit equally well. Raises ValueError for an empty field."""
+    """Returns the density at which to extract the surface. Its silhouettes along the three axes overlap most with the
+    pixels that are more than half opaque. If a range of densities fits equally well, its middle is chosen. Raises
+    ValueError if the field is empty."""
     opaque = [1 - np.exp(-grid.sum(axis) * step) > 0.5 for axis in range(3)]
     largest = float(grid.max())
     if not any(o.any() for o in opaque):
@@ -93,7 +101,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _largest_part(grid: np.ndarray, level: float) -> tuple[np.ndarray, float]:
-    """The grid with only its largest connected part, and the share of the volume that was removed."""
+    """Returns the grid with only its largest connected part, and the share of the volume that was removed."""
     from scipy import ndimage
 
     labels, count = ndimage.label(grid > level)  # type: ignore[misc]
@@ -105,7 +113,7 @@ def _largest_part(grid: np.ndarray, level: float) -> tuple[np.ndarray, float]:
 
 
 def _marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Marching cubes on a grid padded with empty cells, so that the surface is closed at the bound."""
+    """Applies marching cubes to a grid, which is padded with empty cells so that the surface is closed at the bound."""
     from skimage.measure import marching_cubes
 
     vertices, faces, _, _ = marching_cubes(np.pad(grid, 1), level, gradient_direction="ascent")
@@ -113,7 +121,7 @@ def _marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _welded(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merges coincident vertices and drops the triangles that this makes degenerate."""
+    """Merges coincident vertices, drops triangles that become degenerate, and makes the faces point outwards."""
     import trimesh
 
     mesh = trimesh.Trimesh(vertices, faces, process=True, validate=False)
@@ -136,22 +144,26 @@ def _largest_faces(vertices: np.ndarray, faces: np.ndarray, all_parts: bool) -> 
     kept = faces if all_parts else faces[of_face == sizes.argmax()]
     used, numbers = np.unique(kept, return_inverse=True)
     left = len(faces) - len(kept)
-    notes = (f"{left} triangles were not connected to the rest and were left out",) if left else ()
+    notes = (f"triangles left out because they were not connected to the rest: {left}",) if left else ()
     return Extracted(vertices[used], numbers.reshape(-1, 3), notes)
 
 
 def simplified(mesh: Extracted, faces: int) -> Extracted:
-    """Reduces a mesh to at most about `faces` triangles, by quadric error (fast-simplification)."""
+    """Simplifies a mesh to approximately `faces` triangles by quadric error, using fast-simplification. Smaller meshes
+    are returned unchanged. If the package is missing, a note is added instead."""
     if len(mesh.faces) <= faces:
         return mesh
     try:
         import fast_simplification
     except ImportError:
-        note = f"{len(mesh.faces)} triangles were not simplified to {faces}: pip install fast-simplification"
+        note = (
+            f"the mesh keeps its {len(mesh.faces)} triangles instead of {faces}, because fast-simplification is not "
+            "installed (pip install fast-simplification)"
+        )
         return Extracted(mesh.vertices, mesh.faces, (*mesh.notes, note))
     simplify: Any = fast_simplification.simplify
     vertices, triangles = simplify(
         mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32), target_count=faces, agg=5
     )
-    note = f"{len(mesh.faces)} triangles were simplified to {len(triangles)}"
+    note = f"the mesh was simplified from {len(mesh.faces)} to {len(triangles)} triangles"
     return Extracted(*_welded(vertices.astype(np.float64), triangles.astype(np.int64)), (*mesh.notes, note))

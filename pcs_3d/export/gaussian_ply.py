@@ -1,4 +1,4 @@
-"""Gaussians as a PLY file in the layout of 3DGS (https://arxiv.org/abs/2308.04079), which splat viewers read."""
+"""Writes Gaussians as a PLY file in the layout of 3DGS (https://arxiv.org/abs/2308.04079), which splat viewers read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 from pcs_3d.fields.field import Splats
 from shared.io.outputs import atomic_write
 
-_C0 = 0.28209479177387814  # the constant spherical harmonic
+_C0 = 0.28209479177387814  # value of the constant spherical harmonic
 _NAMES = ("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
           "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3")  # fmt: skip
 
 
 def write_gaussians(path: Path, splats: Splats) -> Path:
-    """Writes positions, colours as spherical harmonics of degree 0, opacities before sigmoid, log scales, and quaternions with
-    w first; z up. Raises ValueError for latents, and if the file reads back differently."""
+    """Writes positions (z up), colours as spherical harmonics of degree 0, opacities before the sigmoid, logarithms of
+    the scales, and quaternions (w first). Raises ValueError if the Gaussians have latents instead of colours, or if the
+    file reads back differently."""
     if splats.features.shape[1] != 3:
         raise ValueError(
             f"Gaussians with {splats.features.shape[1]} channels are latents, but a PLY file needs colours"
@@ -28,17 +29,17 @@ def write_gaussians(path: Path, splats: Splats) -> Path:
     ]  # fmt: skip
     table = np.concatenate([c.detach().float().cpu().numpy() for c in columns], 1).astype("<f4")
     if not np.isfinite(table).all():
-        raise ValueError("the Gaussians hold values that are not finite (NaN or Inf): their training failed")
+        raise ValueError("the Gaussians contain values that are not finite (NaN or Inf), so their training failed")
     head = ["ply", "format binary_little_endian 1.0", f"element vertex {n}", *(f"property float {k}" for k in _NAMES)]
     with atomic_write(path) as temporary:
         temporary.write_bytes("\n".join([*head, "end_header\n"]).encode() + table.tobytes())
         if not np.array_equal(read_gaussians(temporary), table):
-            raise ValueError(f"{path} does not hold the Gaussians that were written to it")
+            raise ValueError(f"{path} does not contain the Gaussians that were written to it")
     return path
 
 
 def read_gaussians(path: Path) -> np.ndarray:
-    """[N, 17]: the table of a PLY file, as read by trimesh."""
+    """Reads the table of a PLY file with trimesh and returns it as `[N, 17]`."""
     import trimesh
 
     with path.open("rb") as stream:

@@ -1,4 +1,5 @@
-"""The self-contained page of an asset: a mesh that can be turned, what was requested, and the time and memory used."""
+"""Builds the self-contained page of an asset, with a mesh that can be turned, the request, and the time and memory
+used."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pcs_3d.meshes.viewer import viewer_html
 from shared.metrics.html import inline, render, seconds, size
 
 PAGE = "report.html"
-_STILLS = {"000": "front", "090": "its left", "180": "back", "270": "its right"}  # of the renders
+_STILLS = {"000": "front", "090": "its left", "180": "back", "270": "its right"}  # labels of the renders on the page
 _LARGEST = 448  # maximum side, in pixels, of the pictures that show what the model learned
 
 
@@ -20,9 +21,9 @@ def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequen
     """Builds the page of the asset in a folder.
 
     Args:
-        about: the content of its asset.json
-        recipe: of the phase that finished it
-        known: (label, PNG) pairs that show what the model learned
+        about: the content of the asset's asset.json
+        recipe: the recipe of the phase that finished the asset
+        known: labels and PNGs of pictures that show what the asset was made of
     """
     mesh = folder / "asset.glb"
     return render(
@@ -50,7 +51,7 @@ def _asked(recipe: Any, about: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Phases", ", ".join(about["recipe"].get("phases") or {})),
         ("Steps", f"{train.steps}, with {train.batch_size * micro} views{side} each"),
         ("Guidance scale", str(guidance.scale)),
-        ("Field", f"{recipe.field.kind}, drawn by {recipe.renderer.kind}"),
+        ("Field", f"{recipe.field.kind}, rendered with {recipe.renderer.kind}"),
         ("Penalties", ", ".join(recipe.penalties) or "none"),
         ("Model", f"{about['backbone']} ({about['checkpoint'][:12]}…)"),
         ("Seed", str(recipe.seed)),

@@ -1,4 +1,4 @@
-"""How a finished field is written to files."""
+"""Settings for writing a finished field to files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from shared.config import Part, Positive
 
 
 class ExportSettings(Part):
-    """resolution: nodes along a side of the grid on which the surface is extracted.
-    threshold: density at the surface; null: found automatically.
-    faces: maximum number of triangles.
-    texture: pixels along a side of the texture.
-    all_parts: whether parts that are not connected to the largest one are kept.
-    picture: pixels along a side of the renders and the turntable.
-    frames: number of frames of the turntable.
+    """How a finished field is written to files.
+
+    resolution: the number of nodes along each side of the grid on which the surface is extracted.
+    threshold: the density at the surface. If null, it is found automatically.
+    faces: the approximate maximum number of triangles.
+    texture: the side of the texture in pixels.
+    all_parts: whether parts that are not connected to the largest part are kept.
+    picture: the side of the renders and the turntable in pixels.
+    frames: the frame count of the turntable.
     """
 
     resolution: Annotated[int, Setting(ge=8, le=512)] = 96

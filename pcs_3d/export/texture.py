@@ -1,4 +1,4 @@
-"""Textures a mesh: unwraps it with xatlas and bakes the field's colour at each point."""
+"""Textures a mesh by unwrapping it with xatlas and baking the field's colours."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pcs_3d.renderers.rasterize import barycentric, nearest_faces
 class Textured:
     """A textured mesh.
 
-    vertices: [V, 3], repeated on seams.
+    vertices: [V, 3]; vertices on seams are repeated.
     faces: [F, 3].
     uv: [V, 2] in [0, 1], v up.
-    texture: 8 bits [H, W, 3]; its first row is at v = 1.
+    texture: uint8 [H, W, 3]; the first row is at v = 1.
     normals: [V, 3], unit normals of the smooth surface.
     """
 
@@ -35,8 +35,11 @@ class Textured:
 def textured(mesh: Extracted, colors: Callable[[Tensor], Tensor], size: int = 512) -> Textured:
     """Unwraps a mesh and bakes a texture of size×size pixels.
 
-    colors: points [N, 3] on the surface -> [N, 3] in [0, 1]. Pixels outside all triangles take the colour of the nearest
-    covered one, so that no seam shows when a viewer interpolates or shrinks the texture.
+    Pixels outside all triangles get the colour of the nearest covered pixel, so that no seam shows when a viewer
+    interpolates or shrinks the texture.
+
+    Args:
+        colors: takes points on the surface ([N, 3]) and returns their colours ([N, 3], in [0, 1])
     """
     import trimesh
     import xatlas
@@ -65,7 +68,7 @@ def _baked(
     face = nearest_faces(corners, torch.ones(len(faces), 3, dtype=torch.float64), size, size)
     y, x = (face >= 0).nonzero(as_tuple=True)
     if not len(y):
-        raise ValueError("the texture is too small: none of its pixels lies in a triangle; increase export.texture")
+        raise ValueError("the texture is too small for any of its pixels to lie in a triangle: increase export.texture")
     chosen = face[y, x]
     shares = barycentric(corners[chosen], torch.stack([x, y], -1) + 0.5)
     points = (shares[..., None] * torch.from_numpy(vertices[faces])[chosen]).sum(1).float()

@@ -1,4 +1,4 @@
-"""Writes meshes as GLB, OBJ with MTL and PNG, and PLY; each is read back and compared."""
+"""Writes meshes as GLB, as OBJ with MTL and PNG, and as PLY. Each file is read back and compared with the mesh."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _CLOSE = 1e-5  # tolerance for coordinates that were read back, in radii
 
 
 def write_glb(path: Path, mesh: Textured) -> Path:
-    """Writes glTF in one file: y up, the object's front towards +z, one rough material with the texture. Raises ValueError if
-    the file reads back differently."""
+    """Writes a binary glTF file with y up, the object's front towards +z, and one rough material with the texture.
+    Raises ValueError if the file reads back differently."""
     import trimesh
     from trimesh.visual.material import PBRMaterial
 
@@ -30,8 +30,8 @@ def write_glb(path: Path, mesh: Textured) -> Path:
 
 
 def write_obj(path: Path, mesh: Textured) -> list[Path]:
-    """Writes Wavefront OBJ, y up, with its material and texture next to it: `x.obj`, `x.mtl`, `x.png`. Raises ValueError if
-    the files read back differently."""
+    """Writes a Wavefront OBJ file with y up, and its material and texture next to it (`x.obj`, `x.mtl`, `x.png`).
+    Raises ValueError if the mesh or the texture reads back differently."""
     vertices, normals = _y_up(mesh.vertices), _y_up(mesh.normals)
     stem = path.stem
     lines = [f"mtllib {stem}.mtl", "o thing"]
@@ -52,8 +52,8 @@ def write_obj(path: Path, mesh: Textured) -> list[Path]:
 
 
 def write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray) -> Path:
-    """Writes binary PLY, z up, with colours [V, 3] in [0, 1] at vertices. Raises ValueError if the file reads back
-    differently."""
+    """Writes a binary PLY file with z up and a colour at each vertex (`colors`, `[V, 3]` in [0, 1]). Raises ValueError
+    if the file reads back differently."""
     rgba = np.concatenate([(colors.clip(0, 1) * 255).round(), np.full((len(colors), 1), 255)], 1).astype(np.uint8)
     made = _trimesh(vertices, faces, None, None, None)
     made.visual.vertex_colors = rgba
@@ -82,7 +82,7 @@ def _image(texture: np.ndarray) -> Any:
 
 
 def _compare(file: Path, kind: str, vertices: np.ndarray, faces: np.ndarray, texture: np.ndarray | None) -> None:
-    """Raises ValueError unless the file holds these triangles, in order, and this texture."""
+    """Raises ValueError unless the file contains these triangles, in this order, and this texture."""
     import trimesh
     from trimesh.resolvers import FilePathResolver
 
@@ -93,10 +93,10 @@ def _compare(file: Path, kind: str, vertices: np.ndarray, faces: np.ndarray, tex
     corners = np.asarray(read.vertices)[np.asarray(read.faces)]  # loaders may renumber vertices
     mine = vertices[faces]
     if corners.shape != mine.shape or np.abs(corners - mine).max() > _CLOSE * max(1.0, np.abs(mine).max()):
-        raise ValueError(f"the {kind} file does not hold the mesh that was written to it")
+        raise ValueError(f"the {kind} file does not contain the mesh that was written to it")
     if texture is None:
         return
     material = read.visual.material
     image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
     if image is None or not np.array_equal(np.asarray(image.convert("RGB")), texture):
-        raise ValueError(f"the {kind} file does not hold the texture that was written to it")
+        raise ValueError(f"the {kind} file does not contain the texture that was written to it")

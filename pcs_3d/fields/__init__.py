@@ -1,4 +1,5 @@
-"""Fields: trainable representations of an object in 3D. Adding one takes one file and one line in the union."""
+"""Fields, which are trainable representations of an object in 3D. A new field needs one file and one entry in the
+union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Base classes of fields: settings, learning rates, and saving."""
+"""Base classes for fields and their settings, with learning rates and saving."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Length = Annotated[float, Setting(gt=0, le=100)]
 class FieldPart(KindPart):
     """Base class for the settings of fields.
 
-    bound: half the side of the cube around the object, in the object's radii.
-    start: the content before the first step.
-    lr: learning rate of the shape.
-    lr_features: learning rate of the colours; null: the same as lr.
+    bound: half the side of the cube around the object, in radii of the object.
+    start: the content of the field before the first step.
+    lr: the learning rate of the shape.
+    lr_features: the learning rate of the colours. If null, it is lr.
     """
 
-    drawn_by: ClassVar[str] = "volume"  # the kind of renderer
+    drawn_by: ClassVar[str] = "volume"  # the kind of renderer that can render the field
     bound: Length = 1.1
     start: Start = Blob()
     lr: Rate = 1e-2
@@ -39,7 +39,7 @@ class FieldPart(KindPart):
         return self.lr if self.lr_features is None else self.lr_features
 
     def within(self, regions: Mapping[str, Any]) -> FieldPart:
-        """These settings, with the guidance's regions (by name) filled in if the field depends on them."""
+        """Returns these settings, with the guidance's regions (by name) filled in if the field depends on them."""
         return self
 
     def check(self) -> None:
@@ -47,13 +47,13 @@ class FieldPart(KindPart):
         self.start.check()
 
     def build(self, channels: int = 3, seed: int = 0) -> Any:
-        """Builds the field on the CPU. channels: 3 for colours, else the number of latent channels. Raises ValueError if the
-        file to start from cannot be read."""
+        """Builds the field on the CPU. `channels` is 3 for colours, and otherwise the number of latent channels. Raises
+        ValueError if the file to start from cannot be read."""
         raise NotImplementedError
 
 
 class BaseField(nn.Module):
-    """Base class for fields. Their parameters and buffers are their state."""
+    """Base class for fields. The state of a field consists of its parameters and buffers."""
 
     def __init__(self, bound: float, channels: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class BaseField(nn.Module):
         return next(self.parameters()).device
 
     def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
-        """Name, parameters and learning rate of each trained part."""
+        """Returns the name, the parameters and the learning rate of each trained part."""
         raise NotImplementedError
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -82,22 +82,24 @@ class BaseField(nn.Module):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
         mine = self._kept()
         if wrong := sorted(mine.keys() ^ state.keys()):
-            raise ValueError(f"the saved state belongs to another field: only one of the two has {', '.join(wrong)}")
+            raise ValueError(
+                f"the saved state belongs to another field: only one of the two fields has {', '.join(wrong)}"
+            )
         for name, value in mine.items():
             if value.shape != state[name].shape:
                 raise ValueError(
-                    f"the saved {name} is {list(state[name].shape)}, but the field's is {list(value.shape)}"
+                    f"the saved {name} has the shape {list(state[name].shape)}, but the field's has {list(value.shape)}"
                 )
         with torch.no_grad():
             for name, value in mine.items():
                 value.copy_(state[name])
 
     def colored(self, raw: Tensor) -> Tensor:
-        """Unbounded values as features: colours in [0, 1]; latents unchanged."""
+        """Converts unbounded values to features. Colours are mapped to [0, 1], and latents are returned unchanged."""
         return raw.sigmoid() if self.channels == 3 else raw
 
     def inside(self, points: Tensor) -> Tensor:
-        """bool [...]: within the bound."""
+        """Returns whether each point (`[..., 3]`) is within the bound, as bool `[...]`."""
         return (points.abs() <= self.bound).all(-1)
 
 
@@ -117,8 +119,8 @@ class BaseVolume(BaseField):
         return density, density
 
     def normals(self, points: Tensor) -> Tensor:
-        """Normals from finite differences at the corners of a tetrahedron. This takes four evaluations instead of six, and no
-        second derivative, which interpolation does not have."""
+        """Computes normals by finite differences at the corners of a tetrahedron. This takes four evaluations instead
+        of six, and does not need second derivatives, which interpolation does not have."""
         corners = points.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
         step = self.normal_step * self.bound
         values = self.density(points[..., None, :] + step * corners)
@@ -126,6 +128,6 @@ class BaseVolume(BaseField):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors [..., 3] of length 1; 0 stays 0, with a gradient of 0."""
+    """Scales vectors (`[..., 3]`) to length 1. A zero vector stays 0 and has a gradient of 0."""
     squared = vectors.square().sum(-1, keepdim=True)
     return torch.where(squared > 1e-24, vectors * squared.clamp_min(1e-24).rsqrt(), torch.zeros_like(vectors))

@@ -14,10 +14,10 @@ from shared.trainable import TrainableGroup
 
 @dataclass(frozen=True)
 class Sample:
-    """A field at points [..., 3].
+    """The values of a field at points [..., 3].
 
     density: [...], per radius of the object, at least 0.
-    features: [..., K], colours in [0, 1] (K = 3) unless the field is rendered in latent space.
+    features: [..., K]; colours in [0, 1] (K = 3), unless the field is rendered in latent space.
     """
 
     density: Tensor
@@ -26,7 +26,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Surface:
-    """Triangles: vertices [V, 3] in radii of the object, faces int64 [F, 3], counter-clockwise when seen from outside."""
+    """A triangle mesh.
+
+    vertices: [V, 3], in radii of the object.
+    faces: int64 [F, 3], counter-clockwise when seen from outside.
+    """
 
     vertices: Tensor
     faces: Tensor
@@ -34,8 +38,14 @@ class Surface:
 
 @dataclass(frozen=True)
 class Splats:
-    """N Gaussians: means [N, 3], scales [N, 3] (standard deviations along the axes), rotations [N, 4] (unit quaternions, w
-    first), opacities [N] in [0, 1], features [N, K]."""
+    """N Gaussians.
+
+    means: [N, 3], in radii of the object.
+    scales: [N, 3], standard deviations along the axes of each Gaussian.
+    rotations: [N, 4], unit quaternions with w first.
+    opacities: [N], in [0, 1].
+    features: [N, K].
+    """
 
     means: Tensor
     scales: Tensor
@@ -44,16 +54,18 @@ class Splats:
     features: Tensor
 
 
-#: New parameter -> the old one that it replaces, and the old row that each of its rows comes from (int64 [N], -1: none).
+#: For each new parameter, the old parameter that it replaces, and the old row that each of its rows comes from (int64
+#: [N], -1 for a row that is new).
 Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 
 
 @runtime_checkable
 class Field(Protocol):
-    """An object in 3D, learned by gradient descent. It lies within the cube [-bound, bound]³; space outside is empty."""
+    """An object in 3D, learned by gradient descent. It lies within the cube [-bound, bound]³; the space outside is
+    empty."""
 
     bound: float
-    channels: int  # K: 3 colours, or the channels of latents
+    channels: int  # K: 3 for colours, or the number of latent channels
 
     @property
     def device(self) -> torch.device:
@@ -61,17 +73,20 @@ class Field(Protocol):
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
-        """Optimizer group -> what it trains. The groups may change in `advance`."""
+        """Returns the trained parts of each optimizer group. `advance` may change the groups."""
         ...
 
     def advance(self, step: int, steps: int) -> Replaced | None:
-        """Makes the changes due before step `step` of `steps` (finer levels, splitting, pruning). If `groups` have changed,
-        returns what their parameters came from, else None. Calling it again for the same step, even after saving and loading
-        the field, has no effect."""
+        """Makes the changes that are due before step `step` of `steps` (finer levels, splitting, pruning). A repeated
+        call for the same step has no effect, even after the field was saved and loaded.
+
+        Returns:
+            If the groups have changed, the origin of their new parameters, else None.
+        """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The complete state, in fp32 on the CPU."""
+        """Returns the complete state, in fp32 on the CPU."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -79,7 +94,7 @@ class Field(Protocol):
         ...
 
     def to(self, device: torch.device | str) -> Field:
-        """The same field, moved to a device."""
+        """Moves the field to a device and returns it."""
         ...
 
 
@@ -88,49 +103,58 @@ class VolumeField(Field, Protocol):
     """A field that can be evaluated at any point."""
 
     def at(self, points: Tensor) -> Sample:
-        """[..., 3] -> density [...] and features [..., K], differentiable; 0 density outside the bound."""
+        """Returns the density (`[...]`) and features (`[..., K]`) at points (`[..., 3]`), differentiably. The density
+        is 0 outside the bound."""
         ...
 
     def density(self, points: Tensor) -> Tensor:
-        """[..., 3] -> [...]: `at(points).density`, but cheaper if the field supports it."""
+        """Returns `at(points).density`, but computes it faster if the field supports this."""
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds [N, S] on `density` along rays [N, 3], [N, 3] at distances [N, S]; cheaper than evaluating it
-        if the field supports this. Samples that the bounds show to be empty or hidden can be skipped."""
+        """Returns lower and upper bounds on `density` at S distances along each of N rays, both `[N, S]`. They are
+        cheaper than the density itself if the field supports this. Samples that the bounds prove to be empty or hidden
+        can be skipped.
+
+        Args:
+            origins, directions: [N, 3]
+            distances: [N, S]
+        """
         ...
 
     def normals(self, points: Tensor) -> Tensor:
-        """[..., 3] -> unit vectors [..., 3] opposite to the gradient of the density, differentiable."""
+        """Returns the unit vectors (`[..., 3]`) that point against the gradient of the density at points (`[..., 3]`),
+        differentiably."""
         ...
 
 
 @runtime_checkable
 class SurfaceField(Field, Protocol):
-    """A field that is drawn as triangles."""
+    """A field that is rendered as triangles."""
 
     def surface(self) -> Surface:
-        """Its triangles, differentiable in the trained part of its shape. Raises ValueError if there are none."""
+        """Returns the field's triangles, differentiable in the trained part of its shape. Raises ValueError if it has
+        none."""
         ...
 
     def features_at(self, points: Tensor) -> Tensor:
-        """[..., 3] on the surface -> features [..., K], differentiable."""
+        """Returns the features (`[..., K]`) at points on the surface (`[..., 3]`), differentiably."""
         ...
 
 
 @runtime_checkable
 class SplatField(Field, Protocol):
-    """A field that is drawn as Gaussians."""
+    """A field that is rendered as Gaussians."""
 
     def splats(self) -> Splats:
-        """Its Gaussians, differentiable."""
+        """Returns the field's Gaussians, differentiably."""
         ...
 
 
 @runtime_checkable
 class GridField(Field, Protocol):
-    """A field with values on grids, so that neighbours can be compared."""
+    """A field with values on grids, whose neighbours can be compared."""
 
     def total_variation(self) -> Tensor:
-        """The mean squared difference between neighbours."""
+        """Returns the mean squared difference between neighbouring values."""
         ...

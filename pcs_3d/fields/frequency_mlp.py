@@ -1,4 +1,4 @@
-"""Sines of coordinates and an MLP (NeRF, https://arxiv.org/abs/2003.08934)."""
+"""A field that passes sines and cosines of the coordinates to an MLP (NeRF, https://arxiv.org/abs/2003.08934)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from shared.trainable.base import Rate
 
 
 class FrequencyMlp(FieldPart):
-    """bands: number of octaves of sines and cosines.
-    width, layers: size and number of the hidden layers.
+    """Sines and cosines of the coordinates, passed to an MLP (NeRF).
+
+    bands: the number of octaves of sines and cosines.
+    width, layers: the width and the number of the hidden layers.
     """
 
     kind: Literal["frequency_mlp"] = "frequency_mlp"
@@ -30,7 +32,7 @@ class FrequencyMlp(FieldPart):
 
 
 class FrequencyField(NetworkField):
-    """A field that is smooth and small in memory, but slow."""
+    """A field that is smooth and needs little memory, but is slow."""
 
     part: FrequencyMlp
 

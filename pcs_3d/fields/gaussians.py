@@ -1,4 +1,4 @@
-"""Gaussians (3DGS, https://arxiv.org/abs/2308.04079), split and pruned during training."""
+"""A field of Gaussians that are split and pruned during training (3DGS, https://arxiv.org/abs/2308.04079)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
 
 
 class Gaussians(FieldPart):
-    """count: initial number of Gaussians, spread over the start's shape.
-    opacity: their initial opacity.
-    every: steps between rounds of splitting and pruning; 0: never.
+    """Gaussians that are split and pruned during training (3DGS).
+
+    count: the initial number of Gaussians, spread over the start's shape.
+    opacity: the initial opacity of each Gaussian.
+    every: the number of steps between rounds of splitting and pruning. If 0, there are none.
     until: the share of the run after which splitting and pruning stop.
-    threshold: a Gaussian is split or copied if the mean gradient norm of its position is above this.
-    prune: opacity below which Gaussians are removed.
-    most: maximum number of Gaussians.
+    threshold: a Gaussian is split or copied if the mean gradient norm of its position exceeds this.
+    prune: the opacity below which Gaussians are removed.
+    most: the number of Gaussians beyond which none are split or copied.
     """
 
     drawn_by: ClassVar[str] = "splat"
@@ -47,11 +49,14 @@ class Gaussians(FieldPart):
 
 
 class GaussianField(BaseVolume):
-    """N Gaussians: means [N, 3], log_scales [N, 3], rotations [N, 4] (quaternions of any length), raw_opacities [N] and
-    raw_features [N, K] before sigmoid.
+    """N trained Gaussians.
 
-    pull, pulled: [N], the sum of the gradient norms of each position since the last split, and the number of terms in it.
-    advanced: the step of the last split, so that it is not repeated.
+    means, log_scales: [N, 3].
+    rotations: [N, 4], quaternions of any length.
+    raw_opacities: [N], before the sigmoid.
+    raw_features: [N, K]; colours are before the sigmoid.
+    pull, pulled: [N]; the sum of the gradient norms of each position since the last split, and the number of its terms.
+    advanced: the step of the last split, which is not repeated.
     """
 
     means: nn.Parameter
@@ -88,7 +93,7 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        # NaN or Inf comes from a step that the loop reverts
+        # a gradient of NaN or Inf comes from a step that the training loop reverts
         length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)
         self.pull += length
         self.pulled += length > 0
@@ -100,7 +105,7 @@ class GaussianField(BaseVolume):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
         means = state.get("means")
-        if means is not None and means.ndim == 2 and len(means) != len(self.means):  # resized to the saved number
+        if means is not None and means.ndim == 2 and len(means) != len(self.means):  # resize first
             sized = [v.detach().new_zeros(len(means), *v.shape[1:]) for v in (getattr(self, k) for k in _TRAINED)]
             self._become(sized)
         super().load_state_dict(state)
@@ -112,7 +117,7 @@ class GaussianField(BaseVolume):
         )  # fmt: skip
 
     def advance(self, step: int, steps: int) -> Replaced | None:
-        if step == 0:  # in a later phase, steps start again at 0
+        if step == 0:  # each phase counts its steps from 0
             self.advanced.zero_()
         due = self.part.every and step and step % self.part.every == 0 and step <= self.part.until * steps
         if not due or int(self.advanced) == step:
@@ -124,13 +129,14 @@ class GaussianField(BaseVolume):
         return {getattr(self, name): (old, rows) for name, old in zip(_TRAINED, former, strict=True)}
 
     def _regroup(self, step: int) -> Tensor:
-        """Splits large Gaussians with large position gradients in two, copies small ones, and removes nearly transparent ones.
-        Returns int64 [N]: the former index of each, or -1 for a new one."""
+        """Regroups the Gaussians: of those with large position gradients, large ones are split in two and small ones
+        copied. Nearly transparent ones are removed. Returns the former index of each Gaussian (int64 `[N]`), or -1 if
+        it is new."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         values = [getattr(self, name).detach() for name in _TRAINED]
         keep = values[3].sigmoid() >= self.part.prune
         if not keep.any():
-            keep = values[3] == values[3].max()  # keeps at least one
+            keep = values[3] == values[3].max()  # keep at least one
         pulled = self.pull / self.pulled.clamp_min(1)
         more = ((pulled > self.part.threshold) & keep).nonzero()[:, 0]
         more = more[pulled[more].argsort(descending=True, stable=True)][: max(0, self.part.most - int(keep.sum()))]
@@ -148,8 +154,8 @@ class GaussianField(BaseVolume):
         return self.at(points).density
 
     def at(self, points: Tensor) -> Sample:
-        """Sums over Gaussians, in blocks of points, each with the Gaussians that reach it (DreamGaussian,
-        https://arxiv.org/abs/2309.16653, section 3.3): for export, not for rendering."""
+        """Sums the Gaussians at each point. Points are handled in blocks, each with only the Gaussians that reach it
+        (DreamGaussian, https://arxiv.org/abs/2309.16653, section 3.3). This is used for export, not for rendering."""
         flat, splats = points.reshape(-1, 3), self.splats()
         blocks = ((flat / self.bound + 1) * 4).long().clamp(0, 7)
         key = (blocks[:, 0] * 8 + blocks[:, 1]) * 8 + blocks[:, 2]
@@ -162,7 +168,7 @@ class GaussianField(BaseVolume):
 
 
 def _spacing(points: Tensor) -> Tensor:
-    """[N]: the mean distance of each point to its three nearest neighbours, as in 3DGS."""
+    """Returns the mean distance (`[N]`) of each point to its three nearest neighbours, as in 3DGS."""
     from scipy.spatial import KDTree
 
     table = points.numpy()
@@ -184,7 +190,7 @@ def _local(splats: Splats, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotation_matrices(quaternions: Tensor) -> Tensor:
-    """Unit quaternions [N, 4], w first -> [N, 3, 3]."""
+    """Converts unit quaternions (`[N, 4]`, w first) to rotation matrices (`[N, 3, 3]`)."""
     w, x, y, z = quaternions.unbind(-1)
     rows = [
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),

@@ -1,4 +1,5 @@
-"""Dense grids of values over the cube [-bound, bound]³: positions of nodes, and interpolation between them."""
+"""Dense grids of values over the cube [-bound, bound]³, with the positions of their nodes and interpolation between
+them."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ from torch.nn import functional as F
 
 
 def nodes(resolution: int, bound: float) -> Tensor:
-    """[R, R, R, 3]: positions of a grid's nodes; indices run along x, y, z, and the outermost nodes lie on the bound."""
+    """Returns the positions of a grid's nodes, `[R, R, R, 3]`. The indices run along x, y and z, and the outermost
+    nodes lie on the bound."""
     line = torch.linspace(-bound, bound, resolution)
     return torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1)
 
 
 def trilinear(grid: Tensor, points: Tensor, bound: float) -> Tensor:
-    """Interpolated values: grid [R, R, R, C], points [..., 3] -> [..., C]; beyond the bound, the values on its surface.
+    """Interpolates a grid (`[R, R, R, C]`) at points (`[..., 3]`) and returns the values, `[..., C]`. Beyond the bound,
+    these are the values at the nearest point on it.
 
-    Differentiable in both, but only once.
+    The result is differentiable in the grid and the points, but only once.
     """
     size = grid.shape[0]
     flat = points.reshape(-1, 3)
@@ -37,12 +40,14 @@ def trilinear(grid: Tensor, points: Tensor, bound: float) -> Tensor:
 
 
 def weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums of a table's rows: table [M, C], rows int64 [N, k], weights [N, k] -> [N, C]."""
+    """Returns N weighted sums (`[N, C]`) of k rows each of a table (`[M, C]`). `rows` (int64) and `weights` are `[N,
+    k]`."""
     return _WeightedRows.apply(table, rows, weights)  # type: ignore[return-value]
 
 
 class _WeightedRows(torch.autograd.Function):
-    """`embedding_bag` with a faster backward pass: its own sorts the rows and takes four times as long on a CPU."""
+    """`embedding_bag` with a faster backward pass. PyTorch's backward pass sorts the rows and takes four times as long
+    on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -68,10 +73,19 @@ class _WeightedRows(torch.autograd.Function):
 def of_cells(
     cells: Sequence[Tensor], origins: Tensor, directions: Tensor, distances: Tensor, bound: float
 ) -> tuple[list[Tensor], Tensor]:
-    """For each grid of cell values [R, R, R], the values [N, S] of the cells that rays [N, 3], [N, 3] are in at distances
-    [N, S]; and bool [N, S]: whether a point is within the bound (outside it, values are arbitrary).
+    """Looks up the cells that N rays are in at S distances each.
 
-    Works on one axis at a time, each contiguous, with 32-bit integers: points [N, S, 3] would take three times as long.
+    Each axis is handled separately, as contiguous 32-bit integers. This is three times as fast as with points `[N, S,
+    3]`.
+
+    Args:
+        cells: grids of cell values, each [R, R, R]
+        origins, directions: [N, 3]
+        distances: [N, S]
+
+    Returns:
+        The values of each grid, [N, S], and whether each point is within the bound, bool [N, S]. Outside the bound, the
+        values are arbitrary.
     """
     size = len(cells[0])
     scale = size / (2 * bound)
@@ -83,13 +97,13 @@ def of_cells(
         inside &= (place >= 0) & (place <= size)
         number.mul_(size).add_(place.clamp_(0, size - 1).int())
     row = number.view(-1)
-    # index_select: indexing with brackets takes four times as long on a CPU
+    # indexing with brackets instead of index_select takes four times as long on a CPU
     return [values.reshape(-1).index_select(0, row).view(distances.shape) for values in cells], inside
 
 
 def cell_maxima(grid: Tensor) -> Tensor:
-    """[R, R, R] values at nodes -> [R-1, R-1, R-1]: the largest of each cell's eight corners, an upper bound on the
-    interpolated values."""
+    """Returns the largest value at the eight corners of each cell (`[R-1, R-1, R-1]`), which is an upper bound on the
+    values interpolated in the cell. `grid` contains the values at nodes, `[R, R, R]`."""
     for axis in range(3):
         low, high = grid.narrow(axis, 0, grid.shape[axis] - 1), grid.narrow(axis, 1, grid.shape[axis] - 1)
         grid = torch.maximum(low, high)
@@ -97,16 +111,19 @@ def cell_maxima(grid: Tensor) -> Tensor:
 
 
 def slopes(grid: Tensor, bound: float) -> Tensor:
-    """[R, R, R] -> [R, R, R, 3]: central differences, one-sided at the border, per unit of length."""
+    """Returns the gradient of a grid (`[R, R, R]`) per unit of length, `[R, R, R, 3]`. Differences are central inside
+    the grid and one-sided at its border."""
     return torch.stack(torch.gradient(grid, spacing=2 * bound / (grid.shape[0] - 1)), -1)
 
 
 def total_variation(grid: Tensor) -> Tensor:
-    """The mean squared difference between neighbours of [R, R, R, C], summed over the three directions."""
+    """Returns the mean squared difference between neighbours in a grid (`[R, R, R, C]`), summed over the three
+    directions."""
     return torch.stack([(grid.narrow(a, 1, n - 1) - grid.narrow(a, 0, n - 1)).square().mean()
                         for a, n in enumerate(grid.shape[:3])]).sum()  # fmt: skip
 
 
 def by_chunks(function: Callable[[Tensor], Tensor], points: Tensor, size: int = 1 << 17) -> Tensor:
-    """function(points [N, 3]) -> [N, ...], computed for `size` points at a time."""
+    """Returns `function(points)`, computed for `size` points at a time. `points` is `[N, 3]`, and the result `[N,
+    ...]`."""
     return torch.cat([function(chunk) for chunk in points.split(size)])

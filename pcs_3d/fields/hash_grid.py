@@ -1,5 +1,5 @@
-"""Features in hash tables of several resolutions and a small MLP (Instant NGP, https://arxiv.org/abs/2201.05989), in pure
-torch, so that it runs wherever torch does."""
+"""A field with features in hash tables at several resolutions and a small MLP (Instant NGP,
+https://arxiv.org/abs/2201.05989). It is written in pure PyTorch and therefore runs on any device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from pcs_3d.fields.grids import weighted_rows
 from pcs_3d.fields.networks import NetworkField
 from shared.trainable.base import Rate
 
-_PRIMES = (1, 2654435761, 805459861)  # the paper's, section 3
+_PRIMES = (1, 2654435761, 805459861)  # from section 3 of the paper
 
 
 class HashGrid(FieldPart):
-    """`levels` levels of cells from coarsest to finest (nodes along a side), each with a table of 2^table rows of features.
+    """Grids at `levels` resolutions, from `coarsest` to `finest` nodes along a side. Each has a table with 2^`table`
+    rows of `features` numbers, and a network with a hidden layer of `width` units decodes them.
 
-    unlock: the share of the run over which finer levels are added one by one; 0: all levels are used from the start.
+    unlock: the share of the run over which finer levels are added one by one. If 0, all levels are used from the start.
     """
 
     kind: Literal["hash_grid"] = "hash_grid"
@@ -40,7 +41,7 @@ class HashGrid(FieldPart):
 
 
 class HashField(NetworkField):
-    """The tables [levels, 2^table, features]."""
+    """The hash tables, `[levels, 2^table, features]`, and the network that decodes their features."""
 
     part: HashGrid
     open_levels: Tensor

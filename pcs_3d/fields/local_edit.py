@@ -1,4 +1,4 @@
-"""A field that may change only in some regions."""
+"""A field that can change only inside given regions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from shared.trainable import TrainableGroup
 
 
 class LocalEdit(Voxels):
-    """Two grids that start out equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside
-    them the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
+    """A fixed grid that contains the start, and a learned grid that is visible only inside the regions. Outside the
+    regions, the field equals the start bit for bit (compare FocalDreamer's separate fields,
+    https://arxiv.org/abs/2308.10608).
 
-    regions: where the field may change; if empty, the guidance's regions are used.
-    fill: the lowest initial density there, per radius: a grey fog from which new parts can grow.
+    regions: the regions in which the field can change. If empty, the guidance's regions are used.
+    fill: the lowest initial density inside the regions, per radius. It is a grey fog from which new parts can grow.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -39,8 +40,8 @@ class LocalEdit(Voxels):
     def check(self) -> None:
         if not self.regions:
             raise ValueError(
-                "field.kind = local_edit: set where it may change: guidance.regions.hat.kind=box guidance.regions.hat.lo=[…] "
-                "guidance.regions.hat.hi=[…], in radii of the object"
+                "field.kind = local_edit needs a region that may change: set guidance.regions.hat.kind=box "
+                "guidance.regions.hat.lo=[…] guidance.regions.hat.hi=[…], in radii of the object"
             )
         super().check()
 
@@ -49,7 +50,7 @@ class LocalEdit(Voxels):
 
 
 class LocalEditField(BaseVolume):
-    """(1 - w) kept + w learned, where w in [0, 1] is the degree to which a point is inside the regions."""
+    """The field (1 - w) kept + w learned, where w in [0, 1] is the degree to which a point is inside the regions."""
 
     def __init__(self, part: LocalEdit, channels: int) -> None:
         super().__init__(part.bound, channels)
@@ -108,12 +109,12 @@ class LocalEditField(BaseVolume):
         return torch.where(share > 0, unit(torch.lerp(kept, self.learned.normals(points), share)), kept)
 
     def total_variation(self) -> Tensor:
-        """Total variation of the learned grid."""
+        """Returns the total variation of the learned grid."""
         return self.learned.total_variation()
 
 
 def _somewhere(share: Tensor) -> Tensor:
-    """int64: indices of the points in a region; if there are none, of one point outside, so that a gradient of 0 reaches the
-    field."""
+    """Returns the indices (int64) of the points inside a region. If there are none, returns the index of one point
+    outside, so that a gradient of 0 reaches the field."""
     some = share.nonzero()[:, 0]
     return some if len(some) else some.new_zeros(min(1, len(share)))

@@ -1,4 +1,4 @@
-"""The base class for network fields: a small MLP added to a coarse grid that holds the start."""
+"""The base class for fields with a network, whose output is added to a coarse grid that contains the start."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pcs_3d.fields.base import BaseVolume, FieldPart
 from pcs_3d.fields.field import Sample
 from pcs_3d.fields.starts import first_grid
 
-_START = 32  # nodes along a side of the grid that holds the start
+_START = 32  # nodes along a side of the grid that contains the start
 
 
 class NetworkField(BaseVolume):
-    """density = softplus(start + MLP(encoding)): the start is added as DreamFusion adds its blob. The last layer starts at 0,
-    so the field initially equals its start."""
+    """A field with density = softplus(start + MLP(encoding)). The start is added as the blob is in DreamFusion. The
+    last layer is initialised to 0, so that the field initially equals its start."""
 
     start: Tensor
 
@@ -30,7 +30,7 @@ class NetworkField(BaseVolume):
         self.mlp = mlp([*widths, 1 + channels], self.generator)
 
     def encoded(self, points: Tensor) -> Tensor:
-        """Points [N, 3] within the bound -> [N, widths[0]]."""
+        """Encodes points (`[N, 3]`) as inputs of the network (`[N, widths[0]]`)."""
         raise NotImplementedError
 
     def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
@@ -48,7 +48,7 @@ class NetworkField(BaseVolume):
 
 
 def mlp(widths: list[int], generator: torch.Generator) -> nn.Sequential:
-    """Linear layers with SiLU between them; the last starts at 0."""
+    """Returns linear layers with SiLU between them. The last layer is initialised to 0."""
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(widths)):
         layer = nn.Linear(before, after)

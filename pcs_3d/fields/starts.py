@@ -1,4 +1,5 @@
-"""The content of a field before its first step: a blob, the mesh in a file, or the result of an earlier phase."""
+"""The content of a field before its first step. This is a blob, the mesh in a file, or the result of an earlier
+phase."""
 
 from __future__ import annotations
 
@@ -21,42 +22,44 @@ class StartPart(KindPart):
     """Base class for starts.
 
     density: the density inside, per radius.
-    softness: the width, in radii, over which the density falls off inside the surface, so that soft shapes look as large as
-    hard ones.
+    softness: the width, in radii, of the layer below the surface in which the density falls off. Because it lies
+    inside, soft shapes look as large as hard ones.
     """
 
     density: Annotated[float, Setting(gt=0, le=1000)] = 10.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
 
     def shape(self) -> Shape:
-        """Distances to the surface, and the colours there. Raises ValueError if the shape is not available."""
+        """Returns the shape, with distances to its surface and colours on it. Raises ValueError if it is not
+        available."""
         raise NotImplementedError
 
     def triangles(self) -> Surface:
-        """Its triangles. Raises ValueError if it has none."""
-        raise ValueError(
-            f"field.start.kind = {self.kind} has no triangles: start from a file, or from an earlier phase"
-        )
+        """Returns the triangles of the start. Raises ValueError if it has none."""
+        raise ValueError(f"field.start.kind = {self.kind} has no triangles: start from a file or an earlier phase")
 
     def check(self) -> None:
-        """Raises ValueError for a file that cannot be read."""
+        """Raises ValueError if a file cannot be read."""
         self.shape()
 
     def values(self, places: Tensor, channels: int) -> Tensor:
-        """[N, 1 + K] at [N, 3]: the density before softplus, and `features`."""
-        solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # at the surface: 2 %
+        """Returns the density before softplus, followed by `features`, at points (`[N, 3]`), as `[N, 1 + K]`."""
+        solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # 2 % at the surface
         raw = inverse_softplus((self.density * solid).clamp_min(1e-4))
         return torch.cat([raw[:, None], self.features(places, channels)], 1)
 
     def features(self, places: Tensor, channels: int) -> Tensor:
-        """[N, K] at [N, 3]: the colours of the nearest surface point, before sigmoid, if K is 3 and they are known; else grey,
-        or latents of 0."""
+        """Returns features at points (`[N, 3]`) as `[N, K]`. If K is 3, they are the colours of the nearest points on
+        the surface, before the sigmoid, or grey if the colours are not known. Otherwise they are latents of 0."""
         colors = self.shape().colors(places) if channels == 3 else None
         return torch.zeros(len(places), channels) if colors is None else raw_colors(colors)
 
 
 class Blob(StartPart):
-    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2); radius: in radii of the object."""
+    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2).
+
+    radius: the ball's radius, in radii of the object.
+    """
 
     kind: Literal["blob"] = "blob"
     radius: Annotated[float, Setting(gt=0, le=10)] = 0.5
@@ -66,10 +69,12 @@ class Blob(StartPart):
 
 
 class MeshFile(StartPart):
-    """A mesh or points from a GLB, OBJ or PLY file, scaled to `radius` around the origin (1: the size cameras expect).
+    """A mesh or points from a GLB, OBJ or PLY file, scaled to `radius` around the origin. Cameras expect a radius of 1.
 
-    up: which of the file's axes is up; null: z in PLY, y otherwise, as is usual for these formats.
-    azimuth_deg: turns the object to its left by this angle, for files whose front points elsewhere.
+    up: the axis of the file that points up. If null, it is z in PLY files and y in others, as is usual for these
+    formats.
+    azimuth_deg: the angle by which the object is turned to its left. Set it if the front of the object points elsewhere
+    in the file.
     """
 
     kind: Literal["file"] = "file"
@@ -86,27 +91,27 @@ class MeshFile(StartPart):
     def triangles(self) -> Surface:
         pieces = [p for p in read_mesh(self._named(), self.up, self.azimuth_deg) if len(p.faces)]
         if not pieces:
-            raise ValueError(f"field.start.path: {self.path} has only points, but triangles are needed here")
+            raise ValueError(f"field.start.path: {self.path} has only points, but this field needs triangles")
         offsets = np.cumsum([0, *(len(p.vertices) for p in pieces)])
         faces = np.concatenate([p.faces + offset for p, offset in zip(pieces, offsets[:-1], strict=True)])
-        # Files repeat vertices on both sides of a texture's seam; here each position is one vertex of the surface.
+        # Files repeat the vertices on a texture's seam. Here, each position becomes a single vertex.
         places, number = np.unique(np.concatenate([p.vertices for p in pieces]), axis=0, return_inverse=True)
         return Surface(torch.from_numpy(self.radius * places).float(), torch.from_numpy(number.reshape(-1)[faces]))
 
     def _named(self) -> Path:
         if self.path is None:
-            raise ValueError("field.start.path is not set: give a mesh (GLB, OBJ or PLY), field.start.path=thing.glb")
+            raise ValueError("field.start.path is not set: give a mesh (GLB, OBJ or PLY) as field.start.path=thing.glb")
         return self.path
 
 
 class PhaseStart(StartPart):
-    """The result of an earlier phase of the recipe, whatever its kind of field: a volume takes over a volume's densities and
-    colours; everything else starts from the surface.
+    """The result of an earlier phase of the recipe, for a field of any kind. If both fields are volumes, the later one
+    takes over the densities and colours of the earlier one. Otherwise it starts from the earlier field's surface.
 
-    resolution: nodes along a side of the grid on which the surface is extracted.
-    threshold: the density at the surface; null: found automatically.
-    faces: maximum number of triangles.
-    all_parts: whether parts that are not connected to the largest one are kept.
+    resolution: the number of nodes along each side of the grid on which the surface is extracted.
+    threshold: the density at the surface. If null, it is found automatically.
+    faces: the approximate maximum number of triangles.
+    all_parts: whether parts that are not connected to the largest part are kept.
     """
 
     kind: Literal["phase"] = "phase"
@@ -118,18 +123,18 @@ class PhaseStart(StartPart):
     all_parts: bool = False
 
     def shape(self) -> Shape:
-        raise ValueError("field.start.kind = phase: there is no earlier phase that makes an asset")
+        raise ValueError("field.start.kind = phase, but no earlier phase makes an asset")
 
     def check(self) -> None:
-        """Checks nothing: the phase has not run when recipes are checked."""
+        """Checks nothing, because recipes are checked before the earlier phase runs."""
 
 
 class Handed(StartPart):
-    """The result of an earlier phase; not used in recipes.
+    """The result of an earlier phase. It is made while a recipe runs and cannot be set in a recipe.
 
-    surface: its triangles.
-    known: distances to the surface, and its colours or latents.
-    volume: the field itself, if it is a volume.
+    surface: the triangles of the earlier phase's field.
+    known: the shape, with distances to the surface, and colours or latents on it.
+    volume: the earlier field itself, if it is a volume.
     """
 
     kind: Literal["handed"] = "handed"
@@ -166,22 +171,23 @@ Start = Annotated[Blob | MeshFile | PhaseStart, Setting(discriminator="kind"), d
 
 
 def first_grid(start: StartPart, resolution: int, bound: float, channels: int) -> Tensor:
-    """[R, R, R, 1 + K] unbounded values at nodes (`StartPart.values`)."""
+    """Returns the start's unbounded values at the nodes of a grid (`StartPart.values`), as `[R, R, R, 1 + K]`."""
     places = nodes(resolution, bound).reshape(-1, 3)
     return start.values(places, channels).reshape(resolution, resolution, resolution, -1)
 
 
 def first_features(start: StartPart, resolution: int, bound: float, channels: int) -> Tensor:
-    """[R, R, R, K] at nodes (`StartPart.features`): for fields whose shape is not on the grid."""
+    """Returns the start's features at the nodes of a grid (`StartPart.features`), as `[R, R, R, K]`, for fields whose
+    shape is not on the grid."""
     places = nodes(resolution, bound).reshape(-1, 3)
     return start.features(places, channels).reshape(resolution, resolution, resolution, -1)
 
 
 def raw_colors(colors: Tensor) -> Tensor:
-    """The inverse of sigmoid for colours in [0, 1], kept away from 0 and 1."""
+    """Applies the inverse of the sigmoid to colours, which are first clamped to [0.02, 0.98]."""
     return colors.clamp(0.02, 0.98).logit()
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
-    """The inverse of softplus."""
+    """Applies the inverse of softplus."""
     return value + torch.log(-torch.expm1(-value))

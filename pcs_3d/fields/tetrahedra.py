@@ -1,4 +1,5 @@
-"""Signed distances on a grid of tetrahedra, drawn as triangles where they are 0 (DMTet, https://arxiv.org/abs/2111.04276)."""
+"""A field of signed distances on a grid of tetrahedra. Its surface, where they are 0, is rendered as triangles (DMTet,
+https://arxiv.org/abs/2111.04276)."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ _EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 
 
 class Tetrahedra(FieldPart):
-    """resolution³ nodes, each with a signed distance and a position that may move by almost half a cell; and colours on a grid
-    with color_resolution nodes along a side.
+    """A grid of `resolution`³ nodes, each with a signed distance and a position that can move by almost half a cell,
+    and a grid of colours with `color_resolution` nodes along a side.
 
-    lr: learning rate of the distances, in cells.
-    lr_places: learning rate of the positions.
+    lr: the learning rate of the distances, in cells.
+    lr_places: the learning rate of the positions.
     """
 
     drawn_by: ClassVar[str] = "mesh"
@@ -40,7 +41,12 @@ class Tetrahedra(FieldPart):
 
 
 class TetrahedraField(BaseField):
-    """distances [R³], in cells, negative inside; moves [R³, 3]; colours [R', R', R', K] before sigmoid."""
+    """Signed distances and positions of nodes, and a grid of colours.
+
+    distances: [R³], in cells, negative inside.
+    moves: [R³, 3], the shift of each node before tanh.
+    raw_features: [R', R', R', K]; colours are before the sigmoid.
+    """
 
     tets: Tensor
 
@@ -53,7 +59,7 @@ class TetrahedraField(BaseField):
         self.moves = nn.Parameter(torch.zeros_like(places))
         features = first_features(part.start, part.color_resolution, part.bound, channels)
         self.raw_features = nn.Parameter(features.contiguous())
-        self.places, self.tets = places, tetrahedra(part.resolution)  # not saved: they follow from the settings
+        self.places, self.tets = places, tetrahedra(part.resolution)  # not saved, because they follow from the settings
 
     def to(self, device: torch.device | str) -> TetrahedraField:  # type: ignore[override]
         self.places, self.tets = self.places.to(device), self.tets.to(device)
@@ -68,7 +74,7 @@ class TetrahedraField(BaseField):
 
     def surface(self) -> Surface:
         nodes = self.places.to(self.moves) + self.moves.tanh() * (0.45 * self.cell)
-        border = nodes.detach().abs().amax(-1) >= self.bound - 0.5 * self.cell  # closed at the bound
+        border = nodes.detach().abs().amax(-1) >= self.bound - 0.5 * self.cell  # the surface is closed at the bound
         distances = torch.where(border, self.distances.abs() + 0.1, self.distances)
         return marching_tetrahedra(nodes, distances, self.tets)
 
@@ -76,18 +82,19 @@ class TetrahedraField(BaseField):
         return self.colored(grids.trilinear(self.raw_features, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Total variation of the colours before sigmoid."""
+        """Returns the total variation of the colours before the sigmoid."""
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:
-        """[R, R, R, 3]: the gradient of the signed distance, per radius: its length is 1 where the distance is exact."""
+        """Returns the gradient of the signed distance per radius, `[R, R, R, 3]`. Its length is 1 where the distance is
+        exact."""
         size = self.part.resolution
         return grids.slopes((self.distances * self.cell).view(size, size, size), self.bound)
 
 
 def tetrahedra(resolution: int) -> Tensor:
-    """int64 [6 (R-1)³, 4]: each cell of a grid of R³ nodes, split into six tetrahedra around its diagonal (Kuhn), all of
-    positive volume; neighbouring cells share triangles."""
+    """Splits each cell of a grid of R³ nodes into six tetrahedra around its diagonal (Kuhn). Returns the nodes of each
+    tetrahedron, int64 `[6 (R-1)³, 4]`. All have positive volume, and neighbouring cells share triangles."""
     strides = torch.tensor([resolution**2, resolution, 1])
     line = torch.arange(resolution - 1)
     first = (torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3) * strides).sum(-1)
@@ -101,8 +108,9 @@ def tetrahedra(resolution: int) -> Tensor:
 
 @lru_cache
 def _triangles() -> Tensor:
-    """[16, 2, 3]: up to two triangles for each pattern of corners inside (bit i: corner i), as edges, -1 where there is none;
-    counter-clockwise when seen from outside a tetrahedron of positive volume."""
+    """Returns up to two triangles for each set of corners that are inside the surface, `[16, 2, 3]`. Bit i of the first
+    index is set if corner i is inside. A triangle is given by the edges that its vertices lie on, counter-clockwise
+    when seen from outside the surface, for a tetrahedron of positive volume. A missing triangle is -1."""
     corners = torch.cat([torch.zeros(1, 3), torch.eye(3)])
     edge = {frozenset(pair): i for i, pair in enumerate(_EDGES.tolist())}
     out = torch.full((16, 2, 3), -1)
@@ -124,8 +132,17 @@ def _triangles() -> Tensor:
 
 
 def marching_tetrahedra(nodes: Tensor, distances: Tensor, tets: Tensor) -> Surface:
-    """The triangles where a distance [V], negative inside, is 0 along edges of tetrahedra [T, 4] between nodes [V, 3];
-    differentiable in the distances and the nodes. Raises ValueError if no edge has such a point."""
+    """Extracts the surface on which the signed distance is 0. Its vertices lie on the edges of the tetrahedra, and are
+    differentiable in the distances and the nodes.
+
+    Args:
+        nodes: [V, 3]
+        distances: the signed distance at each node, [V], negative inside
+        tets: the nodes of each tetrahedron, [T, 4]
+
+    Raises:
+        ValueError: the distance is not 0 on any edge
+    """
     inside = distances < 0
     corners = inside[tets]
     crossed = corners.any(1) & ~corners.all(1)

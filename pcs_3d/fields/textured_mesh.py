@@ -17,8 +17,8 @@ from shared.trainable.base import Rate
 
 
 class TexturedMesh(FieldPart):
-    """The triangles of a file, or of an earlier phase's result (`start`), and a grid of colours around them with `resolution`
-    nodes along a side, initialised with the start's colours."""
+    """A fixed mesh from a file or an earlier phase (`start`), and a grid of trainable colours around it with
+    `resolution` nodes along a side. The grid is initialised with the colours of the start."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["textured_mesh"] = "textured_mesh"
@@ -27,7 +27,7 @@ class TexturedMesh(FieldPart):
     lr: Rate = 0.1
 
     def check(self) -> None:
-        """Raises ValueError for a file that cannot be read or has no triangles."""
+        """Raises ValueError if the file cannot be read or has no triangles."""
         if isinstance(self.start, MeshFile):
             self.start.triangles()
 
@@ -36,7 +36,11 @@ class TexturedMesh(FieldPart):
 
 
 class TexturedMeshField(BaseField):
-    """vertices [V, 3] and faces [F, 3], which are not trained but part of the state; colours [R, R, R, K] before sigmoid."""
+    """A mesh that is saved with the state but not trained, and a grid of colours.
+
+    vertices, faces: [V, 3] and [F, 3].
+    raw_features: [R, R, R, K]; colours are before the sigmoid.
+    """
 
     faces: Tensor
     vertices: Tensor
@@ -54,7 +58,7 @@ class TexturedMeshField(BaseField):
         return [("features", [self.raw_features], self.part.feature_rate)]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
-        for name in ("vertices", "faces"):  # resized to the saved number
+        for name in ("vertices", "faces"):  # resized to the saved numbers first
             kept = state.get(name)
             if kept is not None and kept.ndim == 2 and kept.shape[1] == 3:
                 setattr(self, name, getattr(self, name).new_zeros(kept.shape))
@@ -67,5 +71,5 @@ class TexturedMeshField(BaseField):
         return self.colored(grids.trilinear(self.raw_features, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Total variation of the colours before sigmoid."""
+        """Returns the total variation of the colours before the sigmoid."""
         return grids.total_variation(self.raw_features)

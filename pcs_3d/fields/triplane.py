@@ -1,4 +1,4 @@
-"""Three planes of features and a small MLP (EG3D, https://arxiv.org/abs/2112.07945)."""
+"""A field with three planes of features and a small MLP (EG3D, https://arxiv.org/abs/2112.07945)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from shared.trainable.base import Rate
 
 
 class Triplane(FieldPart):
-    """resolution² features on each of the planes xy, xz and yz, summed and decoded by an MLP."""
+    """Three planes (xy, xz and yz) with `resolution`² vectors of `features` numbers each. The vectors at a point are
+    summed and decoded by an MLP with a hidden layer of `width` units."""
 
     kind: Literal["triplane"] = "triplane"
     resolution: Annotated[int, Setting(ge=4, le=2048)] = 64
@@ -29,7 +30,7 @@ class Triplane(FieldPart):
 
 
 class TriplaneField(NetworkField):
-    """The planes [3, features, R, R]."""
+    """The planes, `[3, features, R, R]`, and the network that decodes their features."""
 
     def __init__(self, part: Triplane, channels: int, seed: int) -> None:
         super().__init__(part, channels, [part.features, part.width], seed)
@@ -42,6 +43,6 @@ class TriplaneField(NetworkField):
         return F.grid_sample(self.planes, places, align_corners=True, padding_mode="border")[:, :, 0].sum(0).T
 
     def total_variation(self) -> Tensor:
-        """Total variation of the planes' features."""
+        """Returns the total variation of the planes' features."""
         p = self.planes
         return (p[:, :, 1:] - p[:, :, :-1]).square().mean() + (p[..., 1:] - p[..., :-1]).square().mean()

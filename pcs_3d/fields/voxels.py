@@ -1,4 +1,4 @@
-"""A dense grid (DVGO, https://arxiv.org/abs/2111.11215): the fastest field on a CPU."""
+"""A field on a dense grid (DVGO, https://arxiv.org/abs/2111.11215), which is the fastest field on a CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shared.trainable.base import Rate
 
 
 class Voxels(FieldPart):
-    """resolution³ nodes of density and colours, interpolated before softplus and sigmoid, so that surfaces can be sharper than
-    cells."""
+    """A dense grid of densities and colours with `resolution`³ nodes. Values are interpolated before softplus and
+    sigmoid, so that surfaces can be sharper than a cell."""
 
     kind: Literal["voxels"] = "voxels"
-    resolution: Annotated[int, Setting(ge=4, le=512)] = 64  # nodes per side of the grid
+    resolution: Annotated[int, Setting(ge=4, le=512)] = 64  # nodes along each side of the grid
     lr: Rate = 0.2
     lr_features: Rate | None = 0.1
 
@@ -30,7 +30,8 @@ class Voxels(FieldPart):
 
 
 class VoxelField(BaseVolume):
-    """The grids [R, R, R, 1] and [R, R, R, K] of values before softplus and sigmoid."""
+    """The grids of densities before softplus (`[R, R, R, 1]`) and of features (`[R, R, R, K]`; colours are before the
+    sigmoid)."""
 
     def __init__(self, part: Voxels, channels: int) -> None:
         super().__init__(part.bound, channels)
@@ -68,5 +69,5 @@ class VoxelField(BaseVolume):
         return unit(-grids.trilinear(slope, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Total variation of densities and colours, before softplus and sigmoid."""
+        """Returns the total variation of densities and colours, before softplus and sigmoid."""
         return grids.total_variation(self.raw_density) + grids.total_variation(self.raw_features)

@@ -1,1 +1,2 @@
-"""Guidance: pulls renders towards what a diffusion model finds likely. One engine, with its settings and parts."""
+"""Guidance, which changes renders so that a diffusion model finds them more likely. All methods are settings of one
+engine."""

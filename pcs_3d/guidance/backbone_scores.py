@@ -25,15 +25,17 @@ from shared.types import Conditioning
 
 
 class BackboneScores:
-    """`Scores` of a backbone.
+    """The `Scores` of a backbone.
 
-    Adapters are switched on and off only as sets: the teacher is the backbone with `concepts` at their strengths, the student
-    adds the set `student`, and the base uses no adapters. For the base, class nouns replace names in prompts.
+    Adapters are switched on and off only as sets. The teacher is the backbone with `concepts` at their strengths. The
+    student additionally uses the set `student`, and the base uses no adapters. For the base, class nouns replace names
+    in prompts.
 
     Args:
-        concepts: name -> strength, of adapters and learned words
-        resolution: pixels of the shorter side that views are scaled to before they are encoded; None: the backbone's own
-        joint_views: this many consecutive views attend to each other
+        concepts: the strength of each concept's adapters and learned words, by name
+        resolution: the shorter side, in pixels, that views are scaled to before they are encoded. If None, it is the
+            backbone's own resolution.
+        joint_views: the number of consecutive views that attend to each other
     """
 
     def __init__(
@@ -58,20 +60,20 @@ class BackboneScores:
 
     @contextmanager
     def under(self, adapters: Adapters) -> Iterator[None]:
-        """Within the context, exactly these adapters are on."""
+        """Switches on exactly these adapters within the context."""
         sets: dict[Adapters, dict[str, float]] = {"base": {}, "teacher": self.concepts}
         if adapters == "student":
             if STUDENT not in self.backbone.adapters:
                 raise ValueError(
-                    "guidance.student has no adapters: add trainable.student_lora.kind=lora with "
-                    "adapter_set=student and group=student"
+                    "guidance.student has no adapters: set trainable.student_lora.kind=lora "
+                    "trainable.student_lora.adapter_set=student trainable.student_lora.group=student"
                 )
             sets["student"] = {**self.concepts, STUDENT: 1.0}
         with self.backbone.active(sets[adapters]):
             yield
 
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
-        """The noise for each ask; asks with the same set of adapters share one pass through the network."""
+        """Predicts the noise for each ask. Asks with the same adapters share one pass through the network."""
         known: dict[Ask, Tensor] = {}
         used: list[Adapters] = list(dict.fromkeys(ask.adapters for ask in asks))
         for adapters in used:
@@ -84,7 +86,8 @@ class BackboneScores:
         return [known[ask] for ask in asks]
 
     def _predict(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> Tensor:
-        """Predicts all views for each ask in turn: [A * B, C, h, w]."""
+        """Returns the network's output for all B views and the first ask, then for the second ask and so on, as
+        `[A * B, C, h, w]`."""
         rows = [row for ask in asks for row in self._rows(ask, views)]
         with ExitStack() as stack:
             for adapter in self.backbone.adapters.get(STUDENT, []):
@@ -109,7 +112,8 @@ class BackboneScores:
         return self.texts.mixed(rows, t)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encodes views in the autoencoder's precision, to float32 latents. Raises ValueError for a size that does not fit."""
+        """Encodes views in the autoencoder's precision. Returns float32 latents. Raises ValueError if the size does not
+        fit."""
         factor = self.resolution / min(pixels.shape[-2:])
         if factor != 1:
             size = [round(side * factor) for side in pixels.shape[-2:]]

@@ -1,4 +1,5 @@
-"""Conditions a denoiser on cameras, as VSD does for its student (https://arxiv.org/abs/2305.16213, section 3.2)."""
+"""Conditions a denoiser on cameras, as variational score distillation does for its student
+(https://arxiv.org/abs/2305.16213, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,22 +17,23 @@ from shared.trainable.base import TrainableGroup, TrainablePart
 
 
 class CameraEmbedding(TrainablePart):
-    """Camera-to-world matrices, passed through two linear layers and added to the time embedding. The second layer starts at 0,
-    so that nothing changes at first."""
+    """Two linear layers that map camera-to-world matrices to vectors, which are added to the time embedding. The second
+    layer is initialised to 0, so that the denoiser is unchanged at first."""
 
     kind: Literal["camera_embedding"] = "camera_embedding"
     adapter_set: str = STUDENT
     group: str = STUDENT
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Raises ValueError if the denoiser has no time embedding to add cameras to."""
+        """Adds the layers to the backbone. Raises ValueError if the denoiser has no time embedding to add cameras
+        to."""
         adapter = CameraAdapter(backbone, slot, seed)
         backbone.add_adapter(name, adapter)
         return TrainableGroup(slot, list(adapter.parameters()), self.lr, self.weight_decay, group=self.group)
 
 
 class CameraAdapter:
-    """The layers in one denoiser; satisfies `shared.backbones.protocol.Adapter`."""
+    """The layers that are added to one denoiser. Satisfies `shared.backbones.protocol.Adapter`."""
 
     def __init__(self, backbone: Backbone, slot: str, seed: int) -> None:
         self.slot, self.component, self.strength = slot, next(iter(backbone.noise_ranges)), 1.0
@@ -48,7 +50,8 @@ class CameraAdapter:
 
     @contextmanager
     def seeing(self, cameras: Cameras, blind: bool = False) -> Iterator[None]:
-        """Within the context, predictions use these cameras, one per row, repeated if there are more rows than cameras."""
+        """Conditions predictions on these cameras within the context. There is one camera per row; if there are more
+        rows than cameras, the cameras are repeated. If `blind` is set, all matrices are 0."""
         before, self._matrices = self._matrices, matrices(cameras) * (0.0 if blind else 1.0)
         try:
             yield
@@ -78,7 +81,10 @@ class CameraAdapter:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         mine = self.state_dict()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in mine.items()}:
-            raise ValueError(f"camera embedding: {len(state)} saved tensors do not fit its {len(mine)}")
+            raise ValueError(
+                f"camera embedding: the names or shapes of its {len(mine)} tensors differ from those of the "
+                f"{len(state)} saved ones"
+            )
         cut = len(f"{self.component}.camera_embedding.")
         self.layers.load_state_dict({k[cut:]: v for k, v in state.items()})
 
@@ -87,8 +93,8 @@ class CameraAdapter:
 
 
 def matrices(cameras: Cameras) -> Tensor:
-    """Camera-to-world matrices [B, 16], whose columns are the picture's right and up directions, the direction to the camera,
-    and the camera's position."""
+    """Returns flattened camera-to-world matrices, `[B, 16]`. The columns of each matrix are the picture's right and up
+    directions, the direction to the camera, and the camera's position."""
     out = torch.zeros(len(cameras), 4, 4)
     out[:, :3, :3] = cameras.axes.mT
     out[:, :3, 3] = cameras.positions

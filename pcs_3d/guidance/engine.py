@@ -1,4 +1,4 @@
-"""The one engine behind every guidance: grad = w(t) (sum_i a_i eps_i - target)."""
+"""The engine that all guidance methods share. It computes grad = w(t) (sum_i a_i eps_i - target)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts, Views
 
 _AWAY = (Ask("away_near"), Ask("away_far"))
-#: An evaluation point, and the kind of prediction made there.
+#: A noise level ("t" or "s"), and the kind of prediction made at it.
 Place = tuple[str, Ask]
 _PROMPT: Place = ("t", Ask("prompt"))
 
 
 @dataclass(frozen=True)
 class Guided:
-    """The gradient [B, C, h, w] on the latents of B views, and what it was computed from.
+    """The gradient with respect to the latents of B views, and the values that it was computed from.
 
+    grad: [B, C, h, w].
     eps: the guided prediction at (z_t, t).
-    x0: the clean latents that it implies.
+    x0: the clean latents that follow from eps.
     """
 
     grad: Tensor
@@ -44,7 +45,7 @@ def guide(
     moment: Moment,
     generator: Generator,
 ) -> Guided:
-    """The gradient of one step on clean latents z [B, C, h, w] of B views.
+    """Computes the gradient of one step with respect to the clean latents of B views (`z`, `[B, C, h, w]`).
 
     Raises:
         ValueError: a schedule leaves its range
@@ -54,7 +55,8 @@ def guide(
     known = _predictions(settings, scores, noised, views, weights)
     eps = sum((weight * known[_place(settings.terms[n])] for n, weight in weights.items()), torch.zeros_like(z))
     if settings.perp_neg is not None:
-        # The paper's s is the prompt's total coefficient, which is not the guidance scale in every table of terms.
+        # The paper's s is the total coefficient of the prompt, which depends on the terms and need not be the guidance
+        # scale.
         share = sum(weight for n, weight in weights.items() if _place(settings.terms[n]) == _PROMPT)
         eps = eps + share * _away(settings.perp_neg, known, prompts, views, z)
     alpha, sigma = coefficients(scores, noised.t, z)
@@ -74,13 +76,13 @@ def guide(
 
 
 def surrogate(z: Tensor, grad: Tensor) -> Tensor:
-    """½ |z - sg(z - grad)|² / B: a scalar whose gradient with respect to z [B, C, h, w] is grad / B. This gradient flows
-    into whatever produced z, but not through the networks between z and grad."""
+    """Returns ½ |z - sg(z - grad)|² / B, a scalar whose gradient with respect to `z` (`[B, C, h, w]`) is grad / B. The
+    gradient flows back through the computation of `z`, but not through the networks that `grad` was computed with."""
     return 0.5 * (z - (z - grad).detach()).square().sum() / len(z)
 
 
 def time_weight(settings: Guidance, scores: Scores, t: Tensor, like: Tensor) -> Tensor:
-    """w(t), [B, 1, 1, 1]; see `Guidance`."""
+    """Returns w(t) as `[B, 1, 1, 1]` (see `Guidance`)."""
     alpha, sigma = coefficients(scores, t, like)
     match settings.weighting:
         case "sds":
@@ -94,11 +96,12 @@ def time_weight(settings: Guidance, scores: Scores, t: Tensor, like: Tensor) -> 
 
 
 def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
-    """x0 [B, C, h, w] rescaled by `share` towards the spread of the unguided `plain`, computed over each group of
-    `together` consecutive views. Raises ValueError unless B is a multiple of `together`."""
+    """Rescales `x0` (`[B, C, h, w]`) so that its standard deviation moves by `share` towards that of the unguided
+    `plain`. The standard deviations are computed over each group of `together` consecutive views. Raises ValueError
+    unless B is a multiple of `together`."""
     if len(x0) % together:
         raise ValueError(
-            f"guidance.rescale_over = {together}: a step has {len(x0)} views, which is not a multiple of it"
+            f"guidance.rescale_over = {together}: the number of views in a step ({len(x0)}) must be a multiple of this"
         )
     groups = (-1, together, *x0.shape[1:])
     factor = plain.reshape(groups).flatten(1).std(1) / x0.reshape(groups).flatten(1).std(1)
@@ -107,7 +110,8 @@ def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
 
 
 def _weights(settings: Guidance, noised: Noised, moment: Moment, like: Tensor) -> dict[str, Tensor]:
-    """Term -> its coefficient, [B, 1, 1, 1]; terms that are 0 for every view are left out and not predicted."""
+    """Returns the coefficient of each term, `[B, 1, 1, 1]`. Terms that are 0 for every view are left out and not
+    predicted, unless another setting needs them."""
     scale, share = moment.of(settings.scale), noised.t.double() / 1000
     out = {}
     for name, term in settings.terms.items():
@@ -126,7 +130,7 @@ def _place(term: Term) -> Place:
 def _predictions(
     settings: Guidance, scores: Scores, noised: Noised, views: Views, weights: dict[str, Tensor]
 ) -> dict[Place, Tensor]:
-    """Makes each needed prediction once."""
+    """Makes each needed prediction exactly once."""
     known: dict[Place, Tensor] = {}
     for point in ("t", "s"):
         asks = [term.ask for name, term in settings.terms.items() if name in weights and term.at == point]
@@ -139,7 +143,7 @@ def _predictions(
 
 
 def _away(part: PerpNeg, known: dict[Place, Tensor], prompts: ScenePrompts, views: Views, like: Tensor) -> Tensor:
-    """sum_i w_i perp(e_i, e_pos)."""
+    """Returns Perp-Neg's sum_i w_i perp(e_i, e_pos)."""
     nothing = known["t", Ask("null")]
     positive = known[_PROMPT] - nothing
     weights = part.weights(prompts, views.cameras)

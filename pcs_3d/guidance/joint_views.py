@@ -1,4 +1,4 @@
-"""Views of one object that attend to each other, as in a multi-view model."""
+"""Lets views of one object attend to each other, as in a multi-view model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ SELF = Where(kinds=frozenset({"self"}))
 
 @dataclass(frozen=True)
 class JointViews:
-    """Self-attention joined over `count` consecutive views: each position attends to all positions in all of these views
-    (MVDream, https://arxiv.org/abs/2308.16512, section 3.1, where training starts from an image model's weights). An edit for
-    `Backbone.attending`."""
+    """An edit for `Backbone.attending` that joins self-attention over `count` consecutive views. Each position attends
+    to all positions in all of these views (MVDream, https://arxiv.org/abs/2308.16512, section 3.1, where training
+    starts from an image model's weights)."""
 
     count: int
 
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """k and v become [B, H, count · L, d]. Raises ValueError unless B is a multiple of `count`."""
+        """Joins k and v to `[B, H, count · L, d]`. Raises ValueError unless B is a multiple of `count`."""
         if len(k) % self.count:
             raise ValueError(
-                f"guidance.joint_views = {self.count}: a step has {len(k)} views, which is not a multiple of it"
+                f"guidance.joint_views = {self.count}: the number of views in a step ({len(k)}) must be a multiple of "
+                "this"
             )
         return q, self._joined(k), self._joined(v), bias
 

@@ -1,6 +1,7 @@
-"""Adds noise to a view's latents: random, fixed, or along the model's own trajectory.
+"""Adds noise to the latents of views. The noise is random, fixed, or follows the model's own trajectory.
 
-Each noiser returns `Noised`: where to evaluate the teacher, and the noise that the guided prediction is compared with.
+Each noiser returns a `Noised`, which states where to evaluate the teacher and which noise the guided prediction is
+compared with.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Noised:
-    """z_t [B, C, h, w] at t [B], the noise `target` [B, C, h, w], and `start`, an earlier point on the trajectory, if there is
-    one."""
+    """Noised latents.
+
+    z_t: [B, C, h, w].
+    t: the time of each view, [B].
+    target: the noise that the guided prediction is compared with, [B, C, h, w].
+    start: an earlier point (z_s, s) on the trajectory, or None if there is none.
+    """
 
     z_t: Tensor
     t: Tensor
@@ -33,28 +39,33 @@ class Noised:
     start: tuple[Tensor, Tensor] | None = None
 
     def at(self, point: Literal["t", "s"]) -> tuple[Tensor, Tensor]:
-        """The point at which a term is evaluated. Raises ValueError if there is no earlier point."""
+        """Returns the latents and the time at which a term is evaluated. Raises ValueError if there is no earlier
+        point."""
         if point == "t":
             return self.z_t, self.t
         if self.start is None:
-            raise ValueError("guidance.terms: at: s is the earlier point of noiser.kind=interval; this noiser has none")
+            raise ValueError(
+                "guidance.terms: at: s needs the earlier point of noiser.kind=interval, but this noiser has none"
+            )
         return self.start
 
 
 def noised(scores: Scores, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """alpha z + sigma noise."""
+    """Returns alpha z + sigma noise."""
     alpha, sigma = coefficients(scores, t, z)
     return alpha * z + sigma * noise
 
 
 def ddim_step(scores: Scores, z_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -> Tensor:
-    """One deterministic step from t to `to` in either direction (DDIM, https://arxiv.org/abs/2010.02502, eq. 12)."""
+    """Makes one deterministic step from t to `to`, in either direction (DDIM, https://arxiv.org/abs/2010.02502, eq.
+    12)."""
     alpha, sigma = coefficients(scores, t, z_t)
     return noised(scores, (z_t - sigma * eps) / alpha, eps, to)
 
 
 def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor:
-    """Draws noise on the CPU, so that it is the same on all devices, with an offset for each view and channel."""
+    """Draws noise with an offset for each view and channel. The noise is drawn on the CPU, so that it is the same on
+    all devices."""
     noise = torch.randn(like.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*like.shape[:2], 1, 1, generator=generator)
@@ -62,10 +73,11 @@ def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor
 
 
 class RandomNoise(Part):
-    """z_t = alpha z + sigma eps with fresh noise, which is the target (DreamFusion, https://arxiv.org/abs/2209.14988)."""
+    """Fresh noise eps at every step, which is also the target: z_t = alpha z + sigma eps (DreamFusion,
+    https://arxiv.org/abs/2209.14988)."""
 
     kind: Literal["random"] = "random"
-    offset: NotNegative = 0.0  # noise offset: one shift per view and channel
+    offset: NotNegative = 0.0  # noise offset, which shifts the noise of each view and channel
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator
@@ -76,7 +88,7 @@ class RandomNoise(Part):
 
 
 class FixedNoise(Part):
-    """The same noise at every step, with a separate sample for each batch index."""
+    """The same noise at every step, with a separate sample for each view of the batch."""
 
     kind: Literal["fixed"] = "fixed"
     seed: Seed = 0
@@ -90,16 +102,16 @@ class FixedNoise(Part):
 
 
 class Interval(Part):
-    """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eqs. 14 to 17): z is noised a little, follows
-    the model's unconditional DDIM inversion to s = t - delta, and takes one more step to t. The target is the prediction at
-    (z_s, s), which is also used for that last step."""
+    """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eqs. 14 to 17). A little noise is added
+    to z, and the model's unconditional DDIM inversion leads from there to s = t - delta and, in one more step, to t.
+    The target is the prediction at (z_s, s), which is also used for that last step."""
 
     kind: Literal["interval"] = "interval"
     delta: Schedule = 0.08  # t - s, as a share of the range of t
-    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # largest step before s
-    steps: Annotated[int, Field(ge=0, le=1000)] = 5  # steps before s
-    offset: NotNegative = 0.0  # noise offset: one shift per view and channel
-    told: Told = "null"  # the conditioning of the inversion; null: no prompt
+    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # largest step before s, as a share of the range of t
+    steps: Annotated[int, Field(ge=0, le=1000)] = 5  # number of steps before s
+    offset: NotNegative = 0.0  # noise offset, which shifts the noise of each view and channel
+    told: Told = "null"  # the conditioning of the inversion; "null" is the empty prompt
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator
@@ -122,18 +134,18 @@ class Interval(Part):
 
 
 class Inversion(Part):
-    """Score distillation via inversion (https://arxiv.org/abs/2405.15891, section 4): conditional DDIM inversion of z to t
-    in `steps` equal steps. The target is the noise that the result implies, (z_t - alpha z) / sigma: with the weight sigma /
-    alpha the gradient is z - x0(z_t).
+    """Score distillation via inversion (https://arxiv.org/abs/2405.15891, section 4). The conditional DDIM inversion
+    leads from z to t in `steps` equal steps. The target is the noise that follows from the result, (z_t - alpha z) /
+    sigma. With the weight sigma / alpha, the gradient is then z - x0(z_t).
 
-    `scale` is guidance in this package's convention; the paper's -7.5 is for eps_c + s (eps_c - eps_u).
+    `scale` is the guidance scale in this package's convention. The paper's -7.5 is for eps_c + s (eps_c - eps_u).
     """
 
     kind: Literal["inversion"] = "inversion"
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
     scale: GuidanceScale = -6.5
-    jitter: Share = 1.0  # t is moved to a later time by a random fraction of one step, at most this
-    eta: NotNegative = 0.3  # fresh noise, relative to the noise of one ancestral step
+    jitter: Share = 1.0  # t is moved to a later time by up to this fraction of one step, at random
+    eta: NotNegative = 0.3  # amount of fresh noise, relative to the noise of one ancestral step
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator
@@ -159,7 +171,8 @@ class Inversion(Part):
 
 
 def _ancestral(scores: Scores, before: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """The spread of the noise that one ancestral step from t to `before` adds (DDPM's posterior; DDIM, eq. 16)."""
+    """Returns the standard deviation of the noise that one ancestral step from t to `before` adds (DDPM's posterior;
+    DDIM, eq. 16)."""
     alpha, sigma = (v.double() for v in scores.alpha_sigma(t))
     alpha_0, sigma_0 = (v.double() for v in scores.alpha_sigma(before))
     variance = (sigma_0 / sigma) ** 2 * (1 - (alpha / alpha_0) ** 2)

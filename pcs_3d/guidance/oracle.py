@@ -1,5 +1,5 @@
-"""A teacher that knows a scene: it returns the exact scores of Gaussians around the true view of each camera, so a guidance's
-gradient is known exactly, and an asset can be compared with the scene."""
+"""A teacher that knows a scene. It returns the exact scores of Gaussians around the true view of each camera, so that
+the gradient of each guidance method is known exactly and an asset can be compared with the scene."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from pcs_3d.guidance.noisers import noised
 from pcs_3d.guidance.scores import Adapters, Ask, Told, coefficients
 from pcs_3d.view_prompts import Views
 
-#: Cameras of B views -> the mean of the scene's views, in latents [B, C, h, w].
+#: Takes the cameras of B views. Returns the mean latents of the scene's views, [B, C, h, w].
 Means = Callable[[Cameras], Tensor]
 
 
 class OracleScores:
-    """`Scores` of a model that has learned p(z | camera) = N(mean, spread²) perfectly: the posterior mean of the noise is
-    sigma (z_t - alpha mean) / (alpha² spread² + sigma²). Latents are pixels in [-1, 1].
+    """The `Scores` of a model that has perfectly learned p(z | camera) = N(mean, spread²). The posterior mean of the
+    noise is sigma (z_t - alpha mean) / (alpha² spread² + sigma²). Latents are pixels in [-1, 1].
 
     Args:
-        scene: mean and spread for each kind of conditioning; missing kinds are treated as "prompt"
-        student: the means that the student has learned, with the spread of "prompt"; the caller owns its parameters
+        scene: the mean and the spread for each kind of conditioning; kinds that are missing are treated as "prompt"
+        student: the means that the student has learned. Its spread is that of "prompt", and the caller owns its
+            parameters.
     """
 
     discrete_time = True
@@ -37,7 +38,7 @@ class OracleScores:
         self.alphas_cumprod = torch.cumprod(1 - steps**2, 0)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Stable Diffusion's schedule, in float64."""
+        """Returns alpha and sigma of Stable Diffusion's schedule, in float64."""
         bar = self.alphas_cumprod[t.long().cpu()].to(t.device)
         return bar.sqrt(), (1 - bar).sqrt()
 

@@ -1,5 +1,5 @@
-"""Perp-Neg: negative prompts for the other views, without their component along this view's prompt
-(https://arxiv.org/abs/2304.04968)."""
+"""Perp-Neg (https://arxiv.org/abs/2304.04968) uses the prompts for other views as negatives, without their component
+along the prompt for this view."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from pcs_3d.cameras import Cameras, wrapped_deg
 from pcs_3d.view_prompts import Direction, Mix, ScenePrompts, Views
 from shared.config import Part, Real
 
-Coefficient = Annotated[float, Field(ge=-100, le=100)]  # of an exponential
+Coefficient = Annotated[float, Field(ge=-100, le=100)]  # a, b or c in a exp(-b r) + c
 Curve = tuple[Coefficient, Coefficient, Coefficient]
 
 
 class PerpNeg(Part):
-    """The prompt's embedding is interpolated between views by azimuth; the other views are negatives.
+    """Perp-Neg. The prompt's embedding is interpolated between the prompts for two views according to the azimuth, and
+    the prompts for other views are negatives.
 
-    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (sections 3.2 and 4.2), where s is the
-    coefficient of the prompt's terms. The weights are -(a exp(-b r) + c), where r falls from 1 to 0 between two views; a, b and
-    c are threestudio's. `strength` scales all weights; views from above have no negatives.
+    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)) with e = eps - eps_0 (sections 3.2 and 4.2), where s is the
+    coefficient of the prompt's terms. The weights are -(a exp(-b r) + c), where r falls from 1 to 0 between two views.
+    The default values of a, b and c are threestudio's. `strength` scales all weights. Views from above have no
+    negatives.
     """
 
-    side_back: Curve = (1.0, 0.5, -0.606)  # of the side as a negative, between side and back
-    front_side_back: Curve = (1.0, 0.5, 0.967)  # of the front, between side and back
-    front_side: Curve = (4.0, 0.5, -2.426)  # of the front, between front and side
-    side_front: Curve = (4.0, 0.5, -2.426)  # of the side, between front and side
+    side_back: Curve = (1.0, 0.5, -0.606)  # a, b, c of the side as a negative, for cameras between side and back
+    front_side_back: Curve = (1.0, 0.5, 0.967)  # a, b, c of the front as a negative, for cameras between side and back
+    front_side: Curve = (4.0, 0.5, -2.426)  # a, b, c of the front as a negative, for cameras between front and side
+    side_front: Curve = (4.0, 0.5, -2.426)  # a, b, c of the side as a negative, for cameras between front and side
     strength: Real = 1.0
 
     def rows(self, told: str, prompts: ScenePrompts, views: Views) -> list[Mix]:
-        """For "prompt", "away_near" and "away_far": the texts mixed for each view's conditioning. The near one is "front" for
-        cameras in front of the object and "side" for those behind it; the far one is the other of the two."""
+        """Returns the mix of texts for each view, where `told` is "prompt", "away_near" or "away_far". The near
+        negative is "front" for cameras in front of the object and "side" for cameras behind it. The far negative is the
+        other of the two."""
         return [
             self._row(told, prompts, direction, around, nameless)
             for direction, around, nameless in zip(
@@ -57,7 +60,7 @@ class PerpNeg(Part):
         return ((1.0, text(near if told == "away_near" else far)),)  # type: ignore[arg-type]
 
     def weights(self, prompts: ScenePrompts, cameras: Cameras) -> Tensor:
-        """[B, 2], at most 0: weights of the near and the far negative."""
+        """Returns the weights of the near and the far negative, `[B, 2]`. They are never positive."""
         rows = []
         for direction, around in zip(prompts.words.directions(cameras), _around(cameras), strict=True):
             r = 1 - around if around < 1 else 2 - around
@@ -71,14 +74,14 @@ class PerpNeg(Part):
 
 
 def perpendicular(e: Tensor, to: Tensor) -> Tensor:
-    """The part of e [B, ...] that is perpendicular to another direction of the same shape, view by view."""
+    """Returns the component of `e` (`[B, ...]`) that is perpendicular to `to`, for each view separately."""
     flat, other = e.flatten(1), to.flatten(1)
     share = (flat * other).sum(1) / other.square().sum(1).clamp_min(torch.finfo(e.dtype).tiny)
     return e - share.reshape(-1, *([1] * (e.ndim - 1))) * to
 
 
 def _around(cameras: Cameras) -> list[float]:
-    """0 at the front, 1 at a side, 2 behind."""
+    """Returns how far each camera is around the object: 0 at the front, 1 at a side, 2 behind it."""
     return (wrapped_deg(cameras.azimuth_deg).abs() / 90).tolist()
 
 

@@ -12,10 +12,11 @@ from pcs_3d.guidance.settings import Guidance
 
 
 def pixel_loss(settings: Guidance, scores: Scores, guided: Guided, pixels: Tensor) -> Tensor:
-    """The surrogate of w(t) (alpha / sigma) (x - D(x0)) on views x [B, 3, H, W] in [0, 1]: a scalar."""
+    """Returns a scalar whose gradient with respect to the views x (`pixels`, `[B, 3, H, W]` in [0, 1]) is
+    w(t) (alpha / sigma) (x - D(x0)) / B (see `surrogate`)."""
     with torch.no_grad():
         decoded = scores.decode(guided.x0).to(pixels)
-        if decoded.shape[-2:] != pixels.shape[-2:]:  # views are scaled to the model's size
+        if decoded.shape[-2:] != pixels.shape[-2:]:  # the latents have the model's size
             decoded = F.interpolate(decoded, pixels.shape[-2:], mode="bilinear", antialias=True)
         alpha, sigma = coefficients(scores, guided.noised.t, pixels)
         weight = time_weight(settings, scores, guided.noised.t, pixels) * alpha / sigma

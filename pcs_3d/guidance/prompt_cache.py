@@ -1,4 +1,5 @@
-"""Encodes each text once, as long as its meaning stays the same: cached by the content of concepts, not by their names."""
+"""Encodes each text once, as long as its meaning stays the same. Encodings are cached by the content of concepts, not
+by their names."""
 
 from __future__ import annotations
 
@@ -17,19 +18,20 @@ from shared.types import Conditioning, SiteContext
 
 
 class PromptCache:
-    """Encodes texts with `<name>`s under the adapters that are on.
+    """Encodes texts that contain `<name>`s, with the adapters that are on.
 
-    An encoding is reused if the text, the words and tensors of the concepts in it, and the active adapters of text encoders
-    are the same. A concept that was trained further, or another one with the same name, is encoded again.
+    An encoding is reused if the text, the words and tensors of the concepts in it, and the active adapters of the text
+    encoders are the same. If a concept was trained further or replaced by another concept of the same name, its texts
+    are encoded again.
 
     Args:
-        on_device: a context in which text encoders can be used
+        on_device: returns a context in which the text encoders can be used
     """
 
     def __init__(self, backbone: Backbone, on_device: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.backbone, self.on_device = backbone, on_device
         self._kept: dict[tuple[str, str], Conditioning] = {}
-        # by id: the object, its tensors' versions, its hash
+        # for each object, by its id: the object, the versions of its tensors, and its hash
         self._hashes: dict[int, tuple[Any, tuple[Any, ...], str]] = {}
         self._touches_text: dict[int, tuple[Adapter, bool]] = {}
 
@@ -38,7 +40,8 @@ class PromptCache:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], t: Tensor) -> Conditioning:
-        """B texts -> one conditioning; t [B] matters only if a name varies with time."""
+        """Encodes B texts as one conditioning. The times `t` (`[B]`) are used only if the embedding of a name varies
+        with time."""
         words = [expand(text, self.backbone.placeholders) for text in texts]
         if "time" in self.backbone.varies_with(words):
             with self.on_device():
@@ -46,7 +49,7 @@ class PromptCache:
         return Conditioning.cat([self._one(text, word) for text, word in zip(texts, words, strict=True)])
 
     def mixed(self, rows: Sequence[Mix], t: Tensor) -> Conditioning:
-        """One conditioning for B rows, each a mix of texts."""
+        """Returns one conditioning for B rows, each of which is a weighted mix of texts."""
         most = max(len(row) for row in rows)
         padded = [(*row, *(((0.0, row[0][1]),) * (most - len(row)))) for row in rows]
         parts = [self.encode([row[i][1] for row in padded], t) for i in range(most)]
@@ -63,7 +66,7 @@ class PromptCache:
         return self._kept[key]
 
     def _meaning(self, text: str) -> str:
-        """A hash of everything a text's encoding depends on besides its words."""
+        """Returns a hash of everything that a text's encoding depends on besides its words."""
         backbone, strengths = self.backbone, self.backbone.strengths
         parts = [backbone.checkpoint]
         for name in names_in(text):
@@ -80,7 +83,7 @@ class PromptCache:
         return self._touches_text[id(adapter)][1]
 
     def _hash(self, holder: Any) -> str:
-        """The sha256 of an object's tensors, recomputed when one of them has changed."""
+        """Returns the SHA-256 of an object's tensors. It is recomputed only if one of them has changed."""
         versions = tuple((p.data_ptr(), p._version) for p in holder.parameters())
         known = self._hashes.get(id(holder))
         if known is None or known[0] is not holder or known[1] != versions:
@@ -92,8 +95,8 @@ class PromptCache:
 
 
 def _mixed(parts: Sequence[Conditioning], weights: Sequence[Tensor]) -> Conditioning:
-    """The weighted sum of several conditionings, row by row; a name's positions are the union of its positions in all of
-    them."""
+    """Returns the weighted sum of several conditionings, row by row. The positions of a name are the union of its
+    positions in all conditionings."""
 
     def total(tensors: Sequence[Tensor]) -> Tensor:
         shaped = [w.to(v.dtype).reshape(-1, *([1] * (v.ndim - 1))) for w, v in zip(weights, tensors, strict=True)]

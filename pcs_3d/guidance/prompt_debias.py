@@ -1,4 +1,4 @@
-"""Leaves words that imply one side of an object out of the prompts for the other sides (D-SDS,
+"""Removes words that imply one side of an object from the prompts for the other sides (D-SDS,
 https://arxiv.org/abs/2303.15413, section 4.2)."""
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ _QUESTION = "this image is depicting a {mask} view of {prompt}"
 
 
 class PromptDebias(Part):
-    """A masked language model estimates how likely each view is given the prompt, and given the prompt without one of its
-    words. A view's prompt loses each word for which p(view | all) / mean(p(view | all), p(view | without it)) is below
-    `threshold`: the back view's, for example, loses "smiling".
+    """Removes words that make a view unlikely from the prompt for that view.
 
-    Concepts and their class nouns always stay: the language model does not know what was learned, and reads class nouns
-    instead of names.
+    A masked language model estimates how likely each view is, given the prompt and given the prompt without one of its
+    words. A word is removed from a view's prompt if p(view | all) / mean(p(view | all), p(view | without the word)) is
+    below `threshold`. For example, "smiling" is removed from the prompt for the back.
+
+    Concepts and their class nouns are never removed. The language model does not know what was learned, so it reads
+    class nouns instead of names.
     """
 
     model: PathText  # a local folder with a masked language model for transformers, such as BERT
     threshold: Annotated[float, Field(gt=0, lt=2)] = 0.95
 
     def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
-        """The prompt of each direction. Raises ValueError if the folder contains no such model, or the model lacks the
-        words needed."""
+        """Returns the prompt for each direction. Raises ValueError if the folder contains no masked language model, or
+        if the model's vocabulary lacks a direction."""
         reader = _Reader(self.model)
         kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
         words = prompt.split()
@@ -50,7 +52,7 @@ class PromptDebias(Part):
 
 
 class _Reader:
-    """A masked language model that estimates views."""
+    """A masked language model that estimates how likely each view is."""
 
     def __init__(self, folder: Any) -> None:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -60,7 +62,7 @@ class _Reader:
             self.model: Any = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"debias.model = {folder}: not a masked language model: {str(error).splitlines()[0]}"
+                f"debias.model = {folder} is not a masked language model: {str(error).splitlines()[0]}"
             ) from None
         pieces = {d: self.tokenizer.encode(d, add_special_tokens=False) for d in DIRECTIONS}
         unknown = [d for d, ids in pieces.items() if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id]
@@ -70,7 +72,7 @@ class _Reader:
 
     @torch.no_grad()
     def views(self, prompt: str) -> Tensor:
-        """[4]: how likely each direction is."""
+        """Returns the probability of each direction, `[4]`."""
         text = _QUESTION.format(mask=self.tokenizer.mask_token, prompt=prompt)
         inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
         place = (inputs["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[0, 0]

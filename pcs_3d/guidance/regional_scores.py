@@ -1,5 +1,5 @@
-"""Uses different prompts and concepts in parts of a view (locally conditioned diffusion, https://arxiv.org/abs/2303.12218,
-eq. 5)."""
+"""Uses different prompts and concepts for parts of a view (locally conditioned diffusion,
+https://arxiv.org/abs/2303.12218, eq. 5)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _OWN: frozenset[Told] = frozenset({"prompt", "plain_prompt", "negative", "away_n
 
 
 class RegionalScores:
-    """Scores of the whole scene, except where views show regions (`Views.regions`): eps = (1 - sum_r m_r) eps_whole +
-    sum_r m_r eps_r, for all text prompts. Overlapping regions share the weight. The base, the student and unconditional
-    predictions always use the scores of the whole scene.
+    """Scores of the whole scene that are replaced where views show regions (`Views.regions`).
+
+    For all text prompts, eps = (1 - sum_r m_r) eps_whole + sum_r m_r eps_r. Where regions overlap, they share the
+    weight. The base, the student and unconditional predictions always use the scores of the whole scene.
 
     Args:
-        regions: scores by region name, of the same model with the region's own prompt and concepts
+        regions: the scores of the same model with each region's own prompt and concepts, by the name of the region
     """
 
     def __init__(self, whole: Scores, regions: Mapping[str, Scores]) -> None:
@@ -38,7 +39,7 @@ class RegionalScores:
         if mine and views.regions:
             mixed = {ask: found[ask] for ask in mine}
             for name, share in _shares(views.regions, z_t).items():
-                if bool(share.any()):  # skips a region that no view shows
+                if bool(share.any()):  # regions that no view shows are skipped
                     for ask, eps in zip(mine, self.regions[name].eps(mine, z_t, t, views), strict=True):
                         mixed[ask] = mixed[ask] + share * (eps - found[ask])
             found |= mixed
@@ -58,7 +59,7 @@ class RegionalScores:
 
 
 def _shares(regions: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """The weight of each region in each latent cell, [B, 1, h, w]; together at most 1."""
+    """Returns the weight of each region in each latent cell, `[B, 1, h, w]`. The weights in a cell sum to at most 1."""
     fitted = {name: F.interpolate(share.to(like), like.shape[-2:], mode="area") for name, share in regions.items()}
     total = torch.stack(list(fitted.values())).sum(0).clamp_min(1)
     return {name: share / total for name, share in fitted.items()}

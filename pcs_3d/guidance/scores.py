@@ -1,4 +1,4 @@
-"""The teacher's protocol: noise predictions for views, under named conditions."""
+"""The protocol of the teacher, which predicts the noise in views under named conditions."""
 
 from __future__ import annotations
 
@@ -11,57 +11,61 @@ from torch import Tensor
 
 from pcs_3d.view_prompts import Views
 
-#: Which adapters are on: none (base), the loaded concepts' (teacher), or the loaded concepts' and the student's (student).
+#: The adapters that are on: none (base), those of the concepts (teacher), or those of the concepts and the student
+#: (student).
 Adapters = Literal["base", "teacher", "student"]
-#: The kind of conditioning (`ScenePrompts.rows`, and for Perp-Neg the two directions to avoid).
+#: The kind of conditioning. The last two are the directions that Perp-Neg avoids; see `ScenePrompts.rows` for the
+#: others.
 Told = Literal["prompt", "plain_prompt", "negative", "null", "away_near", "away_far"]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One kind of prediction."""
+    """One kind of prediction, given by its conditioning and its adapters."""
 
     told: Told = "prompt"
     adapters: Adapters = "teacher"
 
 
 class Scores(Protocol):
-    """Noise predictions of a diffusion process `z_t = alpha z + sigma eps`, and its space of latents."""
+    """The noise predictions of a diffusion model with `z_t = alpha z + sigma eps`, and the encoder and decoder of its
+    latents."""
 
-    discrete_time: bool  # trained on integer timesteps
+    discrete_time: bool  # whether the model was trained on integer timesteps
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at times [B] in [0, 1000)."""
+        """Returns alpha and sigma at times `t` (`[B]`, in [0, 1000)), each `[B]`."""
         ...
 
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
-        """The noise in z_t [B, C, h, w] at t [B] for each ask, without gradients, in z_t's precision."""
+        """Predicts the noise in `z_t` (`[B, C, h, w]`) at times `t` (`[B]`) for each ask, without gradients and in the
+        precision of `z_t`."""
         ...
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> latents [B, C, h, w], differentiable."""
+        """Encodes pixels (`[B, 3, H, W]` in [0, 1]) as latents (`[B, C, h, w]`), differentiably."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, H, W], nominally in [0, 1]."""
+        """Decodes latents (`[B, C, h, w]`) to pixels (`[B, 3, H, W]`), nominally in [0, 1]."""
         ...
 
     def prediction_loss(self, ask: Ask, z: Tensor, noise: Tensor, t: Tensor, views: Views) -> Tensor:
-        """The plain diffusion loss on clean latents z [B, C, h, w], with gradients: a scalar. Call it, and run its backward
-        pass, inside `under`."""
+        """Returns the plain diffusion loss, a scalar with gradients, on clean latents `z` (`[B, C, h, w]`). Call this
+        method and run the backward pass inside `under`."""
         ...
 
     def under(self, adapters: Adapters) -> AbstractContextManager[None]:
-        """Within the context, these adapters are on."""
+        """Switches on exactly these adapters within the context."""
         ...
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1] in the precision and on the device of `like`."""
+    """Reshapes values from `[B]` to `[B, 1, 1, 1]`, in the precision and on the device of `like`."""
     return values.to(like.device, like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def coefficients(scores: Scores, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma at t [B], each [B, 1, 1, 1]."""
+    """Returns alpha and sigma at times `t` (`[B]`), each `[B, 1, 1, 1]`."""
     alpha, sigma = scores.alpha_sigma(t)
     return spread(alpha, like), spread(sigma, like)

@@ -1,4 +1,4 @@
-"""The noise levels used by guidance in a step."""
+"""The times, and thereby the noise levels, at which guidance is computed in a step."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from shared.config import Part, Positive
 
 
 class Times(Part):
-    """Times t in [0, 1000), as shares of that range.
+    """Times t in [0, 1000). `low` and `high` are shares of that range.
 
-    Without `anneal` they are uniform between `low` and `high`. With it they are deterministic and fall from high to low as
-    high - (high - low) (step / steps)^anneal; `anneal` is 1 in DreamGaussian (https://arxiv.org/abs/2309.16653) and 0.5 in
-    HiFA (https://arxiv.org/abs/2305.18766, section 3.3).
+    Without `anneal`, times are uniform between `low` and `high`. With it, they are deterministic and fall from high to
+    low as high - (high - low) (step / steps)^anneal. `anneal` is 1 in DreamGaussian (https://arxiv.org/abs/2309.16653)
+    and 0.5 in HiFA (https://arxiv.org/abs/2305.18766, section 3.3).
     """
 
     low: Schedule = 0.02
     high: Schedule = 0.98
     anneal: Positive | None = None
-    same: bool = False  # one time for all views of a step
+    same: bool = False  # use one time for all views of a step
 
     def draw(self, count: int, moment: Moment, generator: Generator, discrete: bool) -> Tensor:
-        """Draws [count] times; integers if the model was trained on integer times. Raises ValueError unless 0 ≤ low ≤ high ≤ 1
-        at this step."""
+        """Draws `count` times, which are integers if `discrete` is set. Raises ValueError unless 0 ≤ low ≤ high ≤ 1 at
+        this step."""
         low, high = moment.of(self.low), moment.of(self.high)
         if not 0 <= low <= high <= 1:
             raise ValueError(
-                f"guidance.times: low = {low:g} and high = {high:g} at step {moment.step + 1}: need 0 ≤ low ≤ high ≤ 1"
+                f"guidance.times: low = {low:g} and high = {high:g} at step {moment.step + 1}, but 0 ≤ low ≤ high ≤ 1 "
+                "is required"
             )
         if self.anneal is None:
             u = torch.rand(1 if self.same else count, generator=generator)
@@ -38,5 +39,6 @@ class Times(Part):
 
 
 def whole(t: Tensor, discrete: bool) -> Tensor:
-    """Times that a model accepts: integer steps, or strictly between no noise and full noise."""
+    """Restricts times to those that a model accepts. They are integer steps, or lie strictly between no noise and full
+    noise."""
     return t.floor().clamp(0, 999).long() if discrete else t.clamp(1e-3, 999.999)

@@ -1,1 +1,1 @@
-"""Reads triangles and points from files, and forms shapes from them."""
+"""Reads meshes and points from files, and makes shapes of them."""

@@ -1,4 +1,4 @@
-"""Checks on untrusted mesh files before they are decoded or copied: sizes, and references to other files."""
+"""Checks untrusted mesh files for excessive sizes and references to other files, before they are decoded or copied."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from shared.io.safe_paths import safe_relative
 MAX_BYTES = 256 * 2**20
 MAX_POINTS = 5_000_000
 MAX_FACES = 4 * MAX_POINTS
-MAX_TEXELS = MAX_PIXELS  # pixels of all textures together
+MAX_TEXELS = MAX_PIXELS  # for the pixels of all textures together
 _MAX_HEADER = 2**16
 
 
 def check_size_of(path: Path) -> None:
-    """Raises ValueError for a path that is not a file, and for a file that is empty or larger than 256 MB."""
+    """Raises ValueError if the path is not a file, or if the file is empty or larger than 256 MiB."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     size = path.stat().st_size
     if not 0 < size <= MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes; a mesh may have at most {MAX_BYTES}: simplify it first")
+        much = f"has {size} bytes, but a mesh may have at most {MAX_BYTES}: simplify it first"
+        raise ValueError(f"{path} {much if size else 'is empty'}")
 
 
 def check_glb(path: Path) -> None:
-    """Raises ValueError for a GLB that is inconsistent, holds too much, or needs other files."""
+    """Raises ValueError if a GLB file is inconsistent, contains too much data, or needs other files."""
     data = path.read_bytes()
     if len(data) < 20 or data[:4] != b"glTF" or data[16:20] != b"JSON":
         raise ValueError(f"{path} is not a GLB file")
     (length,) = struct.unpack_from("<I", data, 12)
     if 20 + length > len(data):
         raise ValueError(
-            f"{path} is cut off: its first part should have {length} bytes, but only {len(data) - 20} are there"
+            f"{path} is cut off: its first part should have {length} bytes, but only {len(data) - 20} are left"
         )
     try:
         tree = json.loads(data[20 : 20 + length])
@@ -65,7 +66,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         total += count
         view = accessor.get("bufferView")
         if count < 0 or total > 12 * MAX_POINTS or (view is not None and count > int(views[view]["byteLength"])):
-            raise ValueError(f"{path} declares {count} values: more than it holds, or more than allowed")
+            raise ValueError(f"{path} declares {count} values, which is more than it contains or more than allowed")
     _check_primitives(path, tree)
     for image in tree.get("images", []):
         if "uri" in image:
@@ -77,14 +78,15 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
 
 
 def _check_primitives(path: Path, tree: dict[str, Any]) -> None:
-    """Raises ValueError if primitives refer to too many values in total: each gets its own copy of those it refers to."""
+    """Raises ValueError if primitives refer to too many values in total. Each primitive gets its own copy of its
+    values."""
     counts = [int(accessor["count"]) for accessor in tree.get("accessors", [])]
     total = 0
     for primitive in (p for mesh in tree.get("meshes", []) for p in mesh["primitives"]):
         indices = [primitive["indices"]] if "indices" in primitive else []
         total += sum(counts[i] for i in [*primitive["attributes"].values(), *indices])
     if total > 12 * MAX_POINTS:
-        raise ValueError(f"{path}: its meshes refer to more than {12 * MAX_POINTS} values: simplify it first")
+        raise ValueError(f"the meshes in {path} refer to more than {12 * MAX_POINTS} values: simplify it first")
 
 
 def _check_views(path: Path, tree: dict[str, Any], binary: bytes) -> None:
@@ -94,7 +96,7 @@ def _check_views(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         inside = not buffers or "uri" not in buffers[buffer]
         if start < 0 or size < 0 or (inside and start + size > len(binary)):
             raise ValueError(
-                f"{path} is cut off: a part of it ends at byte {start + size}, but only {len(binary)} are there"
+                f"{path} is cut off: one of its parts ends at byte {start + size}, but it has only {len(binary)} bytes"
             )
 
 
@@ -106,7 +108,7 @@ def _data_uri(path: Path, uri: str) -> bytes:
 
 
 def check_picture(path: Path, data: bytes) -> None:
-    """Raises ValueError for an image with too many pixels, reading only its header."""
+    """Raises ValueError if an image has too many pixels. Reads only its header."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -119,25 +121,31 @@ def check_picture(path: Path, data: bytes) -> None:
 
 
 def check_total(path: Path, shown: Sequence[Any], textures: Sequence[Any]) -> None:
-    """Raises ValueError if meshes and points, each listed once for every node that shows it, hold too much in total,
-    or if the textures (PIL images) do. A small file can repeat a large mesh thousands of times, and every node gets its own
-    copy."""
+    """Raises ValueError if the geometries or the textures are too large in total. A small file can repeat a large mesh
+    thousands of times, and each repetition is copied.
+
+    Args:
+        shown: meshes and points, listed once for every node that shows them
+        textures: PIL images
+    """
     points = sum(len(geometry.vertices) for geometry in shown)
     faces = sum(len(getattr(geometry, "faces", ())) for geometry in shown)
     for count, what, most in ((points, "points", 2 * MAX_POINTS), (faces, "triangles", MAX_FACES)):
         if count > most:
             raise ValueError(
-                f"{path} has {count} {what} in total, repeated ones included; at most {most} are read: simplify it first"
+                f"{path} has {count} {what} in total, including repeated ones, but at most {most} are read: simplify "
+                "it first"
             )
     pixels = sum(texture.width * texture.height for texture in textures)
     if pixels > MAX_TEXELS:
         raise ValueError(
-            f"{path} has {pixels} pixels of textures in total; at most {MAX_TEXELS} are read: make them smaller first"
+            f"the textures in {path} have {pixels} pixels in total, but at most {MAX_TEXELS} are read: make them "
+            "smaller first"
         )
 
 
 def check_ply(path: Path) -> None:
-    """Raises ValueError for a PLY whose header declares more than the file can hold, or than is allowed."""
+    """Raises ValueError if the header of a PLY file declares more than the file can contain or than is allowed."""
     with path.open("rb") as stream:
         head = stream.read(_MAX_HEADER)
     end = head.find(b"end_header")
@@ -146,13 +154,13 @@ def check_ply(path: Path) -> None:
     for line in head[:end].decode("latin-1").splitlines():
         words = line.split()
         if words[:1] == ["element"] and (len(words) != 3 or not words[2].isdigit()):
-            raise ValueError(f"{path} is not a PLY file: {line!r}")
+            raise ValueError(f"{path} is not a PLY file: its header has the line {line!r}")
         if words[:1] == ["element"] and (count := int(words[2])) > min(path.stat().st_size, 2 * MAX_POINTS):
-            raise ValueError(f"{path} declares {count} × {words[1]}, more than fit into it or are allowed")
+            raise ValueError(f"{path} declares {count} × {words[1]}, which is more than it can contain or is allowed")
 
 
 def check_obj(path: Path) -> None:
-    """Raises ValueError for an OBJ that is not text, or has too many points."""
+    """Raises ValueError if an OBJ file is not text or has too many points."""
     count = 0
     with path.open("rb") as stream:
         for line in stream:
@@ -160,18 +168,18 @@ def check_obj(path: Path) -> None:
                 raise ValueError(f"{path} is not an OBJ file")
             count += line.startswith(b"v ")
     if count > MAX_POINTS:
-        raise ValueError(f"{path} has {count} points; at most {MAX_POINTS} are read: simplify it first")
+        raise ValueError(f"{path} has {count} points, but at most {MAX_POINTS} are read: simplify it first")
 
 
 class FolderResolver:
-    """Reads files next to a mesh (materials, textures) for trimesh, only from inside the mesh's folder."""
+    """Reads the materials and textures of a mesh for trimesh, but only from inside the mesh's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.refused: list[str] = []  # trimesh swallows exceptions raised here
 
     def get(self, name: str) -> bytes:
-        """The content of the file `name`. Raises ValueError if it is outside the folder or too large."""
+        """Returns the content of the file `name`. Raises ValueError if it is outside the folder or too large."""
         try:
             name = str(name).strip().removeprefix("./").removeprefix(".\\")
             file = safe_relative(self.path.parent, name)

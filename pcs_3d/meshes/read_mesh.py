@@ -1,4 +1,5 @@
-"""Meshes and points from GLB, OBJ and PLY files, even hostile ones, scaled to radius 1 around the origin."""
+"""Reads meshes and points from GLB, OBJ and PLY files, which may be hostile, and scales them to radius 1 around the
+origin."""
 
 from __future__ import annotations
 
@@ -23,12 +24,13 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Triangles with one texture, or points.
+    """Triangles with at most one texture, or points.
 
     vertices: [V, 3].
-    faces: [F, 3]; empty for points.
-    colors: [V, 3], in [0, 1], or None.
-    uv, texture: [V, 2], v up, and 8 bits [H, W, 3]; or None.
+    faces: [F, 3], empty for points.
+    colors: the colour of each vertex, [V, 3] in [0, 1], or None.
+    uv: the texture coordinates of each vertex, [V, 2] with v up, or None.
+    texture: uint8 [H, W, 3], or None.
     """
 
     vertices: np.ndarray
@@ -39,11 +41,12 @@ class Piece:
 
 
 def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> list[Piece]:
-    """Reads the pieces of a file, with x forward, y left, z up, scaled together to radius 1 around the origin.
+    """Reads the pieces of a file, with x forward, y left and z up. They are scaled together to radius 1 around the
+    origin.
 
-    Points with non-finite coordinates are dropped, along with their triangles, and so are triangles without area. Raises
-    ValueError for a file that is in none of these formats, holds or declares too much, refers to files outside its folder,
-    or has nothing left.
+    Points with non-finite coordinates are dropped together with their triangles, and so are triangles without area.
+    Raises ValueError if the file is in another format, contains or declares too much data, refers to files outside its
+    folder, or if nothing is left.
     """
     path = expanded(path)
     if path.suffix.lower() not in _CHECKS:
@@ -52,11 +55,11 @@ def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg
     _CHECKS[path.suffix.lower()](path)
     pieces = [p for p in map(_cleaned, _loaded(path)) if len(p.vertices)]
     if not pieces:
-        raise ValueError(f"{path} holds no triangles and no points with finite coordinates")
+        raise ValueError(f"{path} contains no triangles and no points with finite coordinates")
     if any(len(p.faces) for p in pieces):
         pieces = [p for p in pieces if len(p.faces)]
     elif sum(len(p.vertices) for p in pieces) < 16:
-        raise ValueError(f"{path} has no triangles, and too few points to form a shape")
+        raise ValueError(f"{path} has no triangles and too few points to form a shape")
     return _normalised(path, pieces, up or ("z" if path.suffix.lower() == ".ply" else "y"), azimuth_deg)
 
 
@@ -73,7 +76,7 @@ def _loaded(path: Path) -> list[Piece]:
     if resolver.refused:
         raise ValueError(f"{path} refers to a file that cannot be used: {resolver.refused[0]}")
     file_checks.check_total(path, shown, list(images.values()))
-    textures: dict[int, np.ndarray] = {}  # by material: meshes share them
+    textures: dict[int, np.ndarray] = {}  # by material, because meshes can share one
     with _readable(path):
         return [
             _piece(geometry, np.asarray(matrix, dtype=np.float64), textures)
@@ -83,7 +86,7 @@ def _loaded(path: Path) -> list[Piece]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns whatever a parser raises on hostile bytes into a ValueError."""
+    """Converts any exception that a parser raises on hostile bytes to a ValueError."""
     try:
         yield
     except Exception as error:
@@ -107,7 +110,7 @@ def _piece(geometry: Any, matrix: np.ndarray, textures: dict[int, np.ndarray]) -
         return replace(piece, colors=np.tile(plain, (len(vertices), 1)))
     points = not len(faces)
     colors = geometry.colors if points and hasattr(geometry, "colors") else getattr(visual, "vertex_colors", None)
-    known = points or getattr(visual, "kind", None) is not None  # trimesh invents a grey if there is none
+    known = points or getattr(visual, "kind", None) is not None  # without colours, trimesh returns a default grey
     colors = np.asarray(colors if known and colors is not None else [])
     if colors.ndim == 2 and len(colors) == len(vertices) and colors.shape[1] >= 3:
         return replace(piece, colors=colors[:, :3] / 255.0)
@@ -115,7 +118,7 @@ def _piece(geometry: Any, matrix: np.ndarray, textures: dict[int, np.ndarray]) -
 
 
 def _image(geometry: Any) -> Any:
-    """The PIL image of a geometry's texture, not yet decoded; None if there is none."""
+    """Returns the PIL image of a geometry's texture without decoding it, or None if there is none."""
     visual: Any = getattr(geometry, "visual", None)
     if getattr(visual, "kind", None) != "texture" or visual.uv is None:
         return None
@@ -132,7 +135,8 @@ def _texture(image: Any, material: Any) -> np.ndarray:
 
 
 def _cleaned(piece: Piece) -> Piece:
-    """Drops points that are not finite, and triangles that refer to them or to missing points, or have no area."""
+    """Drops points that are not finite. Also drops triangles that refer to such points or to missing points, or have no
+    area."""
     good = np.asarray((np.isfinite(piece.vertices) & (np.abs(piece.vertices) < 1e30)).all(1))
     if piece.uv is not None and (len(piece.uv) != len(good) or not np.isfinite(piece.uv).all()):
         piece = replace(piece, uv=None, texture=None)
@@ -156,8 +160,8 @@ def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) ->
     centre = (every.min(0) + every.max(0)) / 2
     radius = float(np.sqrt(((every - centre) ** 2).sum(1).max()))
     if not radius > 1e-30:
-        raise ValueError(f"{path} has no extent: all its points coincide")
-    turn = np.eye(3) if up == "z" else np.eye(3)[[2, 0, 1]]  # glTF: y up, z forward, x to the left
+        raise ValueError(f"{path} has no extent, because all its points coincide")
+    turn = np.eye(3) if up == "z" else np.eye(3)[[2, 0, 1]]  # in glTF, y is up, z forward and x to the left
     angle = math.radians(azimuth_deg)
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ turn
@@ -165,8 +169,13 @@ def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) ->
 
 
 def sampled(pieces: list[Piece], count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Points [N, 3] spread evenly over triangles, or the points themselves, and their colours [N, 3] in [0, 1] if any piece
-    has colours (grey elsewhere). The same pieces always give the same points."""
+    """Samples points spread evenly over the triangles. Pieces without triangles contribute their own points. The same
+    pieces always lead to the same points.
+
+    Returns:
+        The points, [N, 3], and their colours, [N, 3] in [0, 1]. Pieces without colours are grey. If no piece has
+        colours, the second value is None.
+    """
     rng = np.random.default_rng(0)
     areas = [_areas(p) for p in pieces]
     total = sum(a.sum() for a in areas)
@@ -191,8 +200,8 @@ def _areas(piece: Piece) -> np.ndarray:
 
 
 def colors_on(piece: Piece, corners: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Colours [N, 3] in [0, 1] at barycentric coordinates `share` [N, 3] in triangles with vertices `corners` [N, 3]; grey if
-    there are none."""
+    """Returns the colours of N points on a piece, `[N, 3]` in [0, 1], or grey if the piece has none. A point is given
+    by the vertices of its triangle, `corners` (`[N, 3]`), and its barycentric coordinates, `share` (`[N, 3]`)."""
     if piece.texture is not None and piece.uv is not None:
         u, v = np.einsum("nk,nkd->nd", share, piece.uv[corners]).T % 1.0
         h, w = piece.texture.shape[:2]

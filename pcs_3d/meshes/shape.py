@@ -1,4 +1,4 @@
-"""Shapes that fields start from: a signed distance and colours at any point."""
+"""The shapes that fields start from. A shape has a signed distance and, if known, a colour at any point."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from scipy.spatial import KDTree
 
-# Relative tolerance of nearest-point searches. At the centre of a ball all points are equally near, and an exact search would
-# visit every one of them.
+# Relative tolerance of nearest-point searches. At the centre of a ball, all points are equally near, and an exact
+# search would visit every one of them.
 _ROUGHLY = 0.05
-_FEW = 2000  # surface points that provide colours far from the surface
-_RESOLUTION = 64  # cells along a side for telling inside from outside
-_SAMPLES = 120_000  # points on the surface of a mesh
+_FEW = 2000  # number of surface points that provide the colours far from the surface
+_RESOLUTION = 64  # largest number of cells along a side of the grid that separates inside from outside
+_SAMPLES = 120_000  # number of points sampled on the surface of a mesh
 
 
 class Shape(Protocol):
     """An object of radius about 1 around the origin, x forward, y to its left, z up."""
 
     def distance(self, points: Tensor) -> Tensor:
-        """[N, 3] -> [N]: distances to the surface, negative inside."""
+        """Returns the distance of each point (`[N, 3]`) to the surface, as `[N]`. Distances are negative inside."""
         ...
 
     def colors(self, points: Tensor) -> Tensor | None:
-        """[N, 3] -> [N, 3] in [0, 1]: colours of the nearest surface point; None if the shape has no colours."""
+        """Returns the colour of the surface point nearest to each point, both `[N, 3]`, with colours in [0, 1]. Returns
+        None if the shape has no colours."""
         ...
 
     def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
-        """[count, 3], spread over the surface."""
+        """Draws `count` points (`[count, 3]`) that are spread over the surface."""
         ...
 
 
@@ -58,14 +59,14 @@ class BallShape:
 class SampledShape:
     """A shape given by points on its surface.
 
-    Space that cannot be reached from outside without crossing cells that contain such points is inside. This needs neither
-    normals nor a closed surface, and turns an open or non-manifold mesh into a shell one cell thick.
+    A point is inside if it cannot be reached from outside without crossing cells that contain surface points. This
+    needs neither normals nor a closed surface. An open or non-manifold mesh becomes a shell one cell thick.
 
     Args:
-        points: [N, 3] on the surface, within a cube of side 2 · `reach`
-        colors: [N, 3] in [0, 1], or None
-        normals: [N, 3], the outward unit normals of a closed surface, if they are reliable: close to the surface, distances
-            are then measured along them, which is more precise than a cell
+        points: points on the surface, [N, 3], within a cube of side 2 · `reach`
+        colors: their colours, [N, 3] in [0, 1], or None
+        normals: the outward unit normals at the points, [N, 3], if the surface is closed and its normals are reliable.
+            Close to the surface, distances are then measured along the normals, with an error much smaller than a cell.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class SampledShape:
         self._few = np.arange(0, len(points), max(1, len(points) // _FEW))
         self._few_tree = KDTree(points[self._few])
         self._cell = _cell_size(points, self._tree, reach)
-        size = math.ceil(2 * reach / self._cell) + 4  # with a margin of outside cells all around
+        size = math.ceil(2 * reach / self._cell) + 4  # includes a margin of outside cells
         self._half = size * self._cell / 2
         shell = np.zeros((size,) * 3, dtype=bool)
         shell[tuple(((points + self._half) / self._cell).astype(int).clip(0, size - 1).T)] = True
@@ -87,7 +88,7 @@ class SampledShape:
         core = filled & ~shell  # type: ignore[operator]
         to_core = np.asarray(ndimage.distance_transform_edt(~core)) if core.any() else np.full(shell.shape, np.inf)
         to_outside = np.asarray(ndimage.distance_transform_edt(filled))
-        self._thin = to_core > 2  # only shell: walls and handles thinner than two cells
+        self._thin = to_core > 2  # walls and handles thinner than two cells, which have no core
         self._side = np.where(self._thin, 1.0, to_core - to_outside)  # positive outside
 
     def distance(self, points: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class SampledShape:
         outside = ndimage.map_coordinates(self._side, places, order=1, mode="nearest") > 0
         thin = ndimage.map_coordinates(self._thin.astype(np.float32), places, order=0, mode="nearest") > 0
         signed = np.where(outside, away, -away)
-        # Thin parts are given the thickness of a cell; otherwise nothing would be inside them.
+        # Thin parts are given the thickness of about a cell, because otherwise nothing would be inside them.
         signed = np.where(thin, away - 0.6 * self._cell, signed)
         if self.point_normals is not None:
             along = ((asked - self.points[nearest]) * self.point_normals[nearest]).sum(-1)
@@ -113,7 +114,7 @@ class SampledShape:
             return None
         asked = points.detach().cpu().numpy()
         away, nearest = map(np.asarray, self._tree.query(asked, distance_upper_bound=4 * self._cell))
-        far = np.isinf(away)  # most nodes of a fine grid; for them, any point about as near as the nearest will do
+        far = np.isinf(away)  # most nodes of a fine grid, for which an approximately nearest point suffices
         nearest[far] = self._few[self._few_tree.query(asked[far])[1]]
         return torch.from_numpy(self.point_colors[nearest]).float()
 
@@ -123,8 +124,8 @@ class SampledShape:
 
 
 def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
-    """The cell size at which almost every cell that the surface crosses has a point: with randomly spread points, 14 per cell
-    on average. A single hole would turn the inside into outside."""
+    """Returns a cell size at which almost every cell that the surface crosses contains a point. With randomly spread
+    points, this requires 14 points per cell on average. A single hole would make the inside count as outside."""
     some = points[:: max(1, len(points) // 2000)]
     third = np.asarray(tree.query(some, k=min(4, len(points)))[0])[:, -1]
     return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 * reach / _RESOLUTION, 2 * reach / 7))

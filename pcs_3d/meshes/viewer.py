@@ -1,4 +1,4 @@
-"""An interactive page for a mesh: three.js and the mesh in one self-contained file."""
+"""Builds an interactive page for a mesh, with three.js and the mesh in one self-contained file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pcs_3d.meshes.read_mesh import Piece
 
 _FOV_DEG, _ELEVATION_DEG, _FILL = 24.53, 15.0, 0.8  # like the toybox's cameras, with some room to turn
 _AMBIENT, _LAMP = 0.75, 0.45  # mostly ambient light, because textures contain their shading
-_MARK = "init();"  # where trimesh's page starts drawing: it creates the renderer immediately and reads the mesh later
+_MARK = "init();"  # start of trimesh's page, which creates the renderer immediately and reads the mesh later
 
-#: Adds what trimesh's viewer lacks: sRGB textures, and light other than the lamp at the camera.
+#: Adds sRGB textures and ambient light, which trimesh's viewer lacks.
 _LIGHT = f"""
 if (typeof renderer !== "undefined" && renderer) {{
   renderer.outputEncoding = THREE.sRGBEncoding;
@@ -25,8 +25,9 @@ if (typeof renderer !== "undefined" && renderer) {{
 
 
 def viewer_html(pieces: Sequence[Piece]) -> str:
-    """A standalone page that shows the pieces (from `read_mesh`: x forward, y left, z up, radius 1) from the front and lets
-    the user turn them by mouse or touch: trimesh's viewer, with textures at their true brightness."""
+    """Returns a standalone page that shows the pieces of a mesh from the front and lets the user turn them by mouse or
+    touch. The pieces are as `read_mesh` returns them. The page is trimesh's viewer, with textures at their true
+    brightness."""
     import trimesh
     from trimesh.scene.cameras import Camera
     from trimesh.viewer.notebook import scene_to_html
@@ -34,7 +35,7 @@ def viewer_html(pieces: Sequence[Piece]) -> str:
     scene = trimesh.Scene({f"piece-{i}": _geometry(piece) for i, piece in enumerate(pieces)})
     scene.camera = Camera(fov=(_FOV_DEG, _FOV_DEG))
     up = math.radians(_ELEVATION_DEG)
-    place = trimesh.transformations.rotation_matrix(-up, [1, 0, 0])  # a camera looks along its -z
+    place = trimesh.transformations.rotation_matrix(-up, [1, 0, 0])  # the camera looks along its -z axis
     distance = 1 / (_FILL * math.sin(math.radians(_FOV_DEG) / 2))
     place[:3, 3] = distance * np.array([0.0, math.sin(up), math.cos(up)])
     scene.camera_transform = place

@@ -1,4 +1,4 @@
-"""Parts of space with their own guidance. Adding a kind takes one file and one line in the union."""
+"""Regions, which are parts of space with their own guidance. A new kind needs one file and one entry in the union."""
 
 from typing import Annotated
 

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras
 from shared.config import NAME, KindPart
 
-#: Points [..., 3] -> the degree to which each is inside, [...] in [0, 1]; exactly 0 outside.
+#: Takes points, [..., 3]. Returns the degree to which each is inside, [...] in [0, 1]. It is exactly 0 outside.
 Inside = Callable[[Tensor], Tensor]
 
 
 class RegionPart(KindPart):
     """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
 
-    prompt, negative: replace the recipe's unless empty.
-    concepts: the concepts whose adapters are on only in this region; null: the same concepts as in the rest of the scene.
+    prompt, negative: the prompts for the region. If empty, the recipe's are used.
+    concepts: the concepts whose adapters are on only in this region. If null, they are those of the rest of the scene.
     softness: the width, in radii, over which the region fades in from its border inwards.
     """
 
@@ -36,23 +36,24 @@ class RegionPart(KindPart):
         return bool(self.prompt or self.negative) or self.concepts is not None
 
     def check(self) -> None:
-        """Raises ValueError for a file that cannot be read."""
+        """Raises ValueError if a file cannot be read."""
         self.build()
 
     def build(self) -> Inside:
         """Builds the function that returns the degree to which points are inside.
 
-        Raises ValueError for a file that cannot be read.
+        Raises ValueError if a file cannot be read.
         """
         raise NotImplementedError
 
     def faded(self, depth: Tensor) -> Tensor:
-        """The degree to which points are inside, from their depth inside the border, in radii; 0 or less is outside."""
+        """Returns the degree to which points are inside, given their depth below the border in radii. A depth of 0 or
+        less is outside."""
         return (depth / self.softness).clamp(0, 1) if self.softness else (depth > 0).to(depth)
 
 
 def together(regions: Mapping[str, Inside], points: Tensor) -> Tensor:
-    """The degree to which points [..., 3] are inside any of the regions, [...]."""
+    """Returns the degree to which each point (`[..., 3]`) is inside any of the regions, `[...]`."""
     return torch.stack([inside(points) for inside in regions.values()]).amax(0)
 
 
@@ -60,13 +61,13 @@ def together(regions: Mapping[str, Inside], points: Tensor) -> Tensor:
 def seen(
     inside: Inside, cameras: Cameras, depth: Tensor, opacity: Tensor, cells: tuple[int, int], reach: float
 ) -> Tensor:
-    """The share of each cell that a region covers, [B, 1, h, w] in [0, 1].
+    """Returns the share of each cell that a region covers, `[B, 1, h, w]` in [0, 1].
 
     A ray counts if it passes through the region before hitting the object, or without hitting it.
 
     Args:
-        depth, opacity: [B, 1, H, W], of the views
-        cells: h and w; h · 2 by w · 2 rays are sampled at 48 points each
+        depth, opacity: those of the views, [B, 1, H, W]
+        cells: h and w; 2 h by 2 w rays are sampled at 48 points each
         reach: half the side of the cube that is sampled
     """
     size = (2 * cells[0], 2 * cells[1])

@@ -1,4 +1,4 @@
-"""An axis-aligned box."""
+"""A region that is an axis-aligned box."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Corner = tuple[Real, Real, Real]
 
 
 class Box(RegionPart):
-    """An axis-aligned box between the corners lo and hi, like the boxes that a user draws (https://arxiv.org/abs/2303.12218,
-    section 4)."""
+    """An axis-aligned box between the corners `lo` and `hi`, like the boxes that users draw in
+    https://arxiv.org/abs/2303.12218, section 4."""
 
     kind: Literal["box"] = "box"
     lo: Corner

@@ -1,4 +1,4 @@
-"""A ball, or the inside of a mesh: a region given by a signed distance."""
+"""A region given by a signed distance. It is a ball or the inside of a mesh."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pcs_3d.meshes.shape import BallShape, shape_of_file
 from pcs_3d.regions.base import Inside, RegionPart
 from shared.config import PathText, Real
 
-_CELLS, _REACH = 40, 1.5  # a mesh's grid of distances: cells along a side, and half the side in radii
+_CELLS, _REACH = 40, 1.5  # nodes along a side of a mesh's grid of distances, and half the side in radii
 
 
 class Sdf(RegionPart):
-    """The inside of a mesh file, scaled to `radius` around `center`, or of a ball if no file is given: where the signed
-    distance is negative.
+    """The inside of a mesh, where the signed distance is negative. The mesh is read from the file `path` and scaled to
+    `radius` around `center`. If no file is given, the region is a ball.
 
-    grown: points this close to the surface, in radii of the object, are also inside.
+    grown: the distance from the surface, in radii of the object, up to which points outside also belong to the region.
     """
 
     kind: Literal["sdf"] = "sdf"
@@ -42,7 +42,7 @@ class Sdf(RegionPart):
         return inside
 
     def _grid(self) -> Tensor:
-        """[1, 1, z, y, x] signed distances."""
+        """Returns a grid of signed distances, `[1, 1, z, y, x]`."""
         assert self.path is not None
         line = torch.linspace(-_REACH, _REACH, _CELLS)
         z, y, x = torch.meshgrid(line, line, line, indexing="ij")
@@ -53,6 +53,6 @@ class Sdf(RegionPart):
 
 
 def _asked(grid: Tensor, own: Tensor) -> Tensor:
-    """Distances [...] at [..., 3]; points beyond the grid are at least as far as its border."""
+    """Returns the distances (`[...]`) at points (`[..., 3]`). Points beyond the grid get the distance at its border."""
     place = own.reshape(1, -1, 1, 1, 3) / _REACH
     return F.grid_sample(grid, place, padding_mode="border", align_corners=True).reshape(own.shape[:-1])

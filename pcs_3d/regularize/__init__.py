@@ -1,4 +1,5 @@
-"""Penalties on fields. Adding one takes one file (or a class next to related ones) and one line in the union."""
+"""Penalties on fields. A new penalty needs a class, in its own file or next to related ones, and one entry in the
+union."""
 
 from typing import Annotated
 

@@ -19,14 +19,18 @@ from shared.config import KindPart
 
 @dataclass(frozen=True)
 class Pictures:
-    """R pictures of the object with known cameras: pixels [R, 3, H, W] in [0, 1], masks [R, 1, H, W] or None."""
+    """R pictures of the object with known cameras.
+
+    pixels: [R, 3, H, W] in [0, 1].
+    masks: [R, 1, H, W], or None.
+    """
 
     pixels: Tensor
     cameras: Cameras
     masks: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Pictures:
-        """The same pictures, on a device."""
+        """Returns the pictures on a device."""
         masks = None if self.masks is None else self.masks.to(device)
         return Pictures(self.pixels.to(device), self.cameras.to(device), masks)
 
@@ -36,12 +40,12 @@ _ONLY = Moment(0, 1)
 
 @dataclass(frozen=True)
 class Seen:
-    """The views of one step, as penalties see them.
+    """The views of one step, and everything else that penalties can use.
 
-    generator: the step's random numbers.
-    draw: draws the field from other cameras, in the same way as these views.
-    settings: how these views were drawn.
-    pictures: references of the object.
+    generator: the source of the step's random numbers.
+    draw: renders the field from other cameras in the same way.
+    settings: the settings with which these views were rendered.
+    pictures: reference pictures of the object.
     """
 
     field: Any
@@ -65,32 +69,38 @@ Weight = Annotated[Schedule, AfterValidator(_not_negative)]
 
 
 class GeometryPenalty(KindPart):
-    """A scalar added to the loss of a step: its weight at that step times its value."""
+    """A scalar that is added to the loss of a step. It is the product of the penalty's weight at that step and its
+    value."""
 
-    needs_normals: ClassVar[bool] = False  # needs views drawn with normals
-    needs_pictures: ClassVar[bool] = False  # needs pictures of the object with their cameras (`references`)
-    needs_masks: ClassVar[bool] = False  # needs masks for all of these pictures
-    weight: Weight = 1.0  # factor of the value; may change over the run
+    needs_normals: ClassVar[bool] = False  # whether it needs views rendered with normals
+    needs_pictures: ClassVar[bool] = False  # whether it needs pictures of the object with their cameras (`references`)
+    needs_masks: ClassVar[bool] = False  # whether it needs masks for all of these pictures
+    weight: Weight = 1.0  # factor of the value; can change over the run
 
     def __call__(self, seen: Seen) -> Tensor:
-        """The weighted scalar; 0, without computing the value, if the weight is 0."""
+        """Returns the weighted scalar. If the weight is 0, the value is not computed."""
         weight = seen.moment.of(self.weight)
         if weight == 0:
             return seen.rendering.pixels.new_zeros(())
         return weight * self.value(seen)
 
     def value(self, seen: Seen) -> Tensor:
-        """The scalar. Raises ValueError if the field or the renderer lacks something that the penalty needs."""
+        """Returns the unweighted scalar. Raises ValueError if the field or the renderer lacks something that the
+        penalty needs."""
         raise NotImplementedError
 
     def missing(self, what: str) -> ValueError:
-        """The error for a missing requirement."""
+        """Returns the error for a missing requirement."""
         return ValueError(f"penalties: {self.kind} needs {what}")
 
 
 def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
-    """Draws points [count, 3] from what the views show, choosing samples along rays in proportion to their weights; also
-    returns the unit directions [count, 3] in which they are seen. Both have no gradient, and are [0, 3] for empty views."""
+    """Draws random points on what the views show. Samples along rays are chosen in proportion to their weights.
+
+    Returns:
+        The points, and the unit directions in which they are seen, both [count, 3] and without gradient. If the views
+        are empty, both are [0, 3].
+    """
     rendering = seen.rendering
     if rendering.weights is None or rendering.distances is None or not isinstance(seen.field, VolumeField):
         raise penalty.missing("a field rendered by marching rays (renderer.kind=volume)")

@@ -1,4 +1,4 @@
-"""Penalties on the values of grids."""
+"""Penalties on fields that are made of grids."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class TotalVariation(GeometryPenalty):
 
     def value(self, seen: Seen) -> Tensor:
         if not isinstance(seen.field, GridField):
-            raise self.missing("a field made of grids: voxels, triplane or tetrahedra")
+            raise self.missing("a field made of grids, such as voxels, triplane or tetrahedra")
         return seen.field.total_variation()
 
 
 class Eikonal(GeometryPenalty):
-    """mean (|∇s| − 1)² near the surface, so that s is a true distance (https://arxiv.org/abs/2002.10099)."""
+    """The mean of (|∇s| − 1)² near the surface, which makes s a true distance (https://arxiv.org/abs/2002.10099)."""
 
     kind: Literal["eikonal"] = "eikonal"
 
@@ -36,16 +36,15 @@ class Eikonal(GeometryPenalty):
 
 
 class Laplacian(GeometryPenalty):
-    """The mean squared distance, in cells, of a mesh's vertices from the mean of their neighbours."""
+    """The mean squared distance, in cells, of each vertex of a mesh from the mean of its neighbours."""
 
     kind: Literal["laplacian"] = "laplacian"
 
     def value(self, seen: Seen) -> Tensor:
         field = _tetrahedra(self, seen)
         surface = field.surface()
-        ends = surface.faces[:, [0, 1, 1, 2, 2, 0]].reshape(
-            -1, 2
-        )  # each edge of a closed mesh occurs once in each direction
+        # Each edge of a closed mesh occurs once in each direction.
+        ends = surface.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
         summed = torch.zeros_like(surface.vertices).index_add(0, ends[:, 0], surface.vertices[ends[:, 1]])
         count = torch.bincount(ends[:, 0], minlength=len(summed)).clamp_min(1)[:, None]
         return ((summed / count - surface.vertices) / field.cell).square().sum(-1).mean()

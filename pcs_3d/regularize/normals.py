@@ -13,10 +13,10 @@ from pcs_3d.regularize.base import GeometryPenalty, Seen, seen_points
 
 
 class Orientation(GeometryPenalty):
-    """Σ sg(w) · max(0, n · d)², averaged over rays: visible surfaces face the camera (Ref-NeRF,
+    """Σ sg(w) · max(0, n · d)², averaged over rays, which makes visible surfaces face the camera (Ref-NeRF,
     https://arxiv.org/abs/2112.03907, eq. 11).
 
-    points: number of samples drawn, in proportion to their weight w, to estimate the sum.
+    points: the number of samples that estimate the sum. They are drawn in proportion to their weights w.
     """
 
     kind: Literal["orientation"] = "orientation"
@@ -31,7 +31,8 @@ class Orientation(GeometryPenalty):
 
 
 class NormalSmoothness(GeometryPenalty):
-    """mean |n(p) − n(p + ε)|² at visible points, Gaussian ε of standard deviation `reach` radii: smooth normals in space."""
+    """The mean of |n(p) − n(p + ε)|² at `points` visible points p, which makes normals smooth in space. ε is Gaussian
+    with a standard deviation of `reach` radii."""
 
     kind: Literal["normal_smoothness"] = "normal_smoothness"
     points: Annotated[int, Setting(ge=16, le=1_000_000)] = 1024
@@ -47,7 +48,8 @@ class NormalSmoothness(GeometryPenalty):
 
 
 class NormalImageSmoothness(GeometryPenalty):
-    """mean |∇n|² between neighbouring pixels that both show the object (RealFusion, https://arxiv.org/abs/2302.10663, 3.2)."""
+    """The mean of |∇n|² over neighbouring pixels that both show the object (RealFusion,
+    https://arxiv.org/abs/2302.10663, section 3.2)."""
 
     needs_normals: ClassVar[bool] = True
     kind: Literal["normal_image_smoothness"] = "normal_image_smoothness"
@@ -55,7 +57,7 @@ class NormalImageSmoothness(GeometryPenalty):
     def value(self, seen: Seen) -> Tensor:
         normals = seen.rendering.normals
         if normals is None:
-            raise self.missing("views drawn with normals")
+            raise self.missing("views rendered with normals")
         hit = (seen.rendering.opacity.detach() > 0.5).to(normals)
         total, count = normals.new_zeros(()), normals.new_zeros(())
         for axis in (-1, -2):
@@ -67,7 +69,8 @@ class NormalImageSmoothness(GeometryPenalty):
 
 
 class NormalConsistency(GeometryPenalty):
-    """mean 1 − cos between the normals of triangles that share an edge: a smooth mesh."""
+    """The mean of 1 − cos α, where α is the angle between the normals of triangles that share an edge. It makes a mesh
+    smooth."""
 
     kind: Literal["normal_consistency"] = "normal_consistency"
 
@@ -75,7 +78,7 @@ class NormalConsistency(GeometryPenalty):
         from pcs_3d.fields.field import SurfaceField
 
         if not isinstance(seen.field, SurfaceField):
-            raise self.missing("a field drawn as triangles")
+            raise self.missing("a field rendered as triangles")
         surface = seen.field.surface()
         a, b, c = surface.vertices[surface.faces].unbind(1)
         normals = F.normalize(torch.linalg.cross(b - a, c - a, dim=-1), dim=-1, eps=1e-12)

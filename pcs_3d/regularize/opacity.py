@@ -12,7 +12,8 @@ from pcs_3d.regularize.base import GeometryPenalty, Seen
 
 
 class Sparsity(GeometryPenalty):
-    """mean √(o² + 0.01): the object stays as small as it can (DreamFusion, https://arxiv.org/abs/2209.14988, A.2)."""
+    """The mean of √(o² + 0.01) over opacities o, which keeps the object from filling empty space (DreamFusion,
+    https://arxiv.org/abs/2209.14988, A.2)."""
 
     kind: Literal["sparsity"] = "sparsity"
 
@@ -21,7 +22,8 @@ class Sparsity(GeometryPenalty):
 
 
 class Opaque(GeometryPenalty):
-    """The entropy of opacities, −o log o − (1 − o) log (1 − o): a pixel is either covered or not (threestudio's `opaque`)."""
+    """The mean entropy of opacities, −o log o − (1 − o) log (1 − o), which makes each pixel either opaque or empty
+    (threestudio's `opaque`)."""
 
     kind: Literal["opaque"] = "opaque"
 
@@ -31,8 +33,8 @@ class Opaque(GeometryPenalty):
 
 
 class ZVariance(GeometryPenalty):
-    """The variance of depth along rays that hit something: surfaces instead of fog (HiFA, https://arxiv.org/abs/2305.18766,
-    eq. 9)."""
+    """The variance of depth along rays that hit something, which makes surfaces of fog (HiFA,
+    https://arxiv.org/abs/2305.18766, eq. 9)."""
 
     kind: Literal["z_variance"] = "z_variance"
 

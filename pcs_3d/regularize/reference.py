@@ -16,13 +16,14 @@ from shared.config import BatchSize, NotNegative
 
 
 class ReferenceViews(GeometryPenalty):
-    """Makes the field match pictures of the object from their cameras: the mean squared error of pixels, on a grey background,
-    and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). Without masks, all pixels count, and
-    the field is drawn on the colour of each picture's border.
+    """Makes the field match pictures of the object, seen from their cameras (RealFusion,
+    https://arxiv.org/abs/2302.10663, eq. 5). The value is the mean squared error of pixels on a grey background, plus
+    the weighted mean squared error between opacities and masks. Without masks, all pixels count, and the field is
+    rendered on the colour of each picture's border.
 
-    count: pictures per step, drawn at random.
-    mask_weight: the weight of the opacities' error.
-    outside: the weight of pixels outside the masks; 0 if the silhouette should not follow the pictures.
+    count: the number of pictures per step, which are drawn at random.
+    mask_weight: the weight of the error of opacities.
+    outside: the weight of pixels outside the masks. Set it to 0 if the silhouette should not follow the pictures.
     """
 
     needs_pictures: ClassVar[bool] = True
@@ -43,7 +44,11 @@ class ReferenceViews(GeometryPenalty):
 
 
 class Silhouette(GeometryPenalty):
-    """mean (o − mask)² of opacities, seen from the cameras of pictures with masks: only the silhouette."""
+    """The mean of (o − mask)² over opacities o, seen from the cameras of pictures with masks. It depends only on the
+    silhouette.
+
+    count: the number of pictures per step, which are drawn at random.
+    """
 
     needs_pictures: ClassVar[bool] = True
     needs_masks: ClassVar[bool] = True
@@ -58,8 +63,8 @@ class Silhouette(GeometryPenalty):
 
 
 def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering, Pictures]:
-    """Draws the field from the cameras of `count` random pictures, on grey or, without masks, on the colour of each picture's
-    border; also returns these pictures."""
+    """Renders the field from the cameras of `count` random pictures. The background is grey or, without masks, the
+    colour of each picture's border. Returns the renders and the pictures."""
     pictures = seen.pictures
     if pictures is None or seen.draw is None or seen.settings is None:
         raise penalty.missing("pictures of the object with known cameras (references)")
@@ -77,7 +82,7 @@ def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering,
 
 
 def border_color(pixels: Tensor) -> Tensor:
-    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W], which is the colour of a plain
-    background."""
+    """Returns the median of each channel along the border of each picture, `[B, 3, 1, 1]`. For a plain background, it
+    is the background's colour. The pictures are `[B, 3, H, W]`."""
     rows, columns = pixels[..., [0, -1], :].flatten(2), pixels[..., 1:-1, [0, -1]].flatten(2)
     return torch.cat([rows, columns], -1).median(-1).values[..., None, None]

@@ -1,4 +1,4 @@
-"""Renderers, which draw views of a field. Adding one takes one file and one line in the union."""
+"""Renderers, which render views of a field. A new renderer needs one file and one entry in the union."""
 
 from typing import Annotated
 

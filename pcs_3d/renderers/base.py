@@ -10,25 +10,25 @@ from shared.config import KindPart, unknown
 
 
 class RendererPart(KindPart):
-    """Base class for renderers: settings that also do the drawing. They keep no state between views."""
+    """Base class for renderers. A renderer consists of its settings and keeps no state between views."""
 
-    draws: ClassVar[type]  # the protocol of the fields that it draws
+    draws: ClassVar[type]  # the protocol of the fields that it can render
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering:
-        """Draws B views of a field, differentiable in the field. Raises ValueError for a field that this renderer cannot draw,
-        or settings that do not fit it."""
+        """Renders B views of a field, differentiably in the field. Raises ValueError if this renderer cannot render the
+        field or the settings do not fit it."""
         raise NotImplementedError
 
     def check(self, field: Any, cameras: Cameras, settings: RenderSettings) -> None:
-        """Raises ValueError if field, background, shading and this renderer do not fit together."""
+        """Raises ValueError if the field, the background, the shading and this renderer do not fit together."""
         if not isinstance(field, self.draws):
             raise ValueError(
-                f"renderer: {self.kind} cannot draw a {type(field).__name__}: choose another renderer.kind"
+                f"renderer: {self.kind} cannot render a {type(field).__name__}: choose another renderer.kind"
             )
         if settings.shading not in ("albedo", "lambertian", "textureless", "normal"):
             raise ValueError("shading: " + unknown(settings.shading, ["albedo", "lambertian", "textureless", "normal"]))
         if field.channels != 3 and settings.shading != "albedo":
-            raise ValueError(f"shading: {settings.shading} is for colours, but the field has {field.channels} channels")
+            raise ValueError(f"shading: {settings.shading} needs 3 channels, but the field has {field.channels}")
         given, b = tuple(settings.background.shape), len(cameras)
         if given not in ((b, field.channels, 1, 1), (b, field.channels, settings.height, settings.width)):
             raise ValueError(f"background: {list(given)} does not fit {b} views of {field.channels} channels and "

@@ -1,4 +1,4 @@
-"""Triangles drawn with a z-buffer and differentiable silhouettes."""
+"""Renders triangles with a z-buffer and differentiable silhouettes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from pcs_3d.renderers.shading import lamps, shaded
 
 
 class Mesh(RendererPart):
-    """finer: the supersampling factor; each pixel is the mean of finer × finer samples."""
+    """Renders the triangles of a field.
+
+    finer: the supersampling factor. Each pixel is the mean of finer × finer samples.
+    """
 
     draws: ClassVar[type] = SurfaceField
     kind: Literal["mesh"] = "mesh"
@@ -47,7 +50,8 @@ class Mesh(RendererPart):
         self, field: SurfaceField, surface: Surface, bend: Tensor, camera: Cameras, lamp: Tensor, settings: RenderSettings,
         row: int,
     ) -> Tensor:  # fmt: skip
-        """[H, W, K + 5]: colours on the background, opacity, and depth along the axis and normals, both times opacity."""
+        """Renders one view as `[H, W, K + 5]`. The channels are colours on the background, opacity, depth along the
+        camera's axis, and normals. Depth and normals are multiplied by opacity."""
         height, width = settings.height * self.finer, settings.width * self.finer
         places, depth = on_screen(surface.vertices, camera, height, width)
         corners, depths = places[surface.faces], depth[surface.faces]
@@ -56,7 +60,7 @@ class Mesh(RendererPart):
         y, x = covered.nonzero(as_tuple=True)
         chosen = face[y, x]
         shares = barycentric(corners[chosen], torch.stack([x, y], -1) + 0.5) / depths[chosen]
-        shares = (shares / shares.sum(-1, keepdim=True))[..., None]  # perspective-correct
+        shares = (shares / shares.sum(-1, keepdim=True))[..., None]  # perspective correction
         points = (shares * surface.vertices[surface.faces[chosen]]).sum(1)
         normals = unit((shares * bend[surface.faces[chosen]]).sum(1))
         colors = shaded(field.features_at(points), normals, points, lamp.expand_as(points), settings)
@@ -70,7 +74,8 @@ class Mesh(RendererPart):
 
 
 def on_screen(points: Tensor, camera: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Positions [N, 2] in pixels (x right, y down) and depths [N] of points [N, 3] for one camera."""
+    """Returns the positions in pixels (`[N, 2]`; x right, y down) and the depths (`[N]`) of points (`[N, 3]`) for one
+    camera."""
     places, depth = camera.project(points)
     half = min(height, width) / 2
     middle = points.new_tensor([width / 2, height / 2])
@@ -78,7 +83,7 @@ def on_screen(points: Tensor, camera: Cameras, height: int, width: int) -> tuple
 
 
 def vertex_normals(surface: Surface) -> Tensor:
-    """[V, 3]: unit normals, the area-weighted mean over adjacent triangles."""
+    """Returns the unit normal of each vertex, `[V, 3]`. It is the area-weighted mean over adjacent triangles."""
     a, b, c = surface.vertices[surface.faces].unbind(1)
     flat = torch.linalg.cross(b - a, c - a, dim=-1)
     summed = torch.zeros_like(surface.vertices).index_add(0, surface.faces.reshape(-1), flat.repeat_interleave(3, 0))

@@ -1,21 +1,22 @@
-"""Finds the visible triangle at each pixel with a z-buffer, without gradients, and blends silhouettes, with gradients."""
+"""Finds the visible triangle at each pixel with a z-buffer, without gradients, and blends pixels along silhouettes,
+with gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_PAIRS = 1 << 22  # pairs of triangles and pixels tested at a time
+_PAIRS = 1 << 22  # number of pairs of triangles and pixels that are tested at a time
 
 
 @torch.no_grad()
 def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> Tensor:
-    """int64 [H, W]: the index of the nearest triangle at each pixel's centre, -1 where there is none. Triangles that reach
-    behind the camera or have no area are not drawn.
+    """Returns the index of the nearest triangle at each pixel's centre (int64 `[H, W]`), or -1 where there is none.
+    Triangles that reach behind the camera or have no area are not drawn.
 
     Args:
-        corners: [F, 3, 2] in pixels, x right and y down; the first pixel's centre is at 0.5
-        depths: [F, 3], above 0 in front of the camera
+        corners: [F, 3, 2] in pixels, x right and y down; the centre of the first pixel is at 0.5
+        depths: [F, 3], positive in front of the camera
     """
     low = (corners.amin(1) - 0.5).ceil().long().clamp_min(0)
     limit = torch.tensor([width, height], device=corners.device) - 1
@@ -42,13 +43,14 @@ def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> T
 
 
 def _chunks(faces: Tensor, count: Tensor) -> list[Tensor]:
-    """Splits the faces into chunks of about `_PAIRS` pairs of triangles and pixels."""
+    """Splits the faces into chunks with approximately `_PAIRS` pairs of triangles and pixels."""
     piece = (count.cumsum(0) - 1) // _PAIRS
     return list(faces.split(torch.unique_consecutive(piece, return_counts=True)[1].tolist())) if len(faces) else []
 
 
 def barycentric(corners: Tensor, points: Tensor) -> Tensor:
-    """Barycentric coordinates [N, 3] of points [N, 2] in triangles [N, 3, 2]; all negative for a triangle without area."""
+    """Returns the barycentric coordinates (`[N, 3]`) of points (`[N, 2]`) in triangles (`[N, 3, 2]`). They are negative
+    if the triangle has no area."""
     a, b, c = corners.unbind(1)
     whole = cross(b - a, c - a)
     parts = torch.stack(
@@ -59,13 +61,14 @@ def barycentric(corners: Tensor, points: Tensor) -> Tensor:
 
 
 def cross(a: Tensor, b: Tensor) -> Tensor:
-    """The cross product of 2D vectors: [..., 2], [..., 2] -> [...]."""
+    """Returns the cross product (`[...]`) of 2D vectors (`[..., 2]`)."""
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
 def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
-    """int64 [E, 2], pairs of vertices: the edges where the visible side of a mesh ends, because only one of their two
-    triangles faces the camera, or because they do not have exactly two. `corners` [F, 3, 2] are as in `nearest_faces`."""
+    """Returns the edges at which the visible side of a mesh ends, as pairs of vertices (int64 `[E, 2]`). At such an
+    edge, only one of its two triangles faces the camera, or it does not have exactly two triangles. `corners` is as in
+    `nearest_faces`."""
     turned = cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) > 0
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
     side = turned.repeat(3).long()
@@ -75,17 +78,17 @@ def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
 
 
 def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
-    """Blends neighbouring pixels where a silhouette runs between their centres, which yields the gradient that moves
-    silhouettes (Laine et al., https://arxiv.org/abs/2011.03277, section 3.6).
+    """Blends neighbouring pixels where a silhouette passes between their centres. The blending provides the gradient
+    that moves silhouettes (Laine et al., https://arxiv.org/abs/2011.03277, section 3.6).
 
-    Two neighbouring pixels, one of them covered, are blended according to where the edge nearest to the covered pixel crosses
-    the line between their centres. Steep edges blend horizontal neighbours, and flat edges vertical ones; if every edge blended
-    both, a moving silhouette would change its area twice.
+    Two neighbouring pixels, only one of which is covered, are blended according to the point at which the edge nearest
+    to the covered pixel crosses the line between their centres. Steep edges blend horizontal neighbours, and flat edges
+    blend vertical neighbours. If every edge blended both, the area change of a moving silhouette would count twice.
 
     Args:
-        values: [H, W, K], with the background
-        covered: bool [H, W]
-        edges: [E, 2, 2], of silhouettes, in pixels
+        values: the picture with its background, [H, W, K]
+        covered: whether the mesh covers each pixel, bool [H, W]
+        edges: the edges of silhouettes, [E, 2, 2] in pixels
     """
     height, width, _ = values.shape
     flat = values.reshape(height * width, -1)
@@ -112,7 +115,8 @@ def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
 
 
 def _crossings(p: Tensor, q: Tensor, edges: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Where the first edge crosses the line from pixel p [N] to pixel q [N], in [0, 1], and whether any edge does."""
+    """Finds where the first edge crosses the line from pixel p to pixel q, for N pairs of pixels. Returns the share of
+    the line before the crossing, in [0, 1], and whether any edge crosses it."""
     start = torch.stack([p % width, p // width], -1) + 0.5
     step = torch.stack([q % width, q // width], -1) + 0.5 - start
     with torch.no_grad():
@@ -123,7 +127,7 @@ def _crossings(p: Tensor, q: Tensor, edges: Tensor, width: int) -> tuple[Tensor,
 
 
 def _share(start: Tensor, step: Tensor, edges: Tensor) -> Tensor:
-    """Where start + share · step crosses the edges [..., 2, 2]; infinite where it does not."""
+    """Returns the share at which start + share · step crosses each edge (`[..., 2, 2]`), or infinity if it does not."""
     a, along = edges[..., 0, :], edges[..., 1, :] - edges[..., 0, :]
     across = cross(step.to(along), along)
     safe = torch.where(across.abs() < 1e-9, torch.ones_like(across), across)

@@ -1,4 +1,4 @@
-"""A renderer's input and output."""
+"""The input and output of renderers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ class Rendering:
 
     pixels: [B, K, H, W] in [0, 1], on the background.
     opacity: [B, 1, H, W] in [0, 1].
-    depth: [B, 1, H, W], the expected distance from the camera to what the ray hits.
-    normals: [B, 3, H, W] in world coordinates, of unit length where something is hit, 0 elsewhere; None if not requested.
-    weights, distances: [B, H, W, S], per sample along each ray, for penalties; None if the renderer does not march rays.
+    depth: [B, 1, H, W], the expected distance at which the ray hits something.
+    normals: [B, 3, H, W] in world coordinates, of unit length where something is hit and 0 elsewhere. None if not
+    requested.
+    weights, distances: [B, H, W, S], the weight and distance of each sample along each ray, for penalties. None if the
+    renderer does not march rays.
     """
 
     pixels: Tensor
@@ -33,10 +35,10 @@ class Rendering:
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How a view is drawn.
+    """How views are rendered.
 
     background: [B, K, H, W] or [B, K, 1, 1] in [0, 1].
-    light: [B, 3], positions of a point light, for shadings that use one.
+    light: [B, 3], the position of a point light for each view, for shadings that use one.
     """
 
     height: int
@@ -45,10 +47,10 @@ class RenderSettings:
     shading: Shading = "albedo"
     light: Tensor | None = None
     normals: bool = False
-    generator: Generator | None = None  # for jitter along rays; None: no jitter
+    generator: Generator | None = None  # for jitter along rays; without it, there is no jitter
 
 
 class Renderer(Protocol):
-    """Draws views of a field, differentiable in the field."""
+    """Renders views of a field, differentiably in the field."""
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering: ...

@@ -7,8 +7,8 @@ from torch import Generator, Tensor
 
 
 def through_cube(origins: Tensor, directions: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """The distances [N] at which rays (origins [N, 3], directions [N, 3]) enter and leave the cube [-bound, bound]³. An entry
-    behind the camera becomes 0; for a ray that misses the cube, the exit is before the entry."""
+    """Returns the distances (`[N]`) at which rays enter and leave the cube [-bound, bound]³. `origins` and `directions`
+    are `[N, 3]`. An entry behind the camera becomes 0. For a ray that misses the cube, the exit is before the entry."""
     tiny = torch.full_like(directions, 1e-9).copysign(directions)
     inverse = 1 / torch.where(directions.abs() < 1e-9, tiny, directions)
     first, second = (-bound - origins) * inverse, (bound - origins) * inverse
@@ -17,8 +17,8 @@ def through_cube(origins: Tensor, directions: Tensor, bound: float) -> tuple[Ten
 
 
 def stratified(near: Tensor, far: Tensor, count: int, generator: Generator | None) -> Tensor:
-    """Edges [N, count + 1] of intervals from near to far [N]; with a generator, the inner edges are jittered by up to half an
-    interval."""
+    """Divides each range from `near` to `far` (`[N]`) into `count` intervals, and returns their edges, `[N, count +
+    1]`. With a generator, the inner edges are jittered by up to half an interval."""
     places = torch.arange(count + 1, device=near.device, dtype=near.dtype).expand(len(near), -1)
     if generator is not None:
         moved = torch.rand((len(near), count + 1), generator=generator, device=generator.device).to(places) - 0.5
@@ -27,10 +27,15 @@ def stratified(near: Tensor, far: Tensor, count: int, generator: Generator | Non
 
 
 def by_importance(edges: Tensor, weights: Tensor, count: int, generator: Generator | None) -> Tensor:
-    """Edges [N, count + 1] of intervals that each contain the same share of the weights [N, S] between edges [N, S + 1], found
-    by inverting the cumulative distribution (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
+    """Returns the edges of `count` intervals per ray that each contain the same share of the weights, `[N, count + 1]`.
+    They are found by inverting the cumulative distribution (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
 
-    Some weight is added evenly, so that even rays that hit nothing have samples. (nerfacc's version needs CUDA.)
+    Some weight is added everywhere, so that rays that hit nothing have samples as well. nerfacc's version of this
+    function needs CUDA.
+
+    Args:
+        edges: the edges of the given intervals, [N, S + 1]
+        weights: the weights of the given intervals, [N, S]
     """
     weights = weights + 1e-3 + 0.05 * weights.mean(-1, keepdim=True)
     cumulated = torch.cat([torch.zeros_like(weights[:, :1]), weights.cumsum(-1)], 1)

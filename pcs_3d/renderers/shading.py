@@ -1,4 +1,4 @@
-"""Shading of colours: plain, lit by one lamp, without texture, or as normals."""
+"""Shades colours. They are left as they are, lit by a lamp with or without texture, or replaced by normals."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.renderers.rendering import RenderSettings
 
 AMBIENT = 0.3
-"""The share of a colour that is visible without light; DreamFusion draws it from 0.1 to 1."""
+"""The share of a colour that is visible without light. DreamFusion draws it from 0.1 to 1."""
 
 
 def needs_normals(settings: RenderSettings) -> bool:
-    """Whether the shading needs normals."""
+    """Returns whether the shading needs normals."""
     return settings.shading != "albedo"
 
 
 def lamps(cameras: Cameras, settings: RenderSettings) -> Tensor:
-    """[B, 3]: positions of the light; by default, the cameras' own."""
+    """Returns the position of the light in each view, `[B, 3]`. By default, it is the camera's position."""
     return cameras.positions if settings.light is None else settings.light
 
 
 def shaded(features: Tensor, normals: Tensor | None, points: Tensor, lamp: Tensor, settings: RenderSettings) -> Tensor:
-    """Features [N, K] of points [N, 3] with normals [N, 3], lit from lamp [N, 3] -> [N, K].
+    """Shades the features (`[N, K]`) of points with normals, lit by a lamp. `normals`, `points` and `lamp` are `[N,
+    3]`.
 
-    lambertian: colour · (ambient + (1 − ambient) · max(0, n·l)) (DreamFusion, eq. 7).
-    textureless: the same for white.
-    normal: (n + 1) / 2 in world coordinates.
+    The shading `albedo` returns the features unchanged. `lambertian` returns colour · (ambient + (1 − ambient) · max(0,
+    n·l)) (DreamFusion, eq. 7), and `textureless` does the same for a white object. `normal` returns (n + 1) / 2 in
+    world coordinates.
     """
     if settings.shading == "albedo":
         return features

@@ -1,4 +1,4 @@
-"""Gaussian splatting (3DGS, https://arxiv.org/abs/2308.04079): by gsplat on a GPU, else in torch."""
+"""Gaussian splatting (3DGS, https://arxiv.org/abs/2308.04079), with gsplat on a GPU and in PyTorch otherwise."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ _BLUR = 0.3  # added to the variances, in pixels², so that no Gaussian falls be
 
 
 class Splat(RendererPart):
-    """tile: side, in pixels, of the squares that share a list of Gaussians.
-    engine: gsplat needs CUDA; auto uses it there if it is installed and works, and torch otherwise, with a warning if gsplat is
-    installed but does not work.
+    """Renders a field by Gaussian splatting.
+
+    tile: the side, in pixels, of the squares that share a list of Gaussians.
+    engine: `gsplat` needs CUDA. `auto` uses gsplat on a GPU if it is installed and works, and `torch` otherwise. If
+    gsplat is installed but does not work, there is a warning.
     """
 
     draws: ClassVar[type] = SplatField
@@ -45,7 +47,7 @@ class Splat(RendererPart):
             normals, points = normals_of_distance(depth, opacity.detach(), cameras)
             lit = lamps(cameras, settings)[:, None, None].expand_as(points)
             normal, point, lamp = (n.reshape(-1, 3) for n in (normals, points, lit))
-            # Colours are opacity-weighted sums; they are lit as one surface.
+            # Colours are opacity-weighted sums and are lit as if they were on one surface.
             seen = shaded(colors.reshape(-1, colors.shape[-1]), normal, point, lamp, settings)
             seen = seen.view(*normals.shape[:3], -1)
             own = settings.shading in ("textureless", "normal")
@@ -57,12 +59,13 @@ class Splat(RendererPart):
         )  # fmt: skip
 
     def uses_gsplat(self, device: torch.device) -> bool:
-        """Whether gsplat draws fields on this device. Raises ValueError if `engine` requires it but it cannot."""
+        """Returns whether gsplat renders fields on this device. Raises ValueError if `engine` is gsplat but it cannot
+        be used."""
         if self.engine == "torch":
             return False
         why = gsplat(device).why if device.type == "cuda" else "the field is not on a GPU"
         if self.engine == "gsplat" and why:
-            raise ValueError(f"renderer.engine = gsplat: {why}: use torch")
+            raise ValueError(f"renderer.engine = gsplat cannot be used, because {why}: set renderer.engine=torch")
         return not why
 
     def _by_torch(self, splats: Splats, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,9 +74,10 @@ class Splat(RendererPart):
         return colors, opacity, depth
 
     def _view(self, splats: Splats, camera: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Colours [H, W, K], opacity and depth [H, W, 1] of one view, from a list of Gaussians per tile, near to far."""
+        """Renders one view from lists of the Gaussians in each tile, sorted from near to far. Returns colours (`[H, W,
+        K]`), opacity and depth (both `[H, W, 1]`)."""
         places, spread, depth = projected(splats, camera, height, width)
-        lists = self._lists(places, spread, depth, splats, (height, width))  # [T, M], -1: nothing
+        lists = self._lists(places, spread, depth, splats, (height, width))  # [T, M], -1 where there is none
         rows, columns = -(-height // self.tile), -(-width // self.tile)
         inner = torch.arange(self.tile, device=places.device)
         tiles = torch.arange(rows * columns, device=places.device)
@@ -100,7 +104,8 @@ class Splat(RendererPart):
 
     @torch.no_grad()
     def _lists(self, places: Tensor, spread: Tensor, depth: Tensor, splats: Splats, size: tuple[int, int]) -> Tensor:
-        """[T, M]: which Gaussians reach each tile, from near to far; -1 where there are fewer."""
+        """Returns the Gaussians that reach each tile, sorted from near to far, as `[T, M]`. Shorter lists are filled
+        with -1."""
         rows, columns = (-(-s // self.tile) for s in size)
         reach = torch.stack([spread[:, 0], spread[:, 2]], -1).sqrt() * 3
         low = ((places - reach) / self.tile).floor().long()
@@ -120,15 +125,15 @@ class Splat(RendererPart):
 
 
 def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions [N, 2] in pixels, variances and covariance [N, 3] (xx, xy, yy) in pixels² of the projected Gaussians (EWA),
-    and depths [N]."""
+    """Projects Gaussians onto a view (EWA). Returns their positions in pixels (`[N, 2]`), their variances and
+    covariance in pixels² (`[N, 3]`; xx, xy, yy), and their depths (`[N]`)."""
     shorter = min(height, width)
     local = (splats.means - camera.positions[0]) @ camera.axes[0].T
     depth = -local[:, 2]
     zoom = camera.focal[0] * shorter / 2 / depth.clamp_min(0.05)
     places = torch.stack([width / 2 + local[:, 0] * zoom, height / 2 - local[:, 1] * zoom], -1)
     zero = torch.zeros_like(zoom)
-    lean = zoom / depth.clamp_min(0.05)  # larger towards the camera
+    lean = zoom / depth.clamp_min(0.05)  # points closer to the camera are magnified more
     jacobian = torch.stack([zoom, zero, local[:, 0] * lean, zero, -zoom, -local[:, 1] * lean], -1).view(-1, 2, 3)
     frame = rotation_matrices(splats.rotations) * splats.scales[:, None]
     half = jacobian @ (camera.axes[0] @ frame)
@@ -138,7 +143,7 @@ def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple
 
 @dataclass(frozen=True)
 class Found:
-    """gsplat's rasterization; or None, and the reason why it cannot be used."""
+    """gsplat's rasterization function, or None and the reason why it cannot be used."""
 
     rasterization: Any = None
     why: str = ""
@@ -146,8 +151,8 @@ class Found:
 
 @lru_cache
 def gsplat(device: torch.device) -> Found:
-    """gsplat, tested on the device by drawing one Gaussian: it builds its kernels on first use, and can fail only then. Warns
-    once if it is installed but does not work."""
+    """Imports gsplat and tests it on the device by rendering one Gaussian, because it builds its kernels on first use
+    and can fail only then. Warns once if gsplat is installed but does not work."""
     try:
         from gsplat import rasterization  # pyright: ignore[reportMissingImports]
 
@@ -163,7 +168,7 @@ def gsplat(device: torch.device) -> Found:
             raise
         why = f"it does not work ({type(error).__name__}: {str(error)[:200]})"
         warnings.warn(
-            f"gsplat is installed but {why.removeprefix('it ')}: Gaussians are drawn in torch, more slowly",
+            f"gsplat is installed but {why.removeprefix('it ')}, so Gaussians are rendered in PyTorch, which is slower",
             stacklevel=2,
         )
         return Found(why=why)

@@ -1,4 +1,5 @@
-"""Rays marched through a field (NeRF, https://arxiv.org/abs/2003.08934), with nerfacc's batched rendering functions."""
+"""Marches rays through a field (NeRF, https://arxiv.org/abs/2003.08934), using nerfacc's batched rendering
+functions."""
 
 from __future__ import annotations
 
@@ -20,13 +21,16 @@ from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 
 
 class Volume(RendererPart):
-    """samples: number of samples along each ray inside the field's bound.
-    importance: number of additional samples; if above 0, all samples are placed where a first pass finds density.
-    hidden: samples whose weight in their pixel is guaranteed to be below this are skipped and receive no gradient; most of
-    them lie in empty cells or behind the surface.
-    rays: number of rays drawn at a time.
-    recompute: whether the samples' activations are recomputed in the backward pass, chunk by chunk, which takes less memory
-    and more time and leaves the gradient unchanged.
+    """Renders a field by marching rays through it.
+
+    samples: the number of samples along each ray inside the field's bound.
+    importance: the number of additional samples. If it is above 0, all samples are placed where a first pass finds
+    density.
+    hidden: samples whose weight in their pixel is guaranteed to be at most this are skipped and receive no gradient.
+    Most of them lie in empty cells or behind the surface.
+    rays: the number of rays rendered at a time.
+    recompute: whether the activations of the samples are recomputed in the backward pass, chunk by chunk. This takes
+    less memory and more time, and leaves the gradient unchanged.
     """
 
     draws: ClassVar[type] = VolumeField
@@ -60,14 +64,14 @@ class Volume(RendererPart):
         )
 
     def _rays(self, field: VolumeField, rays: Tensor, settings: RenderSettings) -> tuple[Tensor, ...]:
-        """Renders rays [N, 9] (origin, direction, lamp): colours, opacity, depth, normals, and the samples' weights and
-        distances."""
+        """Renders rays given as `[N, 9]` (origin, direction, lamp). Returns colours, opacity, depth, normals, and the
+        weights and distances of the samples."""
         with torch.no_grad():
             edges = self._edges(field, rays, settings.generator)
             middles = (edges[:, 1:] + edges[:, :-1]) / 2
             kept, hit = self._worthwhile(field, rays, edges, middles)
         draw = partial(self._drawn, field, rays, settings, edges, (kept, hit))
-        if self.recompute and torch.is_grad_enabled():  # sample positions were drawn above and are reused
+        if self.recompute and torch.is_grad_enabled():  # the random sample positions above are reused
             return checkpoint(draw, use_reentrant=False, preserve_rng_state=False)
         return draw()
 
@@ -99,7 +103,7 @@ class Volume(RendererPart):
         from nerfacc import render_weight_from_density
 
         near, far = through_cube(rays[:, :3], rays[:, 3:6], field.bound)
-        far = torch.maximum(near, far)  # for a ray that misses the cube, all intervals have length and weight 0
+        far = torch.maximum(near, far)  # the intervals of a ray that misses the cube have length and weight 0
         edges = stratified(near, far, self.samples, generator)
         if not self.importance:
             return edges
@@ -108,7 +112,8 @@ class Volume(RendererPart):
         return by_importance(edges, weights, self.samples + self.importance, generator)
 
     def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the indices into [N · S] of the samples that may weigh more than `hidden`, and the rays [M] they lie on."""
+        """Returns the samples that may weigh more than `hidden`, as indices into `[N · S]`, and the rays that they lie
+        on (`[M]`)."""
         from nerfacc import render_transmittance_from_density
 
         least, most = field.between(rays[:, :3], rays[:, 3:6], middles)
@@ -121,13 +126,13 @@ class Volume(RendererPart):
         kept = (passed * -torch.expm1(-most[hit]) > self.hidden).nonzero()
         kept = hit[kept[:, 0]] * middles.shape[1] + kept[:, 1]
         if not len(kept):
-            kept = hit[:1] * middles.shape[1]  # keeps one sample, so that a gradient of 0 reaches the field
+            kept = hit[:1] * middles.shape[1]  # keep one sample, so that a gradient of 0 reaches the field
         return kept, hit
 
 
 def _weights(edges: Tensor, density: Tensor, kept: Tensor, hit: Tensor) -> Tensor:
-    """Returns each sample's weight in its pixel [N, S], given the edges between samples [N, S + 1]. Only the samples at indices
-    `kept` have a density, and they all lie on the rays `hit`."""
+    """Returns the weight of each sample in its pixel (`[N, S]`), given the edges between samples (`[N, S + 1]`). Only
+    the samples with indices `kept` have a density, and all of them lie on the rays `hit`."""
     from nerfacc import render_weight_from_density
 
     n, s = len(edges), edges.shape[1] - 1

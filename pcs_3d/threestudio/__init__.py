@@ -1,2 +1,2 @@
-"""An extension for threestudio (https://github.com/threestudio-project/threestudio) that combines its systems, geometries and
-YAML with this package's concepts, guidance, rendering and export."""
+"""An extension for threestudio (https://github.com/threestudio-project/threestudio). It combines threestudio's systems,
+geometries and YAML files with this package's concepts, guidance, rendering and export."""

@@ -1,4 +1,4 @@
-"""A threestudio checkout, and the files written into it."""
+"""Finds a threestudio checkout and writes files into it."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.outputs import atomic_write, check_file
 
-#: Written files: path in the checkout -> the file of this package that is copied there.
+#: The files that are written, by path in the checkout, with the file of this package that is copied there.
 WRITTEN = {"custom/pcs/__init__.py": "custom_pcs.py.txt", "configs/pcs-dreamfusion.yaml": "pcs-dreamfusion.yaml"}
-_OURS = "pcs 3d threestudio install"  # in the first lines of each written file
+_OURS = "pcs 3d threestudio install"  # occurs in the first lines of each written file
 
 
 def check_checkout(folder: Path) -> Path:
-    """The folder, absolute. Raises ValueError if it is not a threestudio checkout."""
+    """Returns the folder's absolute path. Raises ValueError if it is not a threestudio checkout."""
     folder = expanded(folder).resolve()
     for name in ("launch.py", "threestudio/__init__.py", "custom"):
         if not (folder / name).exists():
             raise ValueError(
-                f"{folder} is not a threestudio checkout: it has no {name}. "
+                f"{folder} is not a threestudio checkout, because it has no {name}: "
                 "git clone https://github.com/threestudio-project/threestudio"
             )
     return folder
 
 
 def version_of(folder: Path) -> str:
-    """threestudio's version, from its sources; "" if they have none."""
+    """Returns the version stated in threestudio's sources, or "" if there is none."""
     found = re.search(r'^__version__ = "([^"]*)"', (folder / "threestudio/__init__.py").read_text("utf-8"), re.M)
     return found[1] if found else ""
 
 
 def content(name: str) -> str:
-    """The content of a file in `WRITTEN`."""
+    """Returns the content of a file in `WRITTEN`."""
     return (files("pcs_3d.threestudio") / WRITTEN[name]).read_text(encoding="utf-8")
 
 
 def differing(folder: Path) -> dict[str, bool]:
-    """The files that are missing or differ from what `install` writes -> whether something is in their place."""
+    """Returns the files that are missing or differ from what `install` writes, and for each whether a file exists at
+    its path."""
     places = {name: folder / name for name in WRITTEN}
     return {
         n: p.exists() for n, p in places.items() if not p.is_file() or p.read_text("utf-8", "replace") != content(n)
@@ -46,8 +47,11 @@ def differing(folder: Path) -> dict[str, bool]:
 
 
 def install(folder: Path, overwrite: bool = False) -> list[Path]:
-    """Writes the extension and a configuration; returns the written files. Raises ValueError, before anything is written, for
-    a folder that is not a checkout and for files that were changed or are not ours."""
+    """Writes the extension and a configuration. Returns the written files.
+
+    Raises ValueError, before anything is written, if the folder is not a checkout, if a file at one of the paths was
+    not written by this program, or, unless `overwrite` is set, if it was changed.
+    """
     folder = check_checkout(folder)
     wanted = differing(folder)
     for name in [n for n, there in wanted.items() if there]:

@@ -16,13 +16,13 @@ import torch
 from pcs_3d.threestudio.checkout import WRITTEN, check_checkout, differing, version_of
 from pcs_3d.threestudio.stand_ins import NEEDED, REPLACEABLE, absent
 
-_PATIENCE = 600  # seconds, for an import from a cold disk
-#: Whether a part works (None: it is missing but optional), and a description.
+_PATIENCE = 600  # seconds that an import may take, for example from a cold disk
+#: Whether a part works, and a description. The first is None for an optional part that is missing.
 Finding = tuple[bool | None, str]
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """Yields what works, what does not, and how to fix it. Raises ValueError for a folder that is not a checkout."""
+    """Yields what works, what does not, and how to fix it. Raises ValueError if the folder is not a checkout."""
     folder = check_checkout(folder)
     yield True, f"{folder}: threestudio {version_of(folder) or 'of an unknown version'}"
     wrong, installing = differing(folder), f"pcs 3d threestudio install {shlex.quote(str(folder))}"
@@ -39,10 +39,11 @@ def findings(folder: Path) -> Iterator[Finding]:
             )
     missing = [module for module in NEEDED if find_spec(module) is None]
     if missing:
-        yield False, f"missing: pip install {' '.join(NEEDED[m] for m in missing)}"
+        yield False, f"packages are missing: pip install {' '.join(NEEDED[m] for m in missing)}"
     gone = absent()
     for package, purpose in REPLACEABLE.items():
-        yield (None, f"{package} is absent: {purpose}") if package in gone else (True, f"{package} is installed")
+        missing_part = (None, f"{package} is not installed ({purpose})")
+        yield missing_part if package in gone else (True, f"{package} is installed")
     if not missing:
         yield from _tried(folder)
     yield _how_to_start(folder, gone)
@@ -69,7 +70,7 @@ def _tried(folder: Path) -> Iterator[Finding]:
         why = found.get("error") or (ran.stderr.strip().splitlines() or ["it stopped without an error message"])[-1]
         yield False, f"threestudio cannot be imported: {why}"
         return
-    yield True, f"threestudio can be imported: it registers {found['classes']} classes"
+    yield True, f"threestudio can be imported and registers {found['classes']} classes"
     if found.get("error"):
         yield False, f"custom/pcs cannot be imported: {found['error']}"
     elif found["ours"]:
@@ -84,6 +85,6 @@ def _how_to_start(folder: Path, gone: list[str]) -> Finding:
     cpu = "" if gpu else " --cpu"
     return None, (
         f"{why}, so launch.py cannot start on its own; use: pcs 3d threestudio run {shlex.quote(str(folder))}{cpu} "
-        "--config configs/pcs-dreamfusion.yaml --train. Whatever is listed above as missing (hash grids, rasterizers, …) "
-        "then stops with an error when it is used"
+        "--config configs/pcs-dreamfusion.yaml --train. A part whose package is not installed (hash grids, "
+        "rasterizers, …) then raises an error when it is used"
     )

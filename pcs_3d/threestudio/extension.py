@@ -1,6 +1,7 @@
 """Registers `pcs-prompt-processor`, `pcs-guidance`, `pcs-volume-renderer` and `pcs-exporter` with threestudio.
 
-Imported by a checkout's `custom/pcs` when its `launch.py` starts; outside a checkout, threestudio cannot be imported.
+A checkout's `custom/pcs` imports this module when its `launch.py` starts. Outside a checkout, threestudio cannot be
+imported.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def _teacher(cfg: Any, device: torch.device) -> Teacher:
 
 @register("pcs-prompt-processor")
 class PersonalizedPromptProcessor(BaseObject):
-    """A prompt that refers to concepts as `<name>`, with the recipe's words for views. Encodings are cached only in memory, by
-    the content of concepts. threestudio's own guidance can also use it for learned words, but not for LoRA or weights."""
+    """Processes a prompt that refers to concepts as `<name>`, and adds the recipe's words for views. Encodings are
+    cached only in memory, by the content of concepts. threestudio's own guidance can use this processor for learned
+    words, but not for LoRA or weights."""
 
     @dataclass
     class Config(BaseObject.Config):
         prompt: str = ""
-        negative_prompt: str | None = None  # null: the recipe's
+        negative_prompt: str | None = None  # if null, the recipe's
         backbone: str = ""
         concepts: dict[str, float] = field(default_factory=dict)
         recipe: str = "dreamfusion"
@@ -60,13 +62,14 @@ class PersonalizedPromptProcessor(BaseObject):
 class PersonalizedGuidance(BaseObject):
     """The guidance of any single-phase recipe (`pcs methods`).
 
-    concepts: folder -> strength.
+    concepts: the strength of each concept, by folder.
     steps: the length of the run, for schedules.
     """
 
     @dataclass
     class Config(BaseObject.Config):
-        backbone: str = ""  # folder, file or hub id; default: the first concept's model, else the toybox
+        # a folder, a file or a hub id; by default, the first concept's model or, without concepts, the toybox
+        backbone: str = ""
         concepts: dict[str, float] = field(default_factory=dict)
         recipe: str = "dreamfusion"
         settings: list[str] = field(default_factory=list)  # applied on top of the recipe, such as guidance.scale=50
@@ -95,7 +98,7 @@ class PersonalizedGuidance(BaseObject):
         **batch: Any,
     ) -> dict[str, Any]:
         if guidance_eval:
-            raise ValueError("freq.guidance_eval: pcs-guidance has no evaluation images to show: set it to 0")
+            raise ValueError("pcs-guidance makes no evaluation images: set freq.guidance_eval to 0")
         cameras = cameras_of(elevation, azimuth, camera_distances, batch.get("fovy"))
         moment = Moment(self.step, self.cfg.steps)
         return losses(self.teacher, prompt_utils, rgb, cameras, moment, self.cfg.seed, rgb_as_latents)
@@ -124,26 +127,26 @@ class BatchedVolumeRenderer(VolumeRenderer):
     ) -> dict[str, Tensor]:
         if "c2w" in kwargs:
             check_cameras(kwargs["c2w"])
-        if bg_color is not None and bg_color.ndim == 2:  # one per view, or one per ray
+        if bg_color is not None and bg_color.ndim == 2:  # one colour per view or per ray
             whole = len(bg_color) == rays_d[..., 0].numel()
             bg_color = bg_color.reshape(*rays_d.shape[:3], -1) if whole else bg_color[:, None, None]
         how = March(self.cfg.radius, self.cfg.samples, self.cfg.importance, self.cfg.hidden, self.cfg.chunk)
         parts = Parts(self.geometry, self.material, self.background, kwargs if self.training else {})
         draw = None
-        if self.training:  # from the seed set by launch.py
+        if self.training:  # reproducible, because launch.py sets the seed
             draw = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         return how.render(parts, Rays(rays_o, rays_d, light_positions, bg_color), self.training, draw)
 
 
 @register("pcs-exporter")
 class AssetExporter(Exporter):
-    """GLB, OBJ with MTL and PNG, and PLY, each read back and compared; needs no rasterizer."""
+    """Writes GLB, OBJ with MTL and PNG, and PLY files, each of which is read back and compared. Needs no rasterizer."""
 
     @dataclass
     class Config(Exporter.Config):
         save_name: str = "asset"
         resolution: int = 96
-        threshold: float | None = None  # null: found automatically
+        threshold: float | None = None  # if null, found automatically
         faces: int = 20_000
         texture: int = 512
 
@@ -152,7 +155,7 @@ class AssetExporter(Exporter):
     def __call__(self) -> list[Any]:
         cfg = self.cfg
         how = ExportSettings(resolution=cfg.resolution, threshold=cfg.threshold, faces=cfg.faces, texture=cfg.texture)
-        self.folder = TemporaryDirectory()  # threestudio copies from it after this returns
+        self.folder = TemporaryDirectory()  # kept, because threestudio copies the files after this method returns
         made = export_asset(Lifted(self.geometry, self.material), Path(self.folder.name), how, cfg.save_name)
         for note in made.notes:
             info(note)

@@ -1,4 +1,4 @@
-"""One step of guidance on views rendered by a threestudio system."""
+"""Computes one step of guidance on views that a threestudio system rendered."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from shared.train.loop import generator
 
 
 def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tensor | None = None) -> Cameras:
-    """Cameras from threestudio's batch: angles in degrees, `fovy` in radians. threestudio's axes are the same as this
-    package's: x points to the front, z up."""
+    """Returns the cameras of threestudio's batch. `elevation` and `azimuth` are in degrees, and `fovy` is in radians.
+    threestudio's axes are the same as this package's, with x pointing to the front and z up."""
     fov_deg = torch.full_like(distances, 45.0) if fovy is None else fovy * (180 / math.pi)
     return Cameras.of(azimuth.cpu(), elevation.cpu(), distances.cpu(), fov_deg.cpu())
 
@@ -27,19 +27,20 @@ def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tens
 def losses(
     teacher: Teacher, prompts: Any, rgb: Tensor, cameras: Cameras, moment: Moment, seed: int, latents: bool = False
 ) -> dict[str, Any]:
-    """`loss_sds`, a scalar whose gradient is the guidance's, and numbers for the log. Also trains a student, if there is one.
+    """Returns `loss_sds`, a scalar whose gradient is that of the guidance, and numbers for the log. Also trains the
+    student, if there is one.
 
     Args:
-        rgb: [B, H, W, 3] in [0, 1]; with `latents`, [B, h, w, C], used as they are
+        rgb: pixels [B, H, W, 3] in [0, 1] or, if `latents` is set, latents [B, h, w, C] that are used as they are
 
     Raises:
-        ValueError: prompts from a different processor or teacher, latents with the wrong number of channels, or no pixels for
-            a recipe that compares them
+        ValueError: the prompts are from a different processor or teacher, the latents have the wrong number of
+            channels, or the recipe compares pixels but there are only latents
     """
     if not isinstance(prompts, Prompts) or prompts.teacher is not teacher:
         raise ValueError(
             "prompt_processor: pcs-guidance needs pcs-prompt-processor with the same backbone, concepts, recipe and "
-            "settings; in YAML: concepts: ${system.guidance.concepts}"
+            "settings: write them in YAML as in concepts: ${system.guidance.concepts}"
         )
     settings, scores, draw = teacher.recipe.guidance, prompts.scores, generator(seed, moment.step)
     with torch.autocast(rgb.device.type, enabled=False):
@@ -51,7 +52,7 @@ def losses(
         weight = moment.of(settings.pixel_weight)
         if weight and latents:
             raise ValueError(
-                "guidance.pixel_weight: the renderer outputs latents, which have no pixels to compare: set "
+                "guidance.pixel_weight needs pixels to compare, but the renderer outputs latents: set "
                 "settings: [guidance.pixel_weight=0], or render colours"
             )
         if weight:

@@ -19,17 +19,17 @@ from pcs_3d.threestudio.stand_ins import NEEDED, absent, standing_in
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
     """Runs `launch.py` with these arguments, in this process and in the checkout's folder.
 
-    Missing packages in `REPLACEABLE` are replaced by stand-ins. If `cpu`, Lightning trains on the CPU in full precision, and
-    threestudio's modules put their tensors there. Raises ValueError if there is no GPU and `cpu` is not set, or if a package
-    without a stand-in is missing.
+    Packages in `REPLACEABLE` that are missing are replaced by stand-ins. If `cpu` is set, Lightning trains on the CPU
+    in full precision, and threestudio's modules put their tensors on the CPU. Raises ValueError if there is no GPU and
+    `cpu` is not set, or if a package without a stand-in is missing.
     """
     if not (cpu or torch.cuda.is_available()):
-        raise ValueError("threestudio needs a GPU, and there is none: add --cpu")
+        raise ValueError("threestudio needs a GPU, but there is none: add --cpu to train on the CPU")
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))
     missing = absent()
     if missing:
-        print(f"pcs: not installed, replaced by stand-ins: {', '.join(missing)}", file=sys.stderr)
+        print(f"pcs: stand-ins replace packages that are not installed: {', '.join(missing)}", file=sys.stderr)
     imported(missing)
     if cpu:
         train_on_cpu()
@@ -42,7 +42,7 @@ def imported(missing: Sequence[str]) -> Any:
     """Imports the module `threestudio` from the first folder in `sys.path`."""
     try:
         with standing_in(missing), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about names in torch.cuda.amp
+            warnings.simplefilter("ignore", FutureWarning)  # about deprecated names in torch.cuda.amp
             return import_module("threestudio")
     except ModuleNotFoundError as error:
         package = NEEDED.get(error.name or "", error.name)

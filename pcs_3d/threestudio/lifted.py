@@ -1,4 +1,4 @@
-"""A threestudio geometry and its material as a field of this package, for export."""
+"""Presents a threestudio geometry and its material as a field of this package, for export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pcs_3d.fields.field import Sample
 
 
 class Lifted(BaseVolume):
-    """The volume of a geometry and its material. Raises ValueError if they have no densities or colours."""
+    """The volume given by a geometry and its material. Raises ValueError if they have no densities or no colours."""
 
     def __init__(self, geometry: Any, material: Any) -> None:
         super().__init__(float(geometry.cfg.radius), 3)

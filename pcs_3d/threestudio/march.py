@@ -1,6 +1,8 @@
-"""Marches rays through a threestudio geometry in one batch, with the outputs that its systems expect of a renderer.
+"""Marches rays through a threestudio geometry in one batch, with the outputs that threestudio's systems expect of a
+renderer.
 
-Uses no CUDA kernels: intervals come from `pcs_3d.renderers.sampling`, weights from nerfacc's batched functions.
+No CUDA kernels are needed, because intervals come from `pcs_3d.renderers.sampling` and weights from nerfacc's batched
+functions.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
 
 @dataclass(frozen=True)
 class March:
-    """samples: number of intervals along each ray in the cube [-radius, radius]³.
-    importance: number of additional intervals; if above 0, all intervals are placed where a first pass finds density.
-    hidden: samples whose weight in their pixel is not above this are skipped and receive no gradient.
-    chunk: number of rays drawn at a time outside training.
+    """The settings of ray marching.
+
+    samples: the number of intervals along each ray in the cube [-radius, radius]³.
+    importance: the number of additional intervals. If it is above 0, all intervals are placed where a first pass finds
+    density.
+    hidden: samples whose weight in their pixel is at most this are skipped and receive no gradient.
+    chunk: the number of rays rendered at a time outside training.
     """
 
     radius: float = 1.0
@@ -30,15 +35,20 @@ class March:
     chunk: int = 4096
 
     def render(self, parts: Parts, rays: Rays, training: bool, generator: Generator | None = None) -> dict[str, Tensor]:
-        """`comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` [B, H, W, C], `opacity`, `depth` and `z_variance` [B, H, W, 1] and, if
-        the geometry has normals, `comp_normal` [B, H, W, 3]; in training also values of each of the M samples: `weights`,
-        `t_points`, `t_intervals` [M, 1], `t_dirs`, `points` [M, 3], `ray_indices` [M] and the geometry's own output.
+        """Renders the rays of B views.
 
-        Raises ValueError for a geometry without densities.
+        Returns:
+            For each pixel, `comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` ([B, H, W, C]), `opacity`, `depth` and
+            `z_variance` ([B, H, W, 1]) and, if the geometry has normals, `comp_normal` ([B, H, W, 3]). In training,
+            also for each of the M samples, `weights`, `t_points` and `t_intervals` ([M, 1]), `t_dirs` and `points` ([M,
+            3]), `ray_indices` ([M]) and the geometry's own output.
+
+        Raises:
+            ValueError: the geometry has no densities
         """
         if not hasattr(parts.geometry, "forward_density"):
             name = type(parts.geometry).__name__
-            raise ValueError(f"renderer: pcs-volume-renderer needs a density, and {name} has none")
+            raise ValueError(f"renderer: pcs-volume-renderer needs a density, but {name} has none")
         b, h, w = rays.directions.shape[:3]
         flat = torch.cat([rays.origins, rays.directions, rays.lights_like_directions()], -1).reshape(-1, 9)
         drawn = [self._rays(parts, each, generator) for each in ([flat] if training else flat.split(self.chunk))]
@@ -50,7 +60,7 @@ class March:
         return {**out, **drawn[0].samples} if training else out
 
     def _rays(self, parts: Parts, rays: Tensor, generator: Generator | None) -> Drawn:
-        """Renders rays [N, 9]: origin, direction, light."""
+        """Renders rays given as `[N, 9]` (origin, direction, light)."""
         from nerfacc import accumulate_along_rays, render_weight_from_density
 
         origins, directions, lights = rays.split(3, -1)
@@ -86,8 +96,8 @@ class March:
 
     @torch.no_grad()
     def _worthwhile(self, parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
-        """Which samples weigh more than `hidden`, as indices into [N · S]; at least one, so that a gradient reaches the
-        geometry."""
+        """Returns the samples that weigh more than `hidden`, as indices into `[N · S]`. There is always at least one,
+        so that a gradient reaches the geometry."""
         from nerfacc import render_weight_from_density
 
         if not self.hidden:
@@ -99,11 +109,11 @@ class March:
 
     @torch.no_grad()
     def _edges(self, parts: Parts, origins: Tensor, directions: Tensor, generator: Generator | None) -> Tensor:
-        """Edges of the intervals, [N, samples + importance + 1]."""
+        """Returns the edges of the intervals, `[N, samples + importance + 1]`."""
         from nerfacc import render_weight_from_density
 
         near, far = through_cube(origins, directions, self.radius)
-        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # a ray that misses has length 0
+        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # length 0 if the ray misses
         if not self.importance:
             return edges
         density = densities(parts, origins, directions, edges)
@@ -112,30 +122,31 @@ class March:
 
 
 def middles(edges: Tensor) -> Tensor:
-    """The middles of intervals: edges [N, S + 1] -> [N, S]."""
+    """Returns the middles (`[N, S]`) of the intervals between edges (`[N, S + 1]`)."""
     return (edges[:, 1:] + edges[:, :-1]) / 2
 
 
 def densities(parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
-    """Densities at the middles of intervals, [N, S]."""
+    """Returns the densities at the middles of intervals, `[N, S]`."""
     points = origins[:, None] + middles(edges)[..., None] * directions[:, None]
     return parts.geometry.forward_density(points.reshape(-1, 3)).reshape(len(edges), -1)
 
 
 def check_cameras(c2w: Tensor) -> None:
-    """Raises ValueError if the axes of cameras [B, 4, 4] are not orthogonal. For exactly three cameras, threestudio's data
-    modules take cross products along the wrong dimension, so rays point the wrong way."""
+    """Raises ValueError if the axes of the cameras (`[B, 4, 4]`) are not orthogonal. For exactly three cameras,
+    threestudio's data modules take cross products along the wrong dimension, so that rays point in the wrong
+    directions."""
     axes = c2w[:, :3, :3].float()
     if not torch.allclose(axes @ axes.mT, torch.eye(3, device=axes.device).expand_as(axes), atol=1e-3):
         raise ValueError(
-            "the axes of the cameras are not orthogonal: threestudio computes them wrongly for exactly three cameras; "
-            "set data.batch_size, data.n_val_views and data.n_test_views to anything but 3"
+            "the axes of the cameras are not orthogonal, because threestudio computes them wrongly for exactly three "
+            "cameras: set data.batch_size, data.n_val_views and data.n_test_views to anything but 3"
         )
 
 
 @dataclass(frozen=True)
 class Parts:
-    """threestudio's modules, and the shading that its systems request."""
+    """threestudio's modules, and the shading that threestudio's systems request."""
 
     geometry: Any
     material: Any
@@ -145,9 +156,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Rays:
-    """origins, directions: [B, H, W, 3]; directions have length 1.
-    lights: [B, 3].
-    behind: colours [B, H, W, C] or [B, 1, 1, C] that replace the background's.
+    """The rays of B views.
+
+    origins, directions: [B, H, W, 3]; directions have length 1.
+    lights: the position of the light in each view, [B, 3].
+    behind: colours that replace those of the background, [B, H, W, C] or [B, 1, 1, C], or None.
     """
 
     origins: Tensor
@@ -156,13 +169,14 @@ class Rays:
     behind: Tensor | None = None
 
     def lights_like_directions(self) -> Tensor:
-        """The lights, repeated for each ray: [B, H, W, 3]."""
+        """Returns the lights, repeated for each ray, as `[B, H, W, 3]`."""
         return self.lights[:, None, None].expand_as(self.directions)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The result for N rays: the values of their pixels [N, K] and of their samples."""
+    """The result for N rays. `pixels` contains the values of their pixels, each [N, K], and `samples` those of their
+    samples."""
 
     pixels: dict[str, Tensor]
     samples: dict[str, Tensor]

@@ -1,4 +1,7 @@
-"""`python -m pcs_3d.threestudio.probe CHECKOUT`: imports a checkout and the extension in it, and prints the outcome as JSON."""
+"""Imports a threestudio checkout and the extension in it, and prints the outcome as JSON.
+
+python -m pcs_3d.threestudio.probe CHECKOUT
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from pcs_3d.threestudio.stand_ins import absent
 
 
 def probe(checkout: Path) -> dict[str, Any]:
-    """Imports threestudio and the extension. Returns:
+    """Imports threestudio and the extension.
 
-    classes: the number of classes that threestudio registers.
-    ours: the names of the extension's classes.
-    error: why one of the two imports failed.
+    Returns:
+        `classes`, the number of classes that threestudio registers; `ours`, the names of the extension's classes; and
+        `error`, the reason why an import failed. If threestudio itself cannot be imported, there is only `error`.
     """
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))

@@ -1,7 +1,8 @@
 """Stand-ins for packages that threestudio imports but that are not installed.
 
-threestudio always imports all of its modules, so a single CUDA extension that cannot be built stops everything. A stand-in
-lets the import succeed and raises an error naming the package as soon as anything in it is called.
+threestudio always imports all of its modules, so a single CUDA extension that cannot be built makes it unusable. With a
+stand-in, the import succeeds, and an error with the package's name is raised only when something in the package is
+called.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-#: Module -> package, for threestudio's imports that cannot be replaced.
+#: The modules that threestudio imports and that cannot be replaced, with the package of each.
 NEEDED = {
     "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg",
     "jaxtyping": "jaxtyping", "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf",
     "pytorch_lightning": "lightning", "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics",
     "trimesh": "trimesh", "typeguard": "typeguard",
 }  # fmt: skip
-#: Package -> which part of threestudio needs it, and how to install it.
+#: The packages that can be replaced, with the part of threestudio that needs each, and how to install it.
 REPLACEABLE: Mapping[str, str] = {
     "IPython": "Zero-1-to-3; pip install ipython",
     "kornia": "Zero-1-to-3; pip install kornia",
@@ -33,11 +34,11 @@ REPLACEABLE: Mapping[str, str] = {
     "wandb": "logging to wandb; pip install wandb",
     "torchvision": "Zero-1-to-3, CO3D data and perceptual losses; pip install torchvision to match PyTorch",
 }
-_ASKING = ("threestudio", "extern")  # only their imports get stand-ins: for all other importers, the package is missing
+_ASKING = ("threestudio", "extern")  # only imports by these packages get stand-ins
 
 
 class _Missing(type):
-    """The type of stand-ins, which are classes so that they work in annotations and as base classes."""
+    """The type of stand-ins. Stand-ins are classes, so that they also work in annotations and as base classes."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -48,24 +49,25 @@ class _Missing(type):
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
         package = cls.__name__.partition(".")[0]
-        raise ImportError(f"{cls.__name__} is missing: {package} is not installed ({REPLACEABLE.get(package, '')})")
+        raise ImportError(f"{cls.__name__} needs {package}, which is not installed ({REPLACEABLE.get(package, '')})")
 
 
 def stand_in(name: str) -> Any:
-    """The stand-in for `name`, a package or something in one. Calling it raises ImportError."""
-    own = {"free_temporary_memory": lambda: None} if name == "tinycudann" else {}  # threestudio calls it
+    """Returns the stand-in for `name`, which is a package or something in a package. Calling it raises ImportError."""
+    own = {"free_temporary_memory": lambda: None} if name == "tinycudann" else {}  # threestudio calls this
     return _Missing(name, (), own)
 
 
 def absent() -> list[str]:
-    """Which of the replaceable packages are not installed."""
+    """Returns the replaceable packages that are not installed."""
     return [name for name in REPLACEABLE if find_spec(name) is None]
 
 
 @contextmanager
 def standing_in(names: Sequence[str]) -> Iterator[None]:
-    """Within the context, only threestudio's own modules can import these packages, and `sys.modules` does not contain them:
-    libraries that look for torchvision, for example, do not find it."""
+    """Lets threestudio's own modules import stand-ins for these packages within the context. All other importers still
+    find the packages missing. `sys.modules` does not contain the stand-ins, so that libraries that look for
+    torchvision, for example, do not find it."""
     made, real = {name: stand_in(name) for name in names}, builtins.__import__
 
     def imported(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:

@@ -1,4 +1,5 @@
-"""VSD's student alongside a threestudio system, whose own optimizers do not include it."""
+"""Trains the student of variational score distillation alongside a threestudio system, whose own optimizers do not
+include it."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from shared.backbones.protocol import Backbone
 from shared.optimizers import AdamW
 from shared.train.loop import generator
 
-_STREAM = 2**47  # a separate random stream
+_STREAM = 2**47  # separate random stream
 
 
 class Student:
-    """The adapters of the set `student` on a backbone, trained once per step by the recipe's optimizer.
+    """The adapters of the set `student` on a backbone. The recipe's optimizer trains them once per step.
 
-    threestudio's checkpoints do not include the student: a resumed run trains a new one, with a warning. Raises ValueError if
-    the recipe trains anything other than the student and the field.
+    threestudio's checkpoints do not include the student, so a resumed run warns and trains a new one. Raises ValueError
+    if the recipe trains anything other than the student and the field.
     """
 
     def __init__(self, backbone: Backbone, recipe: Recipe3D) -> None:
@@ -32,8 +33,8 @@ class Student:
         for slot, part in recipe.trainable.items():
             if part.adapter_set != STUDENT or part.group != self.settings.group:
                 raise ValueError(
-                    f"trainable.{slot}: only a student can be trained besides the field: set adapter_set={STUDENT} and "
-                    f"group={self.settings.group}"
+                    f"trainable.{slot}: besides the field, only a student can be trained: set adapter_set={STUDENT} "
+                    f"and group={self.settings.group}"
                 )
         groups = [part.inject(backbone, STUDENT, slot, recipe.seed) for slot, part in recipe.trainable.items()]
         how = recipe.train.optimizers.get(self.settings.group, AdamW())
@@ -47,10 +48,11 @@ class Student:
 
     @torch.enable_grad()
     def learn(self, scores: Scores, z: Tensor, views: Views, moment: Moment, seed: int) -> float:
-        """Takes one step on latents z [B, C, h, w]; returns the loss before it."""
+        """Takes one step on the latents `z` (`[B, C, h, w]`). Returns the loss before the step."""
         if moment.step and not self.taught:
             warnings.warn(
-                f"VSD's student starts anew at step {moment.step}: checkpoints do not contain it", stacklevel=2
+                f"the student starts anew at step {moment.step}, because threestudio's checkpoints do not contain it",
+                stacklevel=2,
             )
         self.taught = True
         device, dtype = z.device.type, self.backbone.dtype

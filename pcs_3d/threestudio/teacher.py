@@ -1,4 +1,5 @@
-"""The teacher set in threestudio's YAML: a backbone with concepts, and the recipe whose guidance it uses."""
+"""The teacher that threestudio's YAML file requests, which is a backbone with concepts and the recipe whose guidance is
+used."""
 
 from __future__ import annotations
 
@@ -24,10 +25,10 @@ from shared.runner.open_runner import check_precision, open_runner
 class Asked:
     """A request for a teacher.
 
-    backbone: a folder, a file or a hub id; "": the first concept's model, or the toybox if there are no concepts.
-    concepts: (folder, strength) pairs.
-    recipe: the recipe's name.
-    settings: `key=value`, applied on top of the recipe.
+    backbone: a folder, a file or a hub id. If empty, it is the first concept's model or, without concepts, the toybox.
+    concepts: the folder and the strength of each concept.
+    recipe: the name of the recipe.
+    settings: settings that are applied on top of the recipe, each as `key=value`.
     """
 
     backbone: str
@@ -46,8 +47,8 @@ class Asked:
 
 
 class Teacher:
-    """A runner with its concepts, a recipe, and the student if the recipe has one. Raises ValueError for a recipe with
-    phases."""
+    """A runner with its concepts, a recipe, and the student if the recipe has one. Raises ValueError if threestudio
+    cannot follow the recipe."""
 
     def __init__(self, asked: Asked) -> None:
         self.recipe = recipe_for(asked)
@@ -64,7 +65,7 @@ _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
 
 
 def open_teacher(asked: Asked) -> Teacher:
-    """Opens a teacher. Equal requests share one as long as it is in use; after that, concepts are read again."""
+    """Opens a teacher. Equal requests share one teacher while it is in use. After that, concepts are read again."""
     found = _OPEN.get(asked)
     if found is None:
         _OPEN[asked] = found = Teacher(asked)
@@ -72,27 +73,28 @@ def open_teacher(asked: Asked) -> Teacher:
 
 
 def recipe_for(asked: Asked) -> Recipe3D:
-    """Loads the recipe; only its guidance and words for views are used. Raises ValueError if threestudio cannot follow it."""
+    """Loads the recipe, of which only the guidance and the words for views are used. Raises ValueError if threestudio
+    cannot follow it."""
     backbone = [f"backbone={asked.backbone}"] if asked.backbone else []
     recipe = load(asked.recipe, [*backbone, *asked.settings], "3d", Recipe3D)
     if recipe.phases:
         raise ValueError(
-            f"recipe = {asked.recipe}: it has phases ({', '.join(recipe.phases)}), but threestudio's stages are separate "
+            f"recipe = {asked.recipe} has phases ({', '.join(recipe.phases)}), but threestudio's stages are separate "
             "runs: choose a recipe without phases, such as dreamfusion or csd"
         )
     for key, there in (("regions", bool(recipe.guidance.regions)), ("joint_views", recipe.guidance.joint_views > 1)):
         if there:
-            raise ValueError(f"guidance.{key}: threestudio's batches and fields do not support it: leave it out")
+            raise ValueError(f"guidance.{key} is not supported by threestudio's batches and fields: remove it")
     return recipe
 
 
 class Prompts:
-    """What the prompt processor passes to a guidance, ours or threestudio's own.
+    """The prompts that the prompt processor passes to pcs-guidance or to threestudio's own guidance.
 
-    Raises ValueError for a prompt that is empty or too long, or leaves out a loaded subject.
+    Raises ValueError if the prompt is empty or too long, or leaves out a loaded subject.
     """
 
-    use_perp_neg = False  # read by threestudio's own guidance; ours has a part for it
+    use_perp_neg = False  # read by threestudio's own guidance; pcs-guidance has a setting for Perp-Neg
 
     def __init__(self, teacher: Teacher, prompt: str, negative: str | None = None) -> None:
         changes = {"prompt": prompt} if negative is None else {"prompt": prompt, "negative": negative}
@@ -109,16 +111,17 @@ class Prompts:
     def get_text_embeddings(
         self, elevation: Tensor, azimuth: Tensor, camera_distances: Tensor, view_dependent_prompting: bool = True
     ) -> Tensor:
-        """[2 B, L, D] for views from elevation [B] and azimuth [B] in degrees: the prompt's embeddings, then the negative
-        prompt's. Raises ValueError for a concept whose words differ by layer or by time."""
+        """Returns the embeddings of the prompt and then of the negative prompt, `[2 B, L, D]`, for views with these
+        elevations and azimuths (`[B]` in degrees). Raises ValueError if a concept's words differ by layer or by
+        time."""
         seen = Views(Cameras.of(azimuth.cpu(), elevation.cpu()), (False,) * len(azimuth))
         told = "prompt" if view_dependent_prompting else "plain_prompt"
         rows = [*self.scene.rows(told, seen), *self.scene.rows("negative", seen)]
         backbone = self.teacher.runner.backbone
         if backbone.varies_with([self.scene.text(None)]):
             raise ValueError(
-                "a concept's words differ by layer or by time, but threestudio's own guidance uses one text for all: "
-                "use guidance_type: pcs-guidance"
+                "a concept's words differ by layer or by time, but threestudio's own guidance uses one embedding for "
+                "all: use guidance_type: pcs-guidance"
             )
         with self.scores.under("teacher"):
             context = self.scores.texts.mixed(rows, torch.zeros(len(rows), device=backbone.device)).context
