@@ -2,10 +2,10 @@
 
     python tests/bench/bench_asset_step.py [--recipe dreamfusion] [--steps 20] [--backbone PATH] [--side 64] [--set key=value]
 
-Prints the split of an iteration (render, encode, teacher, backward, optimizer, the rest) and rendered views per second of
-optimisation, with a concept loaded: a learned word and a LoRA on all attention layers, both random, since their content
-does not affect the cost. Views are counted per second of wall-clock time and of processor time: the latter is one core's
-rate, even if other programs share it.
+Prints the split of an iteration (render, encode, teacher, backward, optimizer, the rest) and the rendered views per
+second of optimisation. A concept is loaded, which consists of a learned word and a LoRA on all attention layers. Both
+are random, because their content does not affect the cost. Views are counted per second of wall-clock time and per
+second of processor time, which is the rate of one core even if other programs share it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Stepping:
         )  # fmt: skip
 
     def split(self, steps: int) -> Clock:
-        """Seconds by activity, over `steps` steps of the loop."""
+        """Measures the seconds that each activity takes over `steps` steps of the loop."""
         clock = Clock()
         clock.seconds = dict.fromkeys(SHOWN, 0.0)
         for owner, method, name in (
@@ -81,7 +81,7 @@ class Stepping:
         return clock
 
     def steps(self, first: int, count: int) -> float:
-        """Takes `count` steps; returns the seconds that they took."""
+        """Takes `count` steps from step `first` on. Returns the seconds that they took."""
         self.loop.budget = Budget(steps=first + count)
         start = time.perf_counter()
         for _ in self.loop.run(first):
@@ -95,11 +95,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--backbone")
-    parser.add_argument("--set", action="append", default=[], help="key=value applied to the recipe; can be repeated")
+    parser.add_argument("--set", action="append", default=[], help="a setting key=value of the recipe; can be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         stepping = Stepping(options, Path(temporary))
-        stepping.steps(0, 3)  # warm-up: encodes texts, caches kernels
+        stepping.steps(0, 3)  # a warm-up that encodes the texts and caches kernels
         turns = max(2, options.steps // 5)
         begun = time.process_time()
         rates = [5 * stepping.views / stepping.steps(10 + 5 * turn, 5) for turn in range(turns)]
@@ -108,7 +108,8 @@ def main() -> None:
     total = sum(clock.seconds.values())
     kind, side = stepping.task.recipe.field.kind, options.side
     print(
-        f"{options.recipe}, {kind}, {stepping.views} views of {side}×{side}, {torch.get_num_threads()} threads; split:"
+        f"{options.recipe}, {kind}, {stepping.views} views of {side}×{side}, {torch.get_num_threads()} threads; "
+        "split of an iteration:"
     )
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")

@@ -2,10 +2,11 @@
 
     python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16] [--set K=V]
 
-Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer), steps per second of the
-suite and of a plain loop without caches (the two take turns, so drifting machine speed favours neither), the time for all
-steps of the recipe, and the peak memory of both, each measured in a separate process (on a GPU, only tensors count). On a
-CPU, seconds are CPU seconds of the process, so other work on the machine does not count.
+Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer), the steps per
+second of the suite and of a plain loop without caches, the time that all steps of the recipe take, and the peak memory
+of both. The two loops take turns, so a drifting machine speed favours neither. Each peak is measured in a process of
+its own, and on a GPU it counts only tensors. On a CPU, times are CPU times of the process, so other work on the machine
+does not count.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MOTION = "development-zigzag"
 
 
 def clock_of(stepping: Stepping) -> Callable[[], float]:
-    """Returns the clock: CPU time of the process, or wall-clock time on a GPU."""
+    """Returns a clock that reads the CPU time of the process or, on a GPU, wall-clock time."""
     if stepping.run.backbone.device.type == "cpu":
         return time.process_time
 
@@ -69,7 +70,7 @@ class Stepping:
         self.optimizers = Optimizers(self.task.groups(), recipe.train.optimizers, self.run.accelerator)
 
     def step(self, index: int, clock: Clock | None = None) -> None:
-        """Runs all updates of one step: loss, gradients, optimizers."""
+        """Runs all updates of one step, each with its loss, gradients and optimizers."""
         quiet, accelerator = clock or Clock(), self.run.accelerator
         updates = self.task.updates(index, 0)
         while True:
@@ -85,7 +86,7 @@ class Stepping:
 
 
 def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
-    """Peak bytes of a process that takes two steps."""
+    """Returns the peak memory, in bytes, of a process that takes two steps."""
     command = [sys.executable, __file__, "--memory", name, "--folder", str(folder), "--recipe", options.recipe]
     command += ["--frames", str(options.frames), *(["--backbone", options.backbone] if options.backbone else [])]
     command += [word for setting in options.set for word in ("--set", setting)]
@@ -93,10 +94,10 @@ def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
 
 
 def speeds(suite: Stepping, plain: Stepping, steps: int) -> dict[str, list[float]]:
-    """Steps per second of both, which take turns."""
+    """Measures the steps per second of both loops, which take turns."""
     rates: dict[str, list[float]] = {"suite": [], "plain": []}
     now = clock_of(suite)
-    for index in range(2):  # warm-up: fills caches
+    for index in range(2):  # a warm-up that fills the caches
         suite.step(index)
         plain.step(index)
     at_once = min(4, steps)
@@ -134,9 +135,7 @@ def report(options: argparse.Namespace, folder: Path) -> None:
     ratio = statistics.median(a / b for a, b in zip(rates["suite"], rates["plain"], strict=True))
     rate, all_steps = statistics.median(rates["suite"]), suite.recipe.train.steps
     second = "CPU second" if suite.run.backbone.device.type == "cpu" else "second"
-    print(
-        f"steps per {second}: {rate:.2f}; all {all_steps} of the recipe: {all_steps / rate / 60:.1f} minutes of these"
-    )
+    print(f"steps per {second}: {rate:.2f}; all {all_steps} steps of the recipe: {all_steps / rate / 60:.1f} minutes")
     print(
         f"  a plain loop without caches: {statistics.median(rates['plain']):.2f}; the suite is {ratio:.2f} times as fast"
     )

@@ -1,15 +1,17 @@
-"""Speed and peak memory of a LoRA training step on full-size video models, with random weights, on a GPU.
+"""Measures the speed and peak memory of a LoRA training step on full-size video models with random weights, on a GPU.
 
     PYTHONPATH=. python3 tests/bench/bench_full_size.py [--seconds 30] [--device cuda] [--tiny] [--out FILE]
 
-Prints the device and the versions of torch and diffusers, then a table with one line per measurement: the model, frames x
-size of its clip, whether layers are recomputed in the backward pass (checkpointing), the number of trained parameters, the
-median seconds of a step, steps per second, the peak allocated GPU memory in the steps, and the mean GPU utilisation.
-A measurement that fails leaves one line with the reason, and the next one begins. Nothing is downloaded or read.
+Prints the device and the versions of torch and diffusers, then a table with one line per measurement. A line states the
+model, the frames x size of its clip, whether layers are recomputed in the backward pass (checkpointing), the number of
+trained parameters, the median seconds of a step, the steps per second, the peak GPU memory allocated during the steps,
+and the mean GPU utilisation. If a measurement fails, its line states the reason, and the next measurement begins.
+Nothing is downloaded or read.
 
-Only the denoiser is measured: latents and text states are random, as if they came from caches. Its weights are frozen and in
-bfloat16, as the pipelines load them; the suite's own LoRA of rank 32, on all attention layers, is in float32, under autocast
-to bfloat16, and trained by AdamW. `--tiny` does the same at tiny sizes, even on a CPU, to test this script.
+Only the denoiser is measured. Its latents and text states are random, as if they came from caches. Its weights are
+frozen and in bfloat16, as the pipelines load them. The suite's own LoRA of rank 32, on all attention layers, is in
+float32. It is trained with AdamW under autocast to bfloat16. `--tiny` does the same at tiny sizes, even on a CPU, to
+test this script.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ from shared.trainable.lora import Lora
 RANK = 32
 LORA = f"the suite's own (shared.trainable.lora.Lora, rank {RANK}, all attention layers)"
 WARM_UPS = 2
-LEAST_STEPS = 3  # the minimum to time, however long they take
+LEAST_STEPS = 3  # the minimum number of timed steps, however long they take
 MOST_STEPS = 500
 WEIGHT_STD = 0.02  # small enough that activations stay finite through all layers
 
 
 class Network:
-    """One denoiser and its table of roles: the parts of a backbone that injecting a LoRA needs."""
+    """A denoiser and its table of roles, which is all that injecting a LoRA needs of a backbone."""
 
     def __init__(self, name: str, model: nn.Module, role_table: Mapping[str, Sequence[RoleSpec]]) -> None:
         self.components = {name: model}
@@ -81,7 +83,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of the table; `error` is why there are no numbers."""
+    """One line of the table. `error` states why there are no numbers."""
 
     model: str
     clip: str
@@ -149,7 +151,7 @@ def wan(tiny: bool) -> Case:
 
 @contextmanager
 def half_precision() -> Iterator[None]:
-    """Within the context, tensors are created in bfloat16."""
+    """Creates tensors in bfloat16 within the context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -159,7 +161,7 @@ def half_precision() -> Iterator[None]:
 
 
 def random_model(case: Case, device: torch.device) -> Any:
-    """The model with small random weights, frozen, in the precision that `from_pretrained` would give it."""
+    """Builds the model with small, frozen random weights, in the precision that `from_pretrained` would give it."""
     with device, half_precision():
         model = case.build().eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -173,7 +175,7 @@ def random_model(case: Case, device: torch.device) -> Any:
 
 
 class Utilisation:
-    """Samples GPU utilisation from NVML in a thread; `mean` is None if NVML is unavailable."""
+    """Samples the GPU utilisation from NVML in a thread. `mean` is None if NVML is unavailable."""
 
     def __init__(self, device: torch.device, every: float = 0.1) -> None:
         self._device, self._every = device, every
@@ -195,7 +197,7 @@ class Utilisation:
         while not self._end.wait(self._every):
             try:
                 self._samples.append(torch.cuda.utilization(self._device))
-            except Exception:  # no pynvml, or an unsupported driver: the column stays empty
+            except Exception:  # without pynvml or with an unsupported driver, the column stays empty
                 return
 
     @property
@@ -254,7 +256,7 @@ def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
 
 
 def measured(case: Case, checkpointing: bool, device: torch.device, seconds: float) -> Row:
-    """The row of a measurement, even if it fails."""
+    """Returns the row of a measurement, even if the measurement fails."""
     row = Row(case.name, case.clip, checkpointing)
     try:
         measure(case, row, device, seconds)
@@ -266,7 +268,7 @@ def measured(case: Case, checkpointing: bool, device: torch.device, seconds: flo
     if device.type == "cuda":
         try:
             torch.cuda.empty_cache()
-        except Exception as error:  # some errors make CUDA unusable: the next row will report that
+        except Exception as error:  # some errors make CUDA unusable, which the next row will report
             row.error = row.error or f"{type(error).__name__} on freeing memory"
     return row
 
@@ -296,9 +298,9 @@ def line(texts: Sequence[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="seconds of timed steps per measurement")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test this script")
+    parser.add_argument("--tiny", action="store_true", help="use tiny sizes, to test this script")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="a file for the rows, as JSON")
+    parser.add_argument("--out", type=Path, help="file to write the rows to, as JSON")
     options = parser.parse_args()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -312,7 +314,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"[{time.perf_counter() - began:.0f} s] {line(cells(row))}", flush=True
-            )  # now, in case the rest is cut off
+            )  # printed at once, in case the rest is cut off
             if options.out:
                 options.out.write_text(json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
     print(f"\nLoRA: {LORA}")

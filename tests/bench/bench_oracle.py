@@ -1,8 +1,8 @@
-"""Score distillation of a known object: each guidance runs through the whole engine, with the exact scores of the object.
+"""Runs each guidance of score distillation through the whole engine, with the exact scores of a known object.
 
     python tests/bench/bench_oracle.py [GUIDANCE …]
 
-Prints the overlap of silhouettes (IoU) and the PSNR of renders over 16 views not seen in training. Targets: 0.9 and 25 dB.
+Prints the overlap of silhouettes (IoU) and the PSNR of renders over 16 unseen views. The targets are 0.9 and 25 dB.
 Takes a few minutes on one core.
 """
 

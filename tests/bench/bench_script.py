@@ -1,12 +1,15 @@
-"""Training steps per CPU second, and peak memory, of the suite and of the public DreamBooth script: ratios measured in one run.
+"""Compares the training speed and peak memory of the suite with those of the public DreamBooth script.
 
     python tests/bench/bench_script.py [--script PATH] [--steps 12] [--rounds 3] [--backbone PATH] [--roles attention|all]
 
-`--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, a plain loop in this file does what that
-script does in a step: read and resize pictures, autoencoder, text encoder, one forward pass of instance and class rows, both
-losses, clipping, AdamW. `--roles all` puts the LoRA of suite and plain loop on the modules of the toybox's recipe; the script
-adapts only attention. Each arm runs in its own process, and the arms alternate, so drifting machine speed favours neither.
-Seconds are CPU seconds (user and system); those of a script are the difference between two runs of different length.
+`--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, a plain loop in this file does what
+that script does in a step. It reads and resizes pictures, runs the autoencoder and the text encoder, makes one forward
+pass of instance and class rows, and computes both losses, clipped gradients and an AdamW update. With `--roles all`,
+the suite and the plain loop adapt the modules of the toybox's recipe, whereas the script always adapts only attention.
+
+Prints ratios of steps per CPU second and of peak memory. Each arm runs in its own process, and the arms alternate, so a
+drifting machine speed favours neither. Seconds are CPU seconds (user and system). Those of the script are the
+difference between two runs of different length.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
 
 
 class PlainLoop:
-    """The public script's loop in its plain form: nothing is cached."""
+    """A plain version of the public script's loop, which caches nothing."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
@@ -97,7 +100,7 @@ class PlainLoop:
 
 
 class Suite:
-    """The suite's own loop, from a run's first step."""
+    """The suite's training loop, from the first step of a run."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from pcs_image.runner import ImageRunner
@@ -130,7 +133,7 @@ class Suite:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Runs one arm: for each line of standard input, takes that many steps and prints CPU seconds and peak memory."""
+    """Runs one arm. For each number on standard input, takes that many steps and prints their time and peak memory."""
     if options.threads:
         import torch
 
@@ -149,7 +152,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class OwnArm:
-    """An arm of this file, in a process that waits for its turn."""
+    """An arm defined in this file, running in a process that waits for its turn."""
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path) -> None:
         command = [sys.executable, __file__, "--arm", name, "--folder", str(folder), "--roles", options.roles]
@@ -173,7 +176,7 @@ class OwnArm:
 
 
 def of_a_process(command: list[str]) -> tuple[float, int]:
-    """(CPU seconds, peak KiB) of a command; raises if it fails."""
+    """Runs a command and returns its CPU seconds and its peak memory in KiB. Raises SystemExit if it fails."""
     process = subprocess.Popen(command)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -183,7 +186,7 @@ def of_a_process(command: list[str]) -> tuple[float, int]:
 
 
 class ScriptArm:
-    """The given script, run twice per turn, with few and with more steps; their difference counts."""
+    """The given script, run twice per turn with different numbers of steps. The difference between the runs counts."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -208,7 +211,7 @@ class ScriptArm:
 
 
 def pictures(folder: Path) -> None:
-    """Writes the subject's and the class's pictures into folders without other files, because the script opens every file."""
+    """Writes pictures of the subject and its class into folders without other files, as the script opens every file."""
     import shutil
 
     from shared.toybox.reference_sets import write_album
@@ -252,9 +255,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--roles", choices=tuple(TARGETS), default="attention")
-    parser.add_argument("--backbone", help="a diffusers folder; default: the toybox")
+    parser.add_argument("--backbone", help="a diffusers folder (default: the toybox)")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], help="key=value of the suite's recipe; can be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a setting key=value of the suite's recipe; can be repeated"
+    )
     parser.add_argument("--arm", choices=("plain", "suite"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

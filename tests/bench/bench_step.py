@@ -2,8 +2,9 @@
 
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
-Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and steps per second of
-the suite and of a plain loop without caches; the two take turns, so drifting machine speed favours neither.
+Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and the steps per
+second of the suite and of a plain loop without caches. The two loops take turns, so a drifting machine speed favours
+neither.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SHOWN = ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimiz
 
 
 class Clock:
-    """Seconds by name, measured by `now`; nested blocks count only for the inner one."""
+    """Measures seconds by name with the clock `now`. Time in nested blocks counts only for the inner block."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -60,7 +61,7 @@ class Clock:
 
 
 def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tuple[TrainingRun, Tune, Optimizers]:
-    """A run, its task and its optimizers just before the first step of its last phase."""
+    """Returns a run, its task and its optimizers just before the first step of the last phase."""
     settings = [f"subject.images={folder}", "subject.class_noun=duck", f"train.cache={str(cache).lower()}"]
     settings += [f"backbone={backbone}"] if backbone else []
     resolved = load(
@@ -102,7 +103,7 @@ def main() -> None:
         cached = prepare(options.recipe, options.backbone, folder, cache=True)
         plain = prepare(options.recipe, options.backbone, folder, cache=False)
         rates: dict[str, list[float]] = {"suite": [], "plain": []}
-        for index in range(3):  # warm-up: fills caches
+        for index in range(3):  # a warm-up that fills the caches
             step(*cached, index)
             step(*plain, index)
         rounds = max(2, options.steps // 10)

@@ -1,4 +1,4 @@
-"""The benchmarks run on folders of tiny models and print all their lines; the measured values are not tested."""
+"""The benchmarks run on folders of tiny models and print all their lines. The measured values are not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips made on the fly: tiny videos by PyAV, animations by Pillow, folders of frames."""
+"""Functions that write tiny clips for the tests: videos with PyAV, animations with Pillow, and folders of frames."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ MILLI = Fraction(1, 1000)
 
 
 def greys(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """[F, H, W, 3]: frame i is grey at level 20 + 20 i, so the level identifies the frame; size is (width, height)."""
+    """Returns uint8 frames `[F, H, W, 3]`. Frame i is uniformly grey at level 20 + 20 i, which identifies it.
+
+    Args:
+        count: number of frames
+        size: (width, height)
+    """
     levels = 20 + 20 * np.arange(count)
     return np.broadcast_to(levels[:, None, None, None], (count, size[1], size[0], 3)).astype(np.uint8)
 
 
 def numbers(frames: Any) -> list[int]:
-    """The number in `greys` of each frame of [3, F, H, W] in [-1, 1]."""
+    """Returns the index in `greys` of each frame of a clip `[3, F, H, W]` in [-1, 1]."""
     return [round((float(level) * 127.5 + 127.5 - 20) / 20) for level in frames.mean((0, 2, 3))]
 
 
 def noisy(count: int = 8, size: tuple[int, int] = (48, 32), seed: int = 0) -> np.ndarray:
-    """[F, H, W, 3]: noise that no encoder can compress well."""
+    """Returns uint8 frames `[F, H, W, 3]` of noise, which no codec compresses well."""
     return np.random.default_rng(seed).integers(0, 256, (count, size[1], size[0], 3), dtype=np.uint8)
 
 
@@ -38,7 +43,10 @@ def video(
     stamps: list[int] | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """A video of [F, H, W, 3 or 4]; `stamps`: when each frame is shown, in milliseconds, instead of `fps`."""
+    """Writes a video of `frames` (`[F, H, W, 3]` or `[F, H, W, 4]`) and returns its path.
+
+    If `stamps` is given, frame i is shown at `stamps[i]` milliseconds instead of at i / `fps` seconds.
+    """
     quick = {"crf": "4", "preset": "ultrafast"} if codec == "libx264" else {}
     with av.open(str(path), "w", options={"movflags": "+faststart"} if path.suffix in (".mp4", ".mov") else {}) as file:
         stream: Any = file.add_stream(codec, rate=fps, options={**quick, **(options or {})})
@@ -55,7 +63,7 @@ def video(
 
 
 def sound(path: Path) -> Path:
-    """A file with 0.1 s of silence and no pictures."""
+    """Writes a file that contains 64 ms of silence and no pictures."""
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("aac", rate=16000, layout="mono")
         frame: Any = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -66,7 +74,10 @@ def sound(path: Path) -> Path:
 
 
 def animation(path: Path, frames: np.ndarray, duration: int | list[int] = 125, **options: Any) -> Path:
-    """An animated GIF, WebP or PNG of [F, H, W, 3 or 4]; `duration` in milliseconds."""
+    """Writes an animated GIF, WebP or PNG of `frames` (`[F, H, W, 3]` or `[F, H, W, 4]`).
+
+    `duration` is the time per frame in milliseconds, or one time for each frame.
+    """
     first, *others = (Image.fromarray(frame) for frame in frames)
     usual: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     how: Any = {"save_all": True, "append_images": others, "duration": duration, "loop": 0, **usual, **options}
@@ -82,7 +93,7 @@ def folder(path: Path, frames: np.ndarray, name: str = "frame_{}.png") -> Path:
 
 
 def remuxed(source: Path, path: Path, matrix: list[int]) -> Path:
-    """The same video with a display matrix (a, b, c, d), as phones write it."""
+    """Copies a video and gives it the display matrix (a, b, c, d), as phones do."""
     a, b, c, d = (v << 16 for v in matrix)
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream: Any = new.add_stream_from_template(old.streams.video[0])

@@ -1,4 +1,4 @@
-"""Tiny backbones of each family, for tests of code that runs on any of them."""
+"""Fixtures with a tiny backbone of each family and with photos to train on."""
 
 from __future__ import annotations
 

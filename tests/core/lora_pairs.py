@@ -1,4 +1,5 @@
-"""Low-rank pairs with the key names that trainers use, and the oracles: merged weights and diffusers' own loader."""
+"""Random low-rank pairs under the key names that trainers use, and two oracles for importing them: merged weights and
+diffusers' own loader."""
 
 from __future__ import annotations
 
@@ -16,16 +17,19 @@ from shared.concept.lora_import import import_lora
 LORA = "pytorch_lora_weights.safetensors"
 PROMPT = "a photo of a sks mug"
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-#: Layers of every kind, with several ranks, some with a scale other than 1.
+#: Roles that together contain every kind of layer.
 SD_ROLES = ("attention", "feed_forward", "proj", "conv")
 FLUX_ROLES = ("attention", "feed_forward", "proj")
 TEXT = ("text_encoder", "text_encoder.mlp")
 
-Pairs = dict[tuple[str, str], tuple[Tensor, Tensor, float]]  # component, path -> down, up, alpha
+Pairs = dict[tuple[str, str], tuple[Tensor, Tensor, float]]  # (component, path) -> (down, up, alpha)
 
 
 def low_rank(backbone: Any, roles: tuple[str, ...], ranks: tuple[int, ...] = (4, 2, 3), scaled: bool = True) -> Pairs:
-    """Random matrices for the layers of the roles, with several ranks and, if `scaled`, several alphas."""
+    """Returns random pairs for every layer of the roles, with ranks that cycle through `ranks`.
+
+    If `scaled`, the alphas vary from layer to layer. Otherwise each alpha equals its rank, which is a scale of 1.
+    """
     draw = torch.Generator().manual_seed(1)
     out: Pairs = {}
     for group in (group for role in roles for group in backbone.group(role)):
@@ -40,7 +44,7 @@ def low_rank(backbone: Any, roles: tuple[str, ...], ranks: tuple[int, ...] = (4,
 
 
 def output(backbone: Any) -> tuple[Tensor, Tensor]:
-    """(denoiser output, text context), both with everything attached."""
+    """Returns the denoiser's output and the text context, both computed with everything that is attached."""
     with torch.no_grad():
         text = backbone.encode([PROMPT])
         x = torch.randn(1, *backbone.latent_shape(32, 32), generator=torch.Generator().manual_seed(3))
@@ -48,7 +52,7 @@ def output(backbone: Any) -> tuple[Tensor, Tensor]:
 
 
 def merged(backbone: Any, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The outputs with each pair's product added to its weight: the closed form."""
+    """Returns the outputs with each pair's product added to its weight, which is the closed form of a LoRA."""
     weights = {key: backbone.components[key[0]].get_submodule(key[1]).weight for key in pairs}
     before = {key: weight.data.clone() for key, weight in weights.items()}
     for key, (down, up, alpha) in pairs.items():
@@ -62,7 +66,10 @@ def merged(backbone: Any, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def imported(backbone: Any, path: Path, token: str = "sks mug") -> tuple[Tensor, Tensor]:
-    """The outputs with the file attached; checks that nothing warns and that the backbone is unchanged afterwards."""
+    """Returns the outputs with the file attached.
+
+    Checks that nothing warns and that removing the concept restores the backbone.
+    """
     before = output(backbone)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -76,7 +83,7 @@ def imported(backbone: Any, path: Path, token: str = "sks mug") -> tuple[Tensor,
 
 
 def by_diffusers(backbone: Any, pipe: Any, path: Path) -> tuple[Tensor, Tensor]:
-    """The same outputs when diffusers itself loads the file into a pipeline with the same weights."""
+    """Returns the same outputs after diffusers itself loads the file into a pipeline with the same weights."""
     pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
     return output(type(backbone)(pipe, "theirs"))
 
@@ -89,7 +96,7 @@ def same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
 def spelled(
     pairs: Pairs, prefixes: Mapping[str, str], ends: tuple[str, str], flat: bool, alphas: bool
 ) -> dict[str, Tensor]:
-    """Tensors by key; CLIP's layers have the prefix `text_model.`, as in files."""
+    """Returns the pairs' tensors by key. The keys of CLIP's layers get the prefix `text_model.`, as in real files."""
     out: dict[str, Tensor] = {}
     for (component, path), (down, up, alpha) in pairs.items():
         clip = component == "text_encoder" and not path.startswith("text_model.")

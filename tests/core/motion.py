@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def motion_unet(unet: Any) -> Any:
-    """A tiny U-Net with motion modules around this one's weights."""
+    """Returns a U-Net that adds motion modules to the weights of `unet`."""
     from diffusers import MotionAdapter, UNetMotionModel
 
     adapter = MotionAdapter(
@@ -24,7 +24,7 @@ def motion_unet(unet: Any) -> Any:
 
 
 def ask_motion(backbone: Any, frames: int, batch: int = 2) -> Tensor:
-    """The output [B, C, F, h, w] of a backbone's U-Net with motion modules, for clips with this many frames."""
+    """Returns what a backbone's U-Net with motion modules predicts for clips of noise, `[B, C, F, h, w]`."""
     x = torch.randn(batch, 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
     context = backbone.encode(["a mug"] * batch).context.repeat_interleave(frames, dim=0)
     with torch.no_grad():

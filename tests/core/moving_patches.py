@@ -1,4 +1,4 @@
-"""Clips of a textured patch moving over a textured background, with known flow; and tracks made from displacements."""
+"""Clips of a patch that moves with known flow over a textured background, and tracks made from displacements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.metrics.clips.tracks import Tracks
 
 
 def texture(size: tuple[int, int], seed: int) -> Tensor:
-    """[3, H, W] in [-1, 1]: smooth noise with detail of about four pixels."""
+    """Returns smooth noise `[3, H, W]` in [-1, 1] with details about four pixels in size."""
     draw = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, size[0] // 4 + 1, size[1] // 4 + 1, generator=draw)
     return F.interpolate(coarse, size, mode="bicubic", align_corners=False)[0].clamp(0, 1) * 2 - 1
@@ -21,7 +21,10 @@ def texture(size: tuple[int, int], seed: int) -> Tensor:
 def moving_patch(
     step: tuple[int, int], frames: int = 5, size: tuple[int, int] = (64, 64), seed: int = 0, side: int = 20
 ) -> Tensor:
-    """[3, F, H, W]: a patch that moves by `step` (right, down) pixels per frame, centred in the middle."""
+    """Returns a clip `[3, F, H, W]` of a patch that moves by `step` (right, down) pixels per frame.
+
+    The patch is at the centre of the picture halfway through the clip.
+    """
     ground, patch = texture(size, seed), texture((side, side), seed + 1).flip(0)
     clip = ground[:, None].repeat(1, frames, 1, 1)
     for i in range(frames):
@@ -32,18 +35,18 @@ def moving_patch(
 
 
 def panned(step: int, frames: int = 5, side: int = 64, seed: int = 0) -> Tensor:
-    """[3, F, S, S]: a background that moves left by `step` pixels per frame, as if the camera moved right."""
+    """Returns a clip `[3, F, S, S]` that moves left by `step` pixels per frame, as if the camera moved right."""
     wide = texture((side, side + step * frames), seed)
     return torch.stack([wide[:, :, i * step : i * step + side] for i in range(frames)], 1)
 
 
 def tracks_of(steps: Tensor, visible: Tensor | None = None, side: int = 100) -> Tracks:
-    """Tracks [N, F] from displacements [N, F-1, 2] in pixels."""
+    """Builds N tracks over F frames from displacements `[N, F-1, 2]` in pixels."""
     points = torch.cat([torch.zeros(len(steps), 1, 2, dtype=torch.float64), steps.double().cumsum(1)], 1) + side / 2
     seen = torch.ones(points.shape[:2], dtype=torch.bool) if visible is None else visible
     return Tracks(points, seen, (side, side))
 
 
 def along(*directions: Sequence[float], frames: int = 5) -> Tracks:
-    """One track per direction (right, down), in pixels per frame."""
+    """Builds one straight track for each direction (right, down), in pixels per frame."""
     return tracks_of(torch.tensor(directions, dtype=torch.float64)[:, None].repeat(1, frames - 1, 1))

@@ -1,4 +1,4 @@
-"""Placeholders with rows that a test chooses."""
+"""A placeholder whose embedding rows a test can choose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.types import SiteContext
 
 
 class FixedPlaceholder:
-    """Tokens whose rows are a function of (component, t, site)."""
+    """A placeholder whose rows are a given function of the component, the time and the site."""
 
     __test__ = False
 

@@ -1,4 +1,4 @@
-"""Runs on tiny backbones, for tests of training."""
+"""Helpers that run training on tiny backbones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1"
 
 
 def paint(folder: Path) -> Path:
-    """Three 32×32 pictures with masks; `../other` has three of another subject."""
+    """Writes three 32×32 pictures with masks to `folder`, and three of another subject to `other` next to it."""
     (folder / "masks").mkdir(parents=True)
     other = folder.parent / "other"
     other.mkdir()
@@ -41,12 +41,12 @@ def paint(folder: Path) -> Path:
 
 
 def sample(backbone: Any, prompts: Any, *, seeds: Any, **settings: Any) -> Tensor:
-    """`shared.sampling.sample`, taking the fields of the settings as arguments."""
+    """Calls `shared.sampling.sampler.sample` with the fields of its settings given as keyword arguments."""
     return sampler.sample(backbone, prompts, seeds=seeds, settings=SamplingSettings(**settings))
 
 
 def small(name: str, *settings: str) -> Recipe:
-    """A shipped recipe, shortened to two steps on tiny pictures."""
+    """Loads a shipped recipe, shortened to two steps on tiny pictures."""
     return load(name, [*SMALL, *(CLASS if "class_pictures" in load(name).sources else ()), *settings])
 
 
@@ -81,13 +81,13 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def tuning(run: TrainingRun) -> Tune:
-    """The task of a run's first phase, at the start of its first step."""
+    """Returns the task of a run's first phase, ready for its first step."""
     if run.names[0] not in run.backbone.placeholders:
         run._attach_names()
     return Tune(run.context(0, run._unfreeze(run.phases[0][1])))
 
 
 def predicted(task: Tune, step: int = 0) -> Step:
-    """The state of one training step."""
+    """Returns the state of one training step."""
     with task.state(step, 0) as state:
         return state

@@ -1,4 +1,4 @@
-"""A picture to write in any format, and helpers that write it and read it back."""
+"""A test picture, and helpers that write it in any format and read it back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.io.decode import read_picture
 
 
 def scene(width: int = 48, height: int = 32) -> np.ndarray:
-    """A picture without symmetry: uint8 [H, W, 3]."""
+    """Returns a picture without any symmetry, uint8 `[H, W, 3]`."""
     y, x = np.mgrid[:height, :width]
     rgb = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 60)], -1).astype(np.uint8)
     rgb[:8, :8] = (250, 10, 10)
@@ -19,7 +19,7 @@ def scene(width: int = 48, height: int = 32) -> np.ndarray:
 
 
 def levels(path: Path) -> np.ndarray:
-    """The pixels that read_picture returns for a file, as 0 to 255, [H, W, 3]."""
+    """Reads a file with `read_picture` and returns its pixels `[H, W, 3]`, scaled to the range 0 to 255."""
     return (read_picture(path).pixels.permute(1, 2, 0).numpy() + 1) * 127.5
 
 

@@ -12,7 +12,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def smooth_pictures(n: int, size: int = 64, seed: int = 0) -> Tensor:
-    """Smooth random pictures `[n, 3, size, size]` in [-1, 1]."""
+    """Returns smooth random pictures `[n, 3, size, size]` in [-1, 1]."""
     coarse = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True).clamp(0, 1) * 2 - 1
 

@@ -1,4 +1,4 @@
-"""Pictures small enough to train the toybox's networks in a moment, and a run on them."""
+"""Pictures small enough to train the toybox's networks on within seconds, and helpers that do so."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4)
 
 
 class Squares:
-    """16×16 pictures of a colored square, with two captions each."""
+    """16×16 pictures of a coloured square, with two captions each."""
 
     def __init__(self, n: int) -> None:
         rng, names = np.random.default_rng(0), list(COLORS)
@@ -43,18 +43,18 @@ class Squares:
 
 
 def train(task: PretrainTask, folder: Path, steps: int, resume: bool = True, pause_at: int | None = None) -> Outcome:
-    """Trains on the CPU in fp32 until `steps`, or until it pauses."""
+    """Trains on the CPU in fp32 up to step `steps`, or only up to `pause_at` if that is given."""
     return run_task(task, RunSettings(steps, pause_at=pause_at, resume=resume, device="cpu", log_every=2), folder)
 
 
 def tiny_run(out: Path, data: Squares) -> cache.Cache:
-    """A run with a small tokenizer and an autoencoder trained for three steps. Returns the latents of `data`."""
+    """Writes a small tokenizer and an autoencoder trained for three steps to `out`. Returns the latents of `data`."""
     words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / run_folder.TOKENIZER_FOLDER)
     train(vae.VaeTask(TINY_VAE, data, out, Compute()), run_folder.training_folder(out, "vae"), 3)
     return cache.build(out / "latents", data, run_folder.frozen_vae(out), run_folder.tokenizer_of(out))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Asserts that the two are equal bit for bit."""
+    """Asserts that two state dicts are equal bit for bit."""
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []

@@ -1,4 +1,4 @@
-"""Adapters in a set of their own: trained, kept across an interruption, saved and loaded with the concept."""
+"""Adapters in a separate set are trained, survive an interruption, and are saved and loaded with the concept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def output(backbone: Any) -> torch.Tensor:
     return backbone.predict(noise, torch.tensor([400]), backbone.encode([backbone.placeholders["mug"].words]))
 
 
-def test_a_concept_contains_what_another_set_learned(tiny, photos, tmp_path):
+def test_a_concept_includes_adapters_in_another_set(tiny, photos, tmp_path):
     run = two_sets(tiny(), photos, tmp_path / "run")
     finish(run)
     backbone = run.backbone
@@ -50,7 +50,7 @@ def test_a_concept_contains_what_another_set_learned(tiny, photos, tmp_path):
     assert not fresh.adapters
 
 
-def test_what_another_set_learned_survives_an_interruption(tiny, photos, tmp_path):
+def test_adapters_in_another_set_survive_an_interruption(tiny, photos, tmp_path):
     whole = finish(two_sets(tiny(), photos, tmp_path / "whole"))
     assert any(key.startswith("adapter/far/") for key in whole)
     cut = two_sets(tiny(), photos, tmp_path / "run")
@@ -62,7 +62,7 @@ def test_what_another_set_learned_survives_an_interruption(tiny, photos, tmp_pat
 
 
 def test_a_set_with_the_name_of_a_loaded_concept_is_refused(tiny, photos, tmp_path):
-    """Otherwise it would be trained further, and removed at the end of the run."""
+    """Otherwise the run would train the loaded concept further and remove it at the end."""
     backbone = tiny()
     Lora(rank=2).inject(backbone, "far", "lora", seed=0)
     with pytest.raises(ValueError, match=r"trainable\.far\.adapter_set = 'far': a loaded concept has this name"):

@@ -1,4 +1,4 @@
-"""Our attention processors: they compute the same as diffusers', apply edits in order, and record the real maps."""
+"""Our attention processors compute the same as diffusers', apply edits in order, and record the maps that were used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def processors(backbone: Any) -> list[Any]:
 
 
 def nothing(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-    """An edit that changes nothing, but makes the layer use our processor."""
+    """Changes nothing, but as an edit it makes the layer use our processor."""
     return q, k, v, bias
 
 
@@ -53,7 +53,7 @@ def with_gradients(backbone: Any) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("mode", ["edit", "watch"])
-def test_our_processors_compute_the_same_as_those_of_diffusers(backbone: Any, adapted: bool, mode: str) -> None:
+def test_our_processors_match_diffusers(backbone: Any, adapted: bool, mode: str) -> None:
     if adapted:
         targets = [n for g in backbone.group("attention") for n in g.modules]
         peft.inject_adapter_in_model(
@@ -73,14 +73,14 @@ def test_our_processors_compute_the_same_as_those_of_diffusers(backbone: Any, ad
         assert (a - b).abs().max() <= (0 if mode == "edit" else 1e-12)
 
 
-def test_an_edit_that_changes_nothing_changes_no_bit(backbone: Any) -> None:
+def test_an_edit_without_effect_leaves_the_output_bit_identical(backbone: Any) -> None:
     with torch.no_grad():
         expected = ask(backbone)
         with backbone.attending(nothing):
             assert torch.equal(ask(backbone), expected)
 
 
-def test_watched_attention_equals_diffusers_own_bit_for_bit(sd: StableDiffusionBackbone) -> None:
+def test_watched_attention_matches_diffusers_bit_for_bit(sd: StableDiffusionBackbone) -> None:
     with torch.no_grad(), sd.attending(Watch()):
         got = ask(sd)
     sd.unet.set_attn_processor(AttnProcessor())
@@ -105,7 +105,7 @@ def layer(**options: Any) -> tuple[Attention, Tensor]:
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_variant_of_the_layer_computes_the_same(options: dict[str, Any], masked: bool) -> None:
+def test_every_variant_of_the_layer_matches_diffusers(options: dict[str, Any], masked: bool) -> None:
     from shared.backbones.attention_processors import Plan, UNetProcessor
     from shared.backbones.attention_rows import PredictionRows
 
@@ -222,9 +222,9 @@ def test_edits_act_in_order_at_the_sites_they_were_requested_for(sd: StableDiffu
     assert at and calls == [(e, name) for name in at for e in "abc"]
 
 
-def test_an_edit_changes_the_output_and_the_record_sees_it(backbone: Any) -> None:
+def test_an_edit_changes_the_output_and_the_recorded_maps(backbone: Any) -> None:
     def only_first(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-        """All queries attend only to the first key; any added key gets no attention."""
+        """Repeats the first key at the end, and lets every query attend only to the first one."""
         k, v = (torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v))
         away = torch.zeros(1, 1, 1, k.shape[2])
         away[..., 1:] = -torch.inf
@@ -299,7 +299,7 @@ def test_the_same_processor_objects_are_restored(backbone: Any) -> None:
         assert all(a is b for a, b in zip(processors(backbone), before, strict=True))
 
 
-def test_a_nested_edit_does_not_stop_a_record(backbone: Any) -> None:
+def test_a_nested_edit_does_not_stop_recording(backbone: Any) -> None:
     with torch.no_grad(), backbone.attending(Watch()) as record, backbone.attending(nothing):
         ask(backbone)
     assert set(record) == {s.name for s in backbone.sites()}

@@ -1,4 +1,5 @@
-"""Augmentations and masks change picture, mask and valid area together, and use no global state."""
+"""Augmentations change picture, mask and valid area together, mask parts change only the mask, and neither uses global
+state."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from shared.types import Example
 
 
 class Recipe(Part):
-    """The same slots as in recipes."""
+    """A recipe with only the slots `augment` and `masks`."""
 
     augment: Slot[Augment] = Field(default={})
     masks: Slot[Mask] = Field(default={})
@@ -25,7 +26,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def example(side: int = 48, **changes: object) -> Example:
-    """A smooth picture whose red channel shows where the mask is."""
+    """Returns an example with a smooth picture whose red channel shows the mask."""
     y, x = torch.meshgrid(torch.linspace(-0.8, 0.8, side), torch.linspace(-0.8, 0.8, side), indexing="ij")
     mask = torch.zeros(1, side, side)
     mask[:, side // 4 : side // 2, side // 4 : side * 5 // 8] = 1
@@ -40,7 +41,7 @@ def example(side: int = 48, **changes: object) -> Example:
 AUGMENTATIONS = [Flip(), RandomResize(), ColorJitter(), Background()]
 
 
-def test_the_key_names_the_kind_in_each_slot() -> None:
+def test_the_key_in_a_slot_implies_the_kind() -> None:
     recipe = validate(Recipe, {"augment": {"flip": {"p": 1}, "color_jitter": {}}, "masks": {"grow": {"by": 2}}})
     assert [type(a) for a in recipe.augment.values()] == [Flip, ColorJitter] and recipe.masks["grow"] == Grow(by=2)
     with pytest.raises(ValueError, match=r"augment.flap: unknown kind 'flap'. Did you mean 'flip'"):
@@ -52,7 +53,7 @@ def test_the_key_names_the_kind_in_each_slot() -> None:
 
 
 @pytest.mark.parametrize("part", AUGMENTATIONS, ids=lambda p: p.kind)
-def test_every_random_augmentation_keeps_the_contract(part: Augmentation) -> None:
+def test_every_random_augmentation_meets_the_contract(part: Augmentation) -> None:
     start = example()
     before = start.pixels.clone()
     state = torch.random.get_rng_state()
@@ -71,7 +72,7 @@ def test_every_random_augmentation_keeps_the_contract(part: Augmentation) -> Non
     assert only(start, seeded()) is start
 
 
-def test_augmentations_state_whether_they_are_random() -> None:
+def test_augmentations_with_fixed_settings_are_not_random() -> None:
     quiet = [
         Flip(p=0),
         Flip(p=1),
@@ -99,7 +100,7 @@ def test_flip_mirrors_everything_unless_the_caption_names_a_side() -> None:
     assert 0.43 < share < 0.57
 
 
-def test_random_resize_moves_the_mask_captions_the_size_and_marks_padding() -> None:
+def test_random_resize_moves_the_mask_marks_padding_and_adds_the_size_to_the_caption() -> None:
     start, captions = example(64), set()
     generator = seeded()
     for _ in range(200):
@@ -108,7 +109,7 @@ def test_random_resize_moves_the_mask_captions_the_size_and_marks_padding() -> N
         words = out.caption.removeprefix("a photo of a mug").removeprefix(", ")
         captions.add(words)
         rows = int(out.valid[0].amax(1).sum())
-        assert 26 <= rows <= 64 and out.valid.sum() == rows * rows  # .4 * 64 = 25.6
+        assert 26 <= rows <= 64 and out.valid.sum() == rows * rows  # 0.4 * 64 = 25.6
         factor = rows / 64
         assert (words in ("very small", "far away")) == (rows < 0.6 * 64 - 0.5) or abs(factor - 0.6) < 0.02
         if words in ("zoomed in", "close up"):
@@ -141,7 +142,7 @@ def test_random_resize_keeps_existing_padding() -> None:
     assert out.valid is not None and 0 < out.valid.mean() < 1
 
 
-def test_color_jitter_changes_brightness_slightly_and_not_the_padding() -> None:
+def test_color_jitter_is_slight_and_leaves_padding_unchanged() -> None:
     valid = torch.ones(1, 48, 48)
     valid[:, :10] = 0
     start = example(valid=valid)
@@ -190,8 +191,8 @@ def test_mask_parts_are_deterministic_and_change_only_the_mask(part: MaskPart) -
     assert part(bare) is bare
 
 
-def test_given_can_require_a_mask_and_binarize_it() -> None:
-    with pytest.raises(ValueError, match=r"a\.png has no mask, but this recipe requires one: put it in masks/"):
+def test_given_masks_can_be_required_and_binarized() -> None:
+    with pytest.raises(ValueError, match=r"a\.png has no mask, but this recipe requires one. Put it in masks/"):
         Given(require=True)(example(mask=None))
     prior = example(mask=None, role="prior")
     assert Given(require=True)(prior) is prior
@@ -200,7 +201,7 @@ def test_given_can_require_a_mask_and_binarize_it() -> None:
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 5, 30])
-def test_grow_is_dilation_by_a_disc(radius: int) -> None:
+def test_grow_dilates_by_a_disc(radius: int) -> None:
     mask = (torch.rand(1, 24, 40, generator=seeded()) > 0.99).float() * torch.rand(1, 24, 40, generator=seeded(1))
     out = Grow(by=radius)(example(mask=mask)).mask
     y, x = torch.meshgrid(torch.arange(24), torch.arange(40), indexing="ij")
@@ -218,7 +219,8 @@ def test_grow_can_also_shrink_and_soften() -> None:
     assert small is not None and small.sum() == (12 - 6) * (18 - 6)
     soft = Grow(soften=2.0)(start).mask
     assert soft is not None and soft.sum() == pytest.approx(float(start.mask.sum()), rel=1e-4)
-    assert soft[0, 24, 24] == pytest.approx(0.5 - 0.5 * 0.19741, abs=0.02)  # half a pixel outside: 1 - Phi(.25)
+    # This pixel is half a pixel outside the mask, where the blur gives 1 - Phi(0.25).
+    assert soft[0, 24, 24] == pytest.approx(0.5 - 0.5 * 0.19741, abs=0.02)
     whole = Grow(soften=3.0)(example(mask=torch.ones(1, 48, 48))).mask
     assert whole is not None
     torch.testing.assert_close(whole, torch.ones(1, 48, 48))  # no dark border

@@ -1,4 +1,4 @@
-"""The families compared with diffusers: forward process, networks, autoencoder; adapters by named set."""
+"""Each family's forward process, networks and autoencoder match diffusers, and adapters can be switched by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.types import ImageTokens
 
 
 def add_lora(backbone: Any, name: str, role: str, seed: int) -> None:
-    """A LoRA with random weights, so it has an effect."""
+    """Injects a LoRA with random weights, so that it has an effect."""
     for group in backbone.group(role):
         config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=list(group.modules), init_lora_weights=False)
         PeftAdapter.inject(backbone, name, role.replace(".", "_"), group.component, config, seed)
@@ -47,7 +47,7 @@ def test_both_families_implement_the_protocol(backbone: Any) -> None:
 
 
 class Exact(ForwardProcess):
-    """Coefficients in float64, for any angle or sigma."""
+    """A forward process with float64 coefficients at any time."""
 
     def __init__(self, kind: Any) -> None:
         self.prediction_type = kind
@@ -67,7 +67,7 @@ def test_parametrisations_can_be_inverted_exactly(kind: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["tiny_sd", "tiny_sd_v"])
-def test_forward_process_equals_diffusers_scheduler(version: str, request: pytest.FixtureRequest) -> None:
+def test_the_forward_process_matches_diffusers_scheduler(version: str, request: pytest.FixtureRequest) -> None:
     pipe = request.getfixturevalue(version)
     backbone, scheduler = StableDiffusionBackbone(pipe), pipe.scheduler
     x0, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 423, 999])
@@ -76,7 +76,7 @@ def test_forward_process_equals_diffusers_scheduler(version: str, request: pytes
     velocity = scheduler.get_velocity(x0, noise, t)
     assert torch.allclose(backbone.target(x0, noise, t), noise if version == "tiny_sd" else velocity, atol=1e-6)
     scheduler.set_timesteps(10)
-    for i in (0, 5):  # the clean latents that DDIM sees (arXiv 2010.02502, eq. 12)
+    for i in (0, 5):  # the clean latents that DDIM predicts (arXiv 2010.02502, eq. 12)
         t = scheduler.timesteps[i]
         prediction, x = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
         clean = scheduler.step(prediction, t, x).pred_original_sample
@@ -104,13 +104,13 @@ def test_times_of_a_wrong_shape_are_refused(backbone: Any, name: str) -> None:
     take(backbone, x, conditioning, 300)
     for shape in ([1, 3], [3, 1], [2], [1], [3, 4, 8, 8]):
         if name == "alpha_sigma" and len(shape) <= 2:
-            continue  # it has neither batch nor frames
+            continue  # it sees neither a batch nor frames, so it accepts these shapes
         with pytest.raises(ValueError, match=re.escape(f"t has shape {shape}, but must be a scalar")):
             take(backbone, x, conditioning, torch.full(shape, 300))
 
 
-def test_a_conditioning_for_another_batch_is_refused(backbone: Any) -> None:
-    with pytest.raises(ValueError, match="3 noisy pictures, but conditioning for 1"):
+def test_conditioning_for_another_batch_size_is_refused(backbone: Any) -> None:
+    with pytest.raises(ValueError, match="the batch size is 3, but the conditioning is for 1"):
         backbone.predict(torch.randn(3, 4, 8, 8), torch.tensor(300), backbone.encode(["a mug"]))
 
 
@@ -124,7 +124,7 @@ def test_fractional_times_are_interpolated(sd: StableDiffusionBackbone) -> None:
     assert sd.alpha_sigma(torch.tensor(3))[0].shape == ()
 
 
-def test_flow_equals_diffusers_scheduler(flux: FluxBackbone) -> None:
+def test_the_flow_process_matches_diffusers_scheduler(flux: FluxBackbone) -> None:
     x0, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([250.0, 900.0])
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[0.9, 0.25])
@@ -137,7 +137,7 @@ def test_flow_equals_diffusers_scheduler(flux: FluxBackbone) -> None:
 # --- networks -------------------------------------------------------------------------------------------------
 
 
-def test_encoding_equals_stable_diffusion_pipeline(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
+def test_encoding_matches_the_stable_diffusion_pipeline(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
     prompts = ["a photo of a mug", "a mug " * 40]
     theirs = tiny_sd.encode_prompt(prompts, "cpu", 1, False)[0]
     assert torch.equal(sd.encode(prompts).context, theirs)
@@ -146,7 +146,7 @@ def test_encoding_equals_stable_diffusion_pipeline(tiny_sd: Any, sd: StableDiffu
     assert torch.equal(sd.predict(x, t, sd.encode(prompts)), expected)
 
 
-def test_encoding_and_network_equal_flux_pipeline(tiny_flux: Any, flux: FluxBackbone) -> None:
+def test_encoding_and_prediction_match_the_flux_pipeline(tiny_flux: Any, flux: FluxBackbone) -> None:
     prompts = ["a photo of a mug", "a dog"]
     context, pooled, text_ids = tiny_flux.encode_prompt(prompts, max_sequence_length=48)
     ours = flux.encode(prompts)
@@ -164,7 +164,7 @@ def test_encoding_and_network_equal_flux_pipeline(tiny_flux: Any, flux: FluxBack
     assert torch.equal(flux.predict(x, t, ours, guidance=2.5), FluxPipeline._unpack_latents(out, 32, 48, 4))
 
 
-def test_packing_equals_flux_pipeline() -> None:
+def test_packing_matches_the_flux_pipeline() -> None:
     x = torch.randn(2, 4, 6, 10)
     assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 10)) and torch.equal(unpack(pack(x), 6, 10), x)
     assert torch.equal(picture_ids(3, 5), FluxPipeline._prepare_latent_image_ids(1, 3, 5, "cpu", torch.float32))
@@ -186,7 +186,7 @@ def test_pictures_are_encoded_and_decoded(backbone: Any) -> None:
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
 
-def test_sizes_that_the_family_accepts(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_each_family_accepts_only_sizes_that_fit_it(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
     assert sd.latent_shape(32, 64) == (4, 8, 16) and flux.latent_shape(32, 64) == (4, 8, 16)
     assert sd.latent_shape(36, 36) == (4, 9, 9) and sd.resolution == 32
     with pytest.raises(ValueError, match="36x36 does not fit flux: both sides must be multiples of 8"):
@@ -195,7 +195,7 @@ def test_sizes_that_the_family_accepts(sd: StableDiffusionBackbone, flux: FluxBa
         sd.encode_pixels(torch.zeros(1, 3, 30, 32))
 
 
-def test_a_family_says_what_it_does_not_support_yet(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_unsupported_conditioning_is_refused(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
     for backbone in (sd, flux):
         conditioning = backbone.encode(["a mug"])
         extra = type(conditioning)(conditioning.context, conditioning.pooled, (ImageTokens(torch.zeros(1, 4, 16)),))
@@ -233,10 +233,10 @@ def test_word_embeddings_are_rows_of_the_table(backbone: Any) -> None:
             backbone.word_embeddings(component, " ")
 
 
-# --- adapters by named set ------------------------------------------------------------------------------------
+# --- adapters by name -----------------------------------------------------------------------------------------
 
 
-def test_exactly_the_named_adapters_are_on(backbone: Any) -> None:
+def test_only_the_named_adapters_are_active(backbone: Any) -> None:
     base = predict(backbone)
     add_lora(backbone, "mug", "self_attention", 1)
     mug = predict(backbone)
@@ -249,14 +249,14 @@ def test_exactly_the_named_adapters_are_on(backbone: Any) -> None:
             return predict(backbone)
 
     assert torch.equal(with_({}), base) and torch.equal(with_({"mug": 1, "student": 1}), both)
-    assert torch.equal(with_({"mug": 1.0}), mug)  # base + concept: the teacher, not the bare base
+    assert torch.equal(with_({"mug": 1.0}), mug)  # the teacher is the base with the concept, not the bare base
     assert not torch.allclose(mug, base, atol=1e-4)
     halves = [with_({"mug": s}) for s in (0.25, 0.5)]
     assert not torch.allclose(*halves, atol=1e-5) and not torch.allclose(with_({"student": 1}), both, atol=1e-5)
     assert torch.equal(predict(backbone), both)
 
 
-def test_strengths_are_restored_after_the_context(sd: StableDiffusionBackbone) -> None:
+def test_strengths_are_restored_when_the_context_ends(sd: StableDiffusionBackbone) -> None:
     for i, name in enumerate(["a", "b"]):
         add_lora(sd, name, "cross_attention", i)
     with sd.active({"a": 0.5}):
@@ -276,8 +276,8 @@ def test_strengths_are_restored_after_the_context(sd: StableDiffusionBackbone) -
 
 
 @pytest.mark.parametrize("on", [{"b": 1.0}, {"c": 1.0}, {}, {"a": 0.5, "c": 1.0}])
-def test_restored_adapters_give_the_same_output_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
-    """Several adapters act on one layer, and adding them in another order would give another number."""
+def test_reactivated_adapters_give_the_same_output_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
+    """Several adapters act on each layer, and adding them up in a different order would round differently."""
     for i, name in enumerate("abc"):
         add_lora(backbone, name, "attention", i)
     before = predict(backbone)
@@ -298,7 +298,7 @@ def test_changed_weights_are_restored_bit_for_bit(sd: StableDiffusionBackbone) -
     assert torch.equal(weight, before)
 
 
-def test_removing_restores_outputs_and_repr(backbone: Any) -> None:
+def test_removing_adapters_restores_outputs_and_repr(backbone: Any) -> None:
     text, base = {c: repr(m) for c, m in backbone.components.items()}, predict(backbone)
     add_lora(backbone, "mug", "attention", 1)
     add_lora(backbone, "mug", "text_encoder", 2)

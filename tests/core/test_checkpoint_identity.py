@@ -18,8 +18,8 @@ F16, B16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
 def drawn(seed: int) -> nn.Module:
-    """Weights over float32's usual range, including values that underflow or overflow in float16, and zeros of
-    both signs."""
+    """Returns a network whose weights span float32's usual range, including values that underflow or overflow in
+    float16, and zeros of both signs."""
     generator = torch.Generator().manual_seed(seed)
     layers = nn.Sequential(nn.Linear(24, 32), nn.LayerNorm(32), nn.Linear(32, 8, bias=False))
     for p in layers.parameters():
@@ -29,7 +29,7 @@ def drawn(seed: int) -> nn.Module:
     return layers
 
 
-def test_no_rounding_changes_the_identity_of_hundreds_of_models():
+def test_rounding_does_not_change_the_identity_of_hundreds_of_models():
     for seed in range(300):
         model = drawn(seed)
         whole = checkpoint_identity({"net": model})
@@ -40,7 +40,7 @@ def test_no_rounding_changes_the_identity_of_hundreds_of_models():
             assert checkpoint_identity({"net": rounded}) == whole, (seed, chain)
 
 
-def test_all_files_and_precisions_of_one_model_have_one_identity(tiny_sd: Any, tiny_flux: Any, tmp_path):
+def test_all_files_and_precisions_of_one_model_share_one_identity(tiny_sd: Any, tiny_flux: Any, tmp_path):
     for pipe, kind in ((tiny_sd, StableDiffusionBackbone), (tiny_flux, FluxBackbone)):
         whole, half = tmp_path / f"{kind.family}-32", tmp_path / f"{kind.family}-16"
         pipe.save_pretrained(whole)
@@ -50,7 +50,7 @@ def test_all_files_and_precisions_of_one_model_have_one_identity(tiny_sd: Any, t
 
 
 def low_rank(weight: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """A rank-4 change whose standard deviation is `share` times the weight's."""
+    """Returns a rank-4 change whose standard deviation is `share` times that of the weight."""
     draw = torch.Generator().manual_seed(seed)
     change = torch.randn(weight.shape[0], 4, generator=draw) @ torch.randn(4, weight.shape[1], generator=draw)
     return share * weight.std() * change / change.std()
@@ -70,7 +70,7 @@ def test_a_low_rank_change_of_some_layers_changes_the_identity(new_sd, share, ro
         assert checkpoint_identity(networks) != one.checkpoint, (seed, share)
 
 
-def test_a_change_of_a_thousandth_in_one_full_size_layer_changes_the_identity():
+def test_a_change_of_one_thousandth_in_one_full_size_layer_changes_the_identity():
     """The expected number of sign changes is 65,536 / (1,000 pi) = 21."""
     for seed in range(20):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""`pcs` answers quickly, has complete help and correct exit codes."""
+"""`pcs` starts quickly, has complete help, and exits with the right codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TREE = sorted(commands(typer.main.get_command(build())))
 
 
 def test_help_imports_no_heavy_packages():
-    """Help takes only as long as the CLI library does, because nothing else heavy is imported."""
+    """Without heavy imports, help takes no longer than the CLI library itself."""
     code, out, err = ran(
         "-c",
         "import sys; from shared.cli import build, run; code = run(build(), ['--help']); "
@@ -54,7 +54,7 @@ def test_help_imports_no_heavy_packages():
 
 
 def test_importing_for_help_takes_at_most_twice_as_long_as_the_cli_library_alone():
-    """Uses `-X importtime` in microseconds, the best of three because machines are noisy."""
+    """Measures with `-X importtime` in microseconds, and takes the best of three runs because timings are noisy."""
 
     def cost(statement: str) -> int:
         lines = ran("-X", "importtime", "-c", statement)[2].splitlines()
@@ -128,7 +128,7 @@ def test_methods_show_prints_the_resolved_recipe(capsys, name):
 
 
 @pytest.mark.parametrize("arguments", [["methods", "show", "nothing"], ["methods", "show", "dreambooth_lora", "a=1"]])
-def test_a_user_s_mistake_is_one_message_and_exit_code_2(capsys, arguments):
+def test_a_user_error_prints_one_line_and_exits_with_code_2(capsys, arguments):
     assert run(build(), arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("pcs: ") and captured.out == "" and len(captured.err.splitlines()) == 1
@@ -143,7 +143,7 @@ def test_a_user_s_mistake_is_one_message_and_exit_code_2(capsys, arguments):
         (typer.Exit(3), 3, ""),
     ],
 )
-def test_exit_codes(capsys, error, code, message):
+def test_each_kind_of_exception_has_its_exit_code_and_message(capsys, error, code, message):
     app = typer.Typer()
 
     @app.command()
@@ -175,7 +175,7 @@ def test_every_count_in_a_recipe_has_an_upper_limit(setting):
         load("dreambooth_lora", [setting])
 
 
-def test_a_recipe_of_megabytes_or_a_thousand_brackets_is_refused_before_parsing(tmp_path):
+def test_a_huge_or_deeply_nested_recipe_file_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("title: " + 1_100_000 * "x")
     with pytest.raises(ValueError, match=r"mine\.yaml has 1,100,007 bytes, and the limit is 1,000,000"):
@@ -185,14 +185,14 @@ def test_a_recipe_of_megabytes_or_a_thousand_brackets_is_refused_before_parsing(
         load(str(path), [])
 
 
-def test_a_byte_that_is_not_utf8_is_refused_everywhere(capsys):
+def test_every_command_refuses_an_argument_that_is_not_utf8(capsys):
     app = build()
     for path in TREE:
         assert run(app, [*path, "a \udcff mug"]) == 2
         assert "'a \\udcff mug' is not UTF-8 text" in capsys.readouterr().err
 
 
-def test_a_bug_is_raised_as_it_is():
+def test_an_unexpected_exception_is_not_caught():
     app = typer.Typer()
 
     @app.command()

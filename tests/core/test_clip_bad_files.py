@@ -1,4 +1,4 @@
-"""Clips that cannot be used: the errors name the file."""
+"""Clips that cannot be used are refused with errors that name the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refused(path: Path, *words: str, **settings: Any) -> None:
     assert re.search(".*".join(re.escape(w) for w in (str(path), *words)), str(error.value)), error.value
 
 
-def test_the_error_for_a_clip_that_is_too_short_says_how_long_it_is(tmp_path: Path) -> None:
+def test_the_error_for_a_short_clip_states_its_length(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(8))
     refused(path, "has 8 frames, but length=9", "length=8 or less", length=9)
     refused(
@@ -33,7 +33,7 @@ def test_the_error_for_a_clip_that_is_too_short_says_how_long_it_is(tmp_path: Pa
     refused(path, "has 0 frames", "an earlier start", start=7)
 
 
-def test_one_frame_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+def test_a_video_of_one_frame_is_a_clip(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(1))
     refused(path, "has 1 frame, but length=16")
     assert read_clip(path, ClipWindow(length=1)).frames.shape == (3, 1, 32, 48)
@@ -45,7 +45,7 @@ def test_files_that_are_not_clips_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").touch()
     refused(tmp_path / "b.mp4", "is empty, 0 bytes")
     refused(tmp_path / "c.mp4", "does not exist")
-    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")  # must not open other files
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")  # a playlist must not open other files
     refused(tmp_path / "list.m3u8", "is not a clip")
     single = folder(tmp_path / "d", greys(1)) / "frame_0.png"
     refused(single, "is one picture, not a clip")
@@ -69,11 +69,11 @@ def test_a_truncated_file_is_refused(tmp_path: Path, ending: str) -> None:
         path = tmp_path / f"cut.{ending}"
         path.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(ValueError, match="truncated") as error:
-            read_clip(path, ClipWindow(length=1))  # even though the frames that are there would suffice
+            read_clip(path, ClipWindow(length=1))  # refused although the intact frames would suffice
         assert str(path) in str(error.value)
 
 
-def test_the_error_for_a_truncated_video_says_how_much_is_there(tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_video_states_how_many_frames_it_has(tmp_path: Path) -> None:
     data = video(tmp_path / "a.mp4", noisy(16)).read_bytes()
     (tmp_path / "b.mp4").write_bytes(data[: len(data) * 6 // 10])
     refused(tmp_path / "b.mp4", "is truncated: it has ", " of 16 frames", "ffmpeg")
@@ -96,7 +96,7 @@ def test_a_video_with_damaged_frames_is_refused(tmp_path: Path) -> None:
 # --- folders of frames ----------------------------------------------------------------------
 
 
-def test_frames_are_in_natural_order(tmp_path: Path) -> None:
+def test_frames_are_read_in_natural_order(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(12), "shot3_frame{}.png")
     assert [p.name for p in open_frames(path).files] == [f"shot3_frame{i}.png" for i in range(12)]  # type: ignore[attr-defined]
 
@@ -108,20 +108,20 @@ def test_gaps_in_the_numbering_are_refused(tmp_path: Path) -> None:
     even = folder(tmp_path / "b", greys(12), "{}.png")
     for i in range(1, 12, 2):
         (even / f"{i}.png").unlink()
-    assert read_clip(even, ClipWindow(length=6)).frames.shape[1] == 6  # every second frame makes a clip
+    assert read_clip(even, ClipWindow(length=6)).frames.shape[1] == 6  # a constant step in the numbering is not a gap
 
 
 def test_duplicate_frame_numbers_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     (path / "frame_01.png").write_bytes((path / "frame_1.png").read_bytes())
-    refused(path, "holds the same frame number twice: frame_01.png, frame_1.png")
+    refused(path, "contains the same frame number twice: frame_01.png, frame_1.png")
 
 
 def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     for i in range(3):
         (path / f"other_{i}.png").write_bytes((path / f"frame_{i}.png").read_bytes())
-    refused(path, "holds 2 series of frames", "its own folder")
+    refused(path, "contains 2 series of frames", "its own folder")
 
 
 def test_frames_of_different_sizes_are_refused(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_folder_without_frames_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "a", "")
 
 
-def test_a_start_in_seconds_needs_a_rate_for_a_folder(tmp_path: Path) -> None:
+def test_a_start_in_seconds_requires_a_frame_rate_for_a_folder(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(8))
     refused(path, "without a rate", "set fps", start=0.25, length=2)
     assert read_clip(path, ClipWindow(start=0.25, fps=8, length=2)).picks == (2, 3)

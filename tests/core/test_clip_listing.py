@@ -1,4 +1,4 @@
-"""Which entries of a folder are clips, and which files belong to them."""
+"""Clips are found in folders together with their captions and masks."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def test_missing_captions_are_reported_and_named_files_must_exist(tmp_path: Path
     assert named.captions == {tmp_path / "b.mp4": "a ball"} and named.masks == {tmp_path / "b.mp4": tmp_path / "m.gif"}
     with pytest.raises(ValueError, match=r"captions: 'c\.mp4' matches no clip. The clips are: a\.mp4, b\.mp4"):
         find_clips(tmp_path, captions={"c.mp4": "x"})
-    with pytest.raises(ValueError, match="no file in .* has a clip's name; it holds x.txt"):
+    with pytest.raises(ValueError, match="no file in .* has a clip's name; the folder contains x.txt"):
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts/x.txt").write_text("x")
         find_clips(tmp_path, captions=tmp_path / "texts")
     with pytest.raises(ValueError, match="does not exist"):
         find_clips(tmp_path / "c.mp4")
-    with pytest.warns(UserWarning, match=r"listed twice, used once: b\.mp4"):
+    with pytest.warns(UserWarning, match=r"listed twice but used only once: b\.mp4"):
         assert len(find_clips([tmp_path / "b.mp4", tmp_path / "b.mp4"]).clips) == 1
 
 

@@ -1,4 +1,4 @@
-"""Masks of clips: as given, pooled to the latents' grid, tracked from the first frame."""
+"""Masks of clips are read from files, pooled to the latents' grid, and tracked from the first frame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = ClipWindow(length=8)
 
 
 def boxes(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """[F, H, W, 3]: a white box on black that moves by 4 pixels per frame and is gone in the last one."""
+    """Returns masks `[F, H, W, 3]` of a white box that moves by 4 pixels per frame and is absent at the end."""
     out = np.zeros((count, size[1], size[0], 3), np.uint8)
     for i in range(count - 1):
         out[i, 8:24, 4 * i : 4 * i + 16] = 255
@@ -34,7 +34,7 @@ def test_masks_next_to_a_clip_are_read_with_its_frames(tmp_path: Path) -> None:
         video(tmp_path / "m.mkv", boxes(), "ffv1", "bgr0"),
         animation(tmp_path / "m.gif", boxes()),
         folder(tmp_path / "m", boxes(), "{}.png"),
-        folder(tmp_path / "labels", boxes() // 255, "{}.png"),  # 0 and 1
+        folder(tmp_path / "labels", boxes() // 255, "{}.png"),  # label maps with the values 0 and 1
     ]
     truth = torch.from_numpy(boxes()[..., 0] / 255).float()
     for path in given:
@@ -68,7 +68,7 @@ def test_a_single_mask_belongs_to_the_first_frame(tmp_path: Path) -> None:
 def test_masks_that_do_not_match_the_frames_are_refused(tmp_path: Path) -> None:
     clip = video(tmp_path / "a.mp4", greys())
     few = folder(tmp_path / "few", boxes(6), "{}.png")
-    with pytest.raises(ValueError, match=f"{re.escape(str(few))} holds 6 masks, but .* 8 frames"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(few))} contains 6 masks, but .* 8 frames"):
         read_clip(clip, ALL, mask=few)
     small = folder(tmp_path / "small", boxes(8, (32, 32)), "{}.png")
     with pytest.raises(ValueError, match="is 32x32 pixels, but its clip .* is 48x32"):
@@ -109,13 +109,16 @@ def test_pooling_refuses_shapes_that_no_autoencoder_produces() -> None:
 
 
 def smooth(side: int, seed: int) -> Tensor:
-    """[3, side, side]: a texture whose patches are a tenth of the side long."""
+    """Returns a texture `[3, side, side]` with details about a tenth of the side in size."""
     coarse = torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)[0].clamp(0, 1) * 2 - 1
 
 
 def scene(side: int = 64) -> tuple[Tensor, Tensor]:
-    """16 frames [3, F, H, W] of a textured ellipse that crosses another texture on a wavy path, and its masks [1, F, H, W]."""
+    """Returns 16 frames `[3, F, H, W]` and the masks `[1, F, H, W]` of a textured ellipse in them.
+
+    The ellipse crosses a background of another texture on a wavy path.
+    """
     ground, skin = smooth(side, 1), smooth(side, 2)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     frames, masks = [], []
@@ -128,7 +131,7 @@ def scene(side: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def overlap(a: Tensor, b: Tensor) -> list[float]:
-    """Intersection over union of the masks [1, F, H, W] in each frame."""
+    """Returns the intersection over union of two sequences of masks `[1, F, H, W]` in each frame."""
     both, any_ = torch.minimum(a, b).sum((0, 2, 3)), torch.maximum(a, b).sum((0, 2, 3))
     return (both / any_).tolist()
 

@@ -1,4 +1,4 @@
-"""Amount of motion, consistency, and appearance of frames, compared with formulas written out."""
+"""Metrics of the amount of motion, of consistency and of the frames' appearance match formulas written out in full."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ def vectors(*shape: int, seed: int = 0) -> Tensor:
 
 
 def fields_of(steps: list[float], share: float, side: int = 100, back: float = -1.0) -> FlowFields:
-    """Flow to the right by this many cells per step in a share of the frame, and the backward flow; the rest is still."""
+    """Returns flow fields in which the top `share` of the frame moves right by `steps[i]` cells and the rest is still.
+
+    The backward flow is `back` times the forward flow.
+    """
     forward = torch.zeros(len(steps), side, side, 2)
     for i, step in enumerate(steps):
         forward[i, : round(share * side), :, 0] = step
     return FlowFields(forward, back * forward, torch.zeros(len(steps), side, side), (side, side))
 
 
-def test_the_dynamic_degree_is_the_mean_of_the_longest_twentieth_of_the_flow() -> None:
+def test_the_dynamic_degree_averages_the_longest_five_percent_of_the_flow() -> None:
     looks = vectors(4, 6)
     assert dynamics(fields_of([2, 4, 6], 1.0), looks).degree == pytest.approx((2 + 4 + 6) / 3 / 100)
     assert dynamics(fields_of([2, 4, 6], 0.05), looks).degree == pytest.approx((2 + 4 + 6) / 3 / 100)
@@ -57,7 +60,7 @@ def test_a_clip_is_dynamic_if_a_quarter_of_its_frames_exceed_the_threshold(
     assert dynamics(fields_of(steps, 1.0), vectors(frames, 6)).dynamic is expected
 
 
-def test_consistency_is_the_mean_cosine_of_neighbours_and_separately_of_all_pairs() -> None:
+def test_consistency_averages_the_cosines_of_neighbours_and_those_of_all_pairs() -> None:
     looks = vectors(5, 7)
     moved = dynamics(fields_of([1] * 4, 1.0), looks)
 
@@ -99,7 +102,7 @@ def test_clip_t_is_computed_for_each_frame() -> None:
     torch.testing.assert_close(clip_t_per_frame(frames, text), torch.tensor(expected).double(), atol=1e-6, rtol=0)
 
 
-def test_leakage_is_the_best_match_of_each_frame() -> None:
+def test_leakage_averages_the_best_match_of_each_frame() -> None:
     frames, clips = vectors(3, 5), [vectors(4, 5, seed=1), vectors(2, 5, seed=2)]
 
     def cos(a: Tensor, b: Tensor) -> float:
@@ -137,7 +140,7 @@ def test_the_pixel_encoder_can_replace_a_network() -> None:
 
 
 def test_masked_similarity_ignores_the_background() -> None:
-    """Compares the same patch elsewhere on another background, and another patch on the same background."""
+    """The same patch on another background is similar, and another patch on that background is not."""
     same, other = moving_patch((3, 0), seed=0), moving_patch((3, 0), seed=7)
     elsewhere = same.clone()
     where = torch.zeros(5, 64, 64)
@@ -152,7 +155,7 @@ def test_masked_similarity_ignores_the_background() -> None:
     assert near.shape == (5,) and near.min() > 0.9 and far.max() < 0.4
 
 
-def test_how_a_checkpoint_is_scored() -> None:
+def test_the_checkpoint_score_is_the_product_of_its_terms() -> None:
     means = {"identity": 0.8, "motion_fidelity": 0.5, "leakage": 0.25}
     assert checkpoint_score(means) == pytest.approx(0.8 * 0.5 * 0.75)
     assert checkpoint_score({**means, "motion_recognised": 0.9}) == pytest.approx(0.8 * 0.9 * 0.75)

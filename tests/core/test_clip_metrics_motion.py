@@ -1,4 +1,4 @@
-"""How clips move: flow and tracks against known motion, and motion fidelity against its formula and on true clips."""
+"""Flow and tracks match known motion, and motion fidelity matches its formula and separates true clips."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_points_that_are_covered_or_leave_the_frame_stay_lost() -> None:
     seen = found.visible.int()
     assert (seen.diff(dim=1) <= 0).all() and seen[:, 0].all()
     x, y = found.points[:, 0].unbind(1)
-    # The patch moves from x = 10 to x = 30, so it covers the background between its first right edge (34) and its last (54).
+    # The left edge of the patch moves from x = 10 to 30 and its right edge from 34 to 54, so it covers x = 34 to 54.
     covered = (x > 40) & (x < 52) & (y > 24) & (y < 40)
     assert covered.any() and seen[covered, -1].double().mean() < 0.1
     far = (y < 10) | (y > 54)
@@ -60,7 +60,7 @@ def test_points_that_are_covered_or_leave_the_frame_stay_lost() -> None:
     assert not gone.visible[leaves, -1].any() and gone.visible[~leaves & (gone.points[:, 0, 0] > 24), -1].all()
 
 
-def test_estimated_flow_matches_the_renderer_s(right: Clip) -> None:
+def test_estimated_flow_matches_the_rendered_flow(right: Clip) -> None:
     fields = flow_fields(pixels(right))
     assert fields.forward.shape == (5, 256, 256, 2) and fields.cells_per_pixel == 4
     found = torch.nn.functional.avg_pool2d(fields.forward.permute(0, 3, 1, 2), 4).permute(0, 2, 3, 1) / 4
@@ -82,7 +82,10 @@ def test_masks_of_a_wrong_shape_are_refused() -> None:
 
 
 def by_the_formula(a: list[list[list[float]]], b: list[list[list[float]]], e: float) -> float:
-    """Space-Time Features, equations 8 and 9, with e under both roots; displacements [N][F-1][2]; mean of both directions."""
+    """Evaluates equations 8 and 9 of Space-Time Features, with e² added to each inner product.
+
+    Takes displacements `[N][F-1][2]` and returns the mean of both directions.
+    """
 
     def match(one: list[list[float]], two: list[list[float]]) -> float:
         each = []
@@ -95,7 +98,7 @@ def by_the_formula(a: list[list[list[float]]], b: list[list[list[float]]], e: fl
     return (there + back) / 2
 
 
-def test_fidelity_averages_the_paper_s_formula_over_both_directions() -> None:
+def test_fidelity_averages_the_published_formula_over_both_directions() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 6, 2, generator=draw, dtype=torch.float64) * 3 + 4 for n in (7, 5))
     expected = by_the_formula(a.tolist(), b.tolist(), 100 * STILL)
@@ -115,7 +118,7 @@ def test_fidelity_of_simple_movements() -> None:
     # Points that do not move are not counted; otherwise a still background alone would make any two clips alike.
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), along((-5, 0), *[(0, 0)] * 50)) < -0.95
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), still) == 0.0
-    # Both directions count: here one clip has a movement that the other lacks.
+    # Both directions count. Here one clip has a movement that the other lacks.
     both = along((5, 0), (-5, 0))
     assert motion_fidelity(both, along((5, 0))) == pytest.approx((0 + 1) / 2, abs=0.02)
 
@@ -148,8 +151,8 @@ def test_camera_movement_can_be_subtracted() -> None:
     assert motion_fidelity(seen, fixed) < 0
 
 
-def test_fidelity_of_true_clips(right: Clip) -> None:
-    """Compares a clip with the same motion of another object elsewhere, the opposite motion, its reverse, and a still of it."""
+def test_fidelity_separates_true_clips_by_their_motion(right: Clip) -> None:
+    """Compares a clip with another object's same motion, the opposite motion, its own reverse, and its frozen frame."""
     clip = pixels(right)
     again, left = (pixels(drawn(name, seed)) for name, seed in (("slide right", 3), ("slide left", 1)))
     one, two, other, back, still = (

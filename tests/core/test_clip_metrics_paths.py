@@ -1,4 +1,4 @@
-"""Held-out motions are recognised by their paths and told apart from their look-alikes, and errors are measured."""
+"""Held-out motions are recognised by their paths and told apart from look-alikes, and path errors are measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN = {name: KnownMotion(name, motion) for name, motion in motion_names().item
 
 
 def noisy(path: Array, seed: int, amount: float = 0.3) -> Array:
-    """A path as an estimator would return it: off by a fraction of a unit in every frame."""
+    """Returns the path as an estimator would report it, off by a fraction of a unit in every frame."""
     rng = np.random.default_rng(seed)
     return path + amount * rng.normal(0, 1, path.shape) * list(UNITS.values())
 
@@ -39,7 +39,7 @@ def test_a_motion_is_recognised_from_any_starting_point_and_its_look_alikes_are_
             assert not hit and found.name == other.name and found.margin > 0
 
 
-def test_the_candidates_that_a_motion_is_told_apart_from() -> None:
+def test_the_candidates_are_look_alikes_the_other_motions_of_the_split_and_stillness() -> None:
     for known in KNOWN.values():
         names = list(known.candidates(16))
         others = [m.motion.name for n, m in KNOWN.items() if m.split == known.split and n != known.name]
@@ -50,7 +50,7 @@ def test_the_candidates_that_a_motion_is_told_apart_from() -> None:
         recognised(still(4), {})
 
 
-def test_the_error_of_a_path_is_in_pixels_and_degrees_after_the_best_shift() -> None:
+def test_path_errors_are_in_pixels_and_degrees_and_ignore_constant_shifts() -> None:
     truth = KNOWN["development-hop-and-turn"].motion.path(16)
     moved = truth + np.array([0.1, -0.2, 0.4, 350.0, 5.0, -7.0])
     assert max(vars(path_error(moved, truth, 64)).values()) < 1e-6
@@ -79,7 +79,7 @@ def test_clips_record_which_motion_they_show(tmp_path: Path) -> None:
 
 
 class Says:
-    """A reader that reads the same path from every clip."""
+    """A reader that returns the same path for every clip."""
 
     def __init__(self, path: Array) -> None:
         self.path, self.seen = path, []
@@ -89,7 +89,7 @@ class Says:
         return self.path
 
 
-def test_the_ceiling_is_the_share_of_true_clips_recognised() -> None:
+def test_the_recognition_ceiling_is_the_share_of_true_clips_recognised() -> None:
     known = KNOWN["development-zigzag"]
     right, wrong = Says(known.motion.path(3)), Says(still(3))
     assert recognition_ceiling(right, known, 3, clips=2, through=lambda pixels: pixels / 2) == 1

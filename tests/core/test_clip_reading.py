@@ -1,4 +1,4 @@
-"""Reading clips: every kind of file, its timing, orientation and colours, and the windows read from it."""
+"""Clips are read from every kind of file with the right timing, orientation, colours and windows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL = ClipWindow(length=8)
 
 
 def levels(frames: torch.Tensor) -> np.ndarray:
-    """[F, H, W, 3] in [0, 255] from [3, F, H, W] in [-1, 1]."""
+    """Converts a clip `[3, F, H, W]` in [-1, 1] to `[F, H, W, 3]` in [0, 255]."""
     return (frames.permute(1, 2, 3, 0).numpy() + 1) * 127.5
 
 
@@ -49,9 +49,8 @@ def test_every_kind_of_clip_returns_its_frames_in_order(tmp_path: Path, kind: st
     assert clip.frames.shape == (3, 8, 32, 48) and clip.frames.dtype == torch.float32
     assert numbers(clip.frames) == list(range(8)) and clip.picks == tuple(range(8))
     assert clip.masks is None and clip.valid is None
-    assert clip.fps == (
-        None if kind == "folder" else pytest.approx(8, rel=0.05)
-    )  # a GIF stores times in hundredths of a second
+    # A GIF stores times in hundredths of a second.
+    assert clip.fps == (None if kind == "folder" else pytest.approx(8, rel=0.05))
 
 
 @pytest.mark.parametrize("kind", ["ffv1", "webp", "png"])
@@ -87,14 +86,14 @@ def test_variable_frame_rates_are_sampled_by_time(tmp_path: Path, ending: str, f
 
 
 def test_millisecond_timestamps_repeat_and_drop_no_frame(tmp_path: Path) -> None:
-    """At 24 frames per second the second frame is shown at 41.67 ms, but WebM says 42."""
+    """At 24 frames per second, the second frame is due at 41.67 ms, but WebM stores 42 ms."""
     path = video(tmp_path / "a.webm", greys(12, (16, 16)), "libvpx-vp9", fps=24, options={"deadline": "realtime"})
     assert read_clip(path, ClipWindow(fps=24, length=12)).picks == tuple(range(12))
     assert read_clip(path, ClipWindow(fps=12, length=6)).picks == (0, 2, 4, 6, 8, 10)
     assert read_clip(path, ClipWindow(fps=48, length=24)).picks == tuple(i // 2 for i in range(24))
 
 
-def test_a_rounded_rate_is_taken_as_the_exact_rate(tmp_path: Path) -> None:
+def test_a_rounded_frame_rate_is_treated_as_the_exact_one(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(12, (16, 16)), fps=Fraction(30000, 1001))
     assert read_clip(path, ClipWindow(fps=29.98, length=12)).picks == tuple(range(12))
 
@@ -104,10 +103,10 @@ def test_very_short_gif_delays_are_replaced_as_in_browsers(tmp_path: Path) -> No
     assert timing is not None and [float(t) for t in timing.times[:3]] == pytest.approx([0, 0.1, 0.2])
 
 
-def test_stride_start_and_windows(tmp_path: Path) -> None:
+def test_stride_start_and_windows_select_the_right_frames(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(12, (16, 16)), options={"g": "3", "bf": "2"})
     assert numbers(read_clip(path, ClipWindow(length=4, stride=3)).frames) == [0, 3, 6, 9]
-    late = read_clip(path, ClipWindow(length=3, start=0.99))  # frame 7.92 of 8 per second
+    late = read_clip(path, ClipWindow(length=3, start=0.99))  # 0.99 s is frame 7.92 at 8 frames per second
     assert numbers(late.frames) == [8, 9, 10]
     assert numbers(read_clip(path, ClipWindow(length=2, start=0.99, fps=8)).frames) == [7, 8]
     windows = list(read_windows(path, ClipWindow(length=4, windows=3)))
@@ -116,8 +115,9 @@ def test_stride_start_and_windows(tmp_path: Path) -> None:
         assert len(list(read_windows(path, ClipWindow(length=11, windows=5)))) == 2
 
 
-def test_any_frame_is_found_without_reading_all_before_it(tmp_path: Path) -> None:
-    """Seeking lands on key frames; this file has few, and some come late."""
+def test_any_frame_can_be_read_by_itself(tmp_path: Path) -> None:
+    """Seeking lands on key frames. This file has few of them, and with open groups of pictures, some frames are
+    displayed before the key frame that precedes them in the file."""
     frames = greys(12, (16, 16))
     path = video(tmp_path / "a.mp4", frames, options={"g": "5", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"})
     source = open_frames(path)
@@ -191,7 +191,7 @@ def test_a_gif_that_stores_only_changes_is_composed(tmp_path: Path) -> None:
 
 
 def plain(pixel_format: str, codes: tuple[float, float, float], **tags: int) -> Any:
-    """A frame of one YCbCr colour."""
+    """Returns a frame of a single YCbCr colour."""
     frame: Any = av.VideoFrame(64, 64, pixel_format)
     for plane, code in zip(frame.planes, codes, strict=True):
         kind = np.uint16 if "10" in pixel_format else np.uint8
@@ -205,7 +205,7 @@ def shown(frame: Any) -> list[float]:
     return np.asarray(to_image(frame))[20:40, 20:40].reshape(-1, 3).mean(0).tolist()
 
 
-def test_ten_bits_become_eight() -> None:
+def test_ten_bit_frames_become_eight_bit() -> None:
     assert shown(plain("yuv420p10le", (940, 512, 512))) == [255, 255, 255]
     assert shown(plain("yuv420p10le", (64, 512, 512))) == [0, 0, 0]
     assert shown(plain("yuv420p10le", (64 + 876 * 0.5, 512, 512))) == pytest.approx([127.5] * 3, abs=1)
@@ -215,9 +215,8 @@ def test_the_stated_matrix_and_range_are_used() -> None:
     red_709, red_601 = (63, 102, 240), (81, 90, 240)
     assert shown(plain("yuv420p", red_709, colorspace=1)) == pytest.approx([255, 0, 0], abs=2)
     assert shown(plain("yuv420p10le", tuple(4 * c for c in red_709), colorspace=1)) == pytest.approx([255, 0, 0], abs=2)
-    assert shown(plain("yuv420p", red_601)) == pytest.approx(
-        [255, 0, 0], abs=2
-    )  # a small frame without a stated matrix: BT.601
+    # A small frame that states no matrix uses BT.601.
+    assert shown(plain("yuv420p", red_601)) == pytest.approx([255, 0, 0], abs=2)
     assert shown(plain("yuv420p", (100, 128, 128), color_range=2)) == pytest.approx([100] * 3, abs=1)
 
 
@@ -225,21 +224,21 @@ def oetf(light: float) -> float:
     return 255 * (1.055 * light ** (1 / 2.4) - 0.055)
 
 
-def test_hdr_is_converted_to_the_range_of_srgb() -> None:
-    """Diffuse white is 203 nits: 58.06 % of the signal in PQ and 75 % in HLG (ITU-R BT.2408)."""
+def test_hdr_is_tone_mapped_to_srgb() -> None:
+    """Diffuse white is 203 nits, which is a signal of 58.06 % in PQ and 75 % in HLG (ITU-R BT.2408)."""
     tags = {"colorspace": 9, "color_primaries": 9}
     white = oetf(0.75 + 0.25 * (1 - np.exp(-1)))
     pq, hlg = (64 + 876 * 0.5806, 512, 512), (64 + 876 * 0.75, 512, 512)
     assert shown(plain("yuv420p10le", pq, color_trc=16, **tags)) == pytest.approx([white] * 3, abs=1.5)
     assert shown(plain("yuv420p10le", hlg, color_trc=18, **tags)) == pytest.approx([white] * 3, abs=1.5)
-    power = (0.2 * 203 / 10000) ** (2610 / 16384)  # a fifth of white, by SMPTE ST 2084
+    power = (0.2 * 203 / 10000) ** (2610 / 16384)  # a fifth of diffuse white, encoded as in SMPTE ST 2084
     code = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** (2523 / 32)
     grey = shown(plain("yuv420p10le", (64 + 876 * code, 512, 512), color_trc=16, **tags))
     assert grey == pytest.approx([oetf(0.2)] * 3, abs=1.5)
 
 
 def test_wide_primaries_are_converted() -> None:
-    """BT.709's red in BT.2020 values."""
+    """Encodes the red primary of BT.709 in BT.2020."""
     r, g, b = (np.array([0.6274, 0.0691, 0.0164]) ** (1 / 2.4)).tolist()
     luma = 0.2627 * r + 0.6780 * g + 0.0593 * b
     codes = (64 + 876 * luma, 512 + 896 * (b - luma) / 1.8814, 512 + 896 * (r - luma) / 1.4746)
@@ -254,7 +253,7 @@ def test_wide_primaries_are_converted() -> None:
 def test_cover_crops_all_frames_alike_around_the_masks(tmp_path: Path) -> None:
     frames = np.concatenate([greys(3, (96, 32)), np.zeros((3, 32, 96, 1), np.uint8)], -1)
     for i in range(3):
-        frames[i, 8:24, 60 + 8 * i : 68 + 8 * i, 3] = 255  # columns 60 to 84: the crop is 56 to 88
+        frames[i, 8:24, 60 + 8 * i : 68 + 8 * i, 3] = 255  # the masks span columns 60 to 84, so the crop spans 56 to 88
     clip = read_clip(animation(tmp_path / "a.webp", frames, exact=True), ClipWindow(length=3), size=32)
     assert clip.masks is not None and clip.frames.shape == (3, 3, 32, 32)
     for i in range(3):
@@ -262,7 +261,7 @@ def test_cover_crops_all_frames_alike_around_the_masks(tmp_path: Path) -> None:
         assert (int(columns[0]), int(columns[-1]) + 1) == (4 + 8 * i, 12 + 8 * i)
 
 
-def test_cover_warns_once_what_it_loses_and_contain_keeps_all(tmp_path: Path) -> None:
+def test_cover_warns_once_about_the_loss_and_contain_keeps_everything(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(4, (96, 32)))
     with pytest.warns(UserWarning, match="the crop loses 67%") as said:
         read_clip(path, ClipWindow(length=4), size=16)
@@ -272,8 +271,8 @@ def test_cover_warns_once_what_it_loses_and_contain_keeps_all(tmp_path: Path) ->
     assert clip.valid[0, 3, 8:16].min() == 1 and clip.valid[0, 3, :7].max() == 0
 
 
-def test_4k_is_read_in_bounded_memory(tmp_path: Path) -> None:
-    """A frame is 25 MB as RGB: reading twelve more must cost less memory than holding six."""
+def test_4k_clips_are_read_in_bounded_memory(tmp_path: Path) -> None:
+    """A frame takes 25 MB as RGB. Reading twelve more frames must cost less memory than six of them would take."""
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("mpeg4", rate=8)
@@ -300,7 +299,7 @@ for length in (5, 17):
     assert int(after) - int(before) < 6 * 25_000  # kilobytes
 
 
-def test_a_readable_clip_is_read_without_a_warning(tmp_path: Path) -> None:
+def test_readable_clips_cause_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for maker in MAKERS.values():

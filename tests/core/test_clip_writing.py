@@ -1,4 +1,4 @@
-"""Writing clips: what is read back, what the file records, and that no partial file is ever left."""
+"""Written clips read back correctly with their metadata, and no partial file is ever left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = ["clip.mp4", "clip.gif", "clip.webp", "frames"]
 
 
 def moving(frames: int = 6, size: tuple[int, int] = (64, 64)) -> Tensor:
-    """[3, F, H, W]: a shaded disc that crosses a smooth background, with more than 256 colours."""
+    """Returns a clip `[3, F, H, W]` of a shaded disc that crosses a smooth background. It has more than 256 colours."""
     height, width = size
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     ground = torch.stack([x * 0.5, y * 0.5, x * y])
@@ -44,12 +44,12 @@ def moving(frames: int = 6, size: tuple[int, int] = (64, 64)) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """The PSNR in decibels, for values from -1 to 1."""
+    """Returns the PSNR in decibels for values from -1 to 1."""
     return -10 * math.log10(float(((a - b) ** 2).mean()) / 4 + 1e-12)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_clip_comes_back_with_its_rate_and_metadata(tmp_path: Path, name: str) -> None:
+def test_a_clip_reads_back_with_its_rate_and_metadata(tmp_path: Path, name: str) -> None:
     clip = moving()
     assert write_clip(tmp_path / name, clip, 8, ABOUT) == tmp_path / name
     back = read_clip(tmp_path / name, ClipWindow(length=6), size=64)
@@ -70,7 +70,7 @@ def test_both_tensor_layouts_give_the_same_clip(tmp_path: Path) -> None:
 
 
 def test_lossless_formats_are_exact(tmp_path: Path) -> None:
-    clip = (moving(size=(40, 24)) * 127.5).round() / 127.5  # not on the 8-bit grid: rounding is the only loss
+    clip = (moving(size=(40, 24)) * 127.5).round() / 127.5  # halfway between 8-bit levels, so rounding is the only loss
     for name in ("a.webp", "frames"):
         write_clip(tmp_path / name, clip, 8, enlarge=1)
         assert (read_clip(tmp_path / name, ClipWindow(length=6)).frames - clip).abs().max() <= 1 / 255 + 1e-6
@@ -109,8 +109,8 @@ def test_mp4_can_be_played_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.webp"])
-def test_animations_loop_forever_and_keep_their_length(tmp_path: Path, name: str) -> None:
-    write_clip(tmp_path / name, moving(12), 12, enlarge=1)  # 83.3 ms, which a GIF cannot store
+def test_animations_loop_forever_and_keep_their_duration(tmp_path: Path, name: str) -> None:
+    write_clip(tmp_path / name, moving(12), 12, enlarge=1)  # 83.3 ms per frame, which a GIF cannot store
     with Image.open(tmp_path / name) as image:
         assert image.info["loop"] == 0
         total = 0
@@ -123,18 +123,18 @@ def test_animations_loop_forever_and_keep_their_length(tmp_path: Path, name: str
 
 
 def test_a_gif_does_not_flicker(tmp_path: Path) -> None:
-    """Pixels that do not change in the clip do not change in the GIF either, and smooth colours stay unbiased."""
+    """Pixels that are constant in the clip are constant in the GIF, and smooth areas keep their mean colour."""
     clip = moving(6)
     clip[:, :, :12] = clip[:, :1, :12]
     write_clip(tmp_path / "a.gif", clip, 8, enlarge=1)
     back = read_clip(tmp_path / "a.gif", ClipWindow(length=6)).frames
     assert bool((back[:, :, :12] == back[:, :1, :12]).all())
     bands = torch.nn.functional.avg_pool2d((back - clip).movedim(1, 0), 8)
-    assert bands.abs().max() < 0.05  # the mean over 8x8 pixels is right within 6 levels of 255
+    assert bands.abs().max() < 0.05  # the mean over 8x8 pixels is right to within 6 of 255 levels
 
 
-def test_a_frozen_clip_keeps_its_length(tmp_path: Path) -> None:
-    """Equal frames become one frame that is shown longer."""
+def test_a_frozen_clip_keeps_its_duration(tmp_path: Path) -> None:
+    """Identical frames are merged into one frame that is shown longer."""
     for name in ("a.gif", "a.webp"):
         write_clip(tmp_path / name, moving(1).expand(-1, 8, -1, -1), 8)
         assert read_clip(tmp_path / name, ClipWindow(fps=8, length=8)).frames.shape[1] == 8
@@ -164,10 +164,10 @@ def test_a_folder_that_pcs_did_not_write_is_not_replaced(tmp_path: Path) -> None
     assert len(list(theirs.iterdir())) == 3
 
 
-def test_metadata_of_files_that_pcs_did_not_write(tmp_path: Path) -> None:
+def test_reading_metadata_of_files_that_pcs_did_not_write(tmp_path: Path) -> None:
     assert read_clip_metadata(video(tmp_path / "a.mp4", greys(2))) == {}
     write_picture(moving()[:, 0], tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png is not a kind of clip that pcs writes"):
+    with pytest.raises(ValueError, match=r"a\.png is not a clip in a format that pcs writes"):
         read_clip_metadata(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"b\.mp4 cannot be opened"):
         read_clip_metadata(tmp_path / "b.mp4")
@@ -178,7 +178,7 @@ def test_metadata_of_files_that_pcs_did_not_write(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """Limits files to 16 KB: writing more fails, as on a full disk."""
+    """Limits files to 16 KiB, so that writing more fails as on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, before[1]))
     yield

@@ -1,4 +1,4 @@
-"""Saved concepts: they come back as saved, misfits are refused, and nothing in a folder is executed."""
+"""Concepts load exactly as they were saved, and concepts that do not fit a model are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def expanded(backbone: Any, name: str = "my-mug") -> str:
 
 
 def traces(backbone: Any) -> tuple[Any, ...]:
-    """Everything that must be the same as before after a concept is removed."""
+    """Returns everything that must be restored when a concept is removed."""
     networks = [(repr(m), sorted(m.state_dict()), hasattr(m, "peft_config")) for m in backbone.components.values()]
     return (
         networks,
@@ -126,7 +126,7 @@ def test_everything_in_the_description_survives_saving(new_sd: Callable[..., Any
         assert all(torch.equal(again.tensors[kind][k], v) for k, v in tensors.items())
 
 
-def test_strength_goes_from_the_base_to_the_concept(new_sd: Callable[..., Any]) -> None:
+def test_strength_moves_the_output_from_the_base_to_the_concept(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     concept = learned(backbone)
     prompt = "a photo of a mug"
@@ -141,7 +141,7 @@ def test_strength_goes_from_the_base_to_the_concept(new_sd: Callable[..., Any]) 
     assert 0 < (outs[0.5] - base).norm() < (full - base).norm()
 
 
-def test_a_rare_token_is_saved_and_loaded(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_concept_with_a_rare_token_survives_saving(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     RareToken().attach(backbone, "my-mug", "mug")
     learn(backbone)
@@ -153,7 +153,9 @@ def test_a_rare_token_is_saved_and_loaded(new_sd: Callable[..., Any], tmp_path: 
     assert torch.equal(output(fresh, expanded(fresh)), output(backbone, expanded(backbone)))
 
 
-def test_dora_convolutions_and_several_slots_come_back(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_dora_adapters_convolutions_and_several_slots_survive_saving(
+    new_sd: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone = new_sd()
     RareToken().attach(backbone, "lora_x", "mug")
     learn(backbone, "lora_x", "lora_A", roles=("self_attention", "conv"), rank=3)
@@ -241,7 +243,7 @@ def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> 
         assert torch.equal(output(fresh), output(new_sd()))
     detach(fresh, "cup")
     other = with_fields(learned(new_sd(), "cup", seed=9).meta)
-    attach(Concept(other, learned(new_sd(), "cup", seed=9).tensors), fresh)  # the first one's name is free again
+    attach(Concept(other, learned(new_sd(), "cup", seed=9).tensors), fresh)  # the name 'cup' is free again
     detach(fresh, "cup")
     with fresh.active({"pot": 1.0}):
         assert torch.equal(output(fresh), expected)
@@ -262,14 +264,14 @@ def test_removing_one_concept_leaves_the_others_unchanged(new_sd: Callable[..., 
     assert not any(p.requires_grad for p in backbone.denoiser.parameters())
 
 
-def test_the_same_concept_twice_is_refused(new_sd: Callable[..., Any]) -> None:
+def test_attaching_a_concept_twice_is_refused(new_sd: Callable[..., Any]) -> None:
     concept, backbone = learned(new_sd()), new_sd()
     attach(concept, backbone)
     with pytest.raises(ValueError, match="'my-mug' is already attached"):
         attach(concept, backbone)
 
 
-# --- what does not fit
+# --- concepts that do not fit
 
 
 def _rebuilt(pipe: Any, **changes: Any) -> StableDiffusionBackbone:
@@ -362,7 +364,7 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
     ],
 )
-def test_a_concept_that_fits_only_in_part_is_refused_and_leaves_nothing(
+def test_a_concept_that_fits_only_in_part_is_refused_and_leaves_no_trace(
     new_sd: Callable[..., Any], change: Callable[[Concept], Concept], message: str
 ) -> None:
     concept, backbone = change(learned(new_sd())), new_sd()
@@ -372,7 +374,7 @@ def test_a_concept_that_fits_only_in_part_is_refused_and_leaves_nothing(
     assert traces(backbone) == before
 
 
-def test_modules_that_match_nothing_are_refused(new_sd: Callable[..., Any]) -> None:
+def test_target_modules_that_do_not_exist_are_refused(new_sd: Callable[..., Any]) -> None:
     concept, backbone = learned(new_sd()), new_sd()
     settings = {**concept.meta.adapters["lora"]["unet"], "target_modules": ["nowhere.to_q"]}
     text = concept.meta.adapters["lora"]["text_encoder"]
@@ -389,7 +391,7 @@ def test_modules_that_match_nothing_are_refused(new_sd: Callable[..., Any]) -> N
     assert traces(backbone) == before
 
 
-def test_without_a_concept_there_is_nothing_to_save(new_sd: Callable[..., Any]) -> None:
+def test_capturing_requires_an_attached_concept_and_its_modifier(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     with pytest.raises(ValueError, match="nothing is attached under 'x'"):
         capture(backbone, "x")

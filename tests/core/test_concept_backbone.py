@@ -1,4 +1,4 @@
-"""Finding a concept's model again, and what `pcs concept show` prints about its training."""
+"""A concept's model is found again on this machine, and `pcs concept show` prints the concept's training steps."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
     recipe = {"method": "x", "backbone": "./sd"}
     concept = read(save(learned(load_backbone("./sd"), recipe=recipe), tmp_path / "x.concept").path or "")
     assert concept.meta.backbone.name == concept.meta.recipe["backbone"] == "sd"
-    assert str(tmp_path) not in (tmp_path / "x.concept" / "concept.json").read_text(), "concepts are meant to be shared"
+    assert str(tmp_path) not in (tmp_path / "x.concept" / "concept.json").read_text(), (
+        "a concept may be shared, so it must contain no local path"
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_backbone_of(concept).checkpoint == concept.meta.backbone.checkpoint
 
 
-def test_the_place_of_a_moved_model_is_needed_only_once(
+def test_a_moved_model_must_be_located_only_once(
     tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: Path
 ) -> None:
     tiny_sd.save_pretrained(tmp_path / "sd")
@@ -57,10 +59,10 @@ def test_the_place_of_a_moved_model_is_needed_only_once(
     assert run(build(), arguments) == 2 and not (tmp_path / "out").exists()
     assert "the concept 'x' was learned on" in capsys.readouterr().err
     assert load_backbone_of(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
-    assert run(build(), arguments) == 0, "its new place is remembered"
+    assert run(build(), arguments) == 0, "the new path is remembered"
 
 
-def test_a_damaged_or_unwritable_index_is_no_error(
+def test_a_damaged_or_unwritable_index_is_not_an_error(
     tiny_sd: Any, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_sd.save_pretrained(tmp_path / "sd")
@@ -70,7 +72,7 @@ def test_a_damaged_or_unwritable_index_is_no_error(
         concept = learned(load_backbone(tmp_path / "sd"))
         assert load_backbone_of(concept).name == str(tmp_path / "sd")
     file = tmp_path / "a file"
-    file.write_text("where the cache is to be")
+    file.write_text("a file where the cache folder should be")
     monkeypatch.setenv("PCS_CACHE", str(file / "cache"))
     concept = learned(load_backbone(tmp_path / "sd"))
     with pytest.raises(ValueError, match="not known on this machine"):
@@ -80,14 +82,14 @@ def test_a_damaged_or_unwritable_index_is_no_error(
 def test_a_model_that_a_concept_names_is_never_downloaded(
     new_sd: Callable[..., Any], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's client is replaced by one that fails the test: no concept may cause a download, wherever it comes from."""
+    """The hub's client is replaced by one that fails the test, because no concept may cause a download."""
     import huggingface_hub
 
     for call in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, call, lambda *a, **k: pytest.fail("the hub was asked for a model"))
     backbone = new_sd()
     for name in ("owner/name", "nowhere", "https://example.org/model", "more"):
-        backbone.name = name if name != "more" else "owner/name/more"  # a path: the hub's names have one slash
+        backbone.name = name if name != "more" else "owner/name/more"  # a path, because hub names have only one slash
         concept = learned(backbone)
         backbone.remove("x")
         with pytest.raises(ValueError, match=rf"learned on {name} .*not known on this machine.*--backbone PATH"):
@@ -101,7 +103,7 @@ def test_a_folder_with_only_half_precision_files_loads(tiny_sd: Any, tmp_path: P
     half, whole = load_backbone(tmp_path / "half"), load_backbone(tmp_path / "both")
     assert half.checkpoint == whole.checkpoint and half.dtype == torch.float32
     shutil.copytree(tmp_path / "both" / "vae", tmp_path / "half" / "vae", dirs_exist_ok=True)
-    assert load_backbone(tmp_path / "half").checkpoint == whole.checkpoint, "one network has both precisions"
+    assert load_backbone(tmp_path / "half").checkpoint == whole.checkpoint, "the VAE has files in both precisions"
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,9 @@ def test_a_folder_with_only_half_precision_files_loads(tiny_sd: Any, tmp_path: P
         ),
         ({"method": "m", "phases": {"a": None}}, "m, a"),
     ],
-    ids=["phases", "plain", "a phase without its own", "nothing said"],
+    ids=["phases", "plain", "a phase without its own steps", "no steps stated"],
 )
-def test_steps_are_shown_by_phase(new_sd: Callable[..., Any], recipe: Any, steps: str) -> None:
+def test_steps_are_shown_for_each_phase(new_sd: Callable[..., Any], recipe: Any, steps: str) -> None:
     plain = recipe if isinstance(recipe, dict) else dump(recipe)
     shown_lines = lines(learned(new_sd(), recipe=plain))
     assert next(line for line in shown_lines if line.startswith("recipe")).removeprefix("recipe").strip() == steps

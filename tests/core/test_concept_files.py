@@ -1,4 +1,4 @@
-"""Concept folders: written completely or not at all, and read without executing anything, however hostile."""
+"""Concept folders are written completely or not at all, and reading even a hostile one executes nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def learned(backbone: Any, name: str = "my-mug") -> Concept:
 
 
 class _Bomb:
-    """An object whose pickle leaves a trace when it is loaded."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -62,7 +62,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """Updates the recorded hashes, as somebody who tampers with a concept on purpose would."""
+    """Updates the recorded hashes, as someone who deliberately tampers with a concept would."""
     edit(folder, files={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")})
 
 
@@ -136,7 +136,7 @@ def test_files_that_can_contain_code_are_refused_unopened(saved: Path, tmp_path:
     assert not mark.exists()
 
 
-def test_other_files_are_left_alone(saved: Path) -> None:
+def test_harmless_extra_files_are_ignored(saved: Path) -> None:
     (saved / "notes.txt").write_text("mine")
     (saved / "recipe.yaml").write_text("train: {steps: 3}  # fine!\n")
     assert read(saved).name == "my-mug"
@@ -190,7 +190,7 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(saved: Path, tmp_pat
         ({"embeddings": {"text_encoder": "wide"}}, r"embeddings\.text_encoder = 'wide'"),
     ],
 )
-def test_descriptions_are_checked(saved: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_descriptions_are_refused(saved: Path, changes: dict[str, Any], message: str) -> None:
     edit(saved, **changes)
     with pytest.raises(ValueError, match=message):
         read(saved)
@@ -203,7 +203,7 @@ def test_a_broken_description_is_refused(saved: Path, text: str) -> None:
         read(saved)
 
 
-def test_the_error_says_when_something_is_not_a_concept(tmp_path: Path, saved: Path) -> None:
+def test_paths_that_are_not_complete_concept_folders_are_refused(tmp_path: Path, saved: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "nowhere")
@@ -271,7 +271,7 @@ def test_costs_are_shown_with_their_units(saved: Path) -> None:
     assert shown == "training_seconds 12.5 s; training_peak_memory 3 MiB; training_peak_memory_of process; clip_t 0.25"
 
 
-def test_a_concept_is_described(saved: Path) -> None:
+def test_a_concept_is_described_as_text_table_and_json(saved: Path) -> None:
     from rich.console import Console
 
     concept = read(saved)

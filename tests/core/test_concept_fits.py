@@ -1,4 +1,5 @@
-"""A concept fits a model by the layers it touches: a motion U-Net accepts what its plain U-Net learned."""
+"""Whether a concept fits a model depends only on the layers it touches, so a motion U-Net accepts concepts learned on
+its plain U-Net."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ CLIP = (1, 4, 3, 8, 8)  # [B, C, F, h, w]
 
 
 class ClipBackbone(StableDiffusionBackbone):
-    """A `UNetMotionModel` in place of the plain U-Net: predicts clips [B, C, F, h, w] with the same concepts."""
+    """A backbone with a `UNetMotionModel` instead of the plain U-Net. It predicts clips `[B, C, F, h, w]`."""
 
     family = "tiny_clips"
     reads = frozenset({"tiny_clips", "stable_diffusion"})
@@ -53,7 +54,7 @@ def clip(backbone: Any, prompt: str = "a photo of a mug") -> Tensor:
 
 @pytest.fixture(scope="module")
 def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Concept:
-    """A learned token and a LoRA, trained for two steps each on the plain U-Net, saved and read back."""
+    """A concept with a token and a LoRA, each trained for two steps on the plain U-Net, then saved and read back."""
     root, backbone = tmp_path_factory.mktemp("run"), StableDiffusionBackbone(make_tiny_sd(), "tiny")
     rates = ("trainable.tokens.lr=0.5", "phases.tune.trainable.lora.lr=0.05")
     recipe = small("pivotal_tuning", "phases.pivot.train.steps=2", "phases.tune.train.steps=2", *rates)
@@ -63,7 +64,7 @@ def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     return read(save(concept, root / "mug.concept").path or root)
 
 
-def test_a_motion_unet_accepts_what_its_plain_unet_learned(
+def test_a_motion_unet_accepts_concepts_of_its_plain_unet(
     concept: Concept, make_tiny_sd: Callable[..., Any], recwarn: pytest.WarningsRecorder
 ) -> None:
     backbone = clips(make_tiny_sd())
@@ -71,7 +72,9 @@ def test_a_motion_unet_accepts_what_its_plain_unet_learned(
     assert len(concept.meta.layers["unet"]) == len(concept.of("adapter")) // 2 > 20
     assert fits(concept, backbone) is None
     attach(concept, backbone)
-    assert not [w for w in recwarn if "checkpoint" in str(w.message)], "the layers are the ones it was learned on"
+    assert not [w for w in recwarn if "checkpoint" in str(w.message)], (
+        "the layers have the weights that the concept was learned on"
+    )
     words = backbone.placeholders["mug"].words
     adapted, named = clip(backbone), clip(backbone, f"a photo of a {words}")
     assert not torch.allclose(adapted, base, atol=1e-4), "the LoRA has an effect"
@@ -83,7 +86,7 @@ def test_a_motion_unet_accepts_what_its_plain_unet_learned(
             "the token has an effect"
         )
     assert not torch.allclose(named, adapted, atol=1e-5)
-    for path in concept.meta.layers["unet"]:  # the same change as in the plain U-Net, layer by layer
+    for path in concept.meta.layers["unet"]:  # every layer of the concept is adapted, and none lies in a motion module
         layer = backbone.unet.get_submodule(path)
         assert isinstance(layer, nn.Module) and hasattr(layer, "lora_A") and "motion_modules" not in path
     backbone.remove("mug")
@@ -101,7 +104,7 @@ def test_the_concept_makes_the_same_change_in_both_models(concept: Concept, make
             assert torch.equal(a(x), b(x))
 
 
-def test_other_weights_in_the_same_layers_are_a_warning(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
+def test_other_weights_in_the_same_layers_cause_a_warning(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
     with pytest.warns(UserWarning, match="a checkpoint with different weights"):
         attach(concept, clips(make_tiny_sd(1)))
 
@@ -129,7 +132,9 @@ def test_a_family_reads_only_its_own_concepts_unless_it_declares_more(
     assert "learned on stable_diffusion (tiny), but this backbone is tiny_clips" in (fits(concept, backbone) or "")
 
 
-def test_fitting_does_not_depend_on_what_is_attached(new_sd: Callable[..., Any], concept: Concept) -> None:
+def test_whether_a_concept_fits_does_not_depend_on_attached_concepts(
+    new_sd: Callable[..., Any], concept: Concept
+) -> None:
     from shared.trainable import Lora
     from shared.trainable.delta import DeltaAdapter
 
@@ -148,10 +153,10 @@ def test_fitting_does_not_depend_on_what_is_attached(new_sd: Callable[..., Any],
     assert identity == layers_identity(new_sd(), concept.meta.layers, ["text_encoder"]) == concept.meta.backbone.layers
 
 
-# --- families of other packages
+# --- families from other packages
 
 
-def test_a_package_adds_a_family(
+def test_a_package_can_add_a_family(
     tmp_path: Path, make_tiny_sd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_tiny_sd().save_pretrained(tmp_path / "model")

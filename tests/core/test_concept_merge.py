@@ -28,7 +28,7 @@ def learned(
     roles: tuple[str, ...] = ("cross_attention.kv",),
     vectors: int = 1,
 ) -> Concept:
-    """A concept with a word and changed weights, as if trained."""
+    """Returns a concept with a learned word and changed weights, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     modifier = LearnableToken(with_class_noun=True, vectors=vectors)
     placeholder = modifier.attach(backbone, name, noun)
@@ -48,12 +48,12 @@ def both(sd) -> list[Concept]:
 
 @torch.no_grad()
 def features(backbone: Any, prompt: str) -> Tensor:
-    """Every position of a prompt, [L, d]."""
+    """Returns the text features of a prompt at every position, `[L, d]`."""
     return backbone.encode([prompt]).context[0].double()
 
 
 def words(backbone: Any, concept: Concept) -> Tensor:
-    """The rows of the concept in "a photo of a <name> noun", after the start token and four words."""
+    """Returns the text features of "<name> noun" in "a photo of a <name> noun", which follow five other tokens."""
     attach(concept, backbone)
     vectors = features(backbone, f"a photo of a {backbone.placeholders[concept.name].words}")[5:7]
     backbone.remove(concept.name)
@@ -85,7 +85,7 @@ def test_the_closed_form_is_the_constrained_least_squares_solution():
 
 
 def test_several_changes_to_one_weight_add_up(sd, both):
-    """The changes may come from two parts of one recipe."""
+    """Two parts of one recipe may change the same weight."""
     whole = both[0]
     (paths,) = whole.meta.weights.values()
     halves = {f"{slot}.{k}": v / 2 for slot in ("one", "two") for k, v in changes(whole).items()}
@@ -109,12 +109,12 @@ def test_another_loaded_concept_is_not_merged_in(sd, both, method):
         assert all(torch.equal(v, two.of("weights")[k]) for k, v in one.of("weights").items())
 
 
-def test_each_concept_s_words_keep_their_meaning_with_the_least_change_to_other_text(sd, both):
+def test_concept_words_keep_their_meaning_with_the_least_change_to_other_text(sd, both):
     merged = merge(both, sd, CAPTIONS)
     assert [c.name for c in merged] == ["rex", "cup"] and not sd.adapters and not sd.placeholders
     word_features = [words(sd, c) for c in both]
     targets, regular = torch.cat(word_features), torch.cat([features(sd, c) for c in CAPTIONS])
-    # features lie in a plane (a layer norm's); across it the result would depend on rounding alone if it were free
+    # Layer norm confines the features to a hyperplane. Without a small penalty across it, rounding alone would decide.
     spread = regular.square().sum(0).mean().sqrt()
     regular = torch.cat([regular, 1e-9**0.5 * spread * torch.eye(regular.shape[1])])
     free = torch.linalg.svd(targets).Vh[len(targets) :].T  # directions in which a change does not affect the words
@@ -132,9 +132,9 @@ def test_each_concept_s_words_keep_their_meaning_with_the_least_change_to_other_
         assert (regular @ delta.T).square().sum() <= least * (1 + 1e-5) + 1e-12
 
 
-def test_merged_concepts_are_loaded_once_and_record_their_sources(sd, both, tmp_path):
+def test_the_merged_change_acts_once_and_its_sources_are_recorded(sd, both, tmp_path):
     merged = merge(both, sd, CAPTIONS)
-    assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, "also before saving"
+    assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, "the id is also set before saving"
     for concept in merged:
         save(concept, tmp_path / f"{concept.name}.concept")
     again = [read(tmp_path / f"{c.name}.concept") for c in both]
@@ -143,7 +143,9 @@ def test_merged_concepts_are_loaded_once_and_record_their_sources(sd, both, tmp_
     start = weight.detach().clone()
     for concept in again:
         attach(concept, sd)
-    assert torch.allclose(weight, start + changes(merged[0])[key].float(), atol=1e-6), "once, not twice"
+    assert torch.allclose(weight, start + changes(merged[0])[key].float(), atol=1e-6), (
+        "the merged change acts once, not twice"
+    )
     assert again[0].meta.metrics == {"merged": "rex, cup", "merge_method": "closed_form"}
     assert again[0].meta.adapter_id == again[1].meta.adapter_id != both[0].meta.adapter_id
     for concept, old in zip(again, both, strict=True):
@@ -182,7 +184,7 @@ def test_concepts_that_cannot_be_merged_are_refused_with_the_reason(sd, flux, bo
         ([rex, learned(sd, "long", "cat", 4, vectors=40)], "the prompt is too long"),
         ([rex, mixed], "'cup' has adapters: only changed keys and values of cross-attention can be merged"),
         ([rex, cup, rex], "two of the concepts are called 'rex'"),
-        ([rex, other], "'rex' was learned on stable_diffusion, 'cup' on flux"),
+        ([rex, other], "'rex' was learned on stable_diffusion, but 'cup' on flux"),
         ([rex, lora], "'lora' has adapters: only changed keys and values of cross-attention can be merged"),
         ([rex, plain], "'plain' changes no weights: only changed keys and values"),
         ([rex, wide], r"'wide' changes unet\..*to_(q|out\.0).*: only changed keys and values"),
@@ -198,7 +200,7 @@ def test_concepts_that_cannot_be_merged_are_refused_with_the_reason(sd, flux, bo
         merge(both, sd, [])
 
 
-def test_the_command_writes_a_folder_for_each_name_or_nothing(sd, both, tmp_path, make_tiny_sd, capsys):
+def test_the_command_writes_one_folder_per_concept_or_nothing(sd, both, tmp_path, make_tiny_sd, capsys):
     make_tiny_sd().save_pretrained(tmp_path / "model")
     folders = [save(c, tmp_path / f"{c.name}.concept").path for c in both]
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n\n")
@@ -218,7 +220,7 @@ def test_the_command_writes_a_folder_for_each_name_or_nothing(sd, both, tmp_path
     assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in merged.items())
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "both" / f"{n}.concept") for n in ("rex", "cup")]
     assert run(build(), call) == 2 and "already exists" in capsys.readouterr().err
-    assert run(build(), [*call, "--overwrite"]) == 0, "the evaluation's own prompts"
+    assert run(build(), [*call, "--overwrite"]) == 0, "without --captions, plain prompts are used"
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert run(build(), [*call[:-1], str(tmp_path / "new"), "--captions", str(empty)]) == 2

@@ -1,4 +1,4 @@
-"""A concept's provenance record: writing it never loses what was learned, and reading it is checked."""
+"""A concept's provenance record never prevents saving what was learned, and is checked when it is read."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def kept(backbone: Any, folder: Path, **about: Any) -> Concept:
     return read(save(capture(backbone, "cup", Provenance(modifier=MODIFIER, **about)), folder).path or folder)
 
 
-# --- folders of the author's machine
+# --- local folders
 
 
-def test_no_folder_of_the_author_s_machine_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_local_folder_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = {
         "subjects": {"mug": {"images": ["../jane-doe/photos", "a b/1.png"], "masks": "~/jane/masks", "captions": None}},
@@ -70,7 +70,7 @@ def test_no_folder_of_the_author_s_machine_is_recorded(tmp_path: Path, monkeypat
     assert portable({"images": "jane/caf\\udce9"}) == {"images": "caf\\udce9"} == portable({"images": "caf\\udce9"})
 
 
-def test_only_the_last_folder_of_a_model_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_part_of_a_local_model_path_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jane" / "own").mkdir(parents=True)
     for name in ("models/jane/sd", "file:///home/jane/sd", "C:\\jane\\sd", "..\\sd", "../sd", "/jane/sd/", "jane/sd/"):
@@ -149,7 +149,7 @@ def test_any_metrics_and_settings_of_a_run_are_written(backbone: Any, tmp_path: 
     assert concept.meta.recipe["backbone"] == tmp_path.name and str(tmp_path) not in json.dumps(concept.meta.recipe)
 
 
-def test_if_the_description_cannot_be_saved_only_the_description_is_lost(backbone: Any, tmp_path: Path) -> None:
+def test_an_invalid_description_does_not_prevent_saving_the_concept(backbone: Any, tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"references\.0\.sha256.*\n.*saved without its recipe, metrics and references"
     ):
@@ -174,8 +174,8 @@ def _types() -> list[str]:
 
 
 @pytest.mark.parametrize("kind", _types())
-def test_the_settings_of_every_type_of_adapter_are_accepted(kind: str) -> None:
-    """Covers only each type's plain fields: settings that replace modules, load files or start from data are refused."""
+def test_the_settings_of_every_adapter_type_are_accepted(kind: str) -> None:
+    """Tries only each type's plain fields. Settings that replace modules, load files or need data are refused."""
     config = {getattr(k, "value", k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[kind]
     plain = {f.name: f.default for f in dataclasses.fields(config) if type(f.default) in (bool, int, float)}
     refused = {"use_qalora", "qalora_group_size", "ensure_weight_tying"}
@@ -195,7 +195,7 @@ def test_the_settings_of_every_type_of_adapter_are_accepted(kind: str) -> None:
         ("LORA", {"r": 2, "lora_alpha": 3.5, "use_rslora": True, "init_lora_weights": "gaussian"}),
     ],
 )
-def test_adapters_of_other_types_come_back(
+def test_adapters_of_other_types_survive_saving(
     new_sd: Callable[..., Any], tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
     backbone = new_sd()
@@ -219,7 +219,7 @@ def test_adapters_of_other_types_come_back(
     assert torch.equal(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2])
 
 
-def test_settings_that_no_concept_can_keep_are_refused_before_training(new_sd: Callable[..., Any]) -> None:
+def test_adapter_settings_that_a_concept_cannot_store_are_refused_before_training(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     targets = [m for g in backbone.group("cross_attention") for m in g.modules]
     for config, message in (
@@ -283,7 +283,7 @@ def test_fields_that_are_not_used_may_contain_anything(backbone: Any, tmp_path: 
 
 
 def _attached(backbone: Any, learner: Any, name: str, modifier: Any, noun: str, kind: Any = "subject") -> None:
-    """Loads a concept that was learned on `own` onto `backbone`."""
+    """Captures a concept from `learner` and attaches it to `backbone`."""
     modifier.attach(learner, name, noun)
     Lora(rank=1).inject(learner, name, "lora", len(learner.word_pieces("text_encoder", name)))
     concept = capture(learner, name, Provenance(kind=kind, class_noun=noun, modifier=modifier))
@@ -326,7 +326,7 @@ def test_concepts_that_can_be_told_apart_are_loaded_together(new_sd: Callable[..
         warnings.simplefilter("error")
         for name in ("e", "f"):
             _attached(backbone, learner, name, PlainText(words="painting"), "style", "style")
-        for name in ("g", "h"):  # without any words
+        for name in ("g", "h"):  # these concepts have no words at all
             _attached(backbone, learner, name, PlainText(words="", with_class_noun=False), "style", "style")
     with pytest.raises(ValueError, match="'i' and 'e' cannot be loaded together"):
         _attached(backbone, learner, "i", PlainText(words="painting"), "style")

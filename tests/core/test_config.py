@@ -1,4 +1,4 @@
-"""YAML layers and key=value overrides: how they merge, and what the errors say when they are wrong."""
+"""YAML layers and key=value overrides merge as documented, and errors explain what is wrong with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.recipe import overrides
 
 
 def parse_overrides(items):
-    """Parses overrides for a model without fields, so every value is YAML."""
+    """Parses overrides for a model without fields, so that every value is read as YAML."""
     return overrides.parse_overrides(items, BaseModel)
 
 
@@ -59,10 +59,10 @@ def test_merging_recurses_into_mappings_and_replaces_everything_else():
     base = {"a": {"x": 1, "y": [1, 2]}, "b": 2}
     over = {"a": {"y": [3]}, "c": {"d": {"e": 1}}}
     assert merge(base, over) == {"a": {"x": 1, "y": [3]}, "b": 2, "c": {"d": {"e": 1}}}
-    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 2}, "the layers themselves do not change"
+    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 2}, "merging must not change the layers themselves"
 
 
-def test_a_changed_kind_drops_its_stale_siblings():
+def test_changing_the_kind_drops_the_settings_of_the_old_kind():
     base = {"one": {"kind": "wide", "rank": 4}}
     assert merge(base, {"one": {"kind": "deep"}}) == {"one": {"kind": "deep"}}
     assert merge(base, {"one": {"kind": "wide", "roles": ["a"]}}) == {
@@ -70,13 +70,13 @@ def test_a_changed_kind_drops_its_stale_siblings():
     }
 
 
-def test_a_kind_implied_by_the_key_counts_as_that_kind():
+def test_a_kind_implied_by_the_key_is_taken_into_account():
     base = {"parts": {"wide": {"rank": 4}}}
     assert merge(base, {"parts": {"wide": {"kind": "wide"}}}) == {"parts": {"wide": {"kind": "wide", "rank": 4}}}
     assert merge(base, {"parts": {"wide": {"kind": "deep"}}}) == {"parts": {"wide": {"kind": "deep"}}}
 
 
-def test_in_a_slot_for_one_part_an_omitted_kind_is_the_default():
+def test_an_omitted_kind_in_a_single_part_slot_is_the_default():
     class Single(Part):
         slot: Annotated[Annotated[Wide | Deep, Field(discriminator="kind")], default_kind("wide")] = Wide()
         deep: Deep = Deep()
@@ -129,7 +129,7 @@ def test_null_removes_a_part():
         ("v1e4", "v1e4"),
     ],
 )
-def test_values_are_read_as_users_mean_them(text, value):
+def test_values_are_read_as_users_intend(text, value):
     parsed = parse_overrides([f"a.b={text}"])["a"]["b"]
     assert parsed == value and type(parsed) is type(value)
 
@@ -139,7 +139,7 @@ def test_overrides_are_nested_by_key_and_the_last_one_wins():
     assert parse_overrides([]) == {}
 
 
-def test_overrides_are_one_layer_whose_order_does_not_matter():
+def test_overrides_form_a_single_layer():
     overrides = ["parts.x.rank=3", "parts.x.kind=wide", "one.rank=2", "one.kind=wide"]
     both = {"parts": {"x": {"kind": "wide", "rank": 3}}, "one": {"kind": "wide", "rank": 2}}
     assert parse_overrides(overrides) == both == parse_overrides(overrides[::-1])
@@ -183,7 +183,7 @@ def test_the_error_for_a_value_that_is_not_yaml_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["!!python/object/apply:os.system ['touch {}']", "!!python/name:os.system ''"])
-def test_tags_execute_nothing(tmp_path, value):
+def test_yaml_tags_execute_nothing(tmp_path, value):
     mark = tmp_path / "mark"
     with pytest.raises(ValueError):
         parse_overrides([f"a={value.format(mark)}"])
@@ -203,7 +203,7 @@ def write(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_a_file_holds_one_mapping(tmp_path):
+def test_a_file_contains_one_mapping(tmp_path):
     assert read_yaml(write(tmp_path, "lr: 1e-4\nlist: [1, 2]\n")) == {"lr": 1e-4, "list": [1, 2]}
     assert read_yaml(write(tmp_path, "# nothing but words\n")) == {}
 
@@ -261,7 +261,7 @@ def test_an_alias_bomb_is_refused_quickly(tmp_path):
         ({1: 2}, ["unknown key '1'"]),
     ],
 )
-def test_messages_name_key_place_value_and_the_nearest_choice(data, message):
+def test_messages_name_the_key_its_value_and_the_nearest_choice(data, message):
     with pytest.raises(ValueError) as error:
         validate(Settings, data, where="my.yaml")
     text = str(error.value)
@@ -279,7 +279,7 @@ def test_all_problems_are_reported_together_each_on_its_own_line():
     assert [line.split(":")[0].split(" =")[0] for line in lines] == ["parts.wide.rank", "parts.x", "group"]
 
 
-def test_unknown_lists_the_choices_sorted():
+def test_unknown_lists_the_choices_in_order():
     assert unknown("zzz", ["b", "a"]) == "unknown key 'zzz'. Available: a, b."
     assert unknown("x", [], "recipe") == "unknown recipe 'x'. Available: none."
 

@@ -1,4 +1,4 @@
-"""Copies of the references are found, and new pictures are not taken for copies."""
+"""Copies of the references are found, and new pictures are not mistaken for copies."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_similar_references_raise_the_limit() -> None:
     assert strict.pixel > loose.pixel >= copying.PIXEL_FLOOR
     assert copying.calibrate(base, embed(base)) == copying.CopyLimits(copying.PIXEL_DEFAULT, copying.EMBED_DEFAULT, 0)
     doubled = copying.calibrate(base.repeat(3, 1, 1, 1), embed(base.repeat(3, 1, 1, 1)))
-    assert doubled.pixel <= 0.98  # references given twice do not disable the check
+    assert doubled.pixel <= 0.98  # duplicate references do not disable the check
 
 
-def test_aligned_similarity_is_the_plain_correlation_where_nothing_moves() -> None:
+def test_aligned_similarity_is_the_best_correlation_over_shifts_and_mirroring() -> None:
     a, b = smooth_pictures(1, 32), smooth_pictures(1, 32, seed=1)
     m, s = copying.MARGIN, 32 - 2 * copying.MARGIN
     best = -1.0

@@ -1,4 +1,4 @@
-"""The demo's parts, one after another, on one page."""
+"""The demo runs its parts one after another and shows their results on one page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BARS = demo.Bars(nullcontext, nullcontext)
 
 
 class Painter:
-    """A part that shows its own picture or clip."""
+    """A demo part that shows a blank picture or clip."""
 
     def __init__(self, ending: str, refused: str = "") -> None:
         self.ending, self.refused = ending, refused
@@ -41,7 +41,7 @@ class Painter:
         yield demo.Exhibit("Title", file, "<b> & text", [("identity", "0.91")], {"the report": file})
 
 
-def test_parts_share_one_subject_and_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_parts_share_one_subject_and_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".png"), "video": Painter(".webp")})
     asked = replace(ASKED, out=tmp_path / "demo")
     lines = list(demo.run(asked, [], False, BARS))
@@ -54,7 +54,7 @@ def test_parts_share_one_subject_and_one_page(tmp_path: Path, monkeypatch: pytes
         next(demo.run(asked, [], False, BARS))
 
 
-def test_unknown_names_are_refused_before_anything_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_are_refused_before_anything_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "demo"
     asked = replace(ASKED, out=kept)
     monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".png"), "video": Painter(".webp", "none")})
@@ -93,5 +93,6 @@ def test_the_overview_has_a_row_for_each_part_that_returns_pictures(
         with Image.open(tmp_path / "demo" / "overview.png") as sheet:
             sizes.append(sheet.size)
             pixels = np.asarray(sheet.convert("RGB"))
-    assert sizes[1][0] == sizes[0][0] and sizes[1][1] > sizes[0][1] + 128  # five pictures in a row, and one more row
-    assert (pixels[-100:-20, -600:-20] == 0).mean() > 0.9  # the pictures, with gaps between them
+    # The second overview has one more row of five pictures.
+    assert sizes[1][0] == sizes[0][0] and sizes[1][1] > sizes[0][1] + 128
+    assert (pixels[-100:-20, -600:-20] == 0).mean() > 0.9  # black pictures with gaps between them

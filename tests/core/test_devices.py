@@ -1,4 +1,5 @@
-"""Everything in a step is on one device. `meta` refuses most mixtures without a GPU; tests that need one are marked `cuda`."""
+"""All tensors of a step are on one device. Without a GPU, `meta` tensors reveal most mixtures of devices. Tests that
+need a GPU are marked `cuda`."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reas
 
 @pytest.fixture(params=FAMILIES)
 def new(request: pytest.FixtureRequest) -> Any:
-    """Makes the tiny backbone of one family."""
+    """A function that makes the tiny backbone of one family."""
     make, kind = FAMILIES[request.param]
     return lambda: kind(request.getfixturevalue(make)(), request.param)
 
@@ -53,8 +54,8 @@ def one_step(backbone: Any) -> tuple[Conditioning, Tensor]:
 
 
 def test_a_training_step_does_not_mix_devices(new):
-    """`meta` tensors have no values, so the position of a learned word is unknown: this trains a LoRA instead, in the
-    text encoder and the denoiser."""
+    """`meta` tensors have no values, so the position of a learned word cannot be found. The test therefore trains a
+    LoRA in the text encoder and the denoiser."""
     backbone = new()
     Lora(rank=2, roles=("attention", "text_encoder")).inject(backbone, "thing", "lora", 0)
     backbone.to("meta")
@@ -109,8 +110,8 @@ def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu,
 
 @marked
 def test_networks_that_take_turns_on_a_gpu_generate_and_learn_the_same(new, on_gpu, photos, tmp_path):
-    """They stay within the memory of the largest network, plus what torch itself holds."""
-    make, whole = tmp_path / "model", on_gpu()  # the files have the same weights
+    """The memory limit is the size of the largest network, so the networks cannot all be on the GPU at once."""
+    make, whole = tmp_path / "model", on_gpu()  # the saved files have the same weights
     whole.pipeline().save_pretrained(make)
     limit = max(size_of(m) for m in (*whole.components.values(), whole.vae))
     parts = load_backbone(make, device="cuda", memory=limit)

@@ -1,4 +1,4 @@
-"""Encoders compared with direct calls of transformers, and folders that are not models."""
+"""Encoders match direct calls to transformers, and folders that are not models are refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_clip_equals_transformers_called_directly(clip_folder: Path) -> None:
+def test_clip_matches_direct_calls_to_transformers(clip_folder: Path) -> None:
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     pixels = torch.rand(3, 3, 48, 40, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -82,7 +82,7 @@ def test_clip_warns_when_a_text_is_truncated(clip_folder: Path) -> None:
         encoders.load_clip(clip_folder).texts(["a very long prompt indeed"])
 
 
-def test_dino_is_the_cls_embedding(dino_folder: Path) -> None:
+def test_dino_returns_the_normalised_cls_embedding(dino_folder: Path) -> None:
     from transformers import BitImageProcessorPil, Dinov2Model
 
     pixels = smooth_pictures(2, 50)

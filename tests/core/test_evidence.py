@@ -1,4 +1,5 @@
-"""Verified identity and freedom on pictures with known ground truth: the shipped instruments must not be too generous."""
+"""On pictures with known ground truth, the shipped instruments must not be too generous with verified identity and
+freedom."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def judge(through: Callable[[Tensor], Tensor]) -> Scorer:
 
 
 def _scenes(each: int, seed: int, camera: Callable[[int], Camera] | None = None) -> list[Scene]:
-    """`each` ground-truth scenes for every prompt, one prompt after another."""
+    """Returns `each` ground-truth scenes for every prompt, one prompt after another."""
     asked = [p.expects for p in PROMPTS for _ in range(each)]
     scenes = asked_scenes(ROBOT.thing, asked, seed)
     return scenes if camera is None else [replace(s, cameras=(camera(i),)) for i, s in enumerate(scenes)]
@@ -81,7 +82,7 @@ def _drawn(scenes: Sequence[Scene]) -> Tensor:
 
 
 def _measured(judge: Scorer, pixels: Tensor, each: int) -> tuple[float, float | None, float]:
-    """The verified share, freedom (None: not measured) and the share of copies."""
+    """Returns the verified share, the freedom (None if it cannot be measured) and the share of copies."""
     of = [i for i in range(len(PROMPTS)) for _ in range(each)]
     expects: list[Mapping[str, str]] = [PROMPTS[i].expects for i in of]
     measured = judge.measure(pixels, [PROMPTS[i].plain("robot") for i in of], expects)
@@ -123,14 +124,14 @@ def test_one_picture_shifted_around_is_not_free(judge: Scorer, through: Callable
     assert freedom is not None and freedom <= 0.1
 
 
-def test_pivotal_tuning_s_single_pose_is_not_free(judge: Scorer) -> None:
+def test_the_single_pose_learned_by_pivotal_tuning_is_not_free(judge: Scorer) -> None:
     sheet = torch.from_numpy(np.array(Image.open(SHEET).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
     tiles = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
     _, freedom, _ = _measured(judge, tiles, 4)
     assert freedom is not None and freedom <= 0.2
 
 
-def test_noise_and_sets_with_half_the_pictures_of_another_subject_are_not_measured(
+def test_freedom_is_not_measured_for_noise_or_if_half_the_pictures_show_another_subject(
     judge: Scorer, through: Callable[[Tensor], Tensor]
 ) -> None:
     noise = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -1,4 +1,4 @@
-"""Exports: diffusers itself loads them and computes the same numbers."""
+"""diffusers itself loads our exports and computes the same numbers from them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def state(backbone: Any) -> Any:
     ],
     ids=["plain", "alpha", "convolutions", "text too", "text alone", "overlapping", "dora", "dora and text"],
 )
-def test_lora_for_stable_diffusion(new_sd: Callable[..., Any], tmp_path: Path, slots: Any, request: Any) -> None:
+def test_lora_exports_for_stable_diffusion(
+    new_sd: Callable[..., Any], tmp_path: Path, slots: Any, request: Any
+) -> None:
     backbone, strength = new_sd(), 1.0 if request.node.callspec.id == "plain" else 0.6
     for slot, settings in slots.items():
         learn(backbone, slot=slot, **settings)
@@ -84,7 +86,7 @@ def test_lora_for_stable_diffusion(new_sd: Callable[..., Any], tmp_path: Path, s
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_lora_for_flux(new_flux: Callable[..., Any], tmp_path: Path, dora: bool) -> None:
+def test_lora_exports_for_flux(new_flux: Callable[..., Any], tmp_path: Path, dora: bool) -> None:
     backbone = new_flux()
     learn(backbone, roles=("attention", "feed_forward", "proj", "text_encoder"), alpha=2.0, dora=dora)
     if not dora:
@@ -96,7 +98,7 @@ def test_lora_for_flux(new_flux: Callable[..., Any], tmp_path: Path, dora: bool)
     assert all(k.startswith("text_encoder.text_model.encoder.layers.") for k in keys if k.startswith("text"))
 
 
-def test_a_half_precision_backbone_is_also_checked(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_exports_from_a_half_precision_backbone_are_also_checked(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd().to(dtype=torch.bfloat16)
     learn(backbone, roles=("attention", "text_encoder"), rank=8)
     assert export(taken(backbone), tmp_path / "out", backbone=backbone)["checks"]["denoiser"]["ok"]
@@ -107,7 +109,7 @@ def test_a_half_precision_backbone_is_also_checked(new_sd: Callable[..., Any], t
 
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("with_class_noun", [True, False])
-def test_tokens_for_stable_diffusion(
+def test_token_exports_for_stable_diffusion(
     new_sd: Callable[..., Any], tmp_path: Path, vectors: int, with_class_noun: bool
 ) -> None:
     backbone = new_sd()
@@ -123,7 +125,7 @@ def test_tokens_for_stable_diffusion(
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
-def test_tokens_and_lora_for_flux(new_flux: Callable[..., Any], tmp_path: Path, vectors: int) -> None:
+def test_token_and_lora_exports_for_flux(new_flux: Callable[..., Any], tmp_path: Path, vectors: int) -> None:
     backbone = new_flux()
     modifier = with_tokens(backbone, vectors, "Cup_2")
     learn(backbone, "Cup_2", roles=("attention",))
@@ -147,7 +149,8 @@ def test_the_readme_sets_the_end_token_of_an_old_clip(
     new_flux: Callable[..., Any], make_tiny_flux: Callable[..., Any], tmp_path: Path
 ) -> None:
     pipe = make_tiny_flux()
-    pipe.text_encoder.eos_token_id = 2  # as in FLUX.1: pools at the highest id, which an added token would have
+    # As in FLUX.1, this makes CLIP pool at the highest id, which would be that of an added token.
+    pipe.text_encoder.eos_token_id = 2
     pipe.tokenizer.add_tokens("not a token of CLIP's")
     backbone = FluxBackbone(pipe, "old")
     concept = taken(backbone, with_tokens(backbone, 1))
@@ -174,7 +177,7 @@ def test_the_code_in_the_readme_works(new_sd: Callable[..., Any], tmp_path: Path
     code = code.replace("{model}", str(model))
     *load, use = code.splitlines()
     names: dict[str, Any] = {}
-    exec("\n".join(load), names)  # the lines that we wrote ourselves
+    exec("\n".join(load), names)  # safe to execute, because we wrote these lines ourselves
     assert use == "pipe(\"a photo of a <my-mug>\").images[0].save('picture.png')"
     attach(concept, backbone, 0.8)
     with torch.no_grad():
@@ -183,7 +186,7 @@ def test_the_code_in_the_readme_works(new_sd: Callable[..., Any], tmp_path: Path
     assert torch.allclose(theirs, ours, atol=1e-4)
 
 
-# --- what is impossible, and what goes wrong
+# --- exports that are refused
 
 
 def _dora_on_part(backbone: Any) -> None:
@@ -254,7 +257,7 @@ def test_bad_requests_are_refused_before_any_work(new_sd: Callable[..., Any], tm
 
 
 @pytest.mark.parametrize("fault", ["scale", "lost layer", "empty"])
-def test_an_export_that_computes_something_else_is_not_kept(
+def test_an_export_with_different_results_is_not_kept(
     new_sd: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     backbone = new_sd()

@@ -1,4 +1,4 @@
-"""Failures of the machine (a full disk, too little memory, circular links): one line each, and nothing left behind."""
+"""Failures of the machine, such as a full disk or too little memory, give a one-line error and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LARGE = torch.zeros(50_000)
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """Limits files to 20 kB (`ulimit -f`): writing more fails, as on a full disk."""
+    """Limits files to 20 kB (`ulimit -f`), so that writing more fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield
@@ -50,7 +50,7 @@ def small_files() -> Iterator[None]:
 
 
 def told(capsys: Any, work: Callable[[], Any]) -> str:
-    """The message of a command that calls this function."""
+    """Returns the message that a command prints when `work` fails in it."""
     app = typer.Typer()
     app.command()(lambda: work() and None)
     assert run(app, []) == 1
@@ -114,7 +114,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(OSError, match="File too large"):
         list(session(tiny(), recipe, photos, folder, tensorboard=tensorboard).steps())
-    assert (folder / "notes.txt").read_text() == "mine", "a folder that was there before the run stays"
+    assert (folder / "notes.txt").read_text() == "mine", "a folder that existed before the run is kept"
 
 
 def logged(log: Log, draw: Callable[[Log, int], None]) -> bool:
@@ -134,7 +134,7 @@ def logged(log: Log, draw: Callable[[Log, int], None]) -> bool:
     ],
     ids=["scalars", "pictures"],
 )
-def test_a_full_disk_while_writing_tensorboard_events_is_one_line_that_names_them(
+def test_a_full_disk_while_writing_tensorboard_events_is_reported_in_one_line(
     small_files: None, capsys, tmp_path: Path, draw: Callable[[Log, int], None]
 ) -> None:
     threads = set(threading.enumerate())
@@ -177,7 +177,7 @@ def nested(depth: int) -> int:
         (Path("/proc/version/x").read_text, "/proc/version/x: Not a directory"),
     ],
 )
-def test_every_failure_of_the_machine_is_explained_with_a_remedy(capsys, work: Callable[[], Any], said: str) -> None:
+def test_every_failure_of_the_machine_is_explained(capsys, work: Callable[[], Any], said: str) -> None:
     assert told(capsys, work).startswith(f"pcs: {said}")
 
 
@@ -216,7 +216,7 @@ def test_inputs_whose_links_form_a_loop_are_not_called_missing(tmp_path: Path) -
             work()
 
 
-def test_a_file_is_not_called_damaged_when_memory_ran_out() -> None:
+def test_a_file_is_not_called_damaged_when_memory_runs_out() -> None:
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         with pytest.raises(type(error)), named_errors(Path("a.png")):
             raise error
@@ -236,7 +236,7 @@ def test_every_path_to_the_tokenizer_refuses_a_prompt_that_is_not_utf8() -> None
             way("caf\udce9")
 
 
-# --- two commands with one output -------------------------------------------------------------
+# --- two commands that write the same output --------------------------------------------------
 
 HOLDS = """
 import sys, time
@@ -284,14 +284,18 @@ def test_an_output_belongs_to_one_command_until_it_ends_or_is_killed(tmp_path: P
     process.kill()
     process.wait()
     with holding():
-        assert check_output(out) == check_output(out) == out, "the output is free, and then held by this command"
+        assert check_output(out) == check_output(out) == out, (
+            "the output is free again, and this command may lock it twice"
+        )
         check_file(tmp_path / "a.png")
         second = subprocess.run([sys.executable, "-c", HOLDS, out], capture_output=True, text=True)
         assert second.returncode == 1 and "is being written by process" in second.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x.concept"], "no lock file lies next to the output"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x.concept"], (
+        "no lock file is left next to the output"
+    )
 
 
-def test_the_lock_is_seen_by_other_users_and_covers_what_lies_inside(capsys, tmp_path: Path) -> None:
+def test_the_lock_is_visible_to_other_users_and_covers_nested_paths(capsys, tmp_path: Path) -> None:
     out = tmp_path / "run5" / "d.concept"
     elsewhere = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": "/proc/none", "PCS_CACHE": "/proc/none"}
     elsewhere["TMPDIR"] = str(tmp_path)
@@ -314,7 +318,7 @@ def test_the_lock_is_seen_by_other_users_and_covers_what_lies_inside(capsys, tmp
         check_output(out)
 
 
-def test_an_output_that_cannot_be_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_cannot_be_locked_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.io.locks._TEMPORARY", Path("/proc/none"))
     with (
         holding(),

@@ -1,4 +1,4 @@
-"""The families of methods cover every shipped recipe, and what they say is true."""
+"""The method families cover every shipped recipe, and every setting of a recipe is explained."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shared.trainable.lora import Lora
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "3d"])
-def test_every_recipe_belongs_to_one_family(modality):
+def test_every_recipe_belongs_to_exactly_one_family(modality):
     members = [name for family in families(modality).values() for name in family.recipes]
     assert sorted(members) == sorted(recipe_files(modality))
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "3d"])
-def test_the_settings_that_matter_are_keys_of_its_recipes(modality):
+def test_the_settings_of_a_family_are_keys_of_its_recipes(modality):
     for family in families(modality).values():
         recipes = [written(name, modality, model_of(modality)) for name in family.recipes]
         dumps = [dump(phase) for recipe in recipes for phase in (recipe, *(p for _, p in expand_phases(recipe)))]
@@ -39,7 +39,7 @@ def _has(data, path):
 
 
 @pytest.mark.parametrize(("modality", "name"), [("video", "motion_director"), ("3d", "magic3d")])
-def test_the_explained_recipe_is_still_the_same_recipe(modality, name):
+def test_explanations_do_not_change_a_recipe(modality, name):
     recipe = load(name, [], modality, model_of(modality))
     assert yaml.safe_load(explained(recipe, dump(recipe))) == dump(recipe)
 
@@ -48,7 +48,7 @@ def test_settings_are_explained_by_their_classes_docstrings():
     recipe = load("t_lora", [], "image", model_of("image"))
     lines = explained(recipe, dump(recipe)).splitlines()
     (line,) = [line for line in lines if line.strip().startswith("min_rank:")]
-    assert "# rank at full noise; null: " in line
+    assert "# rank at full noise; if null, " in line
     first = (Lora.__doc__ or "").strip().splitlines()[0]
     assert f"    # {first}" in lines
 
@@ -65,7 +65,10 @@ def test_every_setting_of_every_recipe_is_explained(modality):
 
 
 def _unexplained(model, data):
-    """Yields `Class.setting` for settings that neither a comment nor (in backticks or as "setting: …") a docstring explains."""
+    """Yields `Class.setting` for each unexplained setting, and the names of part classes without a docstring.
+
+    A setting is explained if it has a comment, or if the docstring mentions it in backticks or as "setting: …".
+    """
     own = isinstance(model, BaseModel)
     notes = comments(type(model)) if own else {}
     about = " ".join(c.__doc__ or "" for c in type(model).__mro__ if own and issubclass(c, Part))
@@ -77,11 +80,11 @@ def _unexplained(model, data):
             yield from _unexplained(part, value)
         elif own and key not in notes and not re.search(rf"`[^`]*\b{key}\b[^`]*`|\b{key}:", about):
             if key == "kind" and not isinstance(model, Recipe):
-                continue  # its part's docstring is the explanation
+                continue  # the part's docstring explains it
             yield f"{type(model).__name__}.{key}"
 
 
-def test_explanations_use_the_words_of_yaml():
+def test_explanations_use_yaml_values_instead_of_python_ones():
     for modality in ("image", "video", "3d"):
         for name in recipe_files(modality):
             recipe = load(name, [], modality, model_of(modality))

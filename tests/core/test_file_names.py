@@ -1,4 +1,4 @@
-"""File names of every kind that a system allows are read, matched, planned, printed and recorded."""
+"""Every file name that a system allows can be read, matched with captions and masks, printed and recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.io.terminal import escaped_name
 from shared.sources.to_example import load
 from tests.core.scenes import save, scene
 
-#: What systems put into names: macOS screenshots, Japanese input, a web page, joined emoji, bytes in an old encoding.
+#: Names found in practice: macOS screenshots, Japanese input, a web page, joined emoji, bytes in an old encoding.
 NAMES = (
     "Screenshot 2024-05-01 at 9.41.00\u202fAM",
     "写真\u3000一",
@@ -31,7 +31,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_escaped_name_is_printable_and_keeps_the_complete_name(name: str) -> None:
+def test_an_escaped_name_is_printable_and_can_be_decoded(name: str) -> None:
     escaped = escaped_name(name)
     assert escaped.isprintable() and "/" not in escaped
     escaped.encode("utf-8")
@@ -63,17 +63,17 @@ def test_captions_and_masks_are_found_for_any_name(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prompt_that_is_not_valid_utf_8_goes_into_a_png(tmp_path: Path, name: str) -> None:
+def test_any_prompt_can_be_recorded_in_a_png(tmp_path: Path, name: str) -> None:
     write_picture(torch.zeros(3, 16, 16), tmp_path / f"{name}.png", {"Description": f"a {name}"})
     description = read_metadata(tmp_path / f"{name}.png")["Description"]
     assert description == f"a {name}".encode(errors="backslashreplace").decode()
 
 
-def test_an_output_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+def test_an_output_path_that_safetensors_cannot_write_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not UTF-8, and safetensors cannot write to such a path"):
         check_output(tmp_path / "caf\udce9" / "mug.concept")
 
 
-def test_text_that_is_not_valid_utf_8_is_written_as_json_reads_it(tmp_path: Path) -> None:
+def test_json_that_is_not_valid_utf_8_survives_writing(tmp_path: Path) -> None:
     text = json.dumps({"file": "caf\udce9 写"}, ensure_ascii=False)
     assert json.loads(write_text(tmp_path / "a.json", text).read_text(encoding="utf-8")) == {"file": "caf\udce9 写"}

@@ -1,4 +1,4 @@
-"""Files are written completely or not at all; files from elsewhere are read with care."""
+"""Paths and safetensors files from untrusted sources are checked before they are used."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shared.io.safe_paths import safe_relative
 from shared.io.safetensors_files import read_safetensors_header, safe_load_safetensors
 
 
-def test_sha256(tmp_path: Path) -> None:
+def test_sha256_matches_hashlib(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "a").write_bytes(data)
     assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 
 
-def test_safe_relative(tmp_path: Path) -> None:
+def test_safe_relative_refuses_paths_that_leave_the_folder(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     assert safe_relative(root, "sub/a.png") == root / "sub/a.png"
@@ -45,7 +45,7 @@ def raw(path: Path, header: object, data: bytes = b"", length: int | None = None
     return path
 
 
-def test_good_files_load_unchanged(tmp_path: Path) -> None:
+def test_valid_files_load_unchanged(tmp_path: Path) -> None:
     kinds = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
     tensors = {str(k): torch.arange(6).reshape(2, 3).to(k) for k in kinds}
     tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(2.0), "f8": torch.ones(3).to(torch.float8_e4m3fn)}
@@ -79,10 +79,10 @@ HOSTILE = {
     "no entry": ({"w": 3}, bytes(8), None, "'w' has no known dtype: 3"),
     "negative": ({"w": {**ENTRY, "shape": [-2]}}, bytes(8), None, r"'w' has the invalid shape \[-2\]"),
     "bool shape": ({"w": {**ENTRY, "shape": [True]}}, bytes(8), None, "'w' has the invalid shape"),
-    "enormous": ({"w": {**ENTRY, "shape": [2**39, 2**39]}}, bytes(8), None, "does not fit its place"),
-    "beyond": ({"w": {**ENTRY, "data_offsets": [0, 80]}}, bytes(8), None, "does not fit its place"),
-    "backwards": ({"w": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8), None, "does not fit its place"),
-    "cut off": ({"w": ENTRY}, bytes(4), None, "does not fit its place"),
+    "enormous": ({"w": {**ENTRY, "shape": [2**39, 2**39]}}, bytes(8), None, "does not fit its byte range"),
+    "beyond": ({"w": {**ENTRY, "data_offsets": [0, 80]}}, bytes(8), None, "does not fit its byte range"),
+    "backwards": ({"w": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8), None, "does not fit its byte range"),
+    "cut off": ({"w": ENTRY}, bytes(4), None, "does not fit its byte range"),
     "overlap": ({"v": ENTRY, "w": ENTRY}, bytes(8), None, "cannot be read as safetensors"),
     "hole": ({"w": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16), None, "cannot be read as safetensors"),
 }
@@ -97,7 +97,7 @@ def test_hostile_safetensors_are_refused(tmp_path: Path, case: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_files_that_are_missing_empty_or_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_missing_empty_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone\.safetensors cannot be read: No such file"):
         safe_load_safetensors(tmp_path / "gone.safetensors")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):

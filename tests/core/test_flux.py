@@ -1,4 +1,4 @@
-"""What is specific to FLUX: defaults by distillation, and two text encoders with separate limits."""
+"""Behaviour specific to FLUX: defaults that depend on distillation, and two text encoders with different limits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from shared.backbones.flux import FluxBackbone
 from shared.modifiers import LearnableToken, RareToken
 from tests.core.runs import sample
 
-LONG = "a photo of a mug on the beach " * 5  # 40 tokens of T5, which reads 48; CLIP reads 32
+LONG = "a photo of a mug on the beach " * 5  # 40 tokens for T5, which reads up to 48; CLIP reads only 32
 
 
 @pytest.mark.parametrize(("distilled", "steps"), [(True, 28), (False, 4)], ids=["dev", "schnell"])
-def test_with_its_defaults_it_equals_diffusers_pipeline(make_tiny_flux: Any, distilled: bool, steps: int) -> None:
+def test_the_defaults_match_diffusers_pipeline(make_tiny_flux: Any, distilled: bool, steps: int) -> None:
     pipe = make_tiny_flux(guidance_embeds=distilled)
     backbone = FluxBackbone(pipe, "tiny")
     assert (backbone.default_guidance, backbone.default_steps) == ((3.5, 28) if distilled else (1.0, 4))
@@ -26,7 +26,9 @@ def test_with_its_defaults_it_equals_diffusers_pipeline(make_tiny_flux: Any, dis
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_text_that_only_clip_truncates_is_a_warning(flux: FluxBackbone, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_text_causes_one_warning_for_each_text_encoder(
+    flux: FluxBackbone, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         flux.check_prompt(LONG)
         flux.encode([LONG])
@@ -43,7 +45,7 @@ def test_text_that_only_clip_truncates_is_a_warning(flux: FluxBackbone, caplog: 
 
 
 @pytest.mark.parametrize("modifier", [LearnableToken(vectors=2), RareToken()], ids=["tokens", "words"])
-def test_a_concept_s_name_that_clip_would_truncate_is_an_error(flux: FluxBackbone, modifier: Any) -> None:
+def test_a_concept_name_that_clip_would_truncate_is_an_error(flux: FluxBackbone, modifier: Any) -> None:
     words = modifier.attach(flux, "my-mug", "mug").words
     flux.encode([f"a {words} " + LONG])
     for refuses in (flux.check_prompt, lambda prompt: flux.encode([prompt])):

@@ -18,10 +18,10 @@ from shared.io.read_subject import read_subject
 from shared.io.resize import resize
 from tests.core.scenes import levels, save, scene
 
-# --- fitting --------------------------------------------------------------------------------
+# --- resizing -------------------------------------------------------------------------------
 
 
-def test_cover_crops_the_middle_or_around_the_mask(tmp_path: Path) -> None:
+def test_cover_crops_to_the_middle_or_around_the_mask(tmp_path: Path) -> None:
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, 64:128] = 255
     picture = resize(read_picture(save(tmp_path / "w.png", wide)), 64)
@@ -89,7 +89,7 @@ def test_stray_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
         list_pictures(tmp_path)
 
 
-def test_captions_in_every_program_s_format_are_read(tmp_path: Path) -> None:
+def test_captions_in_all_common_formats_are_read(tmp_path: Path) -> None:
     folder(tmp_path, *["a.png", "b.png", "c.png", "d.png", "e.png", "f.png"])
     for name, text in (
         ("a.TXT", "of a"),
@@ -144,7 +144,7 @@ def test_caption_files_match_in_any_case_where_that_is_unambiguous(tmp_path: Pat
         read_subject(tmp_path)
 
 
-def test_rows_of_captions_that_are_not_used_are_named(tmp_path: Path) -> None:
+def test_unused_rows_of_captions_are_named(tmp_path: Path) -> None:
     folder(tmp_path, "a.png", "b.png", "c.png")
     rows = [
         {"file_name": "A.png", "text": "of a"},
@@ -157,11 +157,11 @@ def test_rows_of_captions_that_are_not_used_are_named(tmp_path: Path) -> None:
         captions = read_subject(tmp_path).captions
     assert {p.name: text for p, text in captions.items()} == {"a.png": "of a", "c.png": "of c"}
     said = [str(w.message) for w in caught]
-    assert sum("line 2: no file called gone.png is here" in s for s in said) == 1
+    assert sum("line 2: there is no file called gone.png here" in s for s in said) == 1
     assert sum("line 3: text = ['of', 'b'] is not text" in s for s in said) == 1
 
 
-def test_a_class_noun_has_no_article(tmp_path: Path) -> None:
+def test_a_class_noun_loses_its_article_or_possessive(tmp_path: Path) -> None:
     folder(tmp_path, "a.png")
     for said, noun in (("a  mug", "mug"), ("An old mug", "old mug"), ("the", "the"), ("a", "a"), (" anvil ", "anvil")):
         assert read_subject(tmp_path, said).class_noun == noun
@@ -187,7 +187,7 @@ def test_captions_and_masks_are_not_stray_files(tmp_path: Path) -> None:
     }
 
 
-def test_masks_without_a_picture_or_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_unmatched_and_unusable_masks_are_named(tmp_path: Path) -> None:
     folder(tmp_path, "a.jpg", "masks/other.png")
     (tmp_path / "masks/a.png").touch()
     with pytest.warns(UserWarning, match=r"masks/other\.png \(a mask without a picture\)") as caught:
@@ -213,7 +213,7 @@ def test_the_error_for_a_folder_without_usable_pictures_names_what_was_found(tmp
 def test_single_files_and_lists_are_accepted(tmp_path: Path) -> None:
     folder(tmp_path, "a.png", "b.png", "masks/b.png")
     assert list_pictures(str(tmp_path / "a.png"))[0] == (tmp_path / "a.png",)
-    with pytest.warns(UserWarning, match=r"listed twice, used once: b\.png"):
+    with pytest.warns(UserWarning, match=r"listed twice but used only once: b\.png"):
         pictures, _ = list_pictures([tmp_path / "b.png", tmp_path])
     assert [p.name for p in pictures] == ["b.png", "a.png"]
     assert read_subject([tmp_path / "b.png"]).masks == {tmp_path / "b.png": tmp_path / "masks/b.png"}
@@ -227,7 +227,7 @@ def test_masks_of_another_size_are_refused(tmp_path: Path) -> None:
         read_subject(tmp_path)
 
 
-def test_masks_and_captions_given_separately(tmp_path: Path) -> None:
+def test_masks_and_captions_may_be_given_separately(tmp_path: Path) -> None:
     photos = folder(tmp_path / "photos", "a.png", "b.png")
     other = folder(tmp_path / "cut", "a.png", "zzz.png")
     (tmp_path / "words").mkdir()
@@ -239,7 +239,9 @@ def test_masks_and_captions_given_separately(tmp_path: Path) -> None:
     assert read_subject(photos, captions=both).captions == {photos / "a.png": "x y", photos / "b.png": "z"}
     with pytest.raises(ValueError, match=r"captions: 'q\.png' matches no picture. The pictures are: a\.png, b\.png"):
         read_subject(photos, captions={"q.png": "x"})
-    with pytest.raises(ValueError, match=r"masks: no file in .*words has a picture's name; it holds b\.txt, .* a\.png"):
+    with pytest.raises(
+        ValueError, match=r"masks: no file in .*words has a picture's name; the folder contains b\.txt, .* a\.png"
+    ):
         read_subject(folder(tmp_path / "one", "a.png"), masks=tmp_path / "words")
     (photos / "a.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match=r"caption .*a\.txt is not UTF-8"):
@@ -249,7 +251,7 @@ def test_masks_and_captions_given_separately(tmp_path: Path) -> None:
 # --- writing --------------------------------------------------------------------------------
 
 
-def test_written_pictures_come_back_with_their_text(tmp_path: Path) -> None:
+def test_written_pictures_read_back_with_their_text(tmp_path: Path) -> None:
     path = write_picture(
         read_picture(save(tmp_path / "a.png", scene())).pixels, tmp_path / "new/b.png", {"prompt": "é 猫"}
     )
@@ -273,7 +275,7 @@ def test_to_image_clamps_and_rounds() -> None:
     assert np.asarray(to_image(pixels))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_grid_places_row_by_row() -> None:
+def test_a_grid_is_filled_row_by_row() -> None:
     pixels = torch.stack([torch.full((3, 4, 6), v) for v in (-1.0, 0.0, 1.0)])
     sheet = np.asarray(grid(pixels, 2, gap=1))
     assert sheet.shape == (9, 13, 3)
@@ -283,7 +285,7 @@ def test_grid_places_row_by_row() -> None:
         grid(torch.zeros(0, 3, 4, 4))
 
 
-def test_contact_sheet_labels_and_enlarges_without_smoothing() -> None:
+def test_a_contact_sheet_labels_pictures_and_enlarges_them_without_smoothing() -> None:
     tiny = torch.rand(3, 3, 64, 64) * 2 - 1
     sheet = contact_sheet({"references of the thing": tiny, "猫 new scenes": torch.zeros(2, 3, 64, 64)})
     assert sheet.height >= 256

@@ -1,4 +1,4 @@
-"""Freedom and its parts, compared with closed forms and plain loops."""
+"""Freedom and its components match closed forms and plain loops."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def _box(size: int, top: int, left: int, height: int, width: int) -> Tensor:
 def test_placement_finds_the_centre_and_size_of_a_box() -> None:
     x, y, half = placements(_box(32, 4, 10, 8, 12))[0].tolist()
     assert (x, y) == pytest.approx((16 / 16 - 1, 8 / 16 - 1))
-    assert half == pytest.approx(12 / 32, rel=0.01)  # half the larger side, in half-pictures
+    assert half == pytest.approx(12 / 32, rel=0.01)  # half the larger side, as a fraction of half the picture
     assert placements(torch.zeros(1, 8, 8))[0].tolist() == [0, 0, 1], "if nothing is found, the whole picture counts"
     assert torch.equal(placements(_box(8, 2, 2, 4, 4)), placements(_box(8, 2, 2, 4, 4) * 0.5)), (
         "half the values give the same placement"
     )
 
 
-def test_crops_show_the_thing_at_one_place_and_size() -> None:
+def test_crops_show_the_thing_at_a_fixed_position_and_size() -> None:
     coarse = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
     thing = F.interpolate(coarse, (32, 32), mode="bilinear")
     pictures, maps = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64)
@@ -53,7 +53,7 @@ def test_crops_show_the_thing_at_one_place_and_size() -> None:
     )
 
 
-def test_pairs_are_counted_where_both_are_verified() -> None:
+def test_only_pairs_of_verified_pictures_are_counted() -> None:
     e = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
     groups, verified = list("aaaabbc"), torch.tensor([1, 1, 0, 1, 1, 0, 1]).bool()
     found = freedom.pairs(e, groups, verified)
@@ -67,7 +67,7 @@ def test_pairs_are_counted_where_both_are_verified() -> None:
         freedom.pairs(e, ["a", "b"], verified)
 
 
-def test_freedom_lies_between_one_pose_and_random_views() -> None:
+def test_freedom_is_scaled_between_one_pose_and_random_views() -> None:
     known = Range(free=0.3, fixed=0.1)
     assert known.freedom(Pairs(10, 10, 2.0)) == pytest.approx(0.5)
     assert known.freedom(Pairs(10, 10, 0.5)) == 0 and known.freedom(Pairs(10, 10, 9.0)) == 1
@@ -124,7 +124,7 @@ def _tally(subject: str, prompt: int, identity: float, text: float, pairs: Pairs
     return Tally(subject, prompt, identity * 4, 4, 0.8 * 4, text * 4, 4, pairs)
 
 
-def test_the_trade_off_is_the_harmonic_mean_of_three() -> None:
+def test_the_trade_off_is_the_harmonic_mean_of_its_terms() -> None:
     tallies = [_tally("a", 0, 0.5, 1.0, Pairs(6, 6, 1.2)), _tally("a", 1, 0.3, 0.5)]
     terms = measured_terms(tallies, {"a": Range(0.3, 0.1)})
     assert terms.identity == pytest.approx(0.4 / 0.8) and terms.text == pytest.approx(0.75)

@@ -1,4 +1,4 @@
-"""Kept regions of pictures, compared with diffusers' inpainting with a plain U-Net."""
+"""Given regions of pictures are kept as in diffusers' inpainting with a plain U-Net."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def given(tmp_path: Path) -> GivenFrames:
 
 
 class FromPureNoise(KeptLatents):
-    """Starts as diffusers does: the first step sees noise everywhere."""
+    """Starts from noise everywhere in the first step, as diffusers does."""
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents if step.index == 0 else super().latents(step, latents)
 
 
-def test_equal_to_diffusers_inpainting(tiny_sd: Any, given: GivenFrames) -> None:
+def test_inpainting_matches_diffusers(tiny_sd: Any, given: GivenFrames) -> None:
     sd = StableDiffusionBackbone(tiny_sd)
     kept = given.ready(sd, SamplingSettings())
     hook = FromPureNoise(known=kept.known, kept=kept.kept)
@@ -55,7 +55,7 @@ def test_equal_to_diffusers_inpainting(tiny_sd: Any, given: GivenFrames) -> None
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
 def test_the_kept_region_does_not_change(tiny_sd: Any, given: GivenFrames, scheduler: str) -> None:
-    """It holds in whatever units the scheduler computes, and the rest is generated to match."""
+    """This holds in the units of every scheduler. The rest of the picture adapts to the kept region and to the seed."""
     sd = StableDiffusionBackbone(tiny_sd)
     how: dict[str, Any] = {"seeds": [1, 2], "guidance": 1.0, "steps": 3, "scheduler": scheduler}
     settings = SamplingSettings(guidance=1.0, steps=3, scheduler=scheduler, hooks=(given,))
@@ -72,11 +72,11 @@ def test_given_pictures_that_do_not_fit_are_refused(tiny_sd: Any, given: GivenFr
     Image.new("L", (16, 16), 255).save(tmp_path / "small.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "all.png")
     for wrong, message in [
-        (GivenFrames(path=given.path), "would fix the whole picture: use a mask"),
+        (GivenFrames(path=given.path), "would be kept as the whole picture; use a mask"),
         (GivenFrames(path=given.path, mask=tmp_path / "all.png"), "nothing is left to generate"),
         (GivenFrames(path=given.path, mask=tmp_path / "small.png"), "small.png is 16x16 pixels, but its picture"),
         (GivenFrames(path=given.path, mask=tmp_path / "gone.png"), "gone.png does not exist"),
-        (GivenFrames(path=given.path, frames=2), "is a picture: set the number of frames only for clips"),
+        (GivenFrames(path=given.path, frames=2), "is a picture; set the number of frames only for clips"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(sd, ["a mug"], seeds=[1], steps=2, hooks=(wrong,))

@@ -1,4 +1,4 @@
-"""`base:` in a recipe file: chains, precedence, errors; and the shipped recipes as resolved on the toybox."""
+"""Recipe files inherit from their `base:` in the right order, and shipped recipes resolve on the toybox as recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UserRecipe = Callable[..., Recipe]
 
 @pytest.fixture
 def user_recipe(tmp_path: Path) -> UserRecipe:
-    """Writes recipe files by name and loads the first one."""
+    """A function that writes recipe files and loads the first one."""
 
     def make(files: dict[str, str], *overrides: str) -> Recipe:
         for name, text in files.items():
@@ -43,7 +43,7 @@ def _differences(expected: Any, actual: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["textual_inversion", "dreambooth_lora", "pivotal_tuning"])
-def test_the_first_three_recipes_resolve_on_the_toybox_as_for_the_readme_s_figures(name: str) -> None:
+def test_three_recipes_resolve_on_the_toybox_as_for_the_readme_figures(name: str) -> None:
     expected = read_yaml(Path(__file__).parent / "toybox_recipes.yaml")[name]
     assert not _differences(expected, dump(load(name)))
 
@@ -74,7 +74,7 @@ def test_a_base_is_found_by_name_next_to_the_file_and_in_the_home_folder(
     assert user_recipe({"third.yaml": "base: ~/sub/leaf.yaml\nseed: 9"}, ELSEWHERE).train.steps == 3
 
 
-def test_another_kind_drops_its_siblings_and_null_removes_a_part(user_recipe: UserRecipe) -> None:
+def test_a_new_kind_drops_the_settings_of_the_old_one_and_null_removes_a_part(user_recipe: UserRecipe) -> None:
     variant = user_recipe(
         {
             "mine.yaml": "base: dreambooth_lora\nsources: {class_pictures: null}\n"
@@ -91,21 +91,21 @@ def test_another_kind_drops_its_siblings_and_null_removes_a_part(user_recipe: Us
 
 
 def test_a_variant_overrides_the_phases_of_its_base(user_recipe: UserRecipe) -> None:
-    """A variant acts like the command line: a setting that the phases also have is not silently lost."""
+    """A variant acts like the command line, so a setting that a phase also sets is not silently lost."""
     text = "base: pivotal_tuning\ntrain: {steps: 7}\ntrainable: {lora: {rank: 2}}\nphases: {tune: {train: {steps: 9}}}"
     pivot, tune = dict(expand_phases(user_recipe({"mine.yaml": text}, ELSEWHERE))).values()
     assert (pivot.train.steps, tune.train.steps) == (7, 9)
     assert set(pivot.trainable) == {"tokens"} and tune.trainable["lora"].rank == 2
 
 
-def test_the_overlay_comes_between_shipped_files_and_the_user_s(user_recipe: UserRecipe) -> None:
+def test_the_overlay_comes_between_shipped_files_and_user_files(user_recipe: UserRecipe) -> None:
     shipped = load("dreambooth_lora")
     variant = user_recipe(
         {"mine.yaml": "base: dreambooth_lora\ntrain: {batch_size: 2}\ntrainable: {more: {kind: lora}}"}
     )
-    assert variant.trainable["lora"] == shipped.trainable["lora"], "the overlay sets the small world's rates"
+    assert variant.trainable["lora"] == shipped.trainable["lora"], "the overlay sets the toybox's learning rates"
     assert variant.trainable["more"].lr == shipped.trainable["lora"].lr, (
-        "the overlay also sets those of parts that a variant adds"
+        "the overlay also sets the learning rates of parts that a variant adds"
     )
     assert (variant.train.batch_size, variant.train.steps) == (2, shipped.train.steps)
     assert user_recipe({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {lr: 0.5}}"}).trainable["lora"].lr == 0.5
@@ -137,7 +137,7 @@ def test_the_error_for_a_wrong_base_names_file_and_key(
         user_recipe(files)
 
 
-def test_a_base_belongs_in_a_file(user_recipe: UserRecipe) -> None:
+def test_a_base_may_be_set_only_in_a_file(user_recipe: UserRecipe) -> None:
     with pytest.raises(ValueError, match="unknown key 'base'"):
         user_recipe({"a.yaml": "seed: 1"}, "base=dreambooth_lora")
 
@@ -161,7 +161,7 @@ def test_a_variant_may_add_phases_that_define_what_they_do(user_recipe: UserReci
     with pytest.raises(ValueError, match=r"mine\.yaml: phases\.tun: unknown phase 'tun'\. Did you mean 'tune'"):
         user_recipe({"mine.yaml": "base: pivotal_tuning\nphases: {tun: {train: {steps: 5}}}"})
     assert user_recipe({"mine.yaml": "phases: {any: {train: {steps: 5}}}"}).phases, (
-        "a file without a base defines its own"
+        "a file without a base defines its own phases"
     )
 
 

@@ -1,4 +1,4 @@
-"""Inverting latents to noise: compared with diffusers' inverse scheduler, as a round trip, and as a start for sampling."""
+"""Inversion matches diffusers' inverse scheduler, can be undone by sampling, and gives noise to start sampling from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def backbone_of(kind: str, request: Any) -> Any:
 
 
 def there_and_back(backbone: Any, clean: Tensor, steps: int, refine: int = 0) -> float:
-    """How far from `clean` [2, C, h, w] deterministic sampling ends after inversion, relative to its norm."""
+    """Inverts `clean` (`[2, C, h, w]`), samples back deterministically, and returns the relative error."""
     scheduler = "flow_euler" if backbone.prediction_type == "flow" else "ddim"
     inverted = invert(backbone, clean, ["a mug", "a dog"], steps=steps, refine=refine)
     start = MixedNoise(inverted=inverted, share=1.0)
@@ -48,12 +48,12 @@ def test_sampling_from_the_inverted_noise_returns_the_picture(kind: str, request
     backbone = backbone_of(kind, request)
     clean = 0.7 * noise(2, 4, 8, 8)
     coarse, fine = there_and_back(backbone, clean, 5), there_and_back(backbone, clean, 40)
-    assert fine < coarse / 2 and fine < 0.1  # more steps come closer
+    assert fine < coarse / 2 and fine < 0.1  # more steps come closer to the picture
     assert there_and_back(backbone, clean, 5, refine=12) < 1e-5  # the fixed point is the exact inverse
 
 
 @torch.no_grad()
-def test_equal_to_diffusers_inverse_scheduler(request: Any) -> None:
+def test_inversion_matches_diffusers_inverse_scheduler(request: Any) -> None:
     backbone = backbone_of("epsilon", request)
     clean, steps = noise(1, 4, 8, 8), 4
     solver: Any = DDIMInverseScheduler.from_config(backbone.scheduler.config)
@@ -64,7 +64,7 @@ def test_equal_to_diffusers_inverse_scheduler(request: Any) -> None:
     torch.testing.assert_close(invert(backbone, clean, steps=steps), x)
 
 
-def test_the_mixture_keeps_the_variance() -> None:
+def test_mixing_keeps_the_variance_of_the_noise() -> None:
     a, b = noise(1, 4, 64, 64), noise(3, 4, 64, 64, seed=1)
     backbone: Any = None
     for share in (0.0, 0.3, 1.0):
@@ -75,7 +75,7 @@ def test_the_mixture_keeps_the_variance() -> None:
 
 
 class Kept(SamplingHookBase):
-    """Stores the latents that the first step starts from."""
+    """Stores the scaled latents at the start of every step."""
 
     seen: list[Tensor]
 
@@ -84,7 +84,8 @@ class Kept(SamplingHookBase):
         return latents
 
 
-@pytest.mark.parametrize(("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)])  # Euler rounds its own first level
+# Euler rounds its first noise level.
+@pytest.mark.parametrize(("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)])
 def test_sampling_can_start_from_a_picture(tiny_sd: Any, scheduler: str, close: float, tmp_path: Path) -> None:
     """The inverted noise is in the scheduler's units and computed once for all pictures generated together."""
     sd = StableDiffusionBackbone(tiny_sd)

@@ -1,4 +1,4 @@
-"""The acceptance thresholds of the motion module: true clips meet them, pictures without a motion module do not."""
+"""True clips meet the acceptance thresholds of the motion module, and clips from an untrained motion module do not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def untrained():
     )
 
 
-def test_true_clips_meet_the_thresholds_and_unrelated_frames_do_not(untrained):
+def test_true_clips_meet_the_thresholds_and_those_of_an_untrained_module_do_not(untrained):
     found = judge_clips(untrained, 20, guidance=1.0, steps=1)
     assert all(found["instrument"][name] >= bar for name, bar in BARS.items()), found["instrument"]
     assert found["scores"]["motion"] <= 0.4 and not found["bars"]["motion"]["met"] and not found["met"], found

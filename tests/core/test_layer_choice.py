@@ -1,4 +1,4 @@
-"""Which of a role's layers a part uses: by projection, by block, by network."""
+"""A part can be restricted to some of a role's layers by projection, by block and by network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = [
 ]
 
 
-def test_projections_are_named_in_every_family() -> None:
+def test_projections_are_recognised_in_every_family() -> None:
     assert of_projections(WORDS, ("q",)) == ["a.to_q", "b.add_q_proj", "c.q_proj", "d.SelfAttention.q"]
     assert of_projections(WORDS, ("out",)) == ["a.to_out.0", "b.to_add_out", "c.out_proj", "d.SelfAttention.o"]
     assert of_projections(WORDS, ("k", "v")) == ["a.to_k", "a.to_v"]
@@ -27,7 +27,7 @@ def test_blocks_are_counted_in_the_order_of_the_forward_pass() -> None:
     flux = ["x_embedder", "transformer_blocks.0.attn.to_q", "transformer_blocks.10.ff", "single_transformer_blocks.0.a"]
     assert block_names(flux) == ["transformer_blocks.0", "transformer_blocks.10", "single_transformer_blocks.0"]
     unet = ["conv_in", "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"]
-    unet += ["up_blocks.0.resnets.0.conv1", "mid_block.attentions.0.proj_in"]  # in module order
+    unet += ["up_blocks.0.resnets.0.conv1", "mid_block.attentions.0.proj_in"]  # modules list the middle last
     assert block_names(unet) == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0"]
     assert of_blocks([*flux, "transformer_blocks.1.x"], (0,), ["transformer_blocks.1"]) == ["transformer_blocks.1.x"]
     assert block_names(["encoder.block.3.layer.0.SelfAttention.q", "text_model.encoder.layers.2.mlp.fc1"]) == [
@@ -36,7 +36,7 @@ def test_blocks_are_counted_in_the_order_of_the_forward_pass() -> None:
     ]
 
 
-def test_ranges_are_parsed_and_wrong_ones_refused() -> None:
+def test_ranges_are_parsed_and_invalid_ones_are_refused() -> None:
     assert parse_ranges("0-2,7") == (0, 1, 2, 7)
     for text, message in (
         ("9-4", "the range 9-4 runs backwards"),
@@ -76,7 +76,7 @@ def test_blocks_and_projections_are_intersected(backbone: Any) -> None:
             {"roles": ("feed_forward",), "projections": ("q",)},
             r"projections=\['q'\] selects no layers of the role 'feed_",
         ),
-        ({"blocks": "0-99"}, r"trainable\.lora\.blocks = '0-99': no block 99; unet has \d+, counted from 0"),
+        ({"blocks": "0-99"}, r"trainable\.lora\.blocks = '0-99': there is no block 99; unet has \d+ blocks, counted"),
         ({"networks": ("unnet",)}, r"trainable\.lora\.networks: unknown network 'unnet'. Did you mean 'unet'"),
         (
             {"networks": ("text_encoder",)},

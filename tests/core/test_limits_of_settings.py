@@ -17,7 +17,7 @@ from shared.config import validate
 from shared.recipe.schema import Recipe
 
 RECIPES = (Recipe, VideoRecipe, Recipe3D)
-#: What each type must refuse, whatever its key.
+#: Values that every setting of a type must refuse.
 REFUSED = {
     "int": (10**12, -(10**12)),
     "float": (float("nan"), float("inf"), float("-inf"), 1e300, -1e300),
@@ -27,8 +27,10 @@ REFUSED = {
 def numbers(
     schema: Mapping[str, Any], key: str = "", config: Any = None
 ) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
-    """Yields the key, pydantic's schema and the model's configuration of every number inside a schema. "*" stands for any name;
-    a part's kind is in brackets."""
+    """Yields the key, pydantic's schema and the model's configuration of every number in a schema.
+
+    In a key, "*" stands for any name, and a part's kind is in brackets.
+    """
     if schema["type"] in REFUSED:
         yield key, schema, config
         return
@@ -65,11 +67,11 @@ def unlimited(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("model", RECIPES)
-def test_every_number_of_a_recipe_has_a_limit(model):
+def test_every_number_in_a_recipe_has_a_limit(model):
     assert unlimited(model) == []
 
 
-def test_the_walk_reaches_every_kind_of_slot():
+def test_the_search_for_numbers_reaches_every_kind_of_slot():
     keys = {key for model in RECIPES for key, _, _ in numbers(model.__pydantic_core_schema__)}
     assert {
         "seed",
@@ -105,7 +107,7 @@ def test_the_message_names_the_key_and_the_value(model, settings, message):
 
 
 def options(app: typer.Typer, name: str = "pcs") -> Iterator[tuple[str, str, Any]]:
-    """Yields the name, annotation and settings of the options and arguments of all commands."""
+    """Yields the name, annotation and settings of every option and argument of every command."""
     for command in app.registered_commands:
         assert command.callback is not None
         for key, parameter in inspect.signature(command.callback).parameters.items():

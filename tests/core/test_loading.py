@@ -1,4 +1,4 @@
-"""Which model is loaded, and from where."""
+"""Models load from folders, single files and the hub's cache, and errors explain why others cannot be loaded."""
 
 from __future__ import annotations
 
@@ -31,12 +31,10 @@ def test_the_checkpoint_identifies_the_weights(make_tiny_sd: Any) -> None:
     one, again, other = (StableDiffusionBackbone(make_tiny_sd(seed)) for seed in (0, 0, 1))
     assert one.checkpoint == again.checkpoint != other.checkpoint
     half = make_tiny_sd().to(torch.bfloat16)
-    assert (
-        StableDiffusionBackbone(half).checkpoint == one.checkpoint
-    )  # the precision in which it is loaded makes no difference
+    assert StableDiffusionBackbone(half).checkpoint == one.checkpoint, "the precision makes no difference"
 
 
-def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
+def test_model_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
     for pipe, kind in ((tiny_sd, StableDiffusionBackbone), (tiny_flux, FluxBackbone)):
         folder = tmp_path / kind.family
         pipe.save_pretrained(folder)
@@ -48,7 +46,7 @@ def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
 
 
 def command_in(error: Any) -> list[str]:
-    """The words of the command at the end of a message, as a shell reads them: python, -c, the code, its arguments."""
+    """Returns what a shell reads from the command at the end of a message: python, -c, the code, and its arguments."""
     words = shlex.split(line := str(error.value)[str(error.value).index("python -c") :])
     subprocess.run(["bash", "-n", "-c", line], check=True)
     compile(words[2], "<command>", "exec")
@@ -74,10 +72,10 @@ def test_the_commands_for_converting_a_model_can_be_pasted_into_a_shell(tiny_sd:
     words = command_in(error)
     assert words[3:] == [str(place / "unet")]
     subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
-    assert load_backbone(place).family == "stable_diffusion", "the converted folder loads"
+    assert load_backbone(place).family == "stable_diffusion", "the converted folder must load"
 
 
-def test_one_file_loads_offline_with_the_configuration_next_to_it(tiny_sd: Any, tmp_path: Path) -> None:
+def test_a_single_file_loads_offline_with_the_configuration_next_to_it(tiny_sd: Any, tmp_path: Path) -> None:
     file = write_single_file(tiny_sd, tmp_path / "mine.safetensors")
     with pytest.raises(
         ValueError, match=rf"configuration and tokenizer.* folder {tmp_path / 'mine'} .*from_single_file"
@@ -147,7 +145,7 @@ def hub(tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (root / "refs" / "main").write_text("0" * 40)
     tiny_sd.save_pretrained(root / "snapshots" / ("0" * 40))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was accessed"))
     return "someone/tiny-sd"
 
 
@@ -158,11 +156,11 @@ def test_no_model_is_downloaded_unless_the_user_allows_it(hub: str, tiny_sd: Any
         ValueError, match=r"someone/other: no such folder, and it is not in the hub's cache.*--download"
     ):
         load_backbone("someone/other")
-    with pytest.raises(pytest.fail.Exception, match="the network was asked"):
+    with pytest.raises(pytest.fail.Exception, match="the network was accessed"):
         load_backbone("someone/other", download=True)
 
 
-def test_loading_one_file_does_not_use_the_network_either(hub: str, tmp_path: Path) -> None:
+def test_a_single_file_does_not_access_the_network(hub: str, tmp_path: Path) -> None:
     import safetensors.torch
 
     safetensors.torch.save_file(

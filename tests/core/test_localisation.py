@@ -1,4 +1,4 @@
-"""The localisation loss: compared with Break-A-Scene's own computation, its gradient, and which rows and concepts count."""
+"""The localisation loss matches Break-A-Scene's, moves attention, and counts only the right rows and concepts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def example_inputs(batch: int = 3) -> Any:
     return maps, positions, masks, torch.ones(batch, dtype=torch.bool)
 
 
-def test_it_equals_the_paper_s_loss() -> None:
-    """As in the published training script: one token per concept, its map divided by its maximum, summed over concepts."""
+def test_the_loss_matches_the_published_computation() -> None:
+    """The published script divides the map of each concept's single token by its maximum and sums over concepts."""
     maps, positions, masks, rows = example_inputs()
     expected = torch.zeros(())
     for row in range(3):
@@ -52,16 +52,16 @@ def test_it_equals_the_paper_s_loss() -> None:
 
 
 def test_the_distance_can_be_cross_entropy() -> None:
-    """Computed as in MotionBooth and compared with torch's own."""
+    """This distance, used by MotionBooth, matches torch's own binary cross-entropy."""
     maps, positions, masks, rows = example_inputs()
     only, target = {"mug": positions["mug"]}, F.adaptive_avg_pool2d(masks["mug"], (4, 4)).flatten(1)
     got = localisation_loss(maps, (4, 4), only, masks, rows, "none", "cross_entropy")
     assert torch.allclose(got, F.binary_cross_entropy(maps[..., 2], target), rtol=1e-5)
     sure = localisation_loss(maps, (4, 4), only, masks, rows, "max", "cross_entropy")
-    assert torch.isfinite(sure), "a map divided by its maximum is 1 somewhere"
+    assert torch.isfinite(sure), "a map divided by its maximum contains a 1, but the loss must stay finite"
 
 
-def test_several_tokens_of_a_concept_are_combined() -> None:
+def test_the_maps_of_several_tokens_of_a_concept_are_averaged() -> None:
     maps, positions, masks, rows = example_inputs()
     positions["mug"][:, 3] = True
     together = maps.clone()
@@ -78,8 +78,8 @@ def test_only_rows_that_both_show_and_name_a_concept_count() -> None:
     assert torch.allclose(localisation_loss(maps, (4, 4), positions, masks, rows), one, atol=1e-6)
     rows[:] = True
     for name in ("cat", "mug"):
-        positions[name][1] = False  # not named
-        masks[name][2] = 0  # not in the picture, or without a mask
+        positions[name][1] = False  # the caption does not name it
+        masks[name][2] = 0  # it is not in the picture, or has no mask
     assert torch.allclose(localisation_loss(maps, (4, 4), positions, masks, rows), one / 3, atol=1e-6)
     assert localisation_loss(maps, (4, 4), positions, masks, torch.zeros(3, dtype=torch.bool)) == 0
 
@@ -105,7 +105,7 @@ def batch_of(**masks: Tensor) -> Batch:
 
 @contextmanager
 def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
-    """A step as in the tuning task: the need stays open during the prediction and the loss."""
+    """Yields a training step. As in the tuning task, the need stays open during the prediction and the loss."""
     t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
     with need.around(backbone, batch) as entered:
         prediction = backbone.predict(x_t, t, conditioning)
@@ -114,7 +114,7 @@ def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
 
 
 @pytest.mark.parametrize("named", ["sd", "flux"], indirect=True)
-def test_training_on_it_moves_attention_onto_the_mask(named: Any) -> None:
+def test_training_moves_attention_onto_the_mask(named: Any) -> None:
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :4, :4] = 1
     part, batch = Localisation(weight=1.0), batch_of(mug=mask)
@@ -160,7 +160,7 @@ def test_a_batch_without_masks_has_no_localisation_loss(named: Any) -> None:
         assert part(state) == 0
 
 
-def test_a_run_with_checkpointing_learns_the_same_as_one_without(tiny: Any, photos: Any, tmp_path: Any) -> None:
+def test_gradient_checkpointing_does_not_change_what_a_run_learns(tiny: Any, photos: Any, tmp_path: Any) -> None:
     asked = ("masks.given.kind=given", "regularize.localisation.weight=0.1", "regularize.prior.kind=prior_prediction")
     after = []
     for name, extra in (("kept", ()), ("again", ("train.gradient_checkpointing=true",)), ("without", ())):

@@ -1,4 +1,4 @@
-"""Other programs' LoRA files for Stable Diffusion: diffusers, peft and merged weights are the oracles."""
+"""Other programs' LoRA files for Stable Diffusion act as in diffusers, in peft, and as if merged into the weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.core.lora_pairs import (
 
 @pytest.mark.parametrize("linear", [False, True], ids=["convolutions around attention", "linear layers"])
 @pytest.mark.parametrize("text", [(), TEXT], ids=["network", "text too"])
-def test_kohya_s_key_names(
+def test_kohya_key_names(
     new_sd: Callable[..., Any], make_tiny_sd: Any, tmp_path: Path, text: Any, linear: bool
 ) -> None:
     backbone, path = new_sd(linear=linear), tmp_path / "sks.safetensors"
@@ -40,7 +40,7 @@ def test_kohya_s_key_names(
     pairs = low_rank(backbone, roles)
     save_file(kohya(pairs, SD_KOHYA), path)
     same(imported(backbone, path), merged(backbone, pairs))
-    # diffusers ignores alphas that differ between layers (it looks for them under its old names), so use one for all
+    # diffusers looks for alphas that differ between layers under its old names and misses them, so all are equal here
     pairs = {key: (down, up, 1.5) for key, (down, up, _) in low_rank(backbone, roles, ranks=(4,)).items()}
     save_file(kohya(pairs, SD_KOHYA), path)
     ours = imported(backbone, path)
@@ -48,7 +48,7 @@ def test_kohya_s_key_names(
     same(ours, by_diffusers(backbone, make_tiny_sd(linear=linear), path))
 
 
-def test_kohya_s_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
+def test_kohya_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
     """Includes the first and last convolutions of the network, those between blocks, and LyCORIS' Tucker form."""
     pairs = low_rank(sd, ("denoiser",))
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} < {path for _, path in pairs}
@@ -66,7 +66,9 @@ def test_kohya_s_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
     x = torch.randn(1, inputs, 8, 8, generator=draw)
     convolve = torch.nn.functional.conv2d
     one = convolve(x, torch.einsum("abij,bc->acij", mid, outer[:, :, 0, 0]), padding=1)
-    assert torch.allclose(one, convolve(convolve(x, outer), mid, padding=1), atol=1e-3), "the oracle itself is right"
+    assert torch.allclose(one, convolve(convolve(x, outer), mid, padding=1), atol=1e-3), (
+        "the test's own composition of the kernels is right"
+    )
     pairs[key] = torch.einsum("abij,bc->acij", mid, outer[:, :, 0, 0]), up, 1.5
     same(imported(sd, tmp_path / "tucker.safetensors"), merged(sd, pairs))
 
@@ -82,13 +84,13 @@ def test_kohya_s_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
     ],
     ids=["diffusers", "an adapter's name", "older", "oldest", "without a prefix"],
 )
-def test_diffusers_key_names_of_every_version(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
+def test_key_names_of_every_diffusers_version(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
     pairs = low_rank(sd, (*SD_ROLES, *TEXT), scaled=False)
     save_file(spelled(pairs, prefixes, ends, flat=False, alphas=False), tmp_path / LORA)
     same(imported(sd, tmp_path / LORA), merged(sd, pairs))
 
 
-def test_attention_processor_names_of_the_first_scripts(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_attention_processor_names_of_the_first_training_scripts(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("attention",), ranks=(4,), scaled=False)
     tensors = {}
     for (_, path), (down, up, _) in pairs.items():
@@ -101,8 +103,8 @@ def test_attention_processor_names_of_the_first_scripts(sd: Any, make_tiny_sd: A
     same(ours, by_diffusers(sd, make_tiny_sd(), tmp_path / LORA))
 
 
-def test_the_ldm_checkpoint_s_key_names(sd: Any, tmp_path: Path) -> None:
-    """The names for the tiny U-Net's four levels of blocks, written out as the original repository counts them."""
+def test_key_names_of_the_original_ldm_checkpoints(sd: Any, tmp_path: Path) -> None:
+    """The names of the tiny U-Net's blocks are written out as the original repository numbers them."""
     pairs = low_rank(sd, ("attention",), ranks=(2,))
     theirs = {
         "down_blocks.0.attentions.0": "input_blocks.1.1",
@@ -136,7 +138,7 @@ def test_the_ldm_checkpoint_s_key_names(sd: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
 def test_files_saved_by_diffusers_itself(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
-    """With a text encoder, and with the settings, including alpha, in the header."""
+    """The files include the text encoder, and their headers contain the settings, including alpha."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -178,7 +180,7 @@ def test_files_saved_by_peft_itself(sd: Any, make_tiny_sd: Any, tmp_path: Path, 
     model.save_pretrained(tmp_path / "mug-lora")
     same(imported(sd, tmp_path / "mug-lora"), expected)
     (tmp_path / "mug-lora" / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match=r"adapter_config\.json, which holds the LoRA's scale, is not next to it"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json, which contains the LoRA's scale, is not next to it"):
         import_lora(tmp_path / "mug-lora", sd, "sks mug")
 
 

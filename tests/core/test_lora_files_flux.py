@@ -1,4 +1,4 @@
-"""Other programs' LoRA files for FLUX, and DoRA: diffusers and merged weights are the oracles."""
+"""Other programs' LoRA files for FLUX, and DoRA files, act as in diffusers and as if merged into the weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.core.lora_pairs import (
 )
 
 
-def test_flux_with_diffusers_names(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
+def test_flux_with_diffusers_key_names(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
     pairs = low_rank(flux, (*FLUX_ROLES, *TEXT), scaled=False)
     save_file(spelled(pairs, FLUX_DOTTED, ("lora_A", "lora_B"), flat=False, alphas=False), tmp_path / LORA)
     ours = imported(flux, tmp_path / LORA)
@@ -38,7 +38,7 @@ def test_flux_with_diffusers_names(flux: Any, make_tiny_flux: Any, tmp_path: Pat
     same(ours, by_diffusers(flux, make_tiny_flux(), tmp_path / LORA))
 
 
-#: Black Forest Labs' names for single layers, and for groups of layers that are one matrix there.
+#: Black Forest Labs' name of each layer, or of several layers that share one matrix in their files.
 BFL = {
     "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv"),
     "double_blocks.{i}.txt_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.add_{x}_proj" for x in "qkv"),
@@ -60,7 +60,7 @@ BFL = {
 
 
 def fused(flux: Any) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Pairs]:
-    """Pairs keyed by Black Forest Labs' names, and the same pairs keyed by layer."""
+    """Returns pairs keyed by Black Forest Labs' names, and the same pairs keyed by layer."""
     draw = torch.Generator().manual_seed(6)
     theirs: dict[str, tuple[Tensor, Tensor, float]] = {}
     ours: Pairs = {}
@@ -80,7 +80,7 @@ def _rank(tensors: dict[str, Tensor], key: str) -> int:
     return len(tensors[key.partition(".")[0] + ".lora_down.weight"])
 
 
-def test_flux_with_kohya_s_names(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
+def test_flux_with_kohya_key_names(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
     theirs, pairs = fused(flux)
     clip = low_rank(flux, TEXT)
     prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
@@ -96,7 +96,7 @@ def test_flux_with_kohya_s_names(flux: Any, make_tiny_flux: Any, tmp_path: Path)
     same(ours, by_diffusers(flux, make_tiny_flux(), tmp_path / "known.safetensors"))
 
 
-def test_flux_with_comfyui_s_names_including_t5_and_the_first_and_last_layers(flux: Any, tmp_path: Path) -> None:
+def test_flux_with_comfyui_key_names_including_t5_and_the_first_and_last_layers(flux: Any, tmp_path: Path) -> None:
     theirs, pairs = fused(flux)
     t5, ends = (
         low_rank(flux, ("text_encoder_2",)),
@@ -107,7 +107,7 @@ def test_flux_with_comfyui_s_names_including_t5_and_the_first_and_last_layers(fl
         out, inputs = flux.transformer.get_submodule(path).weight.shape
         down, up = 0.3 * torch.randn(2, inputs, generator=draw), 0.3 * torch.randn(out, 2, generator=draw)
         theirs[name] = down, up, 2.0
-        # their last layer returns shift and scale; diffusers' returns scale and shift
+        # the original last layer returns shift and scale, and diffusers' returns scale and shift
         pairs["transformer", path] = down, torch.cat([up[out // 2 :], up[: out // 2]]) if "final" in name else up, 2.0
     tensors = {}
     for name, (down, up, alpha) in theirs.items():
@@ -122,7 +122,7 @@ def test_flux_with_comfyui_s_names_including_t5_and_the_first_and_last_layers(fl
 
 
 @pytest.mark.parametrize("kind", ["sd", "flux"])
-def test_kohya_s_dora(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_kohya_dora(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """W' = m (W + s B A) / |W + s B A|, normalised per output row (https://arxiv.org/abs/2402.09353, eq. 5)."""
     backbone = request.getfixturevalue(kind)
     draw = torch.Generator().manual_seed(9)
@@ -170,7 +170,7 @@ def test_dora_alongside_lora_in_one_network(sd: Any, tmp_path: Path) -> None:
     sd.remove(concept.name)
 
 
-def test_a_dora_with_a_scale_per_input_is_refused(sd: Any, tmp_path: Path) -> None:
+def test_dora_with_a_scale_per_input_is_refused(sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("attention",))
     tensors = kohya(pairs, SD_KOHYA)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

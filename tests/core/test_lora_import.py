@@ -1,4 +1,4 @@
-"""Concepts made from LoRA files: our own exports come back, and what does not fit is reported."""
+"""LoRA files are imported as concepts, our own exports are restored exactly, and whatever does not fit is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.core.lora_pairs import (
 
 
 @pytest.mark.parametrize("settings", [{"alpha": 2.0}, {"dora": True}], ids=["lora", "dora"])
-def test_our_own_export_comes_back(backbone: Any, tmp_path: Path, settings: Any) -> None:
+def test_our_own_export_can_be_imported_again(backbone: Any, tmp_path: Path, settings: Any) -> None:
     roles = ("attention", "feed_forward", "text_encoder")
     group = Lora(roles=roles, rank=4, **settings).inject(backbone, "my-mug", "lora", 0)
     for parameter in group.parameters:
@@ -71,7 +71,7 @@ def test_half_precision_tensors_keep_their_exact_values(sd: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("as_stored", [torch.Tensor.int, torch.Tensor.half, lambda alpha: alpha.reshape(1)])
-def test_alpha_is_read_in_every_form(sd: Any, tmp_path: Path, as_stored: Any) -> None:
+def test_alpha_is_read_in_every_stored_form(sd: Any, tmp_path: Path, as_stored: Any) -> None:
     pairs = {key: (down, up, 2.0) for key, (down, up, _) in low_rank(sd, ("attention",)).items()}
     tensors = {k: as_stored(v) if k.endswith(".alpha") else v for k, v in kohya(pairs, SD_KOHYA).items()}
     save_file(tensors, tmp_path / "sks.safetensors")
@@ -90,10 +90,10 @@ def test_the_concept_is_named_after_the_file_or_its_folder(tmp_path: Path) -> No
         assert concept_name(tmp_path / "my mug" / file) == name
 
 
-# --- what does not fit
+# --- files that do not fit
 
 
-def test_every_name_without_a_layer_is_named(sd: Any, tmp_path: Path) -> None:
+def test_every_name_without_a_layer_is_reported(sd: Any, tmp_path: Path) -> None:
     tensors = kohya(low_rank(sd, ("attention",)), SD_KOHYA)
     extra = {
         "lora_unet_nowhere_to_q.lora_down.weight": torch.ones(2, 16),
@@ -143,14 +143,14 @@ def _flux(sd: Any) -> dict[str, Tensor]:
         ),
     ],
 )
-def test_another_architecture_is_one_error(sd: Any, tmp_path: Path, build: Any, message: str) -> None:
+def test_another_architecture_is_reported_as_one_error(sd: Any, tmp_path: Path, build: Any, message: str) -> None:
     save_file(build(sd), tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         import_lora(tmp_path / "x.safetensors", sd, "sks mug")
     assert not sd.adapters and not sd.placeholders
 
 
-def test_the_model_named_in_the_header_is_believed_first(sd: Any, tmp_path: Path) -> None:
+def test_the_model_named_in_the_header_takes_precedence(sd: Any, tmp_path: Path) -> None:
     save_file(_flux(sd), tmp_path / "x.safetensors", metadata={"ss_base_model_version": "flux1"})
     with pytest.raises(ValueError, match=r"\(apparently flux1"):
         import_lora(tmp_path / "x.safetensors", sd)
@@ -202,7 +202,7 @@ def test_the_error_says_why_a_file_cannot_be_read(sd: Any, tmp_path: Path, tenso
         import_lora(tmp_path / "x.safetensors", sd)
 
 
-def test_the_same_layer_twice_is_an_error(sd: Any, tmp_path: Path) -> None:
+def test_a_layer_that_occurs_twice_is_an_error(sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("cross_attention.q",))
     both = kohya(pairs, SD_KOHYA) | spelled(pairs, SD_DOTTED, ("lora_A", "lora_B"), flat=False, alphas=False)
     save_file({key: tensor.clone() for key, tensor in both.items()}, tmp_path / "x.safetensors")
@@ -210,7 +210,7 @@ def test_the_same_layer_twice_is_an_error(sd: Any, tmp_path: Path) -> None:
         import_lora(tmp_path / "x.safetensors", sd)
 
 
-def test_settings_with_another_rank_are_an_error(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_settings_that_contradict_the_rank_are_an_error(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(make_tiny_sd().unet, LoraConfig(r=4, target_modules=["to_q"]))

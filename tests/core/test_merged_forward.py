@@ -21,7 +21,7 @@ EXACT = {"atol": 1e-10, "rtol": 1e-8}
 
 
 def inject(backbone: Any, name: str, rank: int, roles: tuple[str, ...] = ROLES, **changes: Any) -> list[Tensor]:
-    """An adapter with random weights in both factors."""
+    """Injects an adapter with random weights in both factors."""
     group = Lora(roles=roles, rank=rank, **changes).inject(backbone, name, "lora", seed=rank)
     draw = torch.Generator().manual_seed(rank)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def inside() -> Iterator[None]:
 
 
 @contextmanager
-def peft_s_own(backbone: Any) -> Iterator[None]:
+def unmerged_peft(backbone: Any) -> Iterator[None]:
     """A context in which layers compute with peft's own forward."""
     ours = {
         m: vars(m).pop("forward") for c in backbone.components.values() for m in c.modules() if "forward" in vars(m)
@@ -56,7 +56,7 @@ def peft_s_own(backbone: Any) -> Iterator[None]:
 
 @pytest.fixture
 def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the weights that were merged."""
+    """A list that records the shapes of the weights that are merged."""
     seen: list[tuple[int, ...]] = []
     plain: Callable[..., Tensor] = merging._merged
 
@@ -68,18 +68,18 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_the_output_equals_peft_s_and_training_uses_peft_s_forward(sd: Any, merges: list[Any]) -> None:
+def test_the_output_matches_peft_and_training_uses_the_forward_of_peft(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 4)
     found = sd_output(double(sd))
     assert {(len(s), s[-1]) for s in merges if len(s) == 4} == {(4, 1), (4, 3)} and any(len(s) == 2 for s in merges)
-    with peft_s_own(sd):
+    with unmerged_peft(sd):
         torch.testing.assert_close(found, sd_output(sd), **EXACT)
     merges.clear()
     sd.predict(torch.randn(16, 4, 8, 8).double(), torch.tensor(5), sd.encode(["a mug"] * 16))
     assert not merges
 
 
-def test_several_adapters_with_strengths(sd: Any, merges: list[Any]) -> None:
+def test_several_adapters_act_with_their_strengths(sd: Any, merges: list[Any]) -> None:
     inject(sd, "loaded", 3)
     inject(sd, "mug", 4, ("self_attention", "conv"), alpha=2.0)
     double(sd)
@@ -88,7 +88,7 @@ def test_several_adapters_with_strengths(sd: Any, merges: list[Any]) -> None:
         with sd.active(strengths):
             found = sd_output(sd)
             assert bool(merges) == bool(strengths)
-            with peft_s_own(sd):
+            with unmerged_peft(sd):
                 torch.testing.assert_close(found, sd_output(sd), **EXACT)
 
 
@@ -106,19 +106,19 @@ def test_dropout_and_dora_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
         sd.remove("mug")
 
 
-def test_a_noise_dependent_rank_is_merged_if_it_is_the_same_for_all_rows(sd: Any, merges: list[Any]) -> None:
+def test_a_noise_dependent_rank_is_merged_if_all_rows_have_the_same_time(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 8, ROLES[:-1], min_rank=0)
     double(sd)
     seen = []
     for time in (0, 500, 800, 999):
         merges.clear()
         seen.append(sd_output(sd, time=time))
-        assert bool(merges) == (time < 900)  # nothing acts at full noise
-        with peft_s_own(sd):
+        assert bool(merges) == (time < 900)  # close to full noise, the rank is 0
+        with unmerged_peft(sd):
             torch.testing.assert_close(seen[-1], sd_output(sd, time=time), **EXACT)
     assert not torch.equal(seen[0], seen[1])
     merges.clear()
-    with torch.no_grad():  # rows with several times
+    with torch.no_grad():  # the rows have different times
         times = torch.linspace(1, 999, 16).long()
         sd.predict(torch.randn(16, 4, 8, 8).double(), times, sd.encode(["a mug"] * 16))
     assert not merges
@@ -145,7 +145,7 @@ def test_small_inputs_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
     assert few < set(merges)
 
 
-def test_a_new_adapter_equals_the_base_bit_for_bit_and_ejecting_leaves_no_trace(sd: Any) -> None:
+def test_a_new_adapter_changes_no_bit_and_removing_it_leaves_no_trace(sd: Any) -> None:
     before = sd_output(sd, torch.float32)
     Lora(roles=ROLES, rank=4).inject(sd, "mug", "lora", seed=0)
     assert torch.equal(sd_output(sd, torch.float32), before)
@@ -155,14 +155,14 @@ def test_a_new_adapter_equals_the_base_bit_for_bit_and_ejecting_leaves_no_trace(
 
 
 def test_layers_are_merged_only_for_sampling(new_sd: Any, merges: list[Any]) -> None:
-    """Outside `merged_layers`, a prediction without gradients equals the one with gradients bit for bit."""
+    """Outside `merged_layers`, predictions equal those of peft's own forward bit for bit."""
     backbone = new_sd()
     inject(backbone, "mug", 4)
 
     def predictions() -> None:
         found = sd_output(backbone, torch.float32)
         assert not merges
-        with peft_s_own(backbone):
+        with unmerged_peft(backbone):
             assert torch.equal(found, sd_output(backbone, torch.float32))
         sample(backbone, ["a mug"] * 4, seeds=[0, 1, 2, 3], settings=SamplingSettings(steps=1))
         assert merges

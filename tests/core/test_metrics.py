@@ -1,4 +1,4 @@
-"""Scores compared with closed forms."""
+"""Scores match their closed forms."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_text_score_is_clipscore() -> None:
     assert scores.text_score(torch.tensor([-0.2, 0.0, 0.2, 0.3, 0.9])).tolist() == pytest.approx([0, 0, 0.5, 0.75, 1])
 
 
-def test_retrieval_on_synthetic_embeddings() -> None:
+def test_retrieval_ranks_synthetic_embeddings() -> None:
     axes = torch.eye(5, dtype=torch.float64)
     gallery = {"me": torch.stack([axes[0], axes[0] + 0.1 * axes[4]]), **{f"d{i}": axes[i : i + 1] for i in (1, 2, 3)}}
     outputs = torch.stack([axes[0], axes[0] + 0.5 * axes[1], axes[1] + 0.5 * axes[0], axes[3]])
@@ -52,7 +52,7 @@ def test_retrieval_on_synthetic_embeddings() -> None:
     assert retrieved.margin[0] > retrieved.margin[1] > 0 > retrieved.margin[3]
 
 
-def test_a_tie_is_not_a_hit_and_guessing_gives_chance() -> None:
+def test_a_tie_is_not_a_hit_and_random_outputs_score_at_chance() -> None:
     same = drawn(1, 8)
     assert not scores.retrieve(same, {"me": same, "twin": same}, "me").hits.any()
     gallery = {str(i): drawn(1, 64, seed=i) for i in range(9)}
@@ -67,7 +67,7 @@ def test_retrieval_needs_the_subject_and_a_distractor() -> None:
         scores.retrieve(drawn(2, 3), {"a": drawn(1, 3), "b": drawn(1, 3)}, "me")
 
 
-def test_diversity_per_group() -> None:
+def test_diversity_is_measured_within_groups() -> None:
     axes = torch.eye(3, dtype=torch.float64)
     rows = torch.stack([axes[0], axes[0], axes[0], axes[1], axes[2], axes[2]])
     diversity = scores.diversity(rows, ["same", "same", "mixed", "mixed", "mixed", "alone"])
@@ -80,7 +80,7 @@ def test_drift_is_zero_without_change() -> None:
     assert scores.drift(a, -a).tolist() == pytest.approx([2.0] * 5)
 
 
-def test_attribute_hits() -> None:
+def test_attributes_are_compared_with_the_prompts() -> None:
     seen = {"background": ["beach", "snow"], "view": ["front", "side"]}
     expected = [{"background": "beach", "view": "back"}, {}]
     assert scores.attribute_hits(expected, seen) == [{"background": True, "view": False}, {}]
@@ -88,7 +88,7 @@ def test_attribute_hits() -> None:
         scores.attribute_hits([{"weather": "rain"}, {}], seen)
 
 
-def test_kid_is_the_double_sum_of_the_paper() -> None:
+def test_kid_matches_the_double_sum_in_the_paper() -> None:
     x, y = drawn(5, 4), drawn(6, 4, seed=1)
     k = lambda u, v: (float(u @ v) / 4 + 1) ** 3  # noqa: E731
     xx = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
@@ -108,7 +108,7 @@ def test_kid_is_unbiased_for_one_distribution_and_grows_with_distance() -> None:
         scores.kid(drawn(1, 4), drawn(5, 4))
 
 
-def test_trade_off() -> None:
+def test_the_trade_off_is_a_harmonic_mean_of_clamped_scores() -> None:
     assert scores.trade_off(0.6, 0.6) == pytest.approx(0.6)
     assert scores.trade_off(1.0, 0.5) == pytest.approx(2 / 3)
     assert scores.trade_off(0.0, 1.0) == scores.trade_off(-0.3, 1.0) == scores.trade_off(0.0, 0.0) == 0.0
@@ -136,7 +136,7 @@ def test_bootstrap_resamples_whole_clusters() -> None:
     assert together[1] - together[0] > 4 * (alone[1] - alone[0])
 
 
-def test_bootstrap_of_no_values_of_nan_and_of_equal_values() -> None:
+def test_bootstrap_handles_empty_nan_and_equal_values() -> None:
     assert all(math.isnan(v) for v in scores.bootstrap([]))
     assert all(math.isnan(v) for v in scores.bootstrap([math.nan]))
     assert scores.bootstrap([0.25, 0.25, math.nan]) == (0.25, 0.25)
@@ -144,7 +144,7 @@ def test_bootstrap_of_no_values_of_nan_and_of_equal_values() -> None:
     assert high == 1.0 and low == pytest.approx(scores.wilson(10, 10)[0]) and 0.6 < low < 0.8
 
 
-def test_wilson_against_its_published_example() -> None:
-    # Newcombe (1998), table I: 81 of 263 and 1 of 29, 95 %.
+def test_wilson_intervals_match_published_examples() -> None:
+    # Newcombe (1998), table I: 81 of 263 and 1 of 29, at 95 %.
     assert scores.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert scores.wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=1e-4)

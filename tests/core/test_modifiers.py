@@ -1,4 +1,4 @@
-"""How a concept is named: plain words, a rare token, learned tokens."""
+"""A concept can be named with plain words, a rare token, or learned tokens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_words_of_the_vocabulary_add_nothing_to_learn(sd, part, words):
     assert placeholder.words == words and expanded(sd) == f"a photo of a {words}".strip()
     assert placeholder.tokens == () and not list(placeholder.parameters()) and placeholder.state_dict() == {}
     placeholder.load_state_dict({})
-    with pytest.raises(ValueError, match="has no learned words, but there are 1 tensors"):
+    with pytest.raises(ValueError, match="'mug' has no learned words, but was given 1 tensor for them"):
         placeholder.load_state_dict({"text_encoder": torch.zeros(1, 16)})
     assert len(table(sd)) == len(sd.tokens.base["text_encoder"]), "no row was added"
 
@@ -67,7 +67,7 @@ def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(
     assert len(caught) == 1 and "text_encoder_2: 'q' + 'z' + 'w'" in str(caught[0].message)
 
 
-def test_neither_one_token_nor_a_loaded_concept_causes_a_warning(sd, make_tiny_flux):
+def test_single_tokens_and_loaded_concepts_cause_no_warning(sd, make_tiny_flux):
     with pytest.warns(UserWarning):
         RareToken(token="qzw").attach(sd, "cup", "mug")
     concept = capture(sd, "cup", Provenance(class_noun="mug", modifier=RareToken(token="qzw")))
@@ -79,7 +79,7 @@ def test_neither_one_token_nor_a_loaded_concept_causes_a_warning(sd, make_tiny_f
         RareToken().attach(FluxBackbone(make_tiny_flux(), "tiny"), "mug", "mug")
 
 
-def test_without_a_class_noun_nothing_is_left_over(sd):
+def test_a_missing_class_noun_leaves_no_stray_space(sd):
     assert RareToken().attach(sd, "a", "").words == "sks"
     assert PlainText().attach(sd, "b", "").words == ""
     assert expand("a photo of <b> on the beach", sd.placeholders) == "a photo of on the beach"
@@ -96,7 +96,7 @@ def test_without_a_class_noun_nothing_is_left_over(sd):
         (3, True, "<mug> <mug>_1 <mug>_2 mug"),
     ],
 )
-def test_one_name_becomes_this_many_tokens(sd, vectors, noun, words):
+def test_a_name_becomes_one_token_per_vector(sd, vectors, noun, words):
     placeholder = LearnableToken(vectors=vectors, with_class_noun=noun).attach(sd, "mug", "mug")
     assert expanded(sd) == f"a photo of a {words}"
     assert len(placeholder.tokens) == vectors
@@ -144,7 +144,7 @@ def test_additional_vectors_start_near_the_words_and_differ_from_each_other(sd):
         assert 0 < (far - near).norm() < 0.5 * words.std() * far.numel() ** 0.5
 
 
-def test_a_random_start_has_the_table_s_spread_and_depends_on_the_seed(sd):
+def test_a_random_start_has_the_spread_of_the_table_and_depends_on_the_seed(sd):
     part = LearnableToken(vectors=64, init="<rand>")
     first = part.attach(sd, "a", "", seed=3).state_dict()["text_encoder"]
     again = part.attach(sd, "b", "", seed=3).state_dict()["text_encoder"]
@@ -160,7 +160,7 @@ def test_the_spread_of_a_random_start_is_not_taken_from_one_word(sd):
     assert abs(float(first.std() / table(sd).std()) - 1) < 0.15
 
 
-def test_having_no_word_to_start_from_is_an_error(sd):
+def test_a_token_without_a_word_to_start_from_is_an_error(sd):
     with pytest.raises(ValueError, match=r"set subject\.class_noun or modifier\.init"):
         LearnableToken().attach(sd, "a", "")
     assert not sd.placeholders

@@ -1,4 +1,4 @@
-"""The motion module's training: what it starts from, what it changes, what it leaves alone, and its result."""
+"""How the motion module is trained: where it starts, what it changes, what it leaves alone, and what it ships."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = motion_module.MotionTraining(batch=2, heads=2, most_frames=8, lr=2e-2
 
 @dataclass(frozen=True)
 class SlidingSquares:
-    """Six clips of 4 frames, 16×16: a square that slides left or right."""
+    """Six clips of 4 frames, 16×16 pixels each, in which a square slides left or right."""
 
     def __len__(self) -> int:
         return 6
@@ -51,7 +51,7 @@ class SlidingSquares:
 
 @pytest.fixture(scope="module")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny toybox pipeline."""
+    """Returns the folder of a tiny toybox pipeline."""
     out = tmp_path_factory.mktemp("run")
     tiny_run(out, Squares(6))
     return assemble.assemble(out, tmp_path_factory.mktemp("pipe") / "backbone")
@@ -90,10 +90,12 @@ def test_motion_words_are_single_tokens_and_no_picture_word_changes(tiny_backbon
         assert pipe.tokenizer(text)["input_ids"] == known.tokenizer(text)["input_ids"]
     old = known.text_encoder.get_input_embeddings().weight
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[: len(old)], old)
-    assert add_words(pipe.tokenizer, pipe.text_encoder) == ids  # adding them again changes nothing
+    assert add_words(pipe.tokenizer, pipe.text_encoder) == ids  # adding the words again changes nothing
 
 
-def test_it_starts_as_the_picture_network_applied_to_each_frame(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_an_untrained_motion_module_applies_the_picture_network_to_each_frame(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
     made = task(tiny_backbone, tmp_path)
     noisy = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     context = made.pipe.text_encoder(torch.full((1, 32), 7)).last_hidden_state
@@ -128,7 +130,7 @@ def test_motion_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
     assert error() < 0.8 * before
 
 
-def test_in_half_precision_it_predicts_and_learns_the_same(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_half_precision_changes_losses_and_gradients_only_slightly(tiny_backbone: Path, tmp_path: Path) -> None:
     whole, half = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b", compute=Compute(bf16=True))
     assert whole.trained.keys() == half.trained.keys() and half.half is not None
     assert all(p.dtype == torch.float32 for p in half.trained.values())
@@ -156,7 +158,7 @@ def test_errors_that_change_over_time_have_more_weight(tiny_backbone: Path, tmp_
     assert loss(at_times) == pytest.approx(made.settings.moving_weight, rel=1e-4)
 
 
-def test_new_words_are_made_visible_behind_cross_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_words_are_trained_to_change_the_cross_attention_features(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = opened(backbone_path())
     ids = add_words(pipe.tokenizer, pipe.text_encoder)
     table = pipe.text_encoder.get_input_embeddings().weight
@@ -170,7 +172,7 @@ def test_new_words_are_made_visible_behind_cross_attention(monkeypatch: pytest.M
     monkeypatch.setattr(visible_words, "_texts", lambda settings, step: [text for text in said for _ in range(2)])
     log = make_visible(pipe, ids, latents, WordTraining(steps=16, batch=2, lr=3e-2))
     assert log[0]["differ"] < 0.06 and np.mean([row["differ"] for row in log[-8:]]) > 0.2
-    assert np.mean([row["seen"] for row in log[-8:]]) < 0.25  # "red" instead of "blue" gives 0.47
+    assert np.mean([row["seen"] for row in log[-8:]]) < 0.25  # for comparison, "red" instead of "blue" gives 0.47
     after = pipe.text_encoder.get_input_embeddings().weight
     same = torch.ones(len(before), dtype=torch.bool)
     same[ids] = False
@@ -178,7 +180,7 @@ def test_new_words_are_made_visible_behind_cross_attention(monkeypatch: pytest.M
 
 
 def test_captions_of_opposite_motions_are_often_compared() -> None:
-    """They share most words, so if drawn like any two motions, they would be the last to differ."""
+    """Such captions share most words, so they would be the last to differ if they were paired as rarely as others."""
     meet = {0.0: 0, 1.0: 0}
     for opposite in meet:
         for step in range(20):
@@ -204,7 +206,7 @@ def test_an_interrupted_training_run_equals_an_uninterrupted_one(tiny_backbone: 
         assert torch.equal(a, b), name
 
 
-def test_parts_of_a_batch_add_up_to_the_batch_loss(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_the_losses_of_the_parts_of_a_batch_add_up_to_its_loss(tiny_backbone: Path, tmp_path: Path) -> None:
     one, two = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b", workers=2)
     losses = [float(next(made.updates(0, 0)).loss) for made in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

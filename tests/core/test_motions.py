@@ -1,4 +1,4 @@
-"""The toybox's motions: they are functions of time, keep things in the picture, and held-out ones are never trained on."""
+"""The toybox's motions are functions of time and keep things in the picture. Held-out motions are never trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRAWN = 1000
 
 @pytest.fixture(scope="module")
 def training() -> dict[str, Array]:
-    """10,000 paths of training clips, by motion."""
+    """Draws 10,000 paths of training clips, grouped by motion."""
     rng = np.random.default_rng(0)
     return {name: sample_paths(rng, motion, DRAWN) for name, motion in MOTIONS.items()}
 
@@ -58,14 +58,14 @@ def test_things_stay_in_the_picture_and_turn_slowly_enough_to_be_tracked(name: s
 
 
 def test_things_that_must_face_their_direction_do() -> None:
-    """A lap starts to the right, seen from the thing's right side: at azimuth -90 its front points to the right."""
+    """A lap starts with the thing moving right and seen from its right side. At azimuth -90 its front points right."""
     lap = held_out_motion("reporting-lap")
     path = place(np.random.default_rng(0), lap.offsets(lap.draw(np.random.default_rng(0), 5), 41), lap.facing_deg)
     assert np.allclose(path[:, 0, 3], -90) and (np.diff(path[:, :2, 0], axis=1) > 0).all()
     assert np.allclose(views(path)[:, 10, :2] / np.cos(np.radians(path[:, 10, 4:5])), (-1, 0)), (
         "a quarter through the lap it is seen from behind"
     )
-    assert (np.diff(path[:, 10:12, 2], axis=1) < 0).all(), "there it moves away"
+    assert (np.diff(path[:, 10:12, 2], axis=1) < 0).all(), "a quarter through the lap it moves away"
 
 
 def test_views_are_unit_vectors_towards_the_camera() -> None:
@@ -75,7 +75,10 @@ def test_views_are_unit_vectors_towards_the_camera() -> None:
 
 
 def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array]) -> None:
-    """Its nearest training path is farther away than 99 % of training paths are from others of the same motion."""
+    """A training path's nearest neighbour within its motion is closer than `bar` in 99 % of cases.
+
+    The training path nearest to a held-out motion is more than twice as far away.
+    """
     within = []
     for paths in training.values():
         far = distances(paths, paths)
@@ -94,7 +97,7 @@ def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array
 
 
 def test_captioned_motions_can_be_told_apart_by_their_paths(training: dict[str, Array]) -> None:
-    """For any side, size, place and rhythm, the nearest other training path belongs to the same motion."""
+    """Whatever their side, size, position and rhythm, paths of different training motions are over 0.4 apart."""
     names, every = np.repeat(list(training), DRAWN), np.concatenate(list(training.values()))
     for name, paths in training.items():
         far = distances(paths[:40], every)

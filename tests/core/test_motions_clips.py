@@ -1,4 +1,4 @@
-"""Clips of the toybox: their frames, masks and flow compared with closed forms, and their captions."""
+"""The frames, masks and flow of toybox clips, compared with closed forms, and the clips' captions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_MOTION = Motion("made", lambda t, p: {})
 def clip(
     frames: int = 3, pan: float = 0.0, background: str = "gray studio", scale: float = 0.7, **moved: float
 ) -> Clip:
-    """A clip of a car whose path parameters change linearly, by the amounts in `moved`."""
+    """Draws a clip of a car whose path parameters change linearly, by the amounts in `moved`."""
     path = still(frames) + PLACED
     path[:, 2] = np.log(scale)
     for name, value in moved.items():
@@ -42,7 +42,7 @@ def clip(
 
 
 def centres(drawn: Clip) -> Tensor:
-    """[F-1, H, W, 2]: the position of each pixel relative to the thing's centre, in pixels."""
+    """Returns the position of each pixel relative to the thing's centre, in pixels, `[F-1, H, W, 2]`."""
     step = torch.arange(drawn.mask.shape[-1]) + 0.5
     y, x = torch.meshgrid(step, step, indexing="ij")
     middle = torch.tensor(drawn.path[:-1, :2]).float() * 64 + 32
@@ -54,7 +54,7 @@ def inside(drawn: Clip) -> Tensor:
 
 
 def warped(values: Tensor, flow: Tensor) -> Tensor:
-    """values [F-1, C, H, W] of the next frames, sampled where the flow [F-1, H, W, 2] takes each pixel."""
+    """Samples the next frames' `values` (`[F-1, C, H, W]`) at the points to which `flow` (`[F-1, H, W, 2]`) leads."""
     step = torch.arange(flow.shape[1]) + 0.5
     y, x = torch.meshgrid(step, step, indexing="ij")
     at = (torch.stack([x, y], -1) + flow) / (flow.shape[1] / 2) - 1
@@ -70,7 +70,10 @@ def test_a_sliding_thing_has_the_same_flow_everywhere() -> None:
 
 
 def test_flow_of_scaling_and_rolling_matches_the_2d_formula() -> None:
-    """A visible point is up to half a pixel from its pixel's centre, so the flow differs by that distance times its slope."""
+    """A visible point is up to half a pixel from its pixel's centre.
+
+    The flow may therefore differ by that distance times the slope of the flow.
+    """
     grown, at = clip(log_scale=0.4), None
     at = centres(grown)
     factor = np.exp(0.2) - 1
@@ -82,7 +85,7 @@ def test_flow_of_scaling_and_rolling_matches_the_2d_formula() -> None:
 
 
 def test_flow_of_a_turning_thing_leads_to_the_same_point_on_its_surface() -> None:
-    """Checked with `render`, which returns the surface point that each pixel shows."""
+    """Compares the flow with `render`, which returns the surface point that each pixel shows."""
     moving = sample_moving(np.random.default_rng(0), MOTIONS["orbit"], 6, thing=CAR, style="photo", background="beach")
     drawn, pictures = draw_clip(moving), render(moving.scenes())
     assert torch.equal(drawn.mask, pictures.mask[:, 0])
@@ -113,20 +116,23 @@ def test_flow_is_unknown_where_the_next_frame_hides_the_point() -> None:
     assert 0.05 < share < 0.7, "a side of the car has turned away"
     slid = clip(frames=2, x=0.3)
     covered = (slid.mask[1] == 1) & (slid.mask[0] == 0)
-    assert covered.any() and not slid.flow_known[0][covered].any(), "the car now covers it"
+    assert covered.any() and not slid.flow_known[0][covered].any(), "the car now covers the background there"
     edge = (slid.mask[0] > 0) & (slid.mask[0] < 1)
     assert not slid.flow_known[0][edge].any(), "edge pixels mix thing and background"
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_only_the_camera_moves_the_background(background: str) -> None:
-    """Far from the thing and its shadow nothing changes; if the camera moves, everything moves by the same whole pixels."""
+    """Far from the thing and its shadow nothing changes unless the camera pans.
+
+    Then the whole background shifts by the same whole number of pixels.
+    """
     kept = clip(frames=2, scale=0.35, background=background, azimuth_deg=50.0, roll_deg=10.0)
     assert torch.equal(kept.frames[0, :, :6], kept.frames[1, :, :6])
     panned = clip(frames=2, scale=0.35, pan=0.125, background=background)
     assert torch.allclose(panned.flow[0][panned.mask[0] == 0], torch.tensor([8.0, 0.0]))
     free = panned.flow_known[0] & (panned.mask[0] == 0)
-    free[:, 8:] = False  # without the thing's shadow
+    free[:, 8:] = False  # excludes the thing's shadow
     back = (warped(panned.frames[1:].permute(0, 3, 1, 2), panned.flow) - panned.frames[:1].permute(0, 3, 1, 2)).abs()
     assert free.any() and back.mean(1)[0][free].max() < 0.02
     assert not panned.flow_known[0, :, 56:].any(), "these pixels leave the picture"
@@ -162,7 +168,7 @@ def test_captions_name_the_motion_and_fit_the_tokenizer() -> None:
         texts = [clip_caption(moving, rng, full=True), *(clip_caption(moving, rng) for _ in range(60))]
         assert max(len(shipped(text)["input_ids"]) for text in texts) <= MAX_LENGTH
         assert motion_phrase(name) in texts[0] and "mountain" in texts[0], (
-            "the full caption has the canonical phrase and the place"
+            "the full caption contains the canonical phrase and the place"
         )
         for text in texts:
             said = {m for m, options in PHRASES.items() if any(re.search(rf"{o}\b(?! it)", text) for o in options)}

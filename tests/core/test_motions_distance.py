@@ -1,4 +1,4 @@
-"""The distance between paths, compared with a searched minimum, and what it does and does not see."""
+"""The distance between paths, compared with a minimum found by search, and what it distinguishes and ignores."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def paths(n: int, frames: int = 9, seed: int = 0) -> np.ndarray:
     return steps.cumsum(1)
 
 
-def test_it_is_the_smallest_difference_over_all_shifts() -> None:
-    """Each column is compared separately, with its shift found by trying all."""
+def test_the_distance_is_the_smallest_difference_over_all_shifts() -> None:
+    """Each column is compared separately, with the best of 200,001 shifts."""
     a, b = paths(2)
     total = 0.0
     for i, (name, unit) in enumerate(UNITS.items()):
@@ -35,7 +35,10 @@ def test_it_is_the_smallest_difference_over_all_shifts() -> None:
 
 
 def test_one_unit_in_one_column_counts_as_one() -> None:
-    """A linear column is one unit below its mean half of the time and one above otherwise; for angles it is 45 degrees."""
+    """A column that alternates between 0 and two units has a distance of one from a constant.
+
+    The azimuth is cyclic, so only the order of two of its distances is checked.
+    """
     for i, (name, unit) in enumerate(UNITS.items()):
         path = still(8)
         path[::2, i] = 2 * unit
@@ -46,7 +49,7 @@ def test_one_unit_in_one_column_counts_as_one() -> None:
     assert distance(far, still(8)) > distance(near, still(8)) > 0
 
 
-def test_it_is_a_metric_of_paths_regardless_of_where_they_begin() -> None:
+def test_the_distance_is_a_metric_that_ignores_where_paths_begin() -> None:
     a, b = paths(6), paths(6, seed=1)
     far = distances(a, b)
     assert far.dtype == np.float64 and far.shape == (6, 6)
@@ -60,7 +63,7 @@ def test_it_is_a_metric_of_paths_regardless_of_where_they_begin() -> None:
     assert (every[:, :, None] <= every[:, None] + every.T[None] + 1e-9).all()
 
 
-def test_it_distinguishes_timing_direction_mirroring_and_size() -> None:
+def test_the_distance_distinguishes_timing_direction_mirroring_and_size() -> None:
     a = paths(1)[0]
     mirror = np.array([-1, 1, 1, -1, 1, -1])
     for other in (a[::-1], np.roll(a, 2, 0), a * mirror, a * 0.5, np.concatenate([a[:1], a[:-1]])):
@@ -77,7 +80,7 @@ def test_a_path_sampled_at_other_frames_is_the_same_path() -> None:
     assert resampled(np.stack([line] * 3), 49).shape == (3, 49, 6)
 
 
-def test_the_nearest_comes_first() -> None:
+def test_the_nearest_path_is_ranked_first() -> None:
     a, b, c = paths(3)
     order = ranked(a + 0.01, {"c": c, "a": a, "b": b})
     assert order[0][0] == "a" and [d for _, d in order] == sorted(d for _, d in order)

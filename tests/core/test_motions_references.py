@@ -1,4 +1,4 @@
-"""Held-out motions as folders of clips, and sheets of motions, from the command line."""
+"""Commands that write held-out motions as folders of clips, and sheets of motions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_clips_share_only_the_motion() -> None:
     assert [m.scene for m in moving] == [m.scene for m in reference_moving("reporting-lap", 8, 1)]
 
 
-def test_another_writer_can_receive_the_frames(tmp_path: Path) -> None:
+def test_the_frames_can_be_passed_to_another_writer(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
     def write(frames: torch.Tensor, path: Path, about: dict[str, str]) -> Path:
@@ -63,7 +63,9 @@ def test_another_writer_can_receive_the_frames(tmp_path: Path) -> None:
     assert seen[0].shape == (3, 3, 64, 64) and seen[0].min() >= -1
 
 
-def test_impossible_outputs_are_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_requests_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = (
         (("subjects", "development-zigzig", "--out", tmp_path / "a"), "Did you mean 'development-zigzag'?"),
         (("subjects", "development-mug", "--frames", 8, "--out", tmp_path / "a"), "only motions are written as clips"),

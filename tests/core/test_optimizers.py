@@ -1,4 +1,4 @@
-"""Optimizers by group: compared with the libraries themselves, saved and resumed, each only on its own parameters."""
+"""Optimizers of parameter groups: compared with the libraries' own, saved and resumed, each only on its own group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.core.runs import finish, paint, same, session, small
 
 
 class Bowl:
-    """Two groups of parameters, each with its own quadratic loss and a little noise that depends on the step."""
+    """Two coupled groups of parameters with quadratic losses. The first loss has noise that depends on the step."""
 
     steps = 6
 
@@ -61,19 +61,19 @@ KINDS: dict[str, OptimizerPart] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_k_plus_m_steps_equal_k_steps_saved_and_m_more(kind):
+def test_a_saved_and_resumed_run_equals_an_uninterrupted_one(kind):
     whole, part = Bowl(), Bowl()
     run(whole, {"main": KINDS[kind]})
     first = run(part, {"main": KINDS[kind]}, steps=4)
     flat, progress = first.state_dict(), first.progress()
-    assert all(isinstance(v, torch.Tensor) for v in flat.values()), "safetensors stores nothing else"
+    assert all(isinstance(v, torch.Tensor) for v in flat.values()), "safetensors can store only tensors"
     run(part, {"main": KINDS[kind]}, start=4, saved=(flat, progress))
     assert all(torch.equal(x, y) for x, y in zip(whole.state(), part.state(), strict=True))
     assert not torch.equal(whole.a, Bowl().a) and not torch.equal(whole.b, Bowl().b)
 
 
 def test_each_group_uses_the_optimizer_it_was_given():
-    """Compared with calling the two libraries by hand."""
+    """Compares the optimizers with direct calls of the two libraries."""
     from prodigyopt import Prodigy as Theirs
 
     task, plain = Bowl(), Bowl()
@@ -106,7 +106,7 @@ def test_lbfgs_sees_the_same_noise_at_each_evaluation():
     assert len(looks) > 4 and len(set(looks)) == 2, "one seed per step, however often the loss is evaluated"
 
 
-def test_the_average_is_evaluated_and_training_continues_from_the_other_point():
+def test_training_continues_from_the_unaveraged_point_after_an_evaluation():
     optimizers = run(task := Bowl(), {"main": ScheduleFree()})
     going = task.state()[0]
     optimizers.average(True)
@@ -115,7 +115,7 @@ def test_the_average_is_evaluated_and_training_continues_from_the_other_point():
     assert torch.allclose(task.a, going, atol=1e-6)
 
 
-def test_settings_are_read_by_group_and_wrong_ones_are_refused():
+def test_settings_are_read_per_group_and_wrong_settings_are_refused():
     train = validate(Train, {"optimizers": {"main": {"eps": 1e-6}, "words": {"kind": "prodigy", "d_coef": 2}}})
     assert train.optimizers == {"main": AdamW(eps=1e-6), "words": Prodigy(d_coef=2)}
     with pytest.raises(ValueError, match=r"optimizers\.main.*unknown kind 'adam'.*adamw"):
@@ -150,7 +150,7 @@ def test_a_run_with_two_optimizers_resumes_bit_for_bit(tiny, photos, tmp_path, k
     assert same(finish(session(tiny(), recipe, photos, tmp_path / "part"), resume=True), whole)
 
 
-def test_a_group_that_no_part_trains_under_is_an_error(tiny, photos, tmp_path):
+def test_settings_for_a_group_without_parts_are_an_error(tiny, photos, tmp_path):
     recipe = small("pivotal_tuning", *TWO, "train.optimizers.wrods.kind=prodigy")
     with pytest.raises(ValueError, match=r"train\.optimizers: unknown group 'wrods'. Did you mean 'words'"):
         session(tiny(), recipe, photos, tmp_path / "run")

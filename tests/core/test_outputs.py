@@ -37,15 +37,17 @@ def seen(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name != MARK)
 
 
-def test_check_output(tmp_path: Path) -> None:
+def test_an_output_must_be_a_new_or_empty_folder(tmp_path: Path) -> None:
     assert check_output(tmp_path / "new/deep") == tmp_path / "new/deep"
     assert check_output(tmp_path) == tmp_path  # empty
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=rf"{tmp_path} already exists and holds 1 file"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} already exists and contains 1 file"):
         check_output(tmp_path)
     with pytest.raises(ValueError, match=r"a\.txt already exists and is a file"):
         check_output(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match=r"it holds files that pcs did not write \(a\.txt\), which would be deleted"):
+    with pytest.raises(
+        ValueError, match=r"it contains files that pcs did not write \(a\.txt\), which would be deleted"
+    ):
         check_output(tmp_path, overwrite=True)
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="is a file, but the output is a folder"):
@@ -79,7 +81,7 @@ def test_an_atomic_folder_appears_only_at_the_end(tmp_path: Path) -> None:
         raise AssertionError("must not start")
 
 
-def test_an_atomic_folder_leaves_nothing_after_an_error(tmp_path: Path) -> None:
+def test_an_atomic_folder_leaves_nothing_behind_after_an_error(tmp_path: Path) -> None:
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), atomic_folder(tmp_path / "x") as folder:
             (folder / "half").write_text("1")
@@ -120,7 +122,7 @@ def test_there_is_always_an_output_while_overwriting(tmp_path: Path, monkeypatch
 
     def watched(self: Path, to: Path) -> Path:
         out = rename(self, to)
-        assert target.exists(), "a kill here would leave none"
+        assert target.exists(), "a process killed here would leave no output"
         return out
 
     monkeypatch.setattr(Path, "rename", watched)
@@ -129,7 +131,7 @@ def test_there_is_always_an_output_while_overwriting(tmp_path: Path, monkeypatch
     assert seen(target) == ["new"] and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_links_are_followed_and_dangling_ones_are_refused_first(tmp_path: Path) -> None:
+def test_links_are_followed_and_dangling_links_are_refused(tmp_path: Path) -> None:
     place = earlier(tmp_path / "disk" / "big")
     (tmp_path / "x").symlink_to(place)
     with atomic_folder(tmp_path / "x", overwrite=True) as folder:
@@ -149,19 +151,19 @@ def test_links_are_followed_and_dangling_ones_are_refused_first(tmp_path: Path) 
         check_output(place / "y", inputs=[tmp_path / "loop", tmp_path / "x"])
 
 
-def test_atomic_write(tmp_path: Path) -> None:
+def test_an_atomic_write_replaces_a_file_completely_or_not_at_all(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.json", "één")
     assert path.read_text(encoding="utf-8") == "één"
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         assert (
             temporary.suffix == ".partial" and temporary.parent == tmp_path
-        )  # no program takes it for the finished file
+        )  # no program mistakes it for the finished file
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # unlike temporary files, not only for the owner
+    assert path.stat().st_mode == plain.stat().st_mode  # unlike a temporary file, readable not only by its owner
 
 
 # --- what may be overwritten --------------------------------------------------------------------
@@ -185,7 +187,9 @@ def test_the_users_own_folders_are_never_overwritten(tmp_path: Path) -> None:
         (user_photos.parent, r"photos/a\.png"),
         (tmp_path / "work", "comparison"),
     ):
-        with pytest.raises(ValueError, match=f"cannot be overwritten: it holds files that pcs did not write.*{named}"):
+        with pytest.raises(
+            ValueError, match=f"cannot be overwritten: it contains files that pcs did not write.*{named}"
+        ):
             check_output(folder, overwrite=True)
         with pytest.raises(ValueError, match="did not write"), atomic_folder(folder, overwrite=True):
             raise AssertionError("must not start")
@@ -212,7 +216,7 @@ def test_folders_that_pcs_wrote_are_overwritten_unless_something_was_added(tmp_p
 
 
 def test_a_folder_that_contains_only_outputs_of_pcs_may_be_overwritten(tmp_path: Path) -> None:
-    """As after a demo: an album, a concept, a training folder, a report and a page."""
+    """The folder contains what a demo leaves: an album, a concept, a training folder, a report and a page."""
     demo = tmp_path / "demo"
     write_picture(torch.zeros(3, 20, 20), demo / "references/00.png", {"toybox-subject": "development-duck"})
     write_picture(torch.zeros(3, 20, 20), demo / "references/masks/00.png")
@@ -252,14 +256,14 @@ def test_an_output_must_not_overlap_with_an_input(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(user_photos)
     for path, how in (
         (user_photos, "is"),
-        (user_photos.parent, "holds"),
+        (user_photos.parent, "contains"),
         (user_photos / "out", "lies inside"),
         (tmp_path / "link", "is"),
     ):
         for overwrite in (False, True):
             with pytest.raises(ValueError, match=rf"the output {path} {how} {user_photos}, which is an input"):
                 check_output(path, overwrite, inputs=[user_photos])
-    with pytest.raises(ValueError, match="holds"):
+    with pytest.raises(ValueError, match="contains"):
         check_output(user_photos, inputs=[tmp_path / "else", user_photos / "a.png"])
     with pytest.raises(ValueError, match="is"), atomic_folder(user_photos, True, [user_photos]):
         raise AssertionError("must not start")
@@ -299,7 +303,7 @@ def test_a_folder_that_grows_must_be_empty_or_from_an_earlier_call(tmp_path: Pat
     for name in ("new", "empty", "ours"):
         assert check(name) == tmp_path / name
     for name, why in (
-        ("photos", r"holds 1 file\(s\), but no album"),
+        ("photos", "contains 1 file, but no album"),
         ("photos/a.jpg", "is a file"),
         ("gone", "leads nowhere"),
         ("gone/x", "leads nowhere"),
@@ -310,7 +314,7 @@ def test_a_folder_that_grows_must_be_empty_or_from_an_earlier_call(tmp_path: Pat
         check_resumable(tmp_path / "ours" / "x", "album", lambda _: True, [tmp_path / "ours"])
 
 
-def test_check_file(tmp_path: Path) -> None:
+def test_an_output_file_must_not_exist_or_be_a_folder(tmp_path: Path) -> None:
     assert check_file(tmp_path / "a" / "b.png") == tmp_path / "a" / "b.png"
     (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match=r"a\.png already exists: choose another output"):
@@ -352,20 +356,20 @@ with atomic_folder(sys.argv[1]) as folder:
 """
 
 
-def test_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_by_the_next_process(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WAITS, tmp_path / "x"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     with atomic_folder(tmp_path / "y") as folder:
         (folder / "a").touch()
     alive = [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")]
-    assert len(alive) == 1 and f"-{process.pid}-" in alive[0], "files still being written stay"
+    assert len(alive) == 1 and f"-{process.pid}-" in alive[0], "files that are still being written are kept"
     process.kill()
     process.wait()
     foreign = tmp_path / ".z.000000-999999999-01234567.partial"
     foreign.touch()
     with atomic_folder(tmp_path / "z") as folder:
         (folder / "a").touch()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, "y", "z"], "other machines' files stay"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, "y", "z"], "files of other machines are kept"
 
 
 def test_an_output_that_was_moved_aside_is_restored(tmp_path: Path) -> None:
@@ -392,7 +396,7 @@ cli.main([])
 """
 
 
-def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
+def test_a_terminated_command_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "code").write_text(WAITS)
     arguments = [sys.executable, "-c", TERMINATED, tmp_path / "code", tmp_path / "x"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The toybox's overlay: rules by trained parts, kind and modality, for shipped files and the user's own."""
+"""The toybox overlay's rules by trained part, kind and modality, applied to shipped recipes and to users' own."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def rules(data: dict[str, Any], modality: str = "image", **more: Any) -> dict[st
     return Rules(FILE, modality, {}).of(data, **more)
 
 
-def test_the_number_of_steps_follows_from_what_is_trained() -> None:
+def test_the_number_of_steps_depends_on_the_trained_parts() -> None:
     both = {"trainable": {"t": {"kind": "tokens"}, "lora": {}}}
-    assert rules(both)["train"]["steps"] == 10, "the first kind in the file counts"
+    assert rules(both)["train"]["steps"] == 10, "the kind that comes first in the overlay decides"
     assert rules({"trainable": {"t": {"kind": "tokens"}}})["train"]["steps"] == 20
     assert "steps" not in rules({"trainable": {"x": {"kind": "svd"}}})["train"]
     laid = rules({"trainable": {"tokens": {}}, "phases": {"a": None, "b": {"trainable": {"lora": {}}}}})
@@ -71,13 +71,13 @@ def test_a_rule_for_a_method_does_not_restore_a_part_that_a_variant_removed() ->
 
     assert laid({"trainable": {"lora": None}})["trainable"] == {}
     assert laid({})["train"] == {"steps": 7}, "all other rules apply"
-    assert laid({"trainable": {"lora": {"kind": "peft"}}})["trainable"] == {}, "a part of another kind"
+    assert laid({"trainable": {"lora": {"kind": "peft"}}})["trainable"] == {}, "the rule skips a part of another kind"
     assert laid({"trainable": {"lora": {}}})["trainable"] == {"lora": {"kind": "lora", "rank": 4}}
     phased = laid({"phases": {"p": {"trainable": {"tokens": {}}}}})
     assert phased["trainable"] == {} and phased["phases"]["p"]["trainable"] == {"tokens": {"lr": 1}}
 
 
-def test_a_rule_for_one_kind_of_a_single_part_is_skipped_for_another() -> None:
+def test_a_rule_for_one_kind_of_a_single_part_is_skipped_for_another_kind() -> None:
     rule = {"field": {"kind": "voxels", "resolution": 24}}
     file = {"recipes": {"a": rule}}
     for data, laid in (({}, rule), ({"field": {"bound": 1}}, rule), ({"field": {"kind": "gaussians"}}, {})):
@@ -91,15 +91,15 @@ def test_a_rule_yields_to_settings_that_still_apply() -> None:
     stated = [{"x": {"a": 1, "b": 2}}]
     rule = {"x": {"a": 10, "b": 10, "c": 10}}
     assert unstated(rule, stated, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, (
-        "b no longer counts: it was dropped with another kind"
+        "b was dropped with another kind, so the rule sets it"
     )
-    assert unstated(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value stays so that it is refused"
+    assert unstated(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value is kept, so that validation refuses it"
     phased = {"phases": {"p": {"x": {"a": 10}}, "gone": {"x": {"a": 10}}}}
     assert unstated(phased, [], {"x": {}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {"a": 10}}}}
     assert unstated(phased, stated, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
 
 
-def test_a_user_s_file_gets_the_small_world_s_steps_and_rates(user_recipe: Callable[..., Recipe]) -> None:
+def test_a_user_recipe_gets_the_toybox_steps_and_rates(user_recipe: Callable[..., Recipe]) -> None:
     shipped = {name: load(name) for name in ("dreambooth_lora", "textual_inversion", "pivotal_tuning")}
     lora, tokens = (
         user_recipe("trainable: {lora: {rank: 2}}"),

@@ -1,4 +1,4 @@
-"""What a command line's `key=value` means: text for text fields, YAML elsewhere; `~` is expanded once."""
+"""`key=value` on the command line is read as text for text fields and as YAML elsewhere, and `~` is expanded once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared.recipe.resolve import load
 from shared.recipe.schema import Recipe
 from tests.core.scenes import save, scene
 
-#: Names that YAML or a home folder would turn into something else.
+#: Names that YAML or the expansion of `~` would turn into something else.
 ODD = (
     *(
         "cats #1",
@@ -92,7 +92,7 @@ def test_a_comma_separates_files_unless_a_file_has_that_name(tmp_path, monkeypat
     )
 
 
-def test_how_a_field_is_unset() -> None:
+def test_an_optional_field_is_unset_by_null_or_by_no_text() -> None:
     def one(text: str):
         return load("dreambooth_lora", ["subject.images=x", "output=y.concept", "name=z", "subject.masks=m", text])
 
@@ -135,7 +135,7 @@ def test_values_of_fields_that_are_not_only_text_are_yaml() -> None:
     assert parse_overrides(["parts.x.place=1: 2"], Settings) == {"parts": {"x": {"place": "1: 2"}}}
 
 
-# --- ~ -------------------------------------------------------------------------------------------
+# --- paths with ~ -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

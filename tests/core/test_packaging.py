@@ -1,4 +1,4 @@
-"""What is installed, and where: packages by name, pins for every Python version, and an error if Python is too old."""
+"""The installed packages and data files, the pins for each Python version, and the error for a Python too old."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_make_reports_a_python_that_is_too_old(tmp_path):
     assert f"{old} is Python 3.9, and 3.10 or newer is needed: make PYTHON=python3.11" in run.stderr
 
 
-def test_the_layers_in_contributing_are_those_that_the_import_linter_checks():
+def test_contributing_lists_the_layers_that_the_import_linter_checks():
     contracts = PROJECT["tool"]["importlinter"]["contracts"]
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Layers")[2].partition("\n## ")[0]
     _, core, _, assets, _ = page.split("```")

@@ -1,4 +1,4 @@
-"""Reading and writing pictures, with real files of every kind."""
+"""Reads pictures and masks from real files of every kind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, color: int, rows: bytes, *extra: bytes) -> bytes:
-    """A PNG written by hand."""
+    """Assembles a PNG by hand."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
     body = b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + head + body
@@ -34,7 +34,7 @@ def png(width: int, height: int, bits: int, color: int, rows: bytes, *extra: byt
 # --- reading --------------------------------------------------------------------------------
 
 
-def test_plain_rgb_is_exact(tmp_path: Path) -> None:
+def test_plain_rgb_is_read_exactly(tmp_path: Path) -> None:
     picture = read_picture(save(tmp_path / "a.png", scene()))
     assert picture.size == (48, 32) and picture.mask is None and picture.valid is None
     assert picture.pixels.shape == (3, 32, 48) and picture.pixels.dtype == torch.float32
@@ -42,7 +42,7 @@ def test_plain_rgb_is_exact(tmp_path: Path) -> None:
     np.testing.assert_allclose(levels(tmp_path / "a.png"), scene(), atol=1e-4)
 
 
-# how a viewer turns the stored rows for each orientation, written with numpy, not with Pillow
+# how a viewer transforms the stored rows for each orientation, written in NumPy to be independent of Pillow
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -57,7 +57,7 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "tiff", "webp", "jpg"])
-def test_exif_orientation(tmp_path: Path, orientation: int, ending: str) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int, ending: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options: dict[str, Any] = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(ending, {})
@@ -85,7 +85,7 @@ def test_16_bit_grey_is_scaled_by_257(tmp_path: Path, ending: str) -> None:
     assert got[0, 0, 0] == 0 and got[-1, -1, 0] == 255 and len(np.unique(got)) == 256
 
 
-def test_16_bit_colour_and_grey_with_alpha(tmp_path: Path) -> None:
+def test_16_bit_colour_and_16_bit_grey_with_alpha_are_read(tmp_path: Path) -> None:
     deep = (scene().astype(np.uint16) * 257).astype(">u2")
     (tmp_path / "rgb.png").write_bytes(png(48, 32, 16, 2, b"".join(b"\0" + row.tobytes() for row in deep)))
     np.testing.assert_allclose(levels(tmp_path / "rgb.png"), scene(), atol=1e-4)
@@ -98,7 +98,7 @@ def test_16_bit_colour_and_grey_with_alpha(tmp_path: Path) -> None:
     np.testing.assert_allclose(levels(tmp_path / "la.png")[:, :20, 0], scene()[:, :20, 0], atol=1e-4)
 
 
-def test_float_and_32_bit_grey(tmp_path: Path) -> None:
+def test_float_and_32_bit_grey_are_scaled_to_8_bits(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 48 * 32, dtype=np.float32).reshape(32, 48)
     np.testing.assert_allclose(levels(save(tmp_path / "f.tiff", values))[..., 1], values * 255, atol=0.501)
     save(tmp_path / "far.tiff", values * 1000)
@@ -119,22 +119,22 @@ def test_12_bit_grey_in_16_bits_is_not_black(tmp_path: Path, recwarn: pytest.War
         np.testing.assert_allclose(levels(path)[..., 0], grey / top * 255, atol=0.501)
         said = [str(w.message) for w in recwarn.list]
         recwarn.clear()
-        assert bool(said) is not bool(about), "the file states its white"
+        assert bool(said) is not bool(about), "only a file that does not state its white level causes a warning"
         assert about or (
-            "reach only 4095 of 65535: they are taken as 12-bit values" in said[0] and str(path) in said[0]
+            "reach only 4095 of 65535, so they are read as 12-bit values" in said[0] and str(path) in said[0]
         )
     np.testing.assert_allclose(levels(save(tmp_path / "dim.png", grey * 4))[..., 0], grey * 4 / 257, atol=0.501)
     assert "reach only 16380 of 65535, which is dark" in str(recwarn.pop(UserWarning).message)
 
 
-def test_12_bit_colour_in_16_bits_is_named(tmp_path: Path) -> None:
+def test_12_bit_colour_in_16_bits_causes_a_warning(tmp_path: Path) -> None:
     deep = (scene().astype(np.uint16) * 16).astype(">u2")
     (tmp_path / "rgb.png").write_bytes(png(48, 32, 16, 2, b"".join(b"\0" + row.tobytes() for row in deep)))
     with pytest.warns(UserWarning, match=r"rgb\.png is almost black: its 16-bit channels reach only \d+ of 255"):
         read_picture(tmp_path / "rgb.png")
 
 
-def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
+def test_palettes_are_read_with_and_without_transparency(tmp_path: Path) -> None:
     flat = np.zeros((32, 48), np.uint8)
     flat[:, 24:] = 1
     image = Image.frombytes("P", (48, 32), flat.tobytes())
@@ -199,7 +199,7 @@ def test_opaque_alpha_is_not_a_mask_and_fully_transparent_pictures_are_refused(t
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_colour_key_transparency(tmp_path: Path, bits: int) -> None:
+def test_a_transparent_colour_becomes_a_mask(tmp_path: Path, bits: int) -> None:
     """A PNG can declare one colour or grey level transparent (tRNS)."""
     grey = np.arange(32 * 48).reshape(32, 48) % 200
     deep = (grey * 257).astype(">u2") if bits == 16 else grey.astype(np.uint8)
@@ -218,7 +218,7 @@ def test_colour_key_transparency(tmp_path: Path, bits: int) -> None:
     assert mask is not None and mask[0, :8, :8].max() == 0 and mask[0, 8:, 8:].min() == 1
 
 
-def test_one_bit_and_bmp_and_ppm(tmp_path: Path) -> None:
+def test_one_bit_bmp_ppm_and_jpeg_2000_pictures_are_read(tmp_path: Path) -> None:
     flat = np.zeros((32, 48), bool)
     flat[4:9] = True
     for ending in ("png", "bmp", "pbm", "tiff"):
@@ -230,7 +230,7 @@ def test_one_bit_and_bmp_and_ppm(tmp_path: Path) -> None:
 
 
 def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
-    """Pillow writes CMYK as Adobe does (inverted); orange must stay orange, also by the plain conversion formula."""
+    """Pillow inverts CMYK in a JPEG, as Adobe does, but not in a TIFF. Orange must stay orange in both."""
     flat = np.zeros((32, 48, 3), np.uint8) + np.array([240, 120, 20], np.uint8)
     image = Image.fromarray(flat).convert("CMYK")
     image.save(tmp_path / "a.jpg", quality=98)
@@ -240,8 +240,8 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
     np.testing.assert_allclose(levels(tmp_path / "a.tiff"), flat, atol=1)
 
 
-def test_ycck_jpeg(tmp_path: Path) -> None:
-    """As Photoshop writes it: Y, Cb, Cr of the inverted colours, K as brightness, and transform 2 in the Adobe marker."""
+def test_ycck_jpeg_keeps_its_colours(tmp_path: Path) -> None:
+    """Photoshop writes Y, Cb and Cr of the inverted colours, K as brightness, and transform 2 in the Adobe marker."""
     ycc = Image.fromarray(np.zeros((32, 48, 3), np.uint8) + np.array([15, 135, 235], np.uint8)).convert("YCbCr")
     planes = [*ycc.split(), Image.new("L", ycc.size, 255)]
     Image.merge("CMYK", [p.point(lambda v: 255 - v) for p in planes]).save(tmp_path / "a.jpg", quality=98)
@@ -258,7 +258,7 @@ def test_colour_profiles_are_applied(tmp_path: Path) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     lab.save(tmp_path / "srgb.png", icc_profile=srgb)
     np.testing.assert_allclose(levels(tmp_path / "srgb.png")[0, 0], (200, 60, 60), atol=1e-4)
-    # the same profile under another name, with red and blue primaries exchanged: red must become blue
+    # the same profile under another name, with the red and blue primaries exchanged, so red must become blue
     swapped = bytearray(srgb.replace(b"sRGB", b"test").replace(b"s\0R\0G\0B", b"t\0e\0s\0t"))
     red, blue = swapped.index(b"rXYZ", 128), swapped.index(b"bXYZ", 128)
     swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -279,8 +279,8 @@ def test_only_the_first_frame_of_an_animation_is_read_with_a_warning(tmp_path: P
     assert picture.pixels[:, 3, 3].tolist() == [1, -1, -1]
 
 
-def test_the_second_picture_in_a_phone_s_file_is_not_an_animation(tmp_path: Path) -> None:
-    """In an MPO, a JPEG is followed by a preview or by the other eye's picture."""
+def test_the_second_picture_in_an_mpo_file_is_not_an_animation(tmp_path: Path) -> None:
+    """In an MPO file, as phones write it, a JPEG is followed by a preview or by the picture for the other eye."""
     other = Image.new("RGB", (24, 24))
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[other])
     with warnings.catch_warnings():
@@ -288,13 +288,13 @@ def test_the_second_picture_in_a_phone_s_file_is_not_an_animation(tmp_path: Path
         assert read_picture(tmp_path / "a.jpg").size == (48, 32)
 
 
-def test_the_content_decides_the_format_not_the_name(tmp_path: Path) -> None:
+def test_the_content_of_a_file_decides_its_format_not_its_name(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="PNG")
     np.testing.assert_allclose(levels(tmp_path / "a.jpg"), scene(), atol=1e-4)
     assert list_pictures(tmp_path)[0] == (tmp_path / "a.jpg",)
 
 
-# --- refusing --------------------------------------------------------------------------------
+# --- refused files --------------------------------------------------------------------------------
 
 
 def test_huge_pictures_are_refused_before_decoding(tmp_path: Path) -> None:

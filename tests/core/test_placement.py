@@ -1,4 +1,4 @@
-"""Networks that do not all fit on a device at once take turns there and compute the same results."""
+"""Networks that do not fit on a device together take turns on it and compute the same results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
 from tests.core.runs import finish, learned, same, session, small
 
-DEVICE = torch.device("cpu:0")  # computes; "cpu" is main memory
+DEVICE = torch.device("cpu:0")  # the computing device, as opposed to "cpu", which is main memory
 SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
 
 
@@ -32,7 +32,7 @@ SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
         (["vae", "text_encoder"], "transformer", 5, [], ["vae", "text_encoder"]),
     ],
 )
-def test_the_least_recently_used_networks_leave_and_no_more_than_necessary(present, needed, budget, pinned, leave):
+def test_the_least_recently_used_networks_leave_but_no_more_than_necessary(present, needed, budget, pinned, leave):
     assert to_evict(present, SIZES, needed, budget, pinned) == leave
 
 
@@ -44,7 +44,7 @@ def test_a_network_larger_than_the_device_is_refused_with_both_sizes():
 
 
 class Recorded(Placement):
-    """Records which network was moved where."""
+    """A placement that records every move of a network."""
 
     moves: list[tuple[str, str]]
 
@@ -68,8 +68,8 @@ def largest(backbone: Any) -> int:
 SETTINGS = SamplingSettings(steps=3, height=32, width=32)
 
 
-def test_a_picture_needs_each_network_once_and_one_at_a_time(new_flux):
-    """For FLUX: both text encoders, then three steps of the transformer, then the autoencoder. The pixels are the same."""
+def test_sampling_a_picture_moves_each_network_to_the_device_once(new_flux):
+    """FLUX needs both text encoders, then the transformer for three steps, then the autoencoder."""
     whole, parts = new_flux(), new_flux()
     expected = sample(whole, ["a mug"], seeds=[0], settings=SETTINGS)
     placement = taking_turns(parts, largest(parts))
@@ -92,7 +92,7 @@ def test_a_network_moves_again_only_if_it_had_to_leave(new_sd):
     assert [name for name, _ in placement.moves] == ["text_encoder", "unet", "vae"]
     backbone.to("cpu")
     sample(backbone, ["a mug"], seeds=[0], settings=SETTINGS)
-    assert len(placement.moves) == 3 and backbone.placement is None, "all of them now stay on the device"
+    assert len(placement.moves) == 3 and backbone.placement is None, "all networks now stay on the device"
 
 
 @pytest.mark.parametrize("recipe", ["dreambooth_lora", "textual_inversion"])

@@ -19,14 +19,14 @@ LOCALISATION = "regularize.localisation.weight=0.1"
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures without masks."""
+    """Returns a folder of pictures without masks."""
     folder = paint(tmp_path_factory.mktemp("bare") / "photos")
     shutil.rmtree(folder / "masks")
     return folder
 
 
 def refused(recipe: str, settings: tuple[str, ...], tiny: Any, folder: Path, work: Path, match: str) -> None:
-    """Asserts that both the plan, which loads no model, and a run without a plan refuse this."""
+    """Asserts that the plan, which loads no model, and a run without a plan both refuse these settings."""
     given = (f"subject.images={folder}", "subject.class_noun=mug", f"output={work / 'mug.concept'}")
     with pytest.raises(ValueError, match=match):
         plan(load(recipe, [*SMALL, *given, *settings]))

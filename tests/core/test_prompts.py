@@ -29,7 +29,7 @@ def captioned(part: Templates, before: Example, seed: int = 0, words: str = "sks
 # --- prompts ---------------------------------------------------------------------------------
 
 
-def test_names_are_returned_in_order_each_once():
+def test_each_name_in_a_prompt_is_returned_once_in_order():
     assert names_in("<b> and <my-mug> and <b>, 1 < 2 > 0, <lora:x:1>, < a >, <3>") == ("b", "my-mug", "3")
 
 
@@ -47,45 +47,48 @@ def test_a_name_becomes_its_words_or_nothing_if_it_has_none():
             "load it with --concept my-mug.concept:0.8 (or --lora FILE:0.8), and write <my-mug>",
         ),
         ("a <lyco:cat> mug", "load it with --concept cat.concept (or --lora FILE), and write <cat> for it"),
-        ("a (<my-mug>:1.4)", "words have no weights here; a concept has a strength, --concept PATH:0.8"),
+        ("a (<my-mug>:1.4)", "words have no weights here, but a concept has a strength (--concept PATH:0.8)"),
         ("a [mug:dog:0.5]", "words cannot change between steps"),
         ("a [mug|dog]", "words cannot change between steps"),
         ("a {red|blue} mug", "write out each prompt"),
         ("embedding:My-Mug on a beach", "write <my-mug>"),
         (
             "a <My Mug>",
-            "is not a concept's name and is read as plain words: write <my-mug> (loaded concepts: <my-mug>",
+            "is not a concept's name and is read as plain words; write <my-mug> (loaded concepts: <my-mug>",
         ),
-        ("a <My-Mug:0.5>", "the strength belongs to the option, --concept my-mug.concept:0.5; write <my-mug> in the"),
-        ("a <cat:1,2>", "the strength belongs to the option, --concept cat.concept:1.2; write <cat> in the prompt"),
+        ("a <My-Mug:0.5>", "set the strength in the option --concept my-mug.concept:0.5, and write <my-mug> in the"),
+        ("a <cat:1,2>", "set the strength in the option --concept cat.concept:1.2, and write <cat> in the prompt"),
         ("a <loha:Émile:1>", "load it with --concept Emile.concept:1 (or --lora FILE:1), and write <Emile> for it"),
         ("a <lora:猫:1>", "load it with --concept NAME.concept:1 (or --lora FILE:1)"),
-        ("a <émile>", "is read as plain words: leave the brackets out (loaded concepts: <my-mug>, <spin>)"),
-        ("a <red hat>", "is read as plain words: leave the brackets out"),
-        ("a ((cat))", "'((cat))' is read as plain words: words have no weights here"),
-        ("a [cat]", "'[cat]' is read as plain words: words have no weights here"),
-        ("a [my-mug]", "'[my-mug]' is read as plain words: write <my-mug>"),
-        ("a (cat)++ here", "'(cat)++' is read as plain words: words have no weights here"),
-        ("a (cat)1.3", "'(cat)1.3' is read as plain words: words have no weights here"),
-        ("a cat+++, a dog", "'cat+++' is read as plain words: words have no weights here"),
-        ("a cat::2 dog", "'cat::2' is read as plain words: words have no weights here"),
-        ("a ((cat:1,4))", "'((cat:1,4))' is read as plain words: words have no weights here"),
-        ("(Windows 95:1.3)", "'(Windows 95:1.3)' is read as plain words: words have no weights here"),
+        ("a <émile>", "is read as plain words; leave the brackets out (loaded concepts: <my-mug>, <spin>)"),
+        ("a <red hat>", "is read as plain words; leave the brackets out"),
+        ("a ((cat))", "'((cat))' is read as plain words; words have no weights here"),
+        ("a [cat]", "'[cat]' is read as plain words; words have no weights here"),
+        ("a [my-mug]", "'[my-mug]' is read as plain words; write <my-mug>"),
+        ("a (cat)++ here", "'(cat)++' is read as plain words; words have no weights here"),
+        ("a (cat)1.3", "'(cat)1.3' is read as plain words; words have no weights here"),
+        ("a cat+++, a dog", "'cat+++' is read as plain words; words have no weights here"),
+        ("a cat::2 dog", "'cat::2' is read as plain words; words have no weights here"),
+        ("a ((cat:1,4))", "'((cat:1,4))' is read as plain words; words have no weights here"),
+        ("(Windows 95:1.3)", "'(Windows 95:1.3)' is read as plain words; words have no weights here"),
         (r"a cat \(animal\)", "write brackets without backslashes"),
-        ("a cat AND a dog AND a cow", "'AND' is read as plain words: a prompt is one text here: write one sentence"),
-        ("a cat, BREAK a dog", "'BREAK' is read as plain words: a prompt is one text here"),
-        ('("a", "b").blend(1, 2)', "'.blend(' is read as plain words: a prompt is one text here"),
-        ("a cat --ar 16:9", "'--ar 16:9' is read as plain words: options go outside the prompt, such as --width"),
-        ("a cat<|endoftext|> on a beach", "'<|endoftext|>' is not text but a control token of the text encoder: leave"),
+        (
+            "a cat AND a dog AND a cow",
+            "'AND' is read as plain words; a prompt is a single text here, so write one sentence",
+        ),
+        ("a cat, BREAK a dog", "'BREAK' is read as plain words; a prompt is a single text here"),
+        ('("a", "b").blend(1, 2)', "'.blend(' is read as plain words; a prompt is a single text here"),
+        ("a cat --ar 16:9", "'--ar 16:9' is read as plain words; options go outside the prompt, such as --width"),
+        ("a cat<|endoftext|> on a beach", "'<|endoftext|>' is not text but a control token of the text encoder; leave"),
     ],
 )
-def test_the_warning_for_another_program_s_syntax_says_how_to_write_it_here(prompt, said):
+def test_the_warning_for_foreign_prompt_syntax_shows_the_equivalent(prompt, said):
     with pytest.warns(UserWarning, match=re.escape(said)) as caught:
         expand(prompt, PLACEHOLDERS)
     assert len(caught) == 1
 
 
-def test_plain_words_are_not_taken_for_another_program_s_syntax():
+def test_plain_words_are_not_mistaken_for_foreign_prompt_syntax():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for text in (
@@ -97,7 +100,7 @@ def test_plain_words_are_not_taken_for_another_program_s_syntax():
         expand("A CAT AND A DOG", {})
 
 
-def test_an_unknown_name_lists_what_is_loaded():
+def test_the_error_for_an_unknown_name_lists_the_loaded_concepts():
     with pytest.raises(ValueError, match="names <mug>, which is not loaded; loaded concepts: <my-mug>, <spin>"):
         expand("a <mug>", PLACEHOLDERS)
     with pytest.raises(ValueError, match="loaded concepts: none"):
@@ -113,7 +116,7 @@ def test_a_loaded_subject_must_be_named_but_a_style_need_not():
     kinds = {"my-mug": "subject", "me": "identity", "ink": "style", "spin": "motion"}
     check_named("<me> with <my-mug>", kinds)
     with pytest.raises(
-        ValueError, match="'my-mug' is loaded, but the prompt 'a <me>' does not name it: write <my-mug>"
+        ValueError, match="'my-mug' is loaded, but the prompt 'a <me>' does not name it; write <my-mug>"
     ):
         check_named("a <me>", kinds)
     with pytest.raises(ValueError, match="'me' is loaded"):
@@ -135,7 +138,7 @@ def test_a_loaded_subject_must_be_named_but_a_style_need_not():
         ("the {class_noun} <my-mug>", "the mug sks mug"),
     ],
 )
-def test_a_user_s_caption_is_kept_with_the_concept_in_it(caption, expected):
+def test_the_concept_is_inserted_into_a_user_caption(caption, expected):
     assert captioned(Templates(set="subject"), example(caption)) == expected
 
 
@@ -143,13 +146,13 @@ def test_the_concept_is_put_in_front_of_a_caption_without_a_class_noun():
     assert captioned(Templates(), example("by the sea"), words="sks", noun="") == "sks, by the sea"
 
 
-def test_a_user_s_captions_can_be_ignored_but_not_the_captions_of_class_pictures():
+def test_user_captions_can_be_ignored_but_captions_of_class_pictures_cannot():
     part = Templates(user_captions=False)
     assert captioned(part, example("a mug by the sea")) == "a photo of a sks mug"
     assert captioned(part, example("a photo of a mug", "prior")) == "a photo of a mug"
 
 
-def test_all_templates_are_drawn_by_the_generator():
+def test_the_generator_draws_every_template_about_equally_often():
     part = Templates(set="subject")
     drawn = Counter(captioned(part, example(), seed) for seed in range(300))
     assert set(drawn) == {t.replace("{concept}", "sks mug") for t in SETS["subject"]}
@@ -157,7 +160,7 @@ def test_all_templates_are_drawn_by_the_generator():
     assert max(drawn.values()) < 300 / len(SETS["subject"]) * 2
 
 
-def test_a_user_s_templates_replace_the_set():
+def test_user_templates_replace_the_set():
     part = Templates(set="subject", templates=("{concept}, {class_noun}",))
     assert captioned(part, example()) == "sks mug, mug"
     with pytest.raises(ValueError, match=r"'a photo' has no \{concept\}"):

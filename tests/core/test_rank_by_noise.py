@@ -1,4 +1,4 @@
-"""T-LoRA: a LoRA whose rank falls with the noise. The oracle is a plain LoRA with the masked rows of A set to zero."""
+"""T-LoRA, whose rank falls with the noise, compared with a plain LoRA in which the masked rows of A are zero."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMES = torch.tensor([990, 250])
 
 
 def learned(backbone: Any, name: str = "mug", **settings: Any) -> list[Any]:
-    """Injects a LoRA of rank 4 with values as after training. Returns its adapters."""
+    """Injects a LoRA of rank 4 with random values, as if it were trained. Returns its adapters."""
     roles = (*ROLES, "conv") if "conv" in backbone.roles() else ROLES
     group = Lora(**{"roles": roles, "rank": 4, "min_rank": 1, **settings}).inject(backbone, name, "lora", 0)
     draw = torch.Generator().manual_seed(7)
@@ -38,7 +38,7 @@ def predict(backbone: Any, t: Tensor = TIMES) -> Tensor:
 
 
 def plain_with_rows(backbone: Any, state: dict[str, Tensor], rows: int, t: Tensor) -> Tensor:
-    """The prediction with a plain LoRA with these values, keeping only the first rows of A."""
+    """Returns the prediction of a plain LoRA with the values in `state`, keeping only the first `rows` rows of A."""
     (adapter,) = learned(backbone, "plain", min_rank=None)
     cut = {
         k: v * (torch.arange(len(v)) < rows).view(-1, *[1] * (v.ndim - 1)) if "lora_A" in k else v
@@ -57,7 +57,7 @@ def test_the_rank_falls_with_the_noise_as_in_the_paper() -> None:
     assert rank_at(torch.tensor([1000.0]), 64, 32).tolist() == [32] and rank_at(t, 4, 4).tolist() == [4] * 7
 
 
-def test_each_picture_has_the_rank_of_its_own_time(backbone: Any) -> None:
+def test_each_picture_has_the_rank_of_its_own_timestep(backbone: Any) -> None:
     (adapter,) = learned(backbone)
     state = adapter.state_dict()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_each_picture_has_the_rank_of_its_own_time(backbone: Any) -> None:
         assert not torch.allclose(oracle, plain_with_rows(backbone, state, 4, TIMES[i : i + 1]), atol=1e-4)
 
 
-def test_the_mask_also_applies_under_guidance(sd: Any) -> None:
+def test_the_rank_also_falls_under_guidance(sd: Any) -> None:
     (adapter,) = learned(sd)
     state, t = adapter.state_dict(), torch.tensor(700)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -86,7 +86,7 @@ def test_the_mask_also_applies_under_guidance(sd: Any) -> None:
         torch.testing.assert_close(sd.predict_guided(x, t, positive, negative, 5.0), guided, atol=1e-5, rtol=1e-4)
 
 
-def test_it_starts_as_the_identity_and_is_removed_without_a_trace(backbone: Any) -> None:
+def test_the_lora_starts_as_the_identity_and_is_removed_without_a_trace(backbone: Any) -> None:
     with torch.no_grad():
         before, printed = predict(backbone), repr(backbone.denoiser)
         Lora(roles=ROLES, rank=4, min_rank=0, orthogonal=True).inject(backbone, "mug", "lora", 0)
@@ -111,7 +111,7 @@ def test_masked_rows_learn_nothing(sd: Any) -> None:
     assert any(p.grad is not None and p.grad.any() for p in adapter.parameters())
 
 
-def test_recomputed_layers_use_the_times_of_their_own_prediction(backbone: Any) -> None:
+def test_recomputed_layers_use_the_timesteps_of_their_own_prediction(backbone: Any) -> None:
     (adapter,) = learned(backbone)
     gradients = []
     for on in (False, True):
@@ -151,7 +151,7 @@ def test_a_saved_concept_keeps_the_falling_rank(new_sd: Callable[..., Any], tmp_
 
 
 @pytest.mark.parametrize("least", [5, -1, 1.5, "many", True])
-def test_a_file_s_minimum_rank_is_checked(new_sd: Callable[..., Any], tmp_path: Path, least: Any) -> None:
+def test_the_minimum_rank_in_a_file_is_checked(new_sd: Callable[..., Any], tmp_path: Path, least: Any) -> None:
     backbone = new_sd()
     learned(backbone)
     path = tmp_path / "mug.concept"
@@ -167,9 +167,9 @@ def test_a_file_s_minimum_rank_is_checked(new_sd: Callable[..., Any], tmp_path: 
 def test_impossible_settings_are_refused(sd: Any) -> None:
     with pytest.raises(ValueError, match="min_rank = 9 must not exceed rank = 8"):
         validate(Lora, {"rank": 8, "min_rank": 9})
-    with pytest.raises(ValueError, match="min_rank: DoRA's magnitude"):
+    with pytest.raises(ValueError, match="min_rank does not work with dora"):
         validate(Lora, {"min_rank": 2, "dora": True})
-    with pytest.raises(ValueError, match="text_encoder sees no noise"):
+    with pytest.raises(ValueError, match="text_encoder has no noise level"):
         Lora(roles=("attention", "text_encoder"), min_rank=1).inject(sd, "mug", "lora", 0)
     assert not sd.adapters and not hasattr(sd.unet, "peft_config")
 

@@ -1,4 +1,4 @@
-"""Warnings while a user's pictures are read, about missing files and crops; and untrusted text on a terminal."""
+"""Warnings about missing files and lossy crops of a user's pictures, and untrusted text on a terminal."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_pictures_without_a_caption_or_mask_that_others_have_are_named(tmp_path:
     cut = Image.fromarray(scene(32, 32))
     cut.putalpha(Image.fromarray(np.eye(32, dtype=np.uint8) * 255))
     cut.save(images / "2.png")
-    assert warned(images) == [], "its transparency serves as its mask"
+    assert warned(images) == [], "the picture's transparency serves as its mask"
     (images / "2.txt").write_text("  ")
     (images / "0.txt").write_text("in the snow")
     assert warned(images)[0].startswith("2 of 3 pictures have no caption: 1.png, 2.png; "), (
-        "an empty mask counts as none"
+        "an empty caption counts as none"
     )
 
 

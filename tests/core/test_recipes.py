@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones, precedence of layers, and phases."""
+"""The shipped recipes, the precedence of layers, and phases."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ phases:
 """
 
 
-# --- the shipped ones ------------------------------------------------------------------------
+# --- shipped recipes ------------------------------------------------------------------------
 
 
 def test_the_classic_recipes_are_shipped():
@@ -61,7 +61,7 @@ def test_the_classic_recipes_are_shipped():
 
 @pytest.mark.parametrize("place", [[], [ELSEWHERE]], ids=["toybox", "elsewhere"])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_resolves_and_survives_a_dump(name, place):
+def test_every_shipped_recipe_resolves_and_can_be_dumped_and_read_again(name, place):
     recipe = load(name, place)
     assert recipe.method == name
     assert validate(Recipe, json.loads(json.dumps(dump(recipe)))) == recipe
@@ -71,7 +71,7 @@ def test_every_shipped_recipe_resolves_and_survives_a_dump(name, place):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_links_its_papers_at_the_top_and_states_its_status(name):
+def test_every_shipped_recipe_links_its_papers_at_the_top_and_has_a_taxonomy(name):
     lines = recipe_files("image")[name].read_text().splitlines()
     head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
     data, recipe = read_yaml(recipe_files("image")[name]), written(name)
@@ -81,7 +81,7 @@ def test_every_shipped_recipe_links_its_papers_at_the_top_and_states_its_status(
     assert place.modifier and place.trains
 
 
-def test_the_status_of_a_recipe_follows_from_its_parts(user_recipe):
+def test_the_taxonomy_of_a_recipe_follows_from_its_parts(user_recipe):
     text = """
 taxonomy: {concept: [face], augmentation: in my own words}
 modifier: {kind: learnable_token, vectors: 3}
@@ -115,10 +115,10 @@ def test_the_shipped_recipes_have_the_parts_of_their_methods():
     assert not pivot.regularize and tune.regularize["prior"].kind == "prior_prediction"
 
 
-# --- finding ---------------------------------------------------------------------------------
+# --- finding recipes ---------------------------------------------------------------------------------
 
 
-def test_the_error_for_an_unknown_recipe_lists_all_and_the_nearest():
+def test_the_error_for_an_unknown_recipe_lists_all_and_suggests_the_nearest():
     with pytest.raises(
         ValueError, match="unknown recipe 'dreambooth_lra'.*Did you mean 'dreambooth_lora'.*textual_inversion"
     ):
@@ -154,7 +154,7 @@ def test_a_path_loads_the_same_recipe_as_its_name():
         ("prompts: {templates: [a photo]}", "has no {concept}"),
     ],
 )
-def test_the_error_for_a_wrong_file_names_the_place(user_recipe, text, message):
+def test_the_error_for_a_wrong_setting_names_the_setting(user_recipe, text, message):
     with pytest.raises(ValueError) as error:
         user_recipe(text)
     assert message in str(error.value)
@@ -182,7 +182,7 @@ def test_the_toybox_overlay_applies_only_on_the_toybox():
     assert on_toybox.trainable["lora"].rank == elsewhere.trainable["lora"].rank
 
 
-def test_each_part_of_the_overlay_goes_where_it_belongs(user_recipe, tmp_path, monkeypatch):
+def test_each_overlay_rule_applies_only_to_what_it_names(user_recipe, tmp_path, monkeypatch):
     rules = {
         "common": {"train": {"steps": 7, "batch_size": 3}},
         "by_kind": {"trainable": {"lora": {"lr": 0.5}, "tokens": {"lr": 0.25}}},
@@ -196,7 +196,7 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(user_recipe, tmp_path, m
     recipe = user_recipe(text, "backbone=toybox")
     assert [recipe.trainable[k].lr for k in ("first", "lora")] == [0.5, 0.5] and recipe.trainable["lora"].rank == 2
     assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 3, 0), (
-        "rules under `recipes` apply only to the shipped ones"
+        "rules under `recipes` apply only to shipped recipes"
     )
     assert Rules.read("toybox", "image", {}).of(read_yaml(tmp_path / "mine.yaml"), ["mine"])["train"] == {
         "steps": 7,
@@ -209,8 +209,8 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(user_recipe, tmp_path, m
     assert user_recipe(text).train.batch_size == 1
 
 
-def test_a_user_s_file_overrides_the_overlay(user_recipe):
-    """Its rates, roles, batch size and prompts are as written; what it leaves open comes from the overlay."""
+def test_a_user_recipe_overrides_the_overlay(user_recipe):
+    """The recipe's own rates, roles, batch size and prompts are kept. The overlay sets what the recipe leaves out."""
     text = """
 trainable: {lora: {lr: 3.0e-4, roles: [cross_attention]}, second: {kind: lora, rank: 2}, tokens: {}}
 train: {batch_size: 2, validation: {every: 7, prompts: ["a {concept}"]}}
@@ -247,7 +247,7 @@ def test_the_overlay_reaches_parts_that_come_from_the_command_line(user_recipe):
     )
 
 
-@pytest.mark.parametrize("turn", [1, -1], ids=["as given", "the other way round"])
+@pytest.mark.parametrize("turn", [1, -1], ids=["as given", "reversed"])
 def test_overrides_work_in_any_order_even_together_with_a_kind(user_recipe, turn):
     def loaded(*overrides: str) -> Recipe:
         return user_recipe("regularize: {prior: {kind: embedding_anchor}}", *overrides[::turn])
@@ -263,7 +263,7 @@ def test_overrides_work_in_any_order_even_together_with_a_kind(user_recipe, turn
     assert user_recipe("prompts: {set: style}", "prompts.kind=templates").prompts.set == "style"
 
 
-def test_a_part_s_kind_in_a_phase_and_on_the_command_line(user_recipe):
+def test_a_part_can_change_its_kind_in_a_phase_and_on_the_command_line(user_recipe):
     text = "noise: {offset: 0.2}\nphases: {a: {noise: {kind: uniform}}, b: {noise: {kind: logit_normal, std: 2}}}"
     a, b = phases(user_recipe(text)).values()
     assert a.noise.offset == 0.2 and b.noise.std == 2
@@ -342,7 +342,7 @@ def test_a_part_that_a_phase_removed_is_not_restored(user_recipe):
     assert first.regularize["anchor"].weight == 0.7 and "anchor" not in second.regularize
 
 
-def test_the_command_line_can_change_the_kind_of_a_phase_s_part(user_recipe):
+def test_the_command_line_can_change_the_kind_of_a_part_in_a_phase(user_recipe):
     text = TWO.replace("prior: {kind: prior_prediction, weight: 1.0}", "prior: {kind: prior_prediction, weight: 3.0}")
     second = phases(user_recipe(text, "regularize.prior.kind=embedding_anchor"))["second"]
     assert second.regularize["prior"].kind == "embedding_anchor" and second.regularize["prior"].weight == 1e-5
@@ -354,7 +354,7 @@ def test_a_new_part_is_added_to_every_phase(user_recipe):
     assert first.trainable["more"].rank == second.trainable["more"].rank == 2
 
 
-def test_a_wrong_key_inside_a_phase_is_found_at_load(user_recipe):
+def test_a_wrong_setting_inside_a_phase_is_found_when_the_recipe_is_loaded(user_recipe):
     with pytest.raises(ValueError, match=r"phases\.second: trainable\.lora: unknown key 'rnk'. Did you mean 'rank'"):
         user_recipe(TWO.replace("rank: 16", "rnk: 16"))
     with pytest.raises(ValueError, match=r"phases\.first: train\.steps = -1"):

@@ -33,7 +33,7 @@ def test_every_role_consists_of_leaf_modules(backbone: Any) -> None:
                 assert isinstance(module, LEAVES) or role == "denoiser.all"
 
 
-def test_roles_of_stable_diffusion(sd: StableDiffusionBackbone) -> None:
+def test_roles_of_stable_diffusion_have_the_expected_layers(sd: StableDiffusionBackbone) -> None:
     size = {role: sum(len(g.modules) for g in sd.group(role)) for role in sd.roles()}
     blocks = 7  # 2 down, 1 in the middle, 4 up
     assert size["cross_attention"] == size["self_attention"] == 4 * blocks and size["attention"] == 8 * blocks
@@ -44,7 +44,7 @@ def test_roles_of_stable_diffusion(sd: StableDiffusionBackbone) -> None:
         sd.group("cross_atention")
 
 
-def test_roles_of_flux_are_ports_or_errors(flux: FluxBackbone) -> None:
+def test_roles_of_flux_are_exact_ported_or_refused(flux: FluxBackbone) -> None:
     (group,) = flux.group("cross_attention.kv")
     assert group.resolution == "port" and "text stream" in group.note
     assert set(group.modules) == {f"transformer_blocks.{i}.attn.add_{x}_proj" for i in range(2) for x in "kv"}
@@ -70,7 +70,9 @@ def test_roles_are_independent_of_wrappers(tiny_sd: Any, kind: str) -> None:
     assert {role: backbone.group(role) for role in backbone.roles()} == before
 
 
-def test_sites_give_their_place_and_scale(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_sites_have_the_order_kind_and_scale_of_the_attention_layers(
+    sd: StableDiffusionBackbone, flux: FluxBackbone
+) -> None:
     seen: dict[str, int] = {}
     handles = [
         sd.unet.get_submodule(s.name).to_q.register_forward_hook(

@@ -1,4 +1,4 @@
-"""The sampler compared with diffusers' own pipelines, and changes between its steps."""
+"""The sampler compared with diffusers' own pipelines, and settings that change between its steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 
 def diffusers_pixels(pipe: Any, **options: Any) -> Tensor:
-    """The pixels of the family's own pipeline for the same generators, in [-1, 1]."""
+    """Returns the pixels of the family's own pipeline for the same seeds, in [-1, 1]."""
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]
     options = {"prompt": PROMPTS, "num_inference_steps": 4, "height": 32, "width": 32, **options}
     return pipe(generator=generators, output_type="pt", **options).images * 2 - 1
@@ -36,7 +36,7 @@ def sd(tiny_sd: Any) -> StableDiffusionBackbone:
 
 
 def add_lora(backbone: StableDiffusionBackbone, name: str, roles: Sequence[str], seed: int = 0) -> None:
-    """A LoRA with random weights, so it has an effect."""
+    """Adds a LoRA with random weights, so that it has an effect."""
     for role in roles:
         for group in backbone.group(role):
             config = LoraConfig(r=2, lora_alpha=2, target_modules=list(group.modules), init_lora_weights=False)
@@ -50,7 +50,7 @@ CASES = [("tiny_sd", s) for s in (None, *DIFFUSION)] + [("tiny_sd_v", s) for s i
 
 
 @pytest.mark.parametrize(("version", "scheduler"), CASES)
-def test_equal_to_stable_diffusion_pipeline(version: str, scheduler: str | None, request: Any) -> None:
+def test_pixels_equal_those_of_the_stable_diffusion_pipeline(version: str, scheduler: str | None, request: Any) -> None:
     pipe = request.getfixturevalue(version)
     options = {"seeds": SEEDS, "negative": "bad", "guidance": 5.0, "steps": 4, "scheduler": scheduler}
     ours = sample(StableDiffusionBackbone(pipe), PROMPTS, **options)
@@ -62,7 +62,7 @@ def test_equal_to_stable_diffusion_pipeline(version: str, scheduler: str | None,
     assert (ours - theirs).abs().max() < TOLERANCE
 
 
-def test_equal_without_guidance(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
+def test_pixels_equal_those_of_the_pipeline_without_guidance(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
     ours = sample(sd, PROMPTS, seeds=SEEDS, guidance=1.0, steps=4)
     assert (ours - diffusers_pixels(tiny_sd, guidance_scale=1.0)).abs().max() < TOLERANCE
 
@@ -80,8 +80,8 @@ def test_the_comparison_would_notice_a_difference(sd: StableDiffusionBackbone) -
         assert (other - plain).abs().max() > 0.01
 
 
-def test_equal_with_a_loaded_concept(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
-    """A LoRA on the U-Net and text encoder acts in our sampler as in a pipeline of the same networks."""
+def test_pixels_equal_those_of_the_pipeline_with_a_loaded_concept(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
+    """A LoRA on the U-Net and text encoder has the same effect here as in a pipeline of the same networks."""
     before = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
     add_lora(sd, "my-mug", ["cross_attention", "text_encoder"])
     ours = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
@@ -91,7 +91,9 @@ def test_equal_with_a_loaded_concept(tiny_sd: Any, sd: StableDiffusionBackbone) 
 
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize(("embeds", "guidance"), [(True, 3.5), (True, 1.0), (False, 3.0), (False, 0.0)])
-def test_equal_to_flux_pipeline(make_tiny_flux: Any, embeds: bool, guidance: float, dynamic: bool) -> None:
+def test_pixels_equal_those_of_the_flux_pipeline(
+    make_tiny_flux: Any, embeds: bool, guidance: float, dynamic: bool
+) -> None:
     pipe = make_tiny_flux(guidance_embeds=embeds, dynamic=dynamic)
     negative = "bad" if not embeds and guidance > 1 else ""
     backbone = FluxBackbone(pipe)
@@ -103,8 +105,10 @@ def test_equal_to_flux_pipeline(make_tiny_flux: Any, embeds: bool, guidance: flo
 
 
 class SeededSde(diffusers.FlowMatchEulerDiscreteScheduler):
-    """diffusers' own stochastic step, with each picture's generator: `FluxPipeline` passes none, and packs the latents
-    into patches, in which the same noise would land elsewhere."""
+    """diffusers' own stochastic step, which draws the noise of each picture from that picture's generator.
+
+    `FluxPipeline` passes no generators. It also packs the latents into patches, where noise would land elsewhere.
+    """
 
     generators: Sequence[torch.Generator] = ()
 
@@ -115,7 +119,7 @@ class SeededSde(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_flux_sde_equals_diffusers(make_tiny_flux: Any, dynamic: bool) -> None:
+def test_the_flux_sde_scheduler_equals_that_of_diffusers(make_tiny_flux: Any, dynamic: bool) -> None:
     pipe = make_tiny_flux(dynamic=dynamic)
     options = {"seeds": SEEDS, "guidance": 3.5, "steps": 4, "height": 32, "width": 64}
     ours = sample(FluxBackbone(pipe), PROMPTS, scheduler="flow_euler_sde", **options)
@@ -141,7 +145,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(sd: StableDiffusionBackbone
     assert torch.allclose(both[1:], alone, atol=TOLERANCE)
 
 
-def test_same_seed_same_bits(sd: StableDiffusionBackbone) -> None:
+def test_the_same_seed_gives_the_same_bits(sd: StableDiffusionBackbone) -> None:
     one, two = (sample(sd, PROMPTS, seeds=SEEDS, steps=3, scheduler="euler_a") for _ in range(2))
     assert torch.equal(one, two)
 
@@ -151,7 +155,7 @@ def test_one_prompt_is_used_for_all_seeds(sd: StableDiffusionBackbone) -> None:
     assert got.shape[0] == 3 and torch.equal(got, sample(sd, ["a mug"] * 3, seeds=[1, 2, 3], steps=2))
 
 
-def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: Any) -> None:
+def test_the_errors_for_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: Any) -> None:
     def ask(**options: Any) -> Callable[[], Tensor]:
         return lambda: sample(sd, options.pop("prompts", PROMPTS), **{"seeds": SEEDS, "steps": 2, **options})
 
@@ -166,7 +170,10 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
         (ask(steps=0), "at least one step"),
         (ask(guidance=float("nan")), "guidance = nan: give a number"),
         (ask(height=30), "multiples of 4"),
-        (ask(height=8192, width=8192), r"8192x8192 pixels need latents of 2048x2048: at most 1,048,576 cells"),
+        (
+            ask(height=8192, width=8192),
+            r"8192x8192 pixels need latents of 2048x2048, more than the limit of 1,048,576 cells",
+        ),
         (ask(guidance=1.0, negative="bad"), "ignores negative prompts at guidance=1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -182,7 +189,7 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
 def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
     states = denoise(sd, PROMPTS, seeds=SEEDS, settings=SamplingSettings(steps=3))
     first = next(states)
-    assert torch.is_grad_enabled()  # a paused sampler leaves no switch changed
+    assert torch.is_grad_enabled()  # a paused sampler leaves gradients enabled
     rest = list(states)
     assert [first.index, *(s.index for s in rest)] == [0, 1, 2] and first.latents.shape == (2, 4, 8, 8)
     pixels = sd.decode(rest[-1].latents).clamp(-1, 1)
@@ -193,7 +200,7 @@ def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
 
 
 class Varying:
-    """One token whose row is `row(t, site)`."""
+    """A placeholder with one token, whose embedding row is `row(t, site)`."""
 
     name, words, tokens, components = "x", "<x>", ("<x>",), ()
 
@@ -237,7 +244,7 @@ def test_names_can_vary_by_time_and_site(sd: StableDiffusionBackbone) -> None:
 # --- changes between steps ------------------------------------------------------------------------------------
 
 
-def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
+def test_a_strength_schedule_changes_a_concept_between_steps(sd: StableDiffusionBackbone) -> None:
     add_lora(sd, "mug", ["cross_attention", "text_encoder"], seed=1)
     add_lora(sd, "style", ["self_attention"], seed=2)
 
@@ -248,7 +255,7 @@ def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
     on = ask(None)
     with sd.active({"style": 1.0}):
         off = ask(None)
-        half_on = ask({0.0: 0.5})  # a schedule switches only the adapters it names
+        half_on = ask({0.0: 0.5})  # a schedule changes only the adapters that it names
     with sd.active({"style": 1.0, "mug": 0.5}):
         assert torch.equal(ask(None), half_on)
     assert torch.equal(ask({0.0: 1.0}), on) and torch.equal(ask({0.0: 0.0}), off)
@@ -260,7 +267,7 @@ def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
         sample(sd, PROMPTS, seeds=SEEDS, steps=2, hooks=[StrengthSchedule(strengths={"cup": {0: 1}})])
 
 
-def test_strengths_in_closed_form() -> None:
+def test_scheduled_strengths_match_the_closed_form() -> None:
     held = StrengthSchedule(strengths={"a": {0.2: 0.5, 0.6: 1.0}})
     assert [held.at("a", f) for f in (0.0, 0.2, 0.5, 0.6, 0.9)] == [0.5, 0.5, 0.5, 1.0, 1.0]
     ramp = held.model_copy(update={"linear": True})
@@ -270,7 +277,7 @@ def test_strengths_in_closed_form() -> None:
             StrengthSchedule(strengths={"a": points})
 
 
-def test_strengths_are_parsed_as_written() -> None:
+def test_strength_schedules_are_parsed_from_text() -> None:
     held = StrengthSchedule.parse("my-mug=0@0,1@0.2")
     assert held == StrengthSchedule(strengths={"my-mug": {0.0: 0.0, 0.2: 1.0}})
     for text in ("my-mug", "my-mug=", "my-mug=1", "my-mug=a@0", "my-mug=1@0@1", "my-mug=0@0,1@0"):
@@ -283,7 +290,7 @@ def test_strengths_are_parsed_as_written() -> None:
 
 
 class Later(SamplingHookBase):
-    """A hook that uses other words in the first half."""
+    """A hook that uses other words in the first half of the steps."""
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
         return ["a dog"] * len(prompts) if step.fraction < 0.5 else prompts

@@ -30,7 +30,9 @@ def clean(backbone: Any, count: int = 2) -> torch.Tensor:
     [("tiny_sd", None, 0.5), ("tiny_sd", "ddim", 1.0), ("tiny_sd", "pndm", 0.6), ("tiny_sd", "euler", 0.5),
      ("tiny_sd", "heun", 0.75), ("tiny_sd", "dpm++", 0.5), ("tiny_sd_v", "euler_a", 0.5)],
 )  # fmt: skip
-def test_equal_to_the_img2img_pipeline(version: str, scheduler: str | None, strength: float, request: Any) -> None:
+def test_pixels_equal_those_of_the_img2img_pipeline(
+    version: str, scheduler: str | None, strength: float, request: Any
+) -> None:
     pipe = request.getfixturevalue(version)
     backbone = StableDiffusionBackbone(pipe)
     start = Start(clean(backbone), strength)
@@ -48,7 +50,7 @@ def test_equal_to_the_img2img_pipeline(version: str, scheduler: str | None, stre
 
 
 def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> None:
-    """x_t = (1 - t) x_0 + t noise at the first remaining time; half of the steps are taken."""
+    """At the first remaining timestep, x_t = (1 - t) x_0 + t noise. Half of the steps are taken."""
     backbone = FluxBackbone(tiny_flux)
     start = Start(clean(backbone, 1), 0.5)
     seen: list[Any] = []
@@ -70,9 +72,7 @@ def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> 
 
 
 @pytest.mark.parametrize("name", [*sorted(DIFFUSION), *sorted(FLOW)])
-def test_the_schedulers_listed_as_adding_noise_are_the_ones_that_draw_it(
-    tiny_sd: Any, tiny_flux: Any, name: str
-) -> None:
+def test_exactly_the_schedulers_listed_as_adding_noise_draw_it(tiny_sd: Any, tiny_flux: Any, name: str) -> None:
     """A scheduler that draws noise changes the state of its generator."""
     solver = make_scheduler((FluxBackbone(tiny_flux) if name in FLOW else StableDiffusionBackbone(tiny_sd)), name)
     draw, x = torch.Generator().manual_seed(0), torch.randn(1, 4, 4, 4)
@@ -90,9 +90,12 @@ DETERMINISTIC = ["ddim", "deis", "dpm++", "euler", "heun", "pndm", "unipc"]
 @pytest.mark.parametrize("forgets", [True, False])
 @pytest.mark.parametrize("scheduler", [*DETERMINISTIC, "dpm++_karras", "euler_a", "ddpm", "dpm++_sde"])
 def test_sampling_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, scheduler: str, forgets: bool) -> None:
-    """A perfect model of one picture, and of another one from the jump on: hooks see the first as `clean` before it, and the
-    second after it. With deterministic schedulers, all later latents are the second one noised to their level. Those that
-    remember earlier predictions would otherwise still mix in the first."""
+    """Samples with a perfect model of one picture, which a hook replaces by a perfect model of another at the jump.
+
+    Hooks see the first picture as `clean` before the jump, and the second picture after it. With deterministic
+    schedulers, all later latents are the second picture noised to their level. Schedulers that remember earlier
+    predictions must forget them, or they still mix in the first picture.
+    """
     backbone = StableDiffusionBackbone(tiny_sd)
     one, other = clean(backbone)[:1], clean(backbone)[1:]
     truth, seen, errors = [one], [], []
@@ -127,7 +130,7 @@ def test_sampling_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, schedul
     how = SamplingSettings("", 1.0, 12, scheduler, height=32, width=32, hooks=(Jumping(),))
     *_, last = denoise(Perfect(), ["a mug"], seeds=[3], settings=how)  # type: ignore[arg-type]
     assert seen[0] is one and seen[-1] is other
-    if forgets:  # DDIM stops at the first training time, with a little noise left
+    if forgets:  # DDIM stops at the first training timestep, with a little noise left
         assert (last.latents - other).abs().max() < 0.15
     if scheduler in DETERMINISTIC:
         remembers = scheduler in {"deis", "dpm++", "pndm", "unipc"}
@@ -137,7 +140,7 @@ def test_sampling_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, schedul
 def test_a_start_that_does_not_fit_is_refused(tiny_sd: Any) -> None:
     backbone = StableDiffusionBackbone(tiny_sd)
     for latents, strength, why in (
-        (clean(backbone, 1), 0.5, "is sampled"),
+        (clean(backbone, 1), 0.5, "start.latents has shape"),
         (clean(backbone), 0.1, "strength = 0.1 of 4 steps leaves nothing to sample"),
     ):
         how = SamplingSettings("", 5.0, 4, height=32, width=32, start=Start(latents, strength))

@@ -1,4 +1,4 @@
-"""A scorer's scores for pictures, and what it says about its instruments."""
+"""The scores that a scorer gives to pictures, and the accuracies that it states for its instruments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.metrics.verification import SUBJECT
 from tests.core.smooth_pictures import drawn, embed, smooth_pictures
 
 
-def test_accuracies_come_from_the_card_after_the_round_trip(tmp_path: Path) -> None:
+def test_accuracies_are_read_from_the_card_for_pictures_after_the_autoencoder(tmp_path: Path) -> None:
     assert toybox.toybox_accuracy(tmp_path / "none.json") == {}
     ways = {"clean": {"class": 0.99, "style_shown": 0.9}, "vae": {"class": 0.97, "style_shown": 0.8, "main": 0.5}}
     card = {"accuracies": {"recognizer": ways, "identity_reporting": {"clean": {"retrieval": 0.96}}}}

@@ -1,4 +1,4 @@
-"""Signals that stop training: the first waits for the step, the second does not, and ignored ones stay ignored."""
+"""The first signal stops training after the step, the second stops it at once, and ignored signals stay ignored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.fixture(autouse=True)
 def _handlers():
     before = {n: signal.getsignal(n) for n in NUMBERS}
-    for number in NUMBERS:  # as in a terminal, also where the tests run under nohup
+    for number in NUMBERS:  # as in a terminal, even if the tests run under nohup
         signal.signal(number, signal.SIG_DFL)
     heed_stops()
     yield
@@ -57,7 +57,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 def test_as_a_library_pcs_restores_the_handlers_and_forgets_handled_stops() -> None:
-    """Where no program handles stops (a notebook), a stop already dealt with does not stop the next run."""
+    """In a notebook, where no program handles stops, a stop that was dealt with does not stop the next run."""
     for number in NUMBERS:
         signal.signal(number, signal.default_int_handler)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Where examples come from."""
+"""The sources of training examples: references, folders and generated class pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shared.types import Subject
 
 
 class Recipe(Part):
-    """The same slot as in recipes."""
+    """A recipe with only the slot for sources."""
 
     sources: Slot[Source] = Field(default={})
 
@@ -36,7 +36,7 @@ def photos(folder: Path, *names: str, size: tuple[int, int] = (60, 40)) -> Path:
 
 
 class Painter:
-    """Replaces the sampler: a picture depends only on its prompt and its seed."""
+    """Replaces the sampler with random pictures that depend only on the seed. Records its calls."""
 
     def __init__(self, side: int = 32) -> None:
         self.calls: list[tuple[list[str], list[int], float, int]] = []
@@ -67,7 +67,7 @@ def context(tmp_path: Path, painter: Painter | None = None, **changes: object) -
     return SourceContext(cache_dir=tmp_path / "cache", generate=painter, **settings)  # type: ignore[arg-type]
 
 
-def test_the_key_names_the_kind_and_mistakes_are_reported() -> None:
+def test_the_key_of_a_source_names_its_kind_and_mistakes_are_reported() -> None:
     data = {"sources": {"references": {}, "more": {"kind": "folder", "images": "x"}, "generated": {"num_images": 8}}}
     recipe = validate(Recipe, data)
     assert [type(s) for s in recipe.sources.values()] == [References, Folder, Generated]
@@ -78,7 +78,7 @@ def test_the_key_names_the_kind_and_mistakes_are_reported() -> None:
     with pytest.raises(ValueError, match=r"sources.generated.num_images = 0"):
         validate(Recipe, {"sources": {"generated": {"num_images": 0}}})
     for prompt in ("a {concept}", "a <my-mug>", " "):
-        with pytest.raises(ValueError, match="before the concept exists: use only words"):
+        with pytest.raises(ValueError, match="before the concept exists, so use only words"):
             validate(Recipe, {"sources": {"generated": {"prompt": prompt}}})
 
 
@@ -131,7 +131,7 @@ def test_the_errors_for_references_say_what_is_wrong(tmp_path: Path) -> None:
     subject = Subject((wide,), masks={wide: tmp_path / "corners.png"})
     with pytest.raises(ValueError, match=r"w\.png: no part of its mask is inside the square crop; use fit=contain"):
         list(References().examples(context(tmp_path, subjects={"x": subject})))
-    with pytest.warns(UserWarning, match=r"enlarged to 512 pixels, and therefore blurry: a\.png \(60x40\)"):
+    with pytest.warns(UserWarning, match=r"enlarged to 512 pixels, which blurs them: a\.png \(60x40\)"):
         list(References().examples(context(tmp_path, subjects={"x": read_subject(one)}, resolution=512)))
 
 
@@ -148,7 +148,7 @@ def test_class_pictures_can_come_from_a_folder(tmp_path: Path) -> None:
     filled = list(Folder(images=str(real), prompt="photo of a {class_noun}").examples(context(tmp_path)))
     assert [e.caption for e in filled] == ["a mug on a shelf", "photo of a mug", "photo of a mug"]
     two = context(tmp_path, subjects={"a": Subject((), "mug"), "b": Subject(())})
-    with pytest.raises(ValueError, match=r"set the subject it belongs to. Available: a, b"):
+    with pytest.raises(ValueError, match=r"set the subject that it belongs to. Available: a, b"):
         list(Folder(images=str(real)).examples(two))
     with pytest.raises(ValueError, match=r"unknown subject 'c'. Available: a, b"):
         list(Folder(images=str(real), subject="c").examples(two))
@@ -168,7 +168,7 @@ def test_class_pictures_are_generated_once_and_kept(tmp_path: Path) -> None:
     assert {(e.role, e.owner, e.caption, e.user_caption) for e in first} == {
         ("prior", "my-mug", "a photo of a mug", True)
     }
-    second = list(part.examples(context(tmp_path)))  # without a generator: the cache suffices
+    second = list(part.examples(context(tmp_path)))  # the cache suffices, so no sampler is needed
     assert painter.made == 5
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, second, strict=True))
     made = painter(["x"], painter.calls[0][1][:1], guidance=1, steps=1, resolution=32)[0]
@@ -177,7 +177,7 @@ def test_class_pictures_are_generated_once_and_kept(tmp_path: Path) -> None:
     assert meta["prompt"] == "a photo of a mug" and meta["seed"] == str(painter.calls[0][1][0])
 
 
-def test_missing_pictures_are_added_and_damaged_ones_generated_again(tmp_path: Path) -> None:
+def test_missing_pictures_are_added_and_damaged_pictures_are_generated_again(tmp_path: Path) -> None:
     painter = Painter()
     first = list(Generated(num_images=3).examples(context(tmp_path, painter)))
     more = list(Generated(num_images=6, batch_size=1).examples(context(tmp_path, painter)))
@@ -185,7 +185,7 @@ def test_missing_pictures_are_added_and_damaged_ones_generated_again(tmp_path: P
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, more[:3], strict=True))
     Path(more[0].source).unlink()
     Path(more[1].source).write_bytes(Path(more[1].source).read_bytes()[:-500])
-    Image.new("RGB", (32, 32)).save(more[2].source)  # a picture, but not ours
+    Image.new("RGB", (32, 32)).save(more[2].source)  # a valid picture, but not the generated one
     damaged = bytearray(Path(more[3].source).read_bytes())
     damaged[len(damaged) // 2] ^= 255
     Path(more[3].source).write_bytes(bytes(damaged))
@@ -236,7 +236,7 @@ def test_an_interrupted_run_keeps_complete_pictures(tmp_path: Path) -> None:
     assert len(list(Generated(num_images=4).examples(context(tmp_path, rest)))) == 4 and rest.made == 2
 
 
-def test_two_subjects_of_one_class_share_pictures_and_a_class_is_needed(tmp_path: Path) -> None:
+def test_two_subjects_of_one_class_share_pictures_and_a_class_noun_is_required(tmp_path: Path) -> None:
     painter = Painter()
     subjects = {"a": Subject((), "mug"), "b": Subject((), "mug"), "c": Subject((), "cat")}
     examples = list(Generated(num_images=2).examples(context(tmp_path, painter, subjects=subjects)))
@@ -245,7 +245,7 @@ def test_two_subjects_of_one_class_share_pictures_and_a_class_is_needed(tmp_path
         list(Generated().examples(context(tmp_path, painter, subjects={"d": Subject(())})))
 
 
-def test_there_are_no_warnings_in_the_ordinary_case(tmp_path: Path) -> None:
+def test_ordinary_references_cause_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one = photos(tmp_path / "one", "a.png")

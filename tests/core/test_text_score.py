@@ -1,4 +1,4 @@
-"""The text score without attributes to check must tell pictures apart, with the toybox's own CLIP too."""
+"""Without attributes to check, the text score must still tell captions apart, even with the toybox's own CLIP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.toybox.captions import caption
 
 @pytest.fixture(scope="module")
 def measured():
-    """The scores of 64 new renders with their own full captions, and with each other's."""
+    """Returns the scores of 64 new renders with their own full captions, and with those of other renders."""
     tools = load_toybox()
     scenes = fresh_scenes(64, 5)
     pixels = torch.as_tensor(render_all(scenes)).float()
@@ -24,14 +24,14 @@ def measured():
     return scorer.measure(pixels, captions).scores, scorer.measure(pixels, captions[1:] + captions[:1]).scores
 
 
-def test_the_toybox_clip_s_scores_stay_below_one_and_identify_the_caption(measured):
+def test_scores_of_the_toybox_clip_stay_below_one_and_identify_the_caption(measured):
     matching, other = (torch.tensor(scores["text"]) for scores in measured)
     assert float(matching.max()) < 0.95, "no picture reaches the end of the scale"
     assert float(matching.mean()) > float(other.mean()) + 0.15
     assert len(matching.unique()) > 40
 
 
-def test_it_equals_the_cosine_where_positive(measured):
+def test_the_text_score_is_the_cosine_or_zero_if_it_is_negative(measured):
     for scores in measured:
         cosines = torch.tensor(scores["clip_t"])
         assert torch.allclose(torch.tensor(scores["text"]), cosines.clamp_min(0))

@@ -30,7 +30,7 @@ def test_a_name_can_vary_with_time(family: str, request: pytest.FixtureRequest) 
         backbone.encode(["a <x>"])
     both = backbone.encode(["a <x>", "a <x>"], torch.tensor([100.0, 900.0]))
     assert not torch.allclose(both.context[0], both.context[1])
-    alone = backbone.encode(["a <x>"], torch.tensor(900.0))  # a scalar t stands for all rows
+    alone = backbone.encode(["a <x>"], torch.tensor(900.0))  # a scalar t applies to all rows
     assert torch.allclose(alone.context[0], both.context[1], atol=1e-6)
     if family == "flux":
         assert torch.allclose(alone.pooled[0], both.pooled[1], atol=1e-6)
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_uses_the_same_sites(sd: StableDiffusionBackbone)
 
     def gradients() -> list[Tensor]:
         prediction = sd.predict(x, t, sd.encode(["a <x>"]))
-        sd.predict(x, t, sd.encode(["a dog"]))  # another, plain pass before the backward pass
+        sd.predict(x, t, sd.encode(["a dog"]))  # another pass, without the placeholder, before the backward pass
         return list(torch.autograd.grad(prediction.square().mean(), list(rows.values())))
 
     plain = gradients()
@@ -135,7 +135,7 @@ def test_site_hooks_are_removed_with_the_last_placeholder_that_needs_them(sd: St
 
 
 def test_keys_and_values_can_differ(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
-    """An edit of V only (as in Perfusion) results in a context per site; a joint-attention family refuses it."""
+    """An edit of V only, as in Perfusion, results in a context per site. A family with joint attention refuses it."""
 
     def edit(context: SiteContext, positions: Tensor, site: str | None) -> SiteContext:
         return SiteContext(context.key, context.value + positions[..., None].to(context.value))

@@ -1,4 +1,4 @@
-"""Added tokens: oracles are transformers' own resized embedding tables."""
+"""Added tokens, compared with embedding tables that transformers itself resizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.core.placeholders import FixedPlaceholder, fixed
 
 
 def resized(model: Any, tokenizer: Any, tokens: tuple[str, ...], rows: Tensor) -> tuple[Any, Any]:
-    """The usual way: tokens are really added to the tokenizer, and their rows to the table."""
+    """Adds tokens the usual way, by extending the tokenizer and the model's embedding table."""
     model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
     tokenizer.add_tokens(list(tokens))
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -142,19 +142,19 @@ def test_wrong_rows_are_refused(sd: StableDiffusionBackbone) -> None:
         sd.encode(["<x>"])
 
 
-def test_the_warning_for_prompts_past_the_limit_names_the_text_that_is_cut(
+def test_the_error_for_prompts_past_the_limit_names_the_text_that_would_be_cut(
     sd: StableDiffusionBackbone, flux: FluxBackbone
 ) -> None:
     long = "a photo of a mug " * 5 + "a mug on the snow and the beach with a dog"
     sd.check_prompt("a photo of a mug")
     with pytest.raises(ValueError, match="reads 32 tokens, and would cut 'and the beach with a dog'"):
         sd.check_prompt(long)
-    flux.check_prompt(long)  # its context is T5's, which reads 48
+    flux.check_prompt(long)  # FLUX takes its context from T5, which reads 48 tokens
     with pytest.raises(ValueError, match="reads 48 tokens"):
         flux.check_prompt(long * 2)
 
 
-def test_same_rows_compares_memory_where_something_is_learned() -> None:
+def test_same_embeddings_compares_memory_if_rows_are_trained_and_values_otherwise() -> None:
     a, b = nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.ones(1, 2))
     assert same_embeddings([a], [a]) and not same_embeddings([a], [b])
     table = nn.Parameter(torch.ones(2, 1, 2))

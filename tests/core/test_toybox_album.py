@@ -1,4 +1,4 @@
-"""Held-out things as a user would provide them: pictures, captions that give nothing away, and masks."""
+"""Held-out things as a user would provide them: pictures with masks and captions that do not describe their looks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_a_plain_caption_names_the_side_only_if_it_is_clear():
     assert plain_caption(between) == "a photo of a car in the snow"
 
 
-def test_the_second_pass_looks_at_the_thing():
-    """A small thing in a corner, cut out where it is found, fills the picture and sits in its middle."""
+def test_the_identity_encoder_crops_pictures_to_the_thing():
+    """A small thing in a corner is found and cut out. The thing then fills most of the picture and is centred in it."""
     thing = album.held_out("development-duck").thing
     corners = ((-0.25, 0.2), (0.25, -0.2))
     scenes = [Scene((thing,), "gray studio", (Camera(90.0, 15.0, 0.0, x, y, 0.5),)) for x, y in corners]

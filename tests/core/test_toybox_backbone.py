@@ -46,7 +46,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a small tokenizer, an autoencoder after three steps and a U-Net after two."""
+    """A run folder with a small tokenizer, a briefly trained autoencoder and a U-Net trained for two steps."""
     out = tmp_path_factory.mktemp("run")
     cached = tiny_run(out, Squares(40))
     _train(out, cached, 2, resume=False)
@@ -91,7 +91,7 @@ def test_normalising_keeps_the_pictures_and_gives_unit_latents(made: Path) -> No
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
-def test_latents_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, made: Path) -> None:
+def test_the_latent_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, made: Path) -> None:
     model, tokenizer = run_folder.frozen_vae(made), run_folder.tokenizer_of(made)
     few, all_ = Squares(10), Squares(25)
     all_._pixels[:10] = few._pixels
@@ -165,7 +165,7 @@ def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tm
 
 @torch.no_grad()
 def _held_loss(task: unet.UnetTask) -> float:
-    """The loss on batches for steps that the run never reaches."""
+    """Returns the summed loss on batches of steps that the run never reaches."""
     batches = [denoising.draw_batch(task.data, task.empty, task.settings, 10_000 + i) for i in range(8)]
     return sum(float(task.loss(batch)) for batch in batches)
 
@@ -193,7 +193,7 @@ def test_parameters_that_a_part_of_a_batch_does_not_use_have_no_gradient() -> No
     assert loss.item() == 8 / 2 and used.grad is not None and used.grad.tolist() == [2, 2] and unused.grad is None
 
 
-def test_times_cover_the_range_and_favour_the_middle() -> None:
+def test_timesteps_cover_the_range_and_favour_the_middle() -> None:
     g = torch.Generator().manual_seed(0)
     t = torch.cat([denoising.draw_times(32, 0.1, 0.0, g) for _ in range(300)])
     assert 0 <= int(t.min()) < 10 and 990 < int(t.max()) < 1000
@@ -221,10 +221,10 @@ def test_the_v_target_equals_diffusers() -> None:
     )  # pyright: ignore[reportArgumentType]
     assert float(loss) < 1e-10
     torch.testing.assert_close(seen["noisy"], scheduler.add_noise(x, noise, t))
-    assert float(bars[-1]) < 1e-3, "sampling starts from pure noise, so training must end there"
+    assert float(bars[-1]) < 1e-3, "sampling starts from pure noise, so training must include it"
 
 
-def test_the_loss_has_more_weight_on_things(made: Path) -> None:
+def test_the_loss_weights_things_more_than_the_background(made: Path) -> None:
     cached, empty = cache.load(made / "latents"), torch.zeros(32, dtype=torch.long)
     inputs = denoising.draw_batch(cached, empty, replace(TINY_UNET, thing_weight=3.0, batch=16), 0)
     assert float(inputs.weight.mean()) == pytest.approx(1, rel=1e-5)
@@ -261,7 +261,7 @@ def test_the_average_follows_its_closed_form() -> None:
     assert torch.equal(module.weight.detach(), averages.state_dict()["weight"])
 
 
-# --- the folder ---
+# --- the pipeline folder ---
 
 LOAD = """
 import json, sys, torch
@@ -306,7 +306,7 @@ def test_the_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Pat
         assert tensor.dtype == torch.float16 and torch.equal(tensor, average[f"unet.{name}"].half()), name
 
 
-def test_the_shipped_backbone_is_small_and_generates_64_pixels(tmp_path: Path) -> None:
+def test_the_shipped_backbone_is_small_and_generates_pictures_of_64_pixels(tmp_path: Path) -> None:
     folder = weights.backbone_path()
     assert sum(p.stat().st_size for p in folder.glob("**/*") if p.is_file()) < 40e6
     assert _load_elsewhere(folder, tmp_path)["size"] == [64, 64]

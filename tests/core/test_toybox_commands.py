@@ -1,4 +1,4 @@
-"""`pcs toybox`: what it refuses before writing anything, and held-out styles as folders of pictures."""
+"""What `pcs toybox` refuses before it writes anything, and how it writes held-out styles as folders of pictures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def toybox(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 @pytest.fixture
 def refused(toybox, tmp_path: Path) -> Callable[..., str]:
-    """The message of a command that must exit with code 2 and write nothing."""
+    """Returns a function that runs a command and returns its message. It must exit with code 2 and write nothing."""
 
     def call(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -55,7 +55,7 @@ def test_a_sheet_does_not_replace_a_file_by_default(toybox, refused, tmp_path: P
     assert "its name must end in .png" in refused("sheet", tmp_path / "sheet.txt")
 
 
-def test_options_that_only_the_model_uses_are_refused_elsewhere(refused, tmp_path: Path) -> None:
+def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused, tmp_path: Path) -> None:
     for source in ("world", "vae"):
         message = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
         assert f"--prompt and --guidance with --source {source}: only supported with --source model" in message
@@ -113,7 +113,7 @@ def test_training_writes_only_into_its_own_folder(refused, tmp_path: Path) -> No
     (tmp_path / "gone").symlink_to(tmp_path / "unplugged")
     train = ("train", "data", "--pictures", 64, "--work")
     assert f"{tmp_path / 'gone'} is a link to {tmp_path / 'unplugged'}" in refused(*train, tmp_path / "gone")
-    assert "photos already exists and holds 1 file(s), but no training" in refused(*train, tmp_path / "photos")
+    assert "photos already exists and contains 1 file, but no training" in refused(*train, tmp_path / "photos")
 
 
 def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The decoder's training against a discriminator, at tiny size: what it changes and what it leaves alone."""
+"""What training the decoder against a discriminator changes and leaves alone, tested at a tiny size."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_the_decoder_changes_but_the_latents_do_not(run: tuple[Path, cache.Cache
     assert moved and all(n.startswith(("decoder.", "post_quant_conv.")) for n in moved)
     assert after.config["scaling_factor"] == before.config["scaling_factor"]
     tokenizer = run_folder.tokenizer_of(out)
-    assert cache.fingerprint(after, tokenizer) == cache.fingerprint(before, tokenizer)  # nothing is encoded again
+    assert cache.fingerprint(after, tokenizer) == cache.fingerprint(before, tokenizer)  # the cached latents stay valid
     average = torch.nn.ModuleList([after.post_quant_conv, after.decoder])  # type: ignore[list-item]
     same(dict(average.named_parameters()), trained.averages.state_dict())
 
 
-def test_it_decodes_the_same_as_the_autoencoder(run: tuple[Path, cache.Cache]) -> None:
+def test_the_training_task_decodes_like_the_autoencoder(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
     trained, model = _task(out, cached), run_folder.frozen_vae(out)
     latents = torch.from_numpy(cached.latents[:3].astype("float32"))
@@ -64,7 +64,7 @@ def test_it_decodes_the_same_as_the_autoencoder(run: tuple[Path, cache.Cache]) -
         torch.testing.assert_close(trained.decode(latents), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_resumes_bit_for_bit(run: tuple[Path, cache.Cache], tmp_path: Path) -> None:
+def test_the_decoder_resumes_bit_for_bit(run: tuple[Path, cache.Cache], tmp_path: Path) -> None:
     out, cached = run
     shutil.copytree(out, tmp_path / "other")
     train(_task(out, cached), tmp_path / "halves", 6, pause_at=3)
@@ -86,7 +86,7 @@ def test_each_loss_trains_its_own_network(run: tuple[Path, cache.Cache]) -> None
     assert trained == {id(p) for p in task.decoder.parameters()}
 
 
-def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cache.Cache]) -> None:
+def test_training_the_autoencoder_further_discards_the_trained_decoder(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
     train(_task(out, cached), _folder(out), 1)
     written = run_folder.frozen_vae(out).state_dict()
@@ -94,7 +94,7 @@ def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cach
     def retrain(steps: int) -> None:
         train(vae.VaeTask(TINY_VAE, Squares(40), out, Compute()), run_folder.training_folder(out, "vae"), steps)
 
-    retrain(3)  # already trained this far: nothing is done, and the decoder stays
+    retrain(3)  # already trained this far, so nothing happens and the decoder is kept
     assert checkpoint.load(_folder(out)) is not None
     same(run_folder.frozen_vae(out).state_dict(), written)
     retrain(4)
@@ -121,7 +121,7 @@ def test_the_discriminator_learns_to_recognise_blurred_pictures() -> None:
 def test_the_adversarial_gradient_is_a_fixed_share_of_the_reconstruction_gradient(
     run: tuple[Path, cache.Cache],
 ) -> None:
-    """At the last layer, the adversarial gradient's norm is `adversarial` times that of the rest (arXiv 2012.09841, eq. 7)."""
+    """The norms at the last layer have the ratio `adversarial` (arXiv 2012.09841, eq. 7)."""
     out, cached = run
     data = Squares(40)
     real, thing = vae.to_signed(data.pixels(slice(8))), torch.from_numpy(data.masks(slice(8)))[:, None]

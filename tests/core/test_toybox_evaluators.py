@@ -1,4 +1,4 @@
-"""The toybox's evaluators: they load, they are as accurate as the card says, and their training resumes bit for bit."""
+"""The toybox's evaluators load, reach their minimum accuracies, and resume their training bit for bit."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_all_pictures_of_a_group_are_varied_alike():
             mirrored = torch.equal(shown, group.flip(3)[:, order])
             assert mirrored or torch.equal(shown, group[:, order])
             seen.add((mirrored, *order.tolist()))
-    assert len(seen) == 12, "mirrored and not, with every order of the channels"
+    assert len(seen) == 12, "every order of the channels occurs, mirrored and not"
 
 
-def test_accents_follow_the_channels_they_are_shown_in():
+def test_accent_colours_are_permuted_like_the_channels_of_the_picture():
     numbers = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 7.0, 8.0]])
     shown = data.accents_as_shown(numbers, torch.tensor([[2, 0, 1]]))
     assert shown.tolist() == torch.tensor([[0.3, 0.1, 0.2, 0.6, 0.4, 0.5, 7.0, 8.0]]).tolist()
@@ -93,7 +93,10 @@ def test_accents_follow_the_channels_they_are_shown_in():
 def fit(
     name: str, place: Path, steps: int = 4, pause_at: int | None = None, **changed
 ) -> tuple[tasks.EvaluatorTask, int]:
-    """A tiny evaluator trained in `place`, with its weights in `out` next to it, and the number of completed steps."""
+    """Trains a tiny evaluator in `place`, with its weights in `out` next to it.
+
+    Returns the task and the number of completed steps.
+    """
     task = tiny_task(name, changed.pop("seed", 0))
     settings = RunSettings(steps, pause_at=pause_at, device="cpu", **changed)
     return task, train.fit(task, settings, train.Folders(place, place.parent / "out", place))
@@ -128,7 +131,7 @@ def test_training_continues_from_finished_weights_with_a_new_optimizer(name: str
     assert not adopt_state(torch.nn.Linear(2, 2), out), "weights of another architecture are not used"
 
 
-def test_files_missing_after_a_kill_are_written_on_resuming(tmp_path: Path):
+def test_a_resumed_run_writes_the_files_that_a_killed_run_left_missing(tmp_path: Path):
     fit("recognizer", tmp_path / "work")
     for file in (tmp_path / "out").iterdir():
         file.unlink()
@@ -170,7 +173,7 @@ def test_clip_is_an_ordinary_transformers_folder():
     assert torch.allclose(mine, output.image_embeds, atol=1e-4)
 
 
-def test_the_recognizer_is_as_accurate_as_the_card_says():
+def test_the_shipped_recognizer_reaches_its_minimum_accuracies():
     found = measure.measure_recognizer(240, seed=11)
     for name, bar in {
         "class": 0.93,
@@ -190,7 +193,7 @@ def test_identity_finds_held_out_subjects_among_distractors():
     assert found["retrieval"] >= 0.86, found
 
 
-def test_faces_are_judged_only_where_visible_and_the_rest_is_counted():
+def test_only_visible_faces_are_judged_and_hidden_faces_are_counted():
     found = measure.measure_identity("development", queries=1, seed=5, faces=True)
     assert found["no_face"] > 0 and found["queries"] + found["no_face"] == 4 * found["gallery"]
     things = measure.measure_identity("development", references=2, queries=1, seed=5)
@@ -232,18 +235,18 @@ def test_predictions_and_probabilities_agree():
             recognizer.predict(wrong)
 
 
-def test_with_equally_many_pictures_the_two_closest_count():
+def test_entries_with_equally_many_pictures_are_compared_by_their_two_closest():
     front, side, other = torch.eye(3)
     query = torch.tensor([[0.0, 1.0, 0.2]])
     views = torch.stack([front, front, side, side])
     assert similarities(query, [views, other.expand(4, 3)]).argmax() == 0, "two pictures from the right side are enough"
     one = similarities(query, [views, other])
-    assert one[0, 0] == 0, "next to an entry with one picture, only the first counts"
+    assert one[0, 0] == 0, "if another entry has only one picture, only the first picture of each counts"
     cosine = (query / query.norm()) @ other
     assert torch.allclose(one[0, 1], cosine.double())
 
 
-def test_retrieval_with_one_or_several_embeddings():
+def test_retrieval_accepts_one_or_several_embeddings_per_entry():
     gallery = [torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0], [0.1, 0.9]])]
     assert retrieve(torch.tensor([[0.9, 0.1], [0.2, 0.7]]), gallery).tolist() == [0, 1]
     assert torch.allclose(load_identity().embed(torch.rand(2, 3, 64, 64)).norm(dim=1), torch.ones(2), atol=1e-5)
@@ -275,7 +278,7 @@ def test_augmentation_is_seeded_and_bounded():
     )
 
 
-def test_groups_of_the_identity_set_share_everything_but_the_individual():
+def test_groups_of_the_identity_set_differ_only_in_the_individual():
     group = data.sample_group(np.random.default_rng(4), 3, 2)
     things = [[scene.things[0] for scene in scenes] for scenes in group]
     assert len({(t.class_name, t.main, t.second) for row in things for t in row}) == 1
@@ -284,14 +287,14 @@ def test_groups_of_the_identity_set_share_everything_but_the_individual():
     assert all(t.pattern_seed is None or t.pattern_seed in world.SEEDS["train"] for row in things for t in row)
 
 
-def test_kid_and_psnr_of_known_pictures():
+def test_kid_and_psnr_have_the_expected_values():
     torch.manual_seed(0)
     x, y, z = torch.randn(400, 8), torch.randn(400, 8), torch.randn(400, 8) + 0.5
     assert abs(judge.kid(x, y)) < 0.05 < judge.kid(x, z)
     assert judge.psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.1)) == pytest.approx(20.0, abs=1e-3)
 
 
-def test_the_card_prints_how_often_clips_move_as_asked():
+def test_the_card_states_how_often_clips_show_the_requested_motion():
     from shared.pretrain.evaluators.judge_clips import BARS
     from shared.pretrain.evaluators.model_card_page import _motion_module
 
@@ -304,13 +307,13 @@ def test_the_card_prints_how_often_clips_move_as_asked():
     assert "| motion | 25.0 % | 75.0 % | **no** | 50.0 % |" in text and "| still | 25.0 % |  |  | 50.0 % |" in text
 
 
-def test_the_shipped_backbone_generates_what_captions_say():
+def test_the_shipped_backbone_generates_what_captions_describe():
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(str(BACKBONES / "backbone"), local_files_only=True)
     found = judge.judge_backbone(pipeline, n=24, guidance=sampling_defaults()["guidance"], steps=12)
     assert set(found["bars"]) == set(judge.BARS) and found["met"] in (True, False)
-    scores = found["scores"]  # 24 pictures at half the steps: well below the card, far above chance
+    scores = found["scores"]  # with 24 pictures and half the steps, well below the card and far above chance
     assert min(scores["class"], scores["background"], scores["both_colors"]) >= 0.7, scores
     assert scores["vae_psnr_db"] >= 26 and scores["view"] >= 0.4, scores
     assert found["scores"]["accessory_captions"] >= 2 and found["scores"]["style_captions"] >= 2
@@ -318,7 +321,7 @@ def test_the_shipped_backbone_generates_what_captions_say():
         judge.judge_backbone(pipeline, n=1)
 
 
-def test_the_curve_evaluates_only_missing_points_and_the_card_prints_it(tmp_path: Path):
+def test_the_curve_evaluates_only_missing_points_and_the_card_prints_the_curve(tmp_path: Path):
     from shared.pretrain.evaluators import model_card_page as page
     from shared.pretrain.evaluators import training_curve as curve
     from shared.pretrain.toybox.initial_weights import adopt_backbone

@@ -27,7 +27,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def test_the_shipped_autoencoder_stays_unless_a_run_trains_its_own(tmp_path: Path) -> None:
+def test_the_shipped_autoencoder_is_used_unless_a_run_trains_its_own(tmp_path: Path) -> None:
     shipped = run_folder.frozen_vae(BACKBONE).float()
     assert adopt_vae(tmp_path / "a") and adopt_vae(tmp_path / "a")
     same(run_folder.frozen_vae(tmp_path / "a").state_dict(), shipped.state_dict())
@@ -69,7 +69,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_round_with_more_pictures_ends_at_a_rate_of_zero() -> None:
+def test_a_round_with_more_pictures_ends_at_a_learning_rate_of_zero() -> None:
     first = adopted_steps()
     for minutes in (None, 5.0):  # the time limit pauses the round without affecting its rates
         spend, settings = stages.unet_training(replace(WORK, minutes=minutes))

@@ -1,4 +1,4 @@
-"""The pose estimator: its targets, how its output is read, and how accurate its shipped weights are."""
+"""The pose estimator's targets, the reading of its output, and the accuracy of its shipped weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of noisy latents that teaches the toybox's denoiser the words for shape."""
+"""The reader of noisy latents, which teaches the toybox's denoiser the words for shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ CPU = RunSettings(steps=1, device="cpu")
 
 @pytest.fixture
 def cached() -> cache.Cache:
-    """Latents whose first channel is the class and whose second is the view, with captions that name both or just the class."""
+    """Latents with captions that name the class and the view, or only the class.
+
+    The first channel of the latents encodes the class, the second channel the view.
+    """
     rng, texts = np.random.default_rng(0), []
     latents = rng.normal(0, 0.3, (64, 4, 8, 8)).astype(np.float16)
     for i in range(64):
@@ -68,7 +71,7 @@ def _read(cached: cache.Cache, out: Path, steps: int) -> reader.Reader:
     return reader.train_reader(cached, out, CPU, reader.ReaderTraining(steps=steps))
 
 
-def test_it_learns_to_read_and_is_saved(cached: cache.Cache, tmp_path: Path) -> None:
+def test_the_reader_learns_to_read_and_is_saved(cached: cache.Cache, tmp_path: Path) -> None:
     reads = _read(cached, tmp_path, 60)
     clean = torch.from_numpy(cached.latents.astype(np.float32))
     attributes = torch.from_numpy(cached.caption_attributes[:, 0].astype(np.int64))
@@ -78,11 +81,11 @@ def test_it_learns_to_read_and_is_saved(cached: cache.Cache, tmp_path: Path) -> 
     log = run_folder.log_of(tmp_path, "reader").read_text()
     again = _read(cached, tmp_path, 60)
     same(again.state_dict(), reads.state_dict())
-    assert run_folder.log_of(tmp_path, "reader").read_text() == log, "it was finished, so nothing is trained"
+    assert run_folder.log_of(tmp_path, "reader").read_text() == log, "the reader was finished, so nothing is trained"
     assert not any(p.requires_grad for p in again.parameters())
 
 
-def test_softening_blurs_half_and_keeps_the_mean() -> None:
+def test_softening_blurs_about_half_of_the_latents_and_keeps_their_mean() -> None:
     flat = torch.full((8, 4, 8, 8), 0.7)
     torch.testing.assert_close(reader.soften(flat, torch.Generator().manual_seed(0)), flat)
     x = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -107,7 +110,7 @@ def test_dropped_captions_name_no_attributes(cached: cache.Cache) -> None:
     assert int(inputs.level.max()) < 600
 
 
-def test_the_reading_loss_acts_until_the_rate_has_decayed(cached: cache.Cache, tmp_path: Path) -> None:
+def test_the_reading_loss_ends_once_the_learning_rate_has_decayed(cached: cache.Cache, tmp_path: Path) -> None:
     words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
     reads = _read(cached, tmp_path, 30)
     falling = AdamW(schedule="linear", decay=0.5)
@@ -159,7 +162,7 @@ def test_a_readable_prediction_has_a_lower_loss(cached: cache.Cache, tmp_path: P
     inputs = denoising.draw_batch(cached, torch.zeros(32, dtype=torch.long), settings, 0)
     bar = bars[inputs.t].view(-1, 1, 1, 1)
 
-    def knows(x: torch.Tensor) -> torch.nn.Module:  # v of a denoiser that predicts x
+    def knows(x: torch.Tensor) -> torch.nn.Module:  # the v prediction of a denoiser that predicts x
         def v(noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             return (bar.sqrt() * noisy - x) / (1 - bar).sqrt()
 

@@ -1,4 +1,4 @@
-"""The surfaces that a picture shows: their normals, and the parts they belong to."""
+"""The normals and part colours of the surfaces that a picture shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAMERA = world.Camera(35, 20, 0, 0, 0, 1.0)
 
 
 def hits(thing: world.Thing) -> tuple[world.Scene, HitImage, Tensor]:
-    """A scene, its hits on 2 SIDE × 2 SIDE subpixels, and their normals [M, 3] in camera coordinates."""
+    """Returns a scene, its hits on 2 SIDE × 2 SIDE subpixels, and their normals in camera coordinates, `[M, 3]`."""
     scene, cpu = world.Scene((thing,), "gray studio", (CAMERA,)), torch.device("cpu")
     things = instances([scene], cpu)
     seen = visible(things, groups(things, SPACING * 64 / SIDE, cpu), 1, 2 * SIDE)
@@ -27,11 +27,11 @@ def hits(thing: world.Thing) -> tuple[world.Scene, HitImage, Tensor]:
 
 
 def inside(mask: Tensor, by: int) -> Tensor:
-    """Where a mask [S, S] is set, together with everything within `by` pixels."""
+    """Returns the pixels of a mask `[S, S]` around which everything within `by` pixels is set."""
     return -F.max_pool2d(-mask.float()[None, None], 2 * by + 1, 1, by)[0, 0] == 1
 
 
-def test_nothing_to_draw_is_refused() -> None:
+def test_rendering_without_scenes_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one scene"):
         render([])
 

@@ -1,4 +1,4 @@
-"""The words of the public DreamBench prompts, in the tokenizer shipped with the toybox."""
+"""How the tokenizer shipped with the toybox reads the words of the public DreamBench prompts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from shared.toybox import captions, tokenizer
 from shared.toybox.weights import backbone_path
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
-# Phrases for which the small world has neither pictures nor words: professions, one sight, a crowd.
+# Words for what the toybox can neither show nor describe: professions, one sight, a crowd.
 NEVER_SHOWN = {"chef", "crowded", "eiffel", "firefighter", "monocle", "police", "tower", "wizard"}
-# Prompts that the world shows literally: places, accessories, colours.
+# Phrases for what the toybox can show literally: places and accessories.
 SHOWN = {
     "dreambench_objects": (
         *("in the jungle", "in the snow", "on the beach", "on top of a wooden floor", "floating on top of water"),
@@ -51,10 +51,10 @@ def test_the_shipped_tokenizer_equals_a_newly_built_one_plus_motion_words(shippe
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN))
-def test_each_dreambench_word_the_world_can_show_is_one_token(shipped: CLIPTokenizer, name: str) -> None:
+def test_each_dreambench_word_that_the_toybox_can_show_is_one_token(shipped: CLIPTokenizer, name: str) -> None:
     every = {word for text in texts(name) for word in words(text)}
     split = {word for word in every if not tokenizer.is_one_token(shipped, word)}
-    assert split <= NEVER_SHOWN, "listed words are in the vocabulary"
+    assert split <= NEVER_SHOWN, "every other word is in the vocabulary"
     assert not NEVER_SHOWN & set(captions.vocabulary())
     assert all(
         len(shipped(t.replace("{concept}", "sks duck"))["input_ids"]) <= tokenizer.MAX_LENGTH for t in texts(name)
@@ -62,7 +62,7 @@ def test_each_dreambench_word_the_world_can_show_is_one_token(shipped: CLIPToken
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN))
-def test_the_world_s_captions_use_the_phrases_of_dreambench(name: str) -> None:
+def test_toybox_captions_use_the_phrases_of_dreambench(name: str) -> None:
     phrases = {p for options in captions.PLACES.values() for p in options} | {
         f"wearing {worn}" for worn in captions.WORN.values()
     }

@@ -1,4 +1,4 @@
-"""The world's vocabularies, scenes and captions, and what is held out from training."""
+"""The toybox world's vocabularies, scenes and captions, and what is held out from training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_distribution_follows_the_design():
 
 
 def test_positions_sizes_and_angles_cover_the_designed_range():
-    """±35 % in both axes, scale 0.4 to 1.1, roll ±25 degrees, every azimuth; values outside are rare."""
+    """Positions cover ±35 % of both axes, scales 0.4 to 1.1, rolls ±25 degrees, and azimuths the full circle."""
     cameras = [s.cameras[0] for s in scenes(20_000, seed=8) if len(s.things) == 1]
     x, y, scale, roll, azimuth = np.array([(c.x, c.y, c.scale, c.roll_deg, c.azimuth_deg) for c in cameras]).T
     for values, limit in ((x, 0.35), (y, 0.35), (roll, 25.0)):
@@ -80,7 +80,7 @@ def test_positions_sizes_and_angles_cover_the_designed_range():
         (170, 75, "above"),
     ],
 )
-def test_views(azimuth, elevation, view):
+def test_the_view_follows_from_the_camera_angles(azimuth, elevation, view):
     assert Camera(azimuth, elevation).view == view
 
 
@@ -155,7 +155,7 @@ def test_captions_always_name_accessory_and_style_and_never_the_pattern():
         assert captions.caption(s, np.random.default_rng(5)) == captions.caption(plain, np.random.default_rng(5))
 
 
-def test_seventy_percent_of_captions_name_the_view():
+def test_about_70_percent_of_captions_name_the_view():
     rng = np.random.default_rng(3)
     named = [("view" in text or "seen" in text) for text in (captions.caption(s, rng) for s in scenes(2000, seed=3))]
     assert np.mean(named) == pytest.approx(0.7, abs=0.04)
@@ -174,7 +174,9 @@ def test_captions_match_their_scenes():
         named, heard = named + 1, heard + (view >= 0)
         assert view in (-1, labels["view"])
     assert 0.6 < heard / named < 0.85
-    assert captions.caption_attributes("a red house on top of green grass")[1] == -1, "'top' alone is not a view"
+    assert captions.caption_attributes("a red house on top of green grass")[1] == -1, (
+        "the word 'top' alone does not name a view"
+    )
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -209,17 +211,17 @@ def test_held_out_seeds_and_styles_are_disjoint_from_training():
     assert not words & {"blueprint", "halftone", "stained", "thermal", "duotone", "mosaic", "woodcut", "crosshatch"}
 
 
-def test_no_held_out_pattern_is_a_near_duplicate_of_a_training_one():
-    """Compares the parameters, not just the seeds: every held-out pattern against all patterns that training can draw."""
+def test_no_held_out_pattern_is_a_near_duplicate_of_a_training_pattern():
+    """Compares every held-out pattern with all that training can draw, by their parameters and not just their seeds."""
     held = {t.pattern_seed for split in SPLITS for h in subjects.subjects(split) for t in (h.thing, *h.distractors)}
     inner = np.stack([patterns.fingerprint(s) for s in held if s is not None])
     train = np.stack([patterns.fingerprint(s) for s in world.SEEDS["train"]])
     nearest = np.array([np.sqrt(((train - row) ** 2).sum(1)).min() for row in inner])
-    # Two draws of one kind are about 4 apart; a change of 0.3 is hard to see.
+    # Two patterns of the same kind are about 4 apart. A difference of 0.3 is hard to see.
     assert nearest.min() > 0.5
 
 
-def test_no_held_out_face_is_a_near_duplicate_of_a_training_one():
+def test_no_held_out_face_is_a_near_duplicate_of_a_training_face():
     held = np.array([t.identity for split in SPLITS for h in subjects.faces(split) for t in (h.thing, *h.distractors)])
     train = np.array([world.identity_of(s) for s in world.SEEDS["train"]])
     nearest = [np.sqrt(((train - row) ** 2).sum(1)).min() for row in held]
@@ -227,7 +229,7 @@ def test_no_held_out_face_is_a_near_duplicate_of_a_training_one():
 
 
 def test_training_scenes_never_show_a_held_out_face_pattern_or_style():
-    """Checks what is actually drawn: the scenes of the world, the data set and the identity encoder's groups."""
+    """Checks scenes drawn from the world, from the data set and from the groups that train the identity encoder."""
     things = [(t, s.style) for s in (*scenes(1500, seed=9), *scenes(400, seed=9, class_name="face")) for t in s.things]
     things += [(t, s.style) for s in (dataset.scene_of(0, i)[0] for i in range(1500)) for t in s.things]
     groups = (sample_group(np.random.default_rng(i), 4, 2) for i in range(60))

@@ -1,4 +1,4 @@
-"""The renderer: determinism, exact masks and positions, cameras, patterns, styles, the data set on disk."""
+"""The renderer's determinism, masks, positions, cameras, patterns and styles, and the data set on disk."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_positions_project_back_to_their_pixels(name):
     camera = Camera(130, 25, 12, -0.05, 0.04, 0.85)
     drawn = render([one(name, camera=camera, pattern_seed=None if name == "face" else 5)])
     inside = drawn.mask[0, 0] == 1
-    # Pixels at inner edges average two surfaces; keep the smooth ones.
+    # Pixels at inner edges average two surfaces, so only pixels on smooth surfaces are compared.
     depth = torch.nn.functional.pad(drawn.depth, (1, 1, 1, 1), value=FAR)
     spread = torch.nn.functional.max_pool2d(depth, 3, 1) + torch.nn.functional.max_pool2d(-depth, 3, 1)
     v, u = (inside & (spread[0, 0] < 0.1)).nonzero().unbind(1)
@@ -83,11 +83,11 @@ def test_masks_have_no_holes(name):
     depth = torch.where(drawn.mask > 0, drawn.depth, torch.full_like(drawn.depth, torch.nan)).nan_to_num(DISTANCE)
     pool = torch.nn.functional.max_pool2d
     flat = pool(depth, 3, 1, 1) + pool(-depth, 3, 1, 1) < 0.4
-    # Finds pixels that are not full although their neighbours on the same surface are (two parts may have a gap between them).
+    # Finds pixels that are not full although their neighbours on the same surface are. Gaps between parts do not count.
     assert not ((drawn.mask < 1) & full & flat).any()
 
 
-def test_front_and_back_show_their_halves():
+def test_the_front_view_and_the_back_view_show_opposite_halves():
     for name in world.CLASSES:
         views = [replace(CAMERA, azimuth_deg=a, elevation_deg=5) for a in (0, 180)]
         drawn = render([one(name, camera=c) for c in views])
@@ -101,7 +101,7 @@ def test_the_background_does_not_turn_with_the_camera():
         turned = [one("mug", background, replace(CAMERA, azimuth_deg=a)) for a in (0, 40, 200)]
         drawn = render(turned)
         free = (torch.nn.functional.max_pool2d(drawn.mask, 21, 1, 10).amax(0) == 0)[0]
-        # The contact shadow turns with the thing; far from it nothing moves.
+        # The contact shadow turns with the thing. Far from the shadow nothing moves.
         free[40:] = False
         assert free.sum() > 200
         assert (drawn.pixels[:, :, free] - drawn.pixels[:1, :, free]).abs().max() < 0.02, background
@@ -155,7 +155,7 @@ def test_accessories_are_visible():
             assert changed > 25, (name, accessory)
 
 
-def test_styles_change_the_picture_and_unknown_ones_are_refused():
+def test_styles_change_the_picture_and_unknown_styles_are_refused():
     scene = one("duck", "beach")
     photo = render([scene]).pixels
     for style in styles.DRAWERS:
@@ -172,7 +172,7 @@ def test_two_things_have_separate_masks_from_left_to_right():
         assert len(left) > 100 and len(right) > 100 and left.mean() < right.mean()
 
 
-def test_another_size_shows_the_same_picture():
+def test_a_larger_render_shows_the_same_picture():
     scenes = some(4, seed=6, style="photo")
     small, large = render(scenes), render(scenes, size=128)
     assert large.pixels.shape == (4, 3, 128, 128)
@@ -180,14 +180,14 @@ def test_another_size_shows_the_same_picture():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_renders_the_same():
+def test_a_gpu_renders_the_same_pictures():
     scenes = some(32)
     on_cpu, on_gpu = render(scenes), render(scenes, device="cuda")
     assert (on_cpu.pixels - on_gpu.pixels.cpu()).abs().mean() < 2e-3
     assert (on_cpu.mask - on_gpu.mask.cpu()).abs().mean() < 2e-3
 
 
-def test_data_set_resumes_and_does_not_depend_on_chunks(tmp_path, monkeypatch):
+def test_building_the_data_set_can_resume_and_does_not_depend_on_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "CHUNK", 6)
     made = dataset.build(tmp_path / "a", 15, 3)
     assert len(made) == 15 and made.pixels([0, 14]).shape == (2, 64, 64, 3) and made.pixels([0]).dtype == np.uint8
@@ -209,7 +209,7 @@ def test_data_set_resumes_and_does_not_depend_on_chunks(tmp_path, monkeypatch):
         dataset.load(tmp_path / "b")
 
 
-def test_sheet():
+def test_a_sheet_arranges_pictures_in_columns_with_one_caption_each():
     page = sheet(torch.rand(5, 3, 8, 8), 3, captions=["a", "b", "c", "d", "e"])
     assert page.width == 3 * 18 + 2 and page.height > 2 * 18
     with pytest.raises(ValueError, match="2 captions for 5"):

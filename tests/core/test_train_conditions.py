@@ -20,7 +20,7 @@ from tests.core.runs import finish, predicted, sample, session, small, tuning
 
 
 def with_old(backbone: Any, strength: float = 1.0) -> Any:
-    """Loads an earlier concept on the backbone: an adapter that has an effect."""
+    """Loads an earlier concept with an adapter that has an effect."""
     group = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_the_base_of_prior_prediction_includes_concepts_loaded_before(tiny, phot
     assert backbone.strengths == {"old": strength, "mug": 1.0}, "the strengths are restored"
 
     def elsewhere(other: Any) -> Tensor:
-        """The same prediction by a backbone on which the concept was never trained."""
+        """Returns the same prediction by a backbone on which the concept was never trained."""
         prompts = [c.replace(backbone.placeholders["mug"].words, "mug") for c in step.batch.captions]
         with torch.no_grad():
             return other.predict(step.x_t, step.t, other.encode(prompts))
@@ -77,7 +77,7 @@ def test_prior_preservation_weights_class_pictures_separately(tiny, photos, tmp_
 
 
 def test_class_pictures_are_generated_by_the_untrained_model_with_loaded_concepts(tiny, photos, tmp_path):
-    """They are generated once, reused by the next run, and not shared with a run that has another concept loaded."""
+    """They are generated once, reused by the next run, and not shared with runs that have other concepts loaded."""
     recipe = small("dreambooth_lora", "train.steps=1")
     made = []
 
@@ -115,7 +115,7 @@ def test_the_anchor_pulls_every_row_towards_its_start(tiny, photos, tmp_path):
 
 
 def test_masked_training_ignores_the_background(tiny, photos, tmp_path):
-    """Apart from the autoencoder's blur, the gradient of the masked loss is 0 outside the mask."""
+    """The gradient of the masked loss with respect to the prediction is 0 outside the mask."""
     recipe = small("textual_inversion", "objective.masked=true")
     backbone = tiny()
     run = session(backbone, recipe, photos, tmp_path / "run")
@@ -158,13 +158,13 @@ def test_several_subjects_in_one_run_each_have_their_own_token(tiny, photos, tmp
     assert list(backbone.adapters) == ["mug+rex"]
 
 
-def test_two_subjects_with_the_same_name_are_refused(tiny, photos, tmp_path):
+def test_two_subjects_that_prompts_would_name_alike_are_refused(tiny, photos, tmp_path):
     subjects = {"a": read_subject(photos, "mug"), "b": read_subject(photos, "mug")}
-    with pytest.raises(ValueError, match="'b' and 'a' would be 'sks mug' and 'sks mug'"):
+    with pytest.raises(ValueError, match="'b' and 'a' would be called 'sks mug' and 'sks mug'"):
         finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "run", subjects=subjects))
     backbone = tiny()
     RareToken().attach(backbone, "old", "mug")
-    with pytest.raises(ValueError, match="'mug' and 'old' would be 'sks mug' and 'sks mug'"):
+    with pytest.raises(ValueError, match="'mug' and 'old' would be called 'sks mug' and 'sks mug'"):
         finish(session(backbone, small("dreambooth_lora"), photos, tmp_path / "run"))
     wordless = small("dreambooth_lora", "modifier.kind=plain_text", "modifier.with_class_noun=false", "train.steps=1")
     finish(session(tiny(), wordless, photos, tmp_path / "two", subjects=two_subjects(photos)))

@@ -23,7 +23,7 @@ from tests.core.runs import paint, predicted, session, small, tuning
 
 
 class UnderHalfStrength:
-    """A loss with the adapter being trained at half strength, as in distillation."""
+    """A task whose loss is computed with the trained adapter at half strength, as in distillation."""
 
     steps = 1
 
@@ -84,7 +84,7 @@ def test_a_loss_yielded_inside_its_context_has_the_right_gradient(tiny):
 
 
 class Watch:
-    """A need provided by a part: it counts the denoiser's runs inside its context and returns the number afterwards."""
+    """A need that records the batch size of every run of the denoiser inside its context."""
 
     name = "runs"
 
@@ -115,7 +115,7 @@ class Watches(Penalty):
     kind: str = "watches"
 
     def __call__(self, step: Step) -> Tensor:
-        assert step.need("runs") == [step.batch.size], "entered before the prediction"
+        assert step.need("runs") == [step.batch.size], "the context was entered before the prediction"
         assert WATCH.open[-1] == "entered"
         return step.prediction.mean() * 0
 
@@ -136,7 +136,7 @@ def test_a_part_may_provide_a_need_that_stays_open_during_the_backward_pass(tiny
     WATCH.open.clear()
     updates = task.updates(0, 0)
     update = next(updates)
-    assert WATCH.open == ["entered"], "still open while the loss is used"
+    assert WATCH.open == ["entered"], "the context is still open while the loss is used"
     update.loss.backward()
     updates.close()
     assert WATCH.open == ["entered", "left"]

@@ -1,4 +1,4 @@
-"""The loop, checkpoints and logs: exact values, and what an interruption leaves behind."""
+"""The training loop, checkpoints and logs, and what an interruption leaves behind."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from shared.trainable import TrainableGroup
 
 
 class Line:
-    """Fits a straight line to points, in one batch or in pieces."""
+    """A task that fits a linear function to points, in one batch or in pieces."""
 
     def __init__(self, pieces: int) -> None:
-        # float64: Adam divides gradients by their own magnitude, which amplifies rounding from another order of addition
+        # float64, because Adam divides gradients by their magnitude and so amplifies rounding errors of the sums
         self.weight = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
         x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         y = x @ torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -90,7 +90,7 @@ def factors(kind: str, steps: int, warmup: int = 0) -> list[float]:
     return [settings.factor(s, budget.spent(s, warmup)) for s in range(steps)]
 
 
-def test_learning_rate_schedules():
+def test_learning_rate_schedules_match_their_formulas():
     assert factors("constant", 5, 3) == [0.25, 0.5, 0.75, 1, 1]
     assert factors("linear", 4) == [1, 0.75, 0.5, 0.25]
     assert factors("cosine", 4) == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 4)) for s in range(4)])
@@ -98,7 +98,7 @@ def test_learning_rate_schedules():
     assert [r.lr["line"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
-def test_the_optimizer_s_state_survives_a_round_trip_and_is_checked():
+def test_the_optimizer_state_survives_a_round_trip_and_is_checked():
     task = Line(1)
     _, optimizers = trained(task, 1, steps=2)
     state = optimizers.state_dict()
@@ -142,7 +142,7 @@ def test_there_is_always_a_checkpoint_while_a_step_is_saved_again(tmp_path, monk
     assert seen[0] is not None and checkpoint.load(tmp_path) is not None and len(list(tmp_path.iterdir())) == 1
 
 
-def test_leftovers_of_a_kill_are_ignored_and_removed(tmp_path):
+def test_leftovers_of_a_killed_run_are_ignored_and_removed(tmp_path):
     checkpoint.save(tmp_path, a_state(3))
     half = beside(tmp_path / "checkpoint-01-0000004")
     half = half.with_name(half.name.replace(f"-{os.getpid()}-", "-999999999-"))
@@ -191,7 +191,7 @@ def test_a_log_drops_repeated_steps_and_a_partial_line(tmp_path):
     log = Log(tmp_path / "run", tensorboard=False)
     log.scalars(1, {"loss": 0.0})
     log.close()
-    assert len(lines(tmp_path / "run")) == 1, "a run from the start has a log of its own"
+    assert len(lines(tmp_path / "run")) == 1, "a run that starts over replaces the log"
 
 
 def test_tensorboard_events_are_written(tmp_path):
@@ -210,7 +210,7 @@ def test_tensorboard_events_are_written(tmp_path):
 # --- parameters that change -------------------------------------------------------------------
 
 
-def test_the_parameters_may_change_between_steps_and_kept_ones_keep_their_moments():
+def test_parameters_may_change_between_steps_and_kept_parameters_keep_their_moments():
     class Splits(Line):
         """From step 3 on, a second parameter is added to the first and trained by another optimizer group."""
 
@@ -238,7 +238,7 @@ def test_the_parameters_may_change_between_steps_and_kept_ones_keep_their_moment
         if record.step == 3:
             at_three = task.first.detach().clone()
     trained(plain, 1, steps=3)
-    assert torch.equal(at_three, plain.weight), "up to step 3 nothing differs"
+    assert torch.equal(at_three, plain.weight), "nothing differs up to step 3"
     moments = optimizers.state_dict()
     assert float(moments["main.0.step"]) == 5 and float(moments["more.0.step"]) == 2
     assert [set(r.lr) for r in records] == [{"line"}] * 3 + [{"line", "more"}] * 2 and task.more.abs().sum() > 0
@@ -248,7 +248,7 @@ def test_the_parameters_may_change_between_steps_and_kept_ones_keep_their_moment
 
 
 def test_kept_rows_keep_their_moments_and_new_rows_start_from_zero():
-    """As when Gaussians are split: afterwards, each row learns what it would have learned alone."""
+    """Splitting Gaussians needs this. Each kept row then learns what it would have learned without the other rows."""
 
     def steps(optimizers: Optimizers, parameter: nn.Parameter, pulls: torch.Tensor) -> None:
         for step, pull in enumerate(pulls):

@@ -1,4 +1,4 @@
-"""What parts need from a step, errors found before the first step, and a run's costs."""
+"""What parts need from a step, errors found before the first step, and the costs and memory of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.core.runs import CLASS, finish, learned, predicted, same, sample, ses
 
 
 class Asks(Penalty):
-    """A part that uses the need `asks`; its subclass decides what it declares."""
+    """A penalty that uses the need `asks`, which a subclass may or may not declare."""
 
     kind: str = "asks"
     asks: str = "example_loss"
@@ -73,8 +73,8 @@ def test_a_need_that_only_other_parts_declared_is_an_error(tiny, photos, tmp_pat
         list(tuned.updates(0, 0))
 
 
-def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
-    """This holds even if the text encoder is trained: what the base model reads never changes."""
+def test_class_prompts_for_the_base_model_are_encoded_once(tiny, photos, tmp_path):
+    """This holds even while tokens are trained, because what the base model reads never changes."""
     backbone, runs = tiny(), []
     prior = ("regularize.prior.kind=prior_prediction", "prompts.set=plain", "train.batch_size=1")
     kept, anew = (
@@ -110,7 +110,7 @@ def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_
 
 
 def test_each_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
-    """A phase may change the resolution; its class pictures follow."""
+    """If a phase changes the resolution, its class pictures have the new size."""
     settings = ("phases.a.train.resolution=16", "phases.b.train.steps=1", "phases.a.train.steps=1")
     (tmp_path / "own.yaml").write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}, b: {trainable: {}}}")
     finish(session(tiny(), small(str(tmp_path / "own.yaml"), *CLASS, *settings), photos, tmp_path / "run"))
@@ -183,7 +183,7 @@ def test_costs_continue_to_add_up_after_an_interruption(tiny, photos, tmp_path):
 
 
 def test_the_autoencoder_processes_a_limited_number_of_pixels_at_a_time(tiny, photos, tmp_path, monkeypatch):
-    """This holds for encoding and decoding, without changing the result."""
+    """The limit applies to encoding and decoding, and does not change the result."""
     whole = finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "a"))
     pictures = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
     for limit in ("shared.train.batches._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):
@@ -201,7 +201,7 @@ def test_the_autoencoder_processes_a_limited_number_of_pixels_at_a_time(tiny, ph
 
 
 @pytest.mark.parametrize(("pixels", "limit", "rows"), [(64 * 64, 2**18, 8), (512 * 512, 2**18, 1), (2048**2, 2**20, 1)])
-def test_rows_per_batch_follow_from_the_pixel_limit(pixels, limit, rows):
+def test_the_pixel_limit_decides_the_pictures_per_batch(pixels, limit, rows):
     assert sampler.images_per_batch(pixels, limit) == rows
 
 
@@ -215,7 +215,7 @@ class Traveller(nn.Module):
         return self
 
 
-def test_offloaded_networks_are_loaded_again():
+def test_offloaded_networks_return_to_the_device():
     device = torch.device("meta")
     one, two = Traveller(), Traveller()
     offloaded = Offloaded({"vae": one, "text": two}, device, on=True)

@@ -1,4 +1,4 @@
-"""The training loop's building blocks: draws, batches and caches, losses."""
+"""The building blocks of training: random draws, batches, caches and losses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_step_has_its_own_random_stream():
     assert torch.equal(torch.rand(4, generator=generator(1, 2)), torch.rand(4, generator=generator(1, 2, 0)))
 
 
-def test_times_are_uniform_integers_within_their_range():
+def test_timesteps_are_uniform_integers_within_their_range():
     draw = torch.Generator().manual_seed(0)
     t = Uniform(low=0.2, high=0.6).draw_times(20_000, draw, discrete=True)
     assert t.min() == 200 and t.max() == 599 and torch.equal(t, t.floor())
@@ -77,7 +77,7 @@ def test_times_are_uniform_integers_within_their_range():
     assert Uniform().draw_times(1000, draw, discrete=False).max() < 1000
 
 
-def test_logit_normal_times_have_their_quantiles():
+def test_logit_normal_timesteps_have_the_expected_quantiles():
     draw = torch.Generator().manual_seed(0)
     for mean, shift in ((0.0, 1.0), (0.5, 1.0), (0.0, 3.0)):
         t = LogitNormal(mean=mean, shift=shift).draw_times(50_000, draw, discrete=False).double() / 1000
@@ -120,7 +120,7 @@ def test_latents_and_captions_are_the_same_with_and_without_the_cache(sd):
     assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, "captions are drawn again"
 
 
-def test_the_cached_latents_are_the_autoencoder_s_mean_and_spread(sd):
+def test_cached_latents_have_the_mean_and_spread_that_the_autoencoder_predicts(sd):
     source = data(sd, pictures(1), train={"batch_size": 1})
     mean, std = sd.latent_moments(pictures(1)[0].pixels[None])
     latents = torch.cat([source.batch(step, 0).latents for step in range(400)])
@@ -168,7 +168,7 @@ def test_masks_and_valid_areas_are_downscaled_by_area(sd):
     assert rows[64][1].all(), "a picture without a mask counts everywhere"
 
 
-def test_a_required_mask_that_is_missing_is_reported(sd):
+def test_a_masked_loss_without_masks_causes_a_warning(sd):
     with pytest.warns(UserWarning, match="no picture has a mask"):
         data(sd, pictures(), objective={"masked": True})
 
@@ -225,7 +225,7 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
 
 
 def test_the_loss_can_leave_the_subject_out():
-    """For motions, the loss excludes whoever performs them. Examples without a mask (1 everywhere) count fully."""
+    """A motion is learned without the thing that moves. Examples without a mask (1 everywhere) count fully."""
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 1, 5, 8, 8, generator=draw)
     mask[1] = 1.0
@@ -236,11 +236,11 @@ def test_the_loss_can_leave_the_subject_out():
     assert part.inverts and torch.allclose(part.weight(mask, None), expected)
     assert torch.allclose(part.weight(mask, valid), expected * valid)
     assert not Denoising(inside=0.25, outside=1.0, masked=False).inverts and not Denoising(outside=1.0).inverts
-    with pytest.raises(ValueError, match="inside = 0 and outside = 0: nothing would be learned"):
+    with pytest.raises(ValueError, match="nothing would be learned with inside = 0 and outside = 0"):
         Denoising(inside=0)
 
 
-def test_the_warning_if_no_picture_has_a_mask_to_leave_out(sd):
+def test_leaving_out_the_subject_without_masks_causes_a_warning(sd):
     with pytest.warns(UserWarning, match="objective.inside is below objective.outside, but no picture has a mask"):
         data(sd, pictures(2), objective={"inside": 0.0, "outside": 1.0})
 
@@ -248,7 +248,7 @@ def test_the_warning_if_no_picture_has_a_mask_to_leave_out(sd):
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("family", ["epsilon", "v", "flow"])
 def test_min_snr_weights_the_loss_on_x0(request, family, gamma):
-    """Closed forms in float64 (arXiv 2303.09556): min(SNR, gamma) on |x_0 - x_0'|^2, in the model's parameterization."""
+    """Expects min(SNR, gamma) |x_0 - x_0'|^2 (arXiv 2303.09556), converted to the model's parameterization."""
     if family == "flow":
         backbone = FluxBackbone(request.getfixturevalue("make_tiny_flux")(), "tiny")
         t = torch.tensor([1.0, 130.0, 500.0, 777.5, 999.0])

@@ -1,4 +1,4 @@
-"""Phases other than tuning: pictures are generated with what was learned so far, chosen, and learned from."""
+"""Phases that generate pictures with what was learned so far and choose those that the next phase learns from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PHASES = {
 
 
 def feedback(**train: Any) -> Recipe:
-    """Tune -> generate and choose -> tune on the chosen pictures."""
+    """Returns a recipe that tunes, generates and chooses pictures, and tunes again on the chosen pictures."""
     plain = dump(small("textual_inversion", "sampling.steps=1", "trainable.tokens.lr=0.1"))
     return validate(Recipe, {**plain, "phases": PHASES, "train": {**plain["train"], "steps": 3, **train}})
 
@@ -73,14 +73,14 @@ def picture(path: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
-def test_a_kill_in_any_phase_resumes_bit_for_bit(tiny, photos, tmp_path, stop):
+def test_a_run_killed_in_any_phase_resumes_bit_for_bit(tiny, photos, tmp_path, stop):
     """Steps 1-2 tune, 3-5 generate pictures, 6-8 tune on them."""
     whole = finish(run_of(tiny, photos, tmp_path / "whole", checkpoint_every=1))
     killed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     steps = killed.steps()
     for _ in range(stop):
         next(steps)
-    steps.close()  # as with kill -9: nothing is saved on exit
+    steps.close()  # as after kill -9, nothing is saved on exit
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "part" / "phases").rglob("*.png")}
     resumed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     assert same(finish(resumed, resume=True), whole)
@@ -112,7 +112,7 @@ def test_pictures_of_a_phase_that_does_not_exist_are_an_error(tiny, photos, tmp_
 
 
 def test_pictures_left_by_a_later_phase_are_not_learned_from(tiny, photos, tmp_path):
-    """They belong to an earlier run."""
+    """Such pictures belong to an earlier run."""
     finish(run_of(tiny, photos, tmp_path / "run"))
     run = run_of(tiny, photos, tmp_path / "run")
     (_, first), _, (_, second) = run.phases
@@ -126,7 +126,7 @@ def test_pictures_left_by_a_later_phase_are_not_learned_from(tiny, photos, tmp_p
 
 
 class Count(torch.nn.Module):
-    """A package's task: a number that grows by one per step, with its own state."""
+    """A task that a package adds. It trains a number, which grows by one per step."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def run_again(tiny: Callable[[], Any], recipe: Recipe, photos: Path, folder: Pat
 
 @pytest.mark.parametrize("phases", [0, 2])
 def test_an_update_that_ends_a_phase_is_also_checked(tiny, photos, tmp_path, phases):
-    """Only finite values are saved, and the advice in the message works."""
+    """Only finite values are saved, and a run that follows the advice in the message resumes."""
     recipe = small("textual_inversion", "train.steps=1", "trainable.tokens.lr=0.1")
     if phases:
         recipe = validate(Recipe, {**dump(recipe), "phases": {"a": {}, "b": {}}})
@@ -186,7 +186,7 @@ def test_an_update_that_ends_a_phase_is_also_checked(tiny, photos, tmp_path, pha
 
 
 def huge(run: Callable[[TrainingRun], Any], owner: TrainingRun) -> Any:
-    """Runs with one update so large that the rows overflow."""
+    """Calls `run` with updates so large that the rows overflow."""
     original = torch.optim.AdamW.step
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:

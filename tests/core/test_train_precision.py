@@ -1,4 +1,4 @@
-"""Precision: which one is used on a device, fp16's scaler, and groups of updates that do not affect each other."""
+"""The precision that is used on each device, the scaler of fp16, and losses that update only their own groups."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_auto_on_a_gpu_is_bf16_if_it_is_not_emulated(monkeypatch):
         resolve_precision("fp8", "cpu")
 
 
-def test_resuming_where_auto_means_another_precision_is_a_warning(make_tiny_sd, photos, tmp_path, monkeypatch):
+def test_resuming_where_auto_means_another_precision_causes_a_warning(make_tiny_sd, photos, tmp_path, monkeypatch):
     recipe = small("textual_inversion", "train.mixed_precision=auto", "train.checkpoint_every=1")
     for amx, resume in ((True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
@@ -74,7 +74,9 @@ def test_resuming_where_auto_means_another_precision_is_a_warning(make_tiny_sd, 
         steps.close()
 
 
-def test_a_run_reports_what_auto_became_and_generates_all_pictures_in_it(make_tiny_sd, photos, tmp_path, monkeypatch):
+def test_a_run_reports_the_precision_that_auto_chose_and_generates_pictures_with_it(
+    make_tiny_sd, photos, tmp_path, monkeypatch
+):
     monkeypatch.setattr("shared.train.precision._fast_bf16", lambda: True)
     backbone, seen, encoded = StableDiffusionBackbone(make_tiny_sd(), "tiny"), [], set()
     backbone.vae.encoder.conv_in.register_forward_hook(lambda _, __, out: encoded.add(out.dtype))
@@ -107,8 +109,8 @@ def test_the_autoencoder_keeps_its_precision_under_autocast(make_tiny_sd):
     assert seen == [torch.float32]
 
 
-def test_the_precision_is_the_same_in_all_phases(make_tiny_sd, photos, tmp_path):
-    """Otherwise a phase's own setting would be ignored."""
+def test_a_phase_with_a_precision_of_its_own_is_refused(make_tiny_sd, photos, tmp_path):
+    """All phases share one precision, so the setting would otherwise be ignored."""
     with pytest.raises(
         ValueError, match=r"phases\.tune\.train\.mixed_precision = 'bf16': all phases share one precision"
     ):
@@ -116,11 +118,11 @@ def test_the_precision_is_the_same_in_all_phases(make_tiny_sd, photos, tmp_path)
         session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), recipe, photos, tmp_path / "run")
 
 
-# --- fp16's scaler -----------------------------------------------------------------------------
+# --- the scaler of fp16 -----------------------------------------------------------------------------
 
 
 class Line:
-    """A weight whose loss overflows in fp16 at steps where `bad(step)` is true."""
+    """A task whose gradient overflows at the steps where `bad(step)` is true."""
 
     def __init__(self, bad=lambda step: False) -> None:
         self.weight = nn.Parameter(torch.tensor([0.5, -0.5]))
@@ -134,7 +136,7 @@ class Line:
 
 
 def scaled(task: Line) -> tuple[Optimizers, Accelerator]:
-    """An accelerator on a CPU that behaves as if on a GPU with fp16."""
+    """Returns optimizers and an accelerator that behaves on a CPU as it would on a GPU with fp16."""
     accelerator = Accelerator(cpu=True)
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
@@ -162,7 +164,7 @@ def trained(task: Line, steps: int, start: int = 0, state: dict | None = None):
     return records, optimizers, good
 
 
-def test_some_overflows_are_skipped_and_the_scale_is_halved():
+def test_steps_with_an_overflow_are_skipped_and_halve_the_scale():
     task = Line(lambda step: step in (1, 2))
     before = None
     optimizers, accelerator = scaled(task)
@@ -190,7 +192,7 @@ def test_separate_series_of_overflows_are_not_added_up():
     assert len(records) == 40 and optimizers.skipped == 0
 
 
-def test_the_scaler_continues_where_it_was():
+def test_the_scaler_resumes_with_its_saved_state():
     def bad(step: int) -> bool:
         return step == 2
 
@@ -215,7 +217,7 @@ def test_a_log_contains_null_for_non_finite_values(tmp_path):
 
 
 class Two:
-    """Two losses in one step, each for one of two weights and touching both."""
+    """A task with two losses per step. Each depends on both weights but trains only one of them."""
 
     def __init__(self, pieces: int = 1) -> None:
         self.a, self.b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
@@ -228,7 +230,7 @@ class Two:
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_loss_changes_only_its_own_group(pieces):
-    """Compared with plain gradient steps, written out."""
+    """Compares the loop with the same steps of AdamW written out."""
     task = Two(pieces)
     accelerator = Accelerator(cpu=True)
     groups = {n: [TrainableGroup(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}

@@ -1,4 +1,4 @@
-"""After a NaN loss or an interruption: what is kept, what may change, and what must be the same."""
+"""What is kept after a NaN loss or an interruption, which settings may then change, and which must be the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.core.runs import finish, learned, same, session, small
 
 
 def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
-    """Patches the loss of this step (counted from 0) to be `value`."""
+    """Multiplies the loss of the step with index `step` (counted from 0) by `value`."""
     before = Tune.updates
 
     def updates(self, index, micro):
@@ -39,8 +39,8 @@ def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 200])
-def test_the_state_that_gave_a_non_finite_loss_is_not_kept(tiny, photos, tmp_path, monkeypatch, every):
-    """The parameters after step 3 gave the bad loss: those after step 2 are kept, whatever was saved in between."""
+def test_a_state_with_a_non_finite_loss_is_not_kept(tiny, photos, tmp_path, monkeypatch, every):
+    """The parameters after step 3 gave the bad loss. Those after step 2 are kept, whatever was saved in between."""
     recipe = small("textual_inversion", "train.steps=6", f"train.checkpoint_every={every}")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     states = []
@@ -57,11 +57,13 @@ def test_the_state_that_gave_a_non_finite_loss_is_not_kept(tiny, photos, tmp_pat
     assert state is not None and len(states) == 3 and state.step == 2
     assert same(dict(state.learned), states[1]) and same(learned(run), states[1])
     assert state.optimizer["main.0.step"] == 2
-    assert same(finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True), whole), "moments included"
+    assert same(finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True), whole), (
+        "the optimizer's moments are kept too"
+    )
 
 
 def test_a_run_can_continue_with_a_lower_rate(tiny, photos, tmp_path):
-    """The first update was far too large: what follows equals a run that never made it."""
+    """The first update is far too large. The resumed run equals a run that never made that update."""
     lower = small("textual_inversion", "trainable.tokens.lr=0.005", "train.steps=5")
     with pytest.raises(NotFinite, match="the last good state, from step 0"):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1e30"), photos, tmp_path / "run"))
@@ -74,7 +76,7 @@ def test_a_run_can_continue_with_a_lower_rate(tiny, photos, tmp_path):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1"), photos, tmp_path / "run"), True)
 
 
-def test_an_earlier_checkpoint_stays_if_the_first_step_after_it_fails(tiny, photos, tmp_path, monkeypatch):
+def test_a_checkpoint_is_kept_if_the_first_step_after_it_fails(tiny, photos, tmp_path, monkeypatch):
     recipe = small("textual_inversion", "train.steps=4", "train.checkpoint_every=2")
     steps = session(tiny(), recipe, photos, tmp_path / "run").steps()
     next(steps), next(steps)
@@ -91,7 +93,7 @@ def test_an_earlier_checkpoint_stays_if_the_first_step_after_it_fails(tiny, phot
     finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
 
 
-def test_settings_that_may_change_after_a_non_finite_loss():
+def test_only_rates_optimizers_and_precision_may_change_after_a_non_finite_loss():
     old = {
         "train": {"steps": 5, "mixed_precision": "fp16", "optimizers": {"main": {"eps": 1e-8, "betas": [0.9, 0.99]}}},
         "trainable": {"lora": {"kind": "lora", "lr": 1.0, "rank": 4}},
@@ -166,7 +168,7 @@ def test_previews_may_change_only_if_no_score_picks_the_best_state():
 
 
 class Standing:
-    """Has parameters and moments, but no run."""
+    """Stands in for the optimizers of a run, with one parameter and its moments."""
 
     def __init__(self, numbers: int = 2) -> None:
         self.weight = torch.nn.Parameter(torch.zeros(numbers))
@@ -188,8 +190,8 @@ class Standing:
         pass
 
 
-def test_a_diverging_state_is_not_a_good_one():
-    """A loss that has grown a thousandfold is still finite, but not a state to continue from."""
+def test_a_diverging_state_is_not_a_good_state():
+    """If the loss has grown a thousandfold, the state is finite but not worth continuing from."""
     model: Any = Standing()
     good = LastGood(model)
     for step, (value, loss) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 3.0), (9.0, 1e7), (99.0, 1e20)]):
@@ -209,7 +211,7 @@ def test_states_too_large_to_copy_are_not_copied(monkeypatch):
     assert small_one.put_back() == 1 and large.put_back() is None
 
 
-def test_without_a_copy_only_the_last_checkpoint_is_left(tiny, photos, tmp_path, monkeypatch):
+def test_without_a_copy_a_run_falls_back_to_the_last_checkpoint(tiny, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.last_good_state.MOST", 0)
     broken_at(monkeypatch, 3)
     for every, message in ((2, "the last good state, from step 2"), (0, "no good state is left")):
@@ -224,7 +226,7 @@ def test_without_a_copy_only_the_last_checkpoint_is_left(tiny, photos, tmp_path,
 
 
 def cut(run: Any) -> None:
-    """Takes one step, writes a checkpoint, and ends."""
+    """Takes one step of a run and closes the run."""
     steps = run.steps()
     next(steps)
     steps.close()
@@ -280,8 +282,8 @@ def test_resuming_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_
     finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True)
 
 
-def test_a_run_that_starts_over_leaves_nothing_of_an_earlier_one_to_resume(tiny, photos, tmp_path):
-    """This holds even if it is killed before its first checkpoint; but a run that is refused removes nothing."""
+def test_a_run_that_starts_over_leaves_no_earlier_run_to_resume(tiny, photos, tmp_path):
+    """This holds even if the new run is killed before its first checkpoint. A run that is refused removes nothing."""
     cut(session(tiny(), small(*RECIPE), photos, tmp_path / "run"))
     (tmp_path / "run" / "samples").mkdir()
     with pytest.raises(ValueError, match="trains nothing"):
@@ -351,7 +353,7 @@ def test_clearing_keeps_files_that_do_not_belong_to_the_run(tmp_path):
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(mine)
 
 
-def test_clearing_a_folder_with_only_a_run_leaves_nothing(tmp_path):
+def test_clearing_a_folder_that_contains_only_a_run_empties_it(tmp_path):
     log = Log(tmp_path)
     log.scalars(1, {"loss": 1.0})
     log.samples(1, torch.zeros(1, 3, 16, 16))

@@ -1,4 +1,4 @@
-"""Which parameters are added and trained: LoRA, DoRA and token rows, injected, trained, switched and removed again."""
+"""Which parameters LoRA, DoRA and token rows add and train, and how they are switched and removed again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def flux(make_tiny_flux):
 
 @torch.no_grad()
 def output(backbone: Any, prompt: str = PROMPT) -> Tensor:
-    """One complete prediction, from the prompt to the denoiser's output."""
+    """Makes one complete prediction, from the prompt to the denoiser's output."""
     x_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     return backbone.predict(x_t, torch.tensor([500]), backbone.encode([prompt]))
 
@@ -52,12 +52,12 @@ def stir(parameters: Any, seed: int = 7, size: float = 0.3) -> None:
         p.add_(size * torch.randn(p.shape, generator=generator))
 
 
-# --- in and out ------------------------------------------------------------------------------
+# --- injecting and ejecting ------------------------------------------------------------------------------
 
 
 @KINDS
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_the_start_is_exactly_the_identity_and_ejecting_restores_everything(request, family, dora):
+def test_an_adapter_starts_as_the_identity_and_ejecting_it_restores_everything(request, family, dora):
     backbone = request.getfixturevalue(family)
     before, look = output(backbone), {c: repr(m) for c, m in backbone.components.items()}
     bytes_before = {n: p.detach().clone() for n, p in everything(backbone).items()}
@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_start_without_using_the_global_generator(s
 
 
 @KINDS
-def test_only_what_was_declared_is_trainable(sd, dora):
+def test_only_declared_parameters_are_trainable(sd, dora):
     group = Lora(roles=("cross_attention.kv",), rank=2, dora=dora).inject(sd, "mug", "lora", seed=0)
     assert trained(sd) == {id(p) for p in group.parameters}
     names = {n for n, p in everything(sd).items() if p.requires_grad}
@@ -135,7 +135,7 @@ def test_a_loaded_concept_stays_frozen_when_another_is_injected_and_trained(sd, 
     assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
 
 
-def test_a_bare_injection_starts_frozen_and_does_not_affect_others(sd):
+def test_an_adapter_injected_directly_is_frozen_and_leaves_other_adapters_trainable(sd):
     group = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "lora", seed=0)
     config = LoraConfig(r=2, target_modules=list(sd.group("attention")[0].modules))
     loaded = PeftAdapter.inject(sd, "old", "lora", "unet", config, seed=0)
@@ -180,11 +180,11 @@ def test_strength_scales_the_change_of_each_layer(sd):
         assert torch.equal(layer(x), plain)
     with sd.active({}):
         assert torch.equal(layer(x), plain)
-    assert torch.allclose(layer(x), plain + full, atol=1e-5), "afterwards the strength is the same as before"
+    assert torch.allclose(layer(x), plain + full, atol=1e-5), "afterwards the earlier strength is restored"
 
 
 @KINDS
-def test_strengths_of_the_whole_network(sd, dora):
+def test_the_strength_scales_the_effect_on_the_whole_network(sd, dora):
     before = output(sd)
     stir(Lora(rank=2, dora=dora).inject(sd, "mug", "lora", seed=0).parameters, size=0.05)
     full = output(sd)
@@ -207,14 +207,14 @@ def test_two_slots_with_different_roles_and_ranks_work_together(sd):
     first, second = sd.adapters["mug"]
     assert {v.shape[0] for k, v in first.state_dict().items() if "lora_A" in k} == {2}
     assert {v.shape[0] for k, v in second.state_dict().items() if "lora_A" in k} == {5}
-    assert any(".attn2.to_q." in k for k in first.state_dict()), "both are on the same layer"
+    assert any(".attn2.to_q." in k for k in first.state_dict()), "both adapters are on the same layer"
     assert any(".attn2.to_q." in k for k in second.state_dict())
     stir(one.parameters)
     alone = output(sd)
     stir(two.parameters, seed=8)
     assert not torch.allclose(output(sd), alone, atol=1e-3) and not torch.allclose(alone, before, atol=1e-3)
     with sd.active({}):
-        assert torch.equal(output(sd), before), "one name switches both"
+        assert torch.equal(output(sd), before), "the concept's name switches both"
     sd.remove("mug")
     assert torch.equal(output(sd), before)
 
@@ -250,7 +250,7 @@ def test_a_state_that_does_not_fit_is_refused_completely(sd):
 # --- roles -----------------------------------------------------------------------------------
 
 
-def test_a_role_that_does_not_exist_lists_those_that_do(sd, flux):
+def test_the_error_for_an_unknown_role_lists_the_existing_roles(sd, flux):
     with pytest.raises(ValueError, match="unknown role 'cros_attention'.*Did you mean 'cross_attention'.*text_encoder"):
         Lora(roles=("cros_attention",)).inject(sd, "mug", "lora", seed=0)
     with pytest.raises(ValueError, match="flux: unknown role 'conv'.*self_attention"):
@@ -258,14 +258,14 @@ def test_a_role_that_does_not_exist_lists_those_that_do(sd, flux):
     assert not sd.adapters and not flux.adapters
 
 
-def test_exact_roles_have_no_note_and_ports_are_noted(sd, flux):
+def test_ported_roles_are_noted_and_exact_roles_are_not(sd, flux):
     assert Lora(roles=("cross_attention",)).inject(sd, "mug", "lora", seed=0).ports == ()
     group = Lora(roles=("cross_attention", "feed_forward")).inject(flux, "mug", "lora", seed=0)
     assert len(group.ports) == 1
     assert group.ports[0].startswith("cross_attention: ") and "text stream" in group.ports[0]
 
 
-def test_a_text_encoder_role_says_that_the_text_changes(sd):
+def test_adapting_a_text_encoder_is_marked_as_changing_the_text(sd):
     before = output(sd)
     group = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "lora", seed=0)
     assert group.touches_text and not Lora(roles=("cross_attention",)).inject(sd, "mug", "net", seed=0).touches_text
@@ -277,7 +277,7 @@ def test_a_text_encoder_role_says_that_the_text_changes(sd):
         assert not torch.equal(sd.encode([PROMPT]).context, context)
 
 
-def test_flux_s_second_text_encoder_can_be_adapted(flux):
+def test_the_second_text_encoder_of_flux_can_be_adapted(flux):
     before = output(flux)
     group = Lora(roles=("text_encoder_2",), rank=2).inject(flux, "mug", "lora", seed=0)
     assert group.touches_text
@@ -288,17 +288,17 @@ def test_flux_s_second_text_encoder_can_be_adapted(flux):
 # --- token rows ------------------------------------------------------------------------------
 
 
-def test_tokens_unfreezes_only_the_rows_being_trained(sd):
+def test_the_tokens_part_unfreezes_only_the_rows_being_trained(sd):
     old = LearnableToken(vectors=2).attach(sd, "old", "dog")
     old.frozen = True
     new = LearnableToken(vectors=3).attach(sd, "new", "mug")
     group = Tokens(lr=0.5).inject(sd, "new", "tokens", seed=0)
     assert [p.shape[0] for p in group.parameters] == [3] and group.lr == 0.5 and group.touches_text
     assert all(p.requires_grad for p in new.parameters()) and not any(p.requires_grad for p in old.parameters())
-    assert trained(sd) == set(), "no row of the table is trained"
+    assert trained(sd) == set(), "no row of the model's own table is trained"
 
 
-def test_tokens_without_a_token_is_an_error(sd):
+def test_training_tokens_without_a_learnable_token_is_an_error(sd):
     RareToken().attach(sd, "mug", "mug")
     with pytest.raises(ValueError, match=r"trainable\.x trains tokens, but the modifier learns none"):
         Tokens().inject(sd, "mug", "x", seed=0)

@@ -1,4 +1,4 @@
-"""All of peft's methods: the ones offered work as promised, the others are refused with a reason."""
+"""Every peft method is offered and works, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED
 
 PROMPT = "a photo of a mug on the beach"
 LINEAR = ("self_attention", "cross_attention", "feed_forward", "text_encoder")
-#: Settings that fit layers with 16 to 80 columns; the others are peft's defaults.
+#: Settings that fit layers with 16 to 80 columns. All other settings are peft's defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "BOFT": {"boft_dropout": 0.2},
     "C3A": {"block_size": 8},
@@ -71,7 +71,7 @@ def trace(backbone: Any) -> Any:
     }
 
 
-def test_every_method_of_this_peft_is_offered_or_refused_with_a_reason():
+def test_every_method_of_the_installed_peft_is_offered_or_refused():
     known = {getattr(kind, "value", kind) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert ADAPTER_TYPES.keys() | UNSUPPORTED.keys() >= known and not ADAPTER_TYPES.keys() & UNSUPPORTED.keys()
     configs = {getattr(kind, "value", kind): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -164,10 +164,10 @@ class Holder(Part):
         ({"type": "OSF"}, "'OSF' cannot be used: .*it trains nothing on convolutions"),
         ({"type": "LOKR", "settings": {"rank": 4}}, r"settings of LOKR: unknown key 'rank'.*Available: alpha, .*\br\b"),
         ({"type": "LORA", "settings": {"bias": "all"}}, "settings of LORA: unknown key 'bias'"),
-        ({"type": "LOKR", "settings": {"r": "four"}}, r"settings\.r = 'four': must have the type of peft's default, 8"),
+        ({"type": "LOKR", "settings": {"r": "four"}}, r"settings\.r = 'four' must have the type of peft's default, 8"),
         (
             {"type": "LOKR", "settings": {"decompose_both": 1}},
-            "decompose_both = 1: must have the type of peft's default, False",
+            "decompose_both = 1 must have the type of peft's default, False",
         ),
         (
             {"type": "HRA", "settings": {"r": 3}},

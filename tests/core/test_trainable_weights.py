@@ -1,4 +1,4 @@
-"""Training existing weights: the gradient, switching to the base and back, what is saved, and what it costs."""
+"""Training existing weights: gradients, switching to the base model and back, saved changes, and memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def stir(parameters: Any, size: float = 0.3) -> None:
 
 
 @ROLES
-def test_it_starts_as_the_base_changes_only_declared_weights_and_ejects_cleanly(sd, roles):
+def test_training_weights_starts_from_the_base_changes_only_declared_weights_and_is_undone(sd, roles):
     before, look = output(sd), {c: repr(m) for c, m in sd.components.items()}
     values = {n: p.detach().clone() for n, p in everything(sd).items()}
     group = Weights(roles=roles).inject(sd, "mug", "weights", seed=0)
@@ -79,7 +79,7 @@ def test_it_starts_as_the_base_changes_only_declared_weights_and_ejects_cleanly(
     if "denoiser.all" in roles:
         assert all(id(p) in declared for n, p in everything(sd).items() if n.startswith("unet."))
         names = {n for n, p in everything(sd).items() if id(p) in declared and "k_proj.bias" not in n}
-        assert moved >= names, "except biases of keys, on which no attention depends"
+        assert moved >= names, "all change except biases of keys, on which no attention depends"
     else:
         assert moved == {n for n in values if ".attn2.to_k." in n or ".attn2.to_v." in n}
     assert all(id(everything(sd)[n]) in declared for n in moved)
@@ -101,7 +101,7 @@ def test_gradients_equal_those_of_the_plain_weights_even_after_using_the_base(ne
     backbone = new_sd()
     group = Weights(roles=("denoiser.all",)).inject(backbone, "mug", "weights", seed=0)
     if checkpointing:
-        backbone.unet.train()  # diffusers recomputes only in training mode; there is no dropout here
+        backbone.unet.train()  # diffusers recomputes only in training mode (there is no dropout here)
         backbone.unet.enable_gradient_checkpointing()
     prediction = predict(backbone)
     with torch.no_grad(), backbone.active({}):
@@ -138,7 +138,7 @@ def test_the_base_is_exact_during_training_and_the_trained_weights_are_restored(
 
 
 def test_the_base_is_exact_inside_one_autocast(sd):
-    """Autocast caches casts of weights that require a gradient, even if the weights have changed since."""
+    """Autocast caches casts of weights that require a gradient, and would use them even after the weights change."""
     group = Weights().inject(sd, "mug", "weights", seed=0)
     stir(group.parameters)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -173,7 +173,7 @@ def test_the_strength_scales_the_change(sd):
     assert all(torch.equal(p.double(), b) for p, b in zip(group.parameters, trained, strict=True))
 
 
-def test_it_works_with_another_concept_s_changes_and_adapters_on_the_same_layers(sd):
+def test_weights_can_be_trained_on_layers_that_other_concepts_change_and_adapt(sd):
     layer = "unet." + sd.group("cross_attention.kv")[0].modules[0]
     before = output(sd)
     delta = 0.3 * torch.randn(sd.unet.get_submodule(layer[5:]).weight.shape, generator=torch.Generator().manual_seed(2))
@@ -221,8 +221,8 @@ def test_two_slots_may_not_share_a_weight_but_a_second_concept_builds_on_the_fir
 
 
 @ROLES
-@pytest.mark.parametrize("lr", [1e-3, 0.1], ids=["near", "far"])  # far: many weights even cross zero
-def test_saved_weights_equal_the_trained_ones_bit_for_bit(new_sd, roles, lr):
+@pytest.mark.parametrize("lr", [1e-3, 0.1], ids=["near", "far"])  # with "far", many weights even change their sign
+def test_saved_weights_equal_the_trained_weights_bit_for_bit(new_sd, roles, lr):
     backbone = new_sd()
     learn(backbone, Weights(roles=roles).inject(backbone, "mug", "weights", seed=0), lr=lr)
     backbone.adapters["mug"][0].train(False)
@@ -240,7 +240,7 @@ def test_saved_weights_equal_the_trained_ones_bit_for_bit(new_sd, roles, lr):
         again.adapters["mug"][0].load_state_dict(dict(list(state.items())[1:]))
 
 
-def test_half_precision_weights_are_trained_in_fp32_and_used_in_half(new_sd):
+def test_half_precision_weights_are_trained_in_fp32_and_used_in_half_precision(new_sd):
     """A step of 1e-4 is too small to change most weights in bf16."""
     with torch.autocast("cpu", torch.bfloat16):
         backbone = new_sd().to(dtype=torch.bfloat16)
@@ -275,7 +275,7 @@ def recipe(*settings: str) -> Recipe:
 
 
 @pytest.mark.parametrize("prior", ["prior_preservation", "prior_prediction"])
-def test_a_run_that_was_stopped_ends_where_an_uninterrupted_one_does(tiny, photos, tmp_path, prior):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tiny, photos, tmp_path, prior):
     planned = recipe(f"regularize.prior.kind={prior}", "train.mixed_precision=bf16")
     whole = finish(session(tiny(), planned, photos, tmp_path / "whole"))
     assert any(k.startswith("adapter/w/unet.") for k in whole)
@@ -287,17 +287,17 @@ def test_a_run_that_was_stopped_ends_where_an_uninterrupted_one_does(tiny, photo
     assert same(finish(session(tiny(), planned, photos, tmp_path / "cut"), resume=True), whole)
 
 
-# --- what it costs ---------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------
 
 
 def held(like: set[tuple[int, ...]]) -> int:
-    """Bytes of all live tensors with these shapes, counting each storage once."""
+    """Returns the bytes of all live tensors with these shapes, counting each storage once."""
     gc.collect()
     copies = [o for o in gc.get_objects() if isinstance(o, Tensor) and tuple(o.shape) in like]
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in copies}.values())
 
 
-def test_only_one_additional_copy_is_held_even_while_the_base_is_on(sd):
+def test_only_one_additional_copy_is_in_memory_even_while_the_base_is_used(sd):
     keys = [p for n, p in everything(sd).items() if ".attn2.to_k." in n or ".attn2.to_v." in n]
     shapes, size = {tuple(p.shape) for p in keys}, sum(p.numel() * 4 for p in keys)
     before = held(shapes)

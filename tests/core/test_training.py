@@ -1,4 +1,4 @@
-"""Runs from pictures to learned tensors, on tiny pipelines: what changes, what is kept, and resuming."""
+"""Runs of tiny pipelines from pictures to learned tensors: what changes, what is kept, and how runs resume."""
 
 from __future__ import annotations
 
@@ -46,13 +46,15 @@ def test_two_steps_change_the_declared_parameters_and_nothing_else(request, phot
     run = session(backbone, small(name), photos, tmp_path / "b")
     after = finish(run)
     assert after.keys() == start.keys() and after
-    assert all(not torch.equal(v, start[k]) for k, v in after.items()), "everything declared has changed"
+    assert all(not torch.equal(v, start[k]) for k, v in after.items()), "every declared parameter has changed"
     left, trained = (
         weights(backbone),
         {slot for _, p in run.phases for slot, t in p.trainable.items() if t.kind == "weights"},
     )
     learned = {k.split("/", 2)[2] for k in after if k.startswith("adapter/") and k.split("/")[1] in trained}
-    assert same(left, {k: v for k, v in before.items() if k not in learned}), "nothing else has changed, bit for bit"
+    assert same(left, {k: v for k, v in before.items() if k not in learned}), (
+        "all other weights are the same, bit for bit"
+    )
     declared = {slot for _, phase in run.phases for slot in phase.trainable}
     assert {k.split("/")[1] for k in after if k.startswith("adapter/")} == declared - {"tokens"}
     assert any(k.startswith("placeholder/mug/") for k in after) == ("tokens" in declared)
@@ -101,7 +103,7 @@ RICH = (
     ],
     ids=["tokens", "rich", "class pictures", "first phase", "at the end of a phase", "second phase"],
 )
-def test_k_plus_m_steps_equal_k_steps_a_stop_and_m_more(tiny, photos, tmp_path, name, settings, stop):
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny, photos, tmp_path, name, settings, stop):
     recipe = small(name, *settings)
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     first = session(tiny(), recipe, photos, tmp_path / "cut")
@@ -110,7 +112,7 @@ def test_k_plus_m_steps_equal_k_steps_a_stop_and_m_more(tiny, photos, tmp_path, 
         for _ in first.steps():
             steps += 1
             if steps == stop:
-                os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C: the current step is finished, then everything is saved
+                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does; the run finishes the current step and saves
     assert steps == stop and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(list((tmp_path / "cut").glob(f"{checkpoint.PREFIX}*"))) == 1
     assert same(finish(session(tiny(), recipe, photos, tmp_path / "cut"), resume=True), whole)
@@ -118,8 +120,11 @@ def test_k_plus_m_steps_equal_k_steps_a_stop_and_m_more(tiny, photos, tmp_path, 
     assert logs[0] == logs[1] and [r["step"] for r in logs[1]] == list(range(1, len(logs[0]) + 1))
 
 
-def test_after_a_kill_a_run_resumes_from_the_last_checkpoint_even_at_a_phase_s_start(tiny, photos, tmp_path):
-    """The run is abandoned, as by kill -9, in the second phase, whose only checkpoint is its start."""
+def test_a_killed_run_resumes_from_the_last_checkpoint_even_at_the_start_of_a_phase(tiny, photos, tmp_path):
+    """The runs are abandoned, as after kill -9, at several steps.
+
+    One stops in the second phase, whose only checkpoint is then its start.
+    """
     recipe = small("pivotal_tuning", "train.steps=3", "train.checkpoint_every=2")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     for stop, expected in ((1, None), (2, (0, 2)), (4, (1, 0)), (5, (1, 2))):
@@ -156,7 +161,7 @@ def test_resuming_with_another_recipe_is_refused(tiny, photos, tmp_path):
 
 
 class Judge:
-    """Pictures and scores by step; the step with the highest score is the best."""
+    """A preview that returns blank pictures and the given score of each step."""
 
     def __init__(self, scores: Mapping[int, float]) -> None:
         self.scores, self.seen = scores, []

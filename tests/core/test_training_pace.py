@@ -1,4 +1,4 @@
-"""How fast the denoising networks learn: batches drawn ahead, larger batches, compiled blocks."""
+"""What speeds up the training of the denoising networks: batches drawn ahead, larger batches and compiled blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.pretrain.toybox.denoising_loss import UnetTraining
 from shared.pretrain.toybox.motion_module import MotionTraining
 
 
-def test_batches_drawn_ahead_are_the_right_ones_for_their_steps() -> None:
+def test_batches_drawn_ahead_belong_to_the_right_steps() -> None:
     drawn: list[tuple[int, bool]] = []
 
     def draw(step: int) -> int:
@@ -25,26 +25,25 @@ def test_batches_drawn_ahead_are_the_right_ones_for_their_steps() -> None:
         return 10 * step
 
     ahead = Prefetch(draw, torch.device("meta"))
-    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # 9: as when a run resumes at another step
+    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # the jump to 9 is what a resumed run does
     assert dict(drawn)[3] and not dict(drawn)[4] and dict(drawn)[9]
     assert ahead(6) == 60
     with pytest.raises(ValueError, match="no picture 7"):
         ahead(7)
     drawn.clear()
-    assert Prefetch(draw, torch.device("cpu"))(1) == 10 and drawn == [
-        (1, True)
-    ]  # on a CPU nothing is drawn ahead: its cores are busy
+    # on a CPU nothing is drawn ahead, because its cores are busy
+    assert Prefetch(draw, torch.device("cpu"))(1) == 10 and drawn == [(1, True)]
 
 
 @pytest.mark.parametrize(("usual", "batch"), [(UnetTraining(), 32), (MotionTraining(), 4)])
-def test_a_larger_batch_shortens_the_average_by_its_square_root(usual: Any, batch: int) -> None:
+def test_the_averaging_time_shrinks_with_the_square_root_of_the_batch_size(usual: Any, batch: int) -> None:
     assert stages.Pace().of(usual) == usual
     found = stages.Pace(batch=16 * batch, lr=1e-4).of(usual)
     assert (found.batch, found.lr, found.ema) == (16 * batch, 1e-4, pytest.approx(0.999**4))
     assert (1 - found.ema) / (1 - usual.ema) == pytest.approx(4, rel=0.01)
 
 
-def test_compiled_blocks_compute_the_same_and_keep_their_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_give_the_same_results_and_keep_their_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", **options))
     torch.manual_seed(0)

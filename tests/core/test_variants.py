@@ -1,4 +1,4 @@
-"""Grids of settings, and the paired difference from a control."""
+"""Grids of settings, and the paired difference between a variant and a control."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.benchmark.variants import varied
 from shared.metrics.report import Report, Score
 
 
-def test_a_grid_is_every_combination_after_the_common_settings():
+def test_a_grid_adds_every_combination_to_the_common_settings():
     rows = varied({"a": "a", "b": "b.yaml"}, ("seed=1",), ("train.steps=10,20", "trainable.lora.roles=[q, k],[v]"))
     assert len(rows) == 8
     assert rows["b train.steps=20 trainable.lora.roles=[q, k]"].recipe == "b.yaml"
@@ -59,7 +59,7 @@ def test_the_difference_from_the_control_is_paired_by_subject():
     table = compare(reports, control="c")
     ahead = table.ahead("o")
     assert ahead is not None and ahead.value == pytest.approx(0.1)
-    # Each subject gains 0.1: the spread between subjects does not widen a paired interval.
+    # Every subject gains 0.1, and the spread between subjects does not widen a paired interval.
     assert (ahead.low, ahead.high) == (pytest.approx(0.1), pytest.approx(0.1))
     assert table.ahead("c") is None and compare(reports).ahead("o") is None
     assert "ahead of c" in table.markdown() and "Ahead of c" in table.html()

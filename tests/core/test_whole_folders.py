@@ -40,7 +40,7 @@ def folder(saved, tmp_path) -> Callable[[str], Path]:
 
 
 def edit(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> str:
-    """Changes the tensors of a file and returns the first key it had."""
+    """Changes the tensors of a file. Returns the alphabetically first key that the file had before."""
     tensors = load_file(file)
     first = min(tensors)
     change(tensors)
@@ -61,7 +61,7 @@ PARTS += [("flux", part) for part in ("transformer", "text_encoder", "text_encod
 
 
 def tail(key: str) -> str:
-    """The key as transformers names it, without the prefix that older files have."""
+    """Returns a pattern for the key as transformers names it, without the prefix that older files have."""
     return key.removeprefix("text_model.").replace(".", r"\.")
 
 
@@ -89,7 +89,7 @@ def test_the_keys_of_another_network_are_not_filled_with_random_numbers(folder):
     load_backbone(root)
 
 
-def test_an_unexpected_key_is_a_warning_unless_known_to_be_harmless(folder):
+def test_an_unexpected_key_causes_a_warning_unless_it_is_known_to_be_harmless(folder):
     root = folder("sd")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -104,7 +104,7 @@ def test_an_unexpected_key_is_a_warning_unless_known_to_be_harmless(folder):
         load_backbone(root)
 
 
-def test_shards_load_and_a_missing_one_is_named(folder):
+def test_a_sharded_model_loads_and_a_missing_shard_is_named(folder):
     root = folder("shards")
     shards = sorted((root / "transformer").glob("*-of-*.safetensors"))
     assert len(shards) > 1
@@ -200,7 +200,7 @@ def test_a_dino_needs_everything_but_its_pooler(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "load"), [("recognizer", load_recognizer), ("identity", load_identity)])
-def test_the_toybox_s_own_instruments_are_complete(tmp_path, name, load):
+def test_toybox_instruments_refuse_incomplete_or_unexpected_weights(tmp_path, name, load):
     folder = Path(shutil.copytree(WEIGHTS / name, tmp_path / name))
     load.__wrapped__(folder)
     edit(folder / "model.safetensors", lambda tensors: tensors.update(aaa=torch.zeros(1)))

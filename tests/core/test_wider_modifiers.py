@@ -1,4 +1,4 @@
-"""A modifier unknown to the core, with rows per site and time: trained, saved, and loaded by its own package."""
+"""A modifier that the core does not know, with rows per site and time, is trained, saved and loaded by its package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shared.train.training_run import TrainingRun
 
 
 class Spread(PlaceholderBase):
-    """One row per attention site, and another row that grows with time."""
+    """A placeholder with one row per attention site and another row that is scaled with the timestep."""
 
     varies_with = frozenset({"time", "site"})
     components = ("text_encoder",)
@@ -73,7 +73,7 @@ def predicted(backbone: Any) -> Tensor:
 
 @pytest.fixture
 def trained(new_sd: Callable[..., Any], tmp_path: Path) -> Any:
-    """(backbone, recipe) after two steps on one picture."""
+    """Returns a backbone and its recipe after two steps on one picture."""
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32), (200, 40, 40)).save(tmp_path / "photos/0.png")
     settings = ["backbone=tiny", "train.steps=2", "train.resolution=32", "modifier.kind=per_site_and_time"]
@@ -85,7 +85,9 @@ def trained(new_sd: Callable[..., Any], tmp_path: Path) -> Any:
     return backbone, recipe
 
 
-def test_it_is_trained_saved_and_loaded(trained: Any, new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_foreign_modifier_is_trained_saved_and_loaded(
+    trained: Any, new_sd: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone, recipe = trained
     learned = predicted(backbone)
     concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe))
@@ -98,17 +100,19 @@ def test_it_is_trained_saved_and_loaded(trained: Any, new_sd: Callable[..., Any]
     fresh.placeholders["mug"].load_state_dict(
         Spread("o", fresh.word_embeddings("text_encoder", "mug")[:1], fresh.text_sites()).state_dict()
     )
-    assert not torch.equal(predicted(fresh), learned), "two steps have changed it"
+    assert not torch.equal(predicted(fresh), learned), "two steps have changed the rows"
     assert any("rows.time: 1 × 16" in line for line in lines(loaded))
 
 
-def test_unsupported_uses_are_refused(trained: Any, new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_unsupported_uses_of_a_foreign_modifier_are_refused(
+    trained: Any, new_sd: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone, recipe = trained
     concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe))
     fresh = new_sd()
     with pytest.raises(ValueError, match="the concept 'mug': modifier: unknown kind 'per_site_and_time'"):
         attach(concept, fresh)
-    with pytest.raises(ValueError, match="only work at strength 1"):
+    with pytest.raises(ValueError, match="work only at strength 1"):
         attach(concept, fresh, 0.5, modifiers=Wider)
     assert not fresh.placeholders
     with pytest.raises(

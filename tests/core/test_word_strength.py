@@ -1,4 +1,4 @@
-"""Learned words have a strength, as adapters do: at 0 they equal their start, at 1 what was learned."""
+"""Learned words have a strength, as adapters do. At 0 they have their initial values, at 1 their learned values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.core.runs import sample
 
 
 def learned(backbone: Any, lora: bool = False, noun: str = "mug", **settings: Any) -> Concept:
-    """A concept with learned tokens (and an adapter), removed from the backbone again."""
+    """Returns a concept with learned tokens (and an adapter if `lora`), which is no longer attached to the backbone."""
     modifier = LearnableToken(**settings)
     placeholder = modifier.attach(backbone, "x", noun, seed=5)
     for parameter in placeholder.parameters():
@@ -46,7 +46,9 @@ def at(backbone: Any, concept: Concept, strength: float) -> Tensor:
     return made
 
 
-def test_strength_goes_from_the_class_noun_to_what_was_learned(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_strength_leads_from_the_class_noun_to_the_learned_words(
+    new_sd: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone = new_sd()
     concept = read(save(learned(backbone), tmp_path / "x.concept").path or "")
     none, half, full = (at(backbone, concept, s) for s in (0.0, 0.5, 1.0))
@@ -55,7 +57,7 @@ def test_strength_goes_from_the_class_noun_to_what_was_learned(new_sd: Callable[
     assert not torch.equal(half, full) and not torch.equal(half, base)
 
 
-def test_the_rows_lie_on_the_line(backbone: Any) -> None:
+def test_the_rows_are_interpolated_linearly_by_strength(backbone: Any) -> None:
     concept = learned(backbone, vectors=3)
     for strength in (0.0, 0.25, 1.0, 1.5):
         attach(concept, backbone, strength)
@@ -68,7 +70,7 @@ def test_the_rows_lie_on_the_line(backbone: Any) -> None:
         backbone.remove("x")
 
 
-def test_switching_sets_also_sets_and_restores_the_strength_of_words(new_sd: Callable[..., Any]) -> None:
+def test_switching_concepts_sets_and_restores_the_strength_of_their_words(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     attach(learned(backbone), backbone, 0.5)
     before = picture(backbone)
@@ -79,7 +81,7 @@ def test_switching_sets_also_sets_and_restores_the_strength_of_words(new_sd: Cal
             raise RuntimeError
         assert backbone.strengths == {"x": 0.0}
     with backbone.active({}):
-        assert torch.equal(picture(backbone), before), "words without a new strength keep theirs"
+        assert torch.equal(picture(backbone), before), "words without a new strength keep their strength"
     assert torch.equal(picture(backbone), before)
 
 
@@ -93,13 +95,13 @@ def test_adapters_and_words_share_one_strength(new_sd: Callable[..., Any]) -> No
     assert not torch.equal(backbone.encode([backbone.placeholders["x"].words]).context, text)
 
 
-def test_an_older_concept_without_a_start_starts_from_this_model_s_words(new_sd: Callable[..., Any]) -> None:
+def test_an_older_concept_without_initial_rows_gets_them_from_the_model(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     concept = learned(backbone, vectors=2)
     old = replace(concept, tensors={"embeddings": concept.learned_words})
     for strength in (0.0, 0.5, 1.0):
         assert torch.equal(at(backbone, old, strength), at(backbone, concept, strength)), (
-            "the start is computed again from the run's seed"
+            "the initial rows are computed again from the run's seed"
         )
 
 
@@ -124,9 +126,9 @@ def test_a_placeholder_without_interpolation_refuses_other_strengths(new_sd: Cal
 
     backbone = new_sd()
     backbone.add_placeholder(Learned("x", "sks"))
-    with pytest.raises(ValueError, match="'x': its learned words only work at strength 1, not 0.5"):
+    with pytest.raises(ValueError, match="the learned words of 'x' work only at strength 1, not 0.5"):
         backbone.set_strength("x", 0.5)
-    with pytest.raises(ValueError, match="only work at strength 1"), backbone.active({"x": 0.5}):
+    with pytest.raises(ValueError, match="work only at strength 1"), backbone.active({"x": 0.5}):
         pass
     assert backbone.strengths == {"x": 1.0}
 

@@ -1,4 +1,4 @@
-"""A backbone states its world; nothing else depends on the backbone's name."""
+"""A backbone states the world that it was trained on. Nothing else depends on the backbone's name."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def test_only_a_model_with_its_own_world_warns_about_other_pictures(new_sd: Call
         warn_unseen(backbone, subjects)
 
 
-def test_the_loader_states_the_world(tmp_path: Path) -> None:
+def test_the_loader_sets_the_world_of_a_backbone(tmp_path: Path) -> None:
     assert load_backbone().world is WORLDS["toybox"]

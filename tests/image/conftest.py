@@ -1,4 +1,4 @@
-"""A tiny backbone in a folder, photos, concepts learned from them, and the command line, run in this process."""
+"""Fixtures for a tiny backbone in a folder, photos, and concepts learned from photos through the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture
 def interrupted(pcs, monkeypatch) -> Callable[..., Ran]:
-    """`pcs(…)` for a training run that Ctrl-C stops after its first step."""
+    """Returns a function like `pcs(…)` for a training run, which Ctrl-C stops after its first step."""
 
     def call(*arguments: Any) -> Ran:
         import os
@@ -42,7 +42,7 @@ def interrupted(pcs, monkeypatch) -> Callable[..., Ran]:
 
 
 def paint(folder: Path, n: int = 3, side: int = 32, seed: int = 0) -> Path:
-    """A folder of `n` smooth random pictures."""
+    """Paints `n` smooth random pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         noise = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(100 * seed + i))
@@ -63,7 +63,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, make_tiny_sd) -> Path:
-    """The tiny Stable Diffusion as a diffusers folder: `backbone=PATH`."""
+    """Saves the tiny Stable Diffusion as a diffusers folder, to be given as `backbone=PATH`."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     make_tiny_sd().save_pretrained(folder)
     return folder
@@ -71,7 +71,7 @@ def tiny_folder(tmp_path_factory, make_tiny_sd) -> Path:
 
 @pytest.fixture(scope="session")
 def learn(tiny_folder, photos) -> Callable[..., list[str]]:
-    """Arguments of `pcs image personalize` for a run of two steps: learn("dreambooth_lora", "output=…")."""
+    """Returns a function that makes the arguments of `pcs image personalize` for a run of two steps."""
 
     def arguments(recipe: str, *settings: str, images: Path | None = photos, noun: str = "mug") -> list[str]:
         subject = [f"subject.images={images}", f"subject.class_noun={noun}"] if images else []
@@ -83,7 +83,7 @@ def learn(tiny_folder, photos) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def concepts(tmp_path_factory, learn) -> dict[str, Path]:
-    """Two concepts learned through the command line: `mug` (tokens and LoRA) and `rex` (a rare token and LoRA)."""
+    """Learns two concepts through the command line, `mug` (tokens and LoRA) and `rex` (a rare token and LoRA)."""
     import os
 
     from shared.cli import build, run
@@ -103,7 +103,7 @@ def concepts(tmp_path_factory, learn) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def dino(tmp_path_factory) -> Path:
-    """A tiny DINOv2 as a transformers folder."""
+    """Saves a tiny DINOv2 as a transformers folder."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("models") / "tiny-dino"

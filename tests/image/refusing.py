@@ -1,4 +1,4 @@
-"""Commands that must fail with a clear message and change nothing."""
+"""Runs commands that must fail with a clear message and change nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ def tree(root: Path) -> dict[str, int]:
 
 
 def refusing(pcs: Callable, root: Path) -> Callable[..., str]:
-    """A function that runs a command, which must fail and leave `root` unchanged, and returns its message on standard error."""
+    """Returns a function that runs a command and returns its error message.
+
+    The command must fail and leave `root` unchanged.
+    """
 
     def call(*arguments, code: int = 2) -> str:
         before = tree(root)

@@ -1,4 +1,4 @@
-"""Concepts that are missing, damaged, hostile or for another model: one clear message, and nothing in them is executed."""
+"""A missing, damaged, hostile or unsuitable concept gives one clear message, and nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refused(pcs, tmp_path) -> Callable[..., str]:
 # --- concepts --------------------------------------------------------------------------------
 
 
-def test_no_concept_at_all(refused, tmp_path):
+def test_a_folder_without_a_concept_is_refused(refused, tmp_path):
     generate = ("image", "generate", "a <x>", "--out", tmp_path / "o", "--concept")
     assert "does not exist: a concept is a folder" in refused(*generate, tmp_path / "x.concept")
     (tmp_path / "x.concept").mkdir()
@@ -31,7 +31,7 @@ def test_no_concept_at_all(refused, tmp_path):
     assert "is not a concept" in refused("concept", "show", tmp_path / "x.concept")
 
 
-def test_a_concept_for_other_layers(refused, concepts, make_tiny_sd, make_tiny_flux, tmp_path):
+def test_a_concept_for_other_layers_is_refused(refused, concepts, make_tiny_sd, make_tiny_flux, tmp_path):
     from diffusers import UNet2DConditionModel
 
     pipe = make_tiny_sd()
@@ -68,7 +68,9 @@ def _described(concepts, tmp_path, change) -> Path:
     ],
     ids=["sampling", "steps", "metrics", "older"],
 )
-def test_an_unusable_description_is_reported_first(refused, concepts, tiny_folder, tmp_path, change, message):
+def test_an_unusable_description_is_reported_before_anything_else(
+    refused, concepts, tiny_folder, tmp_path, change, message
+):
     folder = _described(concepts, tmp_path, change)
     for command in (
         ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o", "--backbone", tiny_folder),
@@ -89,7 +91,7 @@ def test_the_model_of_a_strangers_concept_is_not_downloaded(refused, concepts, t
     assert "'mug' was learned on owner/name" in message and "--backbone PATH" in message
 
 
-def test_two_concepts_that_share_their_words(refused, concepts, tiny_folder, tmp_path):
+def test_two_concepts_that_share_their_words_are_refused(refused, concepts, tiny_folder, tmp_path):
     twin = tmp_path / "twin.concept"
     shutil.copytree(concepts["rex"], twin)
     meta = json.loads((twin / "concept.json").read_text())
@@ -187,7 +189,7 @@ def _missing(folder: Path, mark: Path) -> None:
         (_missing, "embeddings.safetensors is missing"),
     ],
 )
-def test_a_damaged_or_hostile_concept(refused, concepts, tmp_path, harm, message):
+def test_a_damaged_or_hostile_concept_is_refused(refused, concepts, tmp_path, harm, message):
     folder, mark = tmp_path / "mug.concept", tmp_path / "mark"
     shutil.copytree(concepts["mug"], folder)
     harm(folder, mark)

@@ -1,4 +1,4 @@
-"""User mistakes: each gives one clear message, exit code 2, no traceback, and no half-written output."""
+"""Every mistake of a user gives one clear message and exit code 2, with no traceback and no half-written output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refused(pcs, tmp_path) -> Callable[..., str]:
 
 @pytest.fixture
 def learning(refused, learn, tmp_path) -> Callable[..., str]:
-    """A run of textual inversion into `tmp_path` that must be refused."""
+    """Returns a function that starts a run into `tmp_path`, which must be refused, and returns the message."""
 
     def call(*settings: str, images: Path | None = None, recipe: str = "textual_inversion", **options) -> str:
         images = {"images": images} if images else {}
@@ -35,14 +35,14 @@ def learning(refused, learn, tmp_path) -> Callable[..., str]:
 # --- pictures --------------------------------------------------------------------------------
 
 
-def test_no_pictures(refused, learn, learning, tmp_path):
+def test_missing_pictures_are_reported(refused, learn, learning, tmp_path):
     assert "no pictures: set subject.images=FOLDER" in refused(*learn("textual_inversion", images=None))
     assert f"{tmp_path / 'gone'} does not exist" in learning(images=tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     assert f"no pictures in {tmp_path / 'empty'}: found nothing" in learning(images=tmp_path / "empty")
 
 
-def test_only_stray_files(learning, tmp_path):
+def test_a_folder_without_pictures_is_reported_with_its_stray_files(learning, tmp_path):
     folder = tmp_path / "stray"
     (folder / "checkpoints").mkdir(parents=True)
     for name in (".DS_Store", "Thumbs.db", "notes.txt", "fake.jpg"):
@@ -56,7 +56,7 @@ def test_only_stray_files(learning, tmp_path):
     )
 
 
-def test_a_truncated_jpeg(learning, painted, tmp_path):
+def test_a_truncated_jpeg_is_refused(learning, painted, tmp_path):
     folder = painted(tmp_path / "photos")
     Image.open(folder / "0.png").resize((256, 256)).save(folder / "cut.jpg", quality=95)
     whole = (folder / "cut.jpg").read_bytes()
@@ -65,14 +65,14 @@ def test_a_truncated_jpeg(learning, painted, tmp_path):
     assert str(folder / "cut.jpg") in message and "damaged or truncated" in message
 
 
-def test_a_picture_of_one_pixel(learning, painted, tmp_path):
+def test_a_picture_of_one_pixel_is_refused(learning, painted, tmp_path):
     folder = painted(tmp_path / "photos")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     assert "dot.png is 1x1 pixels: each side must be at least 16" in learning(images=folder)
 
 
-def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
-    """Its header is enough to refuse it: the file has almost no other data."""
+def test_a_picture_of_30000_by_30000_pixels_is_refused(learning, painted, tmp_path):
+    """The header is enough to refuse the picture. The file has almost no other data."""
     folder = painted(tmp_path / "photos")
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -85,21 +85,21 @@ def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
     assert "huge.png is 30000x30000 = 900,000,000 pixels, above the limit of" in message
 
 
-def test_a_mask_of_another_size(learning, painted, tmp_path):
+def test_a_mask_of_another_size_is_refused(learning, painted, tmp_path):
     folder = painted(tmp_path / "photos")
     (folder / "masks").mkdir()
     Image.new("L", (30, 32), 255).save(folder / "masks" / "1.png")
     message = learning(images=folder)
     assert (
         "masks/1.png is 30x32 pixels, but its picture" in message
-        and "is 32x32: they must have the same size" in message
+        and "is 32x32; both must have the same size" in message
     )
 
 
 # --- names -----------------------------------------------------------------------------------
 
 
-def test_an_unknown_recipe(learning):
+def test_an_unknown_recipe_is_refused(learning):
     message = learning(recipe="dreambooth_loar")
     assert (
         "unknown recipe 'dreambooth_loar'. Did you mean 'dreambooth_lora'?" in message and "pivotal_tuning" in message
@@ -131,16 +131,16 @@ def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
         ("name=my mug", "name = 'my mug'"),
     ],
 )
-def test_an_unknown_key_or_value(learning, setting, message):
+def test_an_unknown_key_or_value_is_refused(learning, setting, message):
     assert message in learning(setting)
 
 
-def test_an_output_that_is_not_a_valid_concept_name(refused, learn, tmp_path):
+def test_an_output_that_is_not_a_valid_concept_name_is_refused(refused, learn, tmp_path):
     message = refused(*learn("textual_inversion", f"output={tmp_path / 'my mug.concept'}"))
     assert "a concept cannot be called 'my mug'" in message and "name=" in message
 
 
-def test_an_unknown_role_scheduler_or_precision(learning):
+def test_an_unknown_role_scheduler_or_precision_is_refused(learning):
     roles = ("trainable.lora.kind=lora", "trainable.lora.roles=[cros_attention]")
     message = learning(*roles)
     assert "unknown role 'cros_attention'. Did you mean 'cross_attention'?" in message and "text_encoder" in message
@@ -149,12 +149,12 @@ def test_an_unknown_role_scheduler_or_precision(learning):
         assert "train.mixed_precision=fp16 needs a GPU" in learning("train.mixed_precision=fp16")
 
 
-def test_a_missing_class_noun(learning):
+def test_a_missing_class_noun_is_reported(learning):
     assert "no subject.class_noun" in learning(recipe="dreambooth_lora", noun="")
     assert "set subject.class_noun or modifier.init" in learning(noun="")
 
 
-def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
+def test_an_unusable_backbone_is_refused(learning, tiny_folder, tmp_path):
     assert "no model at nowhere: no such file or folder" in learning("backbone=nowhere")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.txt").write_text("x")
@@ -168,7 +168,7 @@ def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
     assert f"cannot load {tmp_path / 'broken'}" in learning(f"backbone={tmp_path / 'broken'}")
 
 
-def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tmp_path):
+def test_unknown_values_of_options_are_refused(refused, concepts, photos, tmp_path):
     mug = concepts["mug"]
     assert "unknown format 'kohyaa'" in refused("concept", "export", mug, "--out", tmp_path / "o", "--format", "kohyaa")
     message = refused(
@@ -198,7 +198,7 @@ def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tm
     assert "exactly one --concept" in refused("image", "evaluate", "--out", tmp_path / "o")
 
 
-def test_what_the_command_line_itself_refuses(pcs, tmp_path):
+def test_wrong_arguments_are_refused_by_the_command_line_itself(pcs, tmp_path):
     for arguments in (
         ("image", "generate"),
         ("image", "generate", "a", "--num", "0", "--out", tmp_path / "o"),
@@ -216,7 +216,7 @@ def test_what_the_command_line_itself_refuses(pcs, tmp_path):
 # --- prompts ---------------------------------------------------------------------------------
 
 
-def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
+def test_prompts_that_are_too_long_or_do_not_name_the_loaded_concept_are_refused(refused, concepts, tmp_path):
     generate = ("image", "generate", "--concept", concepts["mug"], "--steps", 1, "--out", tmp_path / "o")
     message = refused(*generate, "a photo of a <mug>" + " and a mug" * 20 + " in the snow")
     assert "the prompt is too long" in message and "reads 32 tokens" in message and "in the snow" in message
@@ -232,7 +232,7 @@ def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
 # --- existing files --------------------------------------------------------------------------
 
 
-def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos, tmp_path):
+def test_an_existing_output_is_not_changed(refused, pcs, learn, concepts, photos, tmp_path):
     out = tmp_path / "x.concept"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
@@ -243,12 +243,12 @@ def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos
         ("image", "evaluate", "--concept", mug, "--references", photos, "--out", out),
         ("concept", "export", mug, "--out", out),
     ):
-        assert f"{out} already exists and holds 1 file(s)" in refused(*arguments)
+        assert f"{out} already exists and contains 1 file" in refused(*arguments)
     assert (out / "mine.txt").read_text() == "keep me"
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(*learn("textual_inversion", f"output={tmp_path / 'file'}"))
     assert "is a file, not a folder" in refused(*learn("textual_inversion", f"output={tmp_path / 'file' / 'x'}"))
-    assert "holds files that pcs did not write (mine.txt)" in refused(
+    assert "contains files that pcs did not write (mine.txt)" in refused(
         *learn("textual_inversion", f"output={out}"), "--overwrite"
     )
     (out / "mine.txt").unlink()
@@ -258,7 +258,7 @@ def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos
     assert (out / "concept.json").read_bytes() != before
 
 
-def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concepts, painted, tmp_path):
+def test_overwrite_does_not_delete_files_that_pcs_did_not_write(refused, learn, concepts, painted, tmp_path):
     user_photos = painted(tmp_path / "mine" / "photos")
     for out in (user_photos, user_photos.parent):
         for arguments in (
@@ -275,7 +275,7 @@ def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concep
 
 
 def test_an_output_must_not_lie_inside_an_input(refused, learn, painted, tiny_folder, concepts, tmp_path):
-    """Reported before anything is read; inputs are pictures, masks, a recipe's other folders, models and concepts."""
+    """The inputs are pictures, masks, other folders of a recipe, models and concepts. None of them is read first."""
     mine, other = painted(tmp_path / "mine"), painted(tmp_path / "other")
     source = ("sources.more.kind=folder", f"sources.more.images={other}", "sources.more.prompt=a mug")
     for out, arguments in (
@@ -296,7 +296,7 @@ def test_an_output_must_not_lie_inside_an_input(refused, learn, painted, tiny_fo
         assert f"the output {tiny_folder / 'out'} lies inside {tiny_folder}, which is an input" in message
 
 
-def test_a_class_noun_is_a_plain_word(refused, learn, tmp_path):
+def test_a_class_noun_must_be_a_plain_word(refused, learn, tmp_path):
     out = tmp_path / "x.concept"
     assert "class_noun = '<mug>'" in refused(*learn("textual_inversion", f"output={out}", noun="<mug>"))
     assert not out.exists()

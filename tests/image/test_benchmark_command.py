@@ -1,4 +1,4 @@
-"""`pcs image benchmark` on the shipped toybox, with almost no training: cells, tables, resumed runs and failures."""
+"""The cells, tables, resumed runs and failures of `pcs image benchmark` on the shipped toybox, with little training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_recipes_are_compared_and_a_second_call_keeps_finished_cells(pcs, tmp_pa
     assert other.code == 2 and "different prompts, seeds, settings, recipe or instruments" in other.err
 
 
-def test_a_failed_run_is_named_and_the_command_fails(pcs, tmp_path):
+def test_a_failed_run_is_named_and_makes_the_command_fail(pcs, tmp_path):
     hot = ("--set", "trainable.tokens.lr=1e30", "--set", "train.steps=6")
     ran = pcs("image", "benchmark", "textual_inversion", *SMALL, *hot, "--out", tmp_path / "table")
     assert ran.code == 2 and "Traceback" not in ran.err
@@ -55,7 +55,7 @@ def test_a_wrong_setting_is_reported_before_anything_runs(pcs, tmp_path):
     assert ran.code != 0 and "trian" in ran.err and not (tmp_path / "table").exists()
 
 
-def test_own_recipe_files_can_be_compared_with_shipped_recipes(pcs, tmp_path):
+def test_user_recipes_can_be_compared_with_shipped_recipes(pcs, tmp_path):
     (tmp_path / "mine.yaml").write_text("base: textual_inversion\n")
     recipes = ("textual_inversion", tmp_path / "mine.yaml")
     grid = ("--grid", "trainable.tokens.lr=0.5", "--control", "mine trainable.tokens.lr=0.5")
@@ -83,7 +83,7 @@ def test_an_unknown_control_or_subject_is_refused(pcs, tmp_path):
         assert ran.code == 2 and named in ran.err and not (tmp_path / "table").exists()
 
 
-def test_a_folder_that_is_not_a_benchmarks_is_refused_before_a_model_is_loaded(refused, painted, tmp_path, monkeypatch):
+def test_a_folder_without_a_benchmark_is_refused_before_a_model_is_loaded(refused, painted, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.benchmark.toybox.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
     photos, recipe = painted(tmp_path / "photos"), tmp_path / "own" / "mine.yaml"
     recipe.parent.mkdir()
@@ -91,10 +91,10 @@ def test_a_folder_that_is_not_a_benchmarks_is_refused_before_a_model_is_loaded(r
     (tmp_path / "gone").symlink_to(tmp_path / "unplugged")
     (tmp_path / "file").write_text("mine")
     for out, why in (
-        (photos, f"{photos} already exists and holds 3 file(s), but no benchmark: choose another output"),
+        (photos, f"{photos} already exists and contains 3 files, but no benchmark: choose another output"),
         (tmp_path / "gone", f"leads nowhere: {tmp_path / 'gone'} is a link to {tmp_path / 'unplugged'}"),
         (tmp_path / "file", "already exists and is a file"),
-        (recipe.parent, f"holds {recipe}, which is an input"),
+        (recipe.parent, f"contains {recipe}, which is an input"),
         (backbone_path() / "table", f"lies inside {backbone_path()}, which is an input"),
     ):
         assert why in refused("image", "benchmark", recipe, *SMALL, "--out", out), out

@@ -72,7 +72,7 @@ def test_the_headline_scores_are_also_saved_as_csv(pcs, arguments, tmp_path):
     assert rows["training_seconds"]["unit"] == "seconds" and rows["concept_bytes"]["unit"] == "bytes"
 
 
-def test_options_override_the_sampling_settings_of_the_concepts_recipe(pcs, arguments, concepts, tmp_path, monkeypatch):
+def test_options_override_the_sampling_settings_of_the_recipe(pcs, arguments, concepts, tmp_path, monkeypatch):
     seen = []
     generate = Runner.generate
 
@@ -91,13 +91,13 @@ def test_options_override_the_sampling_settings_of_the_concepts_recipe(pcs, argu
     assert wrong.code == 2 and "unknown scheduler 'eular'" in wrong.err and not (tmp_path / "c").exists()
 
 
-def test_the_help_says_where_references_are_looked_for(pcs):
+def test_the_help_states_where_references_are_looked_for(pcs):
     text = " ".join(pcs("image", "evaluate", "--help").out.replace("│", " ").split())
     assert "a folder next to the concept, named like the training folder" in text
 
 
-def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):
-    """Gives the same scores as the command, evaluates one of several loaded concepts, and needs no references for new ones."""
+def test_the_runner_gives_the_same_scores_as_the_command(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):
+    """The runner also evaluates one of several loaded concepts, and needs no references for a newly learned concept."""
     assert pcs(*arguments, "--out", tmp_path / "report").code == 0
     by_command = json.loads((tmp_path / "report" / "report.json").read_text())
     runner = ImageRunner(load_backbone(tiny_folder))
@@ -141,7 +141,7 @@ def test_references_are_looked_for_next_to_the_concept_and_checked_by_hash(pcs, 
     assert pcs("image", "evaluate", *options).code == 0
 
 
-def test_nothing_to_measure_with_or_against(pcs, concepts, photos, dino, tmp_path):
+def test_missing_instruments_references_and_galleries_are_reported(pcs, concepts, photos, dino, tmp_path):
     evaluate = ("image", "evaluate", "--concept", concepts["mug"], "--out", tmp_path / "o", "--references")
     for arguments, message in (
         ((photos, "--prompts", "dreambench"), "nothing to measure with: give a local CLIP folder"),

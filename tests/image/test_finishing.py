@@ -1,4 +1,4 @@
-"""The end of a run: preview, concept, checkpoints; whatever interrupts it, nothing learned is lost."""
+"""Whatever interrupts the end of a run (its preview, its concept, its checkpoints), nothing learned is lost."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_the_concept_is_saved_even_if_its_preview_fails(pcs, learn, tmp_path, mo
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(9)])
-def test_a_run_stopped_during_its_preview_gets_one_when_resumed(pcs, learn, photos, tmp_path, monkeypatch, error):
-    """Even if one of two concepts already exists: the state is kept until both are complete."""
+def test_a_run_stopped_during_its_preview_is_completed_when_resumed(pcs, learn, photos, tmp_path, monkeypatch, error):
+    """This holds even if one of two concepts already exists, because the state is kept until both are complete."""
 
     def stop(*arguments: Any) -> Any:
         if arguments[1] == "b":
@@ -65,7 +65,7 @@ def test_a_run_stopped_during_its_preview_gets_one_when_resumed(pcs, learn, phot
     assert not list((tmp_path / "both.training").glob("*checkpoint*"))
 
 
-def test_resuming_a_finished_run_says_so_and_trains_nothing(pcs, learn, painted, tmp_path):
+def test_resuming_a_finished_run_reports_it_and_trains_nothing(pcs, learn, painted, tmp_path):
     photos = painted(tmp_path / "photos")
     out = tmp_path / "x.concept"
     arguments = learn("textual_inversion", f"output={out}", images=photos)

@@ -1,4 +1,4 @@
-"""A real process that is killed or stopped in mid-training, and the run that resumes it."""
+"""Runs in real processes that are killed or stopped during training, and the runs that resume them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=30", "train.chec
 
 
 @pytest.fixture(autouse=True)
-def hang_ups_are_heard():
-    """Processes inherit ignored signals, and nohup ignores SIGHUP."""
+def sighup_is_not_ignored():
+    """Restores the default action of SIGHUP, because processes inherit ignored signals and nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -59,7 +59,7 @@ def in_second_phase(training: Path):
 
 @pytest.fixture(scope="module")
 def whole(learn, tmp_path_factory) -> Path:
-    """The same run, not interrupted."""
+    """The concept of the same run without an interruption."""
     concept = tmp_path_factory.mktemp("whole") / "mug.concept"
     assert run(build(), learn("pivotal_tuning", *STEPS, f"output={concept}")) == 0
     return concept
@@ -69,14 +69,14 @@ def tensors(concept: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in concept.glob("*.safetensors")}
 
 
-def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, whole, tmp_path):
+def test_a_run_killed_during_training_gives_the_same_tensors_when_resumed(pcs, learn, whole, tmp_path):
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
     process = started(arguments, tmp_path)
     try:
         wait_for(in_second_phase(training), process, tmp_path)
     finally:
-        process.kill()  # SIGKILL: none of our code runs after this
+        process.kill()  # SIGKILL, so that none of the program's code runs after this
     assert process.wait() == -signal.SIGKILL and not concept.exists()
     left = sorted(p.name for p in training.iterdir())
     refused = pcs(*arguments)
@@ -96,7 +96,7 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_asked_to_stop_saves_its_state_and_says_where(pcs, learn, whole, tmp_path, number, expected):
+def test_a_run_that_is_asked_to_stop_saves_its_state_and_reports_where(pcs, learn, whole, tmp_path, number, expected):
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
     process = started(arguments, tmp_path)
@@ -114,7 +114,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_and_says_where(pcs, learn, 
 
 
 def test_a_closed_terminal_does_not_lose_the_state(pcs, learn, whole, tmp_path):
-    """The kernel sends SIGHUP, and printing fails from then on."""
+    """When the terminal closes, the kernel sends SIGHUP, and printing fails from then on."""
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
     terminal, inside = os.openpty()
@@ -146,7 +146,7 @@ def test_nohup_keeps_a_run_going_when_the_terminal_is_closed(learn, whole, tmp_p
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("library", ["importlib.metadata", "typer", "torch"])
 def test_a_signal_while_libraries_are_imported_ends_a_command_immediately(learn, tmp_path, number, expected, library):
-    """In the first second of a process: the signal arrives just before `library` is imported."""
+    """The signal arrives in the first second of a process, just before `library` is imported."""
     code = IMPORTS.format(library=library, number=int(number))
     arguments = learn("pivotal_tuning", f"output={tmp_path / 'mug.concept'}")
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
@@ -154,15 +154,13 @@ def test_a_signal_while_libraries_are_imported_ends_a_command_immediately(learn,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_without_an_interrupted_run_says_that_it_starts_from_the_beginning(pcs, learn, tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"mug\.training has no interrupted run to resume: starting from the beginning"
-    ):
+def test_resuming_without_an_interrupted_run_warns_that_it_starts_from_the_beginning(pcs, learn, tmp_path):
+    with pytest.warns(UserWarning, match=r"mug\.training has no interrupted run to resume, so a new run starts"):
         assert pcs(*learn("textual_inversion", f"output={tmp_path / 'mug.concept'}"), "--resume").code == 0
     assert (tmp_path / "mug.concept" / "concept.json").is_file()
 
 
-def test_a_damaged_checkpoint_says_what_to_do(pcs, learn, tmp_path):
+def test_the_error_for_a_damaged_checkpoint_states_what_to_do(pcs, learn, tmp_path):
     training = tmp_path / "mug.training"
     (training / "checkpoint-00-0000001").mkdir(parents=True)
     ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'mug.concept'}"), "--resume")

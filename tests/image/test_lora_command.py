@@ -1,4 +1,4 @@
-"""`--lora FILE`: another program's file is used and evaluated like a concept. Oracle: the concept it was exported from."""
+"""`--lora FILE` uses another program's file like a concept, compared with the concept that it was exported from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.io.decode import read_picture
 
 @pytest.fixture(scope="module")
 def exported(concepts, tiny_folder, tmp_path_factory):
-    """`rex` as diffusers files, like those that other trainers write."""
+    """Exports `rex` as diffusers files, like those that other trainers write."""
     from shared.concept import export
     from shared.concept.open_backbone import load_backbone_of
 
@@ -64,7 +64,7 @@ def test_a_lora_can_be_prompted_with_or_without_its_name(pcs, concepts, exported
     assert (off - ours).abs().max() > 0.1
 
 
-def test_an_imported_lora_is_a_concept_of_its_own(pcs, concepts, exported, tiny_folder, tmp_path):
+def test_an_imported_lora_becomes_a_concept_of_its_own(pcs, concepts, exported, tiny_folder, tmp_path):
     out = tmp_path / "buddy.concept"
     command = ("concept", "import", exported, "--token", "sks dog", "--backbone", tiny_folder, "--out", out)
     ran = pcs(*command)
@@ -95,7 +95,7 @@ def test_references_are_required_to_evaluate_a_lora(pcs, exported, tmp_path):
     assert ran.code == 2 and "give --references FOLDER, the pictures that it was trained on" in ran.err
 
 
-def test_a_lora_for_another_model_gives_one_message(judged, tiny_folder, tmp_path):
+def test_a_lora_for_another_model_is_refused_with_one_message(judged, tiny_folder, tmp_path):
     name = "transformer.single_transformer_blocks.0.attn.to_q"
     file = tmp_path / "flux.safetensors"
     save_file({f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(4, 1)}, file)
@@ -103,7 +103,7 @@ def test_a_lora_for_another_model_gives_one_message(judged, tiny_folder, tmp_pat
     assert "was made for another architecture (apparently FLUX" in said and "Traceback" not in said
 
 
-def test_on_the_toybox_from_training_to_scores(pcs, tmp_path):
+def test_a_lora_exported_on_the_toybox_scores_like_its_concept(pcs, tmp_path):
     pictures, concept, files = tmp_path / "mug", tmp_path / "my-mug.concept", tmp_path / "files"
     assert pcs("toybox", "subjects", "development-mug", "--num", 2, "--out", pictures).code == 0
     subject = (f"subject.images={pictures}", "subject.class_noun=mug", f"output={concept}", "preview.num=0")
@@ -118,5 +118,5 @@ def test_on_the_toybox_from_training_to_scores(pcs, tmp_path):
         assert ran.code == 0, ran.err
         report = json.loads((tmp_path / name / "report.json").read_text())
         scores[name] = {s["key"]: s["value"] for s in report["scores"]}
-        assert report["gallery"], "its look-alikes are found"
+        assert report["gallery"], "the subject's look-alikes are found"
     assert scores["ours"] == pytest.approx(scores["theirs"], abs=1e-3)

@@ -1,4 +1,4 @@
-"""A recipe's default strength schedule: kept in the concept, used in generation, and overridable."""
+"""A recipe's default strength schedule is stored in the concept, used for generation, and can be overridden."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPT = "a photo of a <rex> on the beach"
 
 @pytest.fixture(scope="module")
 def late(learn, tmp_path_factory):
-    """A concept whose recipe turns it off in the first half of the steps."""
+    """A concept whose recipe switches it off in the first half of the sampling steps."""
     from shared.cli import build, run
 
     path = tmp_path_factory.mktemp("own") / "rex.concept"
@@ -36,7 +36,7 @@ def runner(late, tiny_folder):
     return out
 
 
-def test_pictures_use_the_default_schedule_or_the_one_given_instead(runner):
+def test_pictures_use_the_default_schedule_unless_another_is_given(runner):
     def made(*hooks: str, **how) -> torch.Tensor:
         parsed = tuple(StrengthSchedule.parse(h) for h in hooks)
         return runner.generate([PROMPT], [0], SamplingSettings(steps=4, hooks=parsed), **how)

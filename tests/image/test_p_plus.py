@@ -1,4 +1,4 @@
-"""P+: separate rows for each cross-attention layer, learned, saved, loaded, scaled, and not exported."""
+"""P+ learns separate rows for each cross-attention layer. They can be saved, loaded and scaled, but not exported."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def new(make_tiny_sd: Callable[..., Any]) -> Callable[[], StableDiffusionBackbon
 
 @pytest.fixture(scope="module")
 def learned(new: Callable[[], StableDiffusionBackbone], photos: Path, tmp_path_factory: Any) -> tuple[Any, Concept]:
-    """(backbone with the concept attached, concept) after two steps."""
+    """Returns a backbone with an attached concept, and the concept, after two steps."""
     runner, folder = ImageRunner(new()), tmp_path_factory.mktemp("p_plus")
     frozen = _weights(runner.backbone)
     subjects = {"mug": read_subject(photos, "mug")}
     concepts = runner.personalize(subjects, load("p_plus", SMALL), folder / "run", tensorboard=False)
     after = _weights(runner.backbone)
-    assert all(torch.equal(after[key], value) for key, value in frozen.items()), "only the rows change"
+    assert all(torch.equal(after[key], value) for key, value in frozen.items()), "training changes nothing but the rows"
     return runner.backbone, save(concepts["mug"], folder / "mug.concept")
 
 
@@ -49,7 +49,7 @@ def predicted(backbone: Any) -> Tensor:
         return backbone.predict(noise, t, backbone.encode(["a photo of a <mug>"]))
 
 
-def test_before_training_it_equals_textual_inversion(new: Callable[[], StableDiffusionBackbone]) -> None:
+def test_p_plus_equals_textual_inversion_before_training(new: Callable[[], StableDiffusionBackbone]) -> None:
     one, apart = new(), new()
     LearnableToken().attach(one, "mug", "mug")
     placeholder = LearnableToken(per="layer").attach(apart, "mug", "mug")
@@ -95,7 +95,7 @@ def test_a_saved_concept_loads_bit_for_bit_and_can_be_weakened(
     assert runner.backbone.tokens.current["text_encoder"] is not before and not runner.backbone.placeholders
 
 
-def test_it_cannot_be_exported_and_the_message_says_why(learned: tuple[Any, Concept], tmp_path: Path) -> None:
+def test_the_error_on_exporting_p_plus_states_the_reason(learned: tuple[Any, Concept], tmp_path: Path) -> None:
     backbone, concept = learned
     with pytest.raises(
         ValueError, match="'mug' learned text_encoder.*store only one table of vectors per text encoder"
@@ -113,12 +113,12 @@ def test_rows_for_other_layers_are_refused(new: Callable[[], StableDiffusionBack
         placeholder.load_state_dict({("text_encoder.gone" if k == first else k): v for k, v in state.items()})
 
 
-def test_a_model_without_cross_attention_refuses_it(make_tiny_flux: Callable[..., Any]) -> None:
+def test_a_model_without_cross_attention_refuses_p_plus(make_tiny_flux: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"modifier\.per=layer: flux has no cross-attention layers"):
         LearnableToken(per="layer").attach(FluxBackbone(make_tiny_flux(), "tiny"), "mug", "mug")
 
 
-def test_on_the_toybox_it_has_the_training_settings_of_textual_inversion() -> None:
+def test_p_plus_has_the_training_settings_of_textual_inversion_on_the_toybox() -> None:
     on_toybox, elsewhere = load("p_plus"), load("p_plus", ["backbone=x"])
     inversion = load("textual_inversion")
     assert on_toybox.train == inversion.train and on_toybox.trainable == inversion.trainable

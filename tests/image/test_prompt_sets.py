@@ -1,4 +1,4 @@
-"""Prompt sets: the shipped ones and a user's own."""
+"""The shipped prompt sets and users' own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import pytest
 
 from shared.config import validate
 from shared.evaluation.prompt_sets import PromptSet, load_prompts, prompt_sets
-
-# prompts
 
 
 def test_shipped_sets_load_and_have_the_expected_prompts() -> None:
@@ -26,7 +24,7 @@ def test_shipped_sets_load_and_have_the_expected_prompts() -> None:
     assert load_prompts("dreambench_live").prompts[-1].text == "a cube shaped {concept}"
 
 
-def test_toybox_prompts_ask_only_for_what_its_world_has_in_the_words_of_its_captions() -> None:
+def test_toybox_prompts_use_only_the_phrases_of_toybox_captions() -> None:
     from shared.toybox import captions
 
     texts = {
@@ -77,13 +75,9 @@ def test_bad_prompt_sets_are_refused(tmp_path: Path, name: str, text: str | byte
         load_prompts(path)
 
 
-def test_a_users_own_files(tmp_path: Path) -> None:
+def test_users_can_write_prompt_sets_as_text_or_yaml(tmp_path: Path) -> None:
     text = "# my prompts\na {concept} on the moon\n\na red {concept}\n"
-    for whole in (
-        text,
-        "\ufeff" + text,
-        "\ufeff" + text.removeprefix("# my prompts\n"),
-    ):  # byte order marks that some editors write
+    for whole in (text, "\ufeff" + text, "\ufeff" + text.removeprefix("# my prompts\n")):  # with byte order marks too
         (tmp_path / "mine.txt").write_text(whole, encoding="utf-8")
         assert load_prompts(tmp_path / "mine.txt").prompts[0].text == "a {concept} on the moon"
     assert [p.text for p in load_prompts(tmp_path / "mine.txt").prompts] == [

@@ -1,4 +1,4 @@
-"""Every recipe in `configs/image`: its initial state, what it saves, and what remains after removal. New files are included."""
+"""Every recipe in `configs/image` starts from the unchanged model, and its concept can be saved and fully removed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def new(make_tiny_sd: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos with masks, which some recipes require."""
+    """Paints photos with masks, which some recipes require."""
     return paint(tmp_path_factory.mktemp("shipped") / "photos")
 
 
@@ -53,7 +53,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_before_training_the_model_is_unchanged(new, photos, tmp_path, name):
+def test_the_model_is_unchanged_before_training(new, photos, tmp_path, name):
     backbone = new()
     before = predicted(backbone)
     run = session(backbone, small(name, "train.steps=0"), photos, tmp_path / "run")
@@ -66,7 +66,7 @@ def test_before_training_the_model_is_unchanged(new, photos, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_saved_concept_equals_the_learned_one_and_removal_restores_the_model(new, photos, tmp_path, name):
+def test_a_saved_concept_equals_the_learned_one_and_removing_it_restores_the_model(new, photos, tmp_path, name):
     backbone = new()
     before, look = predicted(backbone), trace(backbone)
     runner = ImageRunner(backbone)

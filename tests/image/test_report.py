@@ -1,4 +1,4 @@
-"""Evaluation, reports and comparisons, with drawn pictures instead of a diffusion model."""
+"""Evaluations, reports and comparisons of drawn pictures, which replace those of a diffusion model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.report import Report
 from shared.metrics.save_report import save_report
 
-# a stand-in world: each subject is a square with its own hue, each background a colour around it
+# a stand-in world, in which each subject is a square with its own hue on a background of one colour
 
 BACK = {"beach": (0.9, 0.8, 0.5), "snow": (0.95, 0.95, 1.0)}
 
 
 def _draw(subject: int, background: str, seed: int) -> Tensor:
-    """`[3, 32, 32]` in [-1, 1]."""
+    """Draws a picture `[3, 32, 32]` with values in [-1, 1]."""
     picture = torch.tensor(BACK[background]).view(3, 1, 1).expand(3, 32, 32).clone()
     hue = torch.tensor(colorsys.hsv_to_rgb(subject / 9, 1.0, 0.9))
     noise = 0.1 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1000 + seed)) - 0.1
@@ -46,7 +46,7 @@ class _Who:
     info = InstrumentInfo("hue of the thing", "which thing it is", True, {"identity": 0.96})
 
     def images(self, pixels: Tensor) -> Tensor:
-        """The mean colour of the pixels that differ from the top row."""
+        """Returns the mean colour of the pixels that differ from the top row."""
         away = (pixels - pixels[:, :, :1].mean((2, 3), keepdim=True)).norm(dim=1, keepdim=True) > 0.7
         mean = (pixels * away).sum((2, 3)) / away.sum((2, 3)).clamp_min(1)
         return F.normalize(mean - mean.mean(1, keepdim=True), dim=1)
@@ -86,7 +86,7 @@ REFERENCES = torch.stack([_draw(0, b, s) for b, s in (("beach", 1), ("snow", 2),
 
 
 def _generate(subject: int, spoiled: Sequence[int] = ()):
-    """Pictures of a subject on the prompt's background; for seeds in `spoiled`, a copy of the first reference."""
+    """Returns a generator of pictures of a subject, which copies the first reference for seeds in `spoiled`."""
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
@@ -133,7 +133,7 @@ def test_an_evaluation_reports_every_denoising_step() -> None:
     assert {what for what, done, of in calls if done == of} == {what for what, _, _ in calls} and len(calls) == 12
 
 
-def test_evaluation_measures_what_was_drawn(report: Report) -> None:
+def test_an_evaluation_measures_what_was_drawn(report: Report) -> None:
     made = report.of_kind("concept")
     assert len(made) == 6 and len(report.of_kind("base")) == 6 and len(report.of_kind("drift")) == 3
     copied = [p for p in made if p.scores["copied"]]
@@ -142,7 +142,7 @@ def test_evaluation_measures_what_was_drawn(report: Report) -> None:
     assert report.value("identity") == pytest.approx(2 / 3)
     assert report.value("background") == pytest.approx(5 / 6)  # the copy shows the beach, but the prompt asks for snow
     wrong = next(p for p in made if p.prompt == 1 and p.seed == 23)
-    assert "background: beach, but the prompt says snow" in wrong.flags
+    assert "background: beach, but the prompt asks for snow" in wrong.flags
     identity = report.score("identity")
     assert identity is not None and identity.base == 0 and identity.chance == pytest.approx(1 / 9)
     assert identity.low is not None and identity.low <= 2 / 3
@@ -164,7 +164,7 @@ def test_each_model_gets_the_prompts_in_its_own_wording(report: Report) -> None:
     assert report.of_kind("drift")[0].text == "a boat on the beach"
 
 
-def test_costs_and_facts(report: Report) -> None:
+def test_a_report_states_costs_accuracies_and_notes(report: Report) -> None:
     costs = report.costs
     assert costs.concept_bytes == 3000 and costs.training_seconds == 65
     assert costs.seconds_per_picture is not None and costs.seconds_per_picture > 0
@@ -175,7 +175,7 @@ def test_costs_and_facts(report: Report) -> None:
     assert report.prompts[1].failures == 1 and report.prompts[0].scores["recognised"] is not None
 
 
-def test_json_round_trip_is_exact(report: Report, folder: Path, tmp_path: Path) -> None:
+def test_a_report_survives_a_json_round_trip_exactly(report: Report, folder: Path, tmp_path: Path) -> None:
     again = Report.load(folder)
     assert again == report and again.to_json() == report.to_json() == (folder / "report.json").read_text()
     save_report(report, tmp_path / "copy")
@@ -183,7 +183,7 @@ def test_json_round_trip_is_exact(report: Report, folder: Path, tmp_path: Path) 
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_csv_contains_every_picture_and_prompt(report: Report, folder: Path) -> None:
+def test_the_csv_files_contain_every_picture_and_prompt(report: Report, folder: Path) -> None:
     rows = list(csv.DictReader(io.StringIO((folder / "pictures.csv").read_text())))
     assert len(rows) == len(report.pictures)
     for row, picture in zip(rows, report.pictures, strict=True):
@@ -196,7 +196,7 @@ def test_csv_contains_every_picture_and_prompt(report: Report, folder: Path) -> 
 
 
 class _Page(HTMLParser):
-    """Checks the nesting, and collects pictures and anything that would be loaded from elsewhere."""
+    """Checks the nesting of a page and collects its pictures and everything that it would load from elsewhere."""
 
     VOID = frozenset({"meta", "img", "br", "link", "hr", "input"})
 
@@ -237,7 +237,7 @@ def _checked(text: str) -> _Page:
     return page
 
 
-def test_html_is_self_contained_and_escapes_all_text(report: Report, folder: Path) -> None:
+def test_the_html_page_is_self_contained_and_escapes_all_text(report: Report, folder: Path) -> None:
     text = (folder / "index.html").read_text()
     page = _checked(text)
     assert len(page.pictures) == len(report.pictures) + len(report.references)
@@ -249,7 +249,7 @@ def test_html_is_self_contained_and_escapes_all_text(report: Report, folder: Pat
     assert "1 min 05 s" in text and "2.9 KiB" in text
 
 
-def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> None:
+def test_large_pictures_are_scaled_down_only_on_the_page(tmp_path: Path) -> None:
     case = _case(references=F.interpolate(REFERENCES, scale_factor=16), gallery=None)
     generate = lambda p, s, _: F.interpolate(_generate(0)(p, s), scale_factor=16)  # noqa: E731
     evaluate(generate, generate, case, PROMPTS.first(1), TOOLS, Shots([20], tmp_path / "r"))
@@ -260,7 +260,7 @@ def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> Non
         assert picture.size == (512, 512)
 
 
-def test_without_gallery_reader_or_drift_the_report_says_so(tmp_path: Path) -> None:
+def test_the_report_notes_a_missing_gallery_reader_or_drift_prompts(tmp_path: Path) -> None:
     prompts = validate(PromptSet, {"name": "x", "prompts": list(PROMPTS.prompts)})
     tools = Instruments(_Clip(), _Who())
     report = evaluate(_generate(0), _generate(5), _case(gallery=None, backbone="sd"), prompts, tools, Shots([20]))
@@ -280,7 +280,7 @@ def test_without_gallery_reader_or_drift_the_report_says_so(tmp_path: Path) -> N
 def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds"):
         evaluate(_generate(0), _generate(5), _case(), PROMPTS, TOOLS, Shots([]))
-    with pytest.raises(ValueError, match="each once"):
+    with pytest.raises(ValueError, match="without repeats"):
         evaluate(_generate(0), _generate(5), _case(), PROMPTS, TOOLS, Shots([1, 1]))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").write_text("keep")
@@ -399,5 +399,5 @@ def test_evaluations_that_share_kept_pictures_generate_base_pictures_only_once()
     again = evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([1, 2], kept=kept))
     assert made > 0 and len(calls) == made and again.scores == first.scores
     assert again.costs.base_seconds_per_picture == first.costs.base_seconds_per_picture
-    evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([3], kept=kept))  # other seeds need new pictures
+    evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([3], kept=kept))  # different seeds need new pictures
     assert len(calls) > made

@@ -1,4 +1,4 @@
-"""The public interface: training, generation, and saved concepts that reproduce their pictures."""
+"""The public interface for training and generating, and saved concepts that reproduce their pictures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def on(folder: Path, *loaded: tuple[Path, float]) -> Runner:
     return runner
 
 
-# --- what you save is what you get -----------------------------------------------------------
+# --- saved concepts -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_the_base_is_the_model_without_any_concept(tiny_folder, concepts):
     )
 
 
-def test_several_concepts_each_with_its_strength(tiny_folder, concepts):
+def test_several_concepts_can_be_loaded_each_with_its_own_strength(tiny_folder, concepts):
     prompt = "a photo of a <mug> and a <rex>"
     both = on(tiny_folder, (concepts["mug"], 1.0), (concepts["rex"], 1.0))
     assert both.strengths == {"mug": 1.0, "rex": 1.0}
@@ -170,7 +170,7 @@ def test_several_concepts_each_with_its_strength(tiny_folder, concepts):
     )
 
 
-def test_attached_removes_its_concepts_again(tiny_folder, concepts):
+def test_attached_concepts_are_removed_again(tiny_folder, concepts):
     runner = on(tiny_folder)
     with pytest.raises(ValueError, match="already"), attached(runner, [(read(concepts["mug"]), 1.0)] * 2):
         pass
@@ -199,7 +199,7 @@ def test_a_new_concept_can_be_learned_alongside_a_loaded_one(tiny_folder, concep
     )
     assert set(runner.loaded) == {"mug", "rex"} and runner.strengths == {"mug": 1.0, "rex": 1.0}
     assert {k.split(".")[0] for k in made["mug"].of("adapter")} == {"lora"}, (
-        "it does not contain the other concept's adapter"
+        "the new concept does not contain the other concept's adapter"
     )
     runner.unload("mug")
     assert torch.equal(runner.generate(["a photo of a <rex>"], [0], SamplingSettings(**FAST)), before)
@@ -306,13 +306,13 @@ def test_a_picture_contains_all_settings_needed_to_reproduce_it(pcs, concepts, t
     assert about["checkpoint"] == runner.backbone.checkpoint
     steered = SamplingSettings(hooks=(NoisePrior(path=tiny_folder / "clip.mp4"),))
     told = json.loads(metadata("a <mug> and a <rex>", 0, runner, steered)["pcs"])
-    assert told["hooks"][0]["path"] == "clip.mp4", "without local folders"
+    assert told["hooks"][0]["path"] == "clip.mp4", "metadata must not contain local folders"
     settings = {k: about[k] for k in ("steps", "guidance", "negative", "height", "width")}
     again = runner.generate([about["prompt"]], [about["seed"]], SamplingSettings(**settings))
     assert torch.equal(read_picture(path).pixels, torch.as_tensor(_bytes(again[0])))
 
 
-def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
+def test_the_command_line_can_change_the_strength_between_steps(pcs, concepts, tmp_path):
     def made(name: str, *options: object) -> Path:
         arguments = ("--concept", concepts["rex"], "--steps", 4, "--out", tmp_path / name, *options)
         assert pcs("image", "generate", "a <rex>", *arguments).code == 0
@@ -344,7 +344,7 @@ def _bytes(pixels: Tensor) -> Tensor:
     return to_pixels(to_image(pixels))
 
 
-def test_the_metadata_include_the_defaults_of_the_backbone(tiny_folder):
+def test_the_metadata_includes_the_defaults_of_the_backbone(tiny_folder):
     about = json.loads(metadata("a mug", 3, on(tiny_folder), SamplingSettings(guidance=2.0))["pcs"])
     assert {k: about[k] for k in ("steps", "guidance", "height", "width", "seed")} == {
         **{"steps": 50, "guidance": 2.0, "height": 32, "width": 32, "seed": 3}
@@ -363,7 +363,7 @@ def test_photos_on_the_toybox_are_accepted_with_one_plain_warning(make_tiny_sd, 
         warn_unseen(StableDiffusionBackbone(make_tiny_sd(), "x"), {"mug": read_subject(photos, "mug")})
 
 
-def test_the_default_backbone_is_the_one_the_concept_was_learned_on(concepts, tiny_folder):
+def test_the_default_backbone_is_the_one_that_the_concept_was_learned_on(concepts, tiny_folder):
     assert open_runner(ImageRunner, None, [str(concepts["mug"])], "cpu").backbone.name == str(tiny_folder)
 
 
@@ -371,11 +371,11 @@ def test_the_default_backbone_is_the_one_the_concept_was_learned_on(concepts, ti
     ("text", "expected"),
     [("a.concept", ("a.concept", 1.0)), ("a.concept:0.8", ("a.concept", 0.8)), ("x/y:-1", ("x/y", -1.0))],
 )
-def test_parsing_a_concept_with_its_strength(text, expected):
+def test_a_concept_is_parsed_with_its_strength(text, expected):
     assert parse_concept(text) == (Path(expected[0]), expected[1])
 
 
-def test_several_subjects_through_the_command_line(pcs, learn, photos, painted, tmp_path):
+def test_several_subjects_can_be_learned_through_the_command_line(pcs, learn, photos, painted, tmp_path):
     dogs = painted(tmp_path / "dogs", seed=1)
     subjects = [
         *(f"subjects.mug.images={photos}", "subjects.mug.class_noun=mug"),

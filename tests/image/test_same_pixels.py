@@ -1,4 +1,4 @@
-"""`pcs image generate`, from the command line to the PNG, against diffusers' own pipeline with the exported concept."""
+"""The PNG files of `pcs image generate`, compared with diffusers' own pipeline and the exported concept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEED = 11
 
 
 def theirs(folder: Path, exported: Path, prompt: str, **how: Any) -> np.ndarray:
-    """The picture that diffusers makes from the model's folder and the exported files: uint8 [H, W, 3]."""
+    """Returns the picture that diffusers makes from the model's folder and the exported files, uint8 `[H, W, 3]`."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
@@ -60,7 +60,7 @@ def test_the_command_line_produces_the_same_pixels_as_diffusers(
     expected = theirs(tiny_folder, exported, they_say, **how).astype(int)
     assert painted.shape == (32, 32, 3)
     assert abs(painted - expected).max() <= 1 and (painted != expected).mean() < 0.01, (
-        "apart from differences in rounding"
+        "the pixels are equal apart from rounding"
     )
     plain = ours(they_say.replace("<mug> mug", "mug").replace("sks dog", "dog")).astype(int)
     assert (plain != expected).mean() > 0.3, "the concept has an effect"

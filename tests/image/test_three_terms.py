@@ -1,4 +1,4 @@
-"""A subject with known ground truth: verified identity, freedom and the three-term trade-off, from evaluation to table."""
+"""Verified identity, freedom and the three-term trade-off of a subject whose true pictures are known."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ from shared.metrics.html import report_html
 from shared.metrics.report import Report
 from shared.metrics.scorer import Scorer
 
-# A world of shaded squares: the hue identifies the subject, the brighter side its pose.
+# A world of shaded squares, in which the hue identifies the subject and the brighter side shows its pose.
 BACK = {"beach": (0.9, 0.8, 0.5), "snow": (0.95, 0.95, 1.0)}
 BEYOND = 0.55  # distance from the background's colour beyond which a pixel belongs to the subject
 
 
 def _draw(hue: float, turn: float, background: str, seed: int) -> Tensor:
-    """`[3, 32, 32]` in [-1, 1]; `turn` in quarter turns: 0 is bright at the top, 1 on the right, 2 at the bottom."""
+    """Draws a picture `[3, 32, 32]` with values in [-1, 1].
+
+    `turn` counts quarter turns. The square is bright at the top for 0, on the right for 1, and at the bottom for 2.
+    """
     rng = np.random.default_rng([seed, 5])
     picture = torch.tensor(BACK[background]).view(3, 1, 1).expand(3, 32, 32).clone()
     color = torch.tensor(colorsys.hsv_to_rgb(hue, 1.0, 0.9)).view(3, 1, 1)
@@ -69,7 +72,7 @@ class _Grid:
 
 
 def _lighter_half(grey: Tensor, mask: Tensor) -> str:
-    """ "front" if the subject is brighter above its middle than below."""
+    """Returns "front" if the subject is brighter above its middle than below, and otherwise "back"."""
     rows = mask.any(1).nonzero()[:, 0]
     middle = int(rows.float().mean()) if len(rows) else 16
     above, below = (
@@ -109,7 +112,7 @@ PROMPTS = validate(
 
 
 class _Square:
-    """The real subject in this world."""
+    """The real subject in the world of squares."""
 
     key = "square"
 
@@ -127,7 +130,10 @@ class _Square:
 
 
 def _paint(hue: float, turn: float | None = None, every_second: float | None = None):
-    """A model that draws `hue`, turned by the seed or always by `turn`; odd seeds show the hue `every_second` if given."""
+    """Returns a model that draws squares of `hue`, turned by the seed or always by `turn`.
+
+    Odd seeds show the hue `every_second`, if it is given.
+    """
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
@@ -178,7 +184,7 @@ def test_freedom_is_high_if_the_model_varies_the_pose_and_low_if_it_does_not(tmp
     assert (free.value("views") or 0) > (rigid.value("views") or 0)
     further = free.of_kind("freedom")
     assert {p.seed for p in further} == {2, 3} and len(further) == 4, (
-        "four seeds for each prompt that leaves the pose open"
+        "every prompt that leaves the pose open has four seeds"
     )
     assert len(free.of_kind("concept")) == 4 and len(free.of_kind("base")) == 4
     again = Report.load(tmp_path / "free")
@@ -229,7 +235,7 @@ def test_figures_of_true_pictures_are_cached_by_their_inputs(tmp_path: Path) -> 
     assert fourth.drawn > 0, "figures in a damaged file are measured again"
 
 
-def test_without_true_pictures_or_for_a_style_there_are_two_terms_and_the_report_says_so() -> None:
+def test_the_trade_off_has_two_terms_for_a_style_or_without_true_pictures() -> None:
     for case, why in ((_case(true=None), "no true pictures"), (_case(kind="style"), "a style has no pose")):
         report = _report(_paint(0.0), case)
         assert report.terms == ("identity", "text") and report.score("freedom") is None
@@ -244,7 +250,7 @@ def test_without_true_pictures_or_for_a_style_there_are_two_terms_and_the_report
     assert "each reference against the others" in report_html(alone).lower()
 
 
-def test_subjects_the_instruments_cannot_verify_are_shown_separately() -> None:
+def test_subjects_that_the_instruments_cannot_verify_are_shown_separately() -> None:
     good = _report(_paint(0.0))
     identity = good.score("identity")
     assert identity is not None
@@ -262,8 +268,8 @@ def test_subjects_the_instruments_cannot_verify_are_shown_separately() -> None:
         compare({("a", "s1"): good, ("a", "s2"): two})
 
 
-def test_faces_are_scored_where_one_is_visible() -> None:
-    """In this world a square is seen from the front if its upper half is brighter."""
+def test_faces_are_scored_only_in_pictures_that_show_one() -> None:
+    """In the world of squares, a square is seen from the front if its upper half is brighter."""
     tools = TOOLS
     scorer = Scorer(REFERENCES, tools, "face", "me", _case().gallery)
     pictures = torch.stack([_draw(0.0, 0.4, "snow", 4), _draw(0.0, 2.5, "snow", 4), _draw(0.0, 2.5, "snow", 4)])

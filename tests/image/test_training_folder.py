@@ -1,4 +1,4 @@
-"""The training folder is an output like any other: files that pcs did not write are kept, and named before a run begins."""
+"""Files in the training folder that pcs did not write are kept, and are named before a run begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MINE = ("samples/holiday.png", "tensorboard/events.out.tfevents.1.mine", "notes.
 
 @pytest.mark.parametrize("mine", MINE)
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
-def test_training_refuses_a_folder_that_contains_somebody_elses_files(pcs, learn, tmp_path: Path, mine, flags) -> None:
+def test_training_refuses_a_folder_with_files_that_pcs_did_not_write(pcs, learn, tmp_path: Path, mine, flags) -> None:
     file = tmp_path / "toy.training" / mine
     file.parent.mkdir(parents=True)
     file.write_text("mine")

@@ -1,4 +1,4 @@
-"""Options and output of `pcs image personalize`: instruments, starting over, progress, and what it leaves alone."""
+"""Options and output of `pcs image personalize`: instruments, starting over, checks, random numbers and progress."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def planned(photos: Path, out: Path, *settings: str) -> Plan:
 EVERY = "train.validation.every=1"
 
 
-def test_pictures_that_nothing_can_score_give_a_warning(make_tiny_sd, photos, tmp_path):
+def test_pictures_that_nothing_can_score_cause_a_warning(make_tiny_sd, photos, tmp_path):
     backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     with pytest.warns(UserWarning, match=r"nothing can score them, so the last state is kept.*give --clip FOLDER"):
         assert training_scorers(planned(photos, tmp_path, EVERY), backbone, None, None) is None
 
 
-def test_instruments_without_pictures_to_score_give_a_warning(make_tiny_sd, photos, dino, tmp_path):
+def test_instruments_without_pictures_to_score_cause_a_warning(make_tiny_sd, photos, dino, tmp_path):
     backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     with pytest.warns(UserWarning, match=r"none are generated: set train\.validation\.every=100"):
         assert training_scorers(planned(photos, tmp_path), backbone, None, dino) is None
@@ -89,7 +89,7 @@ def test_the_best_state_by_dino_score_is_kept(pcs, learn, dino, tmp_path):
 
 
 def test_overwrite_starts_over_after_an_interrupted_run(pcs, learn, tmp_path):
-    """Even with another recipe, or if the old state is damaged."""
+    """This works even with another recipe and if the old state is damaged."""
     out, training = tmp_path / "x.concept", tmp_path / "x.training"
     wild = learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")
     assert pcs(*wild).code == 1 and list(training.glob("checkpoint-*"))
@@ -100,7 +100,7 @@ def test_overwrite_starts_over_after_an_interrupted_run(pcs, learn, tmp_path):
     (next(training.glob("checkpoint-*")) / "state.json").write_text("{")
     mine = pcs(*tame, "--overwrite")
     assert mine.code == 2 and "mine.txt" in mine.err and "state.json" not in mine.err, (
-        "only files that pcs did not write"
+        "the message names only files that pcs did not write"
     )
     assert (training / "mine.txt").read_text() == "keep me" and list(training.glob("checkpoint-*"))
     (training / "mine.txt").unlink()
@@ -121,7 +121,7 @@ def test_a_failed_run_can_be_resumed_with_a_lower_learning_rate(pcs, learn, tmp_
 # --- random numbers --------------------------------------------------------------------------------
 
 
-def test_the_callers_random_state_is_left_alone(tiny_folder, photos, tmp_path):
+def test_the_random_state_of_the_caller_is_not_changed(tiny_folder, photos, tmp_path):
     runner = ImageRunner(load_backbone(tiny_folder))
     subject = {"mug": read_subject(photos, "mug")}
     torch.manual_seed(7)
@@ -134,7 +134,7 @@ def test_the_callers_random_state_is_left_alone(tiny_folder, photos, tmp_path):
     runner.unload("mug")
     with pytest.raises(RuntimeError):
         runner.personalize(subject, broken, tmp_path / "other", tensorboard=False)
-    assert torch.equal(torch.rand(3), expected), "even if training fails"
+    assert torch.equal(torch.rand(3), expected), "the random state is unchanged even if training fails"
 
 
 # --- checks before training ------------------------------------------------------------------------
@@ -181,17 +181,17 @@ def test_the_runner_makes_class_pictures_at_the_resolution_of_their_phase(tiny_f
 # --- progress --------------------------------------------------------------------------------------
 
 
-def test_class_pictures_are_counted_while_they_are_made(pcs, learn, tmp_path, monkeypatch):
+def test_class_pictures_are_counted_while_they_are_generated(pcs, learn, tmp_path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
     more = ("sources.class_pictures.num_images=4", "sources.class_pictures.batch_size=2")
     more += ("sources.class_pictures.steps=2", "train.validation.every=1")
     ran = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
     assert ran.code == 0, ran.err
     steps = re.findall(r"class pictures of 'a photo of a mug', denoising steps: (\d of \d)", ran.err)
-    assert steps == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"], "two batches of two pictures, two steps each"
+    assert steps == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"], "two batches of two pictures take two steps each"
     shutil.rmtree(tmp_path / "x.concept")
     again = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
-    assert again.code == 0 and "class pictures" not in again.err, "they already exist"
+    assert again.code == 0 and "class pictures" not in again.err, "the class pictures already exist"
     for what in ("pictures of step 1", "pictures of step 2", "the preview of 'x'"):
         assert re.search(rf"^{what}, denoising steps: (\d+) of \1$", again.err, re.MULTILINE), what
 
@@ -230,7 +230,7 @@ def test_training_speed_counts_only_steps_whose_time_is_known(capsys, monkeypatc
     ]
 
 
-def test_a_step_without_a_loss_shows_the_last_one(capsys, monkeypatch):
+def test_a_step_without_a_loss_shows_the_last_loss(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:
@@ -244,7 +244,7 @@ def test_a_step_without_a_loss_shows_the_last_one(capsys, monkeypatch):
 
 
 def test_no_speed_is_shown_for_steps_whose_time_is_unknown(capsys, monkeypatch):
-    """Class pictures before the first step, previews between steps, and steps without a loss."""
+    """The time is unknown for steps after class pictures or previews, and for steps without a loss."""
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:
@@ -267,7 +267,7 @@ def test_a_repeated_job_is_reported_again(capsys):
     assert capsys.readouterr().err.splitlines() == ["pictures: 1 of 2", "pictures: 2 of 2"] * 2
 
 
-def test_without_a_terminal_a_line_is_written_every_ten_percent(capsys):
+def test_a_line_is_written_every_ten_percent_without_a_terminal(capsys):
     with Lines() as counter:
         for done in range(1, 241):
             counter("pictures", done, 240)

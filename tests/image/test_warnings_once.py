@@ -1,4 +1,4 @@
-"""A real command line on odd pictures: each warning appears once, however often a picture is read."""
+"""A real command that reads odd pictures prints each warning once, however often it reads a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields with closed-form solutions."""
+"""Fields whose renders have a closed form."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLOR = (0.9, 0.2, 0.4)
 
 @dataclass(frozen=True)
 class Chords:
-    """For rays [B, H, W]: where they enter an object, and their length inside it (0 if they miss it)."""
+    """Where the rays `[B, H, W]` enter an object, and their length inside the object (0 for rays that miss it)."""
 
     near: Tensor
     length: Tensor
 
 
 class Solid(BaseVolume):
-    """One density and one colour inside a ball with radius `size` (or a cube with that half side), and nothing outside."""
+    """A ball of radius `size`, or a cube with that half side, with one density and one colour."""
 
     def __init__(self, size: float, density: float = 3.0, cube: bool = False, channels: int = 3) -> None:
         super().__init__(1.1, channels)

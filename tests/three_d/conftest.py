@@ -29,7 +29,7 @@ def flux(tiny_flux: Any) -> FluxBackbone:
 
 @pytest.fixture(scope="module", params=["contract", "checkout"])
 def threestudio(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """threestudio's registry with the extension: from the documented contract, and from a real checkout."""
+    """Yields threestudio's registry with the extension, from the documented contract or from a real checkout."""
     if request.param == "checkout" and not CHECKOUT:
         pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR")
     with registry(str(CONTRACT if request.param == "contract" else CHECKOUT)) as found:

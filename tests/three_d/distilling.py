@@ -1,4 +1,4 @@
-"""Runs of score distillation on tiny models, for tests."""
+"""Helpers that run score distillation on tiny models."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SMALL = ("backbone=tiny", "prompt=a photo of a mug", "train.steps=6", "train.bat
 
 
 def recipe(name: str, *settings: str) -> PictureRecipe:
-    """A shipped recipe, set to a few steps on small pictures."""
+    """Loads a shipped recipe with a few steps on small pictures."""
     return load(name, [*SMALL, *settings], "3d", PictureRecipe)
 
 
 def session(
     backbone: Any, how: PictureRecipe, folder: Path, scores: Scores | None = None, **changes: Any
 ) -> TrainingRun:
-    """A run of the recipe; `scores`, if given, guide it instead of the backbone."""
+    """Returns a run of the recipe, which `scores` guide instead of the backbone if they are given."""
 
     def distill(context: Any) -> Distill:
         return Distill(context) if scores is None else Distill(context, lambda *_: scores)
@@ -36,7 +36,7 @@ def session(
 
 
 def finish(run: TrainingRun, resume: bool = False) -> dict[str, Tensor]:
-    """Runs to the end; returns the tensors of the field and of the student."""
+    """Runs to the end. Returns the tensors of the field and of the student."""
     for _ in run.steps(resume):
         pass
     student = {f"{a.slot}/{k}": v for a in run.backbone.adapters.get("student", []) for k, v in a.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A real field of density and colour, optimised by the whole engine with a teacher that knows a solid object exactly."""
+"""Runs the whole engine on a real field of density and colour, with a teacher that knows a solid object exactly."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ COMMON = (
     "shading={lambertian: 0, textureless: 0, ambient: 1}",
     "cameras={elevation_deg: [-10, 50], fov_deg: [24.53, 24.53], distance: [5, 5], jitter: 0, roll_deg: 0, look_at: 0}",
 )
-#: Guidance -> additional settings: no pure noise if a schedule has thousands of steps, a sum over a view if the
-#: recipe uses a mean, and pixels instead of latents, which any shape can reproduce.
+#: Additional settings of each guidance. Guidances whose schedule expects thousands of steps skip pure noise, `sdi` uses
+#: the sum over a view instead of the mean, and `sjc` uses pixels, because any shape can reproduce latents.
 GUIDANCES: dict[str, tuple[str, ...]] = {
     "dreamfusion": (),
     "csd": (),
@@ -54,7 +54,7 @@ GUIDANCES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """How well an object was recovered, over 16 views not seen in training."""
+    """How well an object was recovered, measured over 16 views that were not seen in training."""
 
     iou: float
     psnr: float  # dB
@@ -96,14 +96,14 @@ def _remembered(means: Callable[[Cameras], Tensor]) -> Callable[[Cameras], Tenso
 
 
 def _oracle(seen: Callable[[Cameras], Tensor], **more: Any) -> OracleScores:
-    """With the prompt, the teacher knows each view; without it, it is less certain."""
+    """Returns a teacher that knows each view with the prompt and is less certain without it."""
     scene = {"prompt": (seen, 0.05), "plain_prompt": (seen, 0.05)}
     scene |= {told: (seen, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]
 
 
 class _Taught(Distill):
-    """A task whose student is also a field, which learns what the asset currently looks like from any side."""
+    """A task whose student is a second field, which learns what the asset currently looks like from any side."""
 
     def __init__(self, context: Any, seen: Callable[[Cameras], Tensor]) -> None:
         recipe = context.recipe
@@ -116,7 +116,7 @@ class _Taught(Distill):
         super().__init__(context, lambda *_: _oracle(seen, student=believed))
 
     def _check_groups(self) -> None:
-        """Here the student is not part of the backbone."""
+        """Checks nothing, because the student is not part of the backbone here."""
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
         mine = {name: list(parts) for name, parts in self.field.groups().items()}

@@ -12,20 +12,20 @@ import trimesh
 
 
 def viewer_of(page: str) -> tuple[str, Any]:
-    """The page without its viewer, and the viewer's mesh."""
+    """Returns the page without its viewer, and the mesh in the viewer."""
     frame = re.search(r'srcdoc="([^"]*)"', page)
-    assert frame, "a viewer is a page within the page"
+    assert frame, "the viewer is a page within the page"
     shown = mesh_in(unescape(frame[1]))
     return page.replace(frame[0], ""), shown
 
 
 def mesh_in(viewer: str) -> Any:
-    """The mesh that a viewer's page holds."""
+    """Returns the mesh that a viewer's page contains."""
     return trimesh.load_mesh(io.BytesIO(glb_in(viewer)), file_type="glb", process=False)
 
 
 def glb_in(viewer: str) -> bytes:
-    """The GLB that a viewer's page holds."""
+    """Returns the GLB file that a viewer's page contains."""
     held = re.search(r'base64_data="([A-Za-z0-9+/=]+)"', viewer)
     assert held, "the mesh is in the page"
     return base64.b64decode(held[1])

@@ -1,4 +1,4 @@
-"""The simplest possible asset, for tests: a learnable picture for each of several views; and its ground truth."""
+"""The simplest possible asset, which is a learnable picture for each of several views, and its ground truth."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ VIEWS, SIDE = 4, 32
 
 
 def view_of(cameras: Cameras) -> Tensor:
-    """[B]: index of the view nearest to each camera's azimuth."""
+    """Returns the index of the view nearest to each camera's azimuth, `[B]`."""
     return ((wrapped_deg(cameras.azimuth_deg) + 180) / 360 * VIEWS).long().clamp_max(VIEWS - 1)
 
 
 @cache
 def true_pictures(side: int = SIDE) -> Tensor:
-    """[VIEWS, 3, S, S] in [-1, 1]: smooth colours, and a square at a different place in each view."""
+    """Returns pictures with smooth colours and a square at a different position in each view.
+
+    Their shape is `[VIEWS, 3, S, S]` and their values are in [-1, 1].
+    """
     draw = torch.Generator().manual_seed(5)
     ground = F.interpolate(torch.rand(VIEWS, 3, 4, 4, generator=draw), (side, side), mode="bilinear")
     pictures = 0.1 + 0.8 * ground
@@ -41,13 +44,15 @@ def true_pictures(side: int = SIDE) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> float:
-    """In dB; for [-1, 1] the peak is 2."""
+    """Returns the PSNR in dB. `peak` is the range of the values, which is 2 for values in [-1, 1]."""
     return float(10 * torch.log10(peak**2 / (a - b).square().mean()))
 
 
 class PicturesField(nn.Module):
-    """A picture for each view, [VIEWS, K, S, S], before the sigmoid. With `grows`, it begins at half the size and doubles
-    halfway through the run, with new parameters."""
+    """A field that stores a picture for each view, `[VIEWS, K, S, S]`, before the sigmoid.
+
+    With `grows`, the pictures begin at half the size and double halfway through the run, with new parameters.
+    """
 
     def __init__(self, side: int, channels: int, lr: float, seed: int, grows: bool) -> None:
         super().__init__()
@@ -70,7 +75,7 @@ class PicturesField(nn.Module):
         return {}
 
     def pictures(self) -> Tensor:
-        """[VIEWS, K, S, S]: in [0, 1], or latents unchanged."""
+        """Returns the pictures `[VIEWS, K, S, S]`, with colours in [0, 1]. Latents are returned unchanged."""
         whole = F.interpolate(self.raw, (self.side, self.side), mode="nearest")
         return whole.sigmoid() if self.channels == 3 else whole
 
@@ -82,7 +87,7 @@ class PicturesField(nn.Module):
 
 
 class Pictures(FieldPart):
-    """The field's settings."""
+    """The settings of a field of pictures."""
 
     kind: Literal["pictures"] = "pictures"
     side: int = SIDE
@@ -94,7 +99,7 @@ class Pictures(FieldPart):
 
 
 class Slides(Part):
-    """The renderer's settings: shows the picture of each camera's view."""
+    """A renderer that shows the picture of each camera's view."""
 
     kind: Literal["slides"] = "slides"
 

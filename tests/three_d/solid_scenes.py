@@ -1,4 +1,4 @@
-"""An object with exactly known views, for the oracle: coloured ellipsoids, intersected with rays in closed form."""
+"""An object of coloured ellipsoids, whose views the oracle knows exactly because rays intersect it in closed form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pcs_3d.cameras import Cameras, turntable
 
-#: centre, half axes, colour: a body, a head at its front (+x), a tail and a hat on one side.
+#: The centre, half axes and colour of a body, a head at its front (+x), a tail, and a hat on one side.
 PARTS = (
     ((0.0, 0.0, -0.15), (0.55, 0.42, 0.38), (0.85, 0.2, 0.2)),
     ((0.48, 0.0, 0.3), (0.27, 0.27, 0.27), (0.2, 0.35, 0.9)),
@@ -22,14 +22,19 @@ _OVER = 3  # rays per pixel and axis
 
 @dataclass(frozen=True)
 class TrueViews:
-    """Pixels [B, 3, S, S] in [0, 1] on white, and the share of each pixel that the object covers, [B, 1, S, S]."""
+    """The exact views of the object.
+
+    Args:
+        pixels: colours on a white background, `[B, 3, S, S]` in [0, 1]
+        coverage: the share of each pixel that the object covers, `[B, 1, S, S]`
+    """
 
     pixels: Tensor
     coverage: Tensor
 
 
 def true_views(cameras: Cameras, side: int) -> TrueViews:
-    """The cameras' views of the object, without shading."""
+    """Renders the object as the cameras see it, without shading."""
     origins, directions = cameras.rays(side * _OVER, side * _OVER)
     nearest = torch.full(directions.shape[:-1], torch.inf)
     colors = torch.ones_like(directions)
@@ -47,12 +52,12 @@ def true_views(cameras: Cameras, side: int) -> TrueViews:
 
 
 def unseen_cameras() -> Cameras:
-    """16 cameras whose azimuths and elevations match no training view exactly."""
+    """Returns 16 cameras whose azimuths and elevations match no training view exactly."""
     around = turntable(16)
     return Cameras.of(around.azimuth_deg + 11.25, torch.tensor([0.0, 12.0, 24.0, 36.0]).repeat(4).tolist())
 
 
 def overlap(opacity: Tensor, coverage: Tensor) -> float:
-    """Intersection over union of the pixels that are more than half covered: the mean over views [B, 1, S, S]."""
+    """Returns the intersection over union of the pixels that are more than half covered, averaged over the views."""
     a, b = opacity > 0.5, coverage > 0.5
     return float(((a & b).sum((1, 2, 3)) / (a | b).sum((1, 2, 3))).mean())

@@ -1,4 +1,4 @@
-"""`pcs 3d benchmark` on the toybox with almost no training: cells, tables, resumed runs, and what is refused."""
+"""The cells, tables, resumed runs and refusals of `pcs 3d benchmark` on the toybox, with almost no training."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ phases:
 """
 
 
-def test_a_recipe_that_learns_the_subject_itself_gets_its_pictures_and_has_no_asset_without_it(pcs, tmp_path: Path):
+def test_a_recipe_that_learns_the_subject_itself_has_no_asset_without_the_concept(pcs, tmp_path: Path):
     (tmp_path / "learns.yaml").write_text(LEARNS)
     out = tmp_path / "table"
     ran = pcs("3d", "benchmark", tmp_path / "learns.yaml", "--subjects", "1", "--out", out)
     assert ran.code == 0, ran.err
-    assert "learns, without the concept" not in ran.out and "making includes learning it: learns." in ran.out
+    assert "learns, without the concept" not in ran.out and "learning the subject. This applies to learns." in ran.out
     (pooled, _) = csv.DictReader((out / "comparison.csv").open())
     assert float(pooled["iou"]) > 0 and pooled["iou.base"] == "" and pooled["iou.generic"]
     (kept,) = out.rglob("cell.json")
@@ -129,7 +129,7 @@ def test_an_asset_is_made_again_only_if_it_would_differ(sd, tmp_path: Path):
     before = log.read_text()
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert log.read_text() == before, "finished steps are not repeated"
+    assert log.read_text() == before, "steps that were finished are not repeated"
 
 
 def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
@@ -140,7 +140,7 @@ def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
         ("hifa", ("--split", "testing"), "testing"),
         ("hifa", ("--prompt", "a photo of a duck"), "{concept}"),
         ("hfia", (), "hifa"),
-        ("realfusion", (), "realfusion: references.azimuth_deg: 1 azimuths for 5 pictures"),
+        ("realfusion", (), "realfusion: references.azimuth_deg must have one azimuth per picture (5), but has 1"),
         ("texture_personalization", (), "field.start"),
         ("sjc", (), "export"),
     ):
@@ -149,7 +149,7 @@ def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
     ran = pcs("3d", "benchmark", "hifa", "--out", tmp_path / "photos")
-    assert ran.code == 2 and "photos already exists and holds 1 file(s), but no benchmark" in ran.err
+    assert ran.code == 2 and "photos already exists and contains 1 file, but no benchmark" in ran.err
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["mine.jpg"]
 
 
@@ -175,7 +175,7 @@ def cell(identity: float, iou: float, base: float = 0.1, generic: float = 0.5, t
     return AssetCell(thing="x", made=report(identity, iou, truth), base=report(base, 0.3), generic={"iou": generic})
 
 
-def test_every_subject_counts_once_and_intervals_resample_subjects():
+def test_every_subject_counts_equally_and_intervals_resample_subjects():
     row = aggregate_assets("r", {"a": cell(1.0, 0.8), "b": cell(0.5, 0.6)}, {"c": "no"})
     assert row.value("identity_relative") == 0.75 and row.scores["identity_relative"].base == pytest.approx(0.1)
     assert (row.scores["identity_relative"].low, row.scores["identity_relative"].high) == (0.5, 1.0)
@@ -204,23 +204,25 @@ def test_a_subject_whose_true_renders_are_not_verified_is_shown_separately():
     assert [line.split(",")[1] for line in table.csv().splitlines()[1:]] == ["", "a", "dark"]
 
 
-def test_goals_require_their_parts_and_more_than_the_floors():
+def test_a_goal_requires_every_score_and_more_than_the_baselines():
     goal = AssetGoal(identity=0.5, view=0.65, iou=0.55)
     for made, met in (
         (cell(0.6, 0.7), True),
-        (cell(0.4, 0.7), False),  # identity
-        (cell(0.6, 0.5), False),  # silhouettes
+        (cell(0.4, 0.7), False),  # too low an identity
+        (cell(0.6, 0.5), False),  # too low an overlap of silhouettes
         (cell(0.6, 0.7, base=0.6), False),  # no better than without the concept
         (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic object of the class
     ):
         assert goal.met(aggregate_assets("r", {"a": made}, {})) is met
     alone = cell(0.6, 0.7).model_copy(update={"base": None})
-    assert goal.met(aggregate_assets("r", {"a": alone}, {})) is True, "there is no asset without the concept to beat"
+    assert goal.met(aggregate_assets("r", {"a": alone}, {})) is True, (
+        "there is no asset without the concept to compare with"
+    )
     assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None
     assert goal.met(aggregate_assets("r", {}, {"a": "no"})) is False
 
 
-def test_the_best_identity_comes_first_and_other_instruments_are_refused():
+def test_the_best_identity_comes_first_and_mixed_instruments_are_refused():
     cells = {("bad", "a"): cell(0.2, 0.9), ("good", "a"): cell(0.6, 0.5), ("better", "a"): cell(0.6, 0.7)}
     table = compare_assets(cells, {("bad", "b"): "RuntimeError: <no>"}, Path(), AssetGoal(identity=0.5))
     assert [r.recipe for r in table.rows] == ["better", "good", "bad"]
@@ -233,7 +235,7 @@ def test_the_best_identity_comes_first_and_other_instruments_are_refused():
         compare_assets({**cells, ("bad", "b"): other}, {}, Path())
 
 
-def test_curves_are_means_over_subjects():
+def test_curves_are_averaged_over_subjects():
     def with_curve(values: list[float | None]) -> AssetCell:
         curve = Curve(key="iou", title="Overlap", azimuth_deg=[0.0, 180.0], asset=values, truth=[1.0, 1.0])
         made = report(0.5, 0.5).model_copy(update={"curves": [curve]})

@@ -1,4 +1,4 @@
-"""Assets with every kind of field: optimised, interrupted, and written as files that other programs can open."""
+"""Assets with every kind of field are optimised, interrupted, and written as files that other programs can open."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FIVE = ("train.steps=5", "train.checkpoint_every=2")
 
 
 class Silent:
-    """Progress that is not shown."""
+    """A progress display that shows nothing."""
 
     def step(self, phase, record, total) -> None:
         pass
@@ -76,7 +76,7 @@ def test_a_field_of_each_kind_becomes_an_asset(sd, tmp_path, kind):
     how, out = recipe(kind, "train.steps=3"), tmp_path / "asset"
     before = how.field.build(3, how.seed)
     asset = create(Runner3D(sd), how, AssetFiles(out))
-    assert not same(before.state_dict(), asset.field.state_dict()), "it has learned"
+    assert not same(before.state_dict(), asset.field.state_dict()), "the field has learned"
     files = {str(p.relative_to(out)) for p in out.rglob("*.*")}
     assert {
         "asset.glb",
@@ -113,7 +113,9 @@ def test_the_page_shows_the_concept_the_prompt_and_the_costs(sd, tmp_path):
     page = (tmp_path / "asset" / "report.html").read_text()
     assert "a photo &amp; &lt;mug&gt;" in page and "<iframe" not in page
     assert base64.b64encode(preview.read_bytes()).decode() in page and "mug: 0.7" in page
-    assert "data:video/mp4;base64," in page and page.count("data:image/png") == 5, "the preview, and four sides"
+    assert "data:video/mp4;base64," in page and page.count("data:image/png") == 5, (
+        "the page shows the preview and four sides"
+    )
     assert "whole process" in page and "default-src 'none'" in page
 
 
@@ -129,8 +131,10 @@ def test_a_field_without_a_surface_gives_no_asset_and_its_state_is_kept(sd, tmp_
 
 @pytest.mark.parametrize(("kind", "stop"), [("voxels", 2), ("gaussians", 3), ("gaussians", 2)])
 def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, kind, stop):
-    """Bit for bit. The Gaussians are split before their third and fifth step (2 and 4): `stop` is just before a split or just
-    after one."""
+    """The fields are equal bit for bit.
+
+    The Gaussians are split before steps 2 and 4 (counted from 0), so `stop` is just before or just after a split.
+    """
     settings = ("train.steps=5", f"train.checkpoint_every={stop}")
     whole = finish(run_of(new_sd(), recipe(kind, *settings), tmp_path / "whole"))
     steps = run_of(new_sd(), recipe(kind, *settings), tmp_path / "run").steps()
@@ -145,7 +149,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, kind, 
 
 
 @pytest.mark.parametrize("kind", FIELDS)
-def test_previews_change_nothing_and_may_change_when_a_run_resumes(new_sd, tmp_path, kind):
+def test_previews_do_not_affect_a_run_and_may_change_when_it_resumes(new_sd, tmp_path, kind):
     class Stopped(Silent):
         def step(self, phase, record, total) -> None:
             if record.step == 3:
@@ -161,7 +165,7 @@ def test_previews_change_nothing_and_may_change_when_a_run_resumes(new_sd, tmp_p
 
 
 def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
-    """In the first step after a split, Adam moves the old Gaussians with their moments, not like new ones."""
+    """In the first step after a split, Adam moves the old Gaussians with their moments and not as if they were new."""
     kept = []
 
     class Watched(GaussianField):
@@ -178,7 +182,7 @@ def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
     (found, at_split), *_ = kept
     rows = next(iter(found.values()))[1]
     moved = (after["field/raw_features"] - at_split["raw_features"])[rows >= 0].abs()
-    fresh = part.feature_rate  # length of Adam's first step, whatever the gradient
+    fresh = part.feature_rate  # the length of Adam's first step, whatever the gradient is
     assert float(moved.max()) > 0 and float((moved - fresh).abs().median()) > 1e-3 * fresh
 
 
@@ -186,7 +190,7 @@ def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*FIELDS, "frequency_mlp", "hash_grid"])
-def test_a_recipe_draws_each_field_with_its_renderer_and_survives_a_round_trip(kind):
+def test_a_recipe_renders_each_field_with_its_own_renderer_and_survives_a_round_trip(kind):
     how = recipe(kind)
     assert how.renderer.kind == how.field.drawn_by
     assert validate(Recipe3D, json.loads(json.dumps(dump(how)))) == how
@@ -195,7 +199,7 @@ def test_a_recipe_draws_each_field_with_its_renderer_and_survives_a_round_trip(k
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["field.kind=gaussians", "renderer.kind=volume"], "a field of kind gaussians is drawn by splat"),
+        (["field.kind=gaussians", "renderer.kind=volume"], "a field of kind gaussians needs renderer.kind=splat"),
         (["guidance.space=latents", "guidance.resolution=null"], "no colours to write to files: set export=null"),
         (["penalties.silhouette={}"], "penalties.silhouette compares views with the subject's pictures"),
         (["penalties.sparsity.weight=-1"], "a weight must not be negative"),
@@ -218,7 +222,7 @@ def test_an_unsuitable_penalty_that_starts_late_is_refused_before_the_first_step
 
 
 def red_pictures(folder: Path) -> Path:
-    """Two pictures of a red square on green, with masks."""
+    """Paints two pictures of a red square on green, with masks."""
     for name in ("a", "b"):
         picture, mask = Image.new("RGB", (64, 64), (0, 200, 0)), Image.new("L", (64, 64))
         picture.paste((230, 0, 0), (20, 20, 44, 44))
@@ -229,7 +233,7 @@ def red_pictures(folder: Path) -> Path:
     return folder
 
 
-def test_the_field_learns_to_look_like_the_pictures_from_their_cameras(sd, tmp_path):
+def test_the_field_learns_to_look_like_the_reference_pictures_from_their_cameras(sd, tmp_path):
     subject = read_subject(red_pictures(tmp_path / "photos"), "mug", masks=tmp_path / "photos" / "masks")
     references = ("references.azimuth_deg=[0, 90]", "penalties.reference_views={count: 2, weight: 100}",
                   "penalties.silhouette.weight=100", "guidance.weight=0.0")  # fmt: skip
@@ -238,8 +242,10 @@ def test_the_field_learns_to_look_like_the_pictures_from_their_cameras(sd, tmp_p
     assert how.references is not None
     seen = asset.views(how.references.cameras())
     middle = seen.pixels[:, :, 6:10, 6:10].mean((0, 2, 3))
-    assert float(middle[0]) > 0.6 > 0.4 > float(middle[1]), "red, and not the green behind it"
-    with pytest.raises(ValueError, match=r"references.azimuth_deg: 3 azimuths for 2 pictures.* a.png, b.png"):
+    assert float(middle[0]) > 0.6 > 0.4 > float(middle[1]), "the middle is red and not green like the background"
+    with pytest.raises(
+        ValueError, match=r"references.azimuth_deg must have one azimuth per picture \(2\), but has 3.* a.png, b.png"
+    ):
         more = recipe("voxels", "prompt=a photo of a mug", *references[1:], "references.azimuth_deg=[0, 90, 180]")
         Runner3D(sd).create(more, tmp_path / "other", {"mug": subject})
     assert not (tmp_path / "other").exists()

@@ -1,4 +1,4 @@
-"""User mistakes with assets: reported before anything begins, and nothing is left half-written."""
+"""Users' mistakes with assets are reported before anything begins, and nothing is left half-written."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_cameras_that_see_nothing_are_refused_by_the_recipe(setting):
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """Calling it limits every file to the given number of bytes, so writes fail as on a full disk."""
+    """Yields a function that limits every file to a number of bytes, so that writes fail as on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -88,11 +88,11 @@ def test_a_full_disk_leaves_no_asset_and_a_state_to_resume_from(sd, tmp_path, fu
     assert (tmp_path / "asset" / "report.html").is_file() and checkpoint.load(files.workdir) is None
 
 
-# --- a kill ----------------------------------------------------------------------------------
+# --- killed runs ----------------------------------------------------------------------------------
 
 
 def test_a_run_that_is_killed_resumes_bit_for_bit(new_sd, tmp_path):
-    """SIGKILL, at any point after its second checkpoint."""
+    """The run gets SIGKILL at some point after its second checkpoint."""
     how, folder = recipe("voxels", "train.steps=5", "train.checkpoint_every=1"), tmp_path / "run"
     whole = finish(run_of(new_sd(), how, tmp_path / "whole"))
     torch.set_num_threads(1)  # a fork keeps only the thread that forks

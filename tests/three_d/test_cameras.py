@@ -1,4 +1,4 @@
-"""Cameras: where they look, for any batch size, and that they match the toybox's."""
+"""Cameras have the right positions, axes and rays for any batch size, and match those of the toybox."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def random_cameras(count: int) -> Cameras:
     return Cameras.of(azimuth, elevation, 3 + torch.rand(count, generator=draw), 40.0, roll)
 
 
-def test_axes_are_orthonormal_and_three_cameras_equal_each_alone():
+def test_axes_are_orthonormal_and_do_not_depend_on_the_batch():
     cameras = random_cameras(3)
     assert torch.allclose(cameras.axes @ cameras.axes.mT, torch.eye(3).expand(3, 3, 3), atol=1e-6)
     assert torch.allclose(torch.linalg.det(cameras.axes), torch.ones(3), atol=1e-6)
@@ -26,7 +26,7 @@ def test_axes_are_orthonormal_and_three_cameras_equal_each_alone():
         assert torch.equal(one.axes[0], cameras.axes[i]) and torch.equal(one.rays(4, 4)[1][0], cameras.rays(4, 4)[1][i])
 
 
-def test_front_left_and_above_are_where_they_should_be():
+def test_cameras_in_front_on_the_left_and_above_have_the_right_positions():
     positions = Cameras.of([0.0, 90.0, 0.0], torch.tensor([0.0, 0.0, 90.0]), 2.0).positions
     assert torch.allclose(positions, torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 0, 2.0]]), atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Concepts that guide an asset: weights of the whole network (DreamBooth), a LoRA, and both in one prompt at any strength."""
+"""An asset guided by DreamBooth weights of the whole network, by a LoRA, or by both in one prompt at any strength."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.three_d.distilling import recipe
 from tests.three_d.test_distill import first_step, gradient
 from tests.three_d.test_guidance import looked
 
-#: name -> class noun, modifier, and what is learned
+#: The class noun, the modifier and the trained part of each concept.
 PARTS = {
     "mug": ("mug", RareToken(token="sks"), Weights(roles=("denoiser.all",))),
     "dog": ("dog", LearnableToken(vectors=1), Lora(rank=2)),
@@ -34,7 +34,7 @@ def noisy() -> Tensor:
 
 @pytest.fixture
 def concepts(new_sd) -> dict[str, Concept]:
-    """A concept that changes every weight of the denoiser, and one with a token and a LoRA."""
+    """Returns a concept that changes every weight of the denoiser, and a concept with a token and a LoRA."""
     out, draw = {}, torch.Generator().manual_seed(1)
     for name, (noun, modifier, part) in PARTS.items():
         backbone = new_sd()
@@ -54,7 +54,7 @@ def concepts(new_sd) -> dict[str, Concept]:
 
 @pytest.fixture
 def guided(new_sd, concepts, tmp_path):
-    """(prompt, strengths) -> the model with the concepts, and the task before its first step."""
+    """Returns a function that loads concepts with strengths and returns the model and a task before its first step."""
 
     def begin(prompt: str, strengths: Mapping[str, float]):
         runner = Runner3D(new_sd())
@@ -66,7 +66,7 @@ def guided(new_sd, concepts, tmp_path):
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
-def test_learned_weights_guide_like_a_model_with_these_weights(guided, new_sd, concepts, strength):
+def test_learned_weights_guide_like_a_model_that_has_these_weights(guided, new_sd, concepts, strength):
     _, task = guided("a photo of a <mug>", {"mug": strength})
     (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
     model = new_sd()
@@ -90,7 +90,7 @@ def test_two_concepts_guide_with_the_predictions_that_generate_pictures(guided, 
         )
 
 
-def test_each_strength_changes_the_gradient_and_0_equals_the_model_without_the_concept(guided, new_sd, tmp_path):
+def test_each_strength_changes_the_gradient_and_strength_0_has_no_effect(guided, new_sd, tmp_path):
     strengths = [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
     grads = [gradient(guided(BOTH, {"mug": mug, "dog": dog})[1]) for mug, dog in strengths]
     for i, one in enumerate(grads):

@@ -1,4 +1,4 @@
-"""From a recipe and a prompt to files: the shipped recipes, the runner, and what is refused."""
+"""The shipped recipes for assets, the files that the runner writes from a recipe and a prompt, and what it refuses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from tests.three_d.picture_scenes import PictureRecipe
 
 SHIPPED = sorted(recipe_files("3d"))
 FEW = ("train.steps=2",)
-OF_A_KIND = {  # see test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py, test_texture_refinement.py,
-    # test_reference_cameras.py
+# in test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py, test_texture_refinement.py and
+# test_reference_cameras.py
+TESTED_ELSEWHERE = {
     "dream_gaussian",
     "dreambooth3d",
     "local_editing",
@@ -52,7 +53,7 @@ def wrote(field, folder: Path, settings) -> None:
 def test_every_shipped_recipe_resolves_and_survives_a_round_trip(name, place):
     found = load(name, place, "3d", Recipe3D)
     assert validate(Recipe3D, json.loads(json.dumps(dump(found)))) == found
-    assert (found.setting != "") == (not place), "the toybox's words are used only on the toybox"
+    assert (found.setting != "") == (not place), "the setting of the toybox's prompts is used only on the toybox"
     lines = recipe_files("3d")[name].read_text().splitlines()
     assert "https://" in lines[0] + lines[1]
     assert all(paper in "".join(lines[:6]) for paper in read_yaml(recipe_files("3d")[name])["papers"])
@@ -67,7 +68,7 @@ def test_the_field_is_previewed_during_training_but_not_too_often(name, place):
             assert every and steps / every <= 25, (phase, every, steps)
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OF_A_KIND])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in TESTED_ELSEWHERE])
 def test_every_shipped_recipe_takes_two_steps_on_a_tiny_model(sd, tmp_path, name):
     size = ("train.resolution=null", "field.side=8") if name == "sjc" else ()
     run = session(sd, recipe(name, *FEW, *size), tmp_path / "run")
@@ -79,7 +80,7 @@ def test_every_shipped_recipe_takes_two_steps_on_a_tiny_model(sd, tmp_path, name
 # --- the runner and its files ----------------------------------------------------------------
 
 
-def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path, monkeypatch):
+def test_the_folder_of_an_asset_states_how_it_was_made(sd, tmp_path, monkeypatch):
     monkeypatch.setattr(sd, "name", str(tmp_path / "sd"))
     how, runner = recipe("dreamfusion", *FEW, "train.validation.every=1"), Runner3D(sd)
     asset = create(runner, how, AssetFiles(tmp_path / "asset"), export=wrote)
@@ -90,11 +91,13 @@ def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path, monkeypatc
     assert read_clip(tmp_path / "asset" / "turntable.mp4", ClipWindow(length=48)).frames.shape[1] == 48
     assert asset.views(how.cameras.sample(3, _start(), torch.Generator())).pixels.shape == (3, 3, 32, 32)
     assert checkpoint.load(tmp_path / "asset.training") is None and not sd.adapters
-    assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "renders during training"
-    assert about["backbone"] == "sd" and str(tmp_path) not in json.dumps(about), "without local folders"
+    assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "previews are rendered during training"
+    assert about["backbone"] == "sd" and str(tmp_path) not in json.dumps(about), (
+        "asset.json must not contain local folders"
+    )
     with pytest.raises(ValueError, match="exists"):
         AssetFiles(tmp_path / "asset").check()
-    assert AssetFiles(tmp_path / "asset", resume=True).check(), "there is nothing left to do"
+    assert AssetFiles(tmp_path / "asset", resume=True).check(), "the asset is finished, so nothing is left to do"
 
 
 def _start():

@@ -1,4 +1,4 @@
-"""The demo's part for assets: from the toybox to a mesh and its turntable on the page."""
+"""The demo's part for assets turns a toybox subject into a mesh and its turntable clip."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def test_a_subject_becomes_a_mesh_and_a_turntable_clip(tmp_path: Path) -> None:
         demo.check(replace(asked, asset_recipe="dreambooth3d"))
     line, shown = demo.show(asked, Bars(nullcontext, nullcontext))
     assert isinstance(line, str) and "asset.glb" in line
-    assert (
-        isinstance(shown, Exhibit) and "a photo of a robot" in shown.text
-    )  # nothing was learned, so its class is used
+    # nothing was learned, so the prompt names the class
+    assert isinstance(shown, Exhibit) and "a photo of a robot" in shown.text
     assert all(file.is_file() for file in shown.more.values())
     turn = read_clip(shown.file, ClipWindow(length=24)).frames
     assert turn.shape[1] == 24

@@ -1,4 +1,4 @@
-"""Score distillation in the training loop: what is trained, which adapters predict what, interruptions and NaNs."""
+"""Score distillation in the training loop: trained parameters, adapters of each prediction, interruptions and NaNs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("name", ["dreamfusion", "prolificdreamer"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, name, stop):
-    """Bit for bit: the field, whose parameters are replaced at step 3, the student, moments and random draws."""
+    """The field, whose parameters are replaced at step 3, and the student are equal bit for bit."""
     whole = finish(session(new_sd(), recipe(name, *GROWS), tmp_path / "whole"))
     run = session(new_sd(), recipe(name, *GROWS, f"train.checkpoint_every={stop}"), tmp_path / "run")
     steps = run.steps()
@@ -103,7 +103,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(new_sd, t
     assert same(
         finish(session(new_sd(), how, tmp_path / "run"), resume=True),
         finish(session(new_sd(), how, tmp_path / "other")),
-    ), "and the run continues from there unchanged"
+    ), "the resumed run equals a run that did not fail"
 
 
 def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
@@ -123,7 +123,7 @@ def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
 
 
 def first_step(backbone, how, folder) -> Distill:
-    """The task of a run just before its first step."""
+    """Returns the task of a run just before its first step."""
     run = session(backbone, how, folder, loaded_strengths={n: s for n, s in backbone.strengths.items()})
     return Distill(run.context(0, run._unfreeze(run.phases[0][1])))
 
@@ -154,7 +154,7 @@ def test_a_concept_changes_the_gradient_only_while_it_is_on(new_sd, tmp_path):
     assert torch.equal(off, plain)
 
 
-def test_the_student_adds_its_adapters_to_the_teachers_and_starts_equal_to_the_teacher(new_sd, tmp_path):
+def test_the_student_adds_adapters_to_those_of_the_teacher_and_starts_equal_to_it(new_sd, tmp_path):
     backbone = new_sd()
     teach(backbone)
     task = first_step(backbone, recipe("prolificdreamer", "prompt=a photo of a <mug>"), tmp_path / "run")
@@ -163,7 +163,7 @@ def test_the_student_adds_its_adapters_to_the_teachers_and_starts_equal_to_the_t
     views = looked(10.0, 170.0)
     told = "plain_prompt"
     ask = lambda adapters: task.scores.eps([Ask(told, adapters)], z, t, views)[0]  # noqa: E731
-    assert torch.equal(ask("teacher"), ask("student")), "before it has learned anything"
+    assert torch.equal(ask("teacher"), ask("student")), "the student has not learned anything yet"
     assert not torch.allclose(ask("teacher"), ask("base"))
     with task.scores.under("student"):
         assert backbone.strengths == {"mug": 1.0, "student": 1.0}
@@ -179,7 +179,7 @@ def test_the_student_adds_its_adapters_to_the_teachers_and_starts_equal_to_the_t
     assert torch.allclose(task.scores.eps([Ask(told)], z, t, looked(90.0, 170.0))[0], teacher, atol=1e-5)
 
 
-def test_a_step_trains_the_field_and_then_the_student_each_with_its_own_loss(new_sd, tmp_path):
+def test_a_step_trains_the_field_and_the_student_with_separate_losses(new_sd, tmp_path):
     backbone = new_sd()
     frozen = {k: v.clone() for k, v in backbone.denoiser.state_dict().items()}
     run = session(backbone, recipe("prolificdreamer", "train.steps=2"), tmp_path / "run")
@@ -208,8 +208,8 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(new_sd, tmp_
     assert checkpoint.load(tmp_path / "run") is None
 
 
-def test_teachers_of_every_parametrisation(new_sd, make_tiny_sd_v, flux, tmp_path):
-    """Epsilon, v and flow: the teacher's noise prediction follows from its own formulas."""
+def test_teachers_of_every_parameterization_predict_the_noise(new_sd, make_tiny_sd_v, flux, tmp_path):
+    """The noise prediction follows from the formulas for epsilon, v and flow predictions."""
     for i, backbone in enumerate((new_sd(), StableDiffusionBackbone(make_tiny_sd_v(), "tiny"), flux)):
         side = f"train.resolution={32}"
         task = first_step(backbone, recipe("dreamfusion", side, "guidance.resolution=32"), tmp_path / str(i))

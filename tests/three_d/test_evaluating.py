@@ -1,4 +1,4 @@
-"""Measuring assets: only the real object matches perfectly, and nothing is ever rotated to fit."""
+"""In the evaluation of assets, only the real object matches perfectly, and nothing is rotated to fit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.three_d.pages import viewer_of
 
 AROUND = cameras()
 AZIMUTHS = AROUND.azimuth_deg.tolist()
-PLAIN_CAR = TrueToy(HeldOut("plain", Thing("car", "red", "blue"), ()))  # its shape is that of its class
+PLAIN_CAR = TrueToy(HeldOut("plain", Thing("car", "red", "blue"), ()))  # the shape is the same for all cars
 
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
-    """A box, long from front to back, with a different colour on each side."""
-    mesh = trimesh.creation.box((1, 1, 1)).apply_scale((0.4, 0.5, 1.4))  # glTF: z is forward
+    """Writes a box that is long from front to back and has a different colour on each side."""
+    mesh = trimesh.creation.box((1, 1, 1)).apply_scale((0.4, 0.5, 1.4))  # in glTF, z is forward
     mesh.unmerge_vertices()
     side = np.asarray(mesh.face_normals).round() @ np.array([1, 2, 3]) + 3
     colors = np.random.default_rng(0).integers(0, 255, (7, 4)).astype(np.uint8)
@@ -66,8 +66,8 @@ def test_a_mesh_matches_itself_at_any_position_and_size(box, scale, offset):
 def test_a_rotated_mesh_is_not_rotated_back(box, tmp_path):
     truth, mesh = draw(painted_mesh(box), AROUND), painted_mesh(turned(box, tmp_path / "t.glb", 90))
     found = compared(mesh, truth, AROUND)
-    assert found.iou.mean() < 0.65  # the best that size and position can do
-    assert iou(draw(mesh, AROUND).masks, truth.masks.roll(4, 0)).min() > 0.97  # what rotation would have given
+    assert found.iou.mean() < 0.65  # the best that scaling and moving can reach
+    assert iou(draw(mesh, AROUND).masks, truth.masks.roll(4, 0)).min() > 0.97  # what a rotation would have reached
 
 
 def test_an_empty_view_does_not_match_a_white_object():
@@ -75,11 +75,14 @@ def test_an_empty_view_does_not_match_a_white_object():
     assert compared(sphere(torch.ones(3)), white, AROUND[:2]).psnr_of_all == BEST_DB
     empty = Views(torch.ones_like(white.pixels), torch.zeros_like(white.masks))
     gone = compared(sphere(torch.ones(3)), empty, AROUND[:2])
-    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # half of the errors, those on black, are 1
+    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # half of the errors, those on a black background, are 1
 
 
 def test_silhouettes_drawn_together_equal_those_drawn_one_by_one(box):
-    for mesh in (painted_mesh(box), painted_mesh(box).placed(1.3, (0.3, 0.2, -0.3))):  # partly outside
+    for mesh in (
+        painted_mesh(box),
+        painted_mesh(box).placed(1.3, (0.3, 0.2, -0.3)),
+    ):  # the second mesh is partly outside the view
         assert torch.equal(silhouettes(mesh, AROUND[:4], 48), draw(mesh, AROUND[:4], 48).masks)
 
 
@@ -92,7 +95,7 @@ def test_true_views_of_the_toybox_match_the_cameras():
         seen[y, x] = True
         assert mask[y, x].float().mean() > 0.99  # no point of the shape is outside its mask
         grown = torch.nn.functional.max_pool2d(seen[None].float(), 5, 1, 2)[0] > 0
-        assert grown[mask].float().mean() > 0.99  # and nothing is drawn where there are no points
+        assert grown[mask].float().mean() > 0.99  # nothing is drawn where there are no points
 
 
 def test_an_object_with_four_fronts_is_detected():
@@ -120,9 +123,9 @@ def test_sectors_and_fronts_are_counted_around_the_circle():
     assert fronts(two, AZIMUTHS) == 2
 
 
-def test_geometry_of_closed_open_and_scattered_meshes(tmp_path):
+def test_the_geometry_of_closed_open_and_scattered_meshes_is_measured(tmp_path):
     cube = trimesh.creation.box((1, 1, 1))
-    cube.unmerge_vertices()  # as files with texture seams are
+    cube.unmerge_vertices()  # as in files with texture seams
     cube.export(tmp_path / "a.glb")
     found = geometry(painted_mesh(tmp_path / "a.glb"))
     assert (found.faces, found.vertices, found.components, found.watertight) == (12, 8, 1, True)
@@ -189,7 +192,7 @@ def test_the_command_writes_a_complete_report(box, tmp_path):
     assert isinstance(again.exception, ValueError) and "already exists" in str(again.exception)
 
 
-def test_a_bare_mesh_says_what_was_not_measured(box, tmp_path):
+def test_the_report_on_a_bare_mesh_notes_what_was_not_measured(box, tmp_path):
     report = evaluate(box, Against())
     assert {s.key for s in report.scores} == {"faces", "watertight", "components", "volume", "share_of_box"}
     assert any("--truth" in n for n in report.notes) and any("--clip" in n for n in report.notes)
@@ -201,7 +204,7 @@ def test_learned_names_are_replaced_by_the_class_noun():
     assert plain("a <my-x> in the snow", "owl") == "an owl in the snow"
 
 
-def test_what_cannot_be_evaluated_is_refused(box, tmp_path):
+def test_folders_and_files_that_cannot_be_evaluated_are_refused(box, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "meshless").mkdir()
     (tmp_path / "meshless" / "asset.json").write_text("{}")
@@ -213,7 +216,7 @@ def test_what_cannot_be_evaluated_is_refused(box, tmp_path):
     trimesh.PointCloud(np.random.default_rng(0).normal(size=(50, 3))).export(tmp_path / "points.ply")
     for path, said in (
         ("nowhere", "no such folder"),
-        ("empty", "holds no asset"),
+        ("empty", "contains no asset"),
         ("meshless", "without a mesh"),
         ("torn", "cannot be read"),
         ("no.glb", "no.glb"),

@@ -1,4 +1,4 @@
-"""Exported assets: a ball's volume, closed surface and colours, read back from its files; and what cannot be exported."""
+"""Exported files of a ball have its volume, closed surface and colours, and unsuitable fields are refused."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_an_object_that_fills_the_bound_is_closed_there():
 
 
 @pytest.mark.parametrize("density", [0.0, 1e-3])
-def test_an_empty_field_is_an_error_and_leaves_nothing(tmp_path, density):
+def test_exporting_an_empty_field_is_an_error_and_leaves_nothing_behind(tmp_path, density):
     with pytest.raises(ValueError, match="the field is empty: its largest density is"):
         export_asset(Solid(0.6, density), tmp_path, SMALL)
     with pytest.raises(ValueError, match="empty"):
@@ -90,7 +90,7 @@ def test_an_empty_field_is_an_error_and_leaves_nothing(tmp_path, density):
     assert not list(tmp_path.iterdir())
 
 
-def test_nans_and_latents_are_errors(tmp_path):
+def test_exporting_nans_or_latents_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         export_asset(Solid(0.6, float("nan")), tmp_path, SMALL)
     with pytest.raises(ValueError, match="latents with 4 channels"):
@@ -106,15 +106,15 @@ def test_nans_and_latents_are_errors(tmp_path):
         (Gaussians(count=200, opacity=0.8), "means", "values"),
     ],
 )
-def test_values_that_are_not_finite_are_errors_before_anything_is_written(tmp_path, part, name, what):
+def test_values_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, part, name, what):
     field = part.build()
     getattr(field, name).data[::3] = float("nan")
-    with pytest.raises(ValueError, match=rf"{what} that are not finite \(NaN or Inf\): (its|their) training failed"):
+    with pytest.raises(ValueError, match=rf"{what} that are not finite \(NaN or Inf\), so (its|their) training failed"):
         export_asset(field, tmp_path, SMALL)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_threshold_is_the_middle_of_the_range_that_fits():
+def test_the_automatic_threshold_is_in_the_middle_of_the_suitable_range():
     grid = np.zeros((20, 20, 20))
     grid[5:15, 5:15, 5:15] = 50.0
     grid += 0.01
@@ -122,7 +122,7 @@ def test_the_threshold_is_the_middle_of_the_range_that_fits():
 
 
 def test_the_grid_is_evaluated_at_its_nodes():
-    grid = export_grid(Solid(0.6, 7.0, cube=True), 23)  # nodes every 0.1
+    grid = export_grid(Solid(0.6, 7.0, cube=True), 23)  # the nodes are 0.1 apart
     assert grid.shape == (23,) * 3 and int((grid > 0).sum()) in (11**3, 13**3)
 
 
@@ -135,7 +135,7 @@ def test_simplifying_keeps_the_shape():
     assert "simplified" in fewer.notes[-1]
 
 
-def test_a_texture_has_no_seams_in_another_colour():
+def test_the_seams_of_a_texture_have_no_other_colour():
     ball = trimesh.creation.icosphere(2)
     mesh = Extracted(np.asarray(ball.vertices), np.asarray(ball.faces))
     made = textured(mesh, lambda p: torch.full((len(p), 3), 0.6), 64)
@@ -149,7 +149,7 @@ def test_a_file_that_does_not_contain_its_mesh_is_refused_and_not_kept(tmp_path,
     vertices, faces = np.asarray(ball.vertices), np.asarray(ball.faces)
     box = trimesh.creation.box().export(file_type="ply")
     monkeypatch.setattr(trimesh.Trimesh, "export", lambda self, file_type: box)
-    with pytest.raises(ValueError, match="does not hold the mesh"):
+    with pytest.raises(ValueError, match="does not contain the mesh"):
         write.write_ply(tmp_path / "x.ply", vertices, faces, np.ones_like(vertices))
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""What every field must do: save and load, train all parameters, begin as its start; and what individual fields guarantee."""
+"""Every field saves and loads, trains all its parameters, and begins as its start. Single fields guarantee more."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(field, cameras, **settings):
 
 
 def stirred(field):
-    """The same field, perturbed, because at its start the networks' last layers are 0 and pass no gradient."""
+    """Perturbs a field, because at the start the last layers of its networks are 0 and pass no gradient."""
     pull = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for group in field.groups()["main"]:
@@ -85,7 +85,7 @@ def test_normals_point_away_from_dense_regions(kind):
     normals = field.normals(points)
     assert torch.allclose(normals.norm(dim=-1), torch.ones(50), atol=1e-4)
     assert float((normals * points / 0.5).sum(-1).min()) > 0.9
-    assert float(field.density(points * 4).abs().max()) == 0  # outside the bound
+    assert float(field.density(points * 4).abs().max()) == 0  # the density is 0 outside the bound
 
 
 def test_interpolated_values_and_both_gradients_equal_those_of_torch():
@@ -101,7 +101,7 @@ def test_interpolated_values_and_both_gradients_equal_those_of_torch():
         assert torch.allclose(a, b)
 
 
-def test_finer_levels_of_a_hash_grid_join_later():
+def test_finer_levels_of_a_hash_grid_are_unlocked_later():
     field = stirred(build("hash_grid", unlock=0.5))
     points = torch.rand(20, 3) - 0.5
     assert field.advance(0, 100) is None
@@ -113,7 +113,7 @@ def test_finer_levels_of_a_hash_grid_join_later():
         TypeAdapter(FieldSettings).validate_python({"kind": "hash_grid", "levels": 0})
 
 
-def test_gaussians_with_large_gradients_split_and_transparent_ones_are_removed():
+def test_gaussians_with_large_gradients_are_split_and_transparent_gaussians_are_removed():
     part = Gaussians(count=30, every=5, threshold=0.5, prune=0.05, most=33)
     field = part.build()
     weight = torch.zeros(30, 1)
@@ -130,21 +130,23 @@ def test_gaussians_with_large_gradients_split_and_transparent_ones_are_removed()
     old = rows >= 0
     assert torch.equal(field.means[old], before[rows[old]]) and not bool((rows >= 28).any())
     assert [len(p) for group in field.groups()["main"] for p in group.parameters] == [33] * 5
-    same.advance(5, 100)  # as a run resumed here does
+    same.advance(5, 100)  # as in a run that is resumed here
     assert torch.equal(same.means, field.means)
 
 
-def test_gaussians_split_only_once_at_a_step_even_if_a_run_resumes_there():
+def test_gaussians_are_split_only_once_at_a_step_even_if_a_run_resumes_there():
     part = Gaussians(count=30, every=5, threshold=0.5)
     field = part.build()
     field.means.sum().backward()
     field.advance(5, 100)
-    field.pull += 1  # from the reverted step
+    field.pull += 1  # left by the step that is repeated
     again = part.build()
     again.load_state_dict(field.state_dict())
     assert torch.equal(again.means, field.means)
     assert again.advance(5, 100) is None and len(again.means) == len(field.means) > 30
-    assert again.advance(0, 100) is None and again.advance(5, 100) is not None, "it splits again in a later phase"
+    assert again.advance(0, 100) is None and again.advance(5, 100) is not None, (
+        "the field splits again in a later phase"
+    )
 
 
 def test_a_surface_is_closed_and_faces_outward_even_where_it_meets_the_bound():

@@ -1,4 +1,4 @@
-"""Penalties: their value in closed form, the direction of their gradient, and how their weights change."""
+"""The values of penalties in closed form, the directions of their gradients, and their scheduled weights."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_depth_varies_in_fog_but_not_on_a_surface():
         float(penalty("z_variance").value(Seen(None, CAMERAS, Rendering(one, one, one, None, w, distances))))
         for w in (fog, wall, 0.3 * fog)
     ]
-    assert values == pytest.approx([2 / 3, 0, 0])  # the last one hits nothing
+    assert values == pytest.approx([2 / 3, 0, 0])  # the rays of the last view hit too little
 
 
 @pytest.mark.parametrize("kind", ["orientation", "normal_smoothness", "normal_image_smoothness", "total_variation"])
-def test_a_smooth_ball_has_a_lower_penalty_than_a_rough_one_which_training_smooths(kind):
+def test_a_rough_ball_has_a_higher_penalty_than_a_smooth_one_and_gradient_descent_lowers_it(kind):
     smooth = Voxels(resolution=16, start=Blob(softness=0.4, radius=0.8)).build()
     rough = Voxels(resolution=16, start=Blob(softness=0.4, radius=0.8)).build()
     rough.raw_density.data += 2 * torch.randn(rough.raw_density.shape, generator=torch.Generator().manual_seed(1))
@@ -110,7 +110,7 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
 
 
 def test_pixels_outside_the_masks_can_be_ignored():
-    """For silhouettes that should not follow the pictures: anything may be visible outside the masks."""
+    """If the silhouette should not follow the pictures, anything may be visible outside the masks."""
     field = Voxels(resolution=12).build()
     field.raw_features.data += 3  # different from the grey background
     with torch.no_grad():
@@ -135,13 +135,13 @@ def test_pixels_outside_the_masks_can_be_ignored():
         ("normal_consistency", Voxels(resolution=6), Volume(samples=8), "triangles"),
     ],
 )
-def test_a_penalty_says_which_field_or_renderer_it_needs(kind, field, renderer, why):
+def test_the_error_for_a_penalty_names_the_field_or_renderer_it_needs(kind, field, renderer, why):
     with pytest.raises(ValueError, match=f"{kind} needs .*{why}"):
         penalty(kind)(drawn(field.build(), renderer))
     assert float(penalty(kind, weight=0.0)(drawn(field.build(), renderer))) == 0
 
 
-def test_weights_are_schedules_that_are_not_negative():
+def test_weights_can_be_schedules_and_must_not_be_negative():
     class Holder(Part):
         part: GeometryRegularizer
 

@@ -1,4 +1,4 @@
-"""The guidance methods, as settings of one engine, compared with their papers' formulas in float64."""
+"""The guidance methods, which are settings of one engine, compared with the formulas of their papers in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START = Moment(0, 10)
 
 
 def shipped(name: str, *settings: str) -> Guidance:
-    """The guidance of a shipped recipe."""
+    """Returns the guidance of a shipped recipe."""
     return load(name, ["backbone=some/folder", *settings], "3d", PictureRecipe).guidance
 
 
@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def means(seed: int):
-    """A picture for each azimuth, independent of the other cameras."""
+    """Returns a function that gives each camera a picture that depends only on its azimuth."""
     wave = random(3, 4, 4, seed=seed)
     return lambda cameras: wave * (1 + torch.deg2rad(cameras.azimuth_deg.double()).cos())[:, None, None, None]
 
@@ -56,7 +56,7 @@ def guided(settings: Guidance, scores: OracleScores, moment: Moment = START, z=Z
 
 
 def parts(scores: OracleScores, made, views=VIEWS):
-    """alpha, sigma, and a function for predictions at (z_t, t)."""
+    """Returns alpha, sigma, and a function for predictions at (z_t, t)."""
     alpha, sigma = coefficients(scores, made.noised.t, made.noised.z_t)
     ask = lambda told, adapters="teacher": scores.eps([Ask(told, adapters)], made.noised.z_t, made.noised.t, views)[0]  # noqa: E731
     return alpha, sigma, ask
@@ -66,7 +66,7 @@ def close(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-10) -> bool:
     return torch.allclose(a, b, rtol=rtol, atol=1e-12)
 
 
-# --- the surrogate and the convention --------------------------------------------------------
+# --- the surrogate loss and conventions --------------------------------------------------------
 
 
 def test_the_slope_of_the_surrogate_is_the_gradient_per_view():
@@ -98,7 +98,7 @@ def test_a_prediction_equal_to_the_noise_gives_no_gradient():
 # --- methods ---------------------------------------------------------------------------------
 
 
-def test_sds(scores):
+def test_sds_equals_its_formula(scores):
     made = guided(shipped("dreamfusion"), scores)
     _, sigma, ask = parts(scores, made)
     eps = ask("negative") + 100 * (ask("prompt") - ask("negative"))
@@ -108,12 +108,12 @@ def test_sds(scores):
 
 
 def test_sjc_equals_the_gradient_of_its_paper_with_less_variance(scores):
-    """At noise level s = sigma / alpha: D = z + s noise - s eps(z_t); the gradient is (z - D) / s."""
+    """At noise level s = sigma / alpha, D = z + s noise - s eps(z_t), and the gradient is (z - D) / s."""
     made = guided(shipped("sjc", "guidance.scale=1"), scores)
     alpha, sigma, ask = parts(scores, made)
     level = sigma / alpha
     noisy = Z + level * made.noised.target
-    assert close(made.noised.z_t, noisy / (1 + level**2).sqrt(), rtol=1e-7), "what the network sees"
+    assert close(made.noised.z_t, noisy / (1 + level**2).sqrt(), rtol=1e-7), "the network sees the scaled noisy latents"
     assert close(made.grad, -((noisy - level * ask("prompt")) - Z) / level, rtol=1e-7)
 
 
@@ -121,7 +121,7 @@ def test_csd_is_sds_at_an_infinite_scale(scores):
     last = Moment(9, 10)
     csd = guided(shipped("csd"), scores, last)
     _, _, ask = parts(scores, csd)
-    assert close(csd.grad, ask("prompt") - ask("negative")), "in the second half only the negative prompt is subtracted"
+    assert close(csd.grad, ask("prompt") - ask("negative")), "the negative prompt is subtracted in the second half"
     sds = shipped("dreamfusion", "guidance.weighting=uniform", "guidance.scale=1e7", "guidance.times.high=0.5")
     limit = guided(sds, scores, last)
     assert torch.equal(limit.noised.z_t, csd.noised.z_t) and torch.allclose(limit.grad / 1e7, csd.grad, atol=1e-7)
@@ -131,7 +131,7 @@ def test_csd_is_sds_at_an_infinite_scale(scores):
 
 
 @pytest.mark.parametrize(("t", "with_noise"), [(199, False), (200, True)])
-def test_nfsd_removes_the_noise_from_t_200_on(scores, t, with_noise):
+def test_nfsd_subtracts_the_noise_term_from_t_200_on(scores, t, with_noise):
     made = guided(shipped("nfsd", f"guidance.times.low={t / 1000}", f"guidance.times.high={t / 1000}"), scores)
     assert made.noised.t.tolist() == [t, t]
     _, sigma, ask = parts(scores, made)
@@ -139,7 +139,7 @@ def test_nfsd_removes_the_noise_from_t_200_on(scores, t, with_noise):
     assert close(made.grad, sigma**2 * (domain + 7.5 * (ask("prompt") - ask("null"))))
 
 
-def test_vsd_compares_with_the_student(scores):
+def test_vsd_subtracts_the_prediction_of_the_student(scores):
     made = guided(shipped("prolificdreamer"), scores)
     _, sigma, ask = parts(scores, made)
     teacher = ask("negative") + 7.5 * (ask("prompt") - ask("negative"))
@@ -148,7 +148,7 @@ def test_vsd_compares_with_the_student(scores):
     assert guided(shipped("prolificdreamer", "guidance.scale=1"), same).grad.abs().max() < 1e-12
 
 
-def test_ism_compares_two_predictions_on_one_trajectory(scores):
+def test_ism_subtracts_an_earlier_prediction_on_the_same_trajectory(scores):
     settings = shipped("lucid_dreamer")
     made = guided(settings, scores)
     alpha, sigma, ask = parts(scores, made)
@@ -161,7 +161,7 @@ def test_ism_compares_two_predictions_on_one_trajectory(scores):
     as_term = settings.model_copy(
         update={"target": "none", "terms": {**settings.terms, "start": Term(kind="null", at="s", plain=-1.0)}}
     )
-    assert close(guided(as_term, scores).grad, made.grad), "the target as a term at the earlier point"
+    assert close(guided(as_term, scores).grad, made.grad), "the target equals a term at the earlier point"
     assert torch.equal(guided(settings, scores).grad, made.grad), "the same seed gives the same gradient"
 
 
@@ -178,14 +178,14 @@ def test_sdi_moves_towards_x0_and_has_no_gradient_where_the_teacher_agrees():
     z = Z.clone()
     made = guided(settings, OracleScores({"prompt": (lambda cameras: z, 0.0)}), z=z)
     assert torch.allclose(made.x0, z, atol=1e-9) and made.grad.abs().max() < 1e-9, (
-        "inversion, then one step, is the identity"
+        "inversion followed by one step is the identity"
     )
     elsewhere = guided(settings, OracleScores({"prompt": (means(1), 0.3)}), z=z)
     assert close(elsewhere.grad, z - elsewhere.x0, rtol=1e-6), "the gradient of half the squared distance to x0"
 
 
 def test_inversion_guides_away_from_the_prompt(scores):
-    """eps_u + s (eps_c - eps_u) with s = -6.5: the paper's -7.5 is for eps_c + s (eps_c - eps_u)."""
+    """The scale is -6.5 in eps_u + s (eps_c - eps_u), because the paper's -7.5 is for eps_c + s (eps_c - eps_u)."""
     t = torch.tensor([500, 500])
     asked = Inversion()._eps(scores, Z, t, VIEWS)
     c, u = scores.eps([Ask("prompt"), Ask("negative")], Z, t, VIEWS)
@@ -195,7 +195,7 @@ def test_inversion_guides_away_from_the_prompt(scores):
 # --- rescaling, clipping, normalization -------------------------------------------------------
 
 
-def test_x0_reconstruction_and_its_rescaling(scores):
+def test_the_gradient_points_from_x0_which_can_be_rescaled(scores):
     terms = {"guidance.weighting": "noise_to_signal", "guidance.scale": "50"}
     settings = [f"{k}={v}" for k, v in terms.items()]
     made = guided(shipped("dreamfusion", *settings), scores)
@@ -205,9 +205,9 @@ def test_x0_reconstruction_and_its_rescaling(scores):
     )
     whole = guided(shipped("dreamfusion", *settings, "guidance.rescale=1", "guidance.rescale_over=2"), scores)
     plain = (whole.noised.z_t - sigma * ask("prompt")) / alpha
-    assert float(whole.x0.std()) == pytest.approx(float(plain.std()), rel=1e-9), "both views together"
+    assert float(whole.x0.std()) == pytest.approx(float(plain.std()), rel=1e-9), "both views are rescaled together"
     assert close(whole.grad, Z - whole.x0, rtol=1e-7)
-    with pytest.raises(ValueError, match="a step has 2 views, which is not a multiple"):
+    with pytest.raises(ValueError, match=r"number of views in a step \(2\) must be a multiple"):
         guided(shipped("dreamfusion", "guidance.rescale=1", "guidance.rescale_over=4"), scores)
     half = rescaled(Z, 3 * Z, 0.5, 1)
     assert close(half, 2 * Z)
@@ -220,7 +220,7 @@ def test_score_debiasing_clips_each_value_at_a_limit_that_grows(scores):
         assert close(made.grad, free.grad.clamp(-limit, limit)) and float(free.grad.abs().max()) > limit
 
 
-def test_the_mean_gradient_does_not_depend_on_the_size(scores):
+def test_the_mean_gradient_is_the_sum_divided_by_the_number_of_values(scores):
     mean, total = (guided(shipped("dreamfusion", f"guidance.normalize={n}"), scores) for n in ("mean", "sum"))
     assert close(mean.grad * Z[0].numel(), total.grad)
 
@@ -270,13 +270,13 @@ def _no_noise():
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["guidance.terms.student={kind: plain_prompt, adapters: student, plain: -1}"], "nothing trains it"),
-        (["guidance.terms.start={kind: negative, at: s}"], "at: s is the earlier point"),
-        (["guidance.perp_neg={}"], "need a term of kind null"),
+        (["guidance.terms.student={kind: plain_prompt, adapters: student, plain: -1}"], "nothing trains the student"),
+        (["guidance.terms.start={kind: negative, at: s}"], "at: s needs the earlier point"),
+        (["guidance.perp_neg={}"], "needs a term of kind null"),
         (["guidance.space=latents", "guidance.pixel_weight=1"], "have no pixels"),
         (["guidance.terms.prompt=null", "guidance.terms.negative=null"], "nothing guides"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, why):
+def test_settings_that_do_not_fit_together_are_refused(settings, why):
     with pytest.raises(ValueError, match=why):
         shipped("dreamfusion", *settings)

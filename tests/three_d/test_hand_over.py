@@ -1,4 +1,4 @@
-"""Each phase starts from the previous one's result, whatever kinds of field they have; and the recipes that need this."""
+"""Each phase starts from the field of the previous phase, whatever the kinds of the two fields."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_recipes_with_their_own_kinds_of_field_take_two_steps_per_phase(sd, tmp_path, name):
+def test_recipes_with_several_or_unusual_fields_take_two_steps_per_phase(sd, tmp_path, name):
     how = small(name, tmp_path)
     check_fields(how)
     last = LAST[name]
@@ -108,8 +108,11 @@ def _start():
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("name", ["magic3d", "dream_gaussian"])
 def test_a_run_resumed_after_the_hand_over_equals_an_uninterrupted_one(new_sd, tmp_path, name, every):
-    """Bit for bit, from the first phase's end (`every` = 0: nothing is saved within phases) or one step later. In the end
-    only the later field is carried."""
+    """The results are equal bit for bit, and only the later field remains in the end.
+
+    The run resumes from the end of the first phase if `every` is 0, because nothing is saved within phases. If `every`
+    is 1, it resumes one step later.
+    """
 
     def run(folder: str):
         how = small(name, tmp_path, f"train.checkpoint_every={every}")
@@ -130,7 +133,7 @@ def test_a_run_resumed_after_the_hand_over_equals_an_uninterrupted_one(new_sd, t
 
 
 def first() -> torch.nn.Module:
-    """A ball above the middle, red on its left and blue on its right."""
+    """Returns a field with a ball above the middle, red on its left and blue on its right."""
     field = Voxels(resolution=24, start=Blob(radius=0.55, density=40)).build()
     with torch.no_grad():
         field.raw_density.copy_(field.raw_density.roll(3, 2))  # upwards
@@ -140,7 +143,7 @@ def first() -> torch.nn.Module:
 
 
 def solid(field, resolution: int = 32) -> Tensor:
-    """bool [R, R, R]: which points are inside the surface that would be exported."""
+    """Returns which points of a grid are inside the surface that would be exported, as a bool for each point."""
     mesh = extract(field, 40)
     inside = trimesh.Trimesh(mesh.vertices, mesh.faces).voxelized(2.2 / resolution).fill()
     places = nodes(resolution, 1.05).reshape(-1, 3).numpy()
@@ -156,7 +159,7 @@ def solid(field, resolution: int = 32) -> Tensor:
     ],
     ids=lambda part: part.kind,
 )
-def test_the_later_field_has_the_shape_and_the_colours_of_the_earlier_one(part: FieldPart):
+def test_the_later_field_has_the_shape_and_colours_of_the_earlier_field(part: FieldPart):
     field = first()
     start = handed(field, part.start)  # type: ignore[arg-type]
     later = part.model_copy(update={"start": start}).build()
@@ -179,9 +182,9 @@ def test_gaussians_start_on_the_surface_and_a_mesh_starts_from_gaussians():
     assert float(found.known.distance(beyond)[0]) > 0.1 > 0 > float(found.known.distance(beyond)[1])
 
 
-def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_path):
+def test_a_given_mesh_is_joined_at_its_seams_and_saved_with_the_state(tmp_path):
     split = trimesh.creation.icosphere(1)
-    split.unmerge_vertices()  # as exporters write flat triangles and texture seams
+    split.unmerge_vertices()  # as exporters do for flat triangles and texture seams
     split.export(tmp_path / "split.obj")
     field = TexturedMesh(start={"path": tmp_path / "split.obj"}, resolution=6).build()  # type: ignore[arg-type]
     assert len(field.vertices) == 42 and len(field.faces) == 80
@@ -197,8 +200,8 @@ def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_
 @pytest.mark.parametrize(
     ("name", "settings", "why"),
     [
-        ("dreamfusion", ["field.start.kind=phase"], r"^field.start.kind = phase: no earlier phase makes an asset"),
-        ("magic3d", ["phases.coarse.field.start.kind=phase"], r"phases.coarse.field.start.kind = phase: no earlier"),
+        ("dreamfusion", ["field.start.kind=phase"], r"^field.start.kind = phase, but no earlier phase makes"),
+        ("magic3d", ["phases.coarse.field.start.kind=phase"], r"phases.coarse.field.start.kind = phase, but no"),
         ("magic3d", ["phases.fine.field.start={kind: blob}"], r"is of kind hash_grid; .*start.kind=phase"),
         ("texture_personalization", [], r"field.start.path is not set: give a mesh"),
         ("magic3d", ["phases.coarse.guidance={space: latents, resolution: null}", "phases.coarse.export=null"],
@@ -214,17 +217,19 @@ def test_fields_without_a_valid_start_are_refused_before_anything_begins(sd, tmp
 
 def test_starting_from_an_empty_field_is_refused():
     empty = Voxels(resolution=10, start=Blob(density=1e-3)).build()
-    with pytest.raises(ValueError, match=r"start.kind = phase: the earlier phase left nothing .* the field is empty"):
+    with pytest.raises(
+        ValueError, match=r"start.kind = phase, but the earlier phase left nothing .* the field is empty"
+    ):
         handed(empty, PhaseStart(resolution=12))
 
 
-def test_a_penalty_that_does_not_fit_says_how_to_leave_it_out(sd, tmp_path):
+def test_the_error_for_an_unsuitable_penalty_states_how_to_leave_it_out(sd, tmp_path):
     how = load("dreamfusion", [*TINY, "train.resolution=16", "field.kind=gaussians", "field.count=40"], "3d", Recipe3D)
     with pytest.raises(ValueError, match=r"orientation needs a field .* to leave it out: penalties.orientation=null"):
         finish(session(sd, how, tmp_path / "run"))  # type: ignore[arg-type]
 
 
-def test_rules_for_a_small_world_add_no_part_to_a_packages_own_slots():
+def test_overlay_rules_add_no_part_to_the_slots_of_a_package():
     rules = Rules({"recipes": {"a": {"penalties": {"sparsity": {"weight": 1}, "opaque": {"weight": 2}}}}}, "3d", {},
                   ("penalties",))  # fmt: skip
     found = rules.of({"penalties": {"sparsity": {}, "opaque": None}}, ["a"])

@@ -1,4 +1,4 @@
-"""A field trained only on pictures becomes the object in them: its shape and colours, even from unseen sides."""
+"""A field trained only on pictures takes the shape and colours of the object in them, even on unseen sides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.three_d.closed_forms import view
 
 
 class Doll(BaseVolume):
-    """A body with a nose at its front, in four colours, so no two sides look alike."""
+    """A body with a nose at its front, coloured so that no two sides look alike."""
 
     def __init__(self) -> None:
         super().__init__(1.1, 3)
@@ -66,7 +66,7 @@ def learned(field, steps: int, side: int = 32):
 
 
 def agreement(field) -> tuple[float, float]:
-    """IoU of silhouettes and PSNR (dB) over views not used in training."""
+    """Returns the IoU of silhouettes and the PSNR in dB over views that were not used in training."""
     cameras = Cameras.of([25.0, 115.0, 205.0, 310.0], [35.0, 0.0, 20.0, -10.0])
     truth, mine = seen(Doll(), cameras), seen(field, cameras)
     a, b = truth.opacity > 0.5, mine.opacity > 0.5

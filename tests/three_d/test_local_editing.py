@@ -1,4 +1,4 @@
-"""Editing a part of an asset: the part becomes what the teacher knows, and the rest stays unchanged."""
+"""A local edit turns a part of an asset into what the teacher knows and leaves the rest unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOX = Box(lo=(-0.4, -0.4, 0.3), hi=(0.4, 0.4, 0.9), softness=0.1)
 
 
 def edited(fill: float = 2.0) -> LocalEditField:
-    """A ball whose region contains something completely different."""
+    """Returns a ball whose region contains something completely different."""
     start = Blob(radius=0.5, density=40)
     field = LocalEdit(resolution=20, start=start, regions={"hat": BOX}, fill=fill).build()
     with torch.no_grad():
@@ -43,12 +43,12 @@ def edited(fill: float = 2.0) -> LocalEditField:
 
 
 def places() -> tuple[Tensor, Tensor]:
-    """Points, and the depth of each in the box (negative outside)."""
+    """Returns random points, and the depth of each point in the box (negative outside)."""
     at = 2.2 * torch.rand(6000, 3, generator=torch.Generator().manual_seed(1)) - 1.1
     return at, torch.minimum(at - torch.tensor(BOX.lo), torch.tensor(BOX.hi) - at).amin(-1)
 
 
-def test_outside_its_regions_a_field_equals_its_start_bit_for_bit():
+def test_a_field_equals_its_start_bit_for_bit_outside_its_regions():
     field, (at, depth) = edited(), places()
     plain = Voxels(resolution=20, start=Blob(radius=0.5, density=40)).build()
     out = depth <= 0
@@ -69,7 +69,7 @@ def test_outside_its_regions_a_field_equals_its_start_bit_for_bit():
 
 
 def test_the_surface_outside_the_region_does_not_move():
-    """Vertices of marching cubes on the same grid, at the same density."""
+    """Compares the vertices of marching cubes on the same grid and at the same density."""
     before = extract(edited().kept, 40, 5.0, all_parts=True).vertices
     after = extract(edited(), 40, 5.0, all_parts=True).vertices
 
@@ -91,13 +91,13 @@ def test_only_the_region_is_trained_and_it_starts_as_fog():
     assert (
         not any(p.requires_grad for p in field.kept.parameters()) and group.parameters[0] is field.learned.raw_density
     )
-    assert torch.equal(field.at(at[2:]).features, field.kept.at(at[2:]).features), "no point is in a region"
+    assert torch.equal(field.at(at[2:]).features, field.kept.at(at[2:]).features), "the point is in no region"
     drawn = Volume(samples=24).render(field, turntable(2), view(2, 16))
     drawn.pixels.square().mean().backward()
     assert field.kept.raw_density.grad is None and bool(field.learned.raw_density.grad.any())
 
 
-def test_a_given_mesh_can_be_made_smaller_to_leave_room(tmp_path):
+def test_a_given_mesh_can_be_scaled_down_to_leave_room_for_an_edit(tmp_path):
     trimesh.creation.box((4, 2, 2)).export(tmp_path / "block.ply")
     start = MeshFile(path=tmp_path / "block.ply", radius=0.5)
     assert float(start.triangles().vertices.norm(dim=-1).max()) == pytest.approx(0.5)
@@ -119,8 +119,8 @@ def recipe(*more: str) -> Recipe3D:
     return load("local_editing", [*SMALL, "field.start={kind: blob, radius: 0.5}", *more], "3d", Recipe3D)
 
 
-def test_what_the_regions_teacher_knows_grows_in_the_region(sd, tmp_path):
-    """The teacher for the full view knows only plain red, which the field cannot match; the region's knows a green block."""
+def test_the_region_becomes_what_its_own_teacher_knows(sd, tmp_path):
+    """The region's teacher knows a green block. That of the full view knows plain red, which the field cannot match."""
     settings = ("train.steps=40", "field.lr=0.5", "field.lr_features=0.5", "guidance.scale=7.5",
                 "guidance.regions.hat.prompt=a photo of a green hat", "cameras.elevation_deg=[0, 40]", "penalties=null",
                 "background.random=0.0", "background.colors=[[1.0, 1.0, 1.0]]")  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_resumed_edit_equals_an_uninterrupted_one(new_sd, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["guidance.regions=null"], r"field.kind = local_edit: set where it may change"),
+        (["guidance.regions=null"], r"field.kind = local_edit needs a region that may change"),
         (["guidance.regions.hat.concepts=[my-hat]"], r"guidance.regions.hat.concepts: .*'my-hat'"),
         (["guidance.regions.hat.prompt=a photo of a <my-hat>"], r"names <my-hat>, which is not loaded"),
         (["guidance.regions.more={kind: sdf, path: nowhere.glb}"], r"nowhere.glb"),

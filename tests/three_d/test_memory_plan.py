@@ -1,4 +1,4 @@
-"""Runs that fit into a memory budget: the estimate matches the actual use, and saving memory gives the same field."""
+"""The estimate for a memory budget matches the memory that is used, and saving memory does not change the field."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_invalid_sizes_are_refused(text):
         parse_bytes(text, "--vram")
 
 
-def test_the_peak_counts_what_is_allocated_at_the_same_time():
+def test_the_peak_counts_only_tensors_that_exist_at_the_same_time():
     def work():
         for _ in range(3):
             first = torch.zeros(1000, 1000)
@@ -48,7 +48,7 @@ def test_the_peak_counts_what_is_allocated_at_the_same_time():
 
 
 def actual(backbone, folder, *settings):
-    """Bytes used by a step with all views."""
+    """Measures the bytes used by a step with all views."""
     run = run_of(backbone, recipe("voxels", *RENDERS, *settings), folder)
     task = Distill(run.context(0, run._unfreeze(run.phases[0][1])))
     step_once(run, task)
@@ -78,7 +78,7 @@ def test_views_are_processed_in_smaller_batches_if_they_do_not_fit_together(sd, 
     assert fitting(tries, fixed + 8 * one_more, True) == (Levers(8, 8), fixed + 8 * one_more)
     assert fitting(tries, fixed + 5 * one_more, True) == (Levers(4, 8), fixed + 4 * one_more)
     with pytest.raises(
-        ValueError, match=r"--vram 1.0 MiB: this needs at least about .* \(1 of 8 views .*give --vram \d+M"
+        ValueError, match=r"--vram 1.0 MiB is not enough: the run needs about .* \(1 of 8 views .*set --vram \d+M"
     ):
         fitting(tries, 2**20, True)
 

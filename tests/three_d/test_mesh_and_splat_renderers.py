@@ -1,4 +1,4 @@
-"""Triangles and Gaussians: silhouettes and depths in closed form, gradients, occlusion, and any batch size."""
+"""Silhouettes, depths, gradients and occlusion of rendered triangles and Gaussians, for any batch size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAMERAS = Cameras.of([0.0, 77.0, 200.0], [5.0, 30.0, -20.0])
 
 
 def area(radius: float) -> float:
-    """The share of a picture that a ball of this radius covers."""
+    """Returns the share of a picture that a ball of this radius covers."""
     return math.pi * (math.tan(math.asin(radius / 5)) * float(CAMERAS.focal[0])) ** 2 / 4
 
 
@@ -36,7 +36,7 @@ def test_a_ball_of_triangles_covers_the_right_area_and_its_outline_has_the_right
     middle = drawn.normals[:, :, 24, 24]
     assert float((middle * CAMERAS.axes[:, 2]).sum(-1).min()) > 0.99
     drawn.opacity.sum().backward()
-    grown = -float(field.distances.grad.sum()) / field.cell / 3 / 48**2  # all distances smaller: a larger ball
+    grown = -float(field.distances.grad.sum()) / field.cell / 3 / 48**2  # smaller distances mean a larger ball
     assert grown == pytest.approx((area(0.61) - area(0.59)) / 0.02, rel=0.08)
 
 
@@ -46,7 +46,7 @@ def test_each_view_of_triangles_is_independent_of_the_others():
 
 
 def assert_each_is_as_if_alone(renderer, field, **how) -> None:
-    """Three cameras together draw what each draws alone, in every output, and no two draw the same."""
+    """Asserts that three cameras together draw what each draws alone, in every output, and that all differ."""
     three = renderer.render(field, CAMERAS, view(3, 24, normals=True, **how))
     for i in range(3):
         one = renderer.render(field, CAMERAS[i : i + 1], view(1, 24, normals=True, **how))
@@ -55,7 +55,7 @@ def assert_each_is_as_if_alone(renderer, field, **how) -> None:
         assert not torch.allclose(three.pixels[i], three.pixels[i - 1], atol=1e-2)
 
 
-def test_the_nearest_triangle_is_seen_and_what_is_behind_the_camera_is_not():
+def test_the_nearest_triangle_is_visible_and_triangles_behind_the_camera_are_not():
     whole = torch.tensor([[-10.0, -10.0], [40.0, -10.0], [-10.0, 40.0]])
     small = torch.tensor([[2.0, 2.0], [6.0, 2.0], [2.0, 6.0]])
     corners = torch.stack([whole, small, whole, small.flip(0), small[[0, 0, 1]]])
@@ -76,7 +76,7 @@ def lone(opacity: float = 0.8, size: float = 0.25):
     return field
 
 
-def test_one_gaussian_is_drawn_as_its_formula_says():
+def test_one_gaussian_is_drawn_according_to_its_formula():
     drawn = Splat(tile=8).render(lone(), CAMERAS, view(3, 32))
     spread = 0.25 * float(CAMERAS.focal[0]) * 16 / 5
     middles = torch.arange(32) + 0.5 - 16
@@ -88,13 +88,13 @@ def test_one_gaussian_is_drawn_as_its_formula_says():
     assert float(drawn.pixels[1, 0, 16, 16].detach()) == pytest.approx(float(red), abs=0.02)
 
 
-def test_gaussians_in_front_hide_those_behind_whatever_their_order():
+def test_gaussians_in_front_hide_those_behind_in_any_order():
     field = lone(0.99)
     one = field.state_dict()
     once = {"advanced": one.pop("advanced")}
     two = {k: torch.cat([v, v]) for k, v in one.items()}
     two["means"] = torch.tensor([[-0.5, 0, 0], [0.5, 0, 0]])
-    two["raw_features"] = torch.tensor([[-9.0, 9, -9], [9.0, -9, -9]])  # behind: green, in front: red
+    two["raw_features"] = torch.tensor([[-9.0, 9, -9], [9.0, -9, -9]])  # green behind, red in front
     for order in ([0, 1], [1, 0]):
         field.load_state_dict({**once, **{k: v[order] for k, v in two.items()}})
         drawn = Splat(tile=8).render(field, Cameras.of([0.0, 180.0, 0.0], 0.0), view(3, 16))
@@ -119,7 +119,7 @@ def test_tiles_of_any_size_draw_the_same_picture():
 
 @pytest.fixture
 def installed_gsplat(tmp_path, monkeypatch):
-    """A function that installs a stand-in for gsplat with the given source."""
+    """Yields a function that installs a stand-in for gsplat with the given source."""
 
     def install(text: str) -> None:
         (tmp_path / "gsplat.py").write_text(text)
@@ -142,9 +142,9 @@ def installed_gsplat(tmp_path, monkeypatch):
     ids=["library", "dependency", "build", "without-cuda"],
 )
 def test_a_broken_gsplat_is_not_used_and_the_reason_is_given(installed_gsplat, text, why):
-    """Its kernels are built when it is first used, so it may fail then rather than on import."""
+    """The kernels of gsplat are built when it is first used, so it may fail then rather than on import."""
     installed_gsplat(text)
-    with pytest.warns(UserWarning, match=f"gsplat is installed but does not work .*{why}.*drawn in torch"):
+    with pytest.warns(UserWarning, match=f"gsplat is installed but does not work .*{why}.*rendered in PyTorch"):
         assert gsplat(torch.device("cpu")).rasterization is None
 
 
@@ -153,7 +153,8 @@ def test_gaussians_are_drawn_in_torch_if_gsplat_is_broken_unless_it_was_requeste
     with pytest.warns(UserWarning, match="libcudart"):
         assert not Splat().uses_gsplat(torch.device("cuda"))
     with pytest.raises(
-        ValueError, match=r"renderer\.engine = gsplat: it does not work \(OSError: libcudart.*: use torch"
+        ValueError,
+        match=r"renderer\.engine = gsplat cannot be used, because it does not work \(OSError: libcudart.*=torch",
     ):
         Splat(engine="gsplat").uses_gsplat(torch.device("cuda"))
 
@@ -169,7 +170,7 @@ def test_a_missing_gsplat_is_an_error_only_if_it_was_requested(monkeypatch, recw
     monkeypatch.setitem(sys.modules, "gsplat", None)
     gsplat.cache_clear()
     assert not Splat().uses_gsplat(torch.device("cuda")) and not recwarn.list
-    with pytest.raises(ValueError, match=r"renderer\.engine = gsplat: it is not installed: use torch"):
+    with pytest.raises(ValueError, match=r"renderer\.engine = gsplat cannot be used, because it is not installed"):
         Splat(engine="gsplat").uses_gsplat(torch.device("cuda"))
     gsplat.cache_clear()
 

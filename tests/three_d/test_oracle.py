@@ -30,7 +30,7 @@ def known(cameras: Cameras) -> Tensor:
 
 
 def oracle(**more) -> OracleScores:
-    """With the prompt, the teacher knows each view; without it, it is less certain."""
+    """Returns a teacher that knows each view with the prompt and is less certain without it."""
     scene = {"prompt": (known, 0.05), "plain_prompt": (known, 0.05)}
     scene |= {told: (known, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]
@@ -57,10 +57,10 @@ def test_a_guidance_recovers_the_scene(sd, tmp_path, name, settings):
 
 
 def test_a_field_of_latents_also_recovers_the_scene(sd, tmp_path):
-    """SJC optimises the teacher's latents directly, without an encoder; here they are the picture in [-1, 1]."""
+    """SJC optimises the teacher's latents directly, without an encoder. Here the latents are the picture in [-1, 1]."""
     how = recipe("sjc", *LONG, "train.resolution=32")
     truth = true_pictures()
-    means = lambda cameras: torch.cat([truth, truth[:, :1]], 1)[view_of(cameras)]  # noqa: E731  four channels
+    means = lambda cameras: torch.cat([truth, truth[:, :1]], 1)[view_of(cameras)]  # noqa: E731 (four channels)
     found = finish(
         session(sd, how, tmp_path / "run", OracleScores({"prompt": (means, 0.05), "negative": (means, 0.7)}))
     )
@@ -68,14 +68,14 @@ def test_a_field_of_latents_also_recovers_the_scene(sd, tmp_path):
 
 
 class Taught(Distill):
-    """A task with an oracle's student, which learns a picture for each view."""
+    """A task whose oracle has a student, which learns a picture for each view."""
 
     def __init__(self, context, pictures: nn.Parameter) -> None:
         self.learned = pictures
         super().__init__(context, lambda *_: oracle(student=lambda cameras: pictures[view_of(cameras)]))
 
     def _check_groups(self) -> None:
-        """Here the student is not part of the backbone."""
+        """Checks nothing, because the student is not part of the backbone here."""
 
     def groups(self):
         return {**self.field.groups(), "student": [TrainableGroup("student", [self.learned], 0.02)]}
@@ -98,7 +98,7 @@ def test_vsd_recovers_the_scene_with_a_student_trained_alongside_the_field(sd, t
 
 
 def test_a_3d_object_is_recovered_even_from_unseen_sides(sd, tmp_path):
-    """Shape and colours, with a field, a renderer and cameras as in real use; `bench_oracle.py` does this for all guidances."""
+    """The field, the renderer and the cameras are those of real runs. `bench_oracle.py` does this for all guidances."""
     found = reconstructed(sd, "dreamfusion", tmp_path)
     assert found.iou > 0.9
     assert found.psnr > 25

@@ -1,4 +1,4 @@
-"""Recipes that learn a subject from pictures and make an asset of it in one run."""
+"""Recipes that learn a subject from pictures and make an asset of the subject in one run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dreambooth3d(*more: str) -> Recipe3D:
 
 
 class Watched(PseudoViews):
-    """Records what sampling started from."""
+    """A task that records what sampling started from."""
 
     seen: list[Any] = []
 
@@ -70,7 +70,7 @@ class Watched(PseudoViews):
 
 
 def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]]:
-    """A runner, and the active adapters in each phase."""
+    """Returns a runner, and a table of the adapters that are active in each phase."""
     on: dict[str, dict[str, float]] = {}
 
     class Tuned(Tune):
@@ -89,9 +89,11 @@ def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]
     return made, on
 
 
-def test_the_phases_of_dreambooth3d(new_sd, tmp_path, subject):
-    """Views start from the asset's renders, and the last phase compares them from the same cameras; the fully trained adapter
-    is on while they are made, and off when the asset is finished."""
+def test_the_phases_of_dreambooth3d_use_the_right_adapters_views_and_cameras(new_sd, tmp_path, subject):
+    """Views start from renders of the asset, and the last phase compares the asset with them from the same cameras.
+
+    The fully trained adapter is on while the views are generated and off when the asset is finished.
+    """
     how, backbone, Watched.seen = dreambooth3d(), new_sd(), []
     watched, on = watched_runner(backbone)
     asset = watched.create(how, tmp_path / "run", subject, tensorboard=False)
@@ -138,7 +140,7 @@ def run_of(backbone: Any, how: Recipe3D, folder: Path, subjects: dict[str, Any])
 
 
 def test_each_phase_can_be_resumed(new_sd, tmp_path, subject):
-    """Interrupted after the first views, and in the phase after them, a run ends like an uninterrupted one, bit for bit."""
+    """A run interrupted among its views and in the following phase equals an uninterrupted one, bit for bit."""
     how = dreambooth3d("phases.views.task={num: 2, batch_size: 1}", "phases.final.train.steps=2", "sampling.steps=2",
                        "phases.views.train.checkpoint_every=1", "phases.final.train.checkpoint_every=1")  # fmt: skip
     whole = state_of(run_of(new_sd(), how, tmp_path / "whole", subject))
@@ -163,12 +165,12 @@ def test_each_phase_can_be_resumed(new_sd, tmp_path, subject):
         (["phases.first.task=tune"], r"trains nothing|no earlier phase makes an asset"),
     ],
 )
-def test_phases_that_do_not_fit_are_refused(sd, tmp_path, subject, settings, why):
+def test_phases_that_do_not_fit_together_are_refused(sd, tmp_path, subject, settings, why):
     with pytest.raises(ValueError, match=why):
         Runner3D(sd).create(dreambooth3d(*settings), tmp_path / "run", subject, tensorboard=False)
 
 
-def test_without_masks_a_field_is_compared_on_the_border_colour_of_each_picture():
+def test_a_field_is_compared_on_the_border_colour_of_pictures_without_masks():
     pictures = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     pictures[:, :, [0, -1]], pictures[:, :, :, [0, -1]] = 0.25, 0.25
     pictures[1, :, 0, :6] = 0.9  # a part of the object may touch the border
@@ -179,7 +181,7 @@ def test_without_masks_a_field_is_compared_on_the_border_colour_of_each_picture(
 
 
 def test_views_of_a_ring_attend_only_to_each_other(sd):
-    """Equal views change nothing; a different view in the ring changes a view; a different ring does not."""
+    """A different view in the same ring changes the prediction. Equal views and views of other rings do not."""
     prompts = ScenePrompts("a photo of a mug")
     plain, joint = BackboneScores(sd, prompts, {}), BackboneScores(sd, prompts, {}, joint_views=2)
     z = torch.randn(4, *sd.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
@@ -192,11 +194,11 @@ def test_views_of_a_ring_attend_only_to_each_other(sd):
     for a, b in zip(alone, together, strict=True):
         assert float((a - b).abs().max()) > 1e-3
     apart = [torch.cat(pair) for pair in zip(asked(joint, z[:2]), asked(joint, z[2:]), strict=True)]
-    # the second pair has different words for its views, so compare the predictions without a prompt
+    # the prompts name other views for the second pair, so the predictions without a prompt are compared
     assert torch.allclose(apart[1], together[1], atol=1e-5)
     twice = z[[0, 0, 1, 1]]
     assert torch.allclose(asked(joint, twice)[1], asked(plain, twice)[1], atol=1e-5)
-    with pytest.raises(ValueError, match="joint_views = 2: a step has 3 views"):
+    with pytest.raises(ValueError, match=r"joint_views = 2: the number of views in a step \(3\)"):
         joint.eps([Ask("prompt")], z[:3], t[:3], Views(turntable(3), (False,) * 3))
 
 

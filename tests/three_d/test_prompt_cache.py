@@ -1,4 +1,4 @@
-"""Embeddings are cached by the content of concepts, and mixed row by row."""
+"""Text embeddings are cached by the content of concepts, and mixed row by row."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_only_strengths_and_adapters_of_text_encoders_affect_the_cache(named):
     assert len(cache) == 3
     with named.active({}):
         cache.encode(["a dog"], T)
-    assert len(cache) == 3, "when off, it has no effect"
+    assert len(cache) == 3, "an adapter that is off has no effect"
 
 
 def test_rows_are_mixed_by_their_weights(sd):
@@ -69,14 +69,14 @@ def test_a_camera_embedding_starts_without_effect_and_is_removed_without_a_trace
         CameraEmbedding().inject(sd, "student", "camera", 0)
         (adapter,) = sd.adapters["student"]
         with adapter.seeing(looked(0.0, 90.0).cameras):
-            assert torch.equal(sd.predict(z, t, text), before), "it starts as the identity"
+            assert torch.equal(sd.predict(z, t, text), before), "the embedding starts as the identity"
             for parameter in adapter.parameters():
                 parameter.add_(0.2)
             seen = sd.predict(z, t, text)
         with adapter.seeing(looked(0.0, 90.0).cameras, blind=True):
             blind = sd.predict(z, t, text)
         assert not torch.allclose(seen, before) and not torch.allclose(seen, blind)
-        assert torch.equal(sd.predict(z, t, text), before), "no cameras outside the context"
+        assert torch.equal(sd.predict(z, t, text), before), "there are no cameras outside the context"
         state = adapter.state_dict()
         assert all(k.startswith("unet.camera_embedding.") for k in state)
         with pytest.raises(ValueError, match="do not fit"):
@@ -91,4 +91,6 @@ def test_matrices_map_camera_coordinates_to_world_coordinates():
     origin = torch.tensor([0.0, 0.0, 0.0, 1.0])
     assert torch.allclose((made @ origin)[:, :3], cameras.positions)
     ahead = (made @ torch.tensor([0.0, 0.0, -1.0, 0.0]))[:, :3]
-    assert torch.allclose(ahead * cameras.distance[:, None], -cameras.positions, atol=1e-5), "it looks at the object"
+    assert torch.allclose(ahead * cameras.distance[:, None], -cameras.positions, atol=1e-5), (
+        "each camera looks at the object"
+    )

@@ -14,7 +14,7 @@ WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "image", "is", "d
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny BERT that has learned one fact: smiling things are seen from the front."""
+    """Trains a tiny BERT on the fact that smiling things are seen from the front."""
     path = tmp_path_factory.mktemp("bert")
     (path / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizer(str(path / "vocab.txt"))

@@ -1,4 +1,4 @@
-"""Untrusted mesh files: what a field starts from, and what is refused before it is decoded."""
+"""Fields that start from untrusted mesh files, and files that are refused before they are decoded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARTS = [
 
 
 def ball(scale: float = 1.0) -> trimesh.Trimesh:
-    """A ball with a red left half (+x in the file is the object's left) and a blue right half."""
+    """Returns a ball with a red left half (+x in the file is the object's left) and a blue right half."""
     mesh = trimesh.creation.icosphere(3)
     red = np.asarray(mesh.vertices)[:, :1] > 0
     mesh.visual.vertex_colors = np.where(red, [255, 0, 0, 255], [0, 0, 255, 255]).astype(np.uint8)
@@ -43,7 +43,7 @@ def test_a_ball_of_any_size_is_scaled_to_radius_1(tmp_path, name, scale):
     shape = shape_of_file(tmp_path / name)
     points = 2.4 * torch.rand(1500, 3, generator=torch.Generator().manual_seed(0)) - 1.2
     assert (shape.distance(points) - (points.norm(dim=-1) - 1)).abs().max() < 0.06
-    left = 0 if name == "x.ply" else 1  # PLY: z up, as in the world; otherwise y up and x to the left
+    left = 0 if name == "x.ply" else 1  # in PLY files z is up, as in the world; in others y is up and x is left
     sides = torch.eye(3)[[left, left]] * torch.tensor([[1.0], [-1]])
     assert shape.colors(sides).argmax(-1).tolist() == [0, 2]
 
@@ -65,7 +65,7 @@ def test_fields_start_as_the_object_in_a_file(tmp_path, part):
         assert torch.allclose(field.means.norm(dim=-1), torch.ones(200), atol=0.02)
 
 
-def test_a_mesh_keeps_its_triangles_and_learns_other_colours(tmp_path):
+def test_a_mesh_keeps_its_triangles_while_its_colours_are_trained(tmp_path):
     ball().export(tmp_path / "x.glb")
     field = TexturedMesh(start={"path": tmp_path / "x.glb"}, resolution=16, bound=1.2).build()
     drawn = Mesh().render(field, Cameras.of([90.0, 270.0]), view(2, 24))
@@ -78,11 +78,11 @@ def test_a_mesh_keeps_its_triangles_and_learns_other_colours(tmp_path):
     }
     assert len(field.surface().faces) == 1280
     trimesh.PointCloud(np.asarray(ball().vertices)).export(tmp_path / "p.ply")
-    with pytest.raises(ValueError, match="only points, but triangles are needed"):
+    with pytest.raises(ValueError, match="only points, but this field needs triangles"):
         TexturedMesh(start={"path": tmp_path / "p.ply"}).build()
 
 
-def test_points_without_triangles_are_filled(tmp_path):
+def test_points_without_triangles_become_a_solid(tmp_path):
     points = trimesh.sample.sample_surface(ball(), 4000, seed=0)[0]
     trimesh.PointCloud(points).export(tmp_path / "x.ply")
     shape = shape_of_file(tmp_path / "x.ply")
@@ -92,7 +92,7 @@ def test_points_without_triangles_are_filled(tmp_path):
 
 def test_open_and_non_manifold_meshes_become_shells(tmp_path):
     plate = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.5, 0.5, 0.8]]
-    faces = [[0, 1, 2], [0, 2, 3], [0, 2, 4]]  # three triangles at one edge
+    faces = [[0, 1, 2], [0, 2, 3], [0, 2, 4]]  # three triangles share an edge
     (tmp_path / "x.obj").write_text(_obj(plate, faces))
     surface = (
         Tetrahedra(resolution=24, color_resolution=4, start={"kind": "file", "path": tmp_path / "x.obj"})
@@ -215,7 +215,7 @@ def test_hostile_glb_files_are_refused(tmp_path, content, why):
 
 
 def repeated(nodes: int = 1, primitives: int = 1) -> bytes:
-    """One triangle, repeated."""
+    """Returns a GLB file that repeats one triangle."""
     primitive = TRIANGLE["meshes"][0]["primitives"][0]
     tree = TRIANGLE | {
         "bufferViews": [{"buffer": 0, "byteLength": 36}],
@@ -230,8 +230,8 @@ def test_points_are_counted_per_node_and_values_per_primitive(tmp_path, monkeypa
     monkeypatch.setattr(file_checks, "MAX_POINTS", 30)
     file = tmp_path / "x.glb"
     for nodes, primitives, why in (
-        (21, 1, "63 points in total, repeated ones included; at most 60"),
-        (1, 121, "its meshes refer to more than 360 values"),
+        (21, 1, "63 points in total, including repeated ones, but at most 60"),
+        (1, 121, "meshes in .* refer to more than 360 values"),
         (2, 11, "66 points"),
     ):
         file.write_bytes(repeated(nodes, primitives))
@@ -244,7 +244,7 @@ def test_points_are_counted_per_node_and_values_per_primitive(tmp_path, monkeypa
 def test_too_many_triangles_are_refused(tmp_path, monkeypatch):
     ball().export(tmp_path / "x.ply")
     monkeypatch.setattr(file_checks, "MAX_FACES", 1279)
-    with pytest.raises(ValueError, match="has 1280 triangles in total, repeated ones included; at most 1279"):
+    with pytest.raises(ValueError, match="has 1280 triangles in total, including repeated ones, but at most 1279"):
         read_mesh(tmp_path / "x.ply")
 
 
@@ -260,14 +260,18 @@ def test_a_texture_is_counted_once_per_material(tmp_path, monkeypatch):
     textures = [p.texture for p in read_mesh(tmp_path / "x.glb")]
     assert sorted(t[0, 0, 1] for t in textures) == [100] * 3 + [200] * 3 and len({id(t) for t in textures}) == 2
     monkeypatch.setattr(file_checks, "MAX_TEXELS", 127)
-    with pytest.raises(ValueError, match="128 pixels of textures in total; at most 127"):
+    with pytest.raises(ValueError, match="textures in .* have 128 pixels in total, but at most 127"):
         read_mesh(tmp_path / "x.glb")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("x.ply", b"ply\nformat ascii 1.0\nelement vertex 4000000000\nproperty float x\nend_header\n", "more than fit"),
+        (
+            "x.ply",
+            b"ply\nformat ascii 1.0\nelement vertex 4000000000\nproperty float x\nend_header\n",
+            "more than it can contain",
+        ),
         ("x.ply", b"ply\nformat ascii 1.0\nelement vertex -4\nend_header\n", "not a PLY"),
         ("x.ply", b"ply\nformat ascii 1.0\n", "not a PLY"),
         ("x.obj", b"v 0 0 0\n\0\0", "not an OBJ"),
@@ -284,7 +288,7 @@ def test_other_bad_files_are_refused(tmp_path, name, content, why):
         read_mesh(tmp_path / "missing.obj")
 
 
-def test_a_file_that_is_too_large_is_refused_unread(tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(file_checks, "MAX_BYTES", 10)
     (tmp_path / "x.obj").write_text("v 0 0 0\nv 1 0 0\n")
     with pytest.raises(ValueError, match="simplify"):

@@ -1,4 +1,4 @@
-"""Cameras of pictures from unknown viewpoints: found by comparison with renders, or by the toybox's pose estimator."""
+"""The cameras of pictures are estimated by comparison with renders or with the toybox's pose estimator."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def renders(cameras: Cameras) -> Rendering:
 
 
 def elsewhere(pictures: Tensor, place: tuple[float, float], scale: float) -> Tensor:
-    """Pictures that show the object smaller and off-centre, which `Estimate.cut` undoes."""
+    """Returns pictures that show the object smaller and off-centre, which `Estimate.cut` undoes."""
     theta = torch.tensor([[1 / scale, 0, -place[0] / scale], [0, 1 / scale, -place[1] / scale]])
     where = F.affine_grid(theta.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, where, padding_mode="zeros", align_corners=False)
@@ -83,7 +83,7 @@ def test_another_object_has_a_lower_agreement():
 
 def test_empty_masks_and_empty_assets_have_no_cameras():
     seen = true_views(turntable(2), 32)
-    with pytest.raises(ValueError, match="picture 2: its mask shows nothing"):
+    with pytest.raises(ValueError, match="the mask of picture 2 shows nothing"):
         from_renders(renders, FRAMING, seen.pixels, seen.coverage * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
 
     def nothing(cameras: Cameras) -> Rendering:
@@ -94,7 +94,7 @@ def test_empty_masks_and_empty_assets_have_no_cameras():
         from_renders(nothing, FRAMING, seen.pixels, seen.coverage)
 
 
-def test_the_toyboxs_own_pictures_are_read_by_its_pose_estimator():
+def test_the_pose_estimator_finds_the_cameras_of_toybox_pictures():
     thing = next(s for s in subjects("development") if s.name == "development-robot").thing
     scenes = reference_scenes(thing, 5, 0)
     taken = [scene.cameras[0] for scene in scenes]
@@ -108,8 +108,8 @@ def test_the_toyboxs_own_pictures_are_read_by_its_pose_estimator():
 
 
 @pytest.mark.parametrize("roll_deg", [25.0, -25.0])
-def test_a_positive_roll_is_clockwise_for_our_cameras_and_the_toyboxs(roll_deg):
-    """Otherwise the estimator's rolls would be applied the wrong way round."""
+def test_a_positive_roll_is_clockwise_for_both_kinds_of_camera(roll_deg):
+    """If the toybox's cameras rolled the other way, the estimated rolls would be applied in reverse."""
     thing = next(s for s in subjects("development") if s.name == "development-robot").thing
     (upright,) = reference_scenes(thing, 1, 0)
     leaning = replace(upright, cameras=(replace(upright.cameras[0], roll_deg=roll_deg, x=0.0, y=0.0, scale=1.0),))
@@ -130,7 +130,7 @@ def reconstruction(*more: str) -> Recipe3D:
 
 
 def test_the_field_is_fitted_to_pictures_whose_cameras_were_estimated(sd, subject, tmp_path):
-    """The subject is not learned: it gets no name, and the prompt need not name it."""
+    """The subject is not learned, so it gets no name and the prompt need not name it."""
     compared: dict[str, int] = {}
 
     class Watched(Distill):
@@ -162,16 +162,19 @@ def test_a_missing_subject_or_missing_masks_are_reported_before_anything_runs(sd
     with pytest.raises(ValueError, match=r"need exactly one subject, but there are 0: give subject\.images"):
         runner.create(reconstruction(), tmp_path / "run", tensorboard=False)
     bare = {"mug": replace(subject["mug"], masks={})}
-    with pytest.raises(ValueError, match=r"phases\.cameras crops the pictures .* these have none: .*\.png"):
+    with pytest.raises(
+        ValueError, match=r"phases\.cameras crops the pictures .* needs masks, but .*\.png ha(s|ve) none"
+    ):
         runner.create(reconstruction(), tmp_path / "run", bare, tensorboard=False)
     with pytest.raises(
-        ValueError, match=r"near_deg: 1 azimuths for 3 pictures; give one for each, in this order: 0\.png"
+        ValueError,
+        match=r"near_deg must have one azimuth per picture \(3\), but has 1: give them in this order: 0\.png",
     ):
         runner.create(reconstruction("phases.cameras.task.near_deg=[0]"), tmp_path / "run", subject, tensorboard=False)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rough_azimuth_that_nothing_would_use_is_refused():
+def test_a_rough_azimuth_is_refused_if_the_estimator_does_not_use_it():
     with pytest.raises(
         ValueError, match=r"near_deg narrows the search of estimator=renders, but estimator = toybox does not search"
     ):
@@ -189,10 +192,10 @@ def test_pictures_of_several_phases_are_compared_together_if_all_have_masks(tmp_
     assert len(found.pixels) == len(found.cameras) == 8 and found.masks is not None and len(found.masks) == 8
     both.check({}, True, {"cameras": True, "views": False})
     with pytest.raises(
-        ValueError, match=r"either all have masks or all lack them, and the views of the phase views have none"
+        ValueError, match=r"either all have masks or all lack them, but the views of the phase views have none"
     ):
         PhaseViews(phase=("cameras", "views")).check({}, False, {"cameras": True, "views": False})
     with pytest.raises(ValueError, match=r"needs masks .* references\.foreground=0\.25"):
         PhaseViews(phase="views").check({}, True, {"views": False})
-    with pytest.raises(ValueError, match="unknown earlier phase that gives views 'view'"):
+    with pytest.raises(ValueError, match="unknown earlier phase that writes views 'view'"):
         PhaseViews(phase=("cameras", "view")).check({}, False, {"cameras": True, "views": True})

@@ -1,4 +1,4 @@
-"""Numbers that change over a run."""
+"""Settings that change over a run, and the timesteps drawn from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def over_run(schedule, steps: int = 10) -> list[float]:
     return [Moment(i, steps).of(CHECKED.validate_python(schedule)) for i in range(steps)]
 
 
-def test_schedules_in_steps_and_in_shares_of_the_run():
+def test_schedules_can_be_given_in_steps_or_in_shares_of_the_run():
     assert over_run(3) == [3.0] * 10
     assert over_run([2, 1.0, 3.0, 6]) == [1, 1, 1, 1.5, 2, 2.5, 3, 3, 3, 3]
     assert over_run([0.2, 1.0, 3.0, 0.6]) == pytest.approx(over_run([2, 1.0, 3.0, 6]))
-    assert over_run([5, 0.98, 0.5, 5]) == [0.98] * 5 + [0.5] * 5, "a jump"
-    assert over_run([0, 0.0, 4.0, 4, 2.0, 8]) == [0, 1, 2, 3, 4, 3.5, 3, 2.5, 2, 2], "two pieces"
-    assert Moment(1, 10).of(CHECKED.validate_python([0, 0.0, 1.0, 1.0])) == 0.1, "from step 0 to the end of the run"
+    assert over_run([5, 0.98, 0.5, 5]) == [0.98] * 5 + [0.5] * 5, "the value jumps at step 5"
+    assert over_run([0, 0.0, 4.0, 4, 2.0, 8]) == [0, 1, 2, 3, 4, 3.5, 3, 2.5, 2, 2], "the schedule has two pieces"
+    assert Moment(1, 10).of(CHECKED.validate_python([0, 0.0, 1.0, 1.0])) == 0.1, (
+        "the schedule goes from step 0 to the end of the run"
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def drawn(times: Times, step: int, steps: int = 100, count: int = 4, discrete: b
     return times.draw(count, Moment(step, steps), generator(0, step), discrete)
 
 
-def test_annealed_times_fall_as_in_the_papers():
+def test_annealed_timesteps_fall_as_in_the_papers():
     square_root, line = Times(low=0.3, high=0.98, anneal=0.5), Times(low=0.02, high=0.98, anneal=1.0)
     falling = [float(drawn(square_root, i)[0]) for i in range(100)]
     assert falling == sorted(falling, reverse=True) and falling[0] == 980
@@ -49,7 +51,7 @@ def test_annealed_times_fall_as_in_the_papers():
     assert float(drawn(line, 50, discrete=False)[0]) == pytest.approx(500.0)
 
 
-def test_random_times_stay_in_their_range_and_can_be_shared_by_all_views():
+def test_random_timesteps_stay_in_their_range_and_can_be_shared_by_all_views():
     narrowing = Times(low=0.02, high=[0.5, 0.98, 0.5, 0.5])
     late = torch.cat([drawn(narrowing, i, count=16) for i in range(50, 100)])
     early = torch.cat([drawn(narrowing, i, count=16) for i in range(50)])
@@ -57,5 +59,5 @@ def test_random_times_stay_in_their_range_and_can_be_shared_by_all_views():
     one = drawn(Times(same=True), 3)
     assert len(set(one.tolist())) == 1 and len(set(drawn(Times(), 3).tolist())) > 1
     assert drawn(Times(), 3).dtype == torch.long and drawn(Times(), 3, discrete=False).is_floating_point()
-    with pytest.raises(ValueError, match="at step 91: need 0 ≤ low"):
+    with pytest.raises(ValueError, match="at step 91, but 0 ≤ low"):
         drawn(Times(low=0.5, high=[0.0, 0.9, 0.1, 1.0]), 90)

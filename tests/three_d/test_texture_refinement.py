@@ -1,4 +1,4 @@
-"""Colours from pictures that are generated from renders: the recipe, the masks of views, and that no teacher is used."""
+"""Texture refinement learns colours from pictures generated from renders, without a teacher in its last phase."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = ("backbone=tiny", "prompt=a photo of a mug", "setting=", "train.mixed_pr
 
 
 def test_the_last_phase_paints_the_shape_from_pictures_without_a_teacher(sd, tmp_path):
-    """The recipe learns no subject: the prompt's words, or loaded concepts, determine the pictures."""
+    """The recipe learns no subject. The words of the prompt or loaded concepts determine the pictures."""
     asked: dict[str, list[int]] = {}
 
     class Counted(Distill):
@@ -70,7 +70,7 @@ def test_phases_that_use_views_of_earlier_phases_can_be_fitted_into_memory(sd, t
         (["phases.paint.penalties.reference_views=null"], "nothing trains the field"),
         (
             ["phases.views.task.strength=0.1"],
-            r"phases\.views\.task\.strength = 0\.1 of 4 steps leaves nothing to sample",
+            r"phases\.views\.task\.strength = 0\.1 leaves none of the 4 denoising steps",
         ),
     ],
 )

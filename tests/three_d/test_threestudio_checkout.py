@@ -1,4 +1,4 @@
-"""What is written into a threestudio checkout, what the doctor reports, and how its launch.py starts with packages missing.
+"""The files written into a threestudio checkout, the doctor's report, and launching with packages missing.
 
 With `PCS_THREESTUDIO=DIR`, the launch.py of that checkout runs 20 steps with a concept.
 """
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A stand-in for a checkout: the contract's package and a launch.py that prints its arguments."""
+    """Makes a stand-in for a checkout, with the contract's package and a launch.py that prints its arguments."""
     return Path(shutil.copytree(CONTRACT, tmp_path / "threestudio"))
 
 
@@ -36,7 +36,7 @@ def listing(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 
 
-# --- what is written -------------------------------------------------------------------------
+# --- written files -------------------------------------------------------------------------
 
 
 def test_installing_writes_an_extension_and_a_configuration_once(checkout, pcs):
@@ -48,14 +48,14 @@ def test_installing_writes_an_extension_and_a_configuration_once(checkout, pcs):
     assert pcs("3d", "threestudio", "install", checkout).out == "", "nothing is left to do"
 
 
-def test_files_that_someone_changed_or_wrote_are_not_lost(checkout, pcs):
+def test_files_that_the_user_changed_or_wrote_are_not_lost(checkout, pcs):
     install(checkout)
     config = checkout / "configs/pcs-dreamfusion.yaml"
     config.write_text(config.read_text() + "# mine\n")
     (checkout / "custom/pcs/__init__.py").unlink()
     ran = pcs("3d", "threestudio", "install", checkout)
     assert ran.code == 2 and "--overwrite" in ran.err and "# mine" in config.read_text()
-    assert not (checkout / "custom/pcs/__init__.py").exists(), "all or nothing"
+    assert not (checkout / "custom/pcs/__init__.py").exists(), "either all files are written or none"
     assert pcs("3d", "threestudio", "install", checkout, "--overwrite").code == 0
     assert config.read_text() == content("configs/pcs-dreamfusion.yaml")
     (checkout / "custom/pcs/__init__.py").write_text("print('another extension')")
@@ -64,7 +64,7 @@ def test_files_that_someone_changed_or_wrote_are_not_lost(checkout, pcs):
 
 
 @pytest.mark.parametrize("name", ["custom/pcs", "custom/pcs/__init__.py"])
-def test_a_link_that_leads_nowhere_is_refused_and_its_target_is_not_made(checkout, pcs, tmp_path, name):
+def test_a_link_that_leads_nowhere_is_refused_and_its_target_is_not_created(checkout, pcs, tmp_path, name):
     (checkout / name).parent.mkdir(parents=True, exist_ok=True)
     (checkout / name).symlink_to(tmp_path / "unplugged")
     ran = pcs("3d", "threestudio", "install", checkout)
@@ -73,7 +73,7 @@ def test_a_link_that_leads_nowhere_is_refused_and_its_target_is_not_made(checkou
 
 
 @pytest.mark.parametrize("command", ["install", "doctor", "run"])
-def test_another_folder_is_refused(tmp_path, pcs, command):
+def test_a_folder_that_is_not_a_checkout_is_refused(tmp_path, pcs, command):
     ran = pcs("3d", "threestudio", command, tmp_path)
     assert ran.code == 2 and "launch.py" in ran.err and not listing(tmp_path)
 
@@ -97,12 +97,12 @@ def test_the_extension_has_every_key_of_the_configuration(checkout, monkeypatch)
 # --- the doctor ------------------------------------------------------------------------------
 
 
-def test_a_checkout_without_the_extension_is_told_how_to_get_it(checkout, pcs):
+def test_the_doctor_states_how_to_install_a_missing_extension(checkout, pcs):
     ran = pcs("3d", "threestudio", "doctor", checkout)
     assert ran.code == 1 and "threestudio 0.0.contract" in ran.out
     assert f"custom/pcs/__init__.py is missing: pcs 3d threestudio install {checkout}" in ran.out
     for package in absent():
-        assert f"{package} is absent: {REPLACEABLE[package]}" in ran.out
+        assert f"{package} is not installed ({REPLACEABLE[package]})" in ran.out
 
 
 def test_missing_packages_are_named_and_nothing_is_tried_without_them(checkout, monkeypatch):
@@ -113,13 +113,13 @@ def test_missing_packages_are_named_and_nothing_is_tried_without_them(checkout, 
     assert bad.startswith("missing: pip install") and not any("imports" in what for _, what in found)
 
 
-def test_what_the_extension_registers_is_checked(checkout, monkeypatch):
+def test_the_doctor_checks_what_the_extension_registers(checkout, monkeypatch):
     install(checkout)
     monkeypatch.setattr(doctor, "NEEDED", {})
     found = list(doctor.findings(checkout))
     assert all(works is not False for works, _ in found), found
     lines = [what for works, what in found if works]
-    assert any("it registers 0 classes" in line for line in lines)
+    assert any("registers 0 classes" in line for line in lines)
     assert "registered: pcs-exporter, pcs-guidance, pcs-prompt-processor, pcs-volume-renderer" in lines
     (checkout / "custom/pcs/__init__.py").write_text("import no_such_extension")
     found = [what for works, what in doctor.findings(checkout) if works is False]
@@ -150,7 +150,7 @@ Both = Union[dr.Context, ops.Other]
 """
 
 
-def test_only_threestudio_sees_stand_ins_and_they_say_what_is_missing():
+def test_only_threestudio_sees_stand_ins_which_report_the_missing_package():
     with standing_in(["nowhere"]):
         made = asked_by("threestudio.models.x", STATEMENTS)
         asked_by("extern.y", STATEMENTS)
@@ -180,7 +180,7 @@ def test_launching_without_a_gpu_requires_the_cpu_option(checkout, pcs, monkeypa
 
 @pytest.fixture
 def real(tmp_path) -> Path:
-    """The given checkout, with separate `custom` and `configs` folders."""
+    """Links the given checkout, with separate `custom` and `configs` folders."""
     if not CHECKOUT:
         pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR, and run with its packages installed")
     folder = tmp_path / "checkout"
@@ -192,7 +192,7 @@ def real(tmp_path) -> Path:
 
 
 def started(*arguments: object) -> str:
-    """The output of `pcs 3d threestudio …` in a separate process."""
+    """Runs `pcs 3d threestudio …` in a separate process and returns its output."""
     command = [sys.executable, "-W", "ignore", "-m", "shared.cli", "3d", "threestudio", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

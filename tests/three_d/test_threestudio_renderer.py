@@ -1,5 +1,7 @@
-"""The renderer and the exporter for threestudio, compared with closed forms: on the documented contract, and on a checkout's
-own base classes if one is given."""
+"""The renderer and the exporter for threestudio, compared with closed forms.
+
+They are tested on the documented contract and, if a checkout is given, on its own base classes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ DENSITY, RADIUS = 3.0, 0.7
 
 
 class Ball(nn.Module):
-    """A density inside a ball, red at +x and green at -x."""
+    """A geometry with a constant density inside a ball, red at +x and green at -x."""
 
     def __init__(self, sharp: bool = True) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ def batch(count: int, side: int = 16) -> dict[str, Tensor]:
 
 
 def opacity_of(given: dict[str, Tensor]) -> Tensor:
-    """The ball's opacity in closed form: [B, H, W, 1]."""
+    """Returns the opacity of the ball in closed form, `[B, H, W, 1]`."""
     middle = (given["rays_o"] * given["rays_d"]).sum(-1)
     half = (RADIUS**2 - (given["rays_o"].square().sum(-1) - middle**2)).clamp_min(0).sqrt()
     return -torch.expm1(-DENSITY * 2 * half)[..., None]
@@ -84,7 +86,7 @@ def test_every_view_of_a_batch_matches_the_closed_form(threestudio, count, cfg):
     assert "weights" not in out, "per-sample values are returned only in training"
 
 
-def test_training_losses_get_the_per_sample_values_that_they_read(threestudio):
+def test_training_losses_get_the_per_sample_values_that_they_need(threestudio):
     made = renderer(threestudio, type("Lit", (Plain,), {"requires_normal": True})()).train()
     given = batch(2)
     out = made(**given)
@@ -110,7 +112,7 @@ def test_given_background_colours_replace_the_background(threestudio):
     torch.testing.assert_close(flat, made(**given, bg_color=blue)["comp_rgb"])
 
 
-def test_three_cameras_with_a_cross_product_along_the_wrong_axis_are_refused(threestudio):
+def test_three_cameras_with_axes_crossed_along_the_wrong_dimension_are_refused(threestudio):
     made, c2w = renderer(threestudio), torch.eye(4).repeat(3, 1, 1)
     made(**batch(3), c2w=c2w)
     c2w[0, :3, 0] = torch.tensor([0.6, 0.8, 0.0])

@@ -1,4 +1,4 @@
-"""The mesh on a page: complete, centred, seen from the front, and with nothing else to load."""
+"""The mesh on a page is complete, centred and seen from the front, and the page loads nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.three_d.pages import glb_in, mesh_in
 
 
 def pieces() -> list[Piece]:
-    """A ball with a different picture on each half, and a red nose in front of it."""
+    """Returns a ball whose halves have different colours in a texture, and a red nose in front of the ball."""
     ball, nose = trimesh.creation.icosphere(2), trimesh.creation.icosphere(1, radius=0.2)
     corners = np.asarray(ball.vertices) * 0.8
     texture = np.zeros((4, 4, 3), np.uint8)
@@ -37,7 +37,7 @@ def test_the_viewer_contains_the_mesh_and_looks_at_its_front():
     assert depth.min() > 0 and 0.5 < shown.max() < 0.95, "the whole mesh is in view and fills it"
     (nose,) = [g for name, g in scene.geometry.items() if kinds[name] == "vertex"]
     assert np.linalg.norm(nose.centroid - eye[:3, 3]) < np.linalg.norm(eye[:3, 3]) - 0.5, "the front faces the camera"
-    assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "up is up, and the camera is slightly above"
+    assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "up points upwards, and the camera is slightly above the mesh"
 
 
 def test_the_viewer_loads_nothing_and_draws_textures_with_ambient_light():

@@ -1,4 +1,4 @@
-"""Cameras and backgrounds of views, and the teacher's prompts for them."""
+"""The cameras and backgrounds of views, and the teacher's prompts for the views."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_elevations_are_half_uniform_in_the_angle_and_half_on_the_sphere():
     assert float(cameras.elevation_deg.min()) >= 0 and float(cameras.elevation_deg.max()) <= 90
 
 
-def test_the_distance_follows_from_the_share_of_the_view_to_fill():
+def test_the_distance_follows_from_the_share_of_the_view_that_the_object_fills():
     cameras = sampled(64, fov_deg=(30.0, 60.0), fill=(0.5, 0.8))
     fill = 1 / (cameras.distance * torch.tan(torch.deg2rad(cameras.fov_deg) / 2))
     assert 0.5 <= float(fill.min()) < 0.55 and 0.75 < float(fill.max()) <= 0.8001
@@ -75,7 +75,7 @@ def test_jitter_moves_the_camera_but_not_its_target():
     assert torch.equal(there.centre, cameras.centre) and torch.equal(there.azimuth_deg[1:], cameras.azimuth_deg[1:])
 
 
-def test_cameras_are_the_same_for_the_same_step_and_degenerate_ones_are_refused():
+def test_cameras_are_reproducible_and_degenerate_ranges_are_refused():
     assert torch.equal(sampled(3).positions, sampled(3).positions)
     assert not torch.equal(sampled(3).positions, sampled(3, seed=1).positions)
     degenerate = (
@@ -89,7 +89,7 @@ def test_cameras_are_the_same_for_the_same_step_and_degenerate_ones_are_refused(
             CameraSampling(**wrong)
 
 
-def test_backgrounds_and_shadings():
+def test_backgrounds_and_shadings_are_drawn_with_their_proportions():
     colors = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
     drawn = Backgrounds(colors=colors, random=0.25).draw(4000, 3, generator(0, 0))
     stated = ((drawn == 1).all(1) | (drawn == 0).all(1)).float().mean()
@@ -108,7 +108,7 @@ def test_backgrounds_and_shadings():
 # --- the teacher's prompts -------------------------------------------------------------------
 
 
-def test_directions_and_their_words_next_to_the_noun():
+def test_the_words_of_a_direction_follow_the_noun_that_the_camera_sees():
     words = ViewWords(back="seen from behind")
     cameras = Cameras.of([0.0, 44.0, 46.0, -134.0, 136.0, 180.0, 10.0], torch.tensor([0.0] * 6 + [61.0]))
     assert words.directions(cameras) == ["front", "front", "side", "side", "back", "back", "overhead"]
@@ -142,7 +142,7 @@ def test_the_perpendicular_part_is_perpendicular():
 
 
 def perp_negs(settings: Guidance, moment: Moment):
-    """A guided prediction, a function for each of its parts, and the sum of w_i perp(e_i, e_pos)."""
+    """Returns a guided prediction, a function for its single predictions, and the sum of w_i perp(e_i, e_pos)."""
     scene = {
         "prompt": (means(1), 0.1),
         "negative": (means(3), 0.5),
@@ -170,19 +170,17 @@ def test_perp_neg_equals_its_formula_for_every_view():
     assert torch.allclose(made.eps, ask("null") + 7.5 * (ask("prompt") - ask("null") + away), rtol=1e-9)
 
 
-def test_perp_neg_weights_other_views_like_the_prompt():
-    """CSD's prompt has the coefficient 1, whatever the guidance scale."""
+def test_perp_neg_scales_other_views_like_the_prompt():
+    """The prompt of CSD has the coefficient 1, whatever the guidance scale is."""
     for settings, factor in (([], 1.0), (["guidance.terms.prompt.plain=2"], 2.0)):
         made, ask, away = perp_negs(shipped("csd", "guidance.perp_neg={}", *settings), Moment(0, 10))
         assert torch.allclose(made.eps, factor * (ask("prompt") + away) - ask("null"), rtol=1e-9)
     early = shipped("csd", "guidance.perp_neg={}", "guidance.terms.prompt.until_t=0.01")
     made, ask, _ = perp_negs(early, Moment(0, 10))
-    assert torch.allclose(made.eps, -ask("null"), rtol=1e-9), (
-        "if the prompt is not evaluated, neither are the other views"
-    )
+    assert torch.allclose(made.eps, -ask("null"), rtol=1e-9), "other views are not evaluated if the prompt is not"
 
 
-def test_perp_neg_mixes_neighbours_and_leaves_the_overhead_view_alone():
+def test_perp_neg_mixes_neighbouring_views_but_not_the_overhead_view():
     part, prompts = PerpNeg(), ScenePrompts("a <mug>")
     views = Views(Cameras.of([0.0, 45.0, -90.0, 135.0, 180.0, 10.0], torch.tensor([0.0] * 5 + [80.0])), (False,) * 6)
     rows = part.rows("prompt", prompts, views)
@@ -193,7 +191,7 @@ def test_perp_neg_mixes_neighbours_and_leaves_the_overhead_view_alone():
     weights = part.weights(prompts, views.cameras)
     assert weights[5].tolist() == [0.0, 0.0]
     assert float(weights[4, 1]) == pytest.approx(-(1.0 + 0.967), rel=1e-6), (
-        "from behind, the front is the strongest negative"
+        "for a view from behind, the front view has the strongest negative weight"
     )
     assert [r[0][1] for r in part.rows("away_near", prompts, views)[:5]] == [front, front, side, side, side]
     assert [r[0][1] for r in part.rows("away_far", prompts, views)[:5]] == [side, side, front, front, front]
@@ -218,7 +216,7 @@ def test_embeddings_are_mixed_near_the_border_between_two_views():
         assert sum(camera.values()) == pytest.approx(1.0)
 
 
-def test_without_a_blend_each_camera_has_one_view():
+def test_each_camera_has_one_view_without_a_blend():
     words, cameras = ViewWords(), around(*range(-180, 181, 5))
     assert words.shares(cameras) == [{d: 1.0} for d in words.directions(cameras)]
 

@@ -1,4 +1,4 @@
-"""Volumes: opacity, depth and colour in closed form, gradients by finite differences, and any batch size."""
+"""Rendered volumes match closed forms of opacity, depth and colour, and finite differences, for any batch size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def test_the_opacity_and_depth_of_a_solid_follow_from_its_chords(cube):
     opacity = 1 - torch.exp(-3 * chords.length)
     assert (drawn.opacity[:, 0] - opacity).abs().max() < 0.03 and (drawn.opacity[:, 0] - opacity).abs().mean() < 2e-3
     t = chords.length
-    inside = 1 / 3 - t * torch.exp(-3 * t) / (1 - torch.exp(-3 * t)).clamp_min(1e-6)  # the mean of e^{-3t} cut off at t
+    inside = 1 / 3 - t * torch.exp(-3 * t) / (1 - torch.exp(-3 * t)).clamp_min(
+        1e-6
+    )  # the mean depth under the weights e^{-3t}, cut off at t
     hit = t > 0.3
     assert (drawn.depth[:, 0] - chords.near - inside)[hit].abs().max() < 0.01
     colors = opacity[:, None] * torch.tensor(COLOR).view(3, 1, 1) + 0.25 * (1 - opacity[:, None])
@@ -83,11 +85,11 @@ def test_densities_lie_between_the_bounds_of_their_cells():
     density = field.density(points)
     assert bool((least <= density + 1e-5).all() and (density <= most + 1e-5).all())
     field.raw_density.data.add_(5)
-    field.raw_density.data = field.raw_density.data.clone()  # a new tensor, as `to` creates one
+    field.raw_density.data = field.raw_density.data.clone()  # a new tensor, like the one that `to` creates
     assert bool((field.density(points) <= field.between(*rays)[1][:, 0] + 1e-5).all())
 
 
-def test_importance_sampling_puts_edges_where_the_weight_is():
+def test_importance_sampling_concentrates_edges_where_the_weights_are():
     near, far = torch.zeros(2), torch.ones(2)
     edges = stratified(near, far, 10, None)
     weights = torch.zeros(2, 10)
@@ -112,10 +114,10 @@ def test_shading_shows_the_normals_of_a_ball(shading):
     camera = Cameras.of([0.0], 0.0)
     drawn = Volume(samples=96).render(field, camera, view(1, shading=shading))
     middle = drawn.pixels[0, :, 15:17, 15:17].mean((1, 2))
-    expected = [1.0, 1.0, 1.0] if shading == "textureless" else [1.0, 0.5, 0.5]  # it faces +x and the light
+    expected = [1.0, 1.0, 1.0] if shading == "textureless" else [1.0, 0.5, 0.5]  # the middle faces +x and the light
     assert torch.allclose(middle, torch.tensor(expected), atol=0.03)
     rim = drawn.pixels[0, :, 15, :][:, drawn.opacity[0, 0, 15] > 0.9][:, -1]
-    assert rim[0] < 0.75 and (shading != "normal" or rim[1] > 0.8)  # the picture's right is +y
+    assert rim[0] < 0.75 and (shading != "normal" or rim[1] > 0.8)  # the right of the picture is +y
 
 
 def test_latents_are_drawn_unchanged_and_without_shading():
@@ -127,7 +129,7 @@ def test_latents_are_drawn_unchanged_and_without_shading():
         Volume().render(Solid(0.6, channels=4), CAMERAS, view(3, channels=4, shading="normal"))
     with pytest.raises(ValueError, match="does not fit"):
         Volume().render(Solid(0.6), CAMERAS, view(2))
-    with pytest.raises(ValueError, match="volume cannot draw a TetrahedraField"):
+    with pytest.raises(ValueError, match="volume cannot render a TetrahedraField"):
         Volume().render(Tetrahedra(resolution=6, color_resolution=4).build(), CAMERAS, view(3))
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests for threestudio: where checkouts are, and a concept to use there."""
+"""Checkouts of threestudio for tests, and a concept to use in them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def forget() -> None:
 
 @contextmanager
 def registry(folder: str) -> Iterator[Any]:
-    """The module `threestudio` of a folder, with the extension registered."""
+    """Yields the module `threestudio` of a folder, with the extension registered."""
     forget()
-    if find_spec("omegaconf"):  # a checkout registers resolver names there, which works only once
+    if find_spec("omegaconf"):  # a checkout registers resolver names in omegaconf, which works only once
         import_module("omegaconf").OmegaConf.clear_resolvers()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)

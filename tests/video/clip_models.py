@@ -1,4 +1,4 @@
-"""Tiny random AnimateDiff pipelines, made of the real diffusers classes."""
+"""Tiny random AnimateDiff pipelines, built from the real diffusers classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pcs_video.backbones.animatediff import with_motion
 
 
 def motion_adapter(seed: int = 0, frames: int = 8, scale: float = 0.2) -> Any:
-    """A `MotionAdapter` for the tiny U-Net, with random output projections, so that frames really attend to each other."""
+    """Builds a `MotionAdapter` for the tiny U-Net. Its random output projections let frames attend to each other."""
     from diffusers import MotionAdapter
 
     with torch.random.fork_rng():
@@ -29,5 +29,5 @@ def motion_adapter(seed: int = 0, frames: int = 8, scale: float = 0.2) -> Any:
 
 
 def build_animatediff(pipe: Any, seed: int = 0, frames: int = 8) -> Any:
-    """A tiny `StableDiffusionPipeline` with motion modules."""
+    """Adds motion modules to a tiny `StableDiffusionPipeline`."""
     return with_motion(pipe, motion_adapter(seed, frames))

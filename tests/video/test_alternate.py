@@ -1,4 +1,4 @@
-"""Alternating between a subject and clips of its class, and adapters used only in training."""
+"""Training that alternates between a subject and clips of its class, and adapters that are used only in training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(backbone: Any, photos: Path, folder: Path, *settings: str) -> TrainingRu
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
-    """For each prediction with a gradient: number of axes of the latents, and the active adapter sets."""
+    """Records the number of axes of the latents and the active adapter sets for each prediction with a gradient."""
     out: list[tuple[int, set[str]]] = []
     predict = AnimateDiffBackbone.predict
 
@@ -76,7 +76,7 @@ def test_pictures_and_clips_take_turns(clips: Any, photos: Path, tmp_path: Path,
 
 
 def test_subject_tokens_do_not_change_in_prior_preservation_steps(clips: Any, photos: Path, tmp_path: Path) -> None:
-    """Not even through optimizer momentum."""
+    """The momentum of the optimizer does not change them either."""
     words = ("modifier.kind=learnable_token", "trainable.words.kind=tokens", "trainable.words.group=words")
     started = run(clips, photos, tmp_path, *ALTERNATE, *words, "task.subject_only=[words]")
     values, loras = [], []
@@ -86,20 +86,20 @@ def test_subject_tokens_do_not_change_in_prior_preservation_steps(clips: Any, ph
     assert [torch.equal(x, y) for x, y in zip(values[1:], values, strict=False)] == [True, False, True]
     assert not any(torch.equal(x, y) for x, y in zip(loras[1:], loras, strict=False))
     clips.remove("mug")
-    for group, message in (("others", "unknown optimizer group 'others'"), ("main", "nothing is left to learn")):
+    for group, message in (("others", "unknown optimizer group 'others'"), ("main", "leaves nothing that could learn")):
         settings = [*ALTERNATE, f"task.subject_only=[{group}]"]
         with pytest.raises(ValueError, match=message):
             list(run(clips, photos, tmp_path / group, *settings).steps())
         clips.remove("mug")
 
 
-def test_a_temporary_adapter_is_off_between_steps_and_in_steps_where_task_rest_disables_it(
+def test_a_temporary_adapter_is_off_between_steps_and_in_steps_that_disable_it(
     clips: Any, photos: Path, tmp_path: Path, seen: Any
 ) -> None:
     session = run(clips, photos, tmp_path, *ALTERNATE, *TEMPORARY, "task.rest=[frozen]")
     assert session.kept_sets == ("mug",) and "frozen" in session.sets_of_the_run
     for _ in session.steps():
-        assert clips.strengths["frozen"] == 0.0  # between steps, when pictures are generated
+        assert clips.strengths["frozen"] == 0.0  # pictures are generated between steps
     assert [sets for _, sets in seen] == [{"mug", "frozen"}, {"mug"}] * 2
 
 
@@ -114,7 +114,7 @@ def test_a_temporary_adapter_learns(clips: Any, photos: Path, tmp_path: Path) ->
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], photos: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, with alternating steps, a temporary adapter and branches."""
+    """The adapters are equal bit for bit, with alternating steps, a temporary adapter and branches."""
     settings = (*ALTERNATE, *TEMPORARY, "task.rest=[frozen]", "train.checkpoint_every=2")
     settings += ("trainable.side.kind=bottleneck", "trainable.side.width=2", "trainable.side.lr=0.01")
 
@@ -163,5 +163,5 @@ def test_impossible_alternations_are_refused(
 
 
 def test_a_temporary_part_needs_its_own_adapter_set() -> None:
-    with pytest.raises(ValueError, match="temporary: such a part needs its own adapter set; set adapter_set=NAME"):
+    with pytest.raises(ValueError, match="a temporary part needs its own adapter set; set adapter_set=NAME"):
         load("subject_lora", ["trainable.lora.temporary=true"], "video", VideoRecipe)

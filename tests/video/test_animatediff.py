@@ -1,4 +1,4 @@
-"""The AnimateDiff family compared with diffusers: clips, pictures, the autoencoder, and sampling."""
+"""The AnimateDiff family compared with diffusers for clips, pictures, the autoencoder, and sampling."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def ask(backbone: Any, x: Tensor, prompts: tuple[str, ...]) -> Tensor:
 
 
 def scramble(adapter: Any, seed: int = 1) -> None:
-    """Random weights, so that the adapter has an effect."""
+    """Gives the adapter random weights, so that it has an effect."""
     draw = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
 
 
-def test_it_implements_the_protocol_and_is_frozen(clips: AnimateDiffBackbone) -> None:
+def test_the_backbone_implements_the_protocol_and_is_frozen(clips: AnimateDiffBackbone) -> None:
     assert isinstance(clips, Backbone)
     assert clips.frames == 8 and clips.reads == {"animatediff", "stable_diffusion"}
     assert not any(p.requires_grad for m in (*clips.components.values(), clips.vae) for p in m.parameters())
@@ -64,14 +64,16 @@ def test_pictures_go_through_the_image_network(clips: AnimateDiffBackbone, make_
     x, prompts = noise(2, 4, 8, 8), ("a mug", "a dog")
     assert torch.equal(ask(clips, x, prompts), ask(pictures, x, prompts))
     one_frame = ask(clips, x[:, :, None], prompts)[:, :, 0]
-    assert not torch.allclose(one_frame, ask(pictures, x, prompts), atol=1e-3)  # the reason for the image path
+    assert not torch.allclose(
+        one_frame, ask(pictures, x, prompts), atol=1e-3
+    )  # which is why pictures take the path of the image network
 
 
 @pytest.mark.parametrize("role", ["self_attention", "cross_attention", "denoiser", "conv"])
 def test_injected_adapters_act_on_clips_and_pictures_alike(
     clips: AnimateDiffBackbone, make_tiny_sd: Make, role: str
 ) -> None:
-    """An adapter on image layers changes both paths just as it changes the image U-Net; removing it restores them."""
+    """An adapter on image layers changes both paths just as it changes the image U-Net. Removing it restores both."""
     x, prompts = noise(1, 4, 8, 8), ("a mug",)
     before_picture, before_clip = ask(clips, x, prompts), ask(clips, noise(1, 4, 3, 8, 8), prompts)
     Lora(roles=(role,), rank=2).inject(clips, "mug", "lora", 0)
@@ -93,7 +95,7 @@ def test_injected_adapters_act_on_clips_and_pictures_alike(
     assert torch.equal(ask(clips, noise(1, 4, 3, 8, 8), prompts), before_clip)
 
 
-def test_motion_adapters_do_not_touch_pictures(clips: AnimateDiffBackbone) -> None:
+def test_motion_adapters_do_not_change_pictures(clips: AnimateDiffBackbone) -> None:
     x = noise(1, 4, 8, 8)
     before = ask(clips, x, ("a mug",)), ask(clips, noise(1, 4, 3, 8, 8), ("a mug",))
     Lora(roles=("temporal_attention",), rank=2).inject(clips, "spin", "lora", 0)
@@ -132,10 +134,10 @@ def test_clips_are_encoded_frame_by_frame(clips: AnimateDiffBackbone) -> None:
     torch.testing.assert_close(clips.decode(latents)[:, :, 2], clips.decode(latents[:, :, 2]))
 
 
-def test_the_supported_numbers_of_frames(clips: AnimateDiffBackbone) -> None:
+def test_unsupported_frame_counts_are_refused(clips: AnimateDiffBackbone) -> None:
     assert clips.latent_shape(32, 64) == (4, 8, 16) and clips.latent_shape(32, 64, 8) == (4, 8, 8, 16)
     for wrong, nearest in ((1, 2), (9, 8)):
-        with pytest.raises(ValueError, match=f"a clip of {wrong} frames .* the nearest is {nearest}"):
+        with pytest.raises(ValueError, match=f"a clip of {wrong} frames? .* the nearest is {nearest}"):
             clips.latent_shape(32, 32, wrong)
 
 

@@ -1,4 +1,4 @@
-"""MotionDirector's appearance-debiased loss: its weights, its random draws, and the complete objective against closed forms."""
+"""The weights and random draws of MotionDirector's appearance-debiased loss, and the objective in closed form."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ ROOT = 2**0.5  # sqrt(beta^2 + 1) at beta = 1
 
 
 def test_an_error_shared_by_all_frames_weighs_less_than_independent_errors() -> None:
-    """MotionDirector's numbers at 16 frames and beta = 1: 0.17 and 2.82, in closed form and from random samples."""
+    """At 16 frames and beta = 1, the weights are 0.17 and 2.82, in closed form and from random samples."""
     draw = torch.Generator().manual_seed(0)
     anchors = torch.randint(16, (4096,), generator=draw)
     shared = torch.randn(4096, 2, 1, 2, 2, generator=draw).expand(-1, -1, 16, -1, -1)
     own = torch.randn(4096, 2, 16, 2, 2, generator=draw)
     assert debiased_error(shared, anchors, 1.0).mean() / shared.square().mean() == pytest.approx((ROOT - 1) ** 2)
-    expected = (15 * (2 + 1) + (ROOT - 1) ** 2) / 16  # every frame but the anchor has its own error and the anchor's
+    expected = (
+        15 * (2 + 1) + (ROOT - 1) ** 2
+    ) / 16  # every frame but the anchor has its own error and that of the anchor
     assert expected == pytest.approx(2.82, abs=0.005)
     assert debiased_error(own, anchors, 1.0).mean() / own.square().mean() == pytest.approx(expected, rel=0.01)
-    assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # beta = 0 is the plain loss
+    assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # with beta = 0, the loss is the plain one
 
 
-def test_the_debiased_loss_uses_the_weights_of_the_plain_one() -> None:
-    """With inside=0 and outside=1, both losses ignore the subject in each frame; errors there change neither."""
+def test_the_debiased_loss_uses_the_weights_of_the_plain_loss() -> None:
+    """With inside=0 and outside=1, both losses ignore errors inside the subject in each frame."""
     objective, part = Denoising(inside=0, outside=1), AppearanceDebias(beta=1.0)
     draw = torch.Generator().manual_seed(0)
     target, error = torch.randn(2, 4, 6, 8, 8, generator=draw), torch.randn(2, 4, 6, 8, 8, generator=draw)
     mask = torch.zeros(2, 1, 6, 8, 8)
     for frame in range(6):
-        mask[:, :, frame, :, frame : frame + 2] = 1  # it moves
+        mask[:, :, frame, :, frame : frame + 2] = 1  # the subject moves
     weight = objective.weight(mask, None)
     assert weight is not None and torch.equal(weight, 1 - mask)
     batch = Batch(("a", "a"), (("m",), ("m",)), ("instance", "instance"), target)
@@ -84,7 +86,7 @@ def longer_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings: str) -> Tune:
-    """A plain tuning task with the penalty, before its first step."""
+    """Returns a plain tuning task with the penalty, before its first step."""
     asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
     asked += [f"sources.clips.window.length={length}", "regularize.debias.kind=appearance_debias", *settings]
     planned = plan(load("animatediff_motion_lora", asked, "video", VideoRecipe))
@@ -97,7 +99,7 @@ def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings
 
 
 def of_each_anchor(error: Tensor) -> list[float]:
-    """The penalty for one row's error [C, F, h, w], in float64, with each frame in turn as the anchor."""
+    """Returns the penalty for an error `[C, F, h, w]` in float64, with each frame in turn as the anchor."""
     error = error.double()
     return [float((ROOT * error - error[:, a : a + 1]).square().mean()) for a in range(error.shape[1])]
 
@@ -108,7 +110,7 @@ def clips(make_tiny_sd: Callable[..., Any]) -> AnimateDiffBackbone:
 
 
 def anchors(backbone: Any, folder: Path, tmp_path: Path, seed: int, micro: int) -> list[int]:
-    """The anchor frame that the penalty chose in each of eight steps."""
+    """Returns the anchor frame that the penalty drew in each of eight steps."""
     task, chosen = debiased(backbone, folder, tmp_path, 9, f"seed={seed}"), []
     for step in range(8):
         with torch.no_grad(), task.state(step, micro) as state:
@@ -131,7 +133,7 @@ def test_anchors_are_drawn_anew_for_each_seed_and_micro_batch(
     assert first != drawn(1, 0, 2) and first != drawn(0, 1, 3)
 
 
-def test_class_examples_are_ignored(clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path) -> None:
+def test_the_penalty_ignores_class_examples(clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path) -> None:
     prior = {"kind": "generated_clips", "prompt": "a toy", "num_images": 1, "frames": 4, "steps": 1}
     settings = [f"sources.moving.{key}={value}" for key, value in prior.items()]
     task = debiased(clips, clip_folder, tmp_path, 4, *settings, "regularize.prior.kind=prior_preservation")
@@ -145,7 +147,7 @@ def test_class_examples_are_ignored(clips: AnimateDiffBackbone, clip_folder: Pat
 
 
 def flow_error(state: Step) -> Tensor:
-    """Prediction minus velocity: x_t = (1 - s) x_0 + s noise, v = noise - x_0."""
+    """Returns the prediction minus the velocity v = noise - x_0, with x_t = (1 - s) x_0 + s noise."""
     noise, clean = state.noise.double(), state.batch.latents.double()
     s = state.t.double().view(-1, 1, 1, 1, 1) / 1000
     torch.testing.assert_close(state.x_t.double(), (1 - s) * clean + s * noise, atol=1e-5, rtol=0)
@@ -153,7 +155,7 @@ def flow_error(state: Step) -> Tensor:
 
 
 def v_error(state: Step) -> Tensor:
-    """Prediction minus v: x_t = a x_0 + s noise, v = a noise - s x_0, with the scaled-linear schedule of Stable Diffusion."""
+    """Returns the prediction minus v = a noise - s x_0, with x_t = a x_0 + s noise and Stable Diffusion's schedule."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)[state.t.long()].view(-1, 1, 1, 1, 1)
     a, s, noise, clean = kept.sqrt(), (1 - kept).sqrt(), state.noise.double(), state.batch.latents.double()
@@ -170,10 +172,10 @@ def v_error(state: Step) -> Tensor:
     ],
     ids=["v", "wan", "ltx"],
 )
-def test_the_objective_is_the_plain_loss_plus_the_debiased_one(
+def test_the_objective_is_the_plain_loss_plus_the_debiased_loss(
     new: Callable[[], Any], error_of: Callable[[Step], Tensor], longer_clips: Path, tmp_path: Path
 ) -> None:
-    """L = |e|^2 + |sqrt(2) e - e_a|^2 (arXiv 2310.08465, eq. 8), where e is the model's prediction error, in each update."""
+    """In each update, L = |e|^2 + |sqrt(2) e - e_a|^2 (arXiv 2310.08465, eq. 8), where e is the prediction error."""
     task = debiased(new(), longer_clips, tmp_path, 9)
     for step in range(3):
         (update,) = task.updates(step, 0)

@@ -1,4 +1,4 @@
-"""User mistakes with clips: each gives one clear message, exit code 2, no traceback, and no half-written output."""
+"""Every mistake with clips gives one clear message and exit code 2, with no traceback and no half-written output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """A function that runs a command, which must fail before a network is loaded and change nothing; returns its message."""
+    """Returns a function that runs a command and returns its error message.
+
+    The command must fail before a network is loaded, and change nothing.
+    """
 
     def unexpected(*_: Any, **__: Any) -> Any:
         raise AssertionError("a network was loaded")
@@ -57,8 +60,8 @@ def learning(refused: Refused, clip_model: Path, tmp_path: Path) -> Refused:
     return call
 
 
-def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) -> None:
-    """At its start, a run reports the errors that `tests/core/test_clip_bad_files.py` expects for each file."""
+def test_clips_that_cannot_be_learned_from_are_refused(learning: Refused, tmp_path: Path) -> None:
+    """A run reports the errors that `tests/core/test_clip_bad_files.py` expects for each file at its start."""
     cases: dict[str, Callable[[Path], Any]] = {
         "found only a.mp4 (empty, 0 bytes)": lambda f: (f / "a.mp4").write_bytes(b""),
         "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
@@ -76,13 +79,13 @@ def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) ->
     assert "a.mp4" in learning(tmp_path / "cut")
 
 
-def test_masks_that_do_not_match_the_frames(learning: Refused, tmp_path: Path) -> None:
-    """Too few masks, or masks of another size, are reported immediately, not when latents are computed."""
+def test_masks_that_do_not_match_the_frames_are_refused(learning: Refused, tmp_path: Path) -> None:
+    """Too few masks and masks of another size are reported at once, before latents are computed."""
     folder = tmp_path / "clips"
     write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
     write_clip(tmp_path / "small" / "a", moving_square(0, 6, 16).sign(), 8)
-    assert "holds 3 masks, but" in learning(folder, f"subject.masks={tmp_path / 'few'}")
+    assert "contains 3 masks, but" in learning(folder, f"subject.masks={tmp_path / 'few'}")
     message = learning(folder, f"subject.masks={tmp_path / 'small'}")
     assert "16x16" in message and "32x32" in message
 
@@ -112,7 +115,7 @@ def test_an_image_model_refuses_a_motion(
 def learned_on(
     tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
 ) -> Callable[[str], Path]:
-    """A function that saves a LoRA learned on a tiny model of the given family, named after the family."""
+    """Returns a function that saves a LoRA for a tiny model of a family, named after the family."""
     folder = tmp_path_factory.mktemp("families")
     models: dict[str, Callable[[], Any]] = {
         **FAMILIES,
@@ -128,7 +131,7 @@ def learned_on(
     return make
 
 
-def test_concepts_that_no_video_model_can_load_are_refused_before_loading_one(
+def test_concepts_that_no_model_can_load_are_refused_before_a_model_is_loaded(
     refused: Refused, learned_on: Callable[[str], Path], motion: Path, clip_model: Path
 ) -> None:
     thing, wan, flux = map(learned_on, ("sd", "wan", "flux"))
@@ -152,10 +155,10 @@ def test_the_families_of_the_runners_match_those_that_the_models_read(
     assert set(ImageRunner.families) == {model.reads for model in pictures}
 
 
-# --- killed in mid-training --------------------------------------------------------------------------------------
+# --- killed runs --------------------------------------------------------------------------------------
 
 
-def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(
+def test_a_run_killed_during_training_gives_the_same_tensors_when_resumed(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     settings = ["train.steps=10", *FAST[1:], "train.checkpoint_every=1", "preview.num=0"]

@@ -1,4 +1,4 @@
-"""Branches alongside layers: what they compute, that they start as the identity, leave no trace, and are saved."""
+"""Branches alongside layers start as the identity, match their formulas, can be saved, and leave no trace."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_pictures_pass_through_the_same_bottlenecks(clips: AnimateDiffBackbone) 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_embeddings_enter_queries_keys_and_values_as_in_the_paper(clips: AnimateDiffBackbone, training: bool) -> None:
-    """Equal to an attention edit that adds W_q e, W_k e and W_v e' after the projections."""
+    """The result equals that of an attention edit that adds W_q e, W_k e and W_v e' after the projections."""
     _, *size = clips.latent_shape(clips.resolution, clips.resolution, clips.frames)
     plain = ask(clips, *size)
     adapter = learn(clips, MotionEmbeddings(coarsest=None), training)
@@ -108,7 +108,7 @@ def test_embeddings_enter_queries_keys_and_values_as_in_the_paper(clips: Animate
         value = p["v"].detach()
         if not training:
             value = torch.cat([value[..., :1, :], value[..., 1:, :] - value[..., :-1, :]], dim=-2)
-        value = value.flatten(0, 1).repeat(2, 1, 1)  # two rows of the batch
+        value = value.flatten(0, 1).repeat(2, 1, 1)  # for the two rows of the batch
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (layer.heads, -1)).transpose(-3, -2)
@@ -129,14 +129,14 @@ def test_embeddings_are_resized_for_other_frames_and_grids(clips: AnimateDiffBac
     ramp = torch.linspace(0, 1, 4)[:, None]
     assert torch.equal(resized_frames(ramp, 4), ramp)
     assert resized_frames(ramp, 8).flatten().diff().min() >= 0 and resized_frames(ramp, 8).mean() == pytest.approx(0.5)
-    plane = torch.linspace(0, 1, 4)[:, None, None, None].expand(4, 2, 3, 5)  # from the top row to the bottom one
+    plane = torch.linspace(0, 1, 4)[:, None, None, None].expand(4, 2, 3, 5)  # a ramp from the top row to the bottom row
     wide = resized_places(plane, (8, 4), 6)
     assert wide.shape == (8, 4, 6, 5) and torch.equal(wide[:, :1, :1, :1].expand_as(wide), wide)
     steady = torch.arange(3.0)[:, None].expand(3, 2)
     assert torch.equal(differences(steady + 7)[:, 0], torch.tensor([7.0, 1.0, 1.0]))
 
 
-def test_coarsest_selects_only_the_coarsest_grids(clips: AnimateDiffBackbone) -> None:
+def test_the_setting_coarsest_selects_only_the_coarsest_grids(clips: AnimateDiffBackbone) -> None:
     temporal = [s for s in clips.sites() if s.kind == "temporal"]
     scales = sorted({s.scale for s in temporal}, reverse=True)
     adapter = learn(clips, MotionEmbeddings(coarsest=1))
@@ -145,7 +145,7 @@ def test_coarsest_selects_only_the_coarsest_grids(clips: AnimateDiffBackbone) ->
 
 
 def test_a_lora_on_the_same_layer_does_not_see_the_embeddings(clips: AnimateDiffBackbone) -> None:
-    """The result is the same whichever is added first."""
+    """The result does not depend on whether the LoRA or the embeddings are added first."""
     outputs = []
     for order in ("lora first", "lora last"):
         if order == "lora first":
@@ -179,7 +179,7 @@ def test_a_concept_stores_its_branches(make_tiny_sd: Callable[..., Any], tmp_pat
     assert torch.equal(ask(fresh), before)
     again = capture(fresh, "m", Provenance(kind="motion"))
     assert again.meta.branches == concept.meta.branches and again.meta.adapter_id == concept.meta.adapter_id
-    assert any("places in unet" in line for line in lines(concept)) and as_json(concept)["parameters"] > 0
+    assert any("layers of unet" in line for line in lines(concept)) and as_json(concept)["parameters"] > 0
     with pytest.raises(ValueError, match="has .*, which diffusers' LoRA files cannot store"):
         export(concept, tmp_path / "out", backbone=fresh)
 
@@ -201,7 +201,7 @@ def test_a_bottleneck_learned_on_pictures_acts_in_clips(make_tiny_sd: Callable[.
     ("recipe", "setting"),
     [("motion_inversion", "trainable.embeddings.frames=4"), ("dreamvideo_motion", "trainable.temporal.width=4")],
 )
-def test_recomputed_activations_change_nothing(
+def test_recomputed_activations_do_not_change_the_result(
     recipe: str, setting: str, make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
     learned = []

@@ -1,4 +1,4 @@
-"""A camera moved by shifting latents: how far, what fills the gap, and that no clip depends on its batch."""
+"""A camera pan shifts latents by the right distance, fills the gaps, and treats each clip of a batch separately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(pan: CameraPan, x: Tensor, steps: int = 20, seeds: tuple[int, ...] = (1,
 
 @pytest.mark.parametrize(("right", "down"), [(0.5, 0.0), (-0.25, 0.0), (0.0, 0.5), (0.25, -0.25)])
 def test_each_frame_is_shifted_by_its_share_of_the_pan(right: float, down: float) -> None:
-    """The latents are a ramp, so each value that was not filled in shows where it came from."""
+    """The latents are a ramp, so each value that was not filled in shows its original position."""
     side, frames = 16, 5
     place = torch.arange(side * side, dtype=torch.float32).view(1, 1, 1, side, side)
     made = run(CameraPan(right=right, down=down), place.repeat(2, 1, frames, 1, 1))
@@ -40,7 +40,7 @@ def test_each_frame_is_shifted_by_its_share_of_the_pan(right: float, down: float
 
 
 def test_a_scheduler_with_two_calls_per_step_is_not_disturbed_between_them() -> None:
-    """Latents move just as far, but only at the beginning of a step, where the scheduler's history is discarded."""
+    """The latents move only at the beginning of a step, where the scheduler's history is discarded."""
     pan, x = CameraPan(right=0.5, start=0.1, end=0.5), torch.randn(1, 1, 5, 16, 16)
     backbone: Any = type("Frames", (), {"frame_factor": 1})()
     made, jumps = x, []
@@ -58,7 +58,7 @@ def test_gaps_are_filled_from_the_same_row_or_column_and_from_outside_the_boxes(
     draw = torch.Generator().manual_seed(0)
     plane = torch.arange(64, dtype=torch.float32).view(1, 8, 8)
     source = torch.ones(8, 8, dtype=torch.bool)
-    source[:, 2:7] = False  # a subject
+    source[:, 2:7] = False  # the box of a subject
     right = shifted(plane, 3, 2, source, draw)
     assert torch.equal(right[0, :, :5], plane[0, :, 3:])
     for y in range(8):
@@ -66,12 +66,11 @@ def test_gaps_are_filled_from_the_same_row_or_column_and_from_outside_the_boxes(
     up = shifted(plane, -2, 1, source, draw)
     assert torch.equal(up[0, 2:], plane[0, :-2])
     assert all(int(v) % 8 == x for x in range(8) for v in up[0, :2, x])
-    assert (
-        shifted(plane, 20, 2, torch.zeros_like(source), draw).shape == plane.shape
-    )  # if no cell is allowed, any is used
+    # if no cell is allowed as a source, any cell is used
+    assert shifted(plane, 20, 2, torch.zeros_like(source), draw).shape == plane.shape
 
 
-def test_the_variance_is_kept_and_a_clip_does_not_depend_on_its_batch() -> None:
+def test_a_pan_keeps_the_variance_and_does_not_depend_on_the_batch() -> None:
     x = noise(2, 4, 8, 32, 32)
     pan = CameraPan(right=0.5, down=0.25)
     moved = run(pan, x)
@@ -89,16 +88,15 @@ def test_a_clip_is_sampled_with_a_camera_pan(make_tiny_sd: Any) -> None:
         return last.latents
 
     still = ask(CameraPan())
-    assert (
-        ask(CameraPan(right=0.5)) - still
-    ).abs().max() > 0.01  # with this few steps, the entire pan is in one of them
+    # with so few steps, the entire pan happens in one of them
+    assert (ask(CameraPan(right=0.5)) - still).abs().max() > 0.01
     for pan, frames, message in [
         (CameraPan(right=0.5), 0, "a camera can move only in a clip, not in a picture"),
-        (CameraPan(right=0.01), 4, "moves by less than one of the 8x8 latent cells: use 0.12 or more"),
+        (CameraPan(right=0.01), 4, "moves by less than one of the 8x8 latent cells; use 0.12 or more"),
         (
             CameraPan(right=0.5, boxes={"mug": {9: [0, 0, 1, 1]}}),
             4,
-            "go up to frame 9, but only 4 frames are generated",
+            r"go up to frame 9 \(counted from 0\), but only 4 frames are generated",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

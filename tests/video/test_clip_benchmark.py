@@ -1,4 +1,4 @@
-"""`pcs video benchmark` on the toybox with an untrained motion module and almost no training: cells, tables, resumed runs."""
+"""The cells, tables and resumed runs of `pcs video benchmark` on the toybox, with an untrained motion module."""
 
 from __future__ import annotations
 
@@ -78,18 +78,18 @@ def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
         (("--split", "testing"), "testing"),
         (("--subject-recipe", "dreambooth_loar"), "dreambooth_lora"),
         (("--subject-recipe", "subject_lora", "--set-subject", "trian.steps=3"), "trian"),
-        (("--subject-recipe", "motion_inversion"), "--subject-recipe motion_inversion: learns a motion, not a subject"),
+        (("--subject-recipe", "motion_inversion"), "--subject-recipe motion_inversion learns a motion, not a subject"),
     ):
         ran = pcs("video", "benchmark", "motion_director", *more, "--out", tmp_path / "t")
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
     ran = pcs("video", "benchmark", "motion_director", "--out", tmp_path / "photos")
-    assert ran.code == 2 and "photos already exists and holds 1 file(s), but no benchmark" in ran.err
+    assert ran.code == 2 and "photos already exists and contains 1 file, but no benchmark" in ran.err
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["mine.jpg"]
 
 
-def test_cells_are_motions_with_subjects_or_motions_alone():
+def test_a_cell_is_a_motion_with_or_without_a_subject():
     of_four = cells_of(ClipBenchmarkSettings(motions=2, subjects=2))
     assert of_four["zigzag with duck"] == ("development-zigzag", "development-duck") and len(of_four) == 4
     assert cells_of(ClipBenchmarkSettings("reporting", motions=1, subjects=0)) == {
@@ -98,7 +98,7 @@ def test_cells_are_motions_with_subjects_or_motions_alone():
 
 
 def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:
-    """A report on clips with these scores, and on the same number of clips from the base model that score 0."""
+    """Returns a report on clips with these scores and on as many clips of the base model, which score 0."""
     rows = [
         ClipRow(
             kind=kind, prompt=0, text="", seed=i, file=f"{i}.webp",
@@ -118,13 +118,13 @@ def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictu
     assert row.value("motion_recognised") == 0.75 and row.scores["motion_recognised"].base == 0
     assert row.value("identity") == pytest.approx((1.0 + 0.5 + 0.25 + 0.25) / 4)
     assert row.value("both") == pytest.approx((1.0 + 0.5 + 0 + 0.25) / 4)
-    # Clips that are verified more often than true pictures:
+    # The clips of these reports are verified more often than true pictures.
     easy = {name: report(name, (1, 0), (0.9, 0.9)) for name in ("c", "d")}
     easy_row = aggregate_clips("x", easy, {})
     identity = easy_row.scores["identity"]
     assert (identity.low, identity.value, identity.high) == (1.0, 1.0, 1.0)
     assert easy_row.value("both") == easy_row.value("motion_recognised") == 0.5
-    # Resampled by motion: a resample of the two contains a twice, b twice, or one of each.
+    # Intervals resample motions, and a resample of these two contains a twice, b twice, or one of each.
     assert (row.scores["motion_recognised"].low, row.scores["motion_recognised"].high) == (0.5, 1.0)
 
 
@@ -132,7 +132,7 @@ def leaks(value: float) -> dict[str, Score]:
     return {"leakage": Score(key="leakage", title="", value=value, explanation="")}
 
 
-def test_goals_require_all_their_parts_and_the_best_product_comes_first():
+def test_a_goal_requires_every_score_and_the_best_product_comes_first():
     reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
     table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
     assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]

@@ -1,4 +1,4 @@
-"""Subjects and a motion used together, here and as files loaded into diffusers' AnimateDiffPipeline."""
+"""Subjects and motions are used together, here and as files loaded into diffusers' AnimateDiffPipeline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROLES = {
 
 
 def learned(backbone: Any, name: str, folder: Path, kind: str = "subject", recipe: Any = None) -> Concept:
-    """A concept with a random LoRA, saved to disk and removed from the backbone."""
+    """Returns a concept with a random LoRA that was saved, removed from the backbone and read again."""
     noun = name if kind == "subject" else ""
     PlainText().attach(backbone, name, noun)
     group = Lora(roles=ROLES[name], rank=2, alpha=2).inject(backbone, name, "lora", 0)
@@ -49,7 +49,7 @@ def learned(backbone: Any, name: str, folder: Path, kind: str = "subject", recip
 
 @pytest.fixture(scope="module")
 def concepts(make_tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Concept]:
-    """Two subjects learned on the image U-Net, and a motion learned on motion modules."""
+    """Returns two subjects learned on the image U-Net and two motions learned on motion modules."""
     folder = tmp_path_factory.mktemp("concepts")
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
@@ -72,14 +72,14 @@ def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept],
     for name in names:
         assert (ask(**{name: 0.0}) - together).abs().max() > 1e-3, name
     assert torch.equal(ask(), together)
-    with pytest.raises(ValueError, match="dog"):  # a loaded subject must be in the prompt, a motion need not
+    with pytest.raises(ValueError, match="dog"):  # a loaded subject must be in the prompt, but a motion need not be
         runner.generate(["a <mug>"], [3], SETTINGS)
     two = {"spin": 0.5}
     assert (ask(**two) - together).abs().max() > 1e-3
 
 
 def test_two_motions_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
-    """Each acts with its own strength, whether or not the prompt names it, in any order; a repeated name is refused."""
+    """Each acts with its own strength in any order, even if the prompt does not name it. A repeated name is refused."""
 
     def made(**strengths: float) -> Tensor:
         runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
@@ -95,10 +95,10 @@ def test_two_motions_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> 
     assert (both - made(spin=0.0, hop=0.5)).abs().max() > 1e-3
 
 
-def test_a_subject_is_weaker_while_the_motion_is_decided(
+def test_a_subject_is_weaker_in_the_first_steps_which_decide_the_motion(
     concepts: dict[str, Concept], make_tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CustomCrafter's strengths by step, from the concept's own recipe; explicit settings override them."""
+    """The concept's own recipe has CustomCrafter's strengths by step, which explicit settings override."""
     settings = ["sampling.strength=0.4@0,0.8@0.1", "subject.images=photos", "output=mug.concept", "backbone=tiny"]
     recipe = load("subject_lora", settings, "video", VideoRecipe)
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")

@@ -1,4 +1,4 @@
-"""Scores of clips made during training, and a warning if training freezes clips that the base model would animate."""
+"""Scores of clips generated during training, and a warning if training freezes clips that the base model animates."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def no_alarm() -> Iterator[None]:
     [
         ((MOVING, MOVING), (MOVING, MOVING), False),
         ((MOVING, MOVING), (MOVING, STILL), True),
-        ((MOVING, STILL), (MOVING, STILL), False),  # as still as before training
+        ((MOVING, STILL), (MOVING, STILL), False),  # clips are as still as before training
         ((MOVING, STILL), (STILL, STILL), True),
         ((STILL, STILL), (STILL, STILL), False),  # nothing moved before training either
     ],
 )
-def test_only_training_that_freezes_clips_gives_a_warning(
+def test_only_training_that_freezes_clips_causes_a_warning(
     base: Sequence[Tensor], made: Sequence[Tensor], alarm: bool
 ) -> None:
     watched = Watched(ClipScorer(motion_clips=[MOVING]), "slide", lambda prompts: torch.stack(list(base)))
@@ -61,7 +61,7 @@ def test_only_training_that_freezes_clips_gives_a_warning(
         assert watched(clips, prompts)["frozen"] == share
 
 
-def test_base_model_clips_are_made_once_and_only_after_a_frozen_clip() -> None:
+def test_base_model_clips_are_generated_once_and_only_after_a_frozen_clip() -> None:
     asked: list[Sequence[str]] = []
 
     def base(prompts: Sequence[str]) -> Tensor:
@@ -79,7 +79,7 @@ def test_base_model_clips_are_made_once_and_only_after_a_frozen_clip() -> None:
 def test_base_clips_come_from_the_model_without_the_concept_being_learned(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Even after training has begun; other loaded concepts stay active."""
+    """This holds even after training has begun. Other loaded concepts stay active."""
     settings = [*FAST, f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'm.concept'}"]
     settings += ["train.validation.every=1", "sampling.frames=4"]
     planned = plan(load("motion_director", settings, "video", VideoRecipe))

@@ -1,4 +1,4 @@
-"""Clips that are not the user's: still clips from pictures, single frames, and the base model's own clips."""
+"""Sources of other examples than the user's clips: still clips of pictures, single frames, and base model clips."""
 
 from __future__ import annotations
 
@@ -62,9 +62,8 @@ def test_frames_need_not_be_square(clip_folder: Path, clip_model: Path, tmp_path
     subject = Subject(class_noun="mug", captions=found.captions, clips=found.clips)
     wide = next(Clips(window=ClipWindow(length=4), size=(16, 32)).examples(context(subject, tmp_path))).pixels
     square = next(Clips(window=ClipWindow(length=4)).examples(context(subject, tmp_path))).pixels
-    assert wide.shape == (3, 4, 16, 32) and torch.equal(
-        wide, square[:, :, 8:24]
-    )  # cropped to the middle, not stretched
+    # cropped to the middle, not stretched
+    assert wide.shape == (3, 4, 16, 32) and torch.equal(wide, square[:, :, 8:24])
     places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'slide.concept'}"]
     for size, wrong in (([16, 32], ""), ([16, 30], r"sources\.clips\.size = \[16, 30\]: .*multiple")):
         settings = [*places, *FAST, "preview.num=0", f"sources.clips.size={size}"]
@@ -86,7 +85,7 @@ class Maker:
 
 
 def noise(seed: int, frames: int) -> Tensor:
-    """[3, (frames), 32, 32]; the first two frames of a clip are equal."""
+    """Returns noise `[3, (frames), 32, 32]`. The first two frames of a clip are equal."""
     size = (3, frames, 32, 32) if frames else (3, 32, 32)
     made = torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     if frames:
@@ -94,14 +93,14 @@ def noise(seed: int, frames: int) -> Tensor:
     return made
 
 
-def test_generated_class_clips_are_made_once_and_cached_without_loss(tmp_path: Path) -> None:
+def test_class_clips_are_generated_once_and_cached_without_loss(tmp_path: Path) -> None:
     make, subject = Maker(), Subject(class_noun="mug")
     source = GeneratedClips(num_images=3, frames=4, steps=2)
     first = list(source.examples(context(subject, tmp_path, make)))
     assert len(make.asked) == len(set(make.asked)) == 3 and source.gives == "prior"
     assert {(e.role, e.caption, e.owners) for e in first} == {("prior", "a photo of a mug", ("mug",))}
     for example, seed in zip(first, make.asked, strict=True):
-        assert float((example.pixels - noise(seed, 4)).abs().max()) <= 1.01 / 255  # 8-bit rounding
+        assert float((example.pixels - noise(seed, 4)).abs().max()) <= 1.01 / 255  # equal up to rounding to 8 bits
     again = list(source.model_copy(update={"num_images": 4}).examples(context(subject, tmp_path, make)))
     assert len(make.asked) == 4 and all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=False))
     next(Path(first[1].source).glob("*.png")).write_bytes(b"damaged")

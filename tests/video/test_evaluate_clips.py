@@ -1,4 +1,4 @@
-"""Evaluating a motion in clips: with functions that make known clips, and from the command line with a tiny model."""
+"""Evaluation of a motion in known clips, and from the command line with a tiny model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PAGE_FILES = {"index.html", "report.json", "scores.csv", "clips.csv", "sheet.png
 
 
 def maker(step: tuple[int, int], look: int = 0, spread: bool = True) -> Callable[..., Tensor]:
-    """Makes clips of a patch that moves by `step`; each prompt and seed has its own background."""
+    """Returns a maker of clips in which a patch moves by `step`. Each prompt and seed has its own background."""
 
     def make(prompts: Sequence[str], seeds: Sequence[int], progress: Any) -> Tensor:
         told = [sum(map(ord, p)) % 97 for p in prompts]
@@ -75,12 +75,12 @@ def judged(makers: Makers, scorer: ClipScorer | None = None, case: ClipCase | No
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipReport, Path]:
-    """A model that has learned the motion and shows it when prompted; in the base model's clips, the patch moves down."""
+    """Evaluates a model that shows the learned motion when prompted. In base-model clips, the patch moves down."""
     out = tmp_path_factory.mktemp("judged") / "report"
     return judged(Makers(maker((3, 0)), maker((0, 3)), maker((0, 3))), out=out), out
 
 
-def test_a_learned_motion_is_distinguished_from_the_base_models(good: tuple[ClipReport, Path]) -> None:
+def test_a_learned_motion_is_distinguished_from_that_of_the_base_model(good: tuple[ClipReport, Path]) -> None:
     report, _ = good
     fidelity, false, leak = (report.score(key) for key in ("motion_fidelity", "false_motion", "leakage"))
     assert fidelity and false and leak and fidelity.value and fidelity.low and fidelity.base is not None
@@ -90,10 +90,14 @@ def test_a_learned_motion_is_distinguished_from_the_base_models(good: tuple[Clip
     assert leak.value is not None and leak.among_high is not None and leak.value < leak.among_high + 0.3
     assert report.value("frozen") == 0 and report.value("dynamic") == 1
     keys = [s.key for s in report.scores]
-    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, "each should be read with the other"
+    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, (
+        "the two scores should be read together"
+    )
     assert report.value("spread") and "clip_t" not in keys and "identity" not in keys
     assert any("No CLIP was given" in note for note in report.notes)
-    assert not any("whole frames" in note for note in report.notes)  # there is no subject
+    assert not any(
+        "whole frames" in note for note in report.notes
+    )  # without a subject there is no note about whole frames
     rows = report.of_kind("concept")
     assert [(r.prompt, r.seed) for r in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert not any(r.failed for r in rows) and len(report.of_kind("base")) == len(report.of_kind("unnamed")) == 4
@@ -122,7 +126,7 @@ def test_the_report_is_a_page_that_plays_the_clips(good: tuple[ClipReport, Path]
     assert float(table["leakage"]["value"]) == report.value("leakage")
 
 
-def test_a_report_that_cannot_be_read_says_so(good: tuple[ClipReport, Path], tmp_path: Path) -> None:
+def test_the_error_for_an_unreadable_report_states_the_reason(good: tuple[ClipReport, Path], tmp_path: Path) -> None:
     whole = json.loads((good[1] / "report.json").read_text())
     for change, message in (
         ({"schema_version": 7}, "schema version 7"),
@@ -134,7 +138,7 @@ def test_a_report_that_cannot_be_read_says_so(good: tuple[ClipReport, Path], tmp
             ClipReport.load(tmp_path)
 
 
-def test_flags_say_what_is_wrong_with_a_clip() -> None:
+def test_flags_state_what_is_wrong_with_a_clip() -> None:
     def still(prompts: Sequence[str], seeds: Sequence[int], progress: Any) -> Tensor:
         return torch.stack([moving_patch((3, 0), seed=s)[:, :1].repeat(1, 5, 1, 1) for s in seeds])
 
@@ -152,7 +156,7 @@ def test_flags_say_what_is_wrong_with_a_clip() -> None:
 
 
 class SeesPaths:
-    """Reads the path from the patch's direction: a horizontal move is the motion, anything else is standing still."""
+    """A reader of paths that takes a horizontal move for the motion and anything else for standing still."""
 
     def __init__(self, known: KnownMotion) -> None:
         self.known = known
@@ -179,7 +183,7 @@ def test_a_motion_of_the_toybox_is_recognised() -> None:
     assert [r.flags for r in swapped.of_kind("concept")] == [["nearest to standing still"]] * 2
 
 
-def test_prompts_say_where_motion_and_thing_go(tmp_path: Path) -> None:
+def test_prompts_state_where_the_motion_and_the_thing_go(tmp_path: Path) -> None:
     assert clip_prompt_sets() == ("toybox_motion",) and "toybox_motion" not in prompt_sets()
     chosen = load_clip_prompts("toybox_motion")
     assert len(chosen.prompts) == 10
@@ -215,14 +219,14 @@ def test_prompts_say_where_motion_and_thing_go(tmp_path: Path) -> None:
         load_clip_prompts("toybox_motions")
 
 
-# From the command line, on a tiny model.
+# --- the command line, with a tiny model ---
 
 
 @pytest.fixture(scope="module")
 def concepts(
     tmp_path_factory: pytest.TempPathFactory, clip_model: Path, clip_folder: Path, picture_model: Path
 ) -> Path:
-    """A folder with slide.concept next to the clips that it was learned from."""
+    """Returns a folder with slide.concept next to the clips that it was learned from."""
     folder = tmp_path_factory.mktemp("learned")
     clips = folder / "clips"
     for i in range(2):
@@ -269,7 +273,9 @@ def test_a_motion_is_evaluated_without_any_scoring_network(
     assert "already exists" in capsys.readouterr().err
 
 
-def test_at_strength_0_a_motion_gives_the_base_models_clips(concepts: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_motion_at_strength_0_gives_the_clips_of_the_base_model(
+    concepts: Path, prompts: Path, tmp_path: Path
+) -> None:
     runner = open_runner(VideoRunner, None, [str(concepts / "slide.concept")], "cpu")
     small = SamplingSettings("", 2.0, 2, height=32, width=32, frames=4)
     settings = ClipEvaluationSettings(str(prompts), (3,), sampling=small, false_motion="off")
@@ -293,7 +299,7 @@ def test_at_strength_0_a_motion_gives_the_base_models_clips(concepts: Path, prom
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny DINOv2 with random weights."""
+    """Saves a tiny DINOv2 with random weights."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("models") / "tiny-dino"
@@ -357,7 +363,9 @@ def test_impossible_evaluations_are_refused(
     assert message in capsys.readouterr().err and not out.exists()
 
 
-def test_which_concepts_can_be_evaluated(concepts: Path, clip_model: Path, tmp_path: Path) -> None:
+def test_only_one_motion_or_one_subject_or_one_of_each_can_be_evaluated(
+    concepts: Path, clip_model: Path, tmp_path: Path
+) -> None:
     bare = open_runner(VideoRunner, str(clip_model), [], "cpu")
     with pytest.raises(ValueError, match=f"{TOO_MANY}; given concepts: none"):
         bare.evaluate_clips()

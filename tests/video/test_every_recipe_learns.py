@@ -1,4 +1,4 @@
-"""Every shipped video recipe: two steps on a tiny model change what they should and nothing else, and are saved."""
+"""Two steps of every shipped video recipe on a tiny model leave the model's weights unchanged and can be saved."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 }
 FOR_ALL = ("train.steps=2", "train.batch_size=1", "train.resolution=32", "sampling.steps=2", "preview.num=0")
 SETTINGS = SamplingSettings("", 3.0, 2, height=32, width=32, frames=4)
-#: The trained parts that each recipe keeps in the concept, for recipes that do not keep all.
+#: The trained parts that a recipe keeps in the concept, for recipes that do not keep all parts.
 KEPT = {
     "still_moving": {"lora", "spatial"},
     "motion_director": {"temporal"},
@@ -85,9 +85,8 @@ def test_two_steps_are_learned_and_saved(
     name: str, clip_model: Path, clip_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     takes_clips = SHORT in SMALL[name]
-    clips = shutil.copytree(
-        clip_folder, tmp_path / "clips"
-    )  # next to the concept, where its noise prior looks for them
+    # next to the concept, where the concept's noise prior looks for the clips
+    clips = shutil.copytree(clip_folder, tmp_path / "clips")
     given = f"subject.clips={clips}" if takes_clips else f"subject.images={photos}"
     settings = [f"backbone={clip_model}", f"output={tmp_path / 'thing.concept'}", given, "subject.class_noun=mug"]
     recipe: Any = load(name, [*settings, *FOR_ALL, *SMALL[name]], "video", VideoRecipe)

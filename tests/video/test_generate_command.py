@@ -1,4 +1,4 @@
-"""`pcs video generate` with steering options, and what is refused before a model is loaded."""
+"""`pcs video generate` accepts steering options and refuses wrong ones before a model is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Ask = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
-    """A function that runs `pcs video generate …` and returns the exit code and standard error."""
+    """Returns a function that runs `pcs video generate …` and returns its exit code and standard error."""
 
     def call(*arguments: Any) -> tuple[int, str]:
         capsys.readouterr()
@@ -44,7 +44,7 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture, a clip of 6 frames, masks for it, and boxes."""
+    """Writes pictures, a clip of 6 frames with masks, and boxes."""
     folder = tmp_path_factory.mktemp("given")
     paint(folder / "photos")
     write_clip(folder / "clip", moving_square(0, 6), 8)
@@ -79,9 +79,9 @@ def test_wrong_steering_options_are_refused_before_a_model_is_loaded(ask: Ask, g
         (("--keep", clip, "--keep-mask", tmp_path / "gone"), "--keep: .*gone does not exist"),
         (("--boxes", tmp_path / "boxes.json"), "--boxes: .* is not a box"),
         (("--pan", "a,b"), "--pan 'a,b': write RIGHT,DOWN"),
-        (("--pan", "2,0"), "--pan '2,0': write RIGHT,DOWN, each between -1 and 1"),
-        (("--first-frame", clip), "--first-frame: .*clip is a clip: give it as --prefix"),
-        (("--prefix", photo), "--prefix: .*0.png is one picture: use --first-frame"),
+        (("--pan", "2,0"), "--pan '2,0': write RIGHT,DOWN, in fractions of width and height between -1 and 1"),
+        (("--first-frame", clip), "--first-frame: .*clip is a clip; give it as --prefix"),
+        (("--prefix", photo), "--prefix: .*0.png is a picture; use --first-frame"),
         (("--prefix", clip, "--first-frame", photo), "both set how the clip begins"),
         (("--prefix-frames", 2), "--prefix-frames sets how much of --prefix is used"),
         (("--fps", "1e300"), "--fps.* 1e300 is not a number from 0.1 to 1000"),
@@ -98,12 +98,12 @@ def test_wrong_steering_options_are_refused_before_a_model_is_loaded(ask: Ask, g
         assert re.search(message, " ".join(error.split())), (options, error)
 
 
-# --- numbers of frames ---------------------------------------------------------------------------------------------
+# --- frame counts ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny Wan and LTX models."""
+    """Saves tiny Wan and LTX models as folders."""
     root = tmp_path_factory.mktemp("transformers")
     for name, pipe in (("wan", build_wan()), ("ltx", build_ltx())):
         pipe.save_pretrained(root / name)
@@ -121,7 +121,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(ask: Callable[[int], Any], frames: int) -> str:
-    """The error for this number of frames, or ""."""
+    """Returns the error for this number of frames, or "" if there is none."""
     try:
         ask(frames)
     except ValueError as error:
@@ -129,10 +129,10 @@ def said(ask: Callable[[int], Any], frames: int) -> str:
     return ""
 
 
-def test_a_model_folder_says_how_many_frames_its_model_can_make(
+def test_the_folder_of_a_model_tells_which_frame_counts_are_supported(
     folders: dict[str, Path], clip_model: Path, picture_model: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
-    """Gives the same answers as the loaded model itself."""
+    """The check of a folder gives the same answers as the loaded model itself."""
     cases = [(folders["wan"], None), (folders["ltx"], None), (clip_model, None), (picture_model, adapter_folder)]
     for source, adapter in cases:
         check = frame_check(source, adapter)
@@ -160,7 +160,7 @@ def test_windows_that_do_not_fit_are_refused_before_anything_is_loaded(
         assert code == 2 and "--frames: a clip of 16 frames does not fit" in " ".join(error.split())
 
 
-def test_the_frame_rate_is_passed_to_a_network_that_uses_it(folders: dict[str, Path], ask: Ask, tmp_path: Path) -> None:
+def test_the_frame_rate_is_passed_to_networks_that_use_it(folders: dict[str, Path], ask: Ask, tmp_path: Path) -> None:
     how = ("--backbone", folders["ltx"], "--frames", 9, "--steps", 1, "--height", 32, "--width", 32, "--device", "cpu")
     for name, fps in (("own.mp4", ()), ("said.mp4", ("--fps", 12))):
         assert ask("a mug", *how, *fps, "--out", tmp_path / name)[0] == 0

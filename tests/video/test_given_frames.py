@@ -1,4 +1,4 @@
-"""A given first frame, prefix or region of a clip is kept: compared with diffusers' image-to-video pipelines."""
+"""A given first frame, prefix or region of a clip is kept, as in diffusers' image-to-video pipelines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
-    """Nine frames, lossless."""
+    """Writes a lossless clip of nine frames."""
     write_clip(tmp_path / "clip", moving_square(0, 9), 8)
     return tmp_path / "clip"
 
@@ -46,8 +46,8 @@ def latents(backbone: Any, settings: SamplingSettings, prompt: str = "a red mug"
     return last.latents
 
 
-def test_ltx_is_told_that_a_first_frame_is_clean(photo: Path) -> None:
-    """As in `LTXImageToVideoPipeline`, started from the same latents."""
+def test_ltx_gets_timestep_0_for_a_given_first_frame(photo: Path) -> None:
+    """Compares with `LTXImageToVideoPipeline`, started from the same latents."""
     ltx = LTXBackbone(build_ltx(), "tiny")
     given = GivenFrames(path=photo)
     ours = latents(ltx, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=9, hooks=(given,)))
@@ -62,10 +62,10 @@ def test_ltx_is_told_that_a_first_frame_is_clean(photo: Path) -> None:
     ).frames  # fmt: skip
     torch.testing.assert_close(ours, pipe._unpack_latents(packed, 2, 4, 4), atol=2e-5, rtol=0)
     plain = latents(ltx, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=9))
-    assert (ours - plain)[:, :, 1].abs().max() > 1e-3  # the other frames follow
+    assert (ours - plain)[:, :, 1].abs().max() > 1e-3  # the other frames depend on the first
 
 
-def test_wan_with_a_time_per_token_is_told_that_a_first_frame_is_clean(photo: Path) -> None:
+def test_wan_with_a_timestep_per_token_gets_timestep_0_for_a_given_first_frame(photo: Path) -> None:
     wan = WanBackbone(build_wan(time_per_token=True), "tiny")
     given = GivenFrames(path=photo)
     ours = latents(wan, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=5, hooks=(given,)))
@@ -82,7 +82,11 @@ def test_wan_with_a_time_per_token_is_told_that_a_first_frame_is_clean(photo: Pa
     torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=0)
 
 
-FRAMES = {"animatediff": (6, 3, 3), "wan": (9, 5, 2), "ltx": (17, 9, 2)}  # clip frames, clip latents, prefix latents
+FRAMES = {
+    "animatediff": (6, 3, 3),
+    "wan": (9, 5, 2),
+    "ltx": (17, 9, 2),
+}  # frames of the clip, frames of the prefix, latent frames of the prefix
 
 
 def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
@@ -102,7 +106,7 @@ def test_a_prefix_is_kept_and_changes_the_frames_after_it(family: str, clip: Pat
 
 
 def test_a_region_of_a_clip_is_kept(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
-    """Only the upper half of the second and third frame."""
+    """The region is the upper half of the second and third frame."""
     backbone = make("animatediff", make_tiny_sd)
     masks = torch.full((3, 9, 32, 32), -1.0)
     masks[:, 1:3, :16] = 1
@@ -128,24 +132,24 @@ def test_a_first_frame_and_a_region_are_given_together(photo: Path, clip: Path, 
     assert not torch.equal(made[:, :, 1, 2:], of_clip[:, :, 1, 2:])
 
 
-def test_frames_that_do_not_fit_are_refused_by_name(photo: Path, clip: Path, tmp_path: Path) -> None:
+def test_given_frames_that_do_not_fit_are_refused_with_their_file_name(photo: Path, clip: Path, tmp_path: Path) -> None:
     wan = WanBackbone(build_wan(), "tiny")
     write_clip(tmp_path / "short", moving_square(0, 3), 8)
     for given, message in [
         (GivenFrames(path=clip, frames=4), "a clip of 4 frames does not fit wan, .*nearest: 1 and 5"),
-        (GivenFrames(path=clip), "clip fixes 9 of 9 frames"),
+        (GivenFrames(path=clip), "clip fills 9 of 9 frames"),
         (GivenFrames(path=clip, frames=12), "clip has only 9 frames, but its first 12 are requested"),
         (GivenFrames(path=tmp_path / "short", mask=photo), "short has 3 frames, but 9 are needed"),
-        (GivenFrames(path=clip, mask=tmp_path / "short"), "short holds 3 masks, but .*clip has 9 frames"),
+        (GivenFrames(path=clip, mask=tmp_path / "short"), "short contains 3 masks, but .*clip has 9 frames"),
     ]:
         with pytest.raises(ValueError, match=message):
             latents(wan, SamplingSettings("", 1.0, 2, height=32, width=32, frames=9, hooks=(given,)))
 
 
-# --- the time of each frame -----------------------------------------------------------------------------------------
+# --- the timestep of each frame -------------------------------------------------------------------------------------
 
 
-def test_each_frame_can_have_its_own_time_if_the_network_supports_it(make_tiny_sd: Any) -> None:
+def test_each_frame_can_have_its_own_timestep_if_the_network_supports_it(make_tiny_sd: Any) -> None:
     ltx = LTXBackbone(build_ltx(), "tiny")
     x0, eps = noise(2, 4, 3, 4, 4), noise(2, 4, 3, 4, 4, seed=1)
     t = torch.tensor([[0.0, 500.0, 900.0], [0.0, 100.0, 100.0]])
@@ -165,7 +169,7 @@ def test_each_frame_can_have_its_own_time_if_the_network_supports_it(make_tiny_s
         assert not torch.allclose(ltx.predict(x_t, t, text), alike, atol=1e-4)
 
 
-def test_a_network_with_one_time_per_clip_refuses_different_times(make_tiny_sd: Any) -> None:
+def test_a_network_with_one_timestep_per_clip_refuses_different_timesteps(make_tiny_sd: Any) -> None:
     clips = make("animatediff", make_tiny_sd)
     x, text = noise(1, 4, 3, 8, 8), clips.encode(["a mug"])
     with torch.no_grad():
@@ -178,7 +182,7 @@ def test_a_network_with_one_time_per_clip_refuses_different_times(make_tiny_sd: 
 
 
 def test_a_first_frame_given_in_training_has_no_noise_and_no_loss(tmp_path: Path) -> None:
-    """For the requested share of clips."""
+    """This applies to the requested share of clips."""
     part, x = Uniform(clean_first_frame=0.25), noise(400, 1, 3, 1, 1)
     t = part.draw_times(400, torch.Generator().manual_seed(0), False)
     each = part.of_frames(t, x, torch.Generator().manual_seed(1))
@@ -190,8 +194,10 @@ def test_a_first_frame_given_in_training_has_no_noise_and_no_loss(tmp_path: Path
     assert torch.equal(without_given(torch.full((400, 1, 3, 2, 2), 0.5), each)[:, 0, :, 0, 1], 0.5 * (each > 0))  # type: ignore[index]
 
 
-def test_learning_with_given_first_frames(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
-    """A step's loss equals that of its noisy frame, computed by hand; a network with one time per clip refuses this."""
+def test_the_loss_with_a_given_first_frame_is_that_of_the_noisy_frames(
+    clip: Path, tmp_path: Path, make_tiny_sd: Any
+) -> None:
+    """The loss is computed by hand on the one noisy frame. A network with one timestep per clip refuses the setting."""
     folder = tmp_path / "clips"
     folder.mkdir()
     clip.rename(folder / "a")

@@ -1,4 +1,4 @@
-"""What is specific to LTX: masked padding, positions in seconds, noise shifted by size, and a decoder that adds noise."""
+"""Special features of LTX: masked padding, times in seconds, size-dependent noise, and a decoder that adds noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ltx() -> LTXBackbone:
     return LTXBackbone(build_ltx(), "tiny")
 
 
-def test_the_encoding_and_the_network_equal_the_pipelines(ltx: LTXBackbone) -> None:
+def test_the_encoding_and_the_network_equal_those_of_the_pipeline(ltx: LTXBackbone) -> None:
     prompts, pipe = ["a photo of a mug", "a dog"], ltx.pipeline()
     theirs, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=48)
     ours = ltx.encode(prompts)
@@ -62,7 +62,7 @@ def test_padding_is_ignored(ltx: LTXBackbone) -> None:
             assert torch.equal(ltx.predict(x, t, changed), plain) == at_padding
 
 
-def test_masks_are_stacked_or_refused(ltx: LTXBackbone) -> None:
+def test_context_masks_are_stacked_and_are_refused_where_they_do_not_belong(ltx: LTXBackbone) -> None:
     a, b, together = (ltx.encode(prompts) for prompts in (["a mug"], ["a dog"], ["a mug", "a dog"]))
     both = Conditioning.cat([a, b])
     assert both.context_mask is not None and together.context_mask is not None
@@ -94,12 +94,12 @@ def test_the_noise_schedule_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone)
         pipeline_clips(pipe, frames, num_inference_steps=3)
         assert torch.equal(solver.timesteps, pipe.scheduler.timesteps)
         times.append(solver.timesteps)
-    assert bool((times[0][1:] < times[1][1:]).all())  # longer clips stay longer at high noise
+    assert bool((times[0][1:] < times[1][1:]).all())  # longer clips stay at high noise for longer
 
 
-def test_a_decoder_that_adds_noise_equals_the_pipelines_and_is_deterministic() -> None:
+def test_a_decoder_that_adds_noise_equals_that_of_the_pipeline_and_is_deterministic() -> None:
     ltx = LTXBackbone(build_ltx(timed_decoder=True), "tiny")
-    for module in ltx.vae.decoder.modules():  # they are initialised to 0
+    for module in ltx.vae.decoder.modules():  # the noise scales are initialised to 0
         for key in ("per_channel_scale1", "per_channel_scale2"):
             if getattr(module, key, None) is not None:
                 getattr(module, key).data.fill_(0.3)

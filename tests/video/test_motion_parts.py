@@ -1,4 +1,4 @@
-"""Parts for learning motion: which adapters are active when, and one random draw for an entire clip."""
+"""Parts for learning motion: the active adapters of each prediction, and one random draw for an entire clip."""
 
 from __future__ import annotations
 
@@ -50,8 +50,11 @@ def run(backbone: Any, clip_folder: Path, tmp_path: Path, *settings: str, resume
 def test_each_clip_has_its_own_spatial_adapters(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In each step one clip's spatial adapters learn from one frame, with the temporal ones off; then the temporal ones
-    learn from the clip while its spatial ones are fixed. The other clip's adapters do not change."""
+    """Each step trains the spatial adapters of one clip on one of its frames, while the temporal adapters are off.
+
+    It then trains the temporal adapters on the clip, while the spatial adapters are on but fixed. The spatial adapters
+    of the other clip do not change.
+    """
     seen: list[tuple[int, dict[str, float]]] = []
     predict = AnimateDiffBackbone.predict
 
@@ -73,11 +76,11 @@ def test_each_clip_has_its_own_spatial_adapters(
 
     other = ({"spatial@1", "spatial@2"} - {own}).pop()
     assert moved(own) and moved("m") and not moved(other)
-    assert clips.strengths[own] == 0.0  # off again outside its clip's steps
+    assert clips.strengths[own] == 0.0  # the adapters are off again outside the steps of their clip
     steps.close()
 
 
-def test_class_clips_are_learned_without_any_clips_own_adapters(
+def test_class_clips_are_learned_without_the_spatial_adapters_of_any_clip(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, set[str]]] = []
@@ -115,7 +118,7 @@ def test_the_spatial_path_is_skipped_as_often_as_requested(
         (("task.spatial=looks",), "no part has the optimizer group 'looks'. Groups: spatial, temporal"),
         (
             ("trainable.spatial.per_source=false",),
-            r"trainable\.spatial: dual_path needs a spatial part for each clip: per_source=true",
+            r"trainable\.spatial: dual_path needs a spatial part for each clip; set per_source=true",
         ),
         (("train.batch_size=2",), "a batch can hold only one picture or clip; set train.batch_size=1"),
     ],
@@ -130,7 +133,7 @@ def test_impossible_dual_paths_are_refused(
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
-    """k + m steps equal k steps, stop, resume, m steps, bit for bit, including the spatial adapters of each clip."""
+    """All adapters are equal bit for bit, including the spatial adapters of each clip."""
 
     def fresh(folder: str, resume: bool = False) -> TrainingRun:
         backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")

@@ -1,4 +1,4 @@
-"""Motions that are a trajectory: learned, saved in a concept, followed by clips that name them, and refused elsewhere."""
+"""Trajectories are learned as motions, saved in concepts, and followed by clips whose prompts name them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
 def test_a_concept_stores_a_trajectory_and_only_clips_that_name_it_follow_it(learned: Path, clip_model: Path) -> None:
     concept = read(learned)
     points = np.array(concept.meta.recipe["sampling"]["trajectory"]["points"])
-    assert len(points) == 4 and bool((np.diff(points[:, 0]) > 0.03).all())  # the square slides to the right
+    assert len(points) == 4 and bool(
+        (np.diff(points[:, 0]) > 0.03).all()
+    )  # the points slide to the right, like the square
     about = dict(described(concept))
     assert about["trajectory"].startswith("4 points over ")
     assert about["trajectory"].endswith("followed from 60% of the steps on, without a motion module")
@@ -71,18 +73,19 @@ def test_a_concept_stores_a_trajectory_and_only_clips_that_name_it_follow_it(lea
     made = runner.generate(prompts, [0, 0, 1], how, must_name=False)
     torch.testing.assert_close(made[:1], runner.generate(prompts[:1], [0], how), atol=1e-4, rtol=0)
     torch.testing.assert_close(made[2:], runner.generate(prompts[2:], [1], how), atol=1e-4, rtol=0)
-    assert (made[0] - made[1]).abs().max() > 0.01  # the encoded text is the same, because a motion has no words
+    assert (
+        (made[0] - made[1]).abs().max() > 0.01
+    )  # the trajectory makes the difference, because a motion without words leaves the encoded text unchanged
     given = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
     with pytest.raises(ValueError, match=r"names <another> and <slide>, but a clip can follow only one trajectory"):
         runner.generate(["a mug <slide>"], [0], given)
-    own = runner.with_own_sampling(how)  # as `pcs video generate` passes it
+    own = runner.with_own_sampling(how)  # as `pcs video generate` passes the settings
     torch.testing.assert_close(runner.generate(["a mug <slide>"], [0], own, base=True), made[1:2], atol=1e-4, rtol=0)
     runner.unload("slide")
     plain = runner.generate(["a mug"], [0], how)
     torch.testing.assert_close(plain, made[1:2], atol=1e-4, rtol=0)
-    assert (
-        runner.generate(["a mug"], [0], given) - plain
-    ).abs().max() > 0.01  # a hook from the caller acts without being named
+    # a hook from the caller acts even if the prompt does not name it
+    assert (runner.generate(["a mug"], [0], given) - plain).abs().max() > 0.01
     runner.load(concept, 0.0)
     torch.testing.assert_close(runner.generate(prompts[:1], [0], how), plain, atol=1e-4, rtol=0)
     runner.unload("slide")
@@ -101,7 +104,7 @@ def test_a_concept_with_a_damaged_trajectory_is_refused(learned: Path, points: A
         read(learned)
 
 
-def test_progress_counts_all_clips_and_the_callers_hooks_run_last(learned: Path, clip_model: Path) -> None:
+def test_progress_counts_all_clips_and_hooks_of_the_caller_run_last(learned: Path, clip_model: Path) -> None:
     runner, seen, order = VideoRunner(load_backbone(clip_model)), [], []
     runner.load(read(learned))
 
@@ -117,7 +120,7 @@ def test_progress_counts_all_clips_and_the_callers_hooks_run_last(learned: Path,
     assert {of for _, of in seen} == {12} and [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (12, 12)
     following, resting = ([x[:1] for index, x in order if index == 1][k] for k in (0, 1))
-    assert (following - resting).abs().max() > 0.1  # moved before the other hook runs
+    assert (following - resting).abs().max() > 0.1  # the subject has moved before the other hook runs
 
 
 def test_files_record_the_strength_and_exports_and_strength_schedules_are_refused(
@@ -132,12 +135,12 @@ def test_files_record_the_strength_and_exports_and_strength_schedules_are_refuse
         export(concept, learned.parent / "out", backbone=runner.backbone)
     assert not (learned.parent / "out").exists()
     stepwise = replace(how, hooks=(StrengthSchedule.parse("slide=0@0,1@0.5"),))
-    with pytest.raises(ValueError, match="'slide' is a trajectory, which has one strength for the whole clip"):
+    with pytest.raises(ValueError, match="'slide' is a trajectory, which has one strength for all steps"):
         runner.generate(["a <slide>"], [0], stepwise)
 
 
 def test_other_recipes_can_also_use_a_trajectory(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
-    """A LoRA and a path: both act if the prompt names the motion, otherwise only the LoRA does."""
+    """A motion with a LoRA and a path uses both if the prompt names it, and otherwise only the LoRA."""
     places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'both.concept'}"]
     asked = [
         "personalize",
@@ -157,10 +160,10 @@ def test_other_recipes_can_also_use_a_trajectory(clip_model: Path, clip_folder: 
     assert (lora - plain).abs().max() > 1e-3 and (both - lora).abs().max() > 0.01
 
 
-def test_layers_that_are_left_out_cannot_contain_the_motion(
+def test_layers_for_motion_cannot_be_left_out_if_they_contain_the_motion(
     learned: Path, clip_folder: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused in a recipe that trains them, and in a prompt that also names a motion they have learned."""
+    """A recipe that trains these layers is refused, and so is a prompt that also names a motion learned by them."""
     asked = ["personalize", "motion_director", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     path = [f"output={tmp_path / 'lora.concept'}", "sampling.trajectory.layers=image"]
     assert run(app, [*asked, *path]) == 2
@@ -176,7 +179,7 @@ def test_layers_that_are_left_out_cannot_contain_the_motion(
 
 
 def test_a_motion_with_its_own_words_can_follow_a_path(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
-    """Words act on the image layers, so nothing is left out; a pan and a path together also make a clip."""
+    """Words act on the image layers, so no learned part is left out. A pan and a path can also be combined."""
     asked = ["personalize", "motion_trajectory", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     words = ["modifier={kind: learnable_token, init: moving}", "trainable.words={kind: tokens}", "train.steps=1"]
     assert run(app, [*asked, *words, f"output={tmp_path / 'said.concept'}"]) == 0
@@ -188,14 +191,12 @@ def test_a_motion_with_its_own_words_can_follow_a_path(clip_model: Path, clip_fo
     assert panned.isfinite().all() and (panned - plain).abs().max() > 0.01
 
 
-def test_a_model_without_image_layers_uses_all_layers_and_says_so(
+def test_a_model_without_separate_image_layers_uses_all_layers_and_reports_it(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     path = ClipSampling(trajectory=path_of(arc(5), layers="image"))
     wan = WanBackbone(build_wan(), "tiny")
-    assert (
-        path.port(wan) == "sampling.trajectory.layers: wan has no layers of its own for motion, so all its layers act"
-    )
+    assert path.port(wan) == "sampling.trajectory.layers: wan has no separate layers for motion, so all its layers act"
     places = [f"subject.clips={clip_folder}", f"output={tmp_path / 'slide.concept'}", *FAST, "train.steps=0"]
     settings = ["backbone=wan", "sources.clips.window.length=5", "preview.num=0"]
     recipe: Any = load("motion_trajectory", [*places, *settings], "video", VideoRecipe)
@@ -221,12 +222,12 @@ def test_a_trajectory_of_two_motions_is_refused_before_a_model_is_loaded(
     asked = ["personalize", "motion_trajectory", *two, f"output={tmp_path / 'out'}", *FAST, "train.steps=0"]
     broken = shutil.copytree(clip_model, tmp_path / "broken")
     for file in broken.rglob("*.safetensors"):
-        file.write_bytes(b"")  # loading it would raise another error
+        file.write_bytes(b"")  # loading the model would raise another error
     assert run(app, [*asked, f"backbone={broken}"]) == 2
     assert "sampling.trajectory is measured on the clips of exactly one motion" in capsys.readouterr().err
 
 
-def test_a_subject_has_no_trajectory(clip_model: Path, tmp_path: Path) -> None:
+def test_a_trajectory_cannot_be_measured_for_a_subject(clip_model: Path, tmp_path: Path) -> None:
     write_clip(tmp_path / "clips" / "a.mp4", drawn(arc())[0], 8)
     settings = [
         f"backbone={clip_model}",
@@ -245,7 +246,7 @@ def test_a_subject_has_no_trajectory(clip_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["unnamed", "off"])
-def test_without_its_name_or_switched_off_a_motion_is_not_followed(
+def test_a_motion_is_not_followed_if_it_is_unnamed_or_off(
     learned: Path, clip_folder: Path, tmp_path: Path, how: str
 ) -> None:
     prompts = tmp_path / "mine.yaml"
@@ -279,22 +280,26 @@ def test_clips_without_the_motion_are_generated_once_for_many_motions(
         files.append([report.files[report.of_kind(kind)[0].file] for kind in ("base", "unnamed")])
         runner.unload(concept.meta.name)
         costs.append(report.costs.base_seconds_per_clip)
-    assert files[0] == files[1] and costs[0] == costs[1]  # the time to generate them, not to look them up
+    assert (
+        files[0] == files[1] and costs[0] == costs[1]
+    )  # the cost is the time to generate the clips, not to look them up
     a, b, plain = "a red mug <slide> on the beach", "a red mug <hop> on the beach", "a red mug on the beach"
     assert sorted(made) == sorted([(False, a), (False, b), (False, plain), (True, plain)])
 
 
-def test_an_image_model_alone_moves_its_subject_along_a_trajectory_and_nothing_else(
+def test_an_image_model_alone_can_follow_a_trajectory_but_learn_no_other_motion(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Learned, followed and named in the file; without the motion's name the clip stands still, with a warning."""
+    """If the prompt does not name the motion, the clip stands still and a warning is given."""
     make_tiny_sd().save_pretrained(tmp_path / "sd")
     model = [f"backbone={tmp_path / 'sd'}", "motion_adapter=none"]
     asked = ["personalize", "motion_trajectory", *model, f"subject.clips={clip_folder}", *FAST, "train.steps=0"]
     assert run(app, [*asked, f"output={tmp_path / 'slide.concept'}", "sampling.steps=4"]) == 0
     made = ["generate", "a <slide>", "a cup", "--concept", tmp_path / "slide.concept", "--motion-adapter", "none"]
     size = ["--out", tmp_path / "clips", "--height", "32", "--width", "32", "--frames", "4", "--steps", "4"]
-    with pytest.warns(UserWarning, match="'a cup' names no trajectory, and without a motion module nothing else moves"):
+    with pytest.warns(
+        UserWarning, match="nothing will move in 'a cup', which names no trajectory, because there is no motion"
+    ):
         assert run(app, [str(a) for a in [*made, *size, "--format", "frames"]]) == 0
     moving, still = (
         torch.stack([torch.from_numpy(np.array(Image.open(f))).int() for f in sorted(folder.glob("*.png"))])

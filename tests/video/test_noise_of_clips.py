@@ -1,4 +1,4 @@
-"""Motions whose clips start from the noise of the clip they were learned from (Tune-A-Video, Motion Inversion)."""
+"""Motions that start clips from the noise of a clip that they were learned from (Tune-A-Video, Motion Inversion)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOW = SamplingSettings("", 1.0, 2, height=32, width=32, frames=4)
 
 @pytest.fixture
 def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
-    """A concept next to the clips that it was learned from, as users have them."""
+    """Learns a concept next to its clips, as users do."""
     clips = shutil.copytree(clip_folder, tmp_path / "clips")
     places = [f"backbone={clip_model}", f"subject.clips={clips}", f"output={tmp_path / 'slide.concept'}"]
     settings = [*places, *FAST, "train.steps=0", "sampling.noise_prior={share: 0.8, refine: 1}", "sampling.frames=4"]
@@ -42,7 +42,7 @@ def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
     return personalize(plan(recipe), runner)["slide"]
 
 
-def test_only_clips_that_name_the_motion_start_from_its_clip(learned: Path, clip_model: Path) -> None:
+def test_only_clips_that_name_the_motion_start_from_the_noise_of_its_clip(learned: Path, clip_model: Path) -> None:
     runner = VideoRunner(load_backbone(clip_model))
     runner.load(read(learned))
     prompts = ["a mug <slide>", "a mug"]
@@ -50,9 +50,11 @@ def test_only_clips_that_name_the_motion_start_from_its_clip(learned: Path, clip
     by_hand = NoisePrior(path=learned.parent / "clips" / "a.mp4", share=0.8, refine=1)
     given = runner.generate(prompts, [0, 0], replace(HOW, hooks=(by_hand,)), must_name=False)
     torch.testing.assert_close(made[:1], given[:1], atol=1e-4, rtol=0)
-    assert (made[0] - made[1]).abs().max() > 0.01  # the encoded text is the same, because a motion has no words
-    assert (given[1] - made[1]).abs().max() > 0.01  # a prior from the caller acts without being named
-    own = runner.with_own_sampling(HOW)  # as `pcs video generate` passes it
+    assert (
+        (made[0] - made[1]).abs().max() > 0.01
+    )  # the noise makes the difference, because a motion without words leaves the encoded text unchanged
+    assert (given[1] - made[1]).abs().max() > 0.01  # a prior from the caller acts even if the prompt does not name it
+    own = runner.with_own_sampling(HOW)  # as `pcs video generate` passes the settings
     torch.testing.assert_close(runner.generate(prompts[:1], [0], own), made[:1], atol=1e-4, rtol=0)
     base = runner.generate(prompts[:1], [0], own, base=True)
     runner.unload("slide")
@@ -61,30 +63,32 @@ def test_only_clips_that_name_the_motion_start_from_its_clip(learned: Path, clip
     assert not runner.with_own_sampling(HOW).hooks and not runner.with_own_sampling(replace(HOW, frames=0)).hooks
 
 
-def test_files_name_the_clip_without_its_folders(learned: Path, clip_model: Path) -> None:
+def test_metadata_names_the_clip_without_its_folders(learned: Path, clip_model: Path) -> None:
     runner = VideoRunner(load_backbone(clip_model))
     runner.load(read(learned))
     (hook,) = json.loads(metadata("a <slide>", 0, runner, runner.with_own_sampling(HOW))["pcs"])["hooks"]
     assert hook["kind"] == "noise_prior" and hook["share"] == 0.8 and hook["path"] == "a.mp4"
 
 
-def test_a_concept_without_its_clips_warns_and_evaluation_finds_them(learned: Path, clip_model: Path) -> None:
+def test_a_concept_without_its_clips_warns_and_evaluation_uses_the_given_clips(learned: Path, clip_model: Path) -> None:
     (learned.parent / "elsewhere").mkdir()
     moved = learned.parent / "elsewhere"
     shutil.move(learned, moved / "slide.concept")
     runner = VideoRunner(load_backbone(clip_model))
     runner.load(read(moved / "slide.concept"))
-    with pytest.warns(UserWarning, match="from the noise of its first clip, but that was not found next"):
+    with pytest.warns(UserWarning, match="from the noise of its first clip, but that clip was not found next"):
         plain = runner.generate(["a mug <slide>"], [0], HOW)
     runner.unload("slide")
     torch.testing.assert_close(plain, runner.generate(["a mug"], [0], HOW), atol=1e-4, rtol=0)
     runner.load(read(moved / "slide.concept"))
     judged = ClipEvaluationSettings(seeds=(0,), limit=1, sampling=HOW, references=learned.parent / "clips")
     report = evaluate_clips_loaded(runner, judged)
-    assert any(row.kind == "unnamed" for row in report.clips)  # clips that do not name it differ, and are generated too
+    assert any(
+        row.kind == "unnamed" for row in report.clips
+    )  # clips that do not name the motion differ, so they are generated too
     (hook,) = runner.with_own_sampling(HOW).hooks
     assert isinstance(hook, NoisePrior) and hook.path.name == "a.mp4"
-    with pytest.warns(UserWarning, match=r"but a\.mp4 has only 6 of 8 frames: clips start from random noise"):
+    with pytest.warns(UserWarning, match=r"but a\.mp4 has only 6 of 8 frames. Clips start from random noise"):
         assert not runner.with_own_sampling(replace(HOW, frames=8)).hooks
 
 

@@ -1,4 +1,4 @@
-"""A motion learned from clips and a subject from pictures, through the public interface: from files to concepts and clips."""
+"""Motions are learned from clips and subjects from pictures through the public interface, and used in clips."""
 
 from __future__ import annotations
 
@@ -65,14 +65,16 @@ def test_a_motion_is_learned_saved_and_reproduced(
     meta = read(out).meta
     assert meta.kind == "motion" and meta.backbone.family == "animatediff"
     touched = [layer for layers in meta.layers.values() for layer in layers]
-    assert touched and all("motion_modules" in layer for layer in touched)  # the clips' appearance is not kept
+    assert touched and all(
+        "motion_modules" in layer for layer in touched
+    )  # the concept does not keep the appearance of the clips
     assert sorted(r.file for r in meta.references) == ["a.mp4", "b"] and all(r.sha256 for r in meta.references)
 
 
 def test_a_motion_and_a_subject_learned_from_pictures_act_together(
     clip_model: Path, picture_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """The folder made by `pcs image` works unchanged in a clip, together with a motion."""
+    """A concept folder written by `pcs image` works unchanged in a clip, together with a motion."""
     photos = paint(tmp_path / "photos")
     settings = ["train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2", "preview.num=0"]
     settings += ["trainable.lora.lr=0.05", "sources.class_pictures=null", "regularize.prior=null"]
@@ -100,9 +102,9 @@ def test_an_image_model_gets_a_motion_module(
     whole = VideoRunner(load_backbone(clip_model))
     made = open_runner(VideoRunner, str(picture_model), [], "cpu", motion_adapter=adapter_folder)
     assert torch.equal(clips(made), clips(whole))
-    with pytest.raises(ValueError, match="makes pictures: give motion_adapter=FOLDER"):
+    with pytest.raises(ValueError, match="generates pictures; give motion_adapter=FOLDER"):
         open_runner(VideoRunner, str(picture_model), [], "cpu")
-    with pytest.raises(ValueError, match="already makes clips; leave motion_adapter out"):
+    with pytest.raises(ValueError, match="already generates clips; leave motion_adapter out"):
         open_runner(VideoRunner, str(clip_model), [], "cpu", motion_adapter=adapter_folder)
     with pytest.raises(ValueError, match=r"not a diffusers MotionAdapter, because it has no config.json"):
         open_runner(VideoRunner, str(picture_model), [], "cpu", motion_adapter=tmp_path)
@@ -121,10 +123,10 @@ def test_clips_are_written_with_their_settings(clip_model: Path, tmp_path: Path)
     assert all(p.is_file() for p in many)
 
 
-def test_impossible_outputs_are_reported_first(tmp_path: Path) -> None:
+def test_impossible_outputs_are_reported_before_anything_is_generated(tmp_path: Path) -> None:
     (tmp_path / "there.mp4").write_text("mine")
     for files, count, message in (
-        (ClipFiles(tmp_path / "x.avi"), 1, "can be written as .mp4, .gif or .webp"),
+        (ClipFiles(tmp_path / "x.avi"), 1, "use a file ending in .mp4, .gif or .webp"),
         (ClipFiles(tmp_path / "x.mp4"), 2, "is one file, but there will be 2 clips"),
         (ClipFiles(tmp_path / "there.mp4"), 1, "already exists"),
         (ClipFiles(tmp_path / "x", kind="avi"), 1, "unknown format 'avi'"),

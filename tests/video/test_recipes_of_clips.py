@@ -1,4 +1,4 @@
-"""The shipped recipes for clips: they resolve, name their papers, and are listed and shown."""
+"""The shipped recipes for clips resolve, name their papers, and are listed and shown."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def test_a_recipe_resolves_and_survives_a_round_trip(name: str) -> None:
     full = written(name, "video", VideoRecipe)
     assert full.papers and full.title and recipe_files("video")[name].read_text().startswith("# ")
     assert all(paper.startswith("https://arxiv.org/abs/") for paper in full.papers)
-    assert recipe.train.steps <= full.train.steps  # the toybox learns faster
+    assert recipe.train.steps <= full.train.steps  # on the toybox, recipes need fewer steps
 
 
-def test_on_the_toybox_motions_still_train_motion_modules() -> None:
-    """The rules for pictures (LoRAs on all kinds of layers) do not apply to clips."""
+def test_motions_train_motion_modules_on_the_toybox_too() -> None:
+    """The overlay's rules for pictures, which put LoRAs on all kinds of layers, do not apply to clips."""
     recipe = load("motion_director", (), "video", VideoRecipe)
     assert recipe.trainable["temporal"].places == ("temporal_attention", "temporal_feed_forward")
     assert recipe.train.resolution == 64 and recipe.sampling.steps == 25
 
 
-def test_methods_lists_and_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pcs_methods_lists_and_shows_video_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert model_of("video") is VideoRecipe
     assert run(build(), ["methods"]) == 0
     listed = capsys.readouterr().out
@@ -44,6 +44,6 @@ def test_methods_lists_and_shows_them(capsys: pytest.CaptureFixture[str]) -> Non
     assert run(build(), ["methods", "show", "motion_director", "--modality", "sound"]) != 0
 
 
-def test_an_image_recipe_takes_no_clips_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_recipe_refuses_clips(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"unknown key 'clips'"):
         load("dreambooth_lora", ("subject.clips=clips",))

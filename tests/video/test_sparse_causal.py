@@ -1,4 +1,4 @@
-"""Attention to other frames: what it computes, that it is active while its concept is, and that it is saved with it."""
+"""Attention to other frames matches its formula, is active only while its concept is, and is saved in the concept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ask(backbone: Any, frames: int = 4) -> Tensor:
 
 
 def turn_on(backbone: Any, name: str, part: SparseCausal = SparseCausal()) -> None:
-    """Adds a concept that has learned nothing, with a strength and this attention."""
+    """Adds a concept that has learned nothing and uses this attention."""
     from shared.trainable import Lora
 
     Lora(roles=("cross_attention",), rank=2).inject(backbone, name, "lora", 0)
@@ -57,7 +57,7 @@ def turn_on(backbone: Any, name: str, part: SparseCausal = SparseCausal()) -> No
 @pytest.mark.parametrize("seen", [("first", "previous"), ("first",), ("own", "previous")])
 @torch.no_grad()
 def test_each_frame_attends_as_in_the_paper(seen: Any) -> None:
-    """Compared with softmax(Q_i [K_first, K_previous]^T / sqrt(d)) [V_first, V_previous], frame by frame."""
+    """Compares each frame with softmax(Q_i [K_first, K_previous]^T / sqrt(d)) [V_first, V_previous]."""
     torch.manual_seed(0)
     grown: dict[str, Any] = {"heads": HEADS, "dim_head": WIDTH, "processor": AttnProcessor2_0()}
     layer = Attention(HEADS * WIDTH, **grown).eval().double()
@@ -80,7 +80,7 @@ def test_each_frame_attends_as_in_the_paper(seen: Any) -> None:
             torch.testing.assert_close(made[clip * FRAMES + i], expected, atol=1e-12, rtol=0)
 
 
-def test_a_bias_on_the_scores_moves_with_its_keys() -> None:
+def test_a_bias_on_the_scores_stays_with_its_keys() -> None:
     from shared.backbones.attention_rows import Rows
 
     k, rows = torch.randn(CLIPS * FRAMES, HEADS, PLACES, WIDTH), Rows((0, 1), (False, False), FRAMES)
@@ -91,7 +91,9 @@ def test_a_bias_on_the_scores_moves_with_its_keys() -> None:
     assert seen is not None and seen.tolist() == torch.cat([bias[:1]] * 2, -1).tolist()
 
 
-def test_it_is_active_while_its_concept_is_and_is_removed_without_a_trace(clips: AnimateDiffBackbone) -> None:
+def test_the_attention_is_active_while_its_concept_is_and_is_removed_without_a_trace(
+    clips: AnimateDiffBackbone,
+) -> None:
     before, pictures = ask(clips), ask(clips, 0)
     processors = [clips.unet.get_submodule(s.name).processor for s in clips.sites()]
     turn_on(clips, "a")
@@ -101,7 +103,7 @@ def test_it_is_active_while_its_concept_is_and_is_removed_without_a_trace(clips:
     with clips.active({}):
         assert torch.equal(ask(clips), before)
     turn_on(clips, "b")
-    assert torch.equal(ask(clips), changed)  # requested twice, it is applied once
+    assert torch.equal(ask(clips), changed)  # two concepts that request the attention change it once
     clips.remove("a")
     assert torch.equal(ask(clips), changed)
     clips.set_strength("b", 0.0)
@@ -122,7 +124,9 @@ def made(runner: VideoRunner, **how: Any) -> Tensor:
     return runner.generate(["a mug on the beach"], [0], SETTINGS, must_name=False, **how)
 
 
-def test_a_concept_is_trained_and_sampled_with_it(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
+def test_a_concept_is_trained_and_sampled_with_its_attention(
+    clip_model: Path, clip_folder: Path, tmp_path: Path
+) -> None:
     runner = learn(clip_model, clip_folder, tmp_path / "slide.concept")
     shown = made(runner)
     fresh = VideoRunner(load_backbone(clip_model))
@@ -142,7 +146,7 @@ def test_a_concept_is_trained_and_sampled_with_it(clip_model: Path, clip_folder:
     assert any(not torch.equal(t, concept.of("weights")[k]) for k, t in plain.of("weights").items())
 
 
-def test_recomputed_activations_change_nothing(
+def test_recomputed_activations_do_not_change_the_result(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
     learned = []
@@ -160,7 +164,7 @@ def test_recomputed_activations_change_nothing(
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_port_says_so_if_every_position_already_sees_all_frames(family: str) -> None:
+def test_a_port_is_noted_if_every_position_already_attends_to_all_frames(family: str) -> None:
     backbone = FAMILIES[family]()
     part = SparseCausal()
     assert f"unchanged in {family.split()[0]}, where every position attends to all frames" in part.port(backbone)

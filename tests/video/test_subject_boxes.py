@@ -1,4 +1,4 @@
-"""Boxes that place a subject: how they are written, and their effect on attention."""
+"""The file format of boxes that place a subject, and the effect of boxes on attention."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def test_boxes_are_interpolated_linearly() -> None:
     track = {2: (0.0, 0.0, 0.5, 0.5), 6: (0.4, 0.2, 0.9, 0.7)}
     assert at(track, 0) == at(track, 2) == track[2] and at(track, 9) == track[6]
     assert at(track, 3) == pytest.approx((0.1, 0.05, 0.6, 0.55))
-    assert latent_frame_times(3, 4) == [0, 2.5, 6.5]  # frames 1 to 4, and 5 to 8
+    assert latent_frame_times(3, 4) == [0, 2.5, 6.5]  # the middles of frames 1 to 4 and 5 to 8
     masks = box_masks(track, [0, 6], 10, 10)
     assert masks.sum((1, 2)).tolist() == [25, 25] and bool(masks[1, 2:7, 4:9].all())
-    assert box_masks({0: (0.41, 0.5, 0.44, 0.52)}, [0], 4, 4).sum() == 1  # narrower than a cell
+    assert box_masks({0: (0.41, 0.5, 0.44, 0.52)}, [0], 4, 4).sum() == 1  # a box narrower than a cell covers one cell
 
 
 def test_boxes_are_read_from_a_file(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_boxes_are_read_from_a_file(tmp_path: Path) -> None:
         ("{", "is not readable JSON"),
         ("[1]", 'write {"NAME": '),
         ('{"a": [0, 0, 2, 1]}', r"a, frame 0: .* is not a box \[left, top, right, bottom\] in fractions"),
-        ('{"a": [0.5, 0, 0.5, 1]}', "is empty: left must be less than right"),
+        ('{"a": [0.5, 0, 0.5, 1]}', "is empty; left must be less than right"),
         ('{"a": {"x": [0, 0, 1, 1]}}', "'x' is not a frame"),
         ('{"a": "b"}', "give a box"),
     ]:
@@ -51,7 +51,11 @@ def test_boxes_are_read_from_a_file(tmp_path: Path) -> None:
         read_tracks(tmp_path / "gone.json")
 
 
-BACKBONES: dict[str, tuple[int, ...]] = {"sd": (), "animatediff": (4,), "wan": (2,)}  # latent frames
+BACKBONES: dict[str, tuple[int, ...]] = {
+    "sd": (),
+    "animatediff": (4,),
+    "wan": (2,),
+}  # the number of latent frames, if any
 BOXES = {"red mug": {0: (0.0, 0.0, 0.5, 0.5), 3: (0.5, 0.5, 1.0, 1.0)}}
 
 
@@ -65,7 +69,7 @@ def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("family", BACKBONES)
 @torch.no_grad()
 def test_words_are_attended_to_only_inside_the_box_of_each_frame(family: str, make_tiny_sd: Any) -> None:
-    """Compares the maps with the softmax of the plain maps' logarithms plus the bias."""
+    """Compares the attention maps with the softmax of the logarithms of plain maps plus the bias."""
     backbone, prompts = make(family, make_tiny_sd), ["a red mug on a table", "a dog and a red mug"]
     side = 4 if family == "wan" else 8
     x = torch.randn(2, 4, *BACKBONES[family], side, side, generator=torch.Generator().manual_seed(0))
@@ -79,17 +83,17 @@ def test_words_are_attended_to_only_inside_the_box_of_each_frame(family: str, ma
             backbone.predict_guided(x, torch.tensor(900), texts, plain, 4.0)
             maps.append({name: record[name] for name in record})
     words = backbone.word_positions(prompts, "red mug")
-    name = next(iter(maps[0]))  # the first: its queries are the same with and without boxes
+    name = next(iter(maps[0]))  # in the first layer, the queries are the same with and without boxes
     site = next(s for s in backbone.sites() if s.name == name)
     frames = x.shape[2] if x.ndim == 5 else 1
     times = [0, 2.5] if family == "wan" else list(range(frames))
     inside = box_masks(boxes.boxes["red mug"], [float(t) for t in times], *site.grid(side, side)).flatten(1)
     before, after = maps[0][name], maps[1][name]
-    if family == "wan":  # a row's queries list its frames one after another
+    if family == "wan":  # the queries of a row contain its frames one after another
         before, after = (m.unflatten(2, (frames, -1)).transpose(1, 2) for m in (before, after))
     else:
         before, after = (m.unflatten(0, (4, frames)) for m in (before, after))
-    assert torch.equal(before[:2], after[:2])  # the negative rows
+    assert torch.equal(before[:2], after[:2])  # boxes do not affect the rows of the negative prompt
     for row in range(2):
         for frame in range(frames):
             grown = 2.0 * (1 - inside[frame].float().mean())
@@ -109,7 +113,10 @@ def test_boxes_act_only_in_the_first_steps(make_tiny_sd: Any) -> None:
     assert torch.equal(sample(sd, ["a red mug"], hooks=(SubjectBoxes(**part, until=0.0),), **how), plain)
     for boxes, message in [
         ({"cat": [0, 0, 1, 1]}, "there is a box for 'cat', but the prompt does not contain it: 'a red mug'"),
-        ({"red mug": {0: [0, 0, 1, 1], 3: [0, 0, 1, 1]}}, "go up to frame 3, but only 1 frames are generated"),
+        (
+            {"red mug": {0: [0, 0, 1, 1], 3: [0, 0, 1, 1]}},
+            r"go up to frame 3 \(counted from 0\), but only 1 frame is generated",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(sd, ["a red mug"], hooks=(SubjectBoxes(boxes=boxes),), **how)

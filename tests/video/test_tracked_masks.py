@@ -1,4 +1,4 @@
-"""One mask for a clip's first frame is enough: it is tracked wherever clips are read, and used like masks for all frames."""
+"""A single mask of a clip's first frame is tracked wherever clips are read, and used like masks for all frames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRAMES, STEP = 4, 4
 
 @pytest.fixture
 def marked(tmp_path: Path) -> Path:
-    """A clip of a sliding patch, and one picture that marks it in the first frame."""
+    """Writes a clip of a sliding patch, and one mask that marks the patch in the first frame."""
     folder = tmp_path / "clips"
     write_clip(folder / "a", moving_patch((STEP, 0), FRAMES + 2), 8)
     (folder / "masks").mkdir()
@@ -47,7 +47,7 @@ def examples(folder: Path, **settings: Any) -> list[Example]:
 
 
 def truth() -> Tensor:
-    """[F, 64, 64]: where the patch of `marked` is."""
+    """Returns the true masks of the patch in `marked`, `[F, 64, 64]`."""
     masks = torch.zeros(FRAMES, 64, 64)
     for i in range(FRAMES):
         left = round(22 + STEP * (i - (FRAMES + 1) / 2))
@@ -60,7 +60,9 @@ def test_every_frame_gets_a_mask_that_follows_the_subject(marked: Path) -> None:
     masks = whole.masks["mug"][0]
     both, either = torch.minimum(masks, truth()).sum((1, 2)), torch.maximum(masks, truth()).sum((1, 2))
     assert bool((both / either > 0.75).all())
-    assert float((truth()[0] * truth()[-1]).sum() / truth()[0].sum()) < 0.5  # a mask that did not move would miss it
+    assert (
+        float((truth()[0] * truth()[-1]).sum() / truth()[0].sum()) < 0.5
+    )  # a mask that did not move would miss the patch
     apart = examples(marked, apart=True)
     assert torch.equal(torch.cat([frame.masks["mug"] for frame in apart]), masks)
 
@@ -74,7 +76,7 @@ def test_a_path_is_measured_on_the_same_masks(marked: Path) -> None:
 def test_one_mask_restricts_the_loss_of_a_whole_run(
     recipe: str, pcs: Callable[..., Any], clip_model: Path, marked: Path, tmp_path: Path
 ) -> None:
-    """From the folder to the concept, on clips and on separate frames; without masks, the run learns something else."""
+    """This holds for whole clips and for separate frames. Without masks, the run learns something else."""
     settings = [*FAST, "preview.num=0", "subject.class_noun=mug", f"backbone={clip_model}", f"subject.clips={marked}"]
     for name, masked in (("on", "true"), ("off", "false")):
         ran = pcs("video", "personalize", recipe, *settings, f"objective.masked={masked}", f"output={tmp_path / name}")

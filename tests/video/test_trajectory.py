@@ -29,13 +29,13 @@ def subject_of(folder: Path, path: np.ndarray, masked: bool) -> Subject:
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.5])
-def test_masks_give_the_path_of_centre_and_size(tmp_path: Path, growth: float) -> None:
+def test_the_path_of_centre_and_size_is_measured_on_masks(tmp_path: Path, growth: float) -> None:
     truth = arc(growth=growth)
     found = np.array(measure(subject_of(tmp_path, truth, True), source(), SIDE))
     assert found == pytest.approx(truth - truth.mean(0), abs=0.02)
 
 
-def test_without_masks_the_path_is_that_of_the_moving_points(tmp_path: Path) -> None:
+def test_the_path_is_that_of_the_moving_points_if_there_are_no_masks(tmp_path: Path) -> None:
     truth = arc(12)
     found = np.array(measure(subject_of(tmp_path, truth, False), source(12), SIDE))
     assert found[:, :2] == pytest.approx((truth - truth.mean(0))[:, :2], abs=0.04)
@@ -43,7 +43,7 @@ def test_without_masks_the_path_is_that_of_the_moving_points(tmp_path: Path) -> 
 
 
 def test_clips_are_averaged_around_their_own_means(tmp_path: Path) -> None:
-    """The same motion at two places gives the same trajectory as either of them alone."""
+    """Two clips of the same motion at different positions give the same trajectory as one of them alone."""
     paths = [arc(), arc() + np.array([0.1, -0.1, 0])]
     both = [subject_of(tmp_path / str(i), path, True) for i, path in enumerate(paths)]
     masks = {**both[0].masks, **both[1].masks}
@@ -55,12 +55,12 @@ def test_clips_are_averaged_around_their_own_means(tmp_path: Path) -> None:
 def test_a_subject_that_does_not_move_has_no_trajectory(tmp_path: Path, masked: bool) -> None:
     still = np.tile([0.5, 0.5, 0.0], (8, 1))
     with pytest.raises(
-        ValueError, match=r"sampling.trajectory: nothing moves across the frame in .*a: leave this clip out"
+        ValueError, match=r"sampling.trajectory: nothing moves across the frame in .*a; leave this clip out"
     ):
         measure(subject_of(tmp_path, still, masked), source(), SIDE)
 
 
-def test_strength_scales_it_within_bounds() -> None:
+def test_the_strength_scales_a_trajectory_within_bounds() -> None:
     path = Trajectory(points=((0.5, -0.25, 0.1), (1.5, 0.0, 0.0)))
     assert path.scaled(0.5).points == ((0.25, -0.125, 0.05), (0.75, 0.0, 0.0))
     assert path.scaled(3).points[1][0] == 2.0

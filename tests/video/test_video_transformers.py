@@ -1,4 +1,4 @@
-"""What Wan (with one and two experts) and LTX have in common, on tiny networks of the real classes."""
+"""What Wan (with one or two experts) and LTX have in common, tested on tiny networks of the real classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.video.transformer_runs import (
 
 @pytest.fixture(params=FAMILIES)
 def new(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """Makes the tiny backbone of one family."""
+    """Returns a function that makes the tiny backbone of a family."""
     return FAMILIES[request.param]
 
 
@@ -47,7 +47,7 @@ def backbone(new: Callable[[], Any]) -> Any:
 # --- the protocol and the autoencoder ---------------------------------------------------------------------------
 
 
-def test_it_implements_the_protocol_and_is_frozen(backbone: Any) -> None:
+def test_the_backbone_implements_the_protocol_and_is_frozen(backbone: Any) -> None:
     assert isinstance(backbone, Backbone)
     assert backbone.prediction_type == "flow" and not backbone.discrete_time and backbone.frames is not None
     assert not any(p.requires_grad for m in (*backbone.components.values(), backbone.vae) for p in m.parameters())
@@ -68,8 +68,8 @@ def test_pictures_are_clips_of_one_frame(backbone: Any) -> None:
     assert backbone.decode(x).shape == (2, 3, 32, 32)
 
 
-def test_clips_to_latents_and_back(backbone: Any) -> None:
-    """Compared with the bare autoencoder and the tiny models' mean and standard deviation of each channel."""
+def test_clips_are_encoded_and_decoded_as_by_the_bare_autoencoder(backbone: Any) -> None:
+    """The latents are also normalised with the mean and standard deviation of each channel in the tiny models."""
     frames, vae = frames_of(backbone), backbone.vae
     pixels = noise(2, 3, frames, 32, 32).clamp(-1, 1)
     mean = torch.tensor([0.3, -0.2, 0.1, 0.0]).view(1, -1, 1, 1, 1)
@@ -85,7 +85,7 @@ def test_clips_to_latents_and_back(backbone: Any) -> None:
         torch.testing.assert_close(backbone.decode(latents), vae.decode(posterior.mean).sample, atol=1e-4, rtol=0)
     pixels.requires_grad_(True)
     backbone.encode_pixels(pixels).square().sum().backward()
-    assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())  # in every frame
+    assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())  # for every frame
 
 
 def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
@@ -132,7 +132,7 @@ def test_a_saved_model_folder_is_loaded_completely(backbone: Any, tmp_path: Path
 EXCLUSIVE = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
 
 
-def test_roles_are_exact_and_disjoint_or_ports_that_name_the_role_they_borrow_from(backbone: Any) -> None:
+def test_roles_are_exact_and_disjoint_or_ports_that_name_their_source(backbone: Any) -> None:
     exact: dict[tuple[str, str], str] = {}
     ports: dict[str, set[tuple[str, str]]] = {}
     for role in (r for r in EXCLUSIVE if r in backbone.roles()):
@@ -175,7 +175,7 @@ def test_injected_adapters_act_and_leave_no_trace(backbone: Any, role: str) -> N
 
 
 def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
-    learn(backbone, roles=("attention",), min_rank=1)  # the rank follows each row's own time
+    learn(backbone, roles=("attention",), min_rank=1)  # the rank depends on the timestep of each row
     adapters = backbone.adapters["my-mug"]
     parameters = [p for a in adapters for p in a.parameters()]
     text = backbone.encode(["a mug", "a dog"])
@@ -193,10 +193,10 @@ def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
     assert not any(backbone.components[n].gradient_checkpointing for n in networks(backbone))
 
 
-def test_a_training_step_mixes_no_devices() -> None:
+def test_a_training_step_does_not_mix_devices() -> None:
     for family in ("wan", "ltx"):
         backbone = FAMILIES[family]()
-        # UMT5 reads the values of its mask, and meta tensors have none
+        # UMT5 reads the values of its mask, and meta tensors have no values
         text_roles = ("text_encoder",) if family == "ltx" else ()
         Lora(rank=2, roles=("attention", *text_roles)).inject(backbone, "thing", "lora", 0)
         told = backbone.encode(["a photo of a mug", "a dog"])
@@ -222,7 +222,7 @@ def one_side(backbone: Any, t: float = 900) -> Tensor:
 
 
 @pytest.mark.parametrize("t", [900, 300])
-def test_attention_is_watched_and_edited(backbone: Any, t: int) -> None:
+def test_attention_can_be_watched_and_edited(backbone: Any, t: int) -> None:
     plain = one_side(backbone, t)
     with backbone.attending(nothing):
         assert torch.equal(one_side(backbone, t), plain)
@@ -240,7 +240,7 @@ def test_attention_is_watched_and_edited(backbone: Any, t: int) -> None:
     assert torch.equal(one_side(backbone, t), plain)
 
 
-def test_a_custom_processor_is_left_alone(backbone: Any) -> None:
+def test_a_custom_processor_is_not_replaced(backbone: Any) -> None:
     site = backbone.sites()[1]
     layer = backbone.components[networks(backbone)[-1]].get_submodule(site.name)
 

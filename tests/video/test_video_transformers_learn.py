@@ -1,4 +1,4 @@
-"""Learning on Wan (with one and two experts) and LTX: from pictures and clips, saved as concepts, exported to diffusers."""
+"""Wan (with one or two experts) and LTX learn from pictures and clips, and export their concepts to diffusers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.video.transformer_runs import FAMILIES, ask, frames_of, learn, networ
 
 @pytest.fixture(params=FAMILIES)
 def new(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """Makes the tiny backbone of one family."""
+    """Returns a function that makes the tiny backbone of a family."""
     return FAMILIES[request.param]
 
 
@@ -86,8 +86,11 @@ def test_a_step_on_clips_changes_only_the_adapter(backbone: Any, longer_clips: P
 def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
     backbone: Any, longer_clips: Path, tmp_path: Path
 ) -> None:
-    """MotionDirector's port works without temporal layers: the motion goes into Q and K of the chosen blocks; the clips'
-    appearance goes elsewhere and is not kept."""
+    """MotionDirector's port works without temporal layers.
+
+    Adapters on Q and K of the chosen blocks learn the motion. Other adapters learn the appearance of the clips and are
+    not kept.
+    """
     settings = (
         "task.skip=0",
         "trainable.temporal.blocks=1",
@@ -117,7 +120,7 @@ def test_a_motion_can_be_limited_to_one_expert() -> None:
 def test_the_spatial_path_learns_from_the_latent_frame_of_a_single_picture(
     backbone: Any, longer_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A latent frame that covers several frames is not a picture: MotionDirector's spatial path always takes the first."""
+    """Only the first latent frame stands for a single picture, so MotionDirector's spatial path always uses it."""
     shown: list[Tensor] = []
     add_noise = type(backbone).add_noise
 
@@ -126,11 +129,8 @@ def test_the_spatial_path_learns_from_the_latent_frame_of_a_single_picture(
         return add_noise(self, x0, noise, t)
 
     monkeypatch.setattr(type(backbone), "add_noise", watched)
-    here = (
-        "trainable.temporal.roles=[temporal_attention]",
-        "trainable.temporal.blocks=",
-    )  # all blocks, of which there are two
-    settings = (*here, "task.skip=0", "train.steps=3")
+    all_blocks = ("trainable.temporal.roles=[temporal_attention]", "trainable.temporal.blocks=")  # there are two blocks
+    settings = (*all_blocks, "task.skip=0", "train.steps=3")
     finish(run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director", *settings))
     assert [x.ndim for x in shown] == [4, 5] * 3
     stills = backbone.encode_pixels(torch.stack([moving_square(i, 9, 40)[:, 0, :32, :32] for i in range(2)]))
@@ -140,7 +140,7 @@ def test_the_spatial_path_learns_from_the_latent_frame_of_a_single_picture(
 
 
 def test_clip_masks_are_averaged_over_the_frames_of_each_latent_frame(backbone: Any, tmp_path: Path) -> None:
-    """A mask only in the second frame covers nothing of the first latent frame, and 1/r of the next."""
+    """A mask of only the second frame covers nothing of the first latent frame and 1/r of the second latent frame."""
     frames = frames_of(backbone)
     mask = torch.zeros(1, frames, 32, 32)
     mask[:, 1, :16] = 1
@@ -217,7 +217,7 @@ def test_diffusers_loads_the_exported_files(new: Callable[[], Any], tmp_path: Pa
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
-def test_exporting_what_diffusers_cannot_load_is_refused(backbone: Any, tmp_path: Path) -> None:
+def test_exporting_layers_that_diffusers_cannot_load_is_refused(backbone: Any, tmp_path: Path) -> None:
     learn(backbone, roles=("text_encoder",))
     concept = capture(backbone, "my-mug", Provenance(class_noun="mug"))
     with pytest.raises(ValueError, match=f"diffusers loads LoRA for {backbone.family} into .*not into text_encoder"):

@@ -1,4 +1,4 @@
-"""What is specific to Wan: UMT5's zeroed padding, two experts chosen by noise level, and one time per token."""
+"""The special features of Wan: UMT5's zeroed padding, experts chosen by noise level, and a timestep per token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ask(backbone: WanBackbone, t: Any, rows: int = 2) -> Tensor:
     return backbone.predict(noise(rows, 4, 2, 4, 4), torch.as_tensor(t), backbone.encode(prompts))
 
 
-def test_the_encoding_and_the_network_equal_the_pipelines(wan: WanBackbone) -> None:
+def test_the_encoding_and_the_network_equal_those_of_the_pipeline(wan: WanBackbone) -> None:
     prompts, pipe = ["a photo of a mug", "a dog"], wan.pipeline()
     theirs = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=48)[0]
     ours = wan.encode(prompts)
@@ -48,7 +48,7 @@ def test_the_encoding_and_the_network_equal_the_pipelines(wan: WanBackbone) -> N
     assert (wan.default_guidance, wan.default_steps, wan.frames) == (5.0, 50, 81)
 
 
-def test_the_expert_is_chosen_by_time(experts: WanBackbone) -> None:
+def test_the_timestep_decides_the_expert(experts: WanBackbone) -> None:
     x, text = noise(2, 4, 2, 4, 4), experts.encode(["a mug", "a dog"])
     high, low = experts.experts["transformer"], experts.experts["transformer_2"]
     for t, network in ((999, high), (700, high), (699, low), (0, low)):
@@ -106,8 +106,8 @@ def test_editing_the_attention_of_both_experts_in_one_batch_is_refused(experts: 
     ask(experts, mixed)
 
 
-def test_one_time_per_token_equals_the_pipeline(wan: WanBackbone) -> None:
-    """As in Wan 2.2 5B."""
+def test_sampling_with_one_timestep_per_token_equals_the_pipeline(wan: WanBackbone) -> None:
+    """Wan 2.2 5B has one timestep per token."""
     backbone = WanBackbone(build_wan(time_per_token=True), "tiny")
     seen: list[Tensor] = []
     backbone.denoiser.register_forward_pre_hook(lambda m, a, k: seen.append(k["timestep"]), with_kwargs=True)
@@ -127,8 +127,8 @@ def test_each_expert_is_exported_to_its_own_file_with_loading_instructions(exper
     assert "load_into_transformer_2=True" in (tmp_path / "out/README.txt").read_text()
 
 
-def test_another_scheduler_keeps_the_shift(wan: WanBackbone) -> None:
-    """The family's solver calls it flow_shift, Euler's calls it shift."""
+def test_another_scheduler_keeps_the_shift_of_the_family(wan: WanBackbone) -> None:
+    """The shift is called flow_shift by the family's scheduler and shift by the Euler scheduler."""
     assert make_scheduler(wan).config.flow_shift == make_scheduler(wan, "flow_euler").config.shift == 3.0
     settings = SamplingSettings("blurry", 4.0, 3, "flow_euler", height=32, width=32, frames=5)
     ours = sample(wan, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
@@ -140,8 +140,8 @@ def test_another_scheduler_keeps_the_shift(wan: WanBackbone) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"in_channels": 8}, "the transformer needs 8 channels and gets 4"),
-        ({"image_dim": 8, "added_kv_proj_dim": 24}, "only text to video is supported"),
+        ({"in_channels": 8}, "the transformer takes 8 channels instead of 4"),
+        ({"image_dim": 8, "added_kv_proj_dim": 24}, "only text-to-video models are supported"),
         ({"patch_size": (2, 2, 2)}, r"has patches of \[2, 2, 2\]"),
     ],
 )

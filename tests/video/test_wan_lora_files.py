@@ -1,4 +1,4 @@
-"""LoRA files from other programs for Wan and LTX: merged weights and diffusers' own loader are the oracles."""
+"""LoRA files for Wan and LTX from other programs, compared with merged weights and with diffusers' own loader."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ROLES = ("attention", "feed_forward")
 WAN = (("attn1.to_", "self_attn."), ("attn2.to_", "cross_attn."), ("out.0", "o"), ("net.0.proj", "0"), ("net.2", "2"))
 
 
-def wan_s_own(pairs: Pairs) -> Pairs:
-    """The pairs under the names of Wan's own checkpoints."""
+def wan_names(pairs: Pairs) -> Pairs:
+    """Returns the pairs under the layer names of Wan's own checkpoints."""
     out: Pairs = {}
     for (component, path), pair in pairs.items():
         for ours, theirs in WAN:
@@ -34,16 +34,16 @@ def wan_s_own(pairs: Pairs) -> Pairs:
 
 
 @pytest.mark.parametrize("program", ["diffusers", "diffusion-pipe", "musubi"])
-def test_wan_files_with_the_layer_names_of_each_program(tmp_path: Path, program: str) -> None:
+def test_wan_files_with_the_layer_names_of_each_program_are_imported(tmp_path: Path, program: str) -> None:
     wan = WanBackbone(build_wan(), "tiny")
     pairs = low_rank(wan, ROLES, scaled=program == "musubi")
     if program == "diffusers":
         state = spelled(pairs, {"transformer": "transformer."}, ("lora_A", "lora_B"), flat=False, alphas=False)
     elif program == "diffusion-pipe":
-        own = wan_s_own(pairs)
+        own = wan_names(pairs)
         state = spelled(own, {"transformer": "diffusion_model."}, ("lora_A", "lora_B"), flat=False, alphas=False)
     else:
-        own = wan_s_own(pairs)
+        own = wan_names(pairs)
         state = spelled(own, {"transformer": "lora_unet_"}, ("lora_down", "lora_up"), flat=True, alphas=True)
     save_file(state, tmp_path / LORA)
     assert looks_like(list(state)) == "Wan"
@@ -53,7 +53,7 @@ def test_wan_files_with_the_layer_names_of_each_program(tmp_path: Path, program:
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
-def test_ltx_files_with_the_layer_names_of_each_program(tmp_path: Path, prefix: str) -> None:
+def test_ltx_files_with_the_layer_names_of_each_program_are_imported(tmp_path: Path, prefix: str) -> None:
     ltx = LTXBackbone(build_ltx(), "tiny")
     pairs = low_rank(ltx, ROLES, scaled=False)
     state = spelled(pairs, {"transformer": prefix}, ("lora_A", "lora_B"), flat=False, alphas=False)
@@ -64,7 +64,7 @@ def test_ltx_files_with_the_layer_names_of_each_program(tmp_path: Path, prefix: 
     same(ours, by_diffusers(ltx, build_ltx(), tmp_path / LORA))
 
 
-def test_the_files_of_two_experts_are_loaded_into_the_right_ones(tmp_path: Path) -> None:
+def test_the_files_of_two_experts_are_loaded_into_the_right_experts(tmp_path: Path) -> None:
     backbone: Any = WanBackbone(build_wan(experts=2), "tiny")
     learn(backbone)
     expected = ask(backbone)
@@ -79,7 +79,7 @@ def test_the_files_of_two_experts_are_loaded_into_the_right_ones(tmp_path: Path)
 
 def test_a_file_that_does_not_name_its_expert_is_refused(tmp_path: Path) -> None:
     one, two = WanBackbone(build_wan(), "tiny"), WanBackbone(build_wan(experts=2), "tiny")
-    pairs = wan_s_own(low_rank(one, ("self_attention",), scaled=False))
+    pairs = wan_names(low_rank(one, ("self_attention",), scaled=False))
     state = spelled(pairs, {"transformer": "diffusion_model."}, ("lora_A", "lora_B"), flat=False, alphas=False)
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(

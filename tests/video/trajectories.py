@@ -16,7 +16,10 @@ SIDE = 64
 
 
 def drawn(path: np.ndarray, size: float = 0.25) -> tuple[Tensor, Tensor]:
-    """A textured square whose centre and size follow a path [F, 3]: frames [3, F, S, S] in [-1, 1], masks [F, S, S]."""
+    """Draws a textured square whose centre and size follow `path` (`[F, 3]`).
+
+    Returns the frames, `[3, F, S, S]` in [-1, 1], and the masks, `[F, S, S]`.
+    """
     draw = torch.Generator().manual_seed(0)
     ground = torch.rand(3, SIDE, SIDE, generator=draw) * 0.2
     pattern = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6, generator=draw), (SIDE, SIDE), mode="bilinear")[0]

@@ -1,4 +1,4 @@
-"""Tiny random Wan and LTX pipelines, made of the real diffusers classes. Pictures are 32x32, latents 4x4x4."""
+"""Tiny random Wan and LTX pipelines, built from the real diffusers classes. Pictures are 32x32, latents 4x4x4."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.conftest import build_t5_tokenizer
 
 
 def build_wan(seed: int = 0, *, experts: int = 1, time_per_token: bool = False) -> Any:
-    """A fresh `WanPipeline`: two blocks, 4n + 1 frames; if there are two experts, they switch at t = 700."""
+    """Builds a `WanPipeline` with two blocks for 4n + 1 frames. If there are two experts, they switch at t = 700."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -57,7 +57,7 @@ def build_wan(seed: int = 0, *, experts: int = 1, time_per_token: bool = False) 
 
 
 def build_ltx(seed: int = 0, *, timed_decoder: bool = False) -> Any:
-    """A fresh `LTXPipeline`: two blocks, 8n + 1 frames; `timed_decoder` as in version 0.9.1 and later."""
+    """Builds an `LTXPipeline` with two blocks for 8n + 1 frames. Versions from 0.9.1 on have a `timed_decoder`."""
     from diffusers import (
         AutoencoderKLLTXVideo,
         FlowMatchEulerDiscreteScheduler,

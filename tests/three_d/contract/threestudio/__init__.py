@@ -1,4 +1,4 @@
-"""Only what threestudio's documentation promises to extensions: a registry of classes by name."""
+"""Stands in for threestudio, with only what its documentation promises to extensions: a registry of classes by name."""
 
 import logging
 

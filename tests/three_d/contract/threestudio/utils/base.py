@@ -1,4 +1,4 @@
-"""Objects are built from a mapping, parsed strictly by their nested `Config`, and the arguments of `configure`."""
+"""Base classes whose objects are built from arguments for `configure` and a mapping that `Config` parses strictly."""
 
 from dataclasses import dataclass
 
