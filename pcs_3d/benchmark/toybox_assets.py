@@ -25,9 +25,8 @@ from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.backbones import load_backbone
 from shared.benchmark.experiment import Experiment, benchmark
-from shared.benchmark.toybox import Things, check_place, evaluators, named, say
+from shared.benchmark.toybox import Things, check_place, chosen_things, evaluators, named, say
 from shared.concept import read
-from shared.config import unknown
 from shared.io.checksums import sha256
 from shared.io.outputs import write_text
 from shared.io.read_subject import read_subject
@@ -36,7 +35,6 @@ from shared.recipe.phases import learns_subjects
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.toybox import reference_sets as album
-from shared.toybox.subjects import subjects as held_out
 from shared.train import checkpoint
 from shared.train.device import pick_device
 from shared.types import Subject
@@ -51,7 +49,7 @@ class AssetBenchmarkSettings:
     """Settings of a comparison: the subjects, the recipe that learns them, and the output folder."""
 
     split: str = "development"  # which held-out subjects to use; use "reporting" only once, at the end
-    subjects: int = 4  # how many subjects of the split to use, from its first
+    subjects: int | tuple[str, ...] = 4  # how many (the first of the split), or their names
     learn: str = "t_lora"  # recipe that learns subjects from pictures
     prompt: str = "a photo of a {concept}"
     out: Path = Path("benchmark")
@@ -72,8 +70,7 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     concept.
     """
     chosen = named(recipes or RECIPES)
-    if settings.split not in album.SPLITS:
-        raise ValueError(unknown(settings.split, album.SPLITS, "split"))
+    things = chosen_things(settings.split, settings.subjects)
     if "{concept}" not in settings.prompt:
         raise ValueError(f"--prompt {settings.prompt!r} has no place for the subject: write {{concept}} in it")
     asked = {name: _example(recipe, settings) for name, recipe in chosen.items()}
@@ -82,7 +79,6 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
         _check(name, recipe)
     check_place(settings.out, [*chosen.values(), settings.learn], asked.values())
     runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
-    things = [h.name for h in held_out(settings.split)][: settings.subjects]
     with TemporaryDirectory() as folder:
         example = read_subject(album.write_album(things[0], Path(folder) / "pictures")[0].parent, class_noun="thing")
         for name, recipe in asked.items():

@@ -152,7 +152,7 @@ def benchmark(
     split: str = typer.Option(
         "development", help="development (for use while tuning) or reporting (for use only once, at the end)"
     ),
-    subjects: int = typer.Option(4, min=1, max=10_000, help="number of the split's subjects to use"),
+    subjects: str = typer.Option("4", help="how many of the split's subjects, or their names: NAME,NAME"),
     learn: str = typer.Option(
         "t_lora",
         help="recipe that learns each subject from pictures; its concept is shared by all asset recipes that do not "
@@ -171,10 +171,11 @@ def benchmark(
     from pcs_3d.benchmark.toybox_assets import AssetBenchmarkSettings, run
     from pcs_3d.extra import check_installed
     from shared.benchmark.experiment import failures_told
+    from shared.benchmark.toybox import count_or_names
 
     check_installed()
     settings = AssetBenchmarkSettings(
-        split, subjects, learn, prompt, out, device, tuple(overrides), tuple(learn_overrides)
+        split, count_or_names(subjects), learn, prompt, out, device, tuple(overrides), tuple(learn_overrides)
     )
     comparison = run(recipes or [], settings)
     print(comparison.markdown())

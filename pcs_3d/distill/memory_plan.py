@@ -119,13 +119,16 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
     run._attach_names()
     how: dict[str, Levers] = {}
     estimate = 0
-    for index, (name, phase) in enumerate(run.phases):
-        trained = run._unfreeze(phase)
-        if not isinstance(phase.task, DistillTask):
-            continue
-        tries = Tries(run, index, trained)
-        how[name], needed = fitting(tries, budget, sides_fixed)
-        estimate = max(estimate, needed)
+    try:
+        for index, (name, phase) in enumerate(run.phases):
+            trained = run._unfreeze(phase)
+            if not isinstance(phase.task, DistillTask):
+                continue
+            tries = Tries(run, index, trained)
+            how[name], needed = fitting(tries, budget, sides_fixed)
+            estimate = max(estimate, needed)
+    finally:
+        run.offloaded.restore()
     run._freeze()
     data = dump(recipe)
     for name, levers in how.items():
@@ -228,6 +231,7 @@ class Tries:
         with TemporaryDirectory() as folder:
             context = replace(context, phase_folders=self._views(Path(folder)))
             task: Any = self.run.tasks[DistillTask](context)
+        self.run.offloaded.keep_only(task.networks_in_steps)  # as while the phase runs
         parts = [p for groups in task.groups().values() for group in groups for p in group.parameters]
         numbers = sum(p.numel() for p in parts)
         copies = 1 + _MOMENTS + (1 + _MOMENTS if numbers <= MOST else 0)

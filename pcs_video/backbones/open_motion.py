@@ -8,9 +8,12 @@ from typing import Any
 from pcs_video.backbones.animatediff import AnimateDiffBackbone, with_motion
 from pcs_video.backbones.picture_clips import NONE, PictureClipsBackbone
 from shared.backbones import Backbone
+from shared.backbones.built_on import AddedNetwork
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.config import expanded
 from shared.io.model_folders import load_network
+
+_TOYBOX_FIND = ("from shared.toybox.weights import motion_adapter_path", "motion_adapter_path()")
 
 
 def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) -> Backbone:
@@ -40,6 +43,7 @@ def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) ->
     else:
         adapter = _adapter(_folder(backbone, folder), backbone.dtype)
         made = AnimateDiffBackbone(with_motion(backbone.pipeline(), adapter), backbone.name)
+        made.added = (AddedNetwork("motion_adapter", "MotionAdapter", _TOYBOX_FIND if folder is None else None),)
     made.world = backbone.world
     made.default_guidance, made.default_steps = backbone.default_guidance, backbone.default_steps
     return made

@@ -212,9 +212,9 @@ def benchmark(
     split: str = typer.Option(
         "development", help="development (for use while tuning) or reporting (for a single use at the end)"
     ),
-    motions: int = typer.Option(6, min=1, max=10_000, help="how many of the split's motions to use"),
-    subjects: int = typer.Option(
-        4, min=0, max=10_000, help="how many of the split's subjects to show each motion on; 0 for none"
+    motions: str = typer.Option("6", help="how many of the split's motions, or their names: NAME,NAME"),
+    subjects: str = typer.Option(
+        "4", help="how many of the split's subjects to show each motion on, or their names; 0 for none"
     ),
     subject_recipe: str = typer.Option("dreambooth_lora", help="recipe that learns the subjects from pictures"),
     limit: int = typer.Option(1, min=1, max=10_000, help="number of prompts"),
@@ -232,11 +232,12 @@ def benchmark(
     from pcs_video.recipe import VideoRecipe
     from pcs_video.runner import VideoRunner
     from shared.benchmark.experiment import failures_told
+    from shared.benchmark.toybox import count_or_names
     from shared.benchmark.toybox_clips import ClipBenchmarkSettings, run
 
     settings = ClipBenchmarkSettings(
-        split, motions, subjects, subject_recipe, limit, num, out, device, tuple(overrides), tuple(subject_overrides),
-        steps, motion_adapter,
+        split, count_or_names(motions, "--motions"), count_or_names(subjects, least=0), subject_recipe, limit, num, out,
+        device, tuple(overrides), tuple(subject_overrides), steps, motion_adapter,
     )  # fmt: skip
     comparison = run(VideoRunner, VideoRecipe, recipes or [], settings)
     print(comparison.markdown())

@@ -13,6 +13,7 @@ from shared.backbones.added_tokens import TokenOverlay
 from shared.backbones.attending import Attending
 from shared.backbones.attention_rows import PredictionRows, Rows
 from shared.backbones.attention_sites import Site
+from shared.backbones.built_on import AddedNetwork
 from shared.backbones.checkpoint_identity import checkpoint_identity
 from shared.backbones.forward_process import ForwardProcess, frame_times
 from shared.backbones.latents import LatentCodec
@@ -64,6 +65,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.vae: Any = vae
         self.scheduler = scheduler
         self.placement: Placement | None = None  # set when networks take turns on the device
+        self.added: tuple[AddedNetwork, ...] = ()
         self.adapters: dict[str, list[Adapter]] = {}
         self.placeholders: dict[str, Placeholder] = {}
         self._strengths: dict[str, float] = {}  # of adapters, by concept

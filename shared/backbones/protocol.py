@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shared.backbones.attention_edits import At, Edit
 from shared.backbones.attention_maps import Record, Watch
 from shared.backbones.attention_sites import Site
+from shared.backbones.built_on import AddedNetwork
 from shared.backbones.placement import Placement
 from shared.backbones.synthetic_world import World
 from shared.types import Conditioning, SiteContext
@@ -135,6 +136,7 @@ class Backbone(Protocol):
     context_component: str  # the text encoder whose hidden states are the context
     vae: Any  # maps between pixels and latents; never trained
     placement: Placement | None  # moves networks that take turns on the device; None if all of them stay there
+    added: tuple[AddedNetwork, ...]  # networks that were loaded from other folders and added to the model
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
 

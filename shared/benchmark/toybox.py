@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,30 +102,36 @@ def check_place(out: Path, recipes: Iterable[str], resolved: Iterable[Recipe], m
     )
 
 
-def count_or_names(text: str) -> int | tuple[str, ...]:
-    """Parses "4", or "development-mug,development-duck". Raises ValueError for anything else."""
+def count_or_names(text: str, option: str = "--subjects", least: int = 1) -> int | tuple[str, ...]:
+    """Parses "4", or "development-mug,development-duck". Raises ValueError, naming the option, for anything else and for a
+    number below `least`."""
     names = tuple(name.strip() for name in text.split(","))
     if len(names) == 1 and names[0].lstrip("-").isdigit():
-        if not 1 <= int(names[0]) <= MOST:
-            raise ValueError(f"--subjects {text}: give 1 to {MOST:,}, or names separated by commas")
+        if not least <= int(names[0]) <= MOST:
+            raise ValueError(f"{option} {text}: give {least} to {MOST:,}, or names separated by commas")
         return int(names[0])
     if not all(names):
-        raise ValueError(f"--subjects {text!r}: give a number, or names separated by commas")
+        raise ValueError(f"{option} {text!r}: give a number, or names separated by commas")
     return names
 
 
 def chosen_things(split: str, subjects: int | Sequence[str]) -> list[str]:
     """Returns the first `subjects` held-out things of a split, or those with these names. Raises ValueError for an
     unknown split or name."""
+    return chosen_of("subject", split, lambda: [h.name for h in held_out(split)], subjects)
+
+
+def chosen_of(what: str, split: str, names: Callable[[], list[str]], chosen: int | Sequence[str]) -> list[str]:
+    """Returns the first `chosen` of a split's names, or those that `chosen` lists. Raises ValueError for an unknown split or
+    name."""
     if split not in album.SPLITS:
         raise ValueError(unknown(split, album.SPLITS, "split"))
-    names = [h.name for h in held_out(split)]
-    if isinstance(subjects, int):
-        return names[:subjects]
-    for name in subjects:
-        if name not in names:
-            raise ValueError(unknown(name, names, f"subject of the {split} split"))
-    return list(dict.fromkeys(subjects))
+    if isinstance(chosen, int):
+        return names()[:chosen]
+    for name in chosen:
+        if name not in names():
+            raise ValueError(unknown(name, names(), f"{what} of the {split} split"))
+    return list(dict.fromkeys(chosen))
 
 
 def say(*what: str) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from shared.backbones import load_backbone
 from shared.benchmark.clip_table import ClipComparison, ClipGoal, clips
 from shared.benchmark.experiment import Experiment, benchmark
-from shared.benchmark.toybox import Things, check_place, evaluators, learned, named, say
+from shared.benchmark.toybox import Things, check_place, chosen_of, chosen_things, evaluators, learned, named, say
 from shared.concept import read
-from shared.config import unknown
 from shared.evaluation.clips.evaluate import KeptClips
 from shared.metrics.clips.report import ClipReport
 from shared.recipe.catalog import recipe_files
@@ -20,10 +19,8 @@ from shared.recipe.schema import Recipe, dump
 from shared.runner.base import Runner
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.sampling.settings import SamplingSettings
-from shared.toybox import reference_sets as album
 from shared.toybox.motions.held_out import held_out_motions
 from shared.toybox.motions.reference_clips import write_motion
-from shared.toybox.subjects import subjects as held_out
 from shared.train.device import pick_device
 
 PROMPTS = "toybox_motion"
@@ -36,8 +33,8 @@ class ClipBenchmarkSettings:
     """The settings of a benchmark of motion recipes on the toybox."""
 
     split: str = "development"  # split of the held-out motions and things; use "reporting" only once, at the end
-    motions: int = 6  # number of motions, from the start of the split
-    subjects: int = 4  # number of things, from the start of the split; 0: motions only
+    motions: int | tuple[str, ...] = 6  # how many (the first of the split), or their names
+    subjects: int | tuple[str, ...] = 4  # how many (the first of the split), or their names; 0: motions only
     # the recipe, for pictures or clips, that learns each thing once from pictures
     subject_recipe: str = "dreambooth_lora"
     limit: int = 1  # number of prompts
@@ -64,15 +61,13 @@ def run(
     contents = {name: dump(recipe) for name, recipe in resolved.items()}
     things = _things(settings, model)
     subject = dump(load(things.recipe, things.overrides, things.modality, things.model)) if settings.subjects else None
-    if settings.split not in album.SPLITS:
-        raise ValueError(unknown(settings.split, album.SPLITS, "split"))
+    cells = cells_of(settings)
     adapters = [path for path in (settings.motion_adapter,) if path is not None and path.exists()]
     check_place(settings.out, [*chosen.values(), things.recipe], resolved.values(), adapters)
     device = pick_device(settings.device)
     how = {} if settings.motion_adapter is None else {"motion_adapter": settings.motion_adapter}
     runner = kind(kind.prepared(load_backbone("toybox", device=device), **how))
     painter = Runner(load_backbone("toybox", device=device)) if things.modality == "image" else runner
-    cells = cells_of(settings)
     about = {"limit": settings.limit, "steps": settings.steps, "subject": subject}
     about |= {"checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     experiment = Experiment(contents, list(cells), PROMPTS, range(settings.num), about)
@@ -115,8 +110,11 @@ def _load(recipe: str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
 
 def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
     """Maps the name of each cell in the table to (held-out motion, held-out thing or "")."""
-    motions = [f"{settings.split}-{m.name}" for m in held_out_motions(settings.split)][: settings.motions]
-    things = [h.name for h in held_out(settings.split)][: settings.subjects] or [""]
+    split = settings.split
+    motions = chosen_of(
+        "motion", split, lambda: [f"{split}-{m.name}" for m in held_out_motions(split)], settings.motions
+    )
+    things = chosen_things(split, settings.subjects) or [""]
     short = len(settings.split) + 1
     return {
         f"{m[short:]} with {t[short:]}" if t else m[short:]: (m, t)

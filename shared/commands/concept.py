@@ -42,20 +42,25 @@ def export(
         1.0, help="strength folded into the weights and the learned tokens", **numbers.STRENGTH
     ),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
+    motion_adapter: Path = typer.Option(
+        None, help="a folder with a diffusers MotionAdapter, for a motion; default: the backbone's own", **PATH
+    ),
     download: bool = typer.Option(
         False, "--download", help="download files from the hub if they are not in the local cache"
     ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Export a concept in another program's format, load it back with that program, and compare the two numerically."""
+    from shared.backbones.built_on import built_on
     from shared.concept import export as write
     from shared.concept import load_backbone_of, read
     from shared.io.outputs import check_output
     from shared.runner.open_runner import read_by
 
-    check_output(out, overwrite, read_by([path], backbone))
+    check_output(out, overwrite, [*read_by([path], backbone), *([motion_adapter] if motion_adapter else [])])
     concept = read(path)
-    model = load_backbone_of(concept, backbone, download=download)
+    prepare = built_on(concept.meta.backbone.family, motion_adapter)
+    model = load_backbone_of(concept, backbone, download=download, prepare=prepare)
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
     for name, check in result["checks"].items():
         found, limit = check["max_abs_difference"], check["limit"]
@@ -108,6 +113,7 @@ def merge(
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Merge separately learned concepts without training, using Custom Diffusion's constrained least squares."""
+    from shared.backbones.built_on import built_on
     from shared.concept import load_backbone_of, read, save
     from shared.concept.merge import merge as join
     from shared.io.outputs import atomic_folder, check_output
@@ -116,7 +122,8 @@ def merge(
     check_output(out, overwrite, [*read_by(paths, backbone), *([captions] if captions else [])])
     concepts = [read(path) for path in paths]
     listed = _lines(captions) if captions else None
-    model = load_backbone_of(concepts[0], backbone)
+    prepare = built_on(concepts[0].meta.backbone.family)
+    model = load_backbone_of(concepts[0], backbone, prepare=prepare)
     sentences = listed if listed is not None else _plain(model, [c.meta.class_noun for c in concepts])
     merged = join(concepts, model, sentences, method)  # type: ignore[arg-type]
     with atomic_folder(out, overwrite) as folder:

@@ -25,6 +25,7 @@ from shared.concept.provenance import public_name
 from shared.io.adapter_settings import MIN_RANK
 from shared.modifiers.learnable import at_strength
 
+ANYTHING = "mug"  # stands for a subject in prompts for what has no words: a motion, for example
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
 #: Networks whose LoRA a pipeline loads from a separate file, under another name and with an additional option.
@@ -254,6 +255,13 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     if backbone.world is not None:
         import_line, source = backbone.world.find
         lines.append(import_line)
+    for network in backbone.added:
+        lines[0] += f", {network.kind}"
+        folder_of = json.dumps(f"{{{network.argument}}}")
+        if network.find is not None:
+            import_line, folder_of = network.find
+            lines.append(import_line)
+        source += f", {network.argument}={network.kind}.from_pretrained({folder_of})"
     lines.append(f"pipe = {pipeline}.from_pretrained({source})")
     for file, options in (written.get("lora") or {}).get("files", {}).items():
         told = "".join(f", {key}={value}" for key, value in options.items())
@@ -271,7 +279,8 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
         lines.append(f'pipe.load_textual_inversion("{{folder}}/{entry["file"]}"{where})')
         if entry["end_of_text"]:
             lines.append(f"pipe.{entry['component']}.eos_token_id = pipe.{tokenizer}.eos_token_id")
-    made = f"pipe({json.dumps(f'a photo of a {words}'.strip())})"
+    prompt = f"a photo of a {words or ANYTHING}"
+    made = f"pipe({json.dumps(prompt)})"
     if backbone.frames is None:
         lines.append(f"{made}.images[0].save('picture.png')")
     else:
@@ -279,6 +288,8 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     where = (
         f", and {{model}} the path of {public_name(backbone.name)} (weights {backbone.checkpoint[:12]})" if own else ""
     )
+    for network in backbone.added:
+        where += "" if network.find else f", and {{{network.argument}}} the folder of the {network.kind}"
     head = f"The concept {concept.name!r} for diffusers, where {{folder}} is the folder of this file{where}:\n\n"
     (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")
 

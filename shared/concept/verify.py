@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
-from shared.concept.diffusers_format import reads_token_files, token_names
+from shared.concept.diffusers_format import ANYTHING, reads_token_files, token_names
 from shared.io.safetensors_files import safe_load_safetensors
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
@@ -40,7 +40,7 @@ def compare(
     """
     placeholder = backbone.placeholders.get(name)
     phrase = placeholder.words if placeholder is not None else ""
-    prompt, public = f"a photo of a {phrase}".strip(), f"a photo of a {words}".strip()
+    prompt, public = (f"a photo of a {said or ANYTHING}" for said in (phrase, words))
     adapted = set((written.get("lora") or {}).get("components", ()))
     with backbone.active({name: strength}):
         text = backbone.encode([prompt])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -73,6 +73,10 @@ class Offloaded:
         if self.on and names:
             self._placement.send_away(*names)
             self._away |= set(names)
+
+    def keep_only(self, used: Collection[str]) -> None:
+        """Offloads all networks except these."""
+        self.offload(*(self.networks.keys() - set(used)))
 
     def restore(self) -> None:
         """Brings all offloaded networks back to the device, now or when they are next used."""

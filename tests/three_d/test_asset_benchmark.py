@@ -138,6 +138,12 @@ def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
         ("hifa", ("--set-learn", "trian.steps=3"), "trian"),
         ("hifa", ("--learn", "t_loar"), "t_lora"),
         ("hifa", ("--split", "testing"), "testing"),
+        (
+            "hifa",
+            ("--subjects", "development-duck,reporting-duck"),
+            "unknown subject of the development split 'reporting-duck'",
+        ),
+        ("hifa", ("--subjects", "0"), "--subjects 0: give 1 to 10,000, or names"),
         ("hifa", ("--prompt", "a photo of a duck"), "{concept}"),
         ("hfia", (), "hifa"),
         ("realfusion", (), "realfusion: references.azimuth_deg must have one azimuth per picture (5), but has 1"),

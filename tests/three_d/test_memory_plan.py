@@ -9,7 +9,7 @@ import torch
 
 from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.distill.distill import Distill
-from pcs_3d.distill.memory_plan import Levers, Tries, as_begun, fitting, step_once
+from pcs_3d.distill.memory_plan import Levers, Tries, as_begun, fitting, plan_memory, step_once
 from pcs_3d.runner import Runner3D
 from shared.recipe.schema import dump
 from shared.train.measure_memory import parse_bytes, peak_during
@@ -62,6 +62,21 @@ def test_the_estimate_matches_the_memory_of_a_step(sd, tmp_path):
     assert tries.costs(Levers(8, 8))[1] == pytest.approx((eight - four) / 4, rel=0.33)
     less = actual(sd, tmp_path / "run", *AGAIN)
     assert less < 0.8 * eight and less < tries.costs(Levers(8, 8, 2))[1] * 8 + 2**20
+
+
+def test_idle_networks_are_offloaded_while_memory_is_measured_and_return_afterwards(sd, tmp_path):
+    run = run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run")
+    run.offloaded.on = True  # as on a GPU; here networks move from the CPU to the CPU
+    steps, moved = [], run.offloaded.offload
+
+    def offload(*names: str) -> None:
+        steps.append(names)
+        moved(*names)
+
+    run.offloaded.offload = offload
+    plan = plan_memory(run, recipe("voxels", *RENDERS), 8 * 2**30)
+    assert steps and set(steps) == {("text_encoder",)}, steps
+    assert not run.offloaded._away and plan.estimate < plan.budget
 
 
 def test_recomputation_gives_the_same_field(new_sd, tmp_path):

@@ -95,6 +95,22 @@ def test_a_cell_is_a_motion_with_or_without_a_subject():
     assert cells_of(ClipBenchmarkSettings("reporting", motions=1, subjects=0)) == {
         "staircase": ("reporting-staircase", "")
     }
+    named = ClipBenchmarkSettings(motions=("development-spiral",), subjects=("development-mug", "development-cat"))
+    assert list(cells_of(named)) == ["spiral with mug", "spiral with cat"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--motions", "development-slide"), "unknown motion of the development split 'development-slide'"),
+        (("--subjects", "development-duck,mug"), "unknown subject of the development split 'mug'"),
+        (("--motions", "0"), "--motions 0: give 1 to 10,000, or names"),
+        (("--subjects", "-1"), "--subjects -1: give 0 to 10,000, or names"),
+    ],
+)
+def test_unknown_names_and_wrong_counts_are_refused_before_anything_is_learned(pcs, tmp_path, options, message):
+    ran = pcs("video", "benchmark", "motion_director", *options, "--out", tmp_path / "t")
+    assert ran.code == 2 and message in ran.err and not (tmp_path / "t").exists()
 
 
 def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:

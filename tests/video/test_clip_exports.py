@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
+from shared.backbones import load_backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.cli import build, run
 from shared.concept import Concept, Provenance, capture, read, save
 from shared.concept.export_formats import export
 from shared.modifiers import PlainText
@@ -156,3 +160,40 @@ def test_diffusers_loads_a_motion_alongside_a_subject(
     theirs = torch.as_tensor(frames).transpose(1, 2).float() * 2 - 1
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
     assert (ours - plain).abs().max() > 0.01
+
+
+def test_a_motion_is_exported_with_its_motion_adapter_and_the_code_in_the_readme_loads_both(
+    picture_model: Path, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = with_motion_adapter(load_backbone(picture_model), adapter_folder)
+    learned(backbone, "spin", tmp_path, "motion")
+    command = ["concept", "export", str(tmp_path / "spin.concept"), "--backbone", str(picture_model)]
+    assert run(build(), [*command, "--out", str(tmp_path / "without")]) == 2
+    assert "give motion_adapter=FOLDER (--motion-adapter)" in capsys.readouterr().err
+    added, out = ["--motion-adapter", str(adapter_folder)], tmp_path / "out"
+    assert run(build(), [*command, *added, "--out", str(out)]) == 0
+    text = (out / "README.txt").read_text()
+    assert "{motion_adapter} the folder of the MotionAdapter" in text and str(tmp_path) not in text
+    code = "\n".join(re.findall(r"^    (.*)$", text, re.M))
+    for name, folder in {"folder": out, "model": picture_model, "motion_adapter": adapter_folder}.items():
+        code = code.replace(f"{{{name}}}", str(folder))
+    *load, _, use = code.splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(load), names)  # the lines that we wrote ourselves
+    assert use == "export_to_video(pipe(\"a photo of a mug\").frames[0], 'clip.mp4')"
+    (name,) = names["pipe"].unet.peft_config
+    theirs = names["pipe"].unet.state_dict()
+    key = next(
+        k for k in theirs if k.endswith(f"motion_modules.0.transformer_blocks.0.attn1.to_q.lora_A.{name}.weight")
+    )
+    ours = read(tmp_path / "spin.concept").tensors["adapter"]
+    assert any(torch.equal(theirs[key], tensor) for tensor in ours.values())
+
+
+def test_a_concept_of_pictures_takes_no_motion_adapter(
+    concepts: dict[str, Concept], adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["concept", "export", str(concepts["mug"].path), "--motion-adapter", str(adapter_folder)]
+    assert run(build(), [*command, "--out", str(tmp_path / "out")]) == 2
+    assert "a concept learned on stable_diffusion has no motion module" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
