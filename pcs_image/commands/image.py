@@ -69,9 +69,11 @@ def generate(
     boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
     negative: str = typer.Option("", help="negative prompt, which describes what should not appear"),
     guidance: float = typer.Option(
-        None, help="classifier-free guidance scale; default: the model's own", **numbers.GUIDANCE
+        None, help="classifier-free guidance scale; default: as in the first concept's recipe", **numbers.GUIDANCE
     ),
-    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps"),
+    steps: int = typer.Option(
+        None, min=1, max=10_000, help="denoising steps; default: as in the first concept's recipe"
+    ),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
     width: int = typer.Option(None, min=1, max=8192, help="pixels"),

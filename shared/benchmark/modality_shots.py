@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,10 +55,7 @@ def as_frames(pixels: Tensor) -> Tensor:
 def _sampling(runner: Runner, asked: Asked, name: str) -> SamplingSettings:
     """Returns the sampling settings of this concept's recipe, with the requested number of steps if one is given."""
     learned = runner.loaded[name].concept.meta.learned_with.sampling
-    settings = SamplingSettings(
-        guidance=learned.guidance, steps=asked.steps or learned.steps, scheduler=learned.scheduler
-    )
-    return replace(settings, frames=runner.backbone.frames)
+    return SamplingSettings(steps=asked.steps, frames=runner.backbone.frames).completed(learned)
 
 
 def _all(

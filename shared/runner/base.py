@@ -186,14 +186,21 @@ class Runner:
             return self.make(texts, seeds, settings, progress)
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Adds the per-step strength from each loaded concept's recipe (`sampling.strength`), multiplied by the strength that
-        the concept was loaded with. A per-step strength that the settings already have takes precedence."""
+        """Completes the settings with those of the loaded concepts' recipes; what is set already takes precedence.
+
+        Guidance, steps and scheduler come from one recipe: the motion's, if a motion is loaded, otherwise the first concept's.
+        The strength by step (`sampling.strength`) comes from each concept's own recipe, times the strength it was loaded with.
+        """
         said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
         own = []
         for name, loaded in self.loaded.items():
             points = loaded.concept.meta.learned_with.sampling.strength
             if points and name not in said and name in self.backbone.strengths:
                 own.append(StrengthSchedule.parse(f"{name}={points}").times(self.backbone.strengths[name]))
+        recipes = [loaded.concept.meta for loaded in self.loaded.values()]
+        leading = next((meta for meta in recipes if meta.kind == "motion"), recipes[0] if recipes else None)
+        if leading is not None:
+            settings = settings.completed(leading.learned_with.sampling)
         return replace(settings, hooks=(*settings.hooks, *own))
 
     def evaluate(self, name: str, settings: EvaluationSettings = EvaluationSettings()) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -141,9 +141,7 @@ def evaluate_loaded(
     check_folders(settings.clip, settings.dino)
     loaded, backbone = runner.loaded[name], runner.backbone
     world = backbone.world
-    learned, asked = loaded.concept.meta.learned_with.sampling, settings.sampling
-    as_learned = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
-    sampling = replace(asked, **as_learned)
+    sampling = settings.sampling.completed(loaded.concept.meta.learned_with.sampling)
     chosen = load_prompts(settings.prompts or (world.prompts if world else REAL), loaded.concept.meta.class_noun)
     kept = None if settings.base is None else settings.base.setdefault(repr(sampling), {})
     return evaluate(

@@ -272,9 +272,8 @@ def _ceiling(backbone: Backbone, known: KnownMotion | None, reader: PathReader |
 def _makers(runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, case: ClipCase) -> Makers:
     chosen = judged.motion or judged.subject
     assert chosen is not None
-    learned, asked = chosen.concept.meta.learned_with.sampling, settings.sampling
-    as_learned = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
-    sampling = replace(asked, frames=asked.frames or runner.backbone.frames, **as_learned)
+    sampling = settings.sampling.completed(chosen.concept.meta.learned_with.sampling)
+    sampling = replace(sampling, frames=sampling.frames or runner.backbone.frames)
 
     def concept(texts: list[str], seeds: list[int], progress: Steps | None) -> Tensor:
         return runner.generate(texts, seeds, sampling, must_name=False, progress=progress)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -33,6 +33,17 @@ class Start:
         return Start(self.latents[rows], self.strength)
 
 
+class HowSampled(Protocol):
+    """What a recipe, or a concept's record of it, says about sampling. None: the backbone's default."""
+
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def guidance(self) -> float | None: ...
+    @property
+    def scheduler(self) -> str | None: ...
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """The sampler's settings besides prompts and seeds; None means the backbone's default."""
@@ -48,6 +59,11 @@ class SamplingSettings:
     frames: int | None = None  # frame count of a clip; 0 for a picture, even from a clip model
     hooks: tuple[SamplingHook, ...] = field(default=())  # applied between steps, in order
     start: Start | None = None  # None to start from pure noise
+
+    def completed(self, by: HowSampled) -> SamplingSettings:
+        """Returns these settings with guidance, steps and scheduler, where they are None, taken from `by`."""
+        own = {key: getattr(self, key) for key in ("guidance", "steps", "scheduler")}
+        return replace(self, **{key: getattr(by, key) if value is None else value for key, value in own.items()})
 
     def stated(self) -> dict[str, Any]:
         """Returns the settings that differ from the defaults, by name."""
