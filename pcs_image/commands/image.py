@@ -93,13 +93,21 @@ def generate(
     from shared.commands.progress import Lines
     from shared.io.denoising_progress import named
     from shared.io.outputs import check_output
-    from shared.runner.open_runner import check_precision, check_strengths, open_runner, parse_loras, read_by
+    from shared.runner.open_runner import (
+        check_precision,
+        check_prompts,
+        check_strengths,
+        open_runner,
+        parse_loras,
+        read_by,
+    )
     from shared.sampling.settings import SamplingSettings
 
     loras = parse_loras(lora, token)
     steered = steering.Steering(invert, invert_share, invert_prompt, keep, keep_mask, boxes)
     check_output(out, overwrite, [*read_by(concept, backbone), *(asked.path for asked in loras), *steered.files])
     hooks = (*check_strengths(strength), *steered.hooks())
+    check_prompts(prompts, concept, loras)
     runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download, loras)
     settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, hooks=hooks)
     seeds = range(seed, seed + num)

@@ -100,6 +100,7 @@ def generate(
     from shared.io.denoising_progress import named
     from shared.runner.open_runner import (
         check_precision,
+        check_prompts,
         check_strengths,
         model_asked_for,
         open_runner,
@@ -113,6 +114,7 @@ def generate(
     files = ClipFiles(out, fps or 1.0, kind, sheet, overwrite)
     files.check(len(prompts) * num, [*read_by(concept, backbone), *steered.files])
     hooks = (*check_strengths(strength), *steered.hooks())
+    check_prompts(prompts, concept)
     VideoRunner.check_frames(model_asked_for(backbone, concept), motion_adapter, frames)
     how = opening(motion_adapter, fps)
     runner = open_runner(VideoRunner, backbone, concept, device, check_precision(precision), download, **how)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,6 +97,8 @@ def _add(layers: dict[str, Layer], state: Mapping[str, Tensor], settings: Mappin
 
 def _scale(settings: Mapping[str, Any], path: str) -> float:
     """Returns alpha / rank for one layer, as peft computes it."""
+    from peft.utils.other import get_pattern_key
+
     ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(list(ranks), path), settings.get("r", 8))
     alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from shared.concept.diffusers_format import LORA_FILE
@@ -179,6 +178,8 @@ class _Scales:
         settings = self.settings.get(component)
         if settings is None:
             return float(rank)
+        from peft.utils.other import get_pattern_key
+
         path = name.removeprefix(PEFT) if self.peft else name.partition(".")[2]
         ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
         said = ranks.get(get_pattern_key(list(ranks), path), settings.get("r", 8))

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.concept.diffusers_format import ANYTHING, reads_token_files, token_names
 from shared.io.safetensors_files import safe_load_safetensors
+from shared.trainable.wrapped_layers import is_wrapped
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
 #: Largest difference, relative to the largest value, that rounding may cause when sums are computed in another order.
@@ -120,7 +120,7 @@ def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
     grows = {entry["component"] for entry in written["tokens"]}
     touched = {*backbone.components} if written.get("lora") else grows | backbone.noise_ranges.keys()
     for component in backbone.components:
-        if component in touched or any(isinstance(m, BaseTunerLayer) for m in backbone.components[component].modules()):
+        if component in touched or any(is_wrapped(m) for m in backbone.components[component].modules()):
             pipe.register_modules(**{component: bare_copy(backbone.components[component], component in grows)})
     for entry in written["tokens"]:
         tokenizer = entry["component"].replace("text_encoder", "tokenizer")
@@ -164,7 +164,7 @@ def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
             memo.pop(id(table.weight), None)
     out: Any = copy.deepcopy(module, memo)
     for path, layer in list(out.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
+        if is_wrapped(layer):
             parent, _, leaf = path.rpartition(".")
             setattr(out.get_submodule(parent), leaf, layer.get_base_layer())
     if hasattr(out, "peft_config"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from shared.backbones.protocol import Placeholder
 from shared.prompts.foreign_syntax import foreign_syntax
@@ -23,14 +23,19 @@ def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
 
     Warns about the syntax of other programs, which is read as plain words here.
     """
-    for name in names_in(prompt):
-        if name not in placeholders:
-            loaded = ", ".join(f"<{n}>" for n in sorted(placeholders)) or "none"
-            raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {loaded}")
+    check_known(prompt, placeholders)
     for said in foreign_syntax(prompt, placeholders):
         warnings.warn(said, UserWarning, stacklevel=2)
     expanded = _NAME.sub(lambda m: placeholders[m.group(1)].words, prompt)
     return re.sub(r"\s+", " ", expanded).strip()
+
+
+def check_known(prompt: str, loaded: Collection[str]) -> None:
+    """Raises ValueError, listing the loaded names, if the prompt names a concept that is not loaded."""
+    for name in names_in(prompt):
+        if name not in loaded:
+            known = ", ".join(f"<{n}>" for n in sorted(loaded)) or "none"
+            raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {known}")
 
 
 def without(prompt: str, class_nouns: Mapping[str, str]) -> str:

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 from shared.backbones import load_backbone
 from shared.concept import Concept, load_backbone_of, read
+from shared.concept.concept_folder import META, read_meta
 from shared.concept.lora_import import import_lora
 from shared.concept.lora_tensors import find_file
 from shared.concept.open_backbone import known_model, where_learned
 from shared.config import MOST_STRENGTH, expanded
+from shared.prompts import check_known, check_named
 from shared.runner.base import Runner
 from shared.sampling.hooks import StrengthSchedule
 from shared.train.device import pick_device
@@ -113,6 +115,20 @@ def open_runner(
     for lora in loras:
         runner.load(import_lora(lora.path, model, lora.token, lora.class_noun), lora.strength)
     return runner
+
+
+def check_prompts(prompts: Sequence[str], concepts: Sequence[str], loras: Sequence[AskedLora] = ()) -> None:
+    """Raises ValueError for a prompt that names a concept that is not given, or leaves out a subject that is. This check loads
+    no model; concepts that cannot be read are reported when they are opened."""
+    try:
+        metas = [read_meta(parse_concept(c)[0] / META) for c in concepts]
+    except (OSError, ValueError):
+        return
+    kinds = {meta.name: meta.kind for meta in metas}
+    for prompt in prompts:
+        check_named(prompt, kinds)
+        if not loras:  # their names are known once they are imported
+            check_known(prompt, kinds)
 
 
 def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:

@@ -10,15 +10,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from shared.train.averages import Averages
 from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.task import Regrouped, Update, Updates, UpdateSource
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 #: Returns what is trained from a given step onwards; None if nothing changes.
 Regroup = Callable[[int], Regrouped | None]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shared.config import unknown
 from shared.optimizers import AdamW, OptimizerPart
 from shared.train.budget import Budget
 from shared.trainable import TrainableGroup
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _SKIPPED = 20  # consecutive fp16 overflows after which halving the scale further will not help
 

@@ -8,8 +8,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
@@ -84,6 +82,9 @@ class TrainingRun:
         parts = (*self.recipe.attention.values(), self.recipe.sampling)
         self.ports: set[str] = {port for part in parts if (port := part.port(self.backbone))}
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+
         AcceleratorState._reset_state(reset_partial_state=True)  # otherwise an earlier run's precision would stick
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")
         self.trained: dict[str, TrainableGroup] = {}  # by slot: everything injected so far

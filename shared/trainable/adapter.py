@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.io.adapter_settings import check_adapter, recordable
 from shared.trainable.merged_forward import merge_in_forward
 from shared.trainable.rank_by_noise import RankByNoise
+from shared.trainable.wrapped_layers import WrappedLayer, is_wrapped
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class PeftAdapter:
@@ -28,7 +28,7 @@ class PeftAdapter:
 
     def __init__(self, model: nn.Module, component: str, slot: str, peft_name: str, config: PeftConfig) -> None:
         self.model, self.component, self.slot, self.peft_name, self.config = model, component, slot, peft_name, config
-        self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _holds(m, peft_name)]
+        self.layers: list[Any] = [m for m in model.modules() if is_wrapped(m) and _holds(m, peft_name)]
         self.seed = 0  # seeds the initialization, and reproduces random tensors that are not trained
         self.min_rank: int | None = None  # the minimum rank of a LoRA whose rank falls with the noise
         self._chances: dict[tuple[Any, str], float] = {
@@ -50,6 +50,8 @@ class PeftAdapter:
         Raises ValueError if no module matches, if this type of adapter cannot wrap a layer, or if the settings cannot be
         saved in a concept (which would otherwise be noticed only after training).
         """
+        from peft import inject_adapter_in_model
+
         check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
         peft_name = f"{name}__{slot}"
@@ -60,7 +62,7 @@ class PeftAdapter:
         active: dict[Any, list[str]] = {
             m: list(m._active_adapter) if isinstance(m._active_adapter, list) else [m._active_adapter]
             for m in model.modules()
-            if isinstance(m, BaseTunerLayer)
+            if is_wrapped(m)
         }
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are intended
@@ -133,10 +135,14 @@ class PeftAdapter:
                 layer.scaling[self.peft_name] = scaling * strength
 
     def state_dict(self) -> dict[str, Tensor]:
+        from peft.utils import get_peft_model_state_dict
+
         state = get_peft_model_state_dict(self.model, adapter_name=self.peft_name)
         return {f"{self.component}.{k}": v.detach().float().cpu().contiguous().clone() for k, v in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        from peft.utils import set_peft_model_state_dict
+
         current = self.state_dict()
         missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
         if missing or extra:
@@ -154,7 +160,7 @@ class PeftAdapter:
 
     def eject(self) -> None:
         for name, module in list(self.model.named_modules()):
-            if not isinstance(module, BaseTunerLayer) or not _holds(module, self.peft_name):
+            if not is_wrapped(module) or not _holds(module, self.peft_name):
                 continue
             # if this adapter were still active, peft would activate the other adapters and make them trainable
             module._active_adapter = [n for n in module.active_adapters if n != self.peft_name]
@@ -182,6 +188,8 @@ def config_to_dict(config: PeftConfig) -> dict[str, Any]:
 
 def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
     """Inverts `config_to_dict`. Raises ValueError when peft lacks the type or one of its settings."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     kinds = {k.value if hasattr(k, "value") else str(k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = data.get("peft_type")
     if kind not in kinds:
@@ -200,10 +208,10 @@ def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[An
         parameter.requires_grad_(trainable.get(id(parameter), False))
 
 
-def _names(layer: BaseTunerLayer) -> list[str]:
+def _names(layer: WrappedLayer) -> list[str]:
     """Lists the adapters on a layer, in order of injection."""
     return list(dict.fromkeys(n for attr in layer.adapter_layer_names for n in getattr(layer, attr, {}) or {}))
 
 
-def _holds(layer: BaseTunerLayer, name: str) -> bool:
+def _holds(layer: WrappedLayer, name: str) -> bool:
     return name in _names(layer)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from shared.backbones.protocol import Backbone
 from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
 from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
+from shared.trainable.wrapped_layers import is_wrapped
 
 #: Endings of the first layer's name, in an attention layer and in a feed-forward network.
 FIRST = (".to_q", ".net.0.proj")
@@ -134,7 +134,7 @@ class HasInput(Protocol):
 
 def unwrapped(layer: Any) -> Any:
     """Returns the layer itself, without any adapters around it."""
-    while isinstance(layer, BaseTunerLayer):
+    while is_wrapped(layer):
         layer = layer.get_base_layer()
     return layer
 

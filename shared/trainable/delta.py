@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.trainable.stack import stack_of
+from shared.trainable.wrapped_layers import is_wrapped
 
 _count = itertools.count()
 
@@ -109,10 +109,10 @@ def find_parameter(backbone: Backbone, key: str) -> nn.Parameter | None:
     for part in parents:
         if module is None:
             return None
-        if isinstance(module, BaseTunerLayer):
+        if is_wrapped(module):
             module = module.get_base_layer()
         module = module._modules.get(part)
-    if isinstance(module, BaseTunerLayer):
+    if is_wrapped(module):
         module = module.get_base_layer()
     parameter = None if module is None else module._parameters.get(leaf)
     return parameter if isinstance(parameter, nn.Parameter) else None

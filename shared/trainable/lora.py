@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from peft import LoraConfig
 from pydantic import Field, model_validator
 from torch.nn.init import orthogonal_
 
@@ -49,6 +48,8 @@ class Lora(OnRoles):
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Injects trainable LoRA layers into every component in which the roles have modules."""
+        from peft import LoraConfig
+
         targets, ports = self.modules(backbone, slot)
         text = sorted(c for c in targets if c.startswith("text_encoder"))
         if self.min_rank is not None and text:

@@ -15,7 +15,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +37,8 @@ def merged_layers() -> Iterator[None]:
 
 def merge_in_forward(layer: nn.Module) -> None:
     """Prepares one of peft's LoRA layers for `merged_layers`. Other layers are left unchanged, and so are prepared ones."""
+    from peft.tuners.lora.layer import Conv2d, Linear
+
     if type(layer) in (Linear, Conv2d):
         layer.forward = MethodType(_forward, layer)
 

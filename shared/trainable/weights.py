@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.trainable.base import OnRoles, Rate, TrainableGroup
 from shared.trainable.delta import DeltaAdapter, find_parameter
 from shared.trainable.stack import Training, stack_of
+from shared.trainable.wrapped_layers import is_wrapped
 
 
 class Weights(OnRoles):
@@ -56,7 +56,7 @@ def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list
     for component, paths in targets.items():
         for path in paths:
             module: Any = backbone.components[component].get_submodule(path)
-            while isinstance(module, BaseTunerLayer):
+            while is_wrapped(module):
                 module = module.get_base_layer()
             keys += [
                 ".".join(p for p in (component, path, leaf) if p) for leaf, _ in module.named_parameters(recurse=False)
