@@ -23,6 +23,7 @@ from shared.evaluation.picture_rows import pngs
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
 from shared.io.outputs import atomic_folder, check_output, write_text
+from shared.prompts import without
 from shared.recipe.schema import dump
 from shared.runner.base import Progress
 from shared.train import checkpoint
@@ -138,6 +139,7 @@ def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported 
     backbone = runner.backbone
     return {
         "prompt": recipe.prompt,
+        "plain_prompt": without(recipe.prompt, _nouns(runner, recipe)),
         "concepts": {name: backbone.strengths.get(name, 1.0) for name in runner.loaded},
         "backbone": public_name(backbone.name),
         "checkpoint": backbone.checkpoint,
@@ -145,3 +147,11 @@ def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported 
         "costs": dict(asset.costs),
         "mesh": None if made is None else {k: getattr(made, k) for k in ("faces", "watertight", "volume", "notes")},
     }
+
+
+def _nouns(runner: Runner3D, recipe: DistillRecipe) -> dict[str, str]:
+    """Returns the class noun of each name in a prompt: of loaded concepts, and of a subject that the recipe itself learns."""
+    nouns = dict(runner.class_nouns)
+    if recipe.subject is not None and recipe.name is not None:
+        nouns.setdefault(recipe.name, recipe.subject.class_noun)
+    return {name: noun or "thing" for name, noun in nouns.items()}

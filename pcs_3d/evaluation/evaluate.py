@@ -31,7 +31,9 @@ def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None
     """
     judged = read_judged(asset)
     progress("instruments")
-    return measure(judged, Yardstick.of(against, judged.said("prompt"), judged.said("backbone")), progress)
+    named, plainly = judged.said("prompt"), judged.said("plain_prompt")
+    prompt = named if against.class_noun else plainly or named
+    return measure(judged, Yardstick.of(against, prompt, judged.said("backbone")), progress)
 
 
 @torch.no_grad()

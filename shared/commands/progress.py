@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -85,7 +86,7 @@ class Bar(Lines):
         self._show("", phase, self.done, total, loss)
         if self.progress.disable and now - self.printed_at > _EVERY:
             self.printed_at = now
-            said = [f"{phase}: step {record.step}", f"{self.done} of {total} done", loss, self._speed()]
+            said = [f"{phase}: step {record.step}", f"{self.done} of {total} done", loss, self._speed(total - self.done)]
             print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
 
     def pictures(self, what: str, done: int, of: int) -> None:
@@ -93,12 +94,22 @@ class Bar(Lines):
         self.before = None  # the next step cannot be timed from the last one, because pictures are generated in between
         self(what, done, of)
 
-    def _speed(self) -> str:
-        """Returns the average speed of the last steps that could be timed, or "" if there are none."""
+    def _speed(self, steps_left: int) -> str:
+        """Returns the average speed of the last steps that could be timed and the time that the remaining steps will take at
+        that speed, or "" if no step could be timed."""
         if not self.took or sum(self.took) <= 0:
             return ""
         each = sum(self.took) / len(self.took)
-        return f"{1 / each:.1f} steps/s" if each < 1 else f"{each:.1f} s per step"
+        speed = f"{1 / each:.1f} steps/s" if each < 1 else f"{each:.1f} s per step"
+        return f"{speed}, about {_duration(each * steps_left)} left" if steps_left else speed
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time such as "80 s", "12 min" or "2 h 5 min"."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _console() -> Any:

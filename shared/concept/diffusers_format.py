@@ -69,8 +69,8 @@ def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]
                 )
             if MIN_RANK in settings:
                 raise ValueError(
-                    f"the rank of slot {slot!r} falls with the noise, down to {settings[MIN_RANK]}: diffusers' LoRA "
-                    "files have one fixed rank"
+                    f"the rank of slot {slot!r} falls with the noise, down to {settings[MIN_RANK]}, but diffusers' LoRA "
+                    f"files have a fixed rank. For an export, learn with dreambooth_lora or trainable.{slot}.min_rank=null"
                 )
             prefix = f"{slot}.{component}."
             state = {k[len(prefix) :]: v.float() for k, v in concept.of("adapter").items() if k.startswith(prefix)}

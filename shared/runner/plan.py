@@ -71,6 +71,7 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
         for path in subject.images:
             load(path, subject.masks.get(path))  # report an unreadable picture now, not after the model is loaded
     check_sources(list(expand_phases(recipe)), subjects)
+    _warn_without_class_noun(recipe, subjects)
     finished = resume and not begun and not overwrite and _all_there(outputs)
     if finished:
         for name, path in outputs.items():
@@ -78,6 +79,17 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
     elif resume and not begun:
         warnings.warn(encodable(f"{workdir} has no interrupted run to resume, so a new run starts"), stacklevel=2)
     return Plan(recipe, subjects, outputs, workdir, finished)
+
+
+def _warn_without_class_noun(recipe: Recipe, subjects: Mapping[str, Subject]) -> None:
+    """Warns about subjects of which the model is not told what they are, although the recipe says it in every caption."""
+    if recipe.kind != "subject" or not recipe.modifier.with_class_noun:
+        return
+    for name, subject in subjects.items():
+        if not subject.class_noun:
+            key = "subject" if recipe.subject is not None else f"subjects.{name}"
+            message = f"{name!r} has no class noun: set {key}.class_noun to a plain word for what it is, for example mug"
+            warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:

@@ -20,7 +20,9 @@ print(code, *({slow} & sys.modules.keys()))
 def ran(*arguments: str | Path) -> tuple[str, str]:
     """Runs `pcs` in its own process: its exit code and the slow libraries that it imported, and its error message."""
     code = CODE.format(slow=set(SLOW))
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()[-1], done.stderr
 
 
@@ -39,7 +41,10 @@ def rex(learn, tmp_path_factory):
         (("image", "personalize", "t_loar", "output=x.concept"), "Did you mean 't_lora'?"),
         (("image", "personalize", "t_lora", "output=x.concept", "subject.images=missing"), "missing does not exist"),
         (("image", "personalize", "t_lora", "train.step=60", "output=x.concept"), "Did you mean 'steps'?"),
-        (("image", "generate", "a mug", "--concept", "missing.concept", "--out", "out"), "missing.concept does not exist"),
+        (
+            ("image", "generate", "a mug", "--concept", "missing.concept", "--out", "out"),
+            "missing.concept does not exist",
+        ),
         (("video", "personalize", "motion_director", "output=x.concept", "subject.clips=missing"), "missing does not"),
         (("3d", "create", "dreamfusion", "prompt=a mug", "train.stps=1", "--out", "out"), "Did you mean 'steps'?"),
     ],

@@ -14,7 +14,7 @@ import torch
 from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.commands.progress import Bar, Lines, Tenths
+from shared.commands.progress import Bar, Lines, Tenths, _duration
 from shared.concept import read
 from shared.io.read_subject import read_subject
 from shared.recipe.resolve import load
@@ -226,7 +226,8 @@ def test_training_speed_counts_only_steps_whose_time_is_known(capsys, monkeypatc
             now[0] += 20.0
     assert capsys.readouterr().err.splitlines() == [
         "tune: step 1, 1 of 3 done, loss 0.5000",
-        *(f"tune: step {n}, {n} of 3 done, loss 0.5000, 20.0 s per step" for n in (2, 3)),
+        "tune: step 2, 2 of 3 done, loss 0.5000, 20.0 s per step, about 20 s left",
+        "tune: step 3, 3 of 3 done, loss 0.5000, 20.0 s per step",
     ]
 
 
@@ -239,7 +240,8 @@ def test_a_step_without_a_loss_shows_the_last_loss(capsys, monkeypatch):
             bar.step("views", Record(step, loss, {}, {}, 1.0), 3)
     assert capsys.readouterr().err.splitlines() == [
         "views: step 1, 1 of 3 done",
-        *(f"views: step {n}, {n} of 3 done, loss 0.5000, 20.0 s per step" for n in (2, 3)),
+        "views: step 2, 2 of 3 done, loss 0.5000, 20.0 s per step, about 20 s left",
+        "views: step 3, 3 of 3 done, loss 0.5000, 20.0 s per step",
     ]
 
 
@@ -256,7 +258,11 @@ def test_no_speed_is_shown_for_steps_whose_time_is_unknown(capsys, monkeypatch):
             now[0] += seconds
             bar.step("tune", Record(bar.done + 1, 0.5, {}, {}, 1.0), 9)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tune")]
-    assert lines == ["tune: step 1, 1 of 9 done", "tune: step 4, 4 of 9 done, loss 0.5000, 4.0 steps/s"]
+    assert lines == ["tune: step 1, 1 of 9 done", "tune: step 4, 4 of 9 done, loss 0.5000, 4.0 steps/s, about 2 s left"]
+
+
+def test_the_time_left_is_given_in_units_that_suit_it():
+    assert [_duration(s) for s in (0.2, 89.5, 90, 5399, 7500)] == ["1 s", "90 s", "2 min", "1 h 30 min", "2 h 5 min"]
 
 
 def test_a_repeated_job_is_reported_again(capsys):

@@ -204,6 +204,20 @@ def test_learned_names_are_replaced_by_the_class_noun():
     assert plain("a <my-x> in the snow", "owl") == "an owl in the snow"
 
 
+def test_the_class_noun_of_a_concept_is_taken_from_the_asset(box, tmp_path):
+    folder = tmp_path / "asset"
+    folder.mkdir()
+    (folder / "asset.glb").write_bytes(box.read_bytes())
+    about = {"prompt": "a photo of a <my-mug>", "plain_prompt": "a photo of a mug", "backbone": "toybox"}
+    (folder / "asset.json").write_text(json.dumps(about))
+    told = "set its class with --class-noun"
+    found, owl = evaluate(folder, Against()), evaluate(folder, Against(class_noun="owl"))
+    assert (found.prompt, owl.prompt) == ("a photo of a mug", "a photo of an owl")
+    assert not any(told in note for note in (*found.notes, *owl.notes))
+    (folder / "asset.json").write_text(json.dumps({**about, "plain_prompt": None}))
+    assert any(told in note for note in evaluate(folder, Against()).notes)
+
+
 def test_folders_and_files_that_cannot_be_evaluated_are_refused(box, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "meshless").mkdir()
