@@ -19,9 +19,9 @@ class Cameras:
     """B pinhole cameras around the origin; fields are float32 [B] unless stated otherwise.
 
     In world coordinates, x points to the object's front, y to its left and z up. A camera at azimuth 0 looks at the
-    object's front, at azimuth 90 at its left side, and at elevation 90 from above. `roll_deg` turns the picture
-    clockwise. `fov_deg` is the angle across the picture's shorter side. `centre` (`[B, 3]`) is the point in the middle
-    of the picture, and `distance` is the camera's distance from it.
+    object's front, one at azimuth 90 looks at its left side, and one at elevation 90 looks at it from above. `roll_deg`
+    turns the picture clockwise. `fov_deg` is the angle across the picture's shorter side. `centre` (`[B, 3]`) is the
+    point in the middle of the picture, and `distance` is the camera's distance from it.
     """
 
     azimuth_deg: Tensor

@@ -47,7 +47,8 @@ class AssetGoal:
 class AssetRow:
     """The mean scores and costs of one recipe over all its subjects.
 
-    scores: by key; each score's `base` is for the same recipe without the concept, and its `truth` for the real object.
+    scores: by key; each score's `base` is for the same recipe without the concept, and its `truth` is for the real
+        object.
     sphere, generic: the mean scores of a sphere and of a generic object of the class, by key.
     """
 

@@ -1,4 +1,5 @@
-"""Evaluates one asset: renders it from all around, compares the renders with the real object, and applies the instruments."""
+"""Evaluates one asset: renders it from all sides, compares the renders with those of the real object, and runs the
+instruments on them."""
 
 from __future__ import annotations
 
@@ -109,20 +110,26 @@ def _notes(judged: Judged, by: Yardstick) -> list[str]:
     judge, tools, prompt = by.judge, by.judge.tools, by.judge.prompt
     said = []
     if by.truth is None:
-        said.append("Silhouettes, colours and identity are not measured: give --truth NAME or FILE.")
+        said.append(
+            "Silhouettes, colours and identity are not measured; pass --truth NAME or --truth FILE to measure them."
+        )
     elif judge.verifier is None:
         said.append(
-            "Identity is not verified: look-alikes and a threshold exist only for the toybox's subjects. "
-            "With an encoder, the likeness to the truth from the same side is reported instead."
+            "Identity is not verified: look-alikes and a threshold exist only for the toybox's subjects. If an encoder "
+            "is available, the similarity to the real object, seen from the same side, is reported instead."
         )
     if tools.attributes is None:
-        said.append("Views are not read: only the toybox's own instruments can tell front, side and back apart.")
+        said.append(
+            "View directions are not estimated: only the toybox's own instruments can tell front, side and back apart."
+        )
     if tools.text_image is None:
-        said.append("CLIP-T and CLIP-I are not measured: give --clip FOLDER.")
+        said.append("CLIP-T and CLIP-I are not measured; pass --clip FOLDER to measure them.")
     elif not prompt:
-        said.append("CLIP-T is not measured: the prompt is unknown; give --prompt.")
+        said.append("CLIP-T is not measured because the prompt is unknown; pass --prompt to measure it.")
     if judge.references is None:
-        said.append("Similarity to reference pictures (CLIP-I, DINO-I) is not measured: give --references FOLDER.")
+        said.append(
+            "Similarity to reference pictures (CLIP-I, DINO-I) is not measured; pass --references FOLDER to measure it."
+        )
     if re.search(r"<[^<>]*>", judged.said("prompt")) and "thing" in prompt.split():
-        said.append("The learned name in the prompt was read as “thing”: set its class with --class-noun.")
+        said.append("The learned name in the prompt was replaced by “thing”; set its class noun with --class-noun.")
     return said

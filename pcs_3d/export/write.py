@@ -30,7 +30,7 @@ def write_glb(path: Path, mesh: Textured) -> Path:
 
 
 def write_obj(path: Path, mesh: Textured) -> list[Path]:
-    """Writes a Wavefront OBJ file with y up, and its material and texture next to it (`x.obj`, `x.mtl`, `x.png`).
+    """Writes a Wavefront OBJ file with y up, and its material and texture next to it (`x.obj`, `x.mtl`, `x-texture.png`).
     Raises ValueError if the mesh or the texture reads back differently."""
     vertices, normals = _y_up(mesh.vertices), _y_up(mesh.normals)
     stem = path.stem
@@ -39,8 +39,8 @@ def write_obj(path: Path, mesh: Textured) -> list[Path]:
     lines += [f"vt {u:.7g} {v:.7g}" for u, v in mesh.uv]
     lines += [f"vn {x:.5g} {y:.5g} {z:.5g}" for x, y, z in normals]
     lines += ["usemtl thing", *("f " + " ".join(f"{i}/{i}/{i}" for i in face) for face in (mesh.faces + 1).tolist())]
-    material = f"newmtl thing\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {stem}.png\n"
-    texture, library = path.with_suffix(".png"), path.with_suffix(".mtl")
+    material = f"newmtl thing\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {stem}-texture.png\n"
+    texture, library = path.with_name(f"{stem}-texture.png"), path.with_suffix(".mtl")
     with atomic_write(texture) as temporary:
         _image(mesh.texture).save(temporary, format="PNG")
     with atomic_write(library) as temporary:

@@ -22,7 +22,7 @@ class ReferenceViews(GeometryPenalty):
     rendered on the colour of each picture's border.
 
     count: the number of pictures per step, which are drawn at random.
-    mask_weight: the weight of the error of opacities.
+    mask_weight: the weight of the error in opacity.
     outside: the weight of pixels outside the masks. Set it to 0 if the silhouette should not follow the pictures.
     """
 

@@ -20,7 +20,7 @@ class WanBackbone(VideoTransformerBackbone):
     """A diffusers `WanPipeline` (text to video) behind the protocol.
 
     With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. Both have the same
-    layers. A role refers to the layers of both experts, and a site to a layer of the expert that predicts.
+    layers. A role refers to the layers of both experts, and a site refers to a layer of the expert that predicts.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen

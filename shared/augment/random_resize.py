@@ -17,10 +17,10 @@ from shared.types import Example, Role
 class RandomResize(Augmentation):
     """Resizes the picture by a factor from the range `scale`, and pads or crops it at random (arXiv 2212.04488, section 3.2).
 
-    For factors below `small_below`, one of `small_words` is added to the caption; for factors above 1, one of `large_words`.
-    An empty caption stays empty. Padding is grey, and 0 in `valid`. A border of `margin` pixels of a padded picture is also
-    0 in `valid`, because the autoencoder mixes it with the padding. Factors are drawn from one range, as in the paper, whereas
-    its code uses two.
+    For factors below `small_below`, one of `small_words` is added to the caption; for factors above 1, one of
+    `large_words` is added. An empty caption stays empty. Padding is grey, and 0 in `valid`. A border of `margin` pixels
+    of a padded picture is also 0 in `valid`, because the autoencoder mixes it with the padding. Factors are drawn from
+    one range, as in the paper, whereas its code uses two.
     """
 
     kind: Literal["random_resize"] = "random_resize"

@@ -292,9 +292,9 @@ class Backbone(Protocol):
 
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
         or in two ports. A port may borrow layers of one exact group, in which case its note names that role. For example,
-        layers that attend jointly over space and time are the exact "self_attention", and a port for "temporal_attention".
-        "denoiser" is every linear and convolution layer of the denoiser. "denoiser.all", for full fine-tuning, is every module
-        in the denoiser that directly holds parameters, including norms and embeddings.
+        layers that attend jointly over space and time are the exact "self_attention" and serve as a port for
+        "temporal_attention". "denoiser" is every linear and convolution layer of the denoiser. "denoiser.all", for full
+        fine-tuning, is every module in the denoiser that directly holds parameters, including norms and embeddings.
         """
         ...
 

@@ -86,7 +86,12 @@ class Bar(Lines):
         self._show("", phase, self.done, total, loss)
         if self.progress.disable and now - self.printed_at > _EVERY:
             self.printed_at = now
-            said = [f"{phase}: step {record.step}", f"{self.done} of {total} done", loss, self._speed(total - self.done)]
+            said = [
+                f"{phase}: step {record.step}",
+                f"{self.done} of {total} done",
+                loss,
+                self._speed(total - self.done),
+            ]
             print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
 
     def pictures(self, what: str, done: int, of: int) -> None:

@@ -203,7 +203,7 @@ def subjects(
 
 
 def _things() -> dict[str, str]:
-    """Returns the held-out subjects and faces: name -> description."""
+    """Maps the name of each held-out subject and face to its description."""
     from shared.toybox import reference_sets as album
     from shared.toybox.subjects import faces
     from shared.toybox.subjects import subjects as things

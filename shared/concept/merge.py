@@ -5,9 +5,9 @@ as that concept's weights do, and treat all other text as much like the base mod
 
     W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
 
-where C [s, d] contains the text features of the concepts' words, V [o, s] the outputs to which each concept maps its
-own words, and C_reg the features of plain captions. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D
-with D = C G^-1 and v = (C D^T)^-1 (V - W_0 C^T)^T.
+where C [s, d] contains the text features of the concepts' words, V [o, s] contains the outputs to which each concept
+maps its own words, and C_reg contains the features of plain captions. With G = C_reg^T C_reg the solution is
+(equation 5) W = W_0 + v^T D with D = C G^-1 and v = (C D^T)^-1 (V - W_0 C^T)^T.
 """
 
 from __future__ import annotations

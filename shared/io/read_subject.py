@@ -46,8 +46,8 @@ def read_subject(
         size, other = picture_size(picture), picture_size(mask)
         if size != other:
             raise ValueError(
-                f"the mask {mask} is {other[0]}x{other[1]} pixels, but its picture {picture} is {size[0]}x{size[1]}: "
-                "they must have the same size"
+                f"the mask {mask} is {other[0]}x{other[1]} pixels, but its picture {picture} is {size[0]}x{size[1]}; "
+                "both must have the same size"
             )
     kept = {p: text for p, text in by_picture.items() if text}
     _warn_of_gaps(listing.pictures, kept, "caption", "their captions come from the recipe's template")

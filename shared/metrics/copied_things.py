@@ -1,9 +1,9 @@
 """Detects things that were cut out of a reference and pasted into a new picture.
 
 As a whole, such a picture differs from the reference, so `shared.metrics.copying` misses it; only the thing in it is
-the same, pixel by pixel. This module therefore cuts the thing out of the reference and searches for it in the picture,
-which is also cropped to its thing. The score is the normalised cross-correlation under the reference's mask, maximized
-over shifts, sizes and mirroring.
+the same, pixel for pixel. This module therefore cuts the thing out of the reference and searches for it in the picture,
+which is likewise cropped around the thing that it shows. The score is the normalised cross-correlation under the
+reference's mask, maximised over shifts, sizes and mirroring.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLAT = 1e-3  # below this spread there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:
-    """Returns the best correlation `[N, R]`, in [-1, 1], between the things in pictures `[N, 3, H, W]` and in
+    """Returns the best correlation `[N, R]`, in [-1, 1], between the things in pictures `[N, 3, H, W]` and those in
     references `[R, 3, H', W']`.
 
     Args:
@@ -45,7 +45,8 @@ def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, referenc
 
 
 def _match(cells: Tensor, template: Tensor, mask: Tensor) -> Tensor:
-    """Returns the best correlation, `[N, R]`, of templates `[R, 3, s, s]` under masks `[R, 1, s, s]` anywhere in `cells`."""
+    """Returns the best correlation `[N, R]` between `cells` and each template `[R, 3, s, s]` under its mask
+    `[R, 1, s, s]`, over all positions in `cells`."""
     weights = mask / mask.sum((2, 3), keepdim=True).clamp_min(1e-9)
     centred = template - (weights * template).sum((2, 3), keepdim=True)
     own = (weights * centred.square()).sum((1, 2, 3))

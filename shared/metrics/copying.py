@@ -1,7 +1,7 @@
 """Detects outputs that repeat a reference picture instead of showing the subject anew.
 
-An output counts as a copy when it matches the reference both as a whole (embedding cosine) and pixel by pixel
-(zero-mean normalised cross-correlation, maximized over shifts, zooms and mirroring). One match is not enough, because a
+An output counts as a copy when it matches the reference both as a whole (embedding cosine) and pixel for pixel
+(zero-mean normalised cross-correlation, maximised over shifts, zooms and mirroring). One match is not enough, because a
 faithful new view also has a high cosine, and two objects in front of the same plain wall also correlate.
 """
 
@@ -64,7 +64,8 @@ def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
 
 
 def _match(template: Tensor, whole: Tensor) -> Tensor:
-    """Returns the best normalised cross-correlation, `[N, R]`, of templates `[N, 3, s, s]` anywhere in `[R, 3, G, G]`."""
+    """Returns the best normalised cross-correlation `[N, R]` between each template `[N, 3, s, s]` and each picture of
+    `whole` `[R, 3, G, G]`, over all positions in the picture."""
     n, channels, s, _ = template.shape
     zero = template - template.mean((2, 3), keepdim=True)
     cross = F.conv2d(whole, zero)  # [R, N, p, p]; the template has zero mean, so the window's mean drops out

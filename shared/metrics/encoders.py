@@ -67,7 +67,7 @@ class AttributeReader(Protocol):
     info: InstrumentInfo
 
     def read(self, pixels: Tensor) -> dict[str, list[str]]:
-        """Reads pictures `[N, 3, H, W]` in [-1, 1]. Returns attribute -> the N values seen."""
+        """Maps each attribute to the values seen in N pictures, `[N, 3, H, W]` in [-1, 1]."""
         ...
 
 
@@ -76,8 +76,9 @@ class SoftReader(AttributeReader, Protocol):
     """A reader that returns probabilities, so that one misread picture cannot dominate the score of a few pictures."""
 
     def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
-        """Returns, for each of the pictures `[N, 3, H, W]` in [-1, 1], attribute -> the probability of the requested value.
+        """For each of N pictures, maps each requested attribute to the probability of its value.
 
+        pixels: the pictures, `[N, 3, H, W]` in [-1, 1]
         asked: the requested values of each picture
         """
         ...

@@ -1,9 +1,9 @@
 """Measures how much of the real object's variation in pose remains across pictures of one prompt.
 
 D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is the same distance for
-true pictures of the thing from random views, and F for true pictures in one pose and place, with everything else
-redrawn. A freedom of 0 means one pose for every seed, and 1 means as varied as the object itself. Only crops are
-compared, so neither a shift nor a different background counts as a new pose.
+true pictures of the thing from random views, and F is the distance for true pictures in one pose and place, with
+everything else redrawn. A freedom of 0 means one pose for every seed, and 1 means as varied as the object itself. Only
+crops are compared, so neither a shift nor a different background counts as a new pose.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from shared.metrics.verification import PASSING, Look, Verifier
 BEHIND, PER_PROMPT = 120, 16
 #: The number of pictures per prompt in one pose and place, and the maximum number of poses tried until one is verified.
 FIXED, POSES = 6, 8
-#: The share of true pictures that may, by chance, match a reference's thing pixel by pixel.
+#: The share of true pictures that may, by chance, match a reference's thing pixel for pixel.
 PASTED = 0.03
 _BARS, _OTHERS, _FIXED = 1000, 1001, 1002  # seeds of the three sets of pictures
 CHUNK = 256  # pictures per batch

@@ -163,8 +163,8 @@ class _Session:
                 if skipped == _SKIPPED:
                     self._save()
                     raise NotFinite(
-                        f"{error}, like those of the {skipped - 1} steps before. The state of step {self.step} is saved in "
-                        f"{self.folder}: resume with a lower learning rate, or without bf16"
+                        f"{error}, like those of the {skipped - 1} steps before. The state at step {self.step} is "
+                        f"saved in {self.folder}: resume with a lower learning rate, or without bf16"
                     ) from None
                 warnings.warn(f"{error}: the step is skipped", stacklevel=2)
 

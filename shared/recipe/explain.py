@@ -1,5 +1,5 @@
-"""Writes a resolved recipe as annotated YAML. A part is explained above its settings, and a setting at the end of its
-line, or above it if its value takes several lines."""
+"""Writes a resolved recipe as annotated YAML. Each part is explained above its settings. Each setting is explained
+at the end of its line, or above that line if its value spans several lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDTH = 120
 
 
 def explained(recipe: BaseModel, data: Mapping[str, Any]) -> str:
-    """Returns `data` (the dump of `recipe`) as YAML, with the documentation of its parts' classes as comments."""
+    """Returns `data` (the dump of `recipe`) as YAML, with comments taken from the classes of the recipe's parts."""
     return "\n".join(_lines(recipe, data, 0)) + "\n"
 
 
@@ -34,7 +34,8 @@ def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
                 yield from (f"{pad}  # {line}".rstrip() for line in _documentation(type(part), _WIDTH - 4 - 2 * depth))
             yield from _lines(part, value, depth + 1)
             continue
-        flow = None if isinstance(value, list | dict) else False  # None writes lists of plain values in brackets
+        # with None, PyYAML writes lists of plain values in brackets
+        flow = None if isinstance(value, list | dict) else False
         text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=_WIDTH, default_flow_style=flow)
         first, *rest = text.rstrip("\n").split("\n")
         if key in notes and rest:
@@ -50,7 +51,7 @@ def _documentation(part: type[BaseModel], width: int) -> Iterator[str]:
 
 
 def _above(number: int, said: Mapping[int, str], lines: Sequence[str]) -> list[str]:
-    """Returns the comments in the lines right above a line."""
+    """Returns the comments on the lines directly above line `number`."""
     first = number
     while first - 1 in said and lines[first - 2].lstrip().startswith("#"):
         first -= 1
@@ -59,8 +60,8 @@ def _above(number: int, said: Mapping[int, str], lines: Sequence[str]) -> list[s
 
 @cache
 def comments(part: type[BaseModel]) -> dict[str, str]:
-    """Returns setting -> the comment after it, or else above it, in the source of its class or a base class. The result
-    is empty if the source is unavailable."""
+    """Maps each setting to the comment that follows it or, failing that, the one above it, in the source of its class
+    or a base class. Returns an empty dict if the source is unavailable."""
     out: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:

@@ -20,7 +20,8 @@ class Rules:
     - `common` applies to every recipe.
     - `by_modality` applies to the recipes of one modality.
     - `by_trained` applies to recipes or phases that train parts of a kind. If several kinds match, only the first one
-      in the file applies. Its `alone` is used if the recipe has no phases, and its `phase` for each phase otherwise.
+      in the file applies. If the recipe has no phases, its `alone` is used; otherwise, its `phase` is used for each
+      phase.
     - `by_kind` applies to every part of that kind (or `kind.type`).
     - `recipes` applies to the shipped recipe of that name and to recipes that inherit from it.
 

@@ -269,7 +269,7 @@ class Runner:
         def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
             check, settings = phases[phase].train.validation, self._as_trained(phases[phase])
             pictures, scores = [], {}
-            on_progress = named(progress.pictures if progress else None, f"pictures of step {step}")
+            on_progress = named(progress.pictures if progress else None, f"pictures at step {step}")
             for number, name in enumerate(subjects):
                 prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
                 seeds = [FIRST_SEED + i for i in range(len(prompts))]

@@ -48,7 +48,8 @@ class Watched:
         if before < 1 and (now - before) / (1 - before) >= ALARM:
             warnings.warn(
                 f"nothing moves in {now:.0%} of the clips generated while {self.name} is learned, but only {before:.0%} of "
-                f"those without {self.name}: training may be too long, or its learning rate too high",
+                f"those without {self.name}: training may be too long, or its learning rate "
+                "may be too high",
                 stacklevel=2,
             )
         return scores

@@ -221,7 +221,7 @@ def beside(folder: Path, name: str) -> Path:
 
 
 def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
-    """Reads a folder of folders. Returns name -> [n, 3, side, side]."""
+    """Maps the name of each subfolder to its pictures, [n, 3, side, side]."""
     names = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     if not names:
         raise ValueError(f"{folder} contains no folders: a gallery has one folder of pictures per look-alike")

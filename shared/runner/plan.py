@@ -88,7 +88,9 @@ def _warn_without_class_noun(recipe: Recipe, subjects: Mapping[str, Subject]) ->
     for name, subject in subjects.items():
         if not subject.class_noun:
             key = "subject" if recipe.subject is not None else f"subjects.{name}"
-            message = f"{name!r} has no class noun: set {key}.class_noun to a plain word for what it is, for example mug"
+            message = (
+                f"{name!r} has no class noun: set {key}.class_noun to a plain word for what it is, for example mug"
+            )
             warnings.warn(message, UserWarning, stacklevel=3)
 
 

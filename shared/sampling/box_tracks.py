@@ -42,7 +42,8 @@ def _box(box: Any, where: str) -> Box:
         raise ValueError(f"{where}: {box!r} is not a box [left, top, right, bottom] in fractions between 0 and 1")
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(
-            f"{where}: the box {list(box)} is empty; left must be less than right, and top (0 at the top) less than bottom"
+            f"{where}: the box {list(box)} is empty; left must be less than right, and top must be less than bottom "
+            "(0 is at the top)"
         )
     return box[0], box[1], box[2], box[3]
 

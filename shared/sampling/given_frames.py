@@ -22,11 +22,12 @@ _MOST = 0.5  # the share of a latent cell that must be masked for the cell to be
 class GivenFrames(SamplingHookBase):
     """Keeps frames of a file, or a region of them, in the result. Several such hooks may be combined.
 
-    A picture becomes the first frame, and a clip the first frames. With a mask, only the masked region is kept, and the file
-    must be a clip at least as long as the result, or a picture if a picture is generated. At each step, the kept latents are
-    replaced with the file's latents plus that step's noise, and after the last step with the clean ones (Lugmayr et al.,
-    RePaint, arXiv 2201.09865, eq. 8, without resampling). Families that take one time per frame (`time_per_frame`) instead get
-    frames that are kept whole without noise, at t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
+    A picture becomes the first frame, and a clip becomes the first frames. With a mask, only the masked region is kept,
+    and the file must be a clip at least as long as the result, or a picture if a picture is generated. At each step,
+    the kept latents are replaced with the file's latents plus that step's noise; after the last step, they are replaced
+    with the clean ones (Lugmayr et al., RePaint, arXiv 2201.09865, eq. 8, without resampling). Families that take one
+    time per frame (`time_per_frame`) instead get frames that are kept whole without noise, at t = 0 (HaCohen et al.,
+    LTX-Video, arXiv 2501.00103).
     """
 
     kind: Literal["given_frames"] = "given_frames"

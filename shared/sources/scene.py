@@ -33,7 +33,8 @@ class Scene(SourcePart):
                 path = _own_path(subjects[name], place)
                 if path not in subjects[name].masks and not transparent(path):
                     raise ValueError(
-                        f"{path} shows {', '.join(names)}, but {name!r} has no mask for it; set subjects.{name}.masks"
+                        f"{path} shows {' and '.join(names)}, but {name!r} has no mask for it; "
+                        f"set subjects.{name}.masks"
                     )
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
@@ -41,7 +42,7 @@ class Scene(SourcePart):
         """Yields the examples. Raises ValueError, naming the file and the subject, if a mask is missing or is completely
         cropped away."""
         if not context.subjects:
-            raise ValueError("there is no subject; set subjects.NAME.images=FILE")
+            raise ValueError("there are no subjects; set subjects.NAME.images=FILE")
         self.check(context.subjects, ())
         for _ in range(self.repeats):
             for place, names in _owners(context.subjects).items():
@@ -68,5 +69,5 @@ def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
 
 
 def _own_path(subject: Subject, place: Path) -> Path:
-    """Returns a picture's path as it is written in the subject."""
+    """Returns the path under which the subject lists the picture at `place`."""
     return next(path for path in subject.images if path.resolve() == place)

@@ -124,7 +124,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7
 def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: Moves | None = None) -> str:
     """Writes one caption of a scene or, with `moves`, of the clip that starts with the scene.
 
-    A picture's caption has at most 26 words and commas, and a clip's at most `moves.room`. With `full`, the caption
+    A picture's caption has at most 26 words and commas, and a clip's has at most `moves.room`. With `full`, the caption
     names class, both colours, accessory, background and view, in the canonical form. Otherwise, some of them are left
     out and the wording varies. Accessories, motions and all styles except "photo" are always named. Views are named
     only if they are clear or `full` is set.

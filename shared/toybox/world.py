@@ -101,8 +101,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Camera:
-    """The viewpoint from which a thing is seen, and its position in the picture. x points right and y down from the
-    centre.
+    """The viewpoint from which a thing is seen, and its position in the picture. x points right and y points down
+    from the centre.
 
     At scale 1, the thing nearly fills the picture.
     """

@@ -108,7 +108,7 @@ class Loop:
         value = float(update.loss.detach())
         if not math.isfinite(value):
             self.optimizers.zero_grad()
-            raise NotFinite(f"the loss of step {step + 1} is {value}")
+            raise NotFinite(f"the loss at step {step + 1} is {value}")
         self.optimizers.backward(update.loss / self.gradient_accumulation, update.groups, self.accelerator)
         done.add(value, update)
 

@@ -171,7 +171,7 @@ class Optimizers:
         if self.skipped > (0 if self._scaler is None else _SKIPPED - 1):
             self.zero_grad()
             many = f", nor were those of the {self.skipped - 1} steps before" if self.skipped > 1 else ""
-            raise NotFinite(f"the gradient of step {index + 1} is not finite{many}")
+            raise NotFinite(f"the gradient at step {index + 1} is not finite{many}")
         if before and not self.skipped:
             before()
         if closure is not None:
@@ -188,7 +188,7 @@ class Optimizers:
         if sums and not bool(torch.stack([s.float().cpu() for s in sums]).isfinite().all()):
             for p in self.parameters():
                 if not bool(p.detach().isfinite().all()):  # a sum could overflow even if every value is finite
-                    raise NotFinite(f"the update of step {step} left parameters that are not finite")
+                    raise NotFinite(f"the update at step {step} left parameters that are not finite")
 
     def scaler_state(self) -> dict[str, float]:
         """Returns the fp16 scaler's state as plain numbers; empty without a scaler."""

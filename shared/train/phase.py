@@ -86,7 +86,8 @@ class Phase:
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
-        owner.offloaded.keep_only(self.task.networks_in_steps)  # on a GPU, makes room for the networks in use
+        if owner.offloaded.on:  # on a GPU, networks that the steps do not use make room for the others
+            owner.offloaded.keep_only(self.task.networks_in_steps)
 
     def _loop(self) -> Loop:
         recipe, owner = self.recipe, self.owner

@@ -50,7 +50,8 @@ class TrainingRun:
     """Runs a recipe's phases on `backbone` for `subjects`.
 
     Concepts that are already attached stay on at `loaded_strengths`. Learned tokens are attached under the subjects'
-    names, and adapters under `adapter_sets` (`run_name`, unless a part sets another). They stay attached afterwards.
+    names, and adapters are attached under `adapter_sets` (`run_name`, unless a part sets another). All of them stay
+    attached afterwards.
     """
 
     backbone: Backbone

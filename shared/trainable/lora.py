@@ -17,9 +17,10 @@ from shared.trainable.base import OnRoles, TrainableGroup
 class Lora(OnRoles):
     """Adds (alpha / rank) B A to the weights W of the modules of `roles`. B starts at 0, so nothing changes at first.
 
-    With `min_rank`, this is T-LoRA (https://arxiv.org/abs/2507.05964, section 3), W' = W + (alpha / rank) B M_t A, where the
-    mask M_t keeps the first r(t) directions. All of them act without noise, and only `min_rank` at full noise, where training
-    on a few pictures overfits most to their poses and layouts. The mask is also applied during sampling.
+    With `min_rank`, this is T-LoRA (https://arxiv.org/abs/2507.05964, section 3), W' = W + (alpha / rank) B M_t A,
+    where the mask M_t keeps the first r(t) directions. All of them act without noise, but only `min_rank` of them act
+    at full noise, where training on a few pictures overfits most to their poses and layouts. The mask is also applied
+    during sampling.
     """
 
     kind: Literal["lora"] = "lora"

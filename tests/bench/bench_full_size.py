@@ -2,16 +2,16 @@
 
     PYTHONPATH=. python3 tests/bench/bench_full_size.py [--seconds 30] [--device cuda] [--tiny] [--out FILE]
 
-Prints the device and the versions of torch and diffusers, then a table with one line per measurement. A line states the
-model, the frames x size of its clip, whether layers are recomputed in the backward pass (checkpointing), the number of
-trained parameters, the median seconds of a step, the steps per second, the peak GPU memory allocated during the steps,
-and the mean GPU utilisation. If a measurement fails, its line states the reason, and the next measurement begins.
-Nothing is downloaded or read.
+Prints the device and the versions of torch and diffusers, then a table with one line per measurement. Each line gives
+the model, the clip's size (frames x pixels), whether layers are recomputed in the backward pass (checkpointing), the
+number of trained parameters, the median step time in seconds, the steps per second, the peak GPU memory allocated
+during the steps, and the mean GPU utilisation. If a measurement fails, its line gives the reason, and the script moves
+on to the next one. No files are downloaded or read.
 
-Only the denoiser is measured. Its latents and text states are random, as if they came from caches. Its weights are
-frozen and in bfloat16, as the pipelines load them. The suite's own LoRA of rank 32, on all attention layers, is in
-float32. It is trained with AdamW under autocast to bfloat16. `--tiny` does the same at tiny sizes, even on a CPU, to
-test this script.
+Only the denoiser is measured. Its inputs, latents and text embeddings, are random tensors that stand in for cached
+ones. Its weights are frozen and in bfloat16, as the pipelines load them. The suite's own LoRA (rank 32, on all
+attention layers) is in float32 and is trained with AdamW under bfloat16 autocast. `--tiny` does the same at tiny sizes,
+to test this script; with `--device cpu`, it needs no GPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WEIGHT_STD = 0.02  # small enough that activations stay finite through all layer
 
 
 class Network:
-    """A denoiser and its table of roles, which is all that injecting a LoRA needs of a backbone."""
+    """A denoiser and its table of roles, the only parts of a backbone that a LoRA needs."""
 
     def __init__(self, name: str, model: nn.Module, role_table: Mapping[str, Sequence[RoleSpec]]) -> None:
         self.components = {name: model}
@@ -67,7 +67,7 @@ class Case:
     Args:
         build: makes the model, on the default device and in the default dtype
         latents: shape of the clip's latents, [1, C, frames, h, w]
-        text: shape of the text states, [1, tokens, D] or [frames, tokens, D]
+        text: shape of the text embeddings, [1, tokens, D] or [frames, tokens, D]
         clip: frames x size in pixels, for the table
     """
 
@@ -83,7 +83,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of the table. `error` states why there are no numbers."""
+    """One line of the table. `error` says why there are no numbers."""
 
     model: str
     clip: str
@@ -119,7 +119,7 @@ def animatediff(tiny: bool) -> Case:
 
     latents, clip = ((1, 4, 4, 8, 8), "4 x 64x64") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
     roles = ("cross_attention", "self_attention", "temporal_attention")
-    text = (latents[2], 77, width)  # this network takes text states for each frame
+    text = (latents[2], 77, width)  # this network takes text embeddings for each frame
     return Case("AnimateDiff, SD 1.5", "unet", build, ROLES, roles, latents, text, clip)
 
 
@@ -151,7 +151,7 @@ def wan(tiny: bool) -> Case:
 
 @contextmanager
 def half_precision() -> Iterator[None]:
-    """Creates tensors in bfloat16 within the context."""
+    """Makes bfloat16 the default dtype within the context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -211,7 +211,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
-    """Trains the model for about `seconds` and fills the row."""
+    """Trains the model for about `seconds` and fills in the row."""
     torch.manual_seed(0)
     model = random_model(case, device)
     if row.checkpointing:
@@ -256,7 +256,7 @@ def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
 
 
 def measured(case: Case, checkpointing: bool, device: torch.device, seconds: float) -> Row:
-    """Returns the row of a measurement, even if the measurement fails."""
+    """Returns the row for a measurement, even if the measurement fails."""
     row = Row(case.name, case.clip, checkpointing)
     try:
         measure(case, row, device, seconds)
@@ -269,7 +269,7 @@ def measured(case: Case, checkpointing: bool, device: torch.device, seconds: flo
         try:
             torch.cuda.empty_cache()
         except Exception as error:  # some errors make CUDA unusable, which the next row will report
-            row.error = row.error or f"{type(error).__name__} on freeing memory"
+            row.error = row.error or f"{type(error).__name__} while freeing memory"
     return row
 
 
@@ -297,7 +297,7 @@ def line(texts: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of timed steps per measurement")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long to time each measurement, in seconds")
     parser.add_argument("--tiny", action="store_true", help="use tiny sizes, to test this script")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="file to write the rows to, as JSON")
@@ -314,7 +314,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"[{time.perf_counter() - began:.0f} s] {line(cells(row))}", flush=True
-            )  # printed at once, in case the rest is cut off
+            )  # printed right away, in case the run is cut short
             if options.out:
                 options.out.write_text(json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
     print(f"\nLoRA: {LORA}")

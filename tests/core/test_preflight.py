@@ -80,5 +80,5 @@ def test_a_picture_of_two_subjects_needs_a_mask_from_each(tiny, photos, bare, tm
     masked = read_subject(scene, "mug", masks={scene: photos / "masks" / "0.png"})
     subjects = {"mug": masked, "rex": read_subject(scene, "dog")}
     recipe = small("textual_inversion", "sources.references=null", "sources.scene.kind=scene")
-    with pytest.raises(ValueError, match=r"sources\.scene: .*0.png shows mug, rex, but 'rex' has no mask"):
+    with pytest.raises(ValueError, match=r"sources\.scene: .*0.png shows mug and rex, but 'rex' has no mask"):
         session(tiny(), recipe, bare, tmp_path / "run", subjects=subjects)

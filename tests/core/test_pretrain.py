@@ -90,7 +90,7 @@ def test_ctrl_c_saves_the_last_completed_step(tmp_path: Path) -> None:
 
 def test_steps_without_a_finite_loss_are_skipped_but_too_many_end_the_run(tmp_path: Path) -> None:
     task = LayerTask(bad=range(2, 4))
-    with pytest.warns(UserWarning, match="the loss of step 3 is nan: the step is skipped"):
+    with pytest.warns(UserWarning, match="the loss at step 3 is nan: the step is skipped"):
         assert train(task, tmp_path / "two", 5).step == 5
     assert all(bool(tensor.isfinite().all()) for tensor in task.state_dict().values())
     with pytest.warns(UserWarning), pytest.raises(NotFinite, match="like those of the 19 steps before"):
@@ -107,7 +107,7 @@ def test_an_update_that_leaves_non_finite_parameters_is_not_saved(tmp_path: Path
                     self.network[1].weight.fill_(math.inf)  # type: ignore[operator]
 
     train(LayerTask(), tmp_path, 8, pause_at=2)
-    with pytest.raises(NotFinite, match="the update of step 4 left parameters that are not finite"):
+    with pytest.raises(NotFinite, match="the update at step 4 left parameters that are not finite"):
         train(Spoiled(), tmp_path, 8, pause_at=4)
     state = checkpoint.load(tmp_path)
     assert state is not None and state.step == 2

@@ -168,7 +168,7 @@ def test_the_errors_for_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbo
         (ask(negative=["a", "b", "c"]), "3 negative prompts for 2 seeds"),
         (ask(seeds=[], prompts=[]), "at least one step and one seed"),
         (ask(steps=0), "at least one step"),
-        (ask(guidance=float("nan")), "guidance = nan: give a number"),
+        (ask(guidance=float("nan")), "guidance = nan is out of range; give a number"),
         (ask(height=30), "multiples of 4"),
         (
             ask(height=8192, width=8192),

@@ -1,4 +1,4 @@
-"""The first signal stops training after the step, the second stops it at once, and ignored signals stay ignored."""
+"""The first signal stops training after the step, the second stops it immediately, and ignored signals stay ignored."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sheet", "a.png", "--rows", 10_000, "--columns", 10_000), "--rows 10000 --columns 10000: 100,000,000 pictures"),
+        (("sheet", "a.png", "--rows", 10_000, "--columns", 10_000), "these are 100,000,000 pictures"),
         (("motions", "a.png", "--rows", 10_000), "--rows 10000 --columns 8: "),
         (("sheet", "a.png", "--source", "model", "--guidance", "1e300"), "1e300 is not a number from -1000 to 1000"),
         (("evaluate", "--guidance", "nan"), "nan is not a number from -1000 to 1000"),

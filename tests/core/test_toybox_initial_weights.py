@@ -36,7 +36,7 @@ def test_the_shipped_autoencoder_is_used_unless_a_run_trains_its_own(tmp_path: P
     assert not adopt_vae(tmp_path / "b") and not run_folder.has_vae(tmp_path / "b")
 
 
-def test_a_new_folder_keeps_the_training_facts_of_the_shipped_weights(tmp_path: Path) -> None:
+def test_a_new_folder_inherits_the_training_facts_of_the_shipped_weights(tmp_path: Path) -> None:
     assert adopt_backbone(tmp_path) and not adopt_backbone(tmp_path)
     shipped = json.loads((BACKBONE / "training.json").read_text())
     assert assemble.training_facts(tmp_path) == shipped and set(shipped["last"]) == {"vae", "decoder", "unet"}
@@ -69,9 +69,9 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_round_with_more_pictures_ends_at_a_learning_rate_of_zero() -> None:
+def test_a_round_of_additional_training_ends_at_a_learning_rate_of_zero() -> None:
     first = adopted_steps()
-    for minutes in (None, 5.0):  # the time limit pauses the round without affecting its rates
+    for minutes in (None, 5.0):  # the time limit pauses the round without affecting its learning rates
         spend, settings = stages.unet_training(replace(WORK, minutes=minutes))
         assert (spend.steps, spend.minutes, settings.lr) == (first + 100, minutes, 5e-4)
         budget, optimizer = Budget(steps=spend.steps), settings.optimizer

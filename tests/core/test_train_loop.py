@@ -30,7 +30,7 @@ class Line:
     """A task that fits a linear function to points, in one batch or in pieces."""
 
     def __init__(self, pieces: int) -> None:
-        # float64, because Adam divides gradients by their magnitude and so amplifies rounding errors of the sums
+        # float64, because Adam divides gradients by their magnitude and so amplifies rounding errors in the sums
         self.weight = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
         x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         y = x @ torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_a_non_finite_loss_leaves_the_parameters_unchanged():
     good, bad = Line(1), Line(1)
     bad.bad = 3
     trained(good, 1, steps=3)
-    with pytest.raises(NotFinite, match="the loss of step 4 is nan"):
+    with pytest.raises(NotFinite, match="the loss at step 4 is nan"):
         trained(bad, 1)
     assert torch.equal(bad.weight, good.weight) and bad.weight.grad is None
 
@@ -80,7 +80,7 @@ def test_a_non_finite_gradient_leaves_the_parameters_unchanged():
 
     task = Root(1)
     before = task.weight.detach().clone()
-    with pytest.raises(NotFinite, match="the gradient of step 1 is not finite"):
+    with pytest.raises(NotFinite, match="the gradient at step 1 is not finite"):
         trained(task, 1)
     assert torch.equal(task.weight, before) and task.weight.grad is None
 
@@ -98,7 +98,7 @@ def test_learning_rate_schedules_match_their_formulas():
     assert [r.lr["line"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
-def test_the_optimizer_state_survives_a_round_trip_and_is_checked():
+def test_the_optimizer_state_survives_a_round_trip_and_is_refused_if_it_does_not_fit():
     task = Line(1)
     _, optimizers = trained(task, 1, steps=2)
     state = optimizers.state_dict()
@@ -238,7 +238,7 @@ def test_parameters_may_change_between_steps_and_kept_parameters_keep_their_mome
         if record.step == 3:
             at_three = task.first.detach().clone()
     trained(plain, 1, steps=3)
-    assert torch.equal(at_three, plain.weight), "nothing differs up to step 3"
+    assert torch.equal(at_three, plain.weight), "training is unaffected up to step 3"
     moments = optimizers.state_dict()
     assert float(moments["main.0.step"]) == 5 and float(moments["more.0.step"]) == 2
     assert [set(r.lr) for r in records] == [{"line"}] * 3 + [{"line", "more"}] * 2 and task.more.abs().sum() > 0
@@ -248,7 +248,8 @@ def test_parameters_may_change_between_steps_and_kept_parameters_keep_their_mome
 
 
 def test_kept_rows_keep_their_moments_and_new_rows_start_from_zero():
-    """Splitting Gaussians needs this. Each kept row then learns what it would have learned without the other rows."""
+    """Needed to split Gaussians: each kept row must go on to learn exactly what it would have learned without the other
+    rows."""
 
     def steps(optimizers: Optimizers, parameter: nn.Parameter, pulls: torch.Tensor) -> None:
         for step, pull in enumerate(pulls):

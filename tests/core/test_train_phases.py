@@ -176,7 +176,7 @@ def test_an_update_that_ends_a_phase_is_also_checked(tiny, photos, tmp_path, pha
     recipe = small("textual_inversion", "train.steps=1", "trainable.tokens.lr=0.1")
     if phases:
         recipe = validate(Recipe, {**dump(recipe), "phases": {"a": {}, "b": {}}})
-    with pytest.raises(NotFinite, match=r"the update of step 1 left parameters that are not finite .*--resume"):
+    with pytest.raises(NotFinite, match=r"the update at step 1 left parameters that are not finite .*--resume"):
         huge(finish, session(tiny(), recipe, photos, tmp_path / "run"))
     state = checkpoint.load(tmp_path / "run")
     assert state is not None and state.step == 0 and all(bool(v.isfinite().all()) for v in state.learned.values())

@@ -180,7 +180,7 @@ def test_twenty_overflows_in_a_row_end_the_run_with_the_last_good_state():
     task = Line(lambda step: step >= 3)
     optimizers, accelerator = scaled(task)
     good, states, steps = LastGood(optimizers), [], 0
-    with pytest.raises(NotFinite, match="the gradient of step 23 is not finite, nor were those of the 19 steps before"):
+    with pytest.raises(NotFinite, match="the gradient at step 23 is not finite, nor were those of the 19 steps before"):
         for _ in Loop(task, optimizers, Budget(steps=100), 0, accelerator, good=good).run():
             steps += 1
             states.append(task.weight.detach().clone())

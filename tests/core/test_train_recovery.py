@@ -49,7 +49,7 @@ def test_a_state_with_a_non_finite_loss_is_not_kept(tiny, photos, tmp_path, monk
         run = session(tiny(), recipe, photos, tmp_path / "run")
         with pytest.raises(
             NotFinite,
-            match=r"the loss of step 4 is nan \(phase tune\); the last good state, from step 2, is kept .* --resume",
+            match=r"the loss at step 4 is nan \(phase tune\); the last good state, from step 2, is kept .* --resume",
         ):
             for _ in run.steps():
                 states.append(learned(run))

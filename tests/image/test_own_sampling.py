@@ -20,7 +20,8 @@ OWN = {"steps": 3, "guidance": 1.5, "scheduler": "dpm++"}
 
 @pytest.fixture(scope="module")
 def folder(learn, tmp_path_factory):
-    """Two concepts, "rex" and "max": the recipe of the first states how to sample, that of the second only the steps."""
+    """Two concepts: the recipe of "rex" sets the steps, guidance and scheduler; the recipe of "max" sets only the
+    steps."""
     out = tmp_path_factory.mktemp("own")
     for name, more in (
         ("rex", [f"sampling.{key}={value}" for key, value in OWN.items()]),
@@ -45,7 +46,7 @@ def test_the_command_samples_as_the_recipe_says(pcs, folder, tmp_path):
     assert used(tmp_path / "given") == {**OWN, "steps": 2, "guidance": 2.0}
 
 
-def test_with_several_concepts_the_first_decides_and_a_motion_precedes_subjects(folder, tiny_folder, tmp_path):
+def test_the_first_of_several_concepts_decides_unless_a_motion_takes_precedence(folder, tiny_folder, tmp_path):
     runner = ImageRunner(load_backbone(str(tiny_folder)))
     rex, max_ = (read(folder / f"{name}.concept") for name in ("rex", "max"))
     assert runner.with_own_sampling(SamplingSettings()) == SamplingSettings()

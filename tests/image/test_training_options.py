@@ -192,7 +192,7 @@ def test_class_pictures_are_counted_while_they_are_generated(pcs, learn, tmp_pat
     shutil.rmtree(tmp_path / "x.concept")
     again = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
     assert again.code == 0 and "class pictures" not in again.err, "the class pictures already exist"
-    for what in ("pictures of step 1", "pictures of step 2", "the preview of 'x'"):
+    for what in ("pictures at step 1", "pictures at step 2", "the preview of 'x'"):
         assert re.search(rf"^{what}, denoising steps: (\d+) of \1$", again.err, re.MULTILINE), what
 
 

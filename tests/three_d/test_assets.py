@@ -82,7 +82,7 @@ def test_a_field_of_each_kind_becomes_an_asset(sd, tmp_path, kind):
         "asset.glb",
         "asset.obj",
         "asset.mtl",
-        "asset.png",
+        "asset-texture.png",
         "asset.ply",
         "turntable.mp4",
         "renders/045.png",

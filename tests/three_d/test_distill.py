@@ -96,7 +96,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(new_sd, t
 
     how = recipe("dreamfusion")
     run = session(new_sd(), how, tmp_path / "run", tasks={**TASKS, DistillTask: Broken})
-    with pytest.raises(NotFinite, match=r"the loss of step 5 is nan.* Lower the learning rate \(field.lr\)"):
+    with pytest.raises(NotFinite, match=r"the loss at step 5 is nan.* Lower the learning rate \(field.lr\)"):
         finish(run)
     state = checkpoint.load(tmp_path / "run")
     assert state is not None and state.step == 3 and bool(state.learned["field/raw"].isfinite().all())

@@ -37,7 +37,7 @@ class Striped(Solid):
 def test_a_ball_becomes_a_closed_mesh_with_its_volume_and_its_colours(tmp_path):
     made = export_asset(Striped(0.6), tmp_path, ExportSettings(resolution=28, texture=96, threshold=20))
     assert made.watertight and made.volume == pytest.approx(BALL, rel=0.06)
-    assert [f.name for f in made.files] == ["asset.glb", "asset.obj", "asset.mtl", "asset.png", "asset.ply"]
+    assert [f.name for f in made.files] == ["asset.glb", "asset.obj", "asset.mtl", "asset-texture.png", "asset.ply"]
     assert all(f.is_file() for f in made.files) and any("threshold" in note for note in made.notes)
     for name in ("asset.glb", "asset.obj"):
         mesh = trimesh.load(tmp_path / name, force="mesh", process=False)

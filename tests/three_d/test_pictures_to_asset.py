@@ -208,5 +208,5 @@ def test_multi_view_dreambooth_takes_two_steps_per_phase(sd, tmp_path, subject):
     how = load("mv_dreambooth", [*SMALL, *few, "negative="], "3d", Recipe3D)
     asset = Runner3D(sd).create(how, tmp_path / "run", subject, tensorboard=False)
     assert not torch.equal(asset.field.raw_density, how.field.build().raw_density)
-    with pytest.raises(ValueError, match="joint_views = 4: .* cameras.ring = 2"):
+    with pytest.raises(ValueError, match="joint_views = 4 but cameras.ring = 2"):
         load("mv_dreambooth", [*SMALL, "cameras.ring=2"], "3d", Recipe3D)

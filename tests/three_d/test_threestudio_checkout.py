@@ -110,7 +110,7 @@ def test_missing_packages_are_named_and_nothing_is_tried_without_them(checkout, 
     monkeypatch.setitem(doctor.NEEDED, "no_such_module", "no-such-package")
     found = list(doctor.findings(checkout))
     (bad,) = [what for works, what in found if works is False and "no-such-package" in what]
-    assert bad.startswith("missing: pip install") and not any("imports" in what for _, what in found)
+    assert bad.startswith("packages are missing: pip install") and not any("imports" in what for _, what in found)
 
 
 def test_the_doctor_checks_what_the_extension_registers(checkout, monkeypatch):

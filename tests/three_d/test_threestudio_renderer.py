@@ -127,7 +127,7 @@ def test_the_exporter_writes_files_that_can_be_opened(threestudio):
     made = threestudio.find("pcs-exporter")({"resolution": 32, "texture": 64, "save_name": "ball"}, **parts)
     assert made.cfg.save_video is False
     outputs = made()
-    assert {o.save_name for o in outputs} == {"ball.glb", "ball.obj", "ball.mtl", "ball.png", "ball.ply"}
+    assert {o.save_name for o in outputs} == {"ball.glb", "ball.obj", "ball.mtl", "ball-texture.png", "ball.ply"}
     assert {o.save_type for o in outputs} == {"file"}
     (ply,) = [o.params["src_path"] for o in outputs if o.save_name == "ball.ply"]
     mesh = trimesh.load(ply, process=False)

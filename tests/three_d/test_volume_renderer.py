@@ -1,4 +1,5 @@
-"""Rendered volumes match closed forms of opacity, depth and colour, and finite differences, for any batch size."""
+"""Rendered volumes match closed-form opacity, depth and colour, their gradients match finite differences, and neither
+the batch nor the chunk size matters."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def test_the_opacity_and_depth_of_a_solid_follow_from_its_chords(cube):
     t = chords.length
     inside = 1 / 3 - t * torch.exp(-3 * t) / (1 - torch.exp(-3 * t)).clamp_min(
         1e-6
-    )  # the mean depth under the weights e^{-3t}, cut off at t
+    )  # the mean of s over [0, t], weighted by e^{-3s}
     hit = t > 0.3
     assert (drawn.depth[:, 0] - chords.near - inside)[hit].abs().max() < 0.01
     colors = opacity[:, None] * torch.tensor(COLOR).view(3, 1, 1) + 0.25 * (1 - opacity[:, None])
@@ -120,12 +121,12 @@ def test_shading_shows_the_normals_of_a_ball(shading):
     assert rim[0] < 0.75 and (shading != "normal" or rim[1] > 0.8)  # the right of the picture is +y
 
 
-def test_latents_are_drawn_unchanged_and_without_shading():
+def test_latents_are_rendered_unchanged_and_without_shading():
     drawn = Volume(samples=64).render(Solid(0.6, 50, channels=4), CAMERAS, view(3, channels=4))
     assert drawn.pixels.shape == (3, 4, 32, 32) and float(drawn.pixels[0, 3, 16, 16].detach()) == pytest.approx(
         0.7, abs=1e-3
     )
-    with pytest.raises(ValueError, match="4 channels"):
+    with pytest.raises(ValueError, match="needs 3 channels, but the field has 4"):
         Volume().render(Solid(0.6, channels=4), CAMERAS, view(3, channels=4, shading="normal"))
     with pytest.raises(ValueError, match="does not fit"):
         Volume().render(Solid(0.6), CAMERAS, view(2))

@@ -80,7 +80,7 @@ def test_clips_that_cannot_be_learned_from_are_refused(learning: Refused, tmp_pa
 
 
 def test_masks_that_do_not_match_the_frames_are_refused(learning: Refused, tmp_path: Path) -> None:
-    """Too few masks and masks of another size are reported at once, before latents are computed."""
+    """Too few masks and masks of another size are reported immediately, before latents are computed."""
     folder = tmp_path / "clips"
     write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
@@ -135,9 +135,11 @@ def test_concepts_that_no_model_can_load_are_refused_before_a_model_is_loaded(
     refused: Refused, learned_on: Callable[[str], Path], motion: Path, clip_model: Path
 ) -> None:
     thing, wan, flux = map(learned_on, ("sd", "wan", "flux"))
-    message = refused("video", "generate", "a <on-sd>", "--concept", thing, "--concept", wan)
+    message = refused("video", "generate", "a <on-sd> and a <on-wan>", "--concept", thing, "--concept", wan)
     assert "'on-sd' was learned on stable_diffusion, but 'on-wan' on wan: no model can load both" in message
-    message = refused("video", "generate", "a mug", "--concept", wan, "--concept", motion, "--backbone", clip_model)
+    message = refused(
+        "video", "generate", "a <on-wan>", "--concept", wan, "--concept", motion, "--backbone", clip_model
+    )
     assert "'on-wan' was learned on wan, but 'slide' on animatediff" in message
     message = refused("video", "generate", "a <on-flux>", "--concept", flux)
     assert "'on-flux' was learned on flux, whose models make no clips" in message

@@ -341,7 +341,7 @@ def test_a_subject_and_a_motion_are_evaluated_together(
     identity, likeness = report.score("identity"), report.score("dino_i")
     assert identity and likeness and identity.value is not None and identity.base is not None
     assert identity.value != identity.base and likeness.value != likeness.base
-    assert report.score("subject_crops") is None and any("of whole frames" in note for note in report.notes)
+    assert report.score("subject_crops") is None and any("on whole frames" in note for note in report.notes)
     score = [report.value(key) or 0.0 for key in ("identity", "motion_fidelity", "leakage")]
     assert report.value("score") == pytest.approx(max(0, score[0] * score[1] * (1 - score[2])))
 

@@ -11,7 +11,7 @@ from PIL import Image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import Picture, as_picture, check_size, named_errors, opened
 
-_SHORTEST = 20  # milliseconds; browsers show frames with a shorter delay for 100 ms
+_SHORTEST = 20  # milliseconds; if a frame's delay is shorter than this, browsers show it for 100 ms
 _INSTEAD = 100
 _MILLI = Fraction(1, 1000)
 

@@ -89,7 +89,7 @@ class KnownMotion:
         return self.name.split("-")[0]
 
     def candidates(self, frames: int) -> dict[str, Array]:
-        """Returns paths (name -> `[F, 6]`) of the motion, its look-alikes, the split's other motions and standing still."""
+        """Maps names to paths `[F, 6]`: the motion, its look-alikes, the split's other motions and standing still."""
         return candidates(self.motion, self.split, frames)
 
     @property

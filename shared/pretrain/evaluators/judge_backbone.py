@@ -139,7 +139,7 @@ def attribute_scores(
     recognizer: Recognizer, scenes: Sequence[world.Scene], n: int, pictures: Tensor
 ) -> dict[str, float]:
     """Returns the fraction of scenes in which each attribute is recognised correctly. Accessory and style are scored on
-    all scenes that have one, and the other attributes on the first `n` scenes.
+    all scenes that have one, and the other attributes are scored on the first `n` scenes.
     """
     found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]
     right = {name: np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)]) for name in found}

@@ -51,8 +51,8 @@ def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
 
 def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
     """Measures the recognizer's accuracies on `n` new renders in all styles, and its most common confusions. Scores
-    whose names end in `_shown` cover only pictures with an accessory or a style, and those ending in `_in_photos` only
-    photos.
+    whose names end in `_shown` cover only pictures with an accessory or a style, and those whose names end in
+    `_in_photos` cover only photos.
 
     degrade: a function applied first to the pictures `[n, 3, 64, 64]`, for example the VAE's round trip
     """

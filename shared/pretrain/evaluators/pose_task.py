@@ -49,7 +49,7 @@ def pose_of(camera: Camera) -> np.ndarray:
 
 
 class PoseTask(EvaluatorTask):
-    """Minimises the absolute errors of position, size, elevation and tilt, and the cross-entropy of the azimuth.
+    """Minimises the absolute errors in position, size, elevation and tilt, and the cross-entropy of the azimuth.
 
     Args:
         poses: float32 `[N, 6]`, as returned by `poses_of`

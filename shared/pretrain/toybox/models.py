@@ -101,7 +101,7 @@ def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTex
 
 
 def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionModel:
-    """Builds a freshly initialised U-Net that attends to text states with ``context`` channels."""
+    """Builds a freshly initialised U-Net that attends to text embeddings with ``context`` channels."""
     from diffusers import UNet2DConditionModel
 
     deeper = len(size.channels) - 1

@@ -17,7 +17,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
 """The columns of a path. They are those of `world.Camera`, but with the natural logarithm of the scale. x points right
-and y down, in fractions of the picture."""
+and y points down, in fractions of the picture."""
 CHANNELS = (*PATH, "pan")
 """The channels that a motion can change. They are the columns of the path and, for camera motions, the shift of the
 background to the right, in fractions of the picture."""
