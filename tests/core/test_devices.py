@@ -14,7 +14,7 @@ from shared.backbones import load_backbone
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.placement import size_of
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.concept import attach, capture, read, save
+from shared.concept import Provenance, attach, capture, read, save
 from shared.concept.verify import bare_copy
 from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
@@ -102,7 +102,7 @@ def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu,
     finish(run)
     prompt = [f"a photo of a {backbone.placeholders['mug'].words}"]
     before = sample(backbone, prompt, seeds=[0], settings=SETTINGS)
-    path = save(capture(backbone, "mug", class_noun="mug", recipe=recipe), tmp_path / "mug.concept").path
+    path = save(capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe)), tmp_path / "mug.concept").path
     again = on_gpu()
     attach(read(Path(str(path))), again)
     assert torch.equal(sample(again, prompt, seeds=[0], settings=SETTINGS), before)
