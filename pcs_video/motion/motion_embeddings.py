@@ -28,9 +28,8 @@ class MotionEmbeddings(TrainablePart):
     taxonomy: ClassVar[str] = "motion embeddings"
     kind: Literal["motion_embeddings"] = "motion_embeddings"
     lr: Rate = 2e-2  # learning rate
-    coarsest: Annotated[int, Field(ge=1, le=64)] | None = (
-        2  # use layers of this many of the coarsest grids; null for all
-    )
+    # use layers of this many of the coarsest grids; null for all
+    coarsest: Annotated[int, Field(ge=1, le=64)] | None = 2
     frames: Annotated[int, Field(ge=2, le=4096)] | None = None  # frames per clip; null for the backbone's own
     resolution: Side | None = None  # pixels; null for the backbone's own
     values: Values = "differences"  # what the embeddings of values add outside training

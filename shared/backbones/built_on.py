@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.backbones.protocol import Backbone
 
-GROUP = (
-    "pcs.built_on"  # entry points: family = "module:function", (a model, the folder of what is added) -> its extension
-)
+# entry points: family = "module:function", (a model, the folder of what is added) -> its extension
+GROUP = "pcs.built_on"
 
 
 @dataclass(frozen=True)

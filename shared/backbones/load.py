@@ -39,9 +39,8 @@ FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
 }
-GROUP = (
-    "pcs.families"  # entry-point group; an entry's name is a diffusers pipeline class, its value the path of a `Wrap`
-)
+# entry-point group; an entry's name is a diffusers pipeline class, its value the path of a `Wrap`
+GROUP = "pcs.families"
 TOYBOX = "toybox"
 #: The synthetic worlds of models that were trained on one, by the model's name.
 WORLDS: Mapping[str, World] = {

@@ -24,9 +24,8 @@ class TextEncoding:
     name: str
     context_component: str = "text_encoder"  # the encoder whose hidden states are the text context
     pooled_component: str | None = None  # the encoder whose pooled output is `Conditioning.pooled`
-    masks_context: bool = (
-        False  # whether the network takes a padding mask for the context (`Conditioning.context_mask`)
-    )
+    # whether the network takes a padding mask for the context (`Conditioning.context_mask`)
+    masks_context: bool = False
     why_one_context: str = "its text and picture attend jointly"  # explains in errors why `text_sites` is empty
     tokens: TokenOverlay
     placeholders: dict[str, Placeholder]

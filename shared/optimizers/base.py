@@ -25,9 +25,8 @@ class OptimizerPart(Part):
     weight_decay: NotNegative = 1e-2  # pulls weights toward 0; a part's own setting takes precedence
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # how rates change after the warmup
     warmup: Steps = 0  # steps
-    decay: Fraction = (
-        1.0  # final fraction of the run over which rates fall; less than 1 for warmup-stable-decay (arXiv 2404.06395)
-    )
+    # final fraction of the run over which rates fall; less than 1 for warmup-stable-decay (arXiv 2404.06395)
+    decay: Fraction = 1.0
     max_grad_norm: Positive | None = 1.0  # gradients are clipped to this norm; null for no clipping
 
     @model_validator(mode="after")

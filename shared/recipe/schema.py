@@ -83,9 +83,8 @@ class Train(Part):
     steps: Steps = 500  # optimizer steps
     batch_size: BatchSize = 1  # examples per micro-batch
     gradient_accumulation: Many = 1  # micro-batches per step
-    gradient_checkpointing: bool = (
-        False  # recompute activations in the backward pass, to save memory at the cost of time
-    )
+    # recompute activations in the backward pass, to save memory at the cost of time
+    gradient_checkpointing: bool = False
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast with it
     resolution: Side | None = None  # pixels; null: the backbone's own
     cache: bool = True  # cache latents and text that do not vary
@@ -102,9 +101,8 @@ class Sampling(Part):
     steps: Many | None = None  # denoising steps
     guidance: GuidanceScale | None = None  # classifier-free guidance scale
     scheduler: str | None = None  # ddim, dpm++, euler, unipc …
-    strength: Annotated[str, AfterValidator(check_points)] = (
-        ""  # concept's strength by step, as in "0@0,1@0.2"; "": constant
-    )
+    # the concept's strength by step, such as "0@0,1@0.2"; if empty, it is constant
+    strength: Annotated[str, AfterValidator(check_points)] = ""
 
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength schedule, which needs the concept's name."""

@@ -30,9 +30,8 @@ class DenoisingStep:
     noise: Tensor  # the initial noise [B, C, (f), h, w], of unit variance
     scale: Tensor | float = 1.0  # factor from latents to the network's input; not 1 for schedulers of Karras et al.
     order: int = 1  # scheduler calls per step
-    clean: Tensor | None = (
-        None  # clean latents [B, C, (f), h, w] that the previous call predicted; None before the first
-    )
+    # clean latents [B, C, (f), h, w] that the previous call predicted; None before the first
+    clean: Tensor | None = None
 
     @property
     def fraction(self) -> float:

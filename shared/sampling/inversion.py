@@ -105,9 +105,8 @@ class NoisePrior(NoisePriorSettings, SamplingHookBase):
 
     kind: Literal["noise_prior"] = "noise_prior"
     path: PathText
-    name: str = (
-        ""  # the concept that the prior belongs to, whose name a prompt must contain; if empty, all prompts use it
-    )
+    # the concept that the prior belongs to, whose name a prompt must contain; if empty, all prompts use it
+    name: str = ""
 
     def resting(self) -> NoisePrior:
         """Returns a hook of the same concept that takes nothing from the clip."""

@@ -49,9 +49,8 @@ class SamplingSettings:
     """The sampler's settings besides prompts and seeds; None means the backbone's default."""
 
     negative: str | tuple[str, ...] = ""  # one text, or one per picture
-    guidance: float | None = (
-        None  # scale of classifier-free guidance (1 means none), or of the model's distilled guidance
-    )
+    # scale of classifier-free guidance (1 means none), or of the model's distilled guidance
+    guidance: float | None = None
     steps: int | None = None  # scheduler steps
     scheduler: str | None = None  # one of `scheduler_names(backbone)`
     height: int | None = None  # pixels

@@ -25,9 +25,8 @@ class TrainablePart(KindPart):
 
     lr: Rate = 1e-4  # learning rate
     group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains the part, train.optimizers.GROUP
-    adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
-        ""  # the name under which the adapters are switched on and off; if empty, the concept's name
-    )
+    # the name under which the adapters are switched on and off; if empty, the concept's name
+    adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = ""
     weight_decay: NotNegative | None = None  # if null, the optimizer's setting
     per_source: bool = False  # one adapter per picture or clip, active only for that one; not saved in the concept
     temporary: bool = False  # whether it acts only in training steps, of this and later phases, and is not saved

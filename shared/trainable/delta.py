@@ -28,9 +28,8 @@ class DeltaAdapter:
         self.backbone, self.slot, self.targets = backbone, slot, dict(targets)
         self.deltas = {k: nn.Parameter(v.detach().float().clone(), requires_grad=False) for k, v in deltas.items()}
         self.strength = 0.0
-        self.number = next(
-            _count
-        )  # changes are summed in order of injection, so that toggling one restores exact values
+        # changes are summed in order of injection, so that toggling one restores exact values
+        self.number = next(_count)
 
     @classmethod
     def inject(cls, backbone: Backbone, name: str, slot: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:

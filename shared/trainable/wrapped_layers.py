@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from torch import nn
 
 
-class WrappedLayer(nn.Module):
-    """What is used here of peft's `BaseTunerLayer`, for type checkers only."""
+class WrappedLayer(Protocol):
+    """What is used here of peft's `BaseTunerLayer`."""
 
     adapter_layer_names: tuple[str, ...]
     active_adapters: list[str]
