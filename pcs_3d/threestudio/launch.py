@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pcs_3d.threestudio.stand_ins import NEEDED, absent, standing_in
+from pcs_3d.threestudio.stand_ins import INDIRECTLY_NEEDED, NEEDED, absent, standing_in
 
 
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
@@ -45,7 +45,7 @@ def imported(missing: Sequence[str]) -> Any:
             warnings.simplefilter("ignore", FutureWarning)  # about deprecated names in torch.cuda.amp
             return import_module("threestudio")
     except ModuleNotFoundError as error:
-        package = NEEDED.get(error.name or "", error.name)
+        package = {**NEEDED, **INDIRECTLY_NEEDED}.get(error.name or "", error.name)
         raise ValueError(f"threestudio imports {error.name}, which is not installed: pip install {package}") from None
 
 

@@ -20,6 +20,8 @@ NEEDED = {
     "pytorch_lightning": "lightning", "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics",
     "trimesh": "trimesh", "typeguard": "typeguard",
 }  # fmt: skip
+#: Modules that some versions of these packages import, with what to install if such a module is missing.
+INDIRECTLY_NEEDED = {"pkg_resources": '"setuptools<81"'}  # imported by Lightning 2.0
 #: The packages that can be replaced, with the part of threestudio that needs each, and how to install it.
 REPLACEABLE: Mapping[str, str] = {
     "IPython": "Zero-1-to-3; pip install ipython",

@@ -127,6 +127,9 @@ def test_the_doctor_checks_what_the_extension_registers(checkout, monkeypatch):
     (checkout / "threestudio/__init__.py").write_text("import no_such_package")
     found = [what for works, what in doctor.findings(checkout) if works is False]
     assert any("cannot be imported" in what and "no_such_package" in what for what in found)
+    (checkout / "threestudio/__init__.py").write_text("raise ModuleNotFoundError(name='pkg_resources')")
+    found = [what for works, what in doctor.findings(checkout) if works is False]
+    assert any("cannot be imported" in what and 'pip install "setuptools<81"' in what for what in found)
 
 
 # --- missing packages ------------------------------------------------------------------------
