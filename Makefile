@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/pcs demo --part image --part video --part 3d --out demo --overwrite
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 check: install
 	$(BIN)/ruff check .

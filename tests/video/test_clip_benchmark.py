@@ -1,4 +1,4 @@
-"""The cells, tables and resumed runs of `pcs video benchmark` on the toybox, with an untrained motion module."""
+"""Tests the cells, tables and resumed runs of `pcs video benchmark` on the toybox, with an untrained motion module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.metrics.report import Score
 SMALL = (
     "--motions", "1", "--subjects", "1", "--limit", "1", "--num", "1", "--steps", "1",
     "--set", "train.steps=1", "--set", "preview.num=0", "--subject-recipe", "textual_inversion",
-    "--set-subject", "train.steps=1", "--set-subject", "preview.num=0",
+    "--set-subject", "train.steps=1", "--set-subject", "preview.num=0", "--set-subject", "train.validation.every=0",
 )  # fmt: skip
 
 
@@ -68,10 +68,10 @@ def test_a_subject_can_be_learned_with_a_video_recipe(pcs, tmp_path: Path, adapt
     assert [line.split(" | ")[0] for line in lines[2:6]] == [
         "| motion_inversion", "| base model", "| true clips or pictures", "| a guess"
     ]  # fmt: skip
-    assert lines[5].split(" | ")[3].replace("\xa0", " ") == "8 %" and "%" in lines[4]  # 13 candidates
+    assert lines[5].split(" | ")[3].replace("\xa0", " ") == "8 %" and "%" in lines[4]  # a guess among 13 candidates
 
 
-def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
+def test_invalid_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     for more, why in (
         (("--set", "trian.steps=3"), "trian"),
         (("--set-subject", "trian.steps=3"), "trian"),
@@ -108,13 +108,13 @@ def test_a_cell_is_a_motion_with_or_without_a_subject():
         (("--subjects", "-1"), "--subjects -1: give 0 to 10,000, or names"),
     ],
 )
-def test_unknown_names_and_wrong_counts_are_refused_before_anything_is_learned(pcs, tmp_path, options, message):
+def test_unknown_names_and_invalid_counts_are_refused_before_anything_is_learned(pcs, tmp_path, options, message):
     ran = pcs("video", "benchmark", "motion_director", *options, "--out", tmp_path / "t")
     assert ran.code == 2 and message in ran.err and not (tmp_path / "t").exists()
 
 
 def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:
-    """Returns a report on clips with these scores and on as many clips of the base model, which score 0."""
+    """Returns a report on clips with the given scores and on equally many base-model clips, which all score 0."""
     rows = [
         ClipRow(
             kind=kind, prompt=0, text="", seed=i, file=f"{i}.webp",
@@ -134,13 +134,13 @@ def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictu
     assert row.value("motion_recognised") == 0.75 and row.scores["motion_recognised"].base == 0
     assert row.value("identity") == pytest.approx((1.0 + 0.5 + 0.25 + 0.25) / 4)
     assert row.value("both") == pytest.approx((1.0 + 0.5 + 0 + 0.25) / 4)
-    # The clips of these reports are verified more often than true pictures.
+    # In these reports, the subject is verified more often in the clips than in true pictures.
     easy = {name: report(name, (1, 0), (0.9, 0.9)) for name in ("c", "d")}
     easy_row = aggregate_clips("x", easy, {})
     identity = easy_row.scores["identity"]
     assert (identity.low, identity.value, identity.high) == (1.0, 1.0, 1.0)
     assert easy_row.value("both") == easy_row.value("motion_recognised") == 0.5
-    # Intervals resample motions, and a resample of these two contains a twice, b twice, or one of each.
+    # The intervals come from resampled motions. A resample of these two has a twice, b twice, or one of each.
     assert (row.scores["motion_recognised"].low, row.scores["motion_recognised"].high) == (0.5, 1.0)
 
 
@@ -152,7 +152,7 @@ def test_a_goal_requires_every_score_and_the_best_product_comes_first():
     reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
     table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
     assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]
-    assert table.rows[0].scores["identity"].low is None, "a single motion has no spread over motions"
+    assert table.rows[0].scores["identity"].low is None, "a single motion gives no confidence interval"
     assert ClipGoal().met(table.rows[0]) is None and ClipGoal(both=1.01).met(table.rows[0]) is False
     leaky = replace(table.rows[0], recipe="plain", scores=leaks(0.7))
     least = replace(table.rows[0], scores={**table.rows[0].scores, **leaks(0.6)})
