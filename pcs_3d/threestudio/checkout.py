@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.outputs import atomic_write, check_file
 
-#: The files that are written, by path in the checkout, with the file of this package that is copied there.
+#: Maps the path of each written file in the checkout to the file of this package that is copied there.
 WRITTEN = {"custom/pcs/__init__.py": "custom_pcs.py.txt", "configs/pcs-dreamfusion.yaml": "pcs-dreamfusion.yaml"}
 _OURS = "pcs 3d threestudio install"  # occurs in the first lines of each written file
 
@@ -38,8 +38,8 @@ def content(name: str) -> str:
 
 
 def differing(folder: Path) -> dict[str, bool]:
-    """Returns the files that are missing or differ from what `install` writes, and for each whether a file exists at
-    its path."""
+    """Returns the files that are missing or differ from what `install` writes, by path in the checkout. The value for
+    each file is whether its path exists."""
     places = {name: folder / name for name in WRITTEN}
     return {
         n: p.exists() for n, p in places.items() if not p.is_file() or p.read_text("utf-8", "replace") != content(n)
@@ -49,17 +49,19 @@ def differing(folder: Path) -> dict[str, bool]:
 def install(folder: Path, overwrite: bool = False) -> list[Path]:
     """Writes the extension and a configuration. Returns the written files.
 
-    Raises ValueError, before anything is written, if the folder is not a checkout, if a file at one of the paths was
-    not written by this program, or, unless `overwrite` is set, if it was changed.
+    Raises ValueError, before anything is written, if:
+    - the folder is not a threestudio checkout
+    - a file that was not written by this program exists at one of the paths
+    - a file that was written by this program has changed, and `overwrite` is not set
     """
     folder = check_checkout(folder)
     wanted = differing(folder)
     for name in [n for n, there in wanted.items() if there]:
         ours = (folder / name).is_file() and _OURS in (folder / name).read_text("utf-8", "replace")
         if not ours:
-            raise ValueError(f"{folder / name} already exists and was not written by this program: move it away")
+            raise ValueError(f"{folder / name} exists and was not written by this program: move it elsewhere first")
         if not overwrite:
-            raise ValueError(f"{folder / name} differs from what would be written: give --overwrite to replace it")
+            raise ValueError(f"{folder / name} differs from what would be written: use --overwrite to replace it")
     for name in wanted:
         check_file(folder / name, overwrite=True)
     for name in wanted:

@@ -16,13 +16,14 @@ import torch
 from pcs_3d.threestudio.checkout import WRITTEN, check_checkout, differing, version_of
 from pcs_3d.threestudio.stand_ins import NEEDED, REPLACEABLE, absent
 
-_PATIENCE = 600  # seconds that an import may take, for example from a cold disk
-#: Whether a part works, and a description. The first is None for an optional part that is missing.
+_PATIENCE = 600  # time limit for the import in seconds, which is generous because cold disks are slow
+#: Whether a check passed, and a description. The first is None if the check failed but nothing has to be repaired.
 Finding = tuple[bool | None, str]
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """Yields what works, what does not, and how to fix it. Raises ValueError if the folder is not a checkout."""
+    """Checks a checkout and yields the findings, including how to fix what does not work. Raises ValueError if the
+    folder is not a checkout."""
     folder = check_checkout(folder)
     yield True, f"{folder}: threestudio {version_of(folder) or 'of an unknown version'}"
     wrong, installing = differing(folder), f"pcs 3d threestudio install {shlex.quote(str(folder))}"
@@ -32,7 +33,7 @@ def findings(folder: Path) -> Iterator[Finding]:
         elif not wrong[name]:
             yield False, f"{name} is missing: {installing}"
         else:
-            theirs = name.endswith(".yaml")  # users are meant to change a configuration
+            theirs = name.endswith(".yaml")  # users are meant to edit the configuration
             yield (
                 (None if theirs else False),
                 (f"{name} differs from what this program writes: {installing} --overwrite"),
@@ -50,7 +51,7 @@ def findings(folder: Path) -> Iterator[Finding]:
 
 
 def _tried(folder: Path) -> Iterator[Finding]:
-    """Imports threestudio and the extension in a separate process."""
+    """Imports threestudio and the extension in a separate process, and yields the findings."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-W", "ignore", "-m", "pcs_3d.threestudio.probe", str(folder)]
@@ -84,7 +85,7 @@ def _how_to_start(folder: Path, gone: list[str]) -> Finding:
     why = " and ".join(["packages are missing"] * bool(gone) + ["there is no GPU"] * (not gpu))
     cpu = "" if gpu else " --cpu"
     return None, (
-        f"{why}, so launch.py cannot start on its own; use: pcs 3d threestudio run {shlex.quote(str(folder))}{cpu} "
-        "--config configs/pcs-dreamfusion.yaml --train. A part whose package is not installed (hash grids, "
-        "rasterizers, …) then raises an error when it is used"
+        f"{why}, so launch.py cannot be started directly; use: pcs 3d threestudio run {shlex.quote(str(folder))}{cpu} "
+        "--config configs/pcs-dreamfusion.yaml --train. Parts that need a missing package (hash grids, rasterizers, …) "
+        "then raise an error only when they are used"
     )

@@ -35,14 +35,17 @@ def _teacher(cfg: Any, device: torch.device) -> Teacher:
 
 @register("pcs-prompt-processor")
 class PersonalizedPromptProcessor(BaseObject):
-    """Processes a prompt that refers to concepts as `<name>`, and adds the recipe's words for views. Encodings are
-    cached only in memory, by the content of concepts. threestudio's own guidance can use this processor for learned
-    words, but not for LoRA or weights."""
+    """Processes a prompt that refers to concepts as `<name>`, and adds the recipe's words for views.
+
+    Encodings are cached only in memory, and the contents of the concepts are part of the cache key. threestudio's own
+    guidance can also use this processor, but then only the concepts' learned words take effect, not their adapters or
+    weights.
+    """
 
     @dataclass
     class Config(BaseObject.Config):
         prompt: str = ""
-        negative_prompt: str | None = None  # if null, the recipe's
+        negative_prompt: str | None = None  # if null, the recipe's negative prompt
         backbone: str = ""
         concepts: dict[str, float] = field(default_factory=dict)
         recipe: str = "dreamfusion"
@@ -60,10 +63,10 @@ class PersonalizedPromptProcessor(BaseObject):
 
 @register("pcs-guidance")
 class PersonalizedGuidance(BaseObject):
-    """The guidance of any single-phase recipe (`pcs methods`).
+    """Computes the guidance of any single-phase recipe. `pcs methods` lists the recipes.
 
-    concepts: the strength of each concept, by folder.
-    steps: the length of the run, for schedules.
+    concepts: maps each concept's folder to its strength.
+    steps: the total number of steps of the run, on which schedules depend.
     """
 
     @dataclass
@@ -98,7 +101,7 @@ class PersonalizedGuidance(BaseObject):
         **batch: Any,
     ) -> dict[str, Any]:
         if guidance_eval:
-            raise ValueError("pcs-guidance makes no evaluation images: set freq.guidance_eval to 0")
+            raise ValueError("pcs-guidance does not produce evaluation images: set freq.guidance_eval to 0")
         cameras = cameras_of(elevation, azimuth, camera_distances, batch.get("fovy"))
         moment = Moment(self.step, self.cfg.steps)
         return losses(self.teacher, prompt_utils, rgb, cameras, moment, self.cfg.seed, rgb_as_latents)
@@ -106,7 +109,7 @@ class PersonalizedGuidance(BaseObject):
 
 @register("pcs-volume-renderer")
 class BatchedVolumeRenderer(VolumeRenderer):
-    """Marches any geometry with a density, on any device."""
+    """Renders any geometry that has a density by marching rays through it, on any device."""
 
     @dataclass
     class Config(VolumeRenderer.Config):
@@ -140,7 +143,7 @@ class BatchedVolumeRenderer(VolumeRenderer):
 
 @register("pcs-exporter")
 class AssetExporter(Exporter):
-    """Writes GLB, OBJ with MTL and PNG, and PLY files, each of which is read back and compared. Needs no rasterizer."""
+    """Writes GLB, OBJ (with MTL and PNG) and PLY files, and reads each file back to check it. Needs no rasterizer."""
 
     @dataclass
     class Config(Exporter.Config):
@@ -155,7 +158,7 @@ class AssetExporter(Exporter):
     def __call__(self) -> list[Any]:
         cfg = self.cfg
         how = ExportSettings(resolution=cfg.resolution, threshold=cfg.threshold, faces=cfg.faces, texture=cfg.texture)
-        self.folder = TemporaryDirectory()  # kept, because threestudio copies the files after this method returns
+        self.folder = TemporaryDirectory()  # kept alive, because threestudio copies the files after this method returns
         made = export_asset(Lifted(self.geometry, self.material), Path(self.folder.name), how, cfg.save_name)
         for note in made.notes:
             info(note)

@@ -18,8 +18,8 @@ from shared.train.loop import generator
 
 
 def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tensor | None = None) -> Cameras:
-    """Returns the cameras of threestudio's batch. `elevation` and `azimuth` are in degrees, and `fovy` is in radians.
-    threestudio's axes are the same as this package's, with x pointing to the front and z up."""
+    """Returns the cameras of a threestudio batch. `elevation` and `azimuth` are in degrees, and `fovy` is in radians.
+    threestudio uses the same axes as this package: x points to the front, and z points up."""
     fov_deg = torch.full_like(distances, 45.0) if fovy is None else fovy * (180 / math.pi)
     return Cameras.of(azimuth.cpu(), elevation.cpu(), distances.cpu(), fov_deg.cpu())
 
@@ -27,20 +27,21 @@ def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tens
 def losses(
     teacher: Teacher, prompts: Any, rgb: Tensor, cameras: Cameras, moment: Moment, seed: int, latents: bool = False
 ) -> dict[str, Any]:
-    """Returns `loss_sds`, a scalar whose gradient is that of the guidance, and numbers for the log. Also trains the
-    student, if there is one.
+    """Returns `loss_sds`, a scalar whose gradient is the guidance's gradient, and further values to log. If the teacher
+    has a student, also trains it.
 
     Args:
-        rgb: pixels [B, H, W, 3] in [0, 1] or, if `latents` is set, latents [B, h, w, C] that are used as they are
+        rgb: pixels [B, H, W, 3] in [0, 1] or, if `latents` is set, latents [B, h, w, C], which are resized to the
+            backbone's latent size but not encoded
 
     Raises:
         ValueError: the prompts are from a different processor or teacher, the latents have the wrong number of
-            channels, or the recipe compares pixels but there are only latents
+            channels, or the recipe has a loss on pixels but only latents are given
     """
     if not isinstance(prompts, Prompts) or prompts.teacher is not teacher:
         raise ValueError(
             "prompt_processor: pcs-guidance needs pcs-prompt-processor with the same backbone, concepts, recipe and "
-            "settings: write them in YAML as in concepts: ${system.guidance.concepts}"
+            "settings: refer to them in the YAML file, for example concepts: ${system.guidance.concepts}"
         )
     settings, scores, draw = teacher.recipe.guidance, prompts.scores, generator(seed, moment.step)
     with torch.autocast(rgb.device.type, enabled=False):

@@ -19,9 +19,9 @@ from pcs_3d.threestudio.stand_ins import INDIRECTLY_NEEDED, NEEDED, absent, stan
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
     """Runs `launch.py` with these arguments, in this process and in the checkout's folder.
 
-    Packages in `REPLACEABLE` that are missing are replaced by stand-ins. If `cpu` is set, Lightning trains on the CPU
-    in full precision, and threestudio's modules put their tensors on the CPU. Raises ValueError if there is no GPU and
-    `cpu` is not set, or if a package without a stand-in is missing.
+    Missing packages that are listed in `REPLACEABLE` are replaced by stand-ins. If `cpu` is set, Lightning trains on
+    the CPU in full precision, and threestudio's modules put their tensors on the CPU. Raises ValueError if there is no
+    GPU and `cpu` is not set, or if a package without a stand-in is missing.
     """
     if not (cpu or torch.cuda.is_available()):
         raise ValueError("threestudio needs a GPU, but there is none: add --cpu to train on the CPU")
@@ -39,10 +39,11 @@ def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
 
 
 def imported(missing: Sequence[str]) -> Any:
-    """Imports the module `threestudio` from the first folder in `sys.path`."""
+    """Imports and returns the module `threestudio` from the first folder in `sys.path`, with stand-ins for the
+    `missing` packages. Raises ValueError if a package without a stand-in is missing."""
     try:
         with standing_in(missing), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about deprecated names in torch.cuda.amp
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated names in torch.cuda.amp
             return import_module("threestudio")
     except ModuleNotFoundError as error:
         package = {**NEEDED, **INDIRECTLY_NEEDED}.get(error.name or "", error.name)
@@ -50,7 +51,7 @@ def imported(missing: Sequence[str]) -> Any:
 
 
 def train_on_cpu() -> None:
-    """Makes Lightning's `Trainer` use the CPU when asked for a GPU."""
+    """Makes Lightning's `Trainer` use the CPU even if it is asked to use a GPU."""
     import pytorch_lightning as lightning  # pyright: ignore[reportMissingImports]
 
     real = lightning.Trainer
@@ -62,7 +63,7 @@ def train_on_cpu() -> None:
 
 
 def tensors_on_cpu() -> None:
-    """Makes threestudio's already imported modules use the CPU as their device."""
+    """Makes the threestudio modules that are already imported use the CPU as their device."""
     misc = import_module("threestudio.utils.misc")
     before = misc.get_device
     for name, module in list(sys.modules.items()):

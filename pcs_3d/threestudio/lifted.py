@@ -12,7 +12,8 @@ from pcs_3d.fields.field import Sample
 
 
 class Lifted(BaseVolume):
-    """The volume given by a geometry and its material. Raises ValueError if they have no densities or no colours."""
+    """A volume defined by a threestudio geometry and its material. Raises ValueError if the geometry has no densities
+    or the material has no colours."""
 
     def __init__(self, geometry: Any, material: Any) -> None:
         super().__init__(float(geometry.cfg.radius), 3)
@@ -28,7 +29,7 @@ class Lifted(BaseVolume):
         density = found["density"].reshape(points.shape[:-1]) * self.inside(points)
         shown = self.material.export(points=flat, **found)
         if "albedo" not in shown:
-            raise ValueError(f"exporter: {type(self.material).__name__} has no colours (albedo) of its own")
+            raise ValueError(f"exporter: {type(self.material).__name__} exports no colours (albedo)")
         return Sample(density, shown["albedo"].reshape(*points.shape[:-1], 3))
 
     def density(self, points: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Marches rays through a threestudio geometry in one batch, with the outputs that threestudio's systems expect of a
-renderer.
+"""Marches rays through a threestudio geometry in one batch, and returns the outputs that threestudio's systems expect
+from a renderer.
 
-No CUDA kernels are needed, because intervals come from `pcs_3d.renderers.sampling` and weights from nerfacc's batched
-functions.
+No CUDA kernels are needed: the intervals come from `pcs_3d.renderers.sampling`, and the weights come from nerfacc's
+batched functions.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class March:
     """The settings of ray marching.
 
     samples: the number of intervals along each ray in the cube [-radius, radius]³.
-    importance: the number of additional intervals. If it is above 0, all intervals are placed where a first pass finds
-    density.
-    hidden: samples whose weight in their pixel is at most this are skipped and receive no gradient.
+    importance: the number of additional intervals. If it is above 0, a first pass finds where there is density, and all
+    intervals are placed there.
+    hidden: samples whose weight in their pixel does not exceed this value are skipped and receive no gradient.
     chunk: the number of rays rendered at a time outside training.
     """
 
@@ -38,10 +38,11 @@ class March:
         """Renders the rays of B views.
 
         Returns:
-            For each pixel, `comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` ([B, H, W, C]), `opacity`, `depth` and
-            `z_variance` ([B, H, W, 1]) and, if the geometry has normals, `comp_normal` ([B, H, W, 3]). In training,
-            also for each of the M samples, `weights`, `t_points` and `t_intervals` ([M, 1]), `t_dirs` and `points` ([M,
-            3]), `ray_indices` ([M]) and the geometry's own output.
+            A dictionary with the values of each pixel: `comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` ([B, H, W, C]),
+            `opacity`, `depth` and `z_variance` ([B, H, W, 1]) and, if the geometry has normals, `comp_normal`
+            ([B, H, W, 3]). In training, the dictionary also has the values of each of the M samples: `weights`,
+            `t_points` and `t_intervals` ([M, 1]), `t_dirs` and `points` ([M, 3]), `ray_indices` ([M]) and the
+            geometry's own output.
 
         Raises:
             ValueError: the geometry has no densities
@@ -96,8 +97,8 @@ class March:
 
     @torch.no_grad()
     def _worthwhile(self, parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
-        """Returns the samples that weigh more than `hidden`, as indices into `[N · S]`. There is always at least one,
-        so that a gradient reaches the geometry."""
+        """Returns the indices, from 0 to N · S - 1, of the samples whose weight exceeds `hidden`. At least one index is
+        always returned, so that a gradient reaches the geometry."""
         from nerfacc import render_weight_from_density
 
         if not self.hidden:
@@ -113,7 +114,7 @@ class March:
         from nerfacc import render_weight_from_density
 
         near, far = through_cube(origins, directions, self.radius)
-        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # length 0 if the ray misses
+        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # of length 0 if a ray misses
         if not self.importance:
             return edges
         density = densities(parts, origins, directions, edges)
@@ -133,9 +134,9 @@ def densities(parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) 
 
 
 def check_cameras(c2w: Tensor) -> None:
-    """Raises ValueError if the axes of the cameras (`[B, 4, 4]`) are not orthogonal. For exactly three cameras,
-    threestudio's data modules take cross products along the wrong dimension, so that rays point in the wrong
-    directions."""
+    """Raises ValueError if the axes of the cameras (`[B, 4, 4]`) are not orthogonal. This happens for exactly three
+    cameras, because threestudio's data modules then take cross products along the wrong dimension. Rays would point in
+    the wrong directions."""
     axes = c2w[:, :3, :3].float()
     if not torch.allclose(axes @ axes.mT, torch.eye(3, device=axes.device).expand_as(axes), atol=1e-3):
         raise ValueError(
@@ -175,8 +176,8 @@ class Rays:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The result for N rays. `pixels` contains the values of their pixels, each [N, K], and `samples` those of their
-    samples."""
+    """The result of rendering N rays. `pixels` contains the outputs per ray, each [N, K], and `samples` contains the
+    outputs per sample."""
 
     pixels: dict[str, Tensor]
     samples: dict[str, Tensor]

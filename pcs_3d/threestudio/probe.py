@@ -20,8 +20,9 @@ def probe(checkout: Path) -> dict[str, Any]:
     """Imports threestudio and the extension.
 
     Returns:
-        `classes`, the number of classes that threestudio registers; `ours`, the names of the extension's classes; and
-        `error`, the reason why an import failed. If threestudio itself cannot be imported, there is only `error`.
+        A dictionary with `classes`, the number of classes that threestudio registers; `ours`, the names of the classes
+        that the extension registers; and `error`, the reason why the extension could not be imported, or None. If
+        threestudio itself cannot be imported, there is only `error`, with the reason for that.
     """
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))

@@ -13,16 +13,17 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-#: The modules that threestudio imports and that cannot be replaced, with the package of each.
+#: The modules that threestudio imports and that cannot be replaced, each with the package that contains it.
 NEEDED = {
     "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg",
     "jaxtyping": "jaxtyping", "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf",
     "pytorch_lightning": "lightning", "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics",
     "trimesh": "trimesh", "typeguard": "typeguard",
 }  # fmt: skip
-#: Modules that some versions of these packages import, with what to install if such a module is missing.
+#: Modules that some versions of these packages import, each with the package to install if the module is missing.
 INDIRECTLY_NEEDED = {"pkg_resources": '"setuptools<81"'}  # imported by Lightning 2.0
-#: The packages that can be replaced, with the part of threestudio that needs each, and how to install it.
+#: The packages that can be replaced. Each value names the part of threestudio that needs the package, and states how to
+#: install the package.
 REPLACEABLE: Mapping[str, str] = {
     "IPython": "Zero-1-to-3; pip install ipython",
     "kornia": "Zero-1-to-3; pip install kornia",
@@ -40,7 +41,7 @@ _ASKING = ("threestudio", "extern")  # only imports by these packages get stand-
 
 
 class _Missing(type):
-    """The type of stand-ins. Stand-ins are classes, so that they also work in annotations and as base classes."""
+    """The metaclass of stand-ins. A stand-in is a class, so it also works in an annotation or as a base class."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -55,8 +56,8 @@ class _Missing(type):
 
 
 def stand_in(name: str) -> Any:
-    """Returns the stand-in for `name`, which is a package or something in a package. Calling it raises ImportError."""
-    own = {"free_temporary_memory": lambda: None} if name == "tinycudann" else {}  # threestudio calls this
+    """Returns a stand-in for a package, or for a dotted name in a package. Calling the stand-in raises ImportError."""
+    own = {"free_temporary_memory": lambda: None} if name == "tinycudann" else {}  # threestudio always calls this
     return _Missing(name, (), own)
 
 
@@ -67,9 +68,9 @@ def absent() -> list[str]:
 
 @contextmanager
 def standing_in(names: Sequence[str]) -> Iterator[None]:
-    """Lets threestudio's own modules import stand-ins for these packages within the context. All other importers still
-    find the packages missing. `sys.modules` does not contain the stand-ins, so that libraries that look for
-    torchvision, for example, do not find it."""
+    """Inside the context, threestudio's own modules import stand-ins for these packages. For all other importers, the
+    packages remain missing. The stand-ins are not in `sys.modules`, because other libraries would otherwise take
+    torchvision, for example, to be installed."""
     made, real = {name: stand_in(name) for name in names}, builtins.__import__
 
     def imported(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:

@@ -21,10 +21,10 @@ _STREAM = 2**47  # separate random stream
 
 
 class Student:
-    """The adapters of the set `student` on a backbone. The recipe's optimizer trains them once per step.
+    """The adapters in the adapter set `student` of a backbone. The recipe's optimizer trains them once per step.
 
-    threestudio's checkpoints do not include the student, so a resumed run warns and trains a new one. Raises ValueError
-    if the recipe trains anything other than the student and the field.
+    threestudio's checkpoints do not include the student. A resumed run therefore warns and starts with a new student.
+    Raises ValueError if the recipe trains anything other than the student and the field.
     """
 
     def __init__(self, backbone: Backbone, recipe: Recipe3D) -> None:
@@ -33,7 +33,7 @@ class Student:
         for slot, part in recipe.trainable.items():
             if part.adapter_set != STUDENT or part.group != self.settings.group:
                 raise ValueError(
-                    f"trainable.{slot}: besides the field, only a student can be trained: set adapter_set={STUDENT} "
+                    f"trainable.{slot}: threestudio can train only the field and a student; set adapter_set={STUDENT} "
                     f"and group={self.settings.group}"
                 )
         groups = [part.inject(backbone, STUDENT, slot, recipe.seed) for slot, part in recipe.trainable.items()]
@@ -48,7 +48,7 @@ class Student:
 
     @torch.enable_grad()
     def learn(self, scores: Scores, z: Tensor, views: Views, moment: Moment, seed: int) -> float:
-        """Takes one step on the latents `z` (`[B, C, h, w]`). Returns the loss before the step."""
+        """Trains the student for one step on the latents `z` (`[B, C, h, w]`). Returns the loss before the step."""
         if moment.step and not self.taught:
             warnings.warn(
                 f"the student starts anew at step {moment.step}, because threestudio's checkpoints do not contain it",

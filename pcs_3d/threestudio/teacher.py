@@ -1,5 +1,5 @@
-"""The teacher that threestudio's YAML file requests, which is a backbone with concepts and the recipe whose guidance is
-used."""
+"""Opens the teacher that threestudio's YAML file requests. A teacher is a backbone with concepts, together with a
+recipe whose guidance is used."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from pcs_3d.runner import Runner3D
 from pcs_3d.threestudio.student import Student
 from pcs_3d.view_prompts import ScenePrompts, Views
 from shared.recipe.resolve import load
-from shared.runner.open_runner import check_precision, open_runner
+from shared.runner.open_runner import check_precision, model_asked_for, open_runner
 
 
 @dataclass(frozen=True)
 class Asked:
     """A request for a teacher.
 
-    backbone: a folder, a file or a hub id. If empty, it is the first concept's model or, without concepts, the toybox.
+    backbone: a folder, a file or a hub id. If empty, the recipe's backbone is used, and if the recipe has
+        none, the first concept's model or, without concepts, the toybox.
     concepts: the folder and the strength of each concept.
     recipe: the name of the recipe.
     settings: settings that are applied on top of the recipe, each as `key=value`.
@@ -45,17 +46,19 @@ class Asked:
         """Builds a request from the values in a YAML file."""
         return Asked(backbone, tuple(concepts.items()), recipe, tuple(settings), device, precision)
 
+    def loads(self) -> list[str]:
+        """Returns the concepts as `PATH:STRENGTH`."""
+        return [f"{path}:{strength}" for path, strength in self.concepts]
+
 
 class Teacher:
-    """A runner with its concepts, a recipe, and the student if the recipe has one. Raises ValueError if threestudio
-    cannot follow the recipe."""
+    """A runner with its concepts, a recipe, and a student if the recipe has one. Raises ValueError if the recipe cannot
+    be used with threestudio."""
 
     def __init__(self, asked: Asked) -> None:
         self.recipe = recipe_for(asked)
         check_precision(asked.precision)
-        concepts = [f"{path}:{strength}" for path, strength in asked.concepts]
-        backbone = asked.backbone or None
-        self.runner = open_runner(Runner3D, backbone or self.recipe.backbone, concepts, asked.device, asked.precision)
+        self.runner = open_runner(Runner3D, self.recipe.backbone, asked.loads(), asked.device, asked.precision)
         self.concepts = self.runner.strengths
         has_student = self.recipe.guidance.student is not None
         self.student = Student(self.runner.backbone, self.recipe) if has_student else None
@@ -65,7 +68,8 @@ _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
 
 
 def open_teacher(asked: Asked) -> Teacher:
-    """Opens a teacher. Equal requests share one teacher while it is in use. After that, concepts are read again."""
+    """Opens a teacher. Equal requests share one teacher for as long as it is in use. A later request opens a new
+    teacher and reads the concepts again."""
     found = _OPEN.get(asked)
     if found is None:
         _OPEN[asked] = found = Teacher(asked)
@@ -73,10 +77,11 @@ def open_teacher(asked: Asked) -> Teacher:
 
 
 def recipe_for(asked: Asked) -> Recipe3D:
-    """Loads the recipe, of which only the guidance and the words for views are used. Raises ValueError if threestudio
-    cannot follow it."""
+    """Loads the recipe, of which only the prompts, the guidance and the student are used. Raises ValueError if the
+    recipe cannot be used with threestudio."""
     backbone = [f"backbone={asked.backbone}"] if asked.backbone else []
-    recipe = load(asked.recipe, [*backbone, *asked.settings], "3d", Recipe3D)
+    model = model_asked_for(None, asked.loads())
+    recipe = load(asked.recipe, [*backbone, *asked.settings], "3d", Recipe3D, model)
     if recipe.phases:
         raise ValueError(
             f"recipe = {asked.recipe} has phases ({', '.join(recipe.phases)}), but threestudio's stages are separate "
@@ -91,10 +96,10 @@ def recipe_for(asked: Asked) -> Recipe3D:
 class Prompts:
     """The prompts that the prompt processor passes to pcs-guidance or to threestudio's own guidance.
 
-    Raises ValueError if the prompt is empty or too long, or leaves out a loaded subject.
+    Raises ValueError if the prompt is empty, is too long, or does not name a loaded subject.
     """
 
-    use_perp_neg = False  # read by threestudio's own guidance; pcs-guidance has a setting for Perp-Neg
+    use_perp_neg = False  # for threestudio's own guidance; pcs-guidance has a setting for Perp-Neg
 
     def __init__(self, teacher: Teacher, prompt: str, negative: str | None = None) -> None:
         changes = {"prompt": prompt} if negative is None else {"prompt": prompt, "negative": negative}
@@ -111,17 +116,19 @@ class Prompts:
     def get_text_embeddings(
         self, elevation: Tensor, azimuth: Tensor, camera_distances: Tensor, view_dependent_prompting: bool = True
     ) -> Tensor:
-        """Returns the embeddings of the prompt and then of the negative prompt, `[2 B, L, D]`, for views with these
-        elevations and azimuths (`[B]` in degrees). Raises ValueError if a concept's words differ by layer or by
-        time."""
+        """Returns the embeddings of the prompts for B views, followed by those of the negative prompts, `[2 B, L, D]`.
+
+        `elevation` and `azimuth` are [B], in degrees. Raises ValueError if the embeddings of a concept's words depend
+        on the layer or on the time.
+        """
         seen = Views(Cameras.of(azimuth.cpu(), elevation.cpu()), (False,) * len(azimuth))
         told = "prompt" if view_dependent_prompting else "plain_prompt"
         rows = [*self.scene.rows(told, seen), *self.scene.rows("negative", seen)]
         backbone = self.teacher.runner.backbone
         if backbone.varies_with([self.scene.text(None)]):
             raise ValueError(
-                "a concept's words differ by layer or by time, but threestudio's own guidance uses one embedding for "
-                "all: use guidance_type: pcs-guidance"
+                "the embeddings of a concept's words depend on the layer or on the time, but threestudio's own "
+                "guidance uses one embedding for all layers and times: use guidance_type: pcs-guidance"
             )
         with self.scores.under("teacher"):
             context = self.scores.texts.mixed(rows, torch.zeros(len(rows), device=backbone.device)).context

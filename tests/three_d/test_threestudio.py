@@ -1,6 +1,6 @@
-"""Prompts and guidance for threestudio, tested on the contract that its documentation defines for extensions.
+"""Tests prompts and guidance for threestudio against the contract that its documentation defines for extensions.
 
-If a checkout is given (`PCS_THREESTUDIO=DIR`), they are also tested on that checkout's own base classes.
+If a checkout is given (`PCS_THREESTUDIO=DIR`), they are also tested against the base classes of that checkout.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def folders(make_tiny_sd, tmp_path_factory) -> SimpleNamespace:
 
 
 def both(threestudio, folders, recipe: str = "dreamfusion", prompt: str = PROMPT, **guidance):
-    """Creates a prompt processor and a guidance as a configuration does."""
+    """Creates a prompt processor and a guidance from settings, as threestudio does from a configuration."""
     shared = {"backbone": folders.backbone, "concepts": {folders.concept: 0.8}, "recipe": recipe}
     settings = guidance.pop("settings", SETTINGS)
     words = threestudio.find("pcs-prompt-processor")({"prompt": prompt, **shared, "settings": settings})
@@ -50,6 +50,14 @@ def looked(count: int) -> dict[str, Tensor]:
     elevation, distance = torch.tensor([5.0, 70.0, 20.0])[:count], torch.full((count,), 3.0)
     fovy = torch.full((count,), math.radians(40.0))
     return {"elevation": elevation, "azimuth": azimuth, "camera_distances": distance, "fovy": fovy, "c2w": None}
+
+
+def test_without_a_backbone_the_model_of_the_first_concept_is_opened(folders):
+    open_teacher(
+        Asked.of(folders.backbone, {folders.concept: 0.8}, "csd", (), "cpu", "auto")
+    )  # its path is known from now on
+    teacher = open_teacher(Asked.of("", {folders.concept: 0.8}, "csd", (), "cpu", "auto"))
+    assert teacher.recipe.backbone == folders.backbone and teacher.concepts == {"my-mug": 0.8}
 
 
 @pytest.mark.parametrize("recipe", ["dreamfusion", "csd", "lucid_dreamer", "prolificdreamer"])
@@ -91,11 +99,11 @@ def test_only_the_student_is_trained_alongside_the_field(threestudio, folders):
     before, concept = tensors("student"), tensors("my-mug")
     rgb = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     losses = []
-    for _ in range(30):  # with the same random draws each time
+    for _ in range(30):  # each step makes the same random draws
         out = guidance(rgb, words(), **looked(2))
         losses.append(out["student"])
     assert losses[-1] < losses[0]
-    assert rgb.grad is None, "training the student does not change the views"
+    assert rgb.grad is None, "the loss of the student has no gradient for the views"
     assert all(torch.equal(a, b) for a, b in zip(concept, tensors("my-mug"), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, tensors("student"), strict=True))
     words, guidance = both(threestudio, folders, "prolificdreamer", settings=["guidance.scale=2"])
@@ -106,7 +114,7 @@ def test_only_the_student_is_trained_alongside_the_field(threestudio, folders):
         both(threestudio, folders, "prolificdreamer", settings=["trainable.more.kind=lora"])
 
 
-def test_cameras_have_degrees_and_positions_as_in_threestudio():
+def test_cameras_have_the_angles_and_positions_of_threestudio():
     given = looked(3)
     cameras = cameras_of(*(given[name] for name in ("elevation", "azimuth", "camera_distances", "fovy")))
     torch.testing.assert_close(cameras.fov_deg, torch.full((3,), 40.0))
@@ -140,7 +148,7 @@ def test_the_prompt_processor_and_the_guidance_must_share_one_model(threestudio,
         guidance(rgb, words(), **looked(1), guidance_eval=True)
 
 
-def test_embeddings_of_the_prompt_come_before_those_without_it(threestudio, folders):
+def test_embeddings_of_the_prompt_come_before_those_of_the_negative_prompt(threestudio, folders):
     words, guidance = both(threestudio, folders)
     at = {k: v for k, v in looked(3).items() if k in ("elevation", "azimuth", "camera_distances")}
     found = words().get_text_embeddings(**at)
@@ -176,7 +184,7 @@ def test_a_concept_that_was_relearned_at_the_same_path_is_read_again(threestudio
         ({"settings": ["guidance.regions.hat.kind=sdf"]}, r"guidance\.regions"),
     ],
 )
-def test_settings_that_do_not_fit_are_reported_before_the_first_step(threestudio, folders, changes, message):
+def test_invalid_settings_are_reported_before_the_first_step(threestudio, folders, changes, message):
     with pytest.raises(ValueError, match=message):
         both(threestudio, folders, **changes)
 

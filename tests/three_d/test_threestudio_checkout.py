@@ -1,6 +1,6 @@
-"""The files written into a threestudio checkout, the doctor's report, and launching with packages missing.
+"""Tests the files written into a threestudio checkout, the doctor's report, and launches with missing packages.
 
-With `PCS_THREESTUDIO=DIR`, the launch.py of that checkout runs 20 steps with a concept.
+If `PCS_THREESTUDIO=DIR` is set, the launch.py of that checkout also takes 20 steps with a concept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """Makes a stand-in for a checkout, with the contract's package and a launch.py that prints its arguments."""
+    """Makes a stand-in for a checkout from the contract's package and a launch.py that prints its arguments."""
     return Path(shutil.copytree(CONTRACT, tmp_path / "threestudio"))
 
 
@@ -39,7 +39,7 @@ def listing(folder: Path) -> set[str]:
 # --- written files -------------------------------------------------------------------------
 
 
-def test_installing_writes_an_extension_and_a_configuration_once(checkout, pcs):
+def test_install_writes_an_extension_and_a_configuration_only_once(checkout, pcs):
     before = listing(checkout)
     ran = pcs("3d", "threestudio", "install", checkout)
     assert ran.code == 0 and [Path(p) for p in ran.out.split()] == [checkout / name for name in WRITTEN]
@@ -48,14 +48,14 @@ def test_installing_writes_an_extension_and_a_configuration_once(checkout, pcs):
     assert pcs("3d", "threestudio", "install", checkout).out == "", "nothing is left to do"
 
 
-def test_files_that_the_user_changed_or_wrote_are_not_lost(checkout, pcs):
+def test_files_that_the_user_changed_or_wrote_are_not_silently_replaced(checkout, pcs):
     install(checkout)
     config = checkout / "configs/pcs-dreamfusion.yaml"
     config.write_text(config.read_text() + "# mine\n")
     (checkout / "custom/pcs/__init__.py").unlink()
     ran = pcs("3d", "threestudio", "install", checkout)
     assert ran.code == 2 and "--overwrite" in ran.err and "# mine" in config.read_text()
-    assert not (checkout / "custom/pcs/__init__.py").exists(), "either all files are written or none"
+    assert not (checkout / "custom/pcs/__init__.py").exists(), "either all files are written or none is"
     assert pcs("3d", "threestudio", "install", checkout, "--overwrite").code == 0
     assert config.read_text() == content("configs/pcs-dreamfusion.yaml")
     (checkout / "custom/pcs/__init__.py").write_text("print('another extension')")
@@ -78,7 +78,7 @@ def test_a_folder_that_is_not_a_checkout_is_refused(tmp_path, pcs, command):
     assert ran.code == 2 and "launch.py" in ran.err and not listing(tmp_path)
 
 
-def test_the_extension_has_every_key_of_the_configuration(checkout, monkeypatch):
+def test_the_extension_accepts_every_key_of_the_configuration(checkout, monkeypatch):
     from importlib import import_module
 
     forget()
@@ -105,7 +105,7 @@ def test_the_doctor_states_how_to_install_a_missing_extension(checkout, pcs):
         assert f"{package} is not installed ({REPLACEABLE[package]})" in ran.out
 
 
-def test_missing_packages_are_named_and_nothing_is_tried_without_them(checkout, monkeypatch):
+def test_missing_packages_are_named_and_no_import_is_tried_without_them(checkout, monkeypatch):
     install(checkout)
     monkeypatch.setitem(doctor.NEEDED, "no_such_module", "no-such-package")
     found = list(doctor.findings(checkout))
@@ -136,7 +136,7 @@ def test_the_doctor_checks_what_the_extension_registers(checkout, monkeypatch):
 
 
 def asked_by(name: str, source: str) -> dict:
-    """Runs the source in a module with this name and returns its namespace."""
+    """Executes source code in a module with this name and returns the module's namespace."""
     scope = {"__name__": name}
     exec(source, scope)
     return scope
@@ -172,7 +172,7 @@ def test_only_threestudio_sees_stand_ins_which_report_the_missing_package():
     assert not hasattr(made["nowhere"], "__path__") and stand_in("tinycudann").free_temporary_memory() is None
 
 
-def test_launching_without_a_gpu_requires_the_cpu_option(checkout, pcs, monkeypatch):
+def test_a_launch_without_a_gpu_requires_the_cpu_option(checkout, pcs, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ran = pcs("3d", "threestudio", "run", checkout, "--config", "x.yaml", "--train")
     assert ran.code == 2 and "--cpu" in ran.err
@@ -183,7 +183,7 @@ def test_launching_without_a_gpu_requires_the_cpu_option(checkout, pcs, monkeypa
 
 @pytest.fixture
 def real(tmp_path) -> Path:
-    """Links the given checkout, with separate `custom` and `configs` folders."""
+    """Makes a folder with links to the code of the given checkout, so that the checkout itself is not changed."""
     if not CHECKOUT:
         pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR, and run with its packages installed")
     folder = tmp_path / "checkout"
