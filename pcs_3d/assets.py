@@ -52,7 +52,8 @@ class AssetFiles:
         return self.out.with_name(self.out.name + ".training")
 
     def check(self) -> bool:
-        """Returns whether the asset is already finished. Raises ValueError if existing output would be overwritten."""
+        """Returns whether the asset is already finished. Raises ValueError if existing output would be overwritten, or
+        if an interrupted run is neither resumed nor overwritten."""
         anew = self.overwrite and not self.resume
         begun = not anew and checkpoint.load(self.workdir) is not None
         if self.resume and not begun and not self.overwrite and (self.out / ABOUT).is_file():
@@ -117,7 +118,7 @@ def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
 
 
 def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, bytes]]:
-    """Returns labelled PNGs that show on the page what the asset was made of: previews of the loaded concepts, and
+    """Returns labelled PNGs for the page. They show what the asset was made from: previews of the loaded concepts and
     pictures of the run's subjects."""
     previews = [(name, loaded.concept.preview) for name, loaded in runner.loaded.items()]
     out = [(f"concept {name}", path.read_bytes()) for name, path in previews if path is not None and path.is_file()]
@@ -150,7 +151,7 @@ def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported 
 
 
 def _nouns(runner: Runner3D, recipe: DistillRecipe) -> dict[str, str]:
-    """Returns the class noun of each name in a prompt: of loaded concepts, and of a subject that the recipe itself learns."""
+    """Returns the class nouns, by name, of the loaded concepts and of a subject that the recipe itself learns."""
     nouns = dict(runner.class_nouns)
     if recipe.subject is not None and recipe.name is not None:
         nouns.setdefault(recipe.name, recipe.subject.class_noun)

@@ -1,8 +1,8 @@
 """Estimates where pictures of an object were taken from, and crops them to the object.
 
-The camera of a cropped picture looks at the origin from the usual distance. There are two estimators. One compares
-pictures that have masks with renders of an asset that resembles the object. The other is the toybox's pose estimator,
-which works only for the toybox's own pictures.
+The camera of a cropped picture looks at the origin from the distance that its framing determines. There are two
+estimators. The first compares masked pictures with renders of an asset that resembles the object. The second is the
+toybox's pose estimator, which works only for the toybox's own pictures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The crops of N pictures to the object, and the cameras of the cropped pictures.
+    """How N pictures are cropped to the object, and the cameras of the cropped pictures.
 
     centre: the centre of each crop, [N, 2], x right and y down, in [-1, 1] across the picture
     size: the side of each crop relative to the picture's, [N]
@@ -61,7 +61,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Search:
-    """The cameras to compare with each picture.
+    """The cameras that are tried for each picture.
 
     azimuths: the number of azimuths to try, evenly spaced around the object; each is combined with every elevation
     refinements: how many times the steps between cameras are halved around the best match
@@ -93,20 +93,20 @@ def from_renders(
     around the best match.
 
     A picture is moved and scaled so that the bounding box of its silhouette has the same centre and area as the
-    render's. The error of a pixel is the mean colour difference where both show the object, and 1 where only one of
-    them does.
+    render's. The error of a pixel is the mean colour difference if both the picture and the render show the object
+    there, and 1 if only one of them does.
 
     Args:
         pictures: [N, 3, H, H] in [0, 1]
         masks: [N, 1, H, H] in [0, 1]
 
     Raises:
-        ValueError: a mask shows nothing, or no render shows anything
+        ValueError: a mask is empty, or no render shows anything
     """
     boxes = _boxes(masks)
     if bool((empty := boxes[:, 2] == 0).any()):
         raise ValueError(
-            f"the mask of picture {int(empty.nonzero()[0, 0]) + 1} shows nothing, so its camera cannot be found"
+            f"the mask of picture {int(empty.nonzero()[0, 0]) + 1} is empty, so the picture's camera cannot be found"
         )
     step_azimuth, step_elevation = 360 / search.azimuths, _steps(search.elevations_deg)
     every = torch.arange(search.azimuths) * step_azimuth
@@ -169,7 +169,8 @@ class _Seen:
 def _best(
     seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor, allowed: Tensor | bool = True
 ) -> _Found:
-    """Returns the best match for a picture (`[3, H, H]`) and its mask among those of the B renders that are allowed."""
+    """Returns the best match for a picture (`[3, H, H]`) and its mask among B renders. Only renders for which `allowed`
+    is true are considered."""
     count, side = len(directions), seen.pixels.shape[-1]
     size = box[2] / seen.boxes[:, 2].clamp_min(1e-3)
     centre = box[:2] - size[:, None] * seen.boxes[:, :2]

@@ -25,10 +25,11 @@ Range = Annotated[tuple[Real, Real], AfterValidator(_ordered)]
 class CameraSampling(Part):
     """Random cameras around an object of radius 1, drawn as in DreamFusion and threestudio.
 
-    Half of the elevations are uniform in angle, half uniform on the sphere. Azimuths are stratified over the batch.
-    `grown` scales all ranges, from 0 (only the front view) to 1 (the full ranges). With `ring` = n, each group of n
-    views has the same camera settings except for the azimuths, which are evenly spaced around the object (MVDream,
-    https://arxiv.org/abs/2308.16512). Only the rings are stratified, not the views within a ring.
+    On average, half of the elevations are uniform in angle, and the other half are uniform on the sphere. Azimuths are
+    stratified over the batch. `grown` scales all ranges, from 0 (only the front view) to 1 (the full ranges). With
+    `ring` = n, the cameras of each group of n views differ only in their azimuths, which are evenly spaced around the
+    object (MVDream, https://arxiv.org/abs/2308.16512). In that case, azimuths are stratified over the groups, not over
+    single views.
     """
 
     azimuth_deg: Range = (-180.0, 180.0)  # 0 is the front

@@ -40,7 +40,7 @@ class Cameras:
         roll_deg: Tensor | float = 0.0,
         centre: Tensor | None = None,
     ) -> Cameras:
-        """Returns cameras with these azimuths. A single number for another field applies to all of them. Raises
+        """Returns one camera per azimuth. For the other arguments, a single number applies to all cameras. Raises
         ValueError as `check` does."""
         azimuth = torch.as_tensor(azimuth_deg, dtype=torch.float32).reshape(-1)
 

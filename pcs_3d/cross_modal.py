@@ -32,8 +32,9 @@ from shared.types import Subject
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError if the recipe is unknown, learns the subject itself, or needs more than a prompt and a concept;
-    if the model or concept does not fit; or if a package that assets need is missing."""
+    """Raises ValueError if no asset can be made as requested. The recipe may be unknown, learn the subject itself, or
+    need more than a prompt and a concept; the model or the concept may not fit; or a package that assets need may be
+    missing."""
     check_installed()
     recipe = _recipe(asked, f"<{asked.name}>")
     check_uses_concept(asked.asset_recipe, recipe)
@@ -101,8 +102,8 @@ def _asset(
 
 
 def _true(asked: Asked) -> tuple[Tensor, Tensor] | None:
-    """Returns two sets of renders of the real object: those that determine the threshold for verification, and those
-    from the usual cameras. Returns None for a subject that is not from the toybox."""
+    """Returns two sets of renders of the real object: one that determines the threshold for verification, and one from
+    the evaluation's cameras. Returns None for a subject that is not from the toybox."""
     held = shown_in(asked.subject.images)
     if held is None:
         return None

@@ -1,4 +1,4 @@
-"""Makes the demo's asset, a mesh of the subject or of an ordinary object of its class."""
+"""Makes the demo's asset, which shows the subject or an ordinary object of its class."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check(asked: Asked) -> None:
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Makes an asset of the subject if the subject was learned from pictures, otherwise of an ordinary object of its
-    class. A recipe that compares its renders with the subject's pictures gets these pictures in either case."""
+    """Makes an asset. It shows the subject if the subject was learned from pictures, and an ordinary object of the
+    class otherwise. In both cases, a recipe that compares renders with the subject's pictures gets these pictures."""
     known = asked.concept.is_dir()
     prompt = f"a photo of a {f'<{asked.concept.stem}>' if known else asked.thing.thing.class_name}"
     recipe = load(asked.asset_recipe, [f"prompt={prompt}"], "3d", Recipe3D)

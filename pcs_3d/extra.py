@@ -1,4 +1,4 @@
-"""Checks that the packages needed only for assets are installed."""
+"""Checks that the packages that only assets need are installed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ NEEDED = {"nerfacc": "nerfacc", "scipy": "scipy", "skimage": "scikit-image", "tr
 
 
 def check_installed() -> None:
-    """Raises ValueError with the names of the missing packages, if there are any."""
+    """Raises ValueError, with the names of the missing packages, if any package is missing."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ValueError(
-            f"assets need packages that are missing ({', '.join(missing)}): pip install 'personalization-suite[3d]'"
+            f"packages for assets are not installed ({', '.join(missing)}): pip install 'personalization-suite[3d]'"
         )

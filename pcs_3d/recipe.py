@@ -17,8 +17,8 @@ _FIELDS = {part.model_fields["kind"].default: part for part in get_args(get_args
 
 
 class Recipe3D(DistillRecipe):
-    """The resolved, typed description of how an asset is made. By default, `renderer.kind` is the renderer for the kind
-    of field."""
+    """The resolved, typed description of how an asset is made. By default, `renderer.kind` is the kind of renderer that
+    the field needs."""
 
     field: FieldSettings = Voxels()
     renderer: RendererSettings = Volume()

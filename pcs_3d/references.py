@@ -1,4 +1,4 @@
-"""Pictures with known cameras, which are the subject's own or were written by an earlier phase."""
+"""Pictures with known cameras. They are the subject's own pictures, or were written by an earlier phase."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shared.types import Subject
 
 
 class References(KindPart):
-    """The cameras of the subject's pictures, in the order of the pictures' file names. Azimuth 0 shows the front, 90
-    the object's left.
+    """The cameras of the subject's pictures, in the order of the pictures' file names. At azimuth 0, a picture shows
+    the object's front, and at azimuth 90, its left side.
 
     elevation_deg: one elevation for all pictures, or one per picture.
     fill: the share of a picture's side that an object of radius 1 covers.
@@ -36,7 +36,7 @@ class References(KindPart):
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
 
     def cameras(self) -> Cameras:
-        """Returns one camera per picture. Raises ValueError if there are several elevations, but not one per
+        """Returns one camera per picture. Raises ValueError if several elevations are given, but not one per
         azimuth."""
         if isinstance(self.elevation_deg, tuple) and len(self.elevation_deg) != len(self.azimuth_deg):
             raise ValueError(
@@ -61,7 +61,8 @@ class References(KindPart):
         self.cameras()
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
-        """Reads the pictures at side×side pixels, with their cameras. Raises ValueError as `check` does."""
+        """Reads the pictures at side×side pixels, with their cameras. Raises ValueError in the same cases as
+        `check`."""
         self.check(subjects, False, {})
         subject = only(subjects)
         masks = reference_masks(subject, side)
@@ -70,14 +71,14 @@ class References(KindPart):
 
 
 class PhaseViews(KindPart):
-    """The pictures written by one or several earlier phases, with their cameras.
+    """The pictures written by one or more earlier phases, with their cameras.
 
-    phase: the name of the phase, or several names. With `task.kind=pseudo_views`, the pictures are views that the phase
-    generated. With `task.kind=reference_cameras`, they are the subject's own, and the phase found their cameras. A
-    phase that is named twice counts twice.
-    foreground: makes masks for views that have none. A pixel belongs to the object if one of its channels differs from
-    the colour of the view's border by more than this value, in [0, 1]. This suits prompts with a plain background. If
-    null, no masks are made.
+    phase: the name of the phase, or several names. For a phase with `task.kind=pseudo_views`, the pictures are the
+    views that it generated. For a phase with `task.kind=reference_cameras`, they are the subject's own pictures, with
+    the cameras that the phase found. The pictures of a phase that is named twice are used twice.
+    foreground: the threshold, in [0, 1], with which masks are made for views that have none. A pixel belongs to the
+    object if one of its channels differs from the colour of the view's border by more than this value. This requires
+    views with a plain background. If null, no masks are made.
     """
 
     kind: Literal["phase"] = "phase"
@@ -85,7 +86,7 @@ class PhaseViews(KindPart):
     foreground: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
-        """Raises ValueError if a phase is not among the `earlier` phases that write views, or if masks are needed and
+        """Raises ValueError if a phase is not among the `earlier` phases that write views, or if masks are needed but
         missing."""
         for name in self.phases:
             if name not in earlier:
@@ -99,7 +100,7 @@ class PhaseViews(KindPart):
             )
             raise ValueError(
                 f"{why}, but the views of the phase {bare[0]} have none: set references.foreground=0.25 to make masks "
-                "of views with plain backgrounds"
+                "for views with plain backgrounds"
             )
 
     @property

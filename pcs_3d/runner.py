@@ -1,4 +1,4 @@
-"""The public interface of `pcs_3d`, which creates assets. The command line and Python code both use it."""
+"""The public interface of `pcs_3d` for creating assets. It is used by the command line and from Python."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Asset:
     side: int  # side of the training views, in pixels or latent cells
 
     def views(self, cameras: Cameras, side: int | None = None) -> Rendering:
-        """Renders views on white. The pixels (`[B, 3, H, W]` in [0, 1]) are on the CPU."""
+        """Renders views on a white background. The pixels (`[B, 3, H, W]` in [0, 1]) are on the CPU."""
         return shown(self.recipe, self.field, cameras, side or self.side, self.decode)
 
 
 class Runner3D(Runner):
-    """A backbone and the concepts attached to it, which can make 3D fields."""
+    """A backbone with its attached concepts, for creating 3D fields."""
 
     tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews, ReferenceCamerasTask: ReferenceCameras}
 
@@ -64,7 +64,7 @@ class Runner3D(Runner):
         progress: Progress | None = None,
         tensorboard: bool = True,
     ) -> Asset:
-        """Makes an asset of what `recipe.prompt` describes, using the loaded concepts.
+        """Creates an asset of what `recipe.prompt` describes, using the loaded concepts.
 
         Args:
             workdir: folder for training state, logs and sample renders
@@ -110,9 +110,9 @@ class Runner3D(Runner):
         memory: int,
         sides_fixed: bool = False,
     ) -> MemoryPlan:
-        """Changes the recipe so that making the asset fits into `memory` bytes of the GPU or, on a CPU, of the process
-        (`plan_memory`). Raises ValueError as `create` does, and if no plan fits; the message then states the smallest
-        budget that would be enough."""
+        """Changes the recipe so that the asset can be made with `memory` bytes of GPU memory or, on a CPU, of process
+        memory (`plan_memory`). Raises ValueError in the same cases as `create`, and also if no plan fits. In that case,
+        the message states the smallest budget that would be enough."""
         subjects = subjects or {}
         self.check(recipe, subjects)
         run = self._training(recipe, subjects, workdir, None, tensorboard=False)
@@ -131,9 +131,15 @@ class Runner3D(Runner):
         return Asset(field.to(self.backbone.device), recipe, run.costs, decoder(self.backbone), side)
 
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
-        """Checks a recipe before it runs. Raises ValueError if a prompt is empty or too long, leaves out a loaded
-        subject or names an unknown one; if a field cannot start as configured or cannot continue the earlier phase's
-        field; or if reference pictures do not fit their cameras."""
+        """Checks a recipe before it runs.
+
+        Raises ValueError if:
+        - a prompt is empty or too long, leaves out a loaded subject, or names an unknown one
+        - a field cannot start as configured, or cannot continue the earlier phase's field
+        - the file of a region cannot be read
+        - reference pictures do not fit their cameras
+        - a phase would perform none of its denoising steps
+        """
         check_fields(recipe)
         phases = list(expand_phases(recipe))
         views: dict[str, bool] = {}  # the phases that write pictures with cameras, and whether they also write masks
@@ -167,7 +173,7 @@ class Runner3D(Runner):
 
 
 def _check_strength(phase: str, strength: float, steps: int | None) -> None:
-    """Raises ValueError if this share of the denoising steps rounds down to 0."""
+    """Raises ValueError if a share `strength` of `steps` denoising steps rounds down to 0 steps."""
     if steps is not None and int(steps * strength) == 0:
         raise ValueError(
             f"phases.{phase}.task.strength = {strength:g} leaves none of the {steps} denoising steps: use more steps "

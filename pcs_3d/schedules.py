@@ -31,10 +31,10 @@ def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]
     return schedule
 
 
-#: Either one constant number, or `[from, a, b, to]`. The latter is a until `from`, b from `to` on, and linear in
-#: between. Further pairs `c, then` continue in the same way. Times are steps if they are integers, and shares of the
-#: run if they have a decimal point. For example, `[0.0, 0.98, 0.5, 0.5]` falls from 0.98 to 0.5 over the first half of
-#: the run.
+#: Either one constant number, or `[from, a, b, to]`. In the second form, the value is a until `from`, changes linearly
+#: to b between `from` and `to`, and is b afterwards. Each further pair `c, then` adds a linear change to c that ends at
+#: `then`. Times are steps if they are integers, and shares of the run if they have a decimal point. For example,
+#: `[0.0, 0.98, 0.5, 0.5]` falls from 0.98 to 0.5 over the first half of the run.
 Schedule = Annotated[Number | tuple[Number, ...], AfterValidator(_check)]
 
 

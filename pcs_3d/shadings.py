@@ -1,4 +1,4 @@
-"""Draws the lighting of the views in a step."""
+"""Draws the shading and the light for the views of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher's prompt for each view, which is the scene's prompt with words for the visible side."""
+"""Builds the teacher's prompt for each view, which is the scene's prompt with words for the visible side."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ViewWords(Part):
     """The words for directions, and the angles that determine the direction of a camera (DreamFusion, section 3.2).
 
-    `place` determines where the words go. With `noun`, they directly follow the first `<name>` of the prompt, so that
-    they refer to the object, or are at the end if there is no name. With `end`, they are always at the end. In a prompt
-    with `{view}`, they replace it.
+    `place` determines where the words go. With `noun`, they directly follow the first `<name>` in the prompt, so that
+    they refer to the object. If the prompt has no name, they go at the end. With `end`, they always go at the end. If
+    the prompt contains `{view}`, the words replace it, whatever `place` is.
     """
 
     front: str = "front view"  # words for this direction
@@ -57,8 +57,8 @@ class ViewWords(Part):
         """Returns the share of each direction for each camera. The shares of a camera sum to 1, and shares of 0 are
         left out.
 
-        They are the weights of DreamFusion's combination of text embeddings (section 3.2). Within `blend_deg` of a
-        border, the shares change linearly. Elsewhere, one direction has a share of 1.
+        The shares are the weights in DreamFusion's combination of text embeddings (section 3.2). Within `blend_deg` of
+        a border, the shares change linearly. Elsewhere, one direction has a share of 1.
         """
         around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
         above = cameras.elevation_deg.tolist()
@@ -101,11 +101,11 @@ class ViewWords(Part):
 
 @dataclass(frozen=True)
 class Views:
-    """B views of one step.
+    """The B views of one step.
 
     nameless: whether the prompt for each view leaves out the subject's name.
     blind: whether the cameras are hidden from the model.
-    regions: the share of each cell that a region covers, [B, 1, h, w] in [0, 1], by the name of the region.
+    regions: maps each region's name to the share of each cell that the region covers, [B, 1, h, w] in [0, 1].
     """
 
     cameras: Cameras
@@ -117,7 +117,7 @@ class Views:
         return len(self.cameras)
 
 
-#: The weights and texts of the prompts for a view, whose embeddings are mixed.
+#: The texts for one view, each preceded by its weight. The embeddings of the texts are mixed with these weights.
 Mix = tuple[tuple[float, str], ...]
 
 
@@ -126,7 +126,7 @@ class ScenePrompts:
     """All prompts for one asset. Texts refer to concepts as `<name>`.
 
     class_nouns: the class of each concept, for views whose prompt leaves out the name.
-    by_direction: the prompts of directions that differ from `prompt` in more than the words for the view.
+    by_direction: the prompts for those directions whose prompt differs from `prompt` in more than the view words.
     """
 
     prompt: str
@@ -136,7 +136,7 @@ class ScenePrompts:
     by_direction: Mapping[Direction, str] = field(default_factory=dict)
 
     def views(self, cameras: Cameras, generator: Generator) -> Views:
-        """Returns the views of a step, with the random choices for their prompts."""
+        """Returns the views of a step. For each back view, draws whether its prompt leaves out the subject's name."""
         coins = torch.rand(len(cameras), generator=generator).tolist()
         behind = [d == "back" for d in self.words.directions(cameras)]
         return Views(cameras, tuple(b and c < self.words.drop_subject for b, c in zip(behind, coins, strict=True)))
@@ -148,13 +148,14 @@ class ScenePrompts:
         return without(said, self.class_nouns or {}) if nameless else said
 
     def all_texts(self) -> list[str]:
-        """Returns every text that can be used."""
+        """Returns the texts for all directions and for none, the negative prompt and the empty prompt, without
+        duplicates. Texts that leave out the subject's name are not included."""
         texts = [self.text(d) for d in (None, *DIRECTIONS)] + [self.negative, ""]
         return list(dict.fromkeys(texts))
 
     def rows(self, kind: str, views: Views) -> list[Mix]:
-        """Returns the texts of each view for a kind of conditioning, which is "prompt", "plain_prompt" (without words
-        for the view), "negative" or "null"."""
+        """Returns the weighted texts of each view. The kind of conditioning is "prompt", "plain_prompt" (the prompt
+        without words for the view), "negative" or "null"."""
         if kind == "prompt":
             shares = self.words.shares(views.cameras)
             return [

@@ -15,12 +15,12 @@ from shared.runner.open_runner import open_runner
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError if the model does not generate pictures, or the concept does not fit it."""
+    """Raises ValueError if the model does not generate pictures, or if the concept does not fit the model."""
     _opened(asked)
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """Generates a picture of each standard prompt with every seed."""
+    """Generates a picture for each standard prompt and each seed."""
     return shots_of(_opened(asked), asked.inside("pictures"), bars, _write)
 
 

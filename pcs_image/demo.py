@@ -1,4 +1,4 @@
-"""The part of the demo with pictures, which learns the subject as a concept and shows new scenes, scores and a report."""
+"""The picture part of the demo. It learns the subject as a concept, and shows new scenes, scores and a report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SCENES = 8
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown subject or recipe."""
+    """Raises ValueError if the subject or the recipe is unknown."""
     load(asked.recipe, _settings(asked))
 
 
@@ -64,7 +64,8 @@ def _first(report: Any, asked: Asked, kind: str) -> torch.Tensor:
 
 
 def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
-    """Writes a sheet with the references, and with pictures of the concept and of the base model for the first prompts."""
+    """Writes a sheet with the references and, for the first prompts, the pictures made with the concept and those of
+    the base model."""
     references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted(asked.references.glob("*.png"))])
     path = asked.out / "contact-sheet.png"
     contact_sheet(

@@ -17,11 +17,11 @@ from shared.sampling.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """The folder in which pictures are written."""
+    """The folder to which pictures are written."""
 
     path: Path
     overwrite: bool = False
-    with_grid: bool = False  # whether all pictures are also written as one grid
+    with_grid: bool = False  # whether to also write all pictures as one grid
 
 
 def generate(
@@ -33,7 +33,7 @@ def generate(
     seeds: Sequence[int] = (0,),
     progress: Steps | None = None,
 ) -> list[Path]:
-    """Writes one PNG for each prompt and seed, with the metadata needed to reproduce it."""
+    """Writes one PNG for each prompt and seed, with the metadata needed to reproduce it. Returns the paths."""
     check_output(out.path, out.overwrite)
     settings = runner.with_own_sampling(settings)
     shots = [(p, s) for p in prompts for s in seeds]

@@ -1,4 +1,4 @@
-"""The public interface of `pcs_image`, which learns, generates and evaluates, both for the command line and for Python code."""
+"""The public interface of `pcs_image`, for the command line and for Python code. It learns, generates and evaluates."""
 
 from __future__ import annotations
 

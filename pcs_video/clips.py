@@ -23,7 +23,7 @@ ENDINGS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """Where clips are written, which is a single file or a folder."""
+    """The destination of clips, which is a single file or a folder."""
 
     path: Path
     fps: float = 8.0
@@ -36,8 +36,8 @@ class ClipFiles:
         return self.path.suffix != ""
 
     def check(self, clips: int, read: Sequence[Path] = ()) -> None:
-        """Raises ValueError if this many clips cannot be written there, or if an existing output or one of the input files
-        `read` would be overwritten."""
+        """Raises ValueError if this many clips cannot be written to the destination, or if an existing output or one of
+        the input files `read` would be overwritten."""
         if self.kind not in ENDINGS:
             raise ValueError(f"--format: {unknown(self.kind, ENDINGS, 'format')}")
         if self.one_file and self.path.suffix.lower() not in ENDINGS.values():
@@ -68,7 +68,8 @@ def generate(
     seeds: Sequence[int] = (0,),
     progress: Steps | None = None,
 ) -> list[Path]:
-    """Writes one clip for each prompt and seed, with its provenance in the file's metadata."""
+    """Writes one clip for each prompt and seed. The metadata of each file records how its clip was generated. Returns
+    the paths."""
     shots = [(p, s) for p in prompts for s in seeds]
     out.check(len(shots))
     if out.one_file and out.with_sheet:
@@ -77,7 +78,8 @@ def generate(
     if isinstance(runner.backbone, PictureClipsBackbone):
         for prompt in (p for p in dict.fromkeys(prompts) if not runner.follows(p, settings)):
             warnings.warn(
-                f"nothing will move in {prompt!r}, which names no trajectory, because there is no motion module",
+                f"nothing will move in the clips of {prompt!r}, because it names no trajectory and there is no motion "
+                "module",
                 stacklevel=2,
             )
     clips = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)

@@ -16,13 +16,14 @@ from shared.runner.open_runner import open_runner, parse_concept
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError if the model does not generate clips, a concept does not fit it, or `--motion` is not a motion."""
+    """Raises ValueError if the model does not generate clips, if a concept does not fit the model, or if `--motion` is
+    not a motion."""
     _motion(asked)
     _opened(asked)
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """Generates a clip of each standard prompt with every seed, with the requested motion."""
+    """Generates a clip with the requested motion for each standard prompt and each seed."""
     runner = _opened(asked)
     rate = clip_rate(runner, None)
 

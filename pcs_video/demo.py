@@ -1,4 +1,4 @@
-"""The part of the demo with clips, which learns a motion from clips of other objects and shows the subject moving in it."""
+"""The clip part of the demo. It learns a motion from clips of other objects, and shows the subject with that motion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHOTS = 5  # frames per clip in the overview
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown motion or recipe."""
+    """Raises ValueError if the motion or the recipe is unknown."""
     held_out_motion(asked.motion)
     load(asked.motion_recipe, _settings(asked), "video", VideoRecipe)
 
@@ -37,7 +37,7 @@ def check(asked: Asked) -> None:
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
     """Learns the motion and generates clips with it.
 
-    The clips show the subject if it was learned from pictures, otherwise an ordinary object of its class.
+    The clips show the subject if it was learned from pictures. Otherwise, they show an ordinary object of its class.
     """
     start = time.perf_counter()
     clips = write_motion(asked.motion, asked.out / "clips")

@@ -1,4 +1,4 @@
-"""Makes the sampling hooks of loaded motions, with which clips follow a path or start from the noise of another clip."""
+"""Makes the sampling hooks of loaded motions. They make clips follow a path or start from the noise of another clip."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOTION_MODULES = "motion_modules"  # occurs in the names of AnimateDiff's layers
 
 
 def is_of_motion(hook: SamplingHook) -> TypeGuard[HookOfMotion]:
-    """Whether a hook acts only if the prompt names its concept."""
+    """Whether a hook belongs to a motion, and therefore acts only if the prompt names that motion."""
     return isinstance(hook, FollowTrajectory) or (isinstance(hook, NoisePrior) and bool(hook.name))
 
 
@@ -38,12 +38,12 @@ def follows(hooks: Sequence[SamplingHook]) -> bool:
 
 
 def hooks_of_motions(painter: Painter, settings: SamplingSettings) -> list[HookOfMotion]:
-    """Returns the hooks that loaded motions add to the settings. These are trajectories, scaled by the motions' strengths, and
-    noise priors, which use the first training clip of a motion. Hooks that the settings already have for a concept take
+    """Returns the hooks that loaded motions add to the settings. A trajectory is scaled by the motion's strength. A
+    noise prior uses the motion's first training clip. Hooks that the settings already have for a concept take
     precedence.
 
-    Warns if that clip is not found or is too short. Raises ValueError if there is a strength schedule for a concept that
-    consists only of a trajectory.
+    Warns if the first training clip is not found or is too short. Raises ValueError if there is a strength schedule for
+    a concept that consists only of a trajectory.
     """
     stepwise = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
     for name, loaded in painter.loaded.items():
@@ -78,8 +78,8 @@ def _noise_priors(painter: Painter, settings: SamplingSettings) -> list[NoisePri
             own.append(NoisePrior(path=clip, name=name, **how.model_dump()))
             continue
         warnings.warn(
-            f"{name!r} was learned to start from the noise of its first clip, but {why}. Clips start from random noise "
-            "unless you give --invert CLIP.",
+            f"clips of {name!r} should start from the noise of its first clip, but {why}. Clips start from random "
+            "noise unless you give --invert CLIP.",
             stacklevel=3,
         )
     return own
@@ -90,20 +90,21 @@ def _strength(painter: Painter, name: str) -> float:
 
 
 def _first_clip(loaded: Loaded, frames: int) -> tuple[Path | None, str]:
-    """Returns the first clip that a motion was learned from, or the reason why it cannot be used for this frame count."""
+    """Returns the first clip that a motion was learned from. If it cannot be used for this frame count, returns None
+    and the reason."""
     try:
         clip = motion_clips(loaded, None)[0]
     except ValueError:
         return None, "that clip was not found next to the concept"
     there = open_frames(clip).count
-    return (clip, "") if there >= frames else (None, f"{clip.name} has only {there} of {frames} frames")
+    return (clip, "") if there >= frames else (None, f"{clip.name} has only {there} of the {frames} frames needed")
 
 
 def hooks_for_prompt(
     painter: Painter, prompt: str, hooks: Sequence[HookOfMotion], base: bool
 ) -> tuple[HookOfMotion, ...]:
-    """Returns the hooks for one prompt. Hooks of loaded motions that the prompt does not name have no effect; if `base` is
-    set, this applies to all loaded motions.
+    """Returns the hooks for one prompt. If the prompt does not name a loaded motion, or if `base` is set, that motion's
+    hooks have no effect.
 
     Raises ValueError if the prompt names several motions with trajectories or several with noise priors, or if the trajectory
     of one motion leaves out the layers that another motion uses.

@@ -67,8 +67,8 @@ class ClipSampling(Sampling):
 
     frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # frames per clip; 0 for pictures
     trajectory: Trajectory | None = None  # the path of clips whose prompts name the motion; null for none
-    # once the motion is learned, clips whose prompts name it start from noise that comes partly from the first of its
-    # training clips, if that clip is found; clips generated during training start from random noise
+    # after training, clips whose prompts name the motion start from noise that is taken in part from the motion's first
+    # training clip, if that clip is found; clips generated during training start from random noise
     noise_prior: NoisePriorSettings | None = None
 
     def settings(self) -> SamplingSettings:
@@ -87,8 +87,8 @@ class VideoRecipe(Recipe):
 
     subject: ClipSubject | None = None  # the clips or pictures to learn from
     subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}  # several subjects, by name
-    # a folder with a diffusers `MotionAdapter`, or "none" for no motion modules, without which subjects move only along
-    # trajectories; null for the backbone's own
+    # a folder with a diffusers `MotionAdapter`; null for the backbone's own; "none" for no motion modules, in which
+    # case subjects move only along trajectories
     motion_adapter: NameOrPath | None = None
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
     trainable: Slot[ClipTrainable] = {}  # the trained parts, by name
@@ -97,8 +97,8 @@ class VideoRecipe(Recipe):
     task: ClipTask = TuneTask()
 
     def opening(self) -> dict[str, Any]:
-        """Returns the options, besides its name, for opening the backbone. Warns if clips have different frame rates, because
-        a network that is conditioned on the rate then uses its own."""
+        """Returns the options for opening the backbone, except for its name. Warns if clips have different frame rates,
+        because a network that is conditioned on the frame rate then uses its default rate."""
         rates = {part.window.fps / part.window.stride for part in clip_sources(self) if part.window.fps is not None}
         how = {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}
         if len(rates) > 1:

@@ -1,4 +1,4 @@
-"""The public interface of `pcs_video`, which learns, generates and evaluates, both for the command line and for Python code."""
+"""The public interface of `pcs_video`, for the command line and for Python code. It learns, generates and evaluates."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class VideoRunner(Runner):
     def prepared(
         cls, backbone: Backbone, motion_adapter: str | Path | None = None, fps: float | None = None
     ) -> Backbone:
-        """Returns the backbone unchanged if it generates clips. Otherwise, adds the folder's or the toybox's motion module.
+        """Returns a backbone that generates clips. If `backbone` generates only pictures, adds the motion module in the
+        folder `motion_adapter`, or the toybox's.
 
         Args:
             fps: frames per second of the clips, for a network that is conditioned on it. If None, the network's own rate
@@ -88,9 +89,9 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError if the model does not support the length of a window or of generated clips, if a trajectory must
-        be measured but there are no clips of exactly one motion, or if there is a noise prior but no clips. Does not load the
-        model."""
+        """Raises ValueError if the model does not support the length of a window or of generated clips, if a trajectory
+        must be measured but the clips are not those of exactly one motion, or if there is a noise prior but no clips.
+        Does not load the model."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -113,7 +114,7 @@ class VideoRunner(Runner):
     def personalize(
         self, subjects: Mapping[str, Subject], recipe: Recipe, workdir: Path, **more: Any
     ) -> dict[str, Concept]:
-        """Learns as `Runner.personalize` does, after measuring the trajectory of a motion if the recipe asks for one.
+        """Learns as `Runner.personalize` does. If the recipe asks for a trajectory, it is measured first.
 
         Also raises ValueError if the model does not support the size of the frames, if a trajectory cannot be measured (see
         `trajectory.measure`), or if the trajectory leaves out layers that the recipe trains.
@@ -194,8 +195,8 @@ class VideoRunner(Runner):
         return follows(hooks_for_prompt(self, prompt, paths, base=False))
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Also adds the trajectories and noise priors of loaded motions. Warns and raises ValueError as `hooks_of_motions`
-        does."""
+        """Does what `Runner.with_own_sampling` does, and adds the trajectories and noise priors of loaded motions.
+        Warns and raises ValueError as `hooks_of_motions` does."""
         settings = super().with_own_sampling(settings)
         return replace(settings, hooks=(*settings.hooks, *hooks_of_motions(self, settings)))
 
@@ -216,7 +217,8 @@ class VideoRunner(Runner):
         return evaluate_clips_loaded(self, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """Returns frames of the clips side by side, or the pictures."""
+        """Returns the pictures of a subject. For clips, returns one picture per clip, with its first frames side by
+        side."""
         if not subject.clips:
             return super().shown(subject, side)
         first = ClipWindow(length=4)
@@ -240,10 +242,10 @@ def _clips_of(recipe: Recipe) -> Clips:
 
 
 def opening(motion_adapter: str | Path | None, fps: float | None) -> dict[str, Any]:
-    """Returns those of the two options that are set, for `open_runner` to pass to `VideoRunner.prepared`."""
+    """Returns the options that are set, as arguments that `open_runner` passes to `VideoRunner.prepared`."""
     return {k: v for k, v in {"motion_adapter": motion_adapter, "fps": fps}.items() if v is not None}
 
 
 def clip_rate(runner: VideoRunner, fps: float | None) -> float:
-    """Returns the frames per second of written files, which is the requested rate, else the network's own, else 8."""
+    """Returns the frame rate of written files. It is the requested rate, or else the network's own rate, or else 8."""
     return fps or runner.backbone.frame_rate or 8.0

@@ -16,7 +16,8 @@ from shared.sampling.subject_boxes import SubjectBoxes
 
 @dataclass(frozen=True)
 class ClipSteering(Steering):
-    """The options that steer clips, which may also begin with given frames and have a moving camera."""
+    """The options that steer clips. Besides what `Steering` offers, a clip can begin with given frames, and its camera
+    can move."""
 
     first_frame: Path | None = None
     prefix: Path | None = None

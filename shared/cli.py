@@ -1,7 +1,7 @@
-"""The `pcs` command, which collects the commands of the installed packages (entry points `pcs.commands`) and turns
-errors into messages.
+"""The `pcs` command, which collects the commands of the installed packages (entry-point group `pcs.commands`)
+and turns errors into messages.
 
-Command modules import only the CLI library at the top; everything heavy is imported inside a command.
+Command modules import only the CLI library at module level. Everything heavy is imported inside the commands.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 GROUP = "pcs.commands"
 _PRINTED: set[str] = set()  # warnings already printed by this command
-_STOPPED = 130  # what typer returns, and shells expect, after Ctrl-C
+_STOPPED = 130  # the exit code that typer returns and shells expect after Ctrl-C
 
 
 def build() -> typer.Typer:
-    """Builds the whole command tree. If a package's commands cannot be loaded, this is reported and the others still work."""
+    """Builds the whole command tree. If a package's commands cannot be loaded, reports this and keeps the others."""
     from importlib.metadata import entry_points
 
     import typer
@@ -55,18 +55,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `pcs`. The exit code is 0 on success, 1 if the run failed, 2 for invalid input, 130 after Ctrl-C, 143 after
     SIGTERM and 129 after SIGHUP.
 
-    Every signal ends a command in the same way: half-written files are removed, and training saves its state.
+    Each of these signals ends a command in the same way: half-written files are removed, and training saves its state.
     """
     heed_stops()
-    # OpenMP reads this when torch is imported. By default its threads spin while they wait, which makes training on two cores
-    # up to 1.8 times slower beside one busy program; sleeping costs nothing measurable on a free machine.
+    # OpenMP reads this when torch is imported. By default, its threads spin while they wait. On two cores, this makes training
+    # up to 1.8 times slower while another program is busy. Sleeping threads have no measurable cost on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = _main(arguments)
     except KeyboardInterrupt:  # Ctrl-C while commands are being collected
         print("stopped", file=sys.stderr)
         code = _STOPPED
-    if code == _STOPPED:  # skip Python's own exit, which reports SIGINT if the signal came inside an `exec`
+    if code == _STOPPED:  # skip Python's own exit, which would report SIGINT if the signal arrived inside an `exec`
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -110,7 +110,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
             print("stopped", file=sys.stderr)
             return _STOPPED
         show = getattr(error, "show", None)
-        if callable(show):  # a ClickException; newer versions of typer have their own instead of click's
+        if callable(show):  # a ClickException; newer versions of typer define this class themselves
             show(file=sys.stderr)
             return int(getattr(error, "exit_code", 2))
         return _failed(error)
@@ -120,7 +120,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
 
 
 def _check_bytes(argument: str) -> None:
-    """Raises ValueError for bytes that are not UTF-8, unless they belong to the path of an existing file or folder."""
+    """Raises ValueError for bytes that are not UTF-8, unless they are part of the path of an existing file or folder."""
     if argument.isascii():
         return
     from shared.config import expanded

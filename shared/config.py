@@ -98,8 +98,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def absent(path: str | os.PathLike[str], otherwise: str = "does not exist") -> str:
-    """Returns why a path cannot be used: a message if its symbolic links form a loop (which `Path.exists` reports as a
-    missing file), and `otherwise` in all other cases."""
+    """Returns the reason why a path cannot be used. If its symbolic links form a loop, which `Path.exists` reports as a
+    missing file, the reason states this. In all other cases, it is `otherwise`."""
     try:
         os.stat(path)
     except OSError as error:
@@ -128,7 +128,7 @@ Slot = Annotated[dict[str, T], BeforeValidator(_kinds_from_keys)]
 
 
 def slots(model: type[BaseModel]) -> tuple[str, ...]:
-    """Lists the fields of a model that contain several parts under freely chosen names."""
+    """Returns the names of a model's fields that contain several parts under freely chosen names."""
     return tuple(n for n, f in model.model_fields.items() if any(_is_slot(m) for m in f.metadata))
 
 
@@ -137,7 +137,7 @@ def _is_slot(mark: Any) -> bool:
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """Sets the default kind of a slot with one part, for settings such as `noise.offset=0.1`."""
+    """Sets the default kind of a slot with one part, so that settings such as `noise.offset=0.1` need no kind."""
 
     def fill(value: Any) -> Any:
         return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
@@ -147,7 +147,8 @@ def default_kind(kind: str) -> BeforeValidator:
 
 
 def parts_of(kind: str) -> BeforeValidator:
-    """Sets the default kind in a mapping of freely named parts, for settings such as `train.optimizers.main.eps=1e-6`."""
+    """Sets the default kind of every part in a mapping of named parts, so that settings such as
+    `train.optimizers.main.eps=1e-6` need no kind."""
 
     def fill(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -159,8 +160,8 @@ def parts_of(kind: str) -> BeforeValidator:
 
 
 def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
-    """Maps the fields that contain one part to their default kinds, in the form that `merge` takes. The result is nested
-    like the fields; "*" stands for any key of a mapping of parts."""
+    """Returns the default kinds of a model's parts in the form that `merge` takes. The result is nested like the
+    model's fields. In it, "*" stands for any key of a mapping of parts."""
     out: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         marks = [getattr(mark, "func", None) for mark in field.metadata]
@@ -180,7 +181,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     `kind` changes, the settings of the old kind are dropped.
 
     Args:
-        kinds: default kinds by key, nested like the layers, with "*" for any key. A key without an entry is its own kind
+        kinds: default kinds by key, nested like the layers, with "*" for any key. For a key without an entry,
+            the default kind is the key itself
     """
     kinds, out = kinds or {}, dict(base)
     for key, value in over.items():
@@ -196,13 +198,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     return out
 
 
-_MOST_BITS = 512  # size limit of an integer; a larger one is a typo, and Python may refuse to print it
+_MOST_BITS = 512  # the size limit of integers; a larger integer is a typo, and Python may refuse to print it
 _MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes 1 s per million
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads plain data only. Tags run no code, and aliases (which can expand without bound or contain themselves) and
-    duplicate keys are errors. Unlike in YAML 1.1, `1e-4` is a number, and `no` and `2024-01-01` are text."""
+    """Loads plain data only. Tags never run code. Duplicate keys are errors, and so is every alias, because aliases can
+    expand without bound or contain themselves. Unlike in YAML 1.1, `1e-4` is a number, and `no` and `2024-01-01` are
+    text."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -235,7 +238,7 @@ _Loader.add_implicit_resolver(
 def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
     try:
         value = yaml.SafeLoader.construct_yaml_int(loader, node)
-    except ValueError:  # above Python's limit for digits
+    except ValueError:  # more digits than Python converts
         value = None
     if value is None or value.bit_length() > _MOST_BITS:
         raise yaml.MarkedYAMLError(
@@ -259,12 +262,12 @@ def yaml_problem(error: yaml.YAMLError | RecursionError, text: str) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses one YAML value; blank text gives "". Raises yaml.YAMLError for invalid YAML."""
+    """Parses one YAML value. Returns "" for blank text. Raises yaml.YAMLError for invalid YAML."""
     return yaml.load(text, Loader=_Loader) if text.strip() else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that contains one mapping, without executing anything. Raises ValueError for any other file."""
+    """Reads a YAML file that contains one mapping, without executing any code. Raises ValueError for any other file."""
     size = path.stat().st_size
     if size > _MAX_YAML:
         raise ValueError(f"{path} has {size:,} bytes, and the limit is {_MAX_YAML:,}: is it the right file?")
@@ -288,7 +291,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
-    """Validates the data. Raises ValueError with one line per problem, which states the key, the value and the choices."""
+    """Validates the data. Raises ValueError with one line per problem. Each line states the key, the value and what
+    is wrong with it."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -301,8 +305,8 @@ _WRONG_TYPE = re.compile(r"_(type|parsing|parsing_size|from_float)$")
 
 
 def _lines(problems: Sequence[Mapping[str, Any]], data: Any) -> list[str]:
-    """Describes each problem in one line. If a value fits one type of a union, or would fit but for a problem inside
-    the value, the other types' complaints ("not a tuple") are left out."""
+    """Describes each problem in one line. If a value has the right form for one type of a union, only the problems
+    inside the value are described. The errors for the other types (such as "not a tuple") are left out."""
     keys = [_key(problem, data) for problem in problems]
     wrong = [_WRONG_TYPE.search(problem["type"]) is not None for problem in problems]
     fitting = {key for key, is_wrong in zip(keys, wrong, strict=True) if not is_wrong}

@@ -1,9 +1,9 @@
-"""The demo, which learns a held-out thing of the toybox once and shows it in every installed modality.
+"""Runs the demo, which learns a held-out thing of the toybox once and shows it in every installed modality.
 
-A package adds its part with an entry point `pcs.demo`, named after the modality, whose value is a module with two
-functions: `check(asked)` rejects invalid requests before any work, and `show(asked, bars)` does the work and yields
-lines to print and `Exhibit`s for the page. Parts run in the order of `ORDER`, and later parts use the concepts that
-earlier parts learned.
+A package adds its part of the demo through an entry point in the group `pcs.demo`. The entry point is named after the
+modality, and its value is a module with two functions. `check(asked)` rejects invalid requests before any work is done.
+`show(asked, bars)` does the work, and yields lines to print and `Exhibit`s for the page. Parts run in the order of
+`ORDER`, so that later parts can use the concepts that earlier parts learned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROUP = "pcs.demo"
 ORDER = ("image", "video", "3d")
 _WIDEST = 1600  # the maximum width in pixels of a picture on the page
 _TILES = 5  # pictures per row of the overview
-_TILE = 128  # pixels
+_TILE = 128  # the side of an overview picture in pixels
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Exhibit:
     text: str
     scores: Sequence[tuple[str, str]] = ()
     more: Mapping[str, Path] = field(default_factory=dict)  # link text -> target
-    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: pictures for the item's row in the overview; None: no row
+    shots: Tensor | None = None  # pictures for the item's row in the overview, [N, 3, H, W] in [-1, 1]; if None, no row
 
 
 class DemoPart(Protocol):
-    """The module that a package provides."""
+    """The module that a package provides for its part of the demo."""
 
     def check(self, asked: Asked) -> None:
         """Raises ValueError for unknown names."""
@@ -100,8 +100,8 @@ def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
 
 
 def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Runs the parts `names` (all if empty) and yields lines to print. Raises ValueError for unknown names, and if
-    `asked.out` exists, unless `overwrite` is set."""
+    """Runs the parts in `names`, or all parts if it is empty, and yields lines to print. Raises ValueError if a name is
+    unknown, or if `asked.out` exists and may not be overwritten."""
     chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():
@@ -119,7 +119,7 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
                 exhibits.append(made)
                 claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
                 _write_page(asked, exhibits)
-                if made.shots is not None:  # if several exhibits share a title, only the first is used
+                if made.shots is not None:  # if several exhibits share a title, only the first gets a row
                     rows.setdefault(made.title, F.interpolate(made.shots[:_TILES], (_TILE, _TILE), mode="area"))
             else:
                 yield made

@@ -52,8 +52,8 @@ class Example:
     role: Role = "instance"
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> its mask [1, (F), H, W] in [0, 1]
     valid: Tensor | None = None  # [1, (F), H, W] in [0, 1]: where the picture is real (not padding)
-    source: str = ""  # the file or the recipe it came from; used as a cache key
-    user_caption: bool = False  # True: the caption is the user's own, and templates do not replace it
+    source: str = ""  # the file that it came from; used to look up the file's own adapters
+    user_caption: bool = False  # whether the caption is the user's own, which templates do not replace
 
     def __post_init__(self) -> None:
         if not self.owners:
@@ -77,7 +77,7 @@ class Example:
         return self.pixels.ndim == 4
 
     def frames(self) -> list[Example]:
-        """Returns a clip's frames as pictures with their masks. The clip's pixels must not have been dropped."""
+        """Returns a clip's frames as pictures with masks. Requires that the clip still has its pixels."""
         return [
             replace(
                 self,
@@ -109,7 +109,10 @@ class Example:
         return replace(self, **changes)
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """Returns a copy with `change` applied to each frame [1, H, W] of every mask, or the example itself without masks."""
+        """Returns a copy with `change` applied to each frame ([1, H, W]) of every mask.
+
+        If there are no masks, returns the example itself.
+        """
         if not self.masks:
             return self
 
@@ -181,7 +184,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenates conditionings along the batch axis, as classifier-free guidance does.
+        """Concatenates conditionings along the batch axis, as needed for classifier-free guidance.
 
         Raises ValueError if the parts do not have the same streams.
         """
@@ -222,7 +225,7 @@ class Conditioning:
         )
 
     def per_site(self, sites: Sequence[str]) -> Conditioning:
-        """Returns the conditioning with its context repeated for each site, or unchanged if it already has one per site."""
+        """Returns the conditioning with its context repeated for each site, unless it already has one per site."""
         if not isinstance(self.context, Tensor):
             return self
         return replace(self, context={s: SiteContext(self.context, self.context) for s in sites})

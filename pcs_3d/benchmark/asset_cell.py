@@ -1,4 +1,5 @@
-"""One cell of a comparison of recipes: the scores of one recipe's asset of one subject, with reference scores."""
+"""One cell of a comparison of recipes, with the scores of one recipe's asset of one subject and with reference
+scores."""
 
 from __future__ import annotations
 

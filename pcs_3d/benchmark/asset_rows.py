@@ -16,7 +16,7 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """Scores in [0, 1] that a recipe must reach. A score of None is not required.
+    """Scores in [0, 1] that a recipe must reach. If a score is None, it is not required.
 
     If `identity` is set, the asset must also beat one made by the same recipe without the concept, unless the recipe
     cannot run without it. If `iou` is set, the overlap of silhouettes must also beat that of a generic object of the
@@ -28,8 +28,8 @@ class AssetGoal:
     iou: float | None = None
 
     def met(self, row: AssetRow) -> bool | None:
-        """Returns whether the row meets the goal, or None if the goal is empty. A score that was not measured is not
-        met."""
+        """Returns whether the row meets the goal, or None if the goal is empty. A score that was not measured counts as
+        not reached."""
         found = {"identity": row.value(IDENTITY), "view": row.value("view"), "iou": row.value("iou")}
         reached = all_reached([(value, getattr(self, name)) for name, value in found.items()])
         if not reached:
@@ -47,9 +47,9 @@ class AssetGoal:
 class AssetRow:
     """The mean scores and costs of one recipe over all its subjects.
 
-    scores: by key; each score's `base` is for the same recipe without the concept, and its `truth` is for the real
-        object.
-    sphere, generic: the mean scores of a sphere and of a generic object of the class, by key.
+    scores: the mean scores by key. In each of them, `base` is the score of the same recipe without the concept, and
+        `truth` is the score of the real object.
+    sphere, generic: the mean scores by key of a sphere and of a generic object of the class.
     """
 
     recipe: str

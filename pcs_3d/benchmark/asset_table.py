@@ -1,4 +1,4 @@
-"""Writes a comparison of recipes for assets as Markdown, as CSV and as an HTML page."""
+"""Formats a comparison of recipes for assets as Markdown, as CSV and as an HTML page."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ class AssetComparison:
         return "–" if met is None else "yes" if met else "no"
 
     def without(self, row: AssetRow) -> list[str]:
-        """Returns the scores of the same recipe prompted only with the class, one per column. The list is empty if the
-        recipe makes no such asset."""
+        """Returns the scores that the same recipe gets when the prompt contains only the class, one score per column.
+        The list is empty if the recipe makes no such asset."""
         if not row.has_base:
             return []
         return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
-        """Returns the rows of reference values that need no recipe: those of a generic object of the class, a sphere,
-        the real object and a guess. Each has a title and one value per column."""
+        """Returns the rows of reference values, which do not depend on a recipe. They are for a generic object of the
+        class, a sphere, the real object and a guess. Each row has a title and one value per column."""
         first = next((r for r in self.rows if r.scores), None)
         if first is None:
             return []
@@ -122,7 +122,7 @@ class AssetComparison:
 
     def csv(self) -> str:
         """Returns unrounded numbers as CSV, with one line per recipe (where `thing` is empty) and one per cell. Columns
-        that end in `.base` are for the same recipe without the concept."""
+        whose names end in `.base` contain the scores of the same recipe without the concept."""
         singles = [(aggregate_assets(r, {t: c}, {}, pool_all=True), t) for (r, t), c in self.reports.items()]
         pooled = [(row, "") for row in self.rows]
         keys = list(dict.fromkeys(k for row, _ in [*pooled, *singles] for k in row.scores))
@@ -165,8 +165,8 @@ class AssetComparison:
         return f"{cell_folder(recipe, thing).as_posix()}/work/{paths[what]}"
 
     def sides(self, recipe: str, thing: str, which: str) -> list[str]:
-        """Returns four renders, as `data:` URLs, of the asset with the concept ("made"), the one without it ("base") or
-        the real object ("truth"). A missing file becomes ""."""
+        """Returns four renders, as `data:` URLs, of the asset with the concept ("made"), the asset without the concept
+        ("base") or the real object ("truth"). A missing file becomes ""."""
         report, folder = (PLAIN_REPORT if which == "base" else REPORT), (TRUTH if which == "truth" else RENDERS)
         files = [self.out / cell_folder(recipe, thing) / "work" / report / folder / f"{name}.png" for name in SHOWN]
         return [inline(f.read_bytes()) if f.is_file() else "" for f in files]
@@ -196,8 +196,8 @@ def _numbers(row: AssetRow, key: str) -> list[float | None]:
 
 
 def _plots(rows: Sequence[AssetRow], cells: Mapping[tuple[str, str], AssetCell]) -> Iterator[tuple[str, str]]:
-    """Yields the title and the SVG of each plot of a score by azimuth. A plot has one line of means over subjects per
-    recipe, and a dashed line for the real objects."""
+    """Yields the title and the SVG of each plot of a score by azimuth. Each plot has one line per recipe, which shows
+    means over subjects, and a dashed line for the real objects."""
     for key in CURVES:
         lines, truth, title, azimuths = [], [], "", [0.0]
         for number, row in enumerate(rows):
@@ -234,5 +234,5 @@ def compare_assets(
 
 
 def assets(out: Path, goal: AssetGoal = AssetGoal()) -> Reporting[AssetCell, AssetComparison]:
-    """Returns how a benchmark of assets reads its cells and compares them."""
+    """Returns the type of asset cells and the function that compares them, for a benchmark."""
     return Reporting(AssetCell, SCHEMA_VERSION, lambda cells, failures: compare_assets(cells, failures, out, goal))

@@ -72,7 +72,7 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     chosen = named(recipes or RECIPES)
     things = chosen_things(settings.split, settings.subjects)
     if "{concept}" not in settings.prompt:
-        raise ValueError(f"--prompt {settings.prompt!r} has no place for the subject: write {{concept}} in it")
+        raise ValueError(f"--prompt {settings.prompt!r} does not say where the subject goes: write {{concept}} in it")
     asked = {name: _example(recipe, settings) for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
     for name, recipe in asked.items():
@@ -135,8 +135,8 @@ class _Bench:
     yardsticks: dict[str, Yardstick] = field(default_factory=dict)
 
     def cell(self, recipe: str, thing: str, workdir: Path) -> AssetCell:
-        """Makes one cell: an asset, a second one without the concept unless the recipe learns the subject, and their
-        reports."""
+        """Makes one cell. It contains the report on an asset with the concept and, unless the recipe learns the subject
+        itself, the report on an asset without the concept."""
         noun = album.held_out(thing).thing.class_name
         plain = _loaded(recipe, self.settings, noun)
         alone = learns_subjects(plain)
@@ -181,8 +181,8 @@ def make_once(
     concept: Mapping[str, str],
     subjects: dict[str, Subject] | None = None,
 ) -> None:
-    """Makes an asset in the folder `out`, unless an earlier call with identical inputs made it. Resumes an interrupted
-    call.
+    """Makes an asset in the folder `out`, unless an earlier call with identical inputs has already made it. Resumes an
+    interrupted call.
 
     Args:
         concept: the concept's files and their hashes
@@ -200,7 +200,7 @@ def make_once(
     files.check()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(begun, mark)
-    create(runner, recipe, files, subjects)  # replaces an asset made from other inputs only once this one is complete
+    create(runner, recipe, files, subjects)  # an earlier asset is replaced only once this one is complete
     write_text(done, mark)
     begun.unlink()
 

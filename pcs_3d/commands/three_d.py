@@ -117,8 +117,8 @@ def evaluate(
     device: str = typer.Option("cpu", help="where --clip and --dino run"),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Evaluate an asset from 16 viewpoints. Scores identity, agreement with the prompt and between views, and geometry,
-    and compares shape and colours with the real object if it is given."""
+    """Evaluate an asset from 16 viewpoints. Scores identity, agreement with the prompt, whether each view shows the
+    right side, and geometry. If the real object is given, its shape and colours are compared with the asset's."""
     from pcs_3d.evaluation.evaluate import Against
     from pcs_3d.evaluation.evaluate import evaluate as measure
     from pcs_3d.evaluation.headline import line
@@ -150,9 +150,9 @@ def benchmark(
         "default: reference_reconstruction texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
     ),
     split: str = typer.Option(
-        "development", help="development (for use while tuning) or reporting (for use only once, at the end)"
+        "development", help="development (for use while tuning) or reporting (for a single use at the end)"
     ),
-    subjects: str = typer.Option("4", help="how many of the split's subjects, or their names: NAME,NAME"),
+    subjects: str = typer.Option("4", help="how many of the split's subjects to use, or their names as NAME,NAME"),
     learn: str = typer.Option(
         "t_lora",
         help="recipe that learns each subject from pictures; its concept is shared by all asset recipes that do not "
@@ -166,8 +166,8 @@ def benchmark(
     learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe given by --learn"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
 ) -> None:
-    """Compare asset recipes on the toybox's held-out subjects. Scores shape, agreement between views, and identity,
-    which is also measured without the concept."""
+    """Compare asset recipes on the toybox's held-out subjects. Scores shape, whether each view shows the right side,
+    and identity. Where possible, all scores are also measured without the concept."""
     from pcs_3d.benchmark.toybox_assets import AssetBenchmarkSettings, run
     from pcs_3d.extra import check_installed
     from shared.benchmark.experiment import failures_told

@@ -33,7 +33,8 @@ def install(
 
 @app.command()
 def doctor(checkout: Path = _CHECKOUT) -> None:
-    """Report which parts of a checkout work on this machine, and how to fix the others. Exit with 1 if any must be fixed."""
+    """Report which parts of a checkout work on this machine, and how to fix the others. The exit status is 1 if any
+    part must be fixed."""
     from pcs_3d.threestudio.doctor import findings
 
     bad = False
@@ -51,7 +52,7 @@ def run(
     ),
     cpu: bool = typer.Option(False, "--cpu", help="train on the CPU, in full precision"),
 ) -> None:
-    """Run a checkout's launch.py without a GPU, or without some of the packages that it imports."""
+    """Run a checkout's launch.py, even without a GPU or without some of the packages that it imports."""
     from pcs_3d.extra import check_installed
     from pcs_3d.threestudio.checkout import check_checkout
     from pcs_3d.threestudio.launch import launch

@@ -1,5 +1,5 @@
-"""Trains a field by score distillation, so that a diffusion model finds its renders likely (DreamFusion and
-successors)."""
+"""Trains a field by score distillation, so that a diffusion model finds the field's renders likely (as in DreamFusion
+and its successors)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
 
 
 class Distill(ConceptTask):
-    """See `DistillTask`. Each step updates the field and, if there is a student, the student on the same views.
+    """See `DistillTask`. Each step updates the field. If there is a student, the step also updates the student on the
+    same views.
 
     If an earlier phase made a field, this one continues from it (`first_field`). The teacher uses the loaded concepts
     and those learned by earlier phases of this run. Only the student uses the adapter set `student`.
@@ -101,7 +102,7 @@ class Distill(ConceptTask):
             if name not in allowed:
                 raise ValueError(
                     f"trainable.{parts[0].slot}: a distill phase trains only the field and a student "
-                    "(guidance.student), because the model that guides it is fixed: remove this part"
+                    "(guidance.student), because the model that guides the field is fixed: remove this part"
                 )
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class Distill(ConceptTask):
     @property
     def networks_in_steps(self) -> frozenset[str]:
         """The networks that run in every step: the autoencoder if views are encoded, and the text encoder if the
-        embedding of a name varies with time. Otherwise texts are encoded only once."""
+        embedding of a name varies with time. If none does, texts are encoded only once."""
         vae = frozenset({"vae"}) if self.guidance.space == "pixels" else frozenset()
         timed = any("time" in p.varies_with for p in self.context.backbone.placeholders.values())
         return vae | (super().networks_in_steps - {"vae"} if timed else frozenset())
@@ -136,7 +137,7 @@ class Distill(ConceptTask):
         return out
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Advances the field to this step. Returns the new groups if they have changed, else None."""
+        """Advances the field to this step. Returns the new groups if they have changed, and None otherwise."""
         came_from = self.field.advance(step, self.steps)
         return None if came_from is None else Regrouped(self.groups(), came_from)
 
@@ -202,8 +203,9 @@ class Distill(ConceptTask):
         return Seen(self.field, cameras, rendering, moment, settings.generator, view, settings, self.pictures)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
-        """Returns the latents that the guidance acts on, and the rendered views. Views of pixels are encoded. Views of
-        a latent field already are latents and are returned as both."""
+        """Returns the latents that the guidance acts on, and the rendered views. If the views consist of pixels, the
+        latents are their encodings. If the field is in latent space, the views are already latents and are returned
+        twice."""
         pixels = rendering.pixels
         if self.guidance.space == "latents":
             return pixels, pixels

@@ -34,11 +34,11 @@ AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kin
 
 
 class DistillRecipe(Recipe):
-    """A recipe for assets, without the types of field, renderer and export, which `Recipe3D` adds."""
+    """A recipe for assets. The types of `field`, `renderer` and `export` are left open; `Recipe3D` defines them."""
 
     prompt: str = ""  # what the asset shows; `<name>` stands for a concept
-    # the scene, such as "in a white studio", which is appended to the prompt; a plain one keeps other objects out of
-    # the field
+    # a description of the scene, such as "in a white studio", that is appended to the prompt; a plain scene keeps other
+    # objects out of the field
     setting: str = ""
     negative: str = ""  # what the asset should not show
     views: ViewWords = ViewWords()
@@ -53,7 +53,7 @@ class DistillRecipe(Recipe):
     references: KnownViews | None = None  # pictures of the object with their cameras, for penalties that use them
     export: Any = None  # how the field is written to files
     sources: Slot[Source] = {}  # pictures for the phases that learn from them
-    trainable: Slot[AssetTrainable] = {}  # what learns besides the field, such as a student's adapters
+    trainable: Slot[AssetTrainable] = {}  # parts trained besides the field, such as a student's adapters
     task: AssetTask = DistillTask()
 
     @property
@@ -77,7 +77,7 @@ class DistillRecipe(Recipe):
         if silent and not self.penalties and isinstance(self.task, DistillTask) and not self.phases:
             raise ValueError(
                 "guidance.weight = 0 and guidance.pixel_weight = 0 without penalties: nothing trains the field, so set "
-                "one of them"
+                "one of the weights or add a penalty"
             )
         return self
 

@@ -16,7 +16,7 @@ class DistillTask(TuneTask):
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """Only the group of the field."""
+        """The optimizer groups of the phase, which has only the group of the field."""
         return frozenset({MAIN})
 
     @property

@@ -27,7 +27,7 @@ class EarlierAsset:
 
     @property
     def in_latents(self) -> bool:
-        """Whether the field shows latents instead of colours."""
+        """Whether the field contains latents instead of colours."""
         return self.recipe.guidance.space == "latents"
 
     @property

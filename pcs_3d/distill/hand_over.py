@@ -28,9 +28,12 @@ _SAMPLES = 120_000  # number of points sampled on a surface that is handed over
 
 
 def check_fields(recipe: DistillRecipe) -> None:
-    """Raises ValueError if a phase's field cannot be built as configured. This is the case if its file cannot be read,
-    if it should start from an earlier phase but there is none, or if its kind differs from that of the earlier phase's
-    field and it does not start from that field."""
+    """Checks that every phase's field can be built as configured.
+
+    Raises ValueError if a field's file cannot be read, if a field should start from an earlier phase but no earlier
+    phase makes an asset, or if a field's kind or space differs from that of the earlier phase's field. A different kind
+    is allowed if the field starts from the earlier phase (`start.kind` is phase).
+    """
     earlier: DistillRecipe | None = None
     for name, phase in expand_phases(recipe):
         if isinstance(phase.task, DistillTask):
@@ -45,7 +48,7 @@ def _check_start(where: str, phase: DistillRecipe, earlier: DistillRecipe | None
     if earlier is None:
         if isinstance(mine.start, PhaseStart):
             raise ValueError(
-                f"{where}.start.kind = phase, but no earlier phase makes an asset: start from a blob or a file"
+                f"{where}.start.kind = phase, but no earlier phase makes an asset: set it to blob or file instead"
             )
         return
     before: FieldPart = earlier.field
@@ -80,8 +83,8 @@ def first_field(
         resumed: whether the state will be loaded from a checkpoint
 
     Raises:
-        ValueError: the field starts from an earlier phase that left none, or the earlier field is empty or does not
-            match
+        ValueError: the field should start from an earlier phase that made none, or the earlier field is empty or does
+            not match
     """
     part, state = recipe.made, under(carried, FIELD)
     if resumed:

@@ -1,4 +1,4 @@
-"""Fits a run into a memory budget, by measuring small steps and changing the recipe until it fits."""
+"""Fits a run into a memory budget. Small steps are measured, and the recipe is changed until the run fits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Levers:
     views: the number of views per pass through the networks, out of `of` views per step.
     recompute: the activations that are recomputed: 0 for none, 1 for those of the networks, 2 for those of the renderer
     as well.
-    side: the side of a view in pixels. If None, it is as requested.
+    side: the side of a view in pixels. If None, the side that the recipe requests is kept.
     """
 
     views: int
@@ -111,7 +111,8 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
     is set, is to make renders smaller.
 
     Args:
-        run: a run of this recipe that has not begun. Planning attaches names and adapters, which the caller removes.
+        run: a run of this recipe that has not begun. Planning attaches names and adapters to the backbone; the caller
+        must remove them.
 
     Raises:
         ValueError: no plan fits. The message states the smallest budget that would be enough.
@@ -209,8 +210,8 @@ class Tries:
         return self._known[key]
 
     def _views(self, folder: Path) -> dict[str, Path]:
-        """Makes blank stand-ins for the views that earlier phases will write and that penalties compare renders with.
-        Returns the folder of each such phase."""
+        """Makes blank stand-ins for the views that earlier phases will write, because penalties compare renders with
+        these views. Returns the folder of each such phase."""
         made = [(name, phase.task) for name, phase in self.run.phases[: self.index]]
         views = {name: task.cameras() for name, task in made if isinstance(task, PseudoViewsTask)}
         pictures = sum(len(subject.images) for subject in self.run.subjects.values())
@@ -219,7 +220,7 @@ class Tries:
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
         """Returns the bytes of the field with its gradients, optimizer moments and saved copy, and the bytes of one
-        step. The step has the fewest possible views, at the given share of their usual side."""
+        step. The step has the fewest possible views, and their side is `share` times the usual one."""
         unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
         changes = replace(levers, views=self.together, of=self.together).changes(self.recipe)
         side = max(_LEAST // 2, round((levers.side or self.side) * share))
@@ -231,7 +232,7 @@ class Tries:
         with TemporaryDirectory() as folder:
             context = replace(context, phase_folders=self._views(Path(folder)))
             task: Any = self.run.tasks[DistillTask](context)
-        self.run.offloaded.keep_only(task.networks_in_steps)  # as while the phase runs
+        self.run.offloaded.keep_only(task.networks_in_steps)  # the same networks as when the phase runs
         parts = [p for groups in task.groups().values() for group in groups for p in group.parameters]
         numbers = sum(p.numel() for p in parts)
         copies = 1 + _MOMENTS + (1 + _MOMENTS if numbers <= MOST else 0)
@@ -242,7 +243,7 @@ class Tries:
 
 
 def step_once(run: TrainingRun, task: Any) -> None:
-    """Runs a run's last step, and adds its gradients to the existing ones."""
+    """Performs the last step of a run, and adds the step's gradients to the existing gradients."""
     updates = task.updates(max(0, task.steps - 1), 0)
     while True:
         with run.accelerator.autocast():
@@ -253,8 +254,8 @@ def step_once(run: TrainingRun, task: Any) -> None:
 
 
 def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
-    """Applies the changes that a plan made when an interrupted run began. A new measurement could lead to different
-    changes."""
+    """Applies the changes that a plan made when an interrupted run began. Memory is not measured again, because a new
+    measurement could lead to different changes."""
     data = dump(recipe)
 
     def copied(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

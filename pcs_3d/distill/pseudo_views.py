@@ -43,14 +43,14 @@ class PseudoViews(Generate):
             )
         if not context.names and any("{concept}" in prompt for prompt in self.task.prompts):
             raise ValueError(
-                f"phases.{context.name}.task.prompts: {{concept}} stands for the learned subject, but none is learned: use a "
-                "loaded concept's name"
+                f"phases.{context.name}.task.prompts: {{concept}} stands for the learned subject, but no subject is "
+                "learned: use a loaded concept's name"
             )
         self.cameras = self.task.cameras()
         super().__init__(context)
 
     def planned(self) -> Iterator[Shot]:
-        """Yields one shot for each prompt and view. Its text includes words for the visible side."""
+        """Yields one shot for each prompt and view. The text of a shot includes words for the visible side."""
         owner = next(iter(self.context.names), _ASSET)
         for number, prompt in enumerate(self.task.prompts or (self.recipe.prompt,)):
             named = prompt.replace("{concept}", f"<{owner}>")

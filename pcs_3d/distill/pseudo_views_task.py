@@ -13,16 +13,17 @@ Angle = Annotated[float, Field(ge=-90, le=90)]
 
 
 class PseudoViewsTask(GenerateTask):
-    """Turns renders of the earlier phase's asset into pictures of the subject: adds some noise and denoises them with the
-    concept learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases can learn from
-    the pictures (`sources.NAME.kind=phase_pictures`) and compare renders with them (`references.kind=phase`).
+    """Turns renders of the earlier phase's asset into pictures of the subject. Some noise is added to each render,
+    which is then denoised with the concept learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2;
+    SDEdit). Later phases can learn from the pictures (`sources.NAME.kind=phase_pictures`) and compare renders with them
+    (`references.kind=phase`).
 
     prompts: the prompts, with {concept}; one picture is made for each prompt and view. If empty, the recipe's prompt is
     used. Words that describe the view are added to each prompt.
     num: the number of views, evenly spaced around the object, starting at its front.
     elevation_deg: the elevations that the views cycle through.
-    strength: the share of denoising steps that are run. With higher values, pictures look more like the subject and less like
-    the render.
+    strength: the share of the denoising steps that is run. With higher values, pictures look more like the subject and
+    less like the render.
     """
 
     kind: Literal["pseudo_views"] = "pseudo_views"  # pyright: ignore[reportIncompatibleVariableOverride]

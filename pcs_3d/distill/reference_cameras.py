@@ -1,4 +1,4 @@
-"""Finds where the subject's pictures were taken from, with the help of a preliminary asset."""
+"""Finds where the subject's pictures were taken from, usually by comparing them with a preliminary asset."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_uses_concept(name: str, recipe: DistillRecipe) -> None:
     """Raises ValueError if the recipe `name` learns the subject itself instead of using a loaded concept."""
     if learns_subjects(recipe):
         raise ValueError(
-            f"--asset-recipe {name} itself learns the subject from its pictures, so its asset would not show what the concept "
-            "learned: choose a recipe that only makes assets, such as texture_refinement"
+            f"--asset-recipe {name} itself learns the subject from its pictures, so the asset would not show what the "
+            "concept has learned: choose a recipe that only makes assets, such as texture_refinement"
         )
 
 

@@ -1,4 +1,4 @@
-"""The regions of a phase: which scores guide each region, and where each appears in the views."""
+"""Determines which scores guide each region of a phase, and where each region appears in the views."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def regional_scores(
         for concept in part.concepts or ():
             if concept not in strengths:
                 raise ValueError(
-                    f"guidance.regions.{name}.concepts: {unknown(concept, strengths, 'concept with adapters')} Learned words "
-                    "take effect wherever a prompt uses them."
+                    f"guidance.regions.{name}.concepts: {unknown(concept, strengths, 'concept with adapters')} Learned "
+                    "words need no adapters and take effect wherever a prompt uses them."
                 )
     shared = {name: strength for name, strength in strengths.items() if name not in owned}
     whole = opened(scene_prompts(recipe, class_nouns), shared)
@@ -64,7 +64,7 @@ def regional_scores(
 
 
 class ShownRegions:
-    """Finds the regions with their own guidance in a phase's views."""
+    """Locates the regions that have their own guidance in the views of a phase."""
 
     def __init__(self, parts: Mapping[str, RegionPart]) -> None:
         self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items() if part.is_told_more}

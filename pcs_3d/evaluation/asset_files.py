@@ -1,4 +1,4 @@
-"""Reads the asset to evaluate, which is a folder that `pcs 3d create` wrote or a mesh from any program."""
+"""Reads the asset to evaluate, either from a folder that `pcs 3d create` wrote or from a mesh file of any program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Judged:
 
     @property
     def costs(self) -> dict[str, Any]:
-        """The time and memory that creating the asset took. Empty if they were not recorded."""
+        """The time and memory that creating the asset took. The dictionary is empty if they were not recorded."""
         value = self.about.get("costs")
         return dict(value) if isinstance(value, Mapping) else {}
 
@@ -40,7 +40,7 @@ class Judged:
 def read_judged(path: Path | str) -> Judged:
     """Reads the asset in a folder, or the mesh in a file.
 
-    Raises ValueError for a missing path, a folder without an asset, a file that is not a mesh, and a mesh without faces.
+    Raises ValueError if the path is missing, if a folder contains no asset, or if a file is not a mesh with faces.
     """
     path = expanded(path)
     if not path.exists():

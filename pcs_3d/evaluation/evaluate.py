@@ -1,5 +1,5 @@
-"""Evaluates one asset: renders it from all sides, compares the renders with those of the real object, and runs the
-instruments on them."""
+"""Evaluates one asset. The asset is rendered from all sides, and the instruments score the renders. If the real object
+is known, its renders are compared with the asset's."""
 
 from __future__ import annotations
 

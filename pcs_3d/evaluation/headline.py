@@ -58,20 +58,20 @@ _ALIGNED = (
     "Overlap of the silhouettes with those of the real object, after aligning scale and translation but not rotation."
 )
 _COLORS = (
-    "Computed over the pixels of all views that lie in either silhouette, after the same alignment; at most "
+    "Computed over the pixels of all views that lie in either silhouette, after the same alignment; the maximum is "
     f"{BEST_DB:.0f}. The asset's colours are unlit; the toybox's real objects are lit."
 )
 _VERIFIED = (
-    "Share of views that are recognised among look-alikes and are at least as similar to the references as 95 % of the "
-    "true renders."
+    "Share of views that are recognised among look-alikes and reach the similarity to the references that 95 % of the "
+    "true renders reach."
 )
 _RETRIEVED = (
     "Share of views that are closer to the object than to any other object of the same class and colours. Even a "
-    "sphere may pass, so see identity as well."
+    "sphere may pass, so consider identity as well."
 )
 _JANUS = (
     "Janus score: share of views in which the pose estimator sees the side that the camera looks at (front, side, "
-    "back). Always guessing “front” gets 31 %, “side” 62 %."
+    "back). Always guessing “front” scores 31 %, and always guessing “side” scores 62 %."
 )
 _ERROR = "Difference between the camera's azimuth and the pose estimator's reading."
 _FRONTS = "Number of quarters around the object in which most views look like its front; 1 is correct."
@@ -96,7 +96,7 @@ MEASURES: Mapping[str, Measure] = {
 
 
 def headline(arms: Arms, shape: Geometry | None = None) -> list[Score]:
-    """Returns every score that was measured. Its `base` is the sphere's score and its `truth` the real object's.
+    """Returns every score that was measured. In each, `base` is the sphere's score, and `truth` is the real object's.
     `shape` is None if there is no mesh."""
     scores = []
     for key, measure in MEASURES.items():

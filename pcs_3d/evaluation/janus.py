@@ -51,7 +51,7 @@ def sectors(azimuth_deg: float) -> set[str]:
 
 
 def agreeing(named: Sequence[set[str]], azimuths: Sequence[float]) -> list[bool]:
-    """Returns, for each view, whether the sectors estimated from it include one that its camera is in."""
+    """Returns, for each view, whether the sectors estimated from the view include a sector that contains its camera."""
     return [bool(seen & sectors(azimuth)) for seen, azimuth in zip(named, azimuths, strict=True)]
 
 
@@ -68,5 +68,5 @@ def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
 
 
 def turned_by(read: Tensor, azimuths: Tensor) -> Tensor:
-    """Returns the angles between the estimated azimuths and the cameras', `[B]` in degrees from 0 to 180."""
+    """Returns the angles between the estimated azimuths and those of the cameras, `[B]`, in degrees from 0 to 180."""
     return wrapped_deg(read - azimuths).abs()

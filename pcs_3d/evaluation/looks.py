@@ -43,7 +43,7 @@ class Judge:
         around: the cameras of all renders
         prompt: the prompt in plain words, or "" if unknown
         references: the reference pictures ([R, 3, H, W] in [-1, 1]), or None
-        toy: the real object, if it is from the toybox, which also provides the look-alikes for identity
+        toy: the real object, if it is a toybox subject; it determines the look-alikes with which identity is verified
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Judge:
             self._know(toy)
 
     def _know(self, toy: TrueToy) -> None:
-        """Prepares the look-alikes and the threshold for verification, which is the similarity to the references that
-        95 % of the true renders reach."""
+        """Prepares the look-alikes and the threshold for verification. The threshold is the similarity to the
+        references that 95 % of the true renders reach."""
         held = toy.held
         shown = reference_sets.pictures(held.thing, split=held.name.split("-")[0])
         shown = shown if self.references is None else self.references
@@ -115,8 +115,8 @@ class Judge:
 
 
 def raised(toy: TrueToy, around: Cameras) -> list[Views]:
-    """Renders the real object for the threshold on similarity to the references. The renders have the cameras' azimuths
-    and several elevations, each in different light."""
+    """Renders the real object to determine the threshold on the similarity to the references. The renders have the
+    azimuths of `around` and several elevations, each with different light."""
     found = []
     for number, elevation in enumerate(_ELEVATIONS_DEG, 1):
         higher = Cameras.of(around.azimuth_deg, elevation)

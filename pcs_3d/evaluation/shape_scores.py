@@ -42,8 +42,8 @@ def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
 
 
 def differences(views: Views, truth: Views) -> tuple[Tensor, Tensor, float]:
-    """Compares views with the truth's, without aligning them. Returns the overlap of the silhouettes and the PSNR of the
-    colours in dB (both float64 `[B]`), and the PSNR over all views."""
+    """Compares views with those of the truth, without aligning them. Returns the overlap of the silhouettes and the
+    PSNR of the colours in dB (both float64 `[B]`), and the PSNR over all views."""
     errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
     psnr = torch.tensor([_decibels(e) for e in errors], dtype=torch.float64)
     return iou(views.masks, truth.masks), psnr, _decibels(torch.cat(errors))

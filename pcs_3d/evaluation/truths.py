@@ -1,4 +1,4 @@
-"""The real object that an asset is compared with, which is a held-out subject of the toybox or a mesh file."""
+"""The real object that an asset is compared with. It is given as a held-out subject of the toybox or as a mesh file."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class TrueToy:
 
     @property
     def plain(self) -> TrueToy:
-        """A generic object of the class. It has the class's usual shape and this object's two colours, but not its
-        proportions and pattern."""
+        """A generic object of the class. It has the class's usual shape and this object's two colours, but not this
+        object's proportions and pattern."""
         thing = self.held.thing
         return TrueToy(replace(self.held, thing=replace(thing, pattern_seed=None)))
 
@@ -80,8 +80,8 @@ class TrueToy:
 
 
 def read_truth(name: str) -> Truth:
-    """Reads the ground truth that the user chose, which is the name of a toybox subject ("development-car") or a mesh
-    file.
+    """Reads the ground truth that the user chose, given as the name of a toybox subject ("development-car") or as a
+    mesh file.
 
     Raises ValueError if the file is missing or not a mesh, or if the subject is unknown; the message lists the known
     subjects.

@@ -34,8 +34,8 @@ class Views:
 
 @dataclass(frozen=True)
 class PaintedMesh:
-    """A mesh with a texture or vertex colours. It consists of pieces from `read_mesh`, each with faces, that are scaled
-    by `scale` and then moved by `offset`."""
+    """A mesh with a texture or vertex colours. It consists of pieces from `read_mesh`, each of which has faces. The
+    pieces are scaled by `scale` and then moved by `offset`."""
 
     pieces: tuple[Piece, ...]
     scale: float = 1.0
@@ -114,8 +114,8 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
     """Returns `draw(...).masks` (bool `[B, side, side]`), but computes them much faster.
 
-    All views are drawn below each other in one tall picture. Each has a margin of half a picture above and below, for
-    parts outside the view. Vertices beyond the margin are moved to its edge.
+    All views are drawn below each other in one tall picture. Above and below each view is a margin of half a picture,
+    for parts outside the view. Vertices beyond the margin are moved to its edge.
     """
     vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []

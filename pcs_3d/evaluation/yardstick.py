@@ -1,4 +1,5 @@
-"""The ground truth, evaluators and baselines that assets of one object are measured against, computed once."""
+"""The ground truth, evaluators and baselines that assets of one object are measured against. They are computed only
+once."""
 
 from __future__ import annotations
 
@@ -24,17 +25,17 @@ from shared.metrics.scorer import fill
 from shared.runner.judging import references
 from shared.toybox.reference_sets import shown_in
 
-_SIDE = 64  # side of the references in pixels, which is what the toybox's own instruments expect
+_SIDE = 64  # side of the references in pixels, as the toybox's own instruments expect
 
 
 @dataclass(frozen=True)
 class Against:
-    """The user's choice of what an asset is compared with.
+    """What the user wants an asset to be compared with, and how.
 
     truth: the name of a toybox subject, or a mesh file.
     references: a folder of pictures.
     prompt: the prompt. If empty, the asset's own is used.
-    class_noun: the noun that replaces concept names in the prompt.
+    class_noun: the noun that replaces concept names in the prompt. If empty, that of the toybox subject is used.
     clip, dino: model folders.
     """
 
@@ -101,8 +102,8 @@ class Yardstick:
 
     @cached_property
     def generic_scores(self) -> dict[str, float | None]:
-        """The scores, by key, of a generic object of the class (`TrueToy.plain`), which is not aligned. Empty if the
-        truth is not a toybox subject."""
+        """The scores, by key, of a generic object of the class (`TrueToy.plain`), which is not aligned. The dictionary
+        is empty if the truth is not a toybox subject."""
         if self.true is None or not isinstance(self.truth, TrueToy):
             return {}
         with torch.no_grad():

@@ -53,7 +53,8 @@ def export_asset(field: Any, folder: Path, settings: ExportSettings | None = Non
     painted = textured(mesh, colors, settings.texture)
     at_vertices = by_chunks(colors, torch.from_numpy(mesh.vertices).float()).cpu().numpy()
     splats = []
-    if isinstance(field, SplatField):  # written first, because only this detects single Gaussians that are not finite
+    # Gaussians are written first, because only this step detects individual Gaussians that are not finite.
+    if isinstance(field, SplatField):
         with torch.no_grad():
             splats.append(write_gaussians(folder / f"{name}.splats.ply", field.splats()))
     files = [write_glb(folder / f"{name}.glb", painted), *write_obj(folder / f"{name}.obj", painted)]
@@ -72,7 +73,7 @@ def surface_colors(field: Any) -> Callable[[Tensor], Tensor]:
         there = points.to(field.device)
         shown = field.features_at(there) if isinstance(field, SurfaceField) else field.at(there).features
         shown = shown.float().cpu()
-        check_finite(shown, "colours")  # NaN would become some colour in 8 bits
+        check_finite(shown, "colours")  # NaN would become an arbitrary colour in 8 bits
         return shown
 
     return colors

@@ -1,5 +1,5 @@
 """Extracts a mesh from a field. If the field has densities, they are sampled on a grid, and the surface is where they
-pass a threshold."""
+cross a threshold."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_finite(values: Tensor, what: str) -> None:
 
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
     """Extracts the surface of a field. This is the field's own mesh if it has one, and otherwise the surface where its
-    density passes a threshold.
+    density crosses a threshold.
 
     Args:
         threshold: the density at the surface, per radius. If None, the threshold whose silhouettes best match the
@@ -56,7 +56,7 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
         all_parts: if False, only the largest connected part is kept
 
     Raises:
-        ValueError: the field has no surface, or densities or vertices that are not finite
+        ValueError: the field has no surface, or some of its densities or vertices are not finite
     """
     if isinstance(field, SurfaceField):
         with torch.no_grad():
@@ -80,9 +80,9 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
 
 
 def automatic_threshold(grid: np.ndarray, step: float) -> float:
-    """Returns the density at which to extract the surface. Its silhouettes along the three axes overlap most with the
-    pixels that are more than half opaque. If a range of densities fits equally well, its middle is chosen. Raises
-    ValueError if the field is empty."""
+    """Returns the density at which to extract the surface. It is the density at which the surface's silhouettes along
+    the three axes best match the pixels that are more than half opaque. If a range of densities fits equally well, its
+    middle is chosen. Raises ValueError if the field is empty."""
     opaque = [1 - np.exp(-grid.sum(axis) * step) > 0.5 for axis in range(3)]
     largest = float(grid.max())
     if not any(o.any() for o in opaque):
@@ -149,8 +149,8 @@ def _largest_faces(vertices: np.ndarray, faces: np.ndarray, all_parts: bool) -> 
 
 
 def simplified(mesh: Extracted, faces: int) -> Extracted:
-    """Simplifies a mesh to approximately `faces` triangles by quadric error, using fast-simplification. Smaller meshes
-    are returned unchanged. If the package is missing, a note is added instead."""
+    """Simplifies a mesh to approximately `faces` triangles, using the package fast-simplification (quadric error).
+    Smaller meshes are returned unchanged. If the package is missing, a note is added instead."""
     if len(mesh.faces) <= faces:
         return mesh
     try:

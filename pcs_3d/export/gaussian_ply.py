@@ -1,4 +1,5 @@
-"""Writes Gaussians as a PLY file in the layout of 3DGS (https://arxiv.org/abs/2308.04079), which splat viewers read."""
+"""Writes Gaussians as a PLY file in the 3DGS layout (https://arxiv.org/abs/2308.04079), which splat viewers can
+read."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ _NAMES = ("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacit
 
 def write_gaussians(path: Path, splats: Splats) -> Path:
     """Writes positions (z up), colours as spherical harmonics of degree 0, opacities before the sigmoid, logarithms of
-    the scales, and quaternions (w first). Raises ValueError if the Gaussians have latents instead of colours, or if the
-    file reads back differently."""
+    the scales, and quaternions (w first). Raises ValueError if the Gaussians have latents instead of colours, if any
+    value is not finite, or if the values read back from the file differ."""
     if splats.features.shape[1] != 3:
         raise ValueError(
-            f"Gaussians with {splats.features.shape[1]} channels are latents, but a PLY file needs colours"
+            f"the Gaussians have {splats.features.shape[1]} channels of latents, but a PLY file needs colours"
         )
     n = len(splats.means)
     columns = [
@@ -39,7 +40,7 @@ def write_gaussians(path: Path, splats: Splats) -> Path:
 
 
 def read_gaussians(path: Path) -> np.ndarray:
-    """Reads the table of a PLY file with trimesh and returns it as `[N, 17]`."""
+    """Reads the Gaussians in a PLY file with trimesh and returns the columns `_NAMES`, `[N, 17]`."""
     import trimesh
 
     with path.open("rb") as stream:

@@ -1,5 +1,5 @@
-"""Builds the self-contained page of an asset, with a mesh that can be turned, the request, and the time and memory
-used."""
+"""Builds the self-contained page of an asset. It shows the mesh in a viewer, what was requested, and how much time and
+memory were used."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pcs_3d.meshes.viewer import viewer_html
 from shared.metrics.html import inline, render, seconds, size
 
 PAGE = "report.html"
-_STILLS = {"000": "front", "090": "its left", "180": "back", "270": "its right"}  # labels of the renders on the page
-_LARGEST = 448  # maximum side, in pixels, of the pictures that show what the model learned
+_STILLS = {"000": "front", "090": "its left side", "180": "back", "270": "its right side"}  # labels of the renders
+_LARGEST = 448  # maximum side, in pixels, of the pictures that the model learned from
 
 
 def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequence[tuple[str, bytes]] = ()) -> str:
-    """Builds the page of the asset in a folder.
+    """Builds the page for the asset in `folder`.
 
     Args:
-        about: the content of the asset's asset.json
+        about: the contents of asset.json in the folder
         recipe: the recipe of the phase that finished the asset
-        known: labels and PNGs of pictures that show what the asset was made of
+        known: the label and the PNG data of each picture that the model learned from
     """
     mesh = folder / "asset.glb"
     return render(
@@ -70,5 +70,7 @@ def _spent(costs: Mapping[str, Any]) -> list[tuple[str, str]]:
         of = "whole process" if costs.get("training_peak_memory_of") == "process" else "tensors on the GPU"
         rows.append((f"Peak memory ({of})", size(costs["training_peak_memory"])))
     if "estimated_memory" in costs:
-        rows.append(("Estimated beforehand", f"{size(costs['estimated_memory'])}, of {size(costs['memory_budget'])}"))
+        rows.append(
+            ("Estimated beforehand", f"{size(costs['estimated_memory'])} (budget: {size(costs['memory_budget'])})")
+        )
     return [*rows, ("Precision", str(costs.get("mixed_precision", "")))]

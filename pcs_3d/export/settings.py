@@ -15,10 +15,10 @@ class ExportSettings(Part):
     resolution: the number of nodes along each side of the grid on which the surface is extracted.
     threshold: the density at the surface. If null, it is found automatically.
     faces: the approximate maximum number of triangles.
-    texture: the side of the texture in pixels.
+    texture: the side length of the texture, in pixels.
     all_parts: whether parts that are not connected to the largest part are kept.
-    picture: the side of the renders and the turntable in pixels.
-    frames: the frame count of the turntable.
+    picture: the side length of the renders and the turntable, in pixels.
+    frames: the number of frames in the turntable.
     """
 
     resolution: Annotated[int, Setting(ge=8, le=512)] = 96

@@ -33,7 +33,7 @@ class Textured:
 
 
 def textured(mesh: Extracted, colors: Callable[[Tensor], Tensor], size: int = 512) -> Textured:
-    """Unwraps a mesh and bakes a texture of size×size pixels.
+    """Unwraps a mesh and bakes a texture of size×size pixels for it.
 
     Pixels outside all triangles get the colour of the nearest covered pixel, so that no seam shows when a viewer
     interpolates or shrinks the texture.
@@ -68,7 +68,7 @@ def _baked(
     face = nearest_faces(corners, torch.ones(len(faces), 3, dtype=torch.float64), size, size)
     y, x = (face >= 0).nonzero(as_tuple=True)
     if not len(y):
-        raise ValueError("the texture is too small for any of its pixels to lie in a triangle: increase export.texture")
+        raise ValueError("the texture is so small that none of its pixels lies in a triangle: increase export.texture")
     chosen = face[y, x]
     shares = barycentric(corners[chosen], torch.stack([x, y], -1) + 0.5)
     points = (shares[..., None] * torch.from_numpy(vertices[faces])[chosen]).sum(1).float()

@@ -11,12 +11,12 @@ import numpy as np
 from pcs_3d.export.texture import Textured
 from shared.io.outputs import atomic_write
 
-_CLOSE = 1e-5  # tolerance for coordinates that were read back, in radii
+_CLOSE = 1e-5  # relative tolerance for coordinates that are read back from a file
 
 
 def write_glb(path: Path, mesh: Textured) -> Path:
     """Writes a binary glTF file with y up, the object's front towards +z, and one rough material with the texture.
-    Raises ValueError if the file reads back differently."""
+    Raises ValueError if the file does not read back as the same mesh and texture."""
     import trimesh
     from trimesh.visual.material import PBRMaterial
 
@@ -30,8 +30,8 @@ def write_glb(path: Path, mesh: Textured) -> Path:
 
 
 def write_obj(path: Path, mesh: Textured) -> list[Path]:
-    """Writes a Wavefront OBJ file with y up, and its material and texture next to it (`x.obj`, `x.mtl`, `x-texture.png`).
-    Raises ValueError if the mesh or the texture reads back differently."""
+    """Writes a Wavefront OBJ file with y up, and its material and texture next to it (`x.obj`, `x.mtl`,
+    `x-texture.png`). Raises ValueError if the files do not read back as the same mesh and texture."""
     vertices, normals = _y_up(mesh.vertices), _y_up(mesh.normals)
     stem = path.stem
     lines = [f"mtllib {stem}.mtl", "o thing"]
@@ -53,7 +53,7 @@ def write_obj(path: Path, mesh: Textured) -> list[Path]:
 
 def write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray) -> Path:
     """Writes a binary PLY file with z up and a colour at each vertex (`colors`, `[V, 3]` in [0, 1]). Raises ValueError
-    if the file reads back differently."""
+    if the file does not read back as the same mesh."""
     rgba = np.concatenate([(colors.clip(0, 1) * 255).round(), np.full((len(colors), 1), 255)], 1).astype(np.uint8)
     made = _trimesh(vertices, faces, None, None, None)
     made.visual.vertex_colors = rgba
@@ -82,7 +82,7 @@ def _image(texture: np.ndarray) -> Any:
 
 
 def _compare(file: Path, kind: str, vertices: np.ndarray, faces: np.ndarray, texture: np.ndarray | None) -> None:
-    """Raises ValueError unless the file contains these triangles, in this order, and this texture."""
+    """Raises ValueError unless the file contains these triangles in this order and, if one is given, this texture."""
     import trimesh
     from trimesh.resolvers import FilePathResolver
 

@@ -1,5 +1,4 @@
-"""Fields, which are trainable representations of an object in 3D. A new field needs one file and one entry in the
-union."""
+"""Fields, which are trainable representations of 3D objects. A new field needs one file and one entry in the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Base classes for fields and their settings, with learning rates and saving."""
+"""Base classes for fields and for their settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FieldPart(KindPart):
     bound: half the side of the cube around the object, in radii of the object.
     start: the content of the field before the first step.
     lr: the learning rate of the shape.
-    lr_features: the learning rate of the colours. If null, it is lr.
+    lr_features: the learning rate of the colours. If null, `lr` is used.
     """
 
     drawn_by: ClassVar[str] = "volume"  # the kind of renderer that can render the field
@@ -39,16 +39,17 @@ class FieldPart(KindPart):
         return self.lr if self.lr_features is None else self.lr_features
 
     def within(self, regions: Mapping[str, Any]) -> FieldPart:
-        """Returns these settings, with the guidance's regions (by name) filled in if the field depends on them."""
+        """Returns these settings. If the field depends on regions but sets none, the guidance's regions (by name) are
+        filled in."""
         return self
 
     def check(self) -> None:
-        """Raises ValueError if the file to start from cannot be read."""
+        """Raises ValueError if the field starts from a file that cannot be read."""
         self.start.check()
 
     def build(self, channels: int = 3, seed: int = 0) -> Any:
         """Builds the field on the CPU. `channels` is 3 for colours, and otherwise the number of latent channels. Raises
-        ValueError if the file to start from cannot be read."""
+        ValueError if the field starts from a file that cannot be read."""
         raise NotImplementedError
 
 
@@ -83,7 +84,7 @@ class BaseField(nn.Module):
         mine = self._kept()
         if wrong := sorted(mine.keys() ^ state.keys()):
             raise ValueError(
-                f"the saved state belongs to another field: only one of the two fields has {', '.join(wrong)}"
+                f"the saved state belongs to a different field: only one of the two fields has {', '.join(wrong)}"
             )
         for name, value in mine.items():
             if value.shape != state[name].shape:
@@ -106,7 +107,7 @@ class BaseField(nn.Module):
 class BaseVolume(BaseField):
     """Base class for fields that can be evaluated at any point."""
 
-    normal_step = 1e-2  # step of finite differences, as a share of the bound
+    normal_step = 1e-2  # step size of the finite differences, as a share of the bound
 
     def at(self, points: Tensor) -> Sample:
         raise NotImplementedError
@@ -119,8 +120,8 @@ class BaseVolume(BaseField):
         return density, density
 
     def normals(self, points: Tensor) -> Tensor:
-        """Computes normals by finite differences at the corners of a tetrahedron. This takes four evaluations instead
-        of six, and does not need second derivatives, which interpolation does not have."""
+        """Computes normals from finite differences of the density at the corners of a tetrahedron. This takes four
+        evaluations instead of six. It also needs no second derivatives, which `trilinear` does not support."""
         corners = points.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
         step = self.normal_step * self.bound
         values = self.density(points[..., None, :] + step * corners)

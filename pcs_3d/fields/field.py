@@ -1,4 +1,4 @@
-"""The protocols through which renderers, penalties and export use fields."""
+"""The protocols through which the renderers, the penalties and the export code use fields."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Splats:
     features: Tensor
 
 
-#: For each new parameter, the old parameter that it replaces, and the old row that each of its rows comes from (int64
-#: [N], -1 for a row that is new).
+#: Maps each new parameter to the old parameter that it replaces and to the old index of each of its rows (int64 [N],
+#: with -1 for new rows).
 Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 
 
@@ -78,10 +78,10 @@ class Field(Protocol):
 
     def advance(self, step: int, steps: int) -> Replaced | None:
         """Makes the changes that are due before step `step` of `steps` (finer levels, splitting, pruning). A repeated
-        call for the same step has no effect, even after the field was saved and loaded.
+        call for the same step has no effect, even if the field has been saved and loaded in between.
 
         Returns:
-            If the groups have changed, the origin of their new parameters, else None.
+            The origin of the new parameters if the groups have changed, and None otherwise.
         """
         ...
 
@@ -112,9 +112,9 @@ class VolumeField(Field, Protocol):
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns lower and upper bounds on `density` at S distances along each of N rays, both `[N, S]`. They are
-        cheaper than the density itself if the field supports this. Samples that the bounds prove to be empty or hidden
-        can be skipped.
+        """Returns lower and upper bounds on `density` at S distances along each of N rays, both `[N, S]`. If the field
+        supports it, the bounds are cheaper to compute than the density. Samples can be skipped if the bounds prove that
+        they are empty or hidden.
 
         Args:
             origins, directions: [N, 3]
@@ -123,8 +123,8 @@ class VolumeField(Field, Protocol):
         ...
 
     def normals(self, points: Tensor) -> Tensor:
-        """Returns the unit vectors (`[..., 3]`) that point against the gradient of the density at points (`[..., 3]`),
-        differentiably."""
+        """Returns the unit normals (`[..., 3]`) at points (`[..., 3]`), differentiably. They point in the direction in
+        which the density falls fastest."""
         ...
 
 
@@ -133,8 +133,8 @@ class SurfaceField(Field, Protocol):
     """A field that is rendered as triangles."""
 
     def surface(self) -> Surface:
-        """Returns the field's triangles, differentiable in the trained part of its shape. Raises ValueError if it has
-        none."""
+        """Returns the field's triangles, which are differentiable with respect to any trained parameters of the shape.
+        Raises ValueError if there are no triangles."""
         ...
 
     def features_at(self, points: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class SplatField(Field, Protocol):
 
 @runtime_checkable
 class GridField(Field, Protocol):
-    """A field with values on grids, whose neighbours can be compared."""
+    """A field with values on grids, so that neighbouring values can be compared."""
 
     def total_variation(self) -> Tensor:
         """Returns the mean squared difference between neighbouring values."""

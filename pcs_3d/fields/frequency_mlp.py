@@ -15,10 +15,10 @@ from shared.trainable.base import Rate
 
 
 class FrequencyMlp(FieldPart):
-    """Sines and cosines of the coordinates, passed to an MLP (NeRF).
+    """A field that passes sines and cosines of the coordinates to an MLP (NeRF).
 
     bands: the number of octaves of sines and cosines.
-    width, layers: the width and the number of the hidden layers.
+    width, layers: the width and number of the hidden layers.
     """
 
     kind: Literal["frequency_mlp"] = "frequency_mlp"
@@ -32,7 +32,7 @@ class FrequencyMlp(FieldPart):
 
 
 class FrequencyField(NetworkField):
-    """A field that is smooth and needs little memory, but is slow."""
+    """A smooth field that needs little memory but is slow."""
 
     part: FrequencyMlp
 

@@ -23,13 +23,14 @@ _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
 class Gaussians(FieldPart):
     """Gaussians that are split and pruned during training (3DGS).
 
-    count: the initial number of Gaussians, spread over the start's shape.
+    count: the initial number of Gaussians. They are spread over the surface of the start, or throughout the ball if the
+    start is a blob.
     opacity: the initial opacity of each Gaussian.
-    every: the number of steps between rounds of splitting and pruning. If 0, there are none.
+    every: the number of steps between rounds of splitting and pruning. If 0, Gaussians are neither split nor pruned.
     until: the share of the run after which splitting and pruning stop.
-    threshold: a Gaussian is split or copied if the mean gradient norm of its position exceeds this.
+    threshold: a Gaussian is split or copied if the mean norm of the gradients of its position exceeds this value.
     prune: the opacity below which Gaussians are removed.
-    most: the number of Gaussians beyond which none are split or copied.
+    most: the number of Gaussians at which splitting and copying stop.
     """
 
     drawn_by: ClassVar[str] = "splat"
@@ -55,8 +56,9 @@ class GaussianField(BaseVolume):
     rotations: [N, 4], quaternions of any length.
     raw_opacities: [N], before the sigmoid.
     raw_features: [N, K]; colours are before the sigmoid.
-    pull, pulled: [N]; the sum of the gradient norms of each position since the last split, and the number of its terms.
-    advanced: the step of the last split, which is not repeated.
+    pull, pulled: [N]; the sum of the gradient norms of each position since the last split, and the number of nonzero
+    norms in that sum.
+    advanced: the step of the last split. It is saved so that the split is not repeated when training resumes.
     """
 
     means: nn.Parameter
@@ -93,7 +95,7 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        # a gradient of NaN or Inf comes from a step that the training loop reverts
+        # NaN and Inf do not count, because the training loop reverts the steps in which they occur
         length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)
         self.pull += length
         self.pulled += length > 0
@@ -129,9 +131,9 @@ class GaussianField(BaseVolume):
         return {getattr(self, name): (old, rows) for name, old in zip(_TRAINED, former, strict=True)}
 
     def _regroup(self, step: int) -> Tensor:
-        """Regroups the Gaussians: of those with large position gradients, large ones are split in two and small ones
-        copied. Nearly transparent ones are removed. Returns the former index of each Gaussian (int64 `[N]`), or -1 if
-        it is new."""
+        """Splits, copies and removes Gaussians. Among the Gaussians whose positions have large gradients, large ones
+        are split in two and small ones are copied. Nearly transparent Gaussians are removed. Returns the former index
+        of each Gaussian (int64 `[N]`), or -1 if it is new."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         values = [getattr(self, name).detach() for name in _TRAINED]
         keep = values[3].sigmoid() >= self.part.prune
@@ -143,7 +145,7 @@ class GaussianField(BaseVolume):
         large = values[1].exp().amax(-1) > 0.02 * self.bound
         split = torch.zeros_like(keep).index_fill(0, more, True) & large
         rows = torch.where(split, -1, torch.arange(len(keep), device=keep.device))
-        values[1] = torch.where(split[:, None], values[1] - 0.47, values[1])  # 1 / 1.6, as in the paper
+        values[1] = torch.where(split[:, None], values[1] - 0.47, values[1])  # divides scales by 1.6, as in the paper
         new = [v[more].clone() for v in values]
         offset = torch.randn(len(more), 3, generator=draw).to(new[0]) * values[1][more].exp()
         new[0] = new[0] + torch.einsum("nij,nj->ni", rotation_matrices(F.normalize(new[2], dim=-1)), offset)
@@ -154,8 +156,9 @@ class GaussianField(BaseVolume):
         return self.at(points).density
 
     def at(self, points: Tensor) -> Sample:
-        """Sums the Gaussians at each point. Points are handled in blocks, each with only the Gaussians that reach it
-        (DreamGaussian, https://arxiv.org/abs/2309.16653, section 3.3). This is used for export, not for rendering."""
+        """Sums the Gaussians at each point. Points are handled in blocks, and only the Gaussians that reach a block are
+        evaluated there (DreamGaussian, https://arxiv.org/abs/2309.16653, section 3.3). This method is used for export,
+        not for rendering."""
         flat, splats = points.reshape(-1, 3), self.splats()
         blocks = ((flat / self.bound + 1) * 4).long().clamp(0, 7)
         key = (blocks[:, 0] * 8 + blocks[:, 1]) * 8 + blocks[:, 2]
@@ -168,7 +171,7 @@ class GaussianField(BaseVolume):
 
 
 def _spacing(points: Tensor) -> Tensor:
-    """Returns the mean distance (`[N]`) of each point to its three nearest neighbours, as in 3DGS."""
+    """Returns the mean distance from each point to its three nearest neighbours (`[N]`), as in 3DGS."""
     from scipy.spatial import KDTree
 
     table = points.numpy()

@@ -1,5 +1,4 @@
-"""Dense grids of values over the cube [-bound, bound]³, with the positions of their nodes and interpolation between
-them."""
+"""Functions for dense grids of values over the cube [-bound, bound]³, such as interpolation."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ def nodes(resolution: int, bound: float) -> Tensor:
 
 
 def trilinear(grid: Tensor, points: Tensor, bound: float) -> Tensor:
-    """Interpolates a grid (`[R, R, R, C]`) at points (`[..., 3]`) and returns the values, `[..., C]`. Beyond the bound,
-    these are the values at the nearest point on it.
+    """Interpolates a grid (`[R, R, R, C]`) at points (`[..., 3]`) and returns the values, `[..., C]`. Points beyond the
+    bound get the value at the nearest point on the bound.
 
-    The result is differentiable in the grid and the points, but only once.
+    The result is differentiable with respect to the grid and the points. Second derivatives are not supported.
     """
     size = grid.shape[0]
     flat = points.reshape(-1, 3)
@@ -40,8 +39,8 @@ def trilinear(grid: Tensor, points: Tensor, bound: float) -> Tensor:
 
 
 def weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Returns N weighted sums (`[N, C]`) of k rows each of a table (`[M, C]`). `rows` (int64) and `weights` are `[N,
-    k]`."""
+    """Returns N weighted sums (`[N, C]`), each over k rows of a table (`[M, C]`). `rows` (int64) and `weights` are
+    `[N, k]`."""
     return _WeightedRows.apply(table, rows, weights)  # type: ignore[return-value]
 
 
@@ -73,10 +72,10 @@ class _WeightedRows(torch.autograd.Function):
 def of_cells(
     cells: Sequence[Tensor], origins: Tensor, directions: Tensor, distances: Tensor, bound: float
 ) -> tuple[list[Tensor], Tensor]:
-    """Looks up the cells that N rays are in at S distances each.
+    """Looks up the values of the cells that contain the points at S distances along each of N rays.
 
-    Each axis is handled separately, as contiguous 32-bit integers. This is three times as fast as with points `[N, S,
-    3]`.
+    Indices are computed axis by axis, as contiguous 32-bit integers. This is three times as fast as computing them from
+    a tensor of points (`[N, S, 3]`).
 
     Args:
         cells: grids of cell values, each [R, R, R]
@@ -84,8 +83,8 @@ def of_cells(
         distances: [N, S]
 
     Returns:
-        The values of each grid, [N, S], and whether each point is within the bound, bool [N, S]. Outside the bound, the
-        values are arbitrary.
+        The values from each grid, [N, S], and whether each point is within the bound, bool [N, S]. Outside the bound,
+        the values are arbitrary.
     """
     size = len(cells[0])
     scale = size / (2 * bound)
@@ -111,19 +110,19 @@ def cell_maxima(grid: Tensor) -> Tensor:
 
 
 def slopes(grid: Tensor, bound: float) -> Tensor:
-    """Returns the gradient of a grid (`[R, R, R]`) per unit of length, `[R, R, R, 3]`. Differences are central inside
-    the grid and one-sided at its border."""
+    """Returns the gradient of a grid (`[R, R, R]`) per unit of length, `[R, R, R, 3]`. The differences are central
+    inside the grid and one-sided at its border."""
     return torch.stack(torch.gradient(grid, spacing=2 * bound / (grid.shape[0] - 1)), -1)
 
 
 def total_variation(grid: Tensor) -> Tensor:
-    """Returns the mean squared difference between neighbours in a grid (`[R, R, R, C]`), summed over the three
-    directions."""
+    """Returns the mean squared difference between neighbouring values in a grid (`[R, R, R, C]`), summed over the three
+    axes."""
     return torch.stack([(grid.narrow(a, 1, n - 1) - grid.narrow(a, 0, n - 1)).square().mean()
                         for a, n in enumerate(grid.shape[:3])]).sum()  # fmt: skip
 
 
 def by_chunks(function: Callable[[Tensor], Tensor], points: Tensor, size: int = 1 << 17) -> Tensor:
-    """Returns `function(points)`, computed for `size` points at a time. `points` is `[N, 3]`, and the result `[N,
-    ...]`."""
+    """Returns `function(points)`, computed for `size` points at a time. `points` is `[N, 3]`, and the result is
+    `[N, ...]`."""
     return torch.cat([function(chunk) for chunk in points.split(size)])

@@ -1,4 +1,4 @@
-"""A field with features in hash tables at several resolutions and a small MLP (Instant NGP,
+"""A field that stores features in hash tables at several resolutions and decodes them with a small MLP (Instant NGP,
 https://arxiv.org/abs/2201.05989). It is written in pure PyTorch and therefore runs on any device."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _PRIMES = (1, 2654435761, 805459861)  # from section 3 of the paper
 
 
 class HashGrid(FieldPart):
-    """Grids at `levels` resolutions, from `coarsest` to `finest` nodes along a side. Each has a table with 2^`table`
-    rows of `features` numbers, and a network with a hidden layer of `width` units decodes them.
+    """Grids at `levels` resolutions, from `coarsest` to `finest` nodes along a side. Each grid has a table of 2^`table`
+    rows with `features` numbers each. A network with one hidden layer of `width` units decodes the features.
 
     unlock: the share of the run over which finer levels are added one by one. If 0, all levels are used from the start.
     """

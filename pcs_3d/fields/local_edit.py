@@ -26,7 +26,7 @@ class LocalEdit(Voxels):
     https://arxiv.org/abs/2308.10608).
 
     regions: the regions in which the field can change. If empty, the guidance's regions are used.
-    fill: the lowest initial density inside the regions, per radius. It is a grey fog from which new parts can grow.
+    fill: the minimum initial density inside the regions, per radius. This grey fog lets new parts grow.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -115,6 +115,6 @@ class LocalEditField(BaseVolume):
 
 def _somewhere(share: Tensor) -> Tensor:
     """Returns the indices (int64) of the points inside a region. If there are none, returns the index of one point
-    outside, so that a gradient of 0 reaches the field."""
+    outside the regions, so that a gradient of 0 reaches the field."""
     some = share.nonzero()[:, 0]
     return some if len(some) else some.new_zeros(min(1, len(share)))

@@ -1,4 +1,4 @@
-"""The base class for fields with a network, whose output is added to a coarse grid that contains the start."""
+"""The base class for fields with a network. The network's output is added to a coarse grid that contains the start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _START = 32  # nodes along a side of the grid that contains the start
 
 
 class NetworkField(BaseVolume):
-    """A field with density = softplus(start + MLP(encoding)). The start is added as the blob is in DreamFusion. The
-    last layer is initialised to 0, so that the field initially equals its start."""
+    """A field with density = softplus(start + MLP(encoding)). The start is added in the same way as DreamFusion adds
+    its blob. The last layer is initialised to 0, so that the field initially equals its start."""
 
     start: Tensor
 
@@ -30,7 +30,7 @@ class NetworkField(BaseVolume):
         self.mlp = mlp([*widths, 1 + channels], self.generator)
 
     def encoded(self, points: Tensor) -> Tensor:
-        """Encodes points (`[N, 3]`) as inputs of the network (`[N, widths[0]]`)."""
+        """Encodes points (`[N, 3]`) as inputs for the network (`[N, widths[0]]`)."""
         raise NotImplementedError
 
     def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:

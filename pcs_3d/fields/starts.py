@@ -1,5 +1,5 @@
-"""The content of a field before its first step. This is a blob, the mesh in a file, or the result of an earlier
-phase."""
+"""The content of a field before the first training step, which is a blob, a mesh from a file, or the result of an
+earlier phase."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class StartPart(KindPart):
     """Base class for starts.
 
     density: the density inside, per radius.
-    softness: the width, in radii, of the layer below the surface in which the density falls off. Because it lies
-    inside, soft shapes look as large as hard ones.
+    softness: the width, in radii, of the layer below the surface in which the density falls off. Because this layer
+    lies inside the object, soft shapes look as large as hard ones.
     """
 
     density: Annotated[float, Setting(gt=0, le=1000)] = 10.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
 
     def shape(self) -> Shape:
-        """Returns the shape, with distances to its surface and colours on it. Raises ValueError if it is not
-        available."""
+        """Returns the shape, which provides distances to its surface and colours on it. Raises ValueError if the shape
+        is not available."""
         raise NotImplementedError
 
     def triangles(self) -> Surface:
@@ -39,18 +39,19 @@ class StartPart(KindPart):
         raise ValueError(f"field.start.kind = {self.kind} has no triangles: start from a file or an earlier phase")
 
     def check(self) -> None:
-        """Raises ValueError if a file cannot be read."""
+        """Raises ValueError if the start's file cannot be read."""
         self.shape()
 
     def values(self, places: Tensor, channels: int) -> Tensor:
-        """Returns the density before softplus, followed by `features`, at points (`[N, 3]`), as `[N, 1 + K]`."""
+        """Returns the initial values at points (`[N, 3]`), as `[N, 1 + K]`. Each row contains the density before
+        softplus, followed by the features (see `features`)."""
         solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # 2 % at the surface
         raw = inverse_softplus((self.density * solid).clamp_min(1e-4))
         return torch.cat([raw[:, None], self.features(places, channels)], 1)
 
     def features(self, places: Tensor, channels: int) -> Tensor:
         """Returns features at points (`[N, 3]`) as `[N, K]`. If K is 3, they are the colours of the nearest points on
-        the surface, before the sigmoid, or grey if the colours are not known. Otherwise they are latents of 0."""
+        the surface, before the sigmoid, or grey if the colours are not known. Otherwise, they are latents of 0."""
         colors = self.shape().colors(places) if channels == 3 else None
         return torch.zeros(len(places), channels) if colors is None else raw_colors(colors)
 
@@ -71,10 +72,10 @@ class Blob(StartPart):
 class MeshFile(StartPart):
     """A mesh or points from a GLB, OBJ or PLY file, scaled to `radius` around the origin. Cameras expect a radius of 1.
 
-    up: the axis of the file that points up. If null, it is z in PLY files and y in others, as is usual for these
+    up: the axis of the file that points up. If null, it is z for PLY files and y for other files, as is usual for these
     formats.
-    azimuth_deg: the angle by which the object is turned to its left. Set it if the front of the object points elsewhere
-    in the file.
+    azimuth_deg: the angle by which the object is turned to its left. Set it if the object in the file does not face
+    forward.
     """
 
     kind: Literal["file"] = "file"
@@ -94,7 +95,7 @@ class MeshFile(StartPart):
             raise ValueError(f"field.start.path: {self.path} has only points, but this field needs triangles")
         offsets = np.cumsum([0, *(len(p.vertices) for p in pieces)])
         faces = np.concatenate([p.faces + offset for p, offset in zip(pieces, offsets[:-1], strict=True)])
-        # Files repeat the vertices on a texture's seam. Here, each position becomes a single vertex.
+        # Files repeat vertices along texture seams. Here, vertices at the same position are merged.
         places, number = np.unique(np.concatenate([p.vertices for p in pieces]), axis=0, return_inverse=True)
         return Surface(torch.from_numpy(self.radius * places).float(), torch.from_numpy(number.reshape(-1)[faces]))
 
@@ -105,8 +106,9 @@ class MeshFile(StartPart):
 
 
 class PhaseStart(StartPart):
-    """The result of an earlier phase of the recipe, for a field of any kind. If both fields are volumes, the later one
-    takes over the densities and colours of the earlier one. Otherwise it starts from the earlier field's surface.
+    """The result of an earlier phase of the recipe. The new field can be of any kind. If both fields are volumes, the
+    new field takes over the densities and colours of the earlier field. Otherwise, it starts from the earlier field's
+    surface.
 
     resolution: the number of nodes along each side of the grid on which the surface is extracted.
     threshold: the density at the surface. If null, it is found automatically.
@@ -130,10 +132,10 @@ class PhaseStart(StartPart):
 
 
 class Handed(StartPart):
-    """The result of an earlier phase. It is made while a recipe runs and cannot be set in a recipe.
+    """The result of an earlier phase. This start is created while a recipe runs and cannot be set in a recipe.
 
     surface: the triangles of the earlier phase's field.
-    known: the shape, with distances to the surface, and colours or latents on it.
+    known: the shape, which provides distances to the surface, and colours or latents on it.
     volume: the earlier field itself, if it is a volume.
     """
 
@@ -171,20 +173,21 @@ Start = Annotated[Blob | MeshFile | PhaseStart, Setting(discriminator="kind"), d
 
 
 def first_grid(start: StartPart, resolution: int, bound: float, channels: int) -> Tensor:
-    """Returns the start's unbounded values at the nodes of a grid (`StartPart.values`), as `[R, R, R, 1 + K]`."""
+    """Returns the start's values before softplus and sigmoid (`StartPart.values`) at the nodes of a grid, as
+    `[R, R, R, 1 + K]`."""
     places = nodes(resolution, bound).reshape(-1, 3)
     return start.values(places, channels).reshape(resolution, resolution, resolution, -1)
 
 
 def first_features(start: StartPart, resolution: int, bound: float, channels: int) -> Tensor:
-    """Returns the start's features at the nodes of a grid (`StartPart.features`), as `[R, R, R, K]`, for fields whose
-    shape is not on the grid."""
+    """Returns the start's features (`StartPart.features`) at the nodes of a grid, as `[R, R, R, K]`. Fields that do not
+    store their shape on this grid use this function."""
     places = nodes(resolution, bound).reshape(-1, 3)
     return start.features(places, channels).reshape(resolution, resolution, resolution, -1)
 
 
 def raw_colors(colors: Tensor) -> Tensor:
-    """Applies the inverse of the sigmoid to colours, which are first clamped to [0.02, 0.98]."""
+    """Clamps colours to [0.02, 0.98] and applies the inverse of the sigmoid."""
     return colors.clamp(0.02, 0.98).logit()
 
 

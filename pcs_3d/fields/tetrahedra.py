@@ -1,5 +1,5 @@
-"""A field of signed distances on a grid of tetrahedra. Its surface, where they are 0, is rendered as triangles (DMTet,
-https://arxiv.org/abs/2111.04276)."""
+"""A field of signed distances on a grid of tetrahedra. The surface on which the distance is 0 is rendered as triangles
+(DMTet, https://arxiv.org/abs/2111.04276)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 
 
 class Tetrahedra(FieldPart):
-    """A grid of `resolution`³ nodes, each with a signed distance and a position that can move by almost half a cell,
-    and a grid of colours with `color_resolution` nodes along a side.
+    """A grid of `resolution`³ nodes, and a grid of colours with `color_resolution` nodes along each side. Each node of
+    the first grid has a signed distance, and can move by almost half a cell.
 
-    lr: the learning rate of the distances, in cells.
+    lr: the learning rate of the distances, which are measured in cells.
     lr_places: the learning rate of the positions.
     """
 
@@ -41,7 +41,7 @@ class Tetrahedra(FieldPart):
 
 
 class TetrahedraField(BaseField):
-    """Signed distances and positions of nodes, and a grid of colours.
+    """The signed distances and shifts of the nodes, and a grid of colours.
 
     distances: [R³], in cells, negative inside.
     moves: [R³, 3], the shift of each node before tanh.
@@ -86,15 +86,15 @@ class TetrahedraField(BaseField):
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:
-        """Returns the gradient of the signed distance per radius, `[R, R, R, 3]`. Its length is 1 where the distance is
-        exact."""
+        """Returns the gradient of the signed distance per radius, `[R, R, R, 3]`. The gradient has length 1 where the
+        distance is exact."""
         size = self.part.resolution
         return grids.slopes((self.distances * self.cell).view(size, size, size), self.bound)
 
 
 def tetrahedra(resolution: int) -> Tensor:
     """Splits each cell of a grid of R³ nodes into six tetrahedra around its diagonal (Kuhn). Returns the nodes of each
-    tetrahedron, int64 `[6 (R-1)³, 4]`. All have positive volume, and neighbouring cells share triangles."""
+    tetrahedron, int64 `[6 (R-1)³, 4]`. All tetrahedra have positive volume, and neighbouring cells share triangles."""
     strides = torch.tensor([resolution**2, resolution, 1])
     line = torch.arange(resolution - 1)
     first = (torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3) * strides).sum(-1)
@@ -108,9 +108,10 @@ def tetrahedra(resolution: int) -> Tensor:
 
 @lru_cache
 def _triangles() -> Tensor:
-    """Returns up to two triangles for each set of corners that are inside the surface, `[16, 2, 3]`. Bit i of the first
-    index is set if corner i is inside. A triangle is given by the edges that its vertices lie on, counter-clockwise
-    when seen from outside the surface, for a tetrahedron of positive volume. A missing triangle is -1."""
+    """Returns the triangles in a tetrahedron for each set of corners that can be inside the surface, `[16, 2, 3]`. Bit
+    i of the first index is set if corner i is inside. Each triangle is given by the three edges that its vertices lie
+    on. In a tetrahedron of positive volume, the vertices are in counter-clockwise order when seen from outside the
+    surface. There are up to two triangles, and the rest of the table is -1."""
     corners = torch.cat([torch.zeros(1, 3), torch.eye(3)])
     edge = {frozenset(pair): i for i, pair in enumerate(_EDGES.tolist())}
     out = torch.full((16, 2, 3), -1)
@@ -133,7 +134,7 @@ def _triangles() -> Tensor:
 
 def marching_tetrahedra(nodes: Tensor, distances: Tensor, tets: Tensor) -> Surface:
     """Extracts the surface on which the signed distance is 0. Its vertices lie on the edges of the tetrahedra, and are
-    differentiable in the distances and the nodes.
+    differentiable with respect to the distances and the nodes.
 
     Args:
         nodes: [V, 3]
@@ -141,14 +142,14 @@ def marching_tetrahedra(nodes: Tensor, distances: Tensor, tets: Tensor) -> Surfa
         tets: the nodes of each tetrahedron, [T, 4]
 
     Raises:
-        ValueError: the distance is not 0 on any edge
+        ValueError: the signed distance does not change sign in any tetrahedron
     """
     inside = distances < 0
     corners = inside[tets]
     crossed = corners.any(1) & ~corners.all(1)
     if not crossed.any():
-        what = "everywhere" if bool(inside.any()) else "nowhere"
-        raise ValueError(f"the field has no surface: it is solid {what}")
+        what = "solid" if bool(inside.any()) else "empty"
+        raise ValueError(f"the field has no surface, because it is {what} everywhere")
     tets, corners = tets[crossed], corners[crossed]
     ends = tets[:, _EDGES.to(tets.device)].reshape(-1, 2).sort(-1).values
     split = inside[ends[:, 0]] != inside[ends[:, 1]]

@@ -18,7 +18,7 @@ from shared.trainable.base import Rate
 
 class TexturedMesh(FieldPart):
     """A fixed mesh from a file or an earlier phase (`start`), and a grid of trainable colours around it with
-    `resolution` nodes along a side. The grid is initialised with the colours of the start."""
+    `resolution` nodes along each side. The grid is initialised with the colours of the start."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["textured_mesh"] = "textured_mesh"
@@ -36,7 +36,7 @@ class TexturedMesh(FieldPart):
 
 
 class TexturedMeshField(BaseField):
-    """A mesh that is saved with the state but not trained, and a grid of colours.
+    """A mesh, which is saved with the state but not trained, and a grid of trained colours.
 
     vertices, faces: [V, 3] and [F, 3].
     raw_features: [R, R, R, K]; colours are before the sigmoid.
@@ -58,7 +58,7 @@ class TexturedMeshField(BaseField):
         return [("features", [self.raw_features], self.part.feature_rate)]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
-        for name in ("vertices", "faces"):  # resized to the saved numbers first
+        for name in ("vertices", "faces"):  # first resized to the saved shapes
             kept = state.get(name)
             if kept is not None and kept.ndim == 2 and kept.shape[1] == 3:
                 setattr(self, name, getattr(self, name).new_zeros(kept.shape))

@@ -1,4 +1,4 @@
-"""A field with three planes of features and a small MLP (EG3D, https://arxiv.org/abs/2112.07945)."""
+"""A field with three planes of features and a small MLP that decodes them (EG3D, https://arxiv.org/abs/2112.07945)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from shared.trainable.base import Rate
 
 
 class Triplane(FieldPart):
-    """Three planes (xy, xz and yz) with `resolution`² vectors of `features` numbers each. The vectors at a point are
-    summed and decoded by an MLP with a hidden layer of `width` units."""
+    """Three planes (xy, xz and yz) with `resolution`² vectors of `features` numbers each. At each point, the vectors
+    interpolated from the three planes are summed. An MLP with one hidden layer of `width` units decodes the sum."""
 
     kind: Literal["triplane"] = "triplane"
     resolution: Annotated[int, Setting(ge=4, le=2048)] = 64

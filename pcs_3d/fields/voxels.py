@@ -69,5 +69,5 @@ class VoxelField(BaseVolume):
         return unit(-grids.trilinear(slope, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Returns the total variation of densities and colours, before softplus and sigmoid."""
+        """Returns the total variation of the densities before softplus plus that of the features before the sigmoid."""
         return grids.total_variation(self.raw_density) + grids.total_variation(self.raw_features)

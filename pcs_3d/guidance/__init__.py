@@ -1,2 +1,2 @@
-"""Guidance, which changes renders so that a diffusion model finds them more likely. All methods are settings of one
-engine."""
+"""Guidance, which computes the gradients that make renders more likely under a diffusion model. All guidance methods
+are configurations of one engine."""

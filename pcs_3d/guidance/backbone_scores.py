@@ -1,4 +1,4 @@
-"""Uses a diffusion model with concepts as the teacher."""
+"""Turns a diffusion model and its attached concepts into the teacher."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from shared.types import Conditioning
 class BackboneScores:
     """The `Scores` of a backbone.
 
-    Adapters are switched on and off only as sets. The teacher is the backbone with `concepts` at their strengths. The
-    student additionally uses the set `student`, and the base uses no adapters. For the base, class nouns replace names
-    in prompts.
+    Adapters are switched on and off in sets. The teacher is the backbone with `concepts` at their strengths. The
+    student additionally uses the set `student`. The base uses no adapters, and its prompts contain class nouns instead
+    of names.
 
     Args:
         concepts: the strength of each concept's adapters and learned words, by name
-        resolution: the shorter side, in pixels, that views are scaled to before they are encoded. If None, it is the
-            backbone's own resolution.
+        resolution: the length, in pixels, to which the shorter side of each view is scaled before the view is encoded.
+            If None, the backbone's own resolution is used.
         joint_views: the number of consecutive views that attend to each other
     """
 
@@ -86,8 +86,8 @@ class BackboneScores:
         return [known[ask] for ask in asks]
 
     def _predict(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> Tensor:
-        """Returns the network's output for all B views and the first ask, then for the second ask and so on, as
-        `[A * B, C, h, w]`."""
+        """Returns the network's outputs, `[A * B, C, h, w]`. The outputs for all B views and the first ask come first,
+        followed by those for the second ask, and so on."""
         rows = [row for ask in asks for row in self._rows(ask, views)]
         with ExitStack() as stack:
             for adapter in self.backbone.adapters.get(STUDENT, []):
@@ -112,8 +112,8 @@ class BackboneScores:
         return self.texts.mixed(rows, t)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encodes views in the autoencoder's precision. Returns float32 latents. Raises ValueError if the size does not
-        fit."""
+        """Encodes views in the autoencoder's precision. Returns float32 latents. Raises ValueError if the backbone does
+        not accept the size of the views."""
         factor = self.resolution / min(pixels.shape[-2:])
         if factor != 1:
             size = [round(side * factor) for side in pixels.shape[-2:]]

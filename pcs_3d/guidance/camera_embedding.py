@@ -18,7 +18,7 @@ from shared.trainable.base import TrainableGroup, TrainablePart
 
 class CameraEmbedding(TrainablePart):
     """Two linear layers that map camera-to-world matrices to vectors, which are added to the time embedding. The second
-    layer is initialised to 0, so that the denoiser is unchanged at first."""
+    layer is initialised to 0, so that the denoiser is initially unchanged."""
 
     kind: Literal["camera_embedding"] = "camera_embedding"
     adapter_set: str = STUDENT
@@ -33,7 +33,8 @@ class CameraEmbedding(TrainablePart):
 
 
 class CameraAdapter:
-    """The layers that are added to one denoiser. Satisfies `shared.backbones.protocol.Adapter`."""
+    """The layers that are added to one denoiser. This class satisfies the protocol
+    `shared.backbones.protocol.Adapter`."""
 
     def __init__(self, backbone: Backbone, slot: str, seed: int) -> None:
         self.slot, self.component, self.strength = slot, next(iter(backbone.noise_ranges)), 1.0
@@ -50,8 +51,8 @@ class CameraAdapter:
 
     @contextmanager
     def seeing(self, cameras: Cameras, blind: bool = False) -> Iterator[None]:
-        """Conditions predictions on these cameras within the context. There is one camera per row; if there are more
-        rows than cameras, the cameras are repeated. If `blind` is set, all matrices are 0."""
+        """Conditions predictions on these cameras within the context. Each row of the batch uses one camera. If there
+        are more rows than cameras, the cameras are repeated. If `blind` is set, all matrices are 0."""
         before, self._matrices = self._matrices, matrices(cameras) * (0.0 if blind else 1.0)
         try:
             yield

@@ -26,7 +26,7 @@ class Guided:
 
     grad: [B, C, h, w].
     eps: the guided prediction at (z_t, t).
-    x0: the clean latents that follow from eps.
+    x0: the clean latents that eps implies.
     """
 
     grad: Tensor
@@ -48,15 +48,16 @@ def guide(
     """Computes the gradient of one step with respect to the clean latents of B views (`z`, `[B, C, h, w]`).
 
     Raises:
-        ValueError: a schedule leaves its range
+        ValueError: the value of a schedule is out of range, or the number of views is not a multiple of `rescale_over`
+            or `joint_views`
     """
     noised = settings.noiser(z, settings.times, scores, views, moment, generator)
     weights = _weights(settings, noised, moment, z)
     known = _predictions(settings, scores, noised, views, weights)
     eps = sum((weight * known[_place(settings.terms[n])] for n, weight in weights.items()), torch.zeros_like(z))
     if settings.perp_neg is not None:
-        # The paper's s is the total coefficient of the prompt, which depends on the terms and need not be the guidance
-        # scale.
+        # The s of Perp-Neg is the total coefficient of the prompt. It depends on the terms, and can differ from the
+        # guidance scale.
         share = sum(weight for n, weight in weights.items() if _place(settings.terms[n]) == _PROMPT)
         eps = eps + share * _away(settings.perp_neg, known, prompts, views, z)
     alpha, sigma = coefficients(scores, noised.t, z)
@@ -96,12 +97,13 @@ def time_weight(settings: Guidance, scores: Scores, t: Tensor, like: Tensor) -> 
 
 
 def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
-    """Rescales `x0` (`[B, C, h, w]`) so that its standard deviation moves by `share` towards that of the unguided
-    `plain`. The standard deviations are computed over each group of `together` consecutive views. Raises ValueError
-    unless B is a multiple of `together`."""
+    """Rescales `x0` (`[B, C, h, w]`) so that its standard deviation moves towards that of the unguided `plain`, by a
+    fraction `share` of the difference. The standard deviations are computed over each group of `together` consecutive
+    views. Raises ValueError unless B is a multiple of `together`."""
     if len(x0) % together:
         raise ValueError(
-            f"guidance.rescale_over = {together}: the number of views in a step ({len(x0)}) must be a multiple of this"
+            f"guidance.rescale_over = {together}: the number of views in a step ({len(x0)}) must be a multiple of "
+            "this value"
         )
     groups = (-1, together, *x0.shape[1:])
     factor = plain.reshape(groups).flatten(1).std(1) / x0.reshape(groups).flatten(1).std(1)
@@ -110,8 +112,8 @@ def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
 
 
 def _weights(settings: Guidance, noised: Noised, moment: Moment, like: Tensor) -> dict[str, Tensor]:
-    """Returns the coefficient of each term, `[B, 1, 1, 1]`. Terms that are 0 for every view are left out and not
-    predicted, unless another setting needs them."""
+    """Returns the coefficient of each term, `[B, 1, 1, 1]`. Terms whose coefficient is 0 for every view are left out,
+    so that no prediction is made for them, unless another setting needs them."""
     scale, share = moment.of(settings.scale), noised.t.double() / 1000
     out = {}
     for name, term in settings.terms.items():
@@ -143,7 +145,7 @@ def _predictions(
 
 
 def _away(part: PerpNeg, known: dict[Place, Tensor], prompts: ScenePrompts, views: Views, like: Tensor) -> Tensor:
-    """Returns Perp-Neg's sum_i w_i perp(e_i, e_pos)."""
+    """Returns the sum over Perp-Neg's negatives, sum_i w_i perp(e_i, e_pos)."""
     nothing = known["t", Ask("null")]
     positive = known[_PROMPT] - nothing
     weights = part.weights(prompts, views.cameras)

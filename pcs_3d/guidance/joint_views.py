@@ -15,19 +15,20 @@ SELF = Where(kinds=frozenset({"self"}))
 @dataclass(frozen=True)
 class JointViews:
     """An edit for `Backbone.attending` that joins self-attention over `count` consecutive views. Each position attends
-    to all positions in all of these views (MVDream, https://arxiv.org/abs/2308.16512, section 3.1, where training
-    starts from an image model's weights)."""
+    to all positions in all of these views, as in MVDream (https://arxiv.org/abs/2308.16512, section 3.1). MVDream
+    trains a model with this attention, starting from the weights of an image model."""
 
     count: int
 
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Joins k and v to `[B, H, count · L, d]`. Raises ValueError unless B is a multiple of `count`."""
+        """Joins the k and v of consecutive views to `[B, H, count · L, d]`. Raises ValueError unless B is a multiple of
+        `count`."""
         if len(k) % self.count:
             raise ValueError(
                 f"guidance.joint_views = {self.count}: the number of views in a step ({len(k)}) must be a multiple of "
-                "this"
+                "this value"
             )
         return q, self._joined(k), self._joined(v), bias
 

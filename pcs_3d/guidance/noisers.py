@@ -1,7 +1,7 @@
-"""Adds noise to the latents of views. The noise is random, fixed, or follows the model's own trajectory.
+"""Adds noise to the latents of views. The noise is random, fixed, or taken from the model's own trajectory.
 
-Each noiser returns a `Noised`, which states where to evaluate the teacher and which noise the guided prediction is
-compared with.
+Each noiser returns a `Noised`. It contains the noised latents and times at which the teacher is evaluated, and the
+noise with which the guided prediction is compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Noised:
     z_t: [B, C, h, w].
     t: the time of each view, [B].
     target: the noise that the guided prediction is compared with, [B, C, h, w].
-    start: an earlier point (z_s, s) on the trajectory, or None if there is none.
+    start: an earlier point (z_s, s) on the trajectory, or None if the noiser has none.
     """
 
     z_t: Tensor
@@ -64,8 +64,8 @@ def ddim_step(scores: Scores, z_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -
 
 
 def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor:
-    """Draws noise with an offset for each view and channel. The noise is drawn on the CPU, so that it is the same on
-    all devices."""
+    """Draws noise, with a random offset for each view and channel if `offset` is not 0. The noise is drawn on the CPU,
+    so that it is the same on all devices."""
     noise = torch.randn(like.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*like.shape[:2], 1, 1, generator=generator)
@@ -73,11 +73,11 @@ def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor
 
 
 class RandomNoise(Part):
-    """Fresh noise eps at every step, which is also the target: z_t = alpha z + sigma eps (DreamFusion,
-    https://arxiv.org/abs/2209.14988)."""
+    """Fresh noise eps at every step, so that z_t = alpha z + sigma eps (DreamFusion, https://arxiv.org/abs/2209.14988).
+    The noise is also the target."""
 
     kind: Literal["random"] = "random"
-    offset: NotNegative = 0.0  # noise offset, which shifts the noise of each view and channel
+    offset: NotNegative = 0.0  # size of the noise offset, a random shift of each view and channel
 
     def __call__(
         self, z: Tensor, times: Times, scores: Scores, views: Views, moment: Moment, generator: Generator
@@ -103,14 +103,14 @@ class FixedNoise(Part):
 
 class Interval(Part):
     """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eqs. 14 to 17). A little noise is added
-    to z, and the model's unconditional DDIM inversion leads from there to s = t - delta and, in one more step, to t.
-    The target is the prediction at (z_s, s), which is also used for that last step."""
+    to z. From there, the model's DDIM inversion, which is unconditional by default, leads to s = t - delta and, in one
+    more step, to t. The target is the prediction at (z_s, s). The same prediction is used for the last step."""
 
     kind: Literal["interval"] = "interval"
     delta: Schedule = 0.08  # t - s, as a share of the range of t
-    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # largest step before s, as a share of the range of t
-    steps: Annotated[int, Field(ge=0, le=1000)] = 5  # number of steps before s
-    offset: NotNegative = 0.0  # noise offset, which shifts the noise of each view and channel
+    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # largest inversion step before s, as a share of the range of t
+    steps: Annotated[int, Field(ge=0, le=1000)] = 5  # number of inversion steps before s
+    offset: NotNegative = 0.0  # size of the noise offset, a random shift of each view and channel
     told: Told = "null"  # the conditioning of the inversion; "null" is the empty prompt
 
     def __call__(
@@ -135,16 +135,17 @@ class Interval(Part):
 
 class Inversion(Part):
     """Score distillation via inversion (https://arxiv.org/abs/2405.15891, section 4). The conditional DDIM inversion
-    leads from z to t in `steps` equal steps. The target is the noise that follows from the result, (z_t - alpha z) /
-    sigma. With the weight sigma / alpha, the gradient is then z - x0(z_t).
+    leads from z to z_t in `steps` equal steps. The target is the noise that the result implies, (z_t - alpha z) /
+    sigma. If the weight is sigma / alpha, the gradient is z - x0(z_t).
 
-    `scale` is the guidance scale in this package's convention. The paper's -7.5 is for eps_c + s (eps_c - eps_u).
+    `scale` is the guidance scale in this package's convention. The paper's scale is -7.5, because it writes eps_c + s
+    (eps_c - eps_u).
     """
 
     kind: Literal["inversion"] = "inversion"
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
     scale: GuidanceScale = -6.5
-    jitter: Share = 1.0  # t is moved to a later time by up to this fraction of one step, at random
+    jitter: Share = 1.0  # largest random increase of t, as a fraction of one step
     eta: NotNegative = 0.3  # amount of fresh noise, relative to the noise of one ancestral step
 
     def __call__(

@@ -1,5 +1,5 @@
-"""A teacher that knows a scene. It returns the exact scores of Gaussians around the true view of each camera, so that
-the gradient of each guidance method is known exactly and an asset can be compared with the scene."""
+"""A teacher that knows a scene exactly. For each camera, it returns the exact score of a Gaussian around the true view.
+The gradient of each guidance method is therefore known exactly, and an asset can be compared with the scene."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class OracleScores:
 
     Args:
         scene: the mean and the spread for each kind of conditioning; kinds that are missing are treated as "prompt"
-        student: the means that the student has learned. Its spread is that of "prompt", and the caller owns its
-            parameters.
+        student: the means that the student has learned. The student has the spread of "prompt". Its parameters belong
+            to the caller.
     """
 
     discrete_time = True

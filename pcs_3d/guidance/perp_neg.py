@@ -1,5 +1,5 @@
-"""Perp-Neg (https://arxiv.org/abs/2304.04968) uses the prompts for other views as negatives, without their component
-along the prompt for this view."""
+"""Implements Perp-Neg (https://arxiv.org/abs/2304.04968). It uses the prompts for other views as negatives, but removes
+the component of each negative prediction that is parallel to the prediction for the current view's prompt."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Curve = tuple[Coefficient, Coefficient, Coefficient]
 
 
 class PerpNeg(Part):
-    """Perp-Neg. The prompt's embedding is interpolated between the prompts for two views according to the azimuth, and
-    the prompts for other views are negatives.
+    """Perp-Neg. The prompt embedding is interpolated between those of two view prompts according to the azimuth. The
+    prompts for other views serve as negatives.
 
     eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)) with e = eps - eps_0 (sections 3.2 and 4.2), where s is the
-    coefficient of the prompt's terms. The weights are -(a exp(-b r) + c), where r falls from 1 to 0 between two views.
-    The default values of a, b and c are threestudio's. `strength` scales all weights. Views from above have no
-    negatives.
+    total coefficient of the terms for the prompt. The weights w_i are -(a exp(-b r) + c), where r in [0, 1] is the
+    position of the camera between two views. The default values of a, b and c are threestudio's. `strength` scales all
+    weights. Views from above have no negatives.
     """
 
-    side_back: Curve = (1.0, 0.5, -0.606)  # a, b, c of the side as a negative, for cameras between side and back
-    front_side_back: Curve = (1.0, 0.5, 0.967)  # a, b, c of the front as a negative, for cameras between side and back
-    front_side: Curve = (4.0, 0.5, -2.426)  # a, b, c of the front as a negative, for cameras between front and side
-    side_front: Curve = (4.0, 0.5, -2.426)  # a, b, c of the side as a negative, for cameras between front and side
+    side_back: Curve = (1.0, 0.5, -0.606)  # a, b, c of the negative "side" between the side and the back
+    front_side_back: Curve = (1.0, 0.5, 0.967)  # a, b, c of the negative "front" between the side and the back
+    front_side: Curve = (4.0, 0.5, -2.426)  # a, b, c of the negative "front" between the front and the side
+    side_front: Curve = (4.0, 0.5, -2.426)  # a, b, c of the negative "side" between the front and the side
     strength: Real = 1.0
 
     def rows(self, told: str, prompts: ScenePrompts, views: Views) -> list[Mix]:
-        """Returns the mix of texts for each view, where `told` is "prompt", "away_near" or "away_far". The near
-        negative is "front" for cameras in front of the object and "side" for cameras behind it. The far negative is the
-        other of the two."""
+        """Returns the mix of texts for each view, where `told` is "prompt", "away_near" or "away_far". For cameras in
+        front of the object, the near negative is "front" and the far negative is "side". For cameras behind the object,
+        the two are swapped."""
         return [
             self._row(told, prompts, direction, around, nameless)
             for direction, around, nameless in zip(
@@ -81,7 +81,7 @@ def perpendicular(e: Tensor, to: Tensor) -> Tensor:
 
 
 def _around(cameras: Cameras) -> list[float]:
-    """Returns how far each camera is around the object: 0 at the front, 1 at a side, 2 behind it."""
+    """Returns how far around the object each camera is, as 0 at the front, 1 at a side, and 2 at the back."""
     return (wrapped_deg(cameras.azimuth_deg).abs() / 90).tolist()
 
 

@@ -1,4 +1,4 @@
-"""The loss on pixels that is added to the loss on latents (HiFA, https://arxiv.org/abs/2305.18766, eq. 8)."""
+"""The pixel loss, which is added to the loss on latents (HiFA, https://arxiv.org/abs/2305.18766, eq. 8)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pixel_loss(settings: Guidance, scores: Scores, guided: Guided, pixels: Tenso
     w(t) (alpha / sigma) (x - D(x0)) / B (see `surrogate`)."""
     with torch.no_grad():
         decoded = scores.decode(guided.x0).to(pixels)
-        if decoded.shape[-2:] != pixels.shape[-2:]:  # the latents have the model's size
+        if decoded.shape[-2:] != pixels.shape[-2:]:  # decoded pictures have the model's resolution
             decoded = F.interpolate(decoded, pixels.shape[-2:], mode="bilinear", antialias=True)
         alpha, sigma = coefficients(scores, guided.noised.t, pixels)
         weight = time_weight(settings, scores, guided.noised.t, pixels) * alpha / sigma

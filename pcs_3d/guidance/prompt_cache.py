@@ -1,5 +1,5 @@
-"""Encodes each text once, as long as its meaning stays the same. Encodings are cached by the content of concepts, not
-by their names."""
+"""Encodes each text only once as long as its meaning stays the same. Encodings are cached by the contents of concepts,
+not by their names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from shared.types import Conditioning, SiteContext
 
 
 class PromptCache:
-    """Encodes texts that contain `<name>`s, with the adapters that are on.
+    """Encodes texts that can contain `<name>`s, using the active adapters.
 
-    An encoding is reused if the text, the words and tensors of the concepts in it, and the active adapters of the text
-    encoders are the same. If a concept was trained further or replaced by another concept of the same name, its texts
-    are encoded again.
+    An encoding is reused if nothing has changed in the text, in the words and tensors of the concepts that it names, or
+    in the active adapters of the text encoders. If a concept has been trained further or replaced by another concept of
+    the same name, the texts that name it are encoded again.
 
     Args:
         on_device: returns a context in which the text encoders can be used
@@ -83,7 +83,7 @@ class PromptCache:
         return self._touches_text[id(adapter)][1]
 
     def _hash(self, holder: Any) -> str:
-        """Returns the SHA-256 of an object's tensors. It is recomputed only if one of them has changed."""
+        """Returns the SHA-256 of an object's tensors. The hash is recomputed only if one of the tensors has changed."""
         versions = tuple((p.data_ptr(), p._version) for p in holder.parameters())
         known = self._hashes.get(id(holder))
         if known is None or known[0] is not holder or known[1] != versions:
@@ -95,8 +95,8 @@ class PromptCache:
 
 
 def _mixed(parts: Sequence[Conditioning], weights: Sequence[Tensor]) -> Conditioning:
-    """Returns the weighted sum of several conditionings, row by row. The positions of a name are the union of its
-    positions in all conditionings."""
+    """Returns the weighted sum of several conditionings, row by row. The token positions of each name are the union of
+    its positions in all conditionings."""
 
     def total(tensors: Sequence[Tensor]) -> Tensor:
         shaped = [w.to(v.dtype).reshape(-1, *([1] * (v.ndim - 1))) for w, v in zip(weights, tensors, strict=True)]

@@ -21,12 +21,13 @@ _QUESTION = "this image is depicting a {mask} view of {prompt}"
 class PromptDebias(Part):
     """Removes words that make a view unlikely from the prompt for that view.
 
-    A masked language model estimates how likely each view is, given the prompt and given the prompt without one of its
-    words. A word is removed from a view's prompt if p(view | all) / mean(p(view | all), p(view | without the word)) is
-    below `threshold`. For example, "smiling" is removed from the prompt for the back.
+    For each word, a masked language model estimates how likely each view is, first given the whole prompt and then
+    given the prompt without the word. The word is removed from a view's prompt if p(view | all) / mean(p(view | all),
+    p(view | without the word)) is below `threshold`. For example, "smiling" is removed from the prompt for the back
+    view.
 
-    Concepts and their class nouns are never removed. The language model does not know what was learned, so it reads
-    class nouns instead of names.
+    Concepts and their class nouns are never removed. Because the language model does not know learned names, it reads
+    class nouns instead.
     """
 
     model: PathText  # a local folder with a masked language model for transformers, such as BERT
@@ -34,7 +35,7 @@ class PromptDebias(Part):
 
     def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
         """Returns the prompt for each direction. Raises ValueError if the folder contains no masked language model, or
-        if the model's vocabulary lacks a direction."""
+        if the model's vocabulary lacks the word for a direction."""
         reader = _Reader(self.model)
         kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
         words = prompt.split()

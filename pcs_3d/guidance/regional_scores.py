@@ -1,4 +1,4 @@
-"""Uses different prompts and concepts for parts of a view (locally conditioned diffusion,
+"""Uses different prompts and concepts for different parts of a view (locally conditioned diffusion,
 https://arxiv.org/abs/2303.12218, eq. 5)."""
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ _OWN: frozenset[Told] = frozenset({"prompt", "plain_prompt", "negative", "away_n
 
 
 class RegionalScores:
-    """Scores of the whole scene that are replaced where views show regions (`Views.regions`).
+    """Scores of the whole scene, which are replaced by a region's own scores wherever a view shows that region
+    (`Views.regions`).
 
-    For all text prompts, eps = (1 - sum_r m_r) eps_whole + sum_r m_r eps_r. Where regions overlap, they share the
-    weight. The base, the student and unconditional predictions always use the scores of the whole scene.
+    For the teacher's predictions with text prompts, eps = (1 - sum_r m_r) eps_whole + sum_r m_r eps_r, where m_r is the
+    weight of region r. Regions that overlap share the weight. Unconditional predictions and those of the base and the
+    student always use the scores of the whole scene.
 
     Args:
-        regions: the scores of the same model with each region's own prompt and concepts, by the name of the region
+        regions: for each region, by name, the scores of the same model with the region's own prompt and concepts
     """
 
     def __init__(self, whole: Scores, regions: Mapping[str, Scores]) -> None:

@@ -1,4 +1,4 @@
-"""The protocol of the teacher, which predicts the noise in views under named conditions."""
+"""The protocol of the teacher, which predicts the noise in views for several kinds of conditioning."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pcs_3d.view_prompts import Views
 #: The adapters that are on: none (base), those of the concepts (teacher), or those of the concepts and the student
 #: (student).
 Adapters = Literal["base", "teacher", "student"]
-#: The kind of conditioning. The last two are the directions that Perp-Neg avoids; see `ScenePrompts.rows` for the
-#: others.
+#: The kind of conditioning. The last two are Perp-Neg's negatives (see `PerpNeg.rows`). For the others, see
+#: `ScenePrompts.rows`.
 Told = Literal["prompt", "plain_prompt", "negative", "null", "away_near", "away_far"]
 
 

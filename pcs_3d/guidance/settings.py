@@ -25,7 +25,7 @@ class Term(Part):
 
     kind: Told = "prompt"  # the kind of conditioning; by default, the term's name
     adapters: Adapters = "teacher"  # the adapters that are on
-    at: Literal["t", "s"] = "t"  # t is the view's noise level, s the earlier one of noiser.kind=interval
+    at: Literal["t", "s"] = "t"  # t is the view's noise level, and s is the earlier one of noiser.kind=interval
     plain: Schedule = 0.0
     scaled: Schedule = 0.0
     from_t: Share = 0.0  # share of the range of t
@@ -37,40 +37,43 @@ class Term(Part):
 
 
 class Guidance(Part):
-    """The gradient on the latents of a view, grad = w(t) (sum_i a_i eps_i - target).
+    """The gradient with respect to the latents of a view, grad = w(t) (sum_i a_i eps_i - target).
 
-    In this package, the guidance scale s always means eps_u + s (eps_c - eps_u). A scale of 0 ignores the prompt, and a
-    scale of 1 is no guidance. In papers and programs that write eps_c + s' (eps_c - eps_u), s' = s - 1.
+    In this package, the guidance scale s always refers to the formula eps_u + s (eps_c - eps_u). With a scale of 0, the
+    prompt is ignored. A scale of 1 means no guidance. Some papers and programs write eps_c + s' (eps_c - eps_u)
+    instead, where s' = s - 1.
 
-    `weighting` determines w(t), where z_t = alpha z + sigma eps. It is sigma² = 1 - alpha_bar for `sds`, 1 for
-    `uniform`, alpha sigma² for `fantasia3d`, and sigma / alpha for `noise_to_signal`. The last makes the gradient z -
-    x0(z_t) if the noise is random.
+    `weighting` determines w(t). With z_t = alpha z + sigma eps, it is sigma² = 1 - alpha_bar for `sds`, 1 for
+    `uniform`, alpha sigma² for `fantasia3d`, and sigma / alpha for `noise_to_signal`. If the noise is random,
+    `noise_to_signal` makes the gradient equal to z - x0(z_t).
     """
 
     terms: Slot[Term] = {  # type: ignore[assignment]
         "prompt": {"kind": "prompt", "scaled": 1.0},
         "negative": {"kind": "negative", "plain": 1.0, "scaled": -1.0},
     }
-    target: Literal["noise", "none"] = "noise"  # what is subtracted: the noiser's noise, or nothing
+    target: Literal["noise", "none"] = "noise"  # what is subtracted, either the noiser's noise or nothing
     scale: Schedule = 100.0  # the guidance scale s
     noiser: Noiser = RandomNoise()
     times: Times = Times()
     weighting: Weighting = "sds"
-    weight: Schedule = 1.0  # factor of the whole gradient
+    weight: Schedule = 1.0  # factor by which the whole gradient is multiplied
     # whether the loss of a view is the sum or the mean over channels and cells; a mean does not depend on their number
     normalize: Literal["sum", "mean"] = "sum"
     # largest absolute value of the gradient's elements, for score debiasing (https://arxiv.org/abs/2303.15413)
     clip: Schedule | None = None
-    # how far the standard deviation of x0 is moved to the unguided one (https://arxiv.org/abs/2305.08891, eq. 15)
+    # how far the standard deviation of x0 is moved towards the unguided one, from 0 to 1
+    # (https://arxiv.org/abs/2305.08891, eq. 15)
     rescale: Share = 0.0
-    rescale_over: BatchSize = 1  # number of views whose standard deviation is computed together, as in a ring
+    rescale_over: BatchSize = 1  # number of consecutive views that share a standard deviation, such as a ring
     regions: Slot[Region] = {}  # parts of space with their own prompt or concepts
     joint_views: BatchSize = 1  # number of views in a ring that attend to each other (`JointViews`)
     perp_neg: PerpNeg | None = None  # Perp-Neg (https://arxiv.org/abs/2304.04968); off if null
-    student: StudentSettings | None = None  # how the student of variational score distillation learns; none if null
+    student: StudentSettings | None = None  # the student of variational score distillation; if null, there is none
     pixel_weight: Schedule = 0.0  # weight of HiFA's loss between the view and the decoded x0
-    space: Literal["pixels", "latents"] = "pixels"  # whether fields render colours, which are then encoded, or latents
-    # side in pixels that views are scaled to before they are encoded; by default, the backbone's own resolution
+    space: Literal["pixels", "latents"] = "pixels"  # whether fields render latents, or colours that are then encoded
+    # length, in pixels, to which the shorter side of views is scaled before encoding; by default, the backbone's own
+    # resolution
     resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
 
     def speaks(self, moment: Moment) -> bool:

@@ -1,4 +1,4 @@
-"""The times, and thereby the noise levels, at which guidance is computed in a step."""
+"""The times of a step, which determine the noise levels at which guidance is computed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shared.config import Part, Positive
 class Times(Part):
     """Times t in [0, 1000). `low` and `high` are shares of that range.
 
-    Without `anneal`, times are uniform between `low` and `high`. With it, they are deterministic and fall from high to
-    low as high - (high - low) (step / steps)^anneal. `anneal` is 1 in DreamGaussian (https://arxiv.org/abs/2309.16653)
-    and 0.5 in HiFA (https://arxiv.org/abs/2305.18766, section 3.3).
+    Without `anneal`, times are uniform between `low` and `high`. With `anneal`, they are deterministic and fall from
+    high to low as high - (high - low) (step / steps)^anneal. `anneal` is 1 in DreamGaussian
+    (https://arxiv.org/abs/2309.16653) and 0.5 in HiFA (https://arxiv.org/abs/2305.18766, section 3.3).
     """
 
     low: Schedule = 0.02
@@ -39,6 +39,6 @@ class Times(Part):
 
 
 def whole(t: Tensor, discrete: bool) -> Tensor:
-    """Restricts times to those that a model accepts. They are integer steps, or lie strictly between no noise and full
-    noise."""
+    """Restricts times to those that a model accepts. If `discrete` is set, these are the integers from 0 to 999.
+    Otherwise, they lie strictly between no noise and full noise."""
     return t.floor().clamp(0, 999).long() if discrete else t.clamp(1e-3, 999.999)

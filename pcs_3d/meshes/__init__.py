@@ -1,1 +1,1 @@
-"""Reads meshes and points from files, and makes shapes of them."""
+"""Reads meshes and points from files, and turns them into shapes."""

@@ -17,7 +17,7 @@ from shared.io.safe_paths import safe_relative
 MAX_BYTES = 256 * 2**20
 MAX_POINTS = 5_000_000
 MAX_FACES = 4 * MAX_POINTS
-MAX_TEXELS = MAX_PIXELS  # for the pixels of all textures together
+MAX_TEXELS = MAX_PIXELS  # maximum number of pixels of all textures together
 _MAX_HEADER = 2**16
 
 
@@ -66,7 +66,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         total += count
         view = accessor.get("bufferView")
         if count < 0 or total > 12 * MAX_POINTS or (view is not None and count > int(views[view]["byteLength"])):
-            raise ValueError(f"{path} declares {count} values, which is more than it contains or more than allowed")
+            raise ValueError(f"{path} declares {count} values, which is more than it contains or than is allowed")
     _check_primitives(path, tree)
     for image in tree.get("images", []):
         if "uri" in image:
@@ -78,15 +78,15 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
 
 
 def _check_primitives(path: Path, tree: dict[str, Any]) -> None:
-    """Raises ValueError if primitives refer to too many values in total. Each primitive gets its own copy of its
-    values."""
+    """Raises ValueError if primitives refer to too many values in total. Each primitive gets its own copy of the values
+    that it refers to."""
     counts = [int(accessor["count"]) for accessor in tree.get("accessors", [])]
     total = 0
     for primitive in (p for mesh in tree.get("meshes", []) for p in mesh["primitives"]):
         indices = [primitive["indices"]] if "indices" in primitive else []
         total += sum(counts[i] for i in [*primitive["attributes"].values(), *indices])
     if total > 12 * MAX_POINTS:
-        raise ValueError(f"the meshes in {path} refer to more than {12 * MAX_POINTS} values: simplify it first")
+        raise ValueError(f"the meshes in {path} refer to more than {12 * MAX_POINTS} values: simplify them first")
 
 
 def _check_views(path: Path, tree: dict[str, Any], binary: bytes) -> None:
@@ -96,7 +96,7 @@ def _check_views(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         inside = not buffers or "uri" not in buffers[buffer]
         if start < 0 or size < 0 or (inside and start + size > len(binary)):
             raise ValueError(
-                f"{path} is cut off: one of its parts ends at byte {start + size}, but it has only {len(binary)} bytes"
+                f"{path} is cut off: one of its parts ends at byte {start + size}, but only {len(binary)} bytes remain"
             )
 
 
@@ -108,7 +108,7 @@ def _data_uri(path: Path, uri: str) -> bytes:
 
 
 def check_picture(path: Path, data: bytes) -> None:
-    """Raises ValueError if an image has too many pixels. Reads only its header."""
+    """Raises ValueError if an image cannot be read or has too many pixels. Reads only the image's header."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -133,19 +133,20 @@ def check_total(path: Path, shown: Sequence[Any], textures: Sequence[Any]) -> No
     for count, what, most in ((points, "points", 2 * MAX_POINTS), (faces, "triangles", MAX_FACES)):
         if count > most:
             raise ValueError(
-                f"{path} has {count} {what} in total, including repeated ones, but at most {most} are read: simplify "
-                "it first"
+                f"{path} has {count} {what} in total, including repeated ones, but at most {most} are allowed: "
+                "simplify it first"
             )
     pixels = sum(texture.width * texture.height for texture in textures)
     if pixels > MAX_TEXELS:
         raise ValueError(
-            f"the textures in {path} have {pixels} pixels in total, but at most {MAX_TEXELS} are read: make them "
-            "smaller first"
+            f"the textures in {path} have {pixels} pixels in total, but at most {MAX_TEXELS} are allowed: "
+            "make them smaller first"
         )
 
 
 def check_ply(path: Path) -> None:
-    """Raises ValueError if the header of a PLY file declares more than the file can contain or than is allowed."""
+    """Raises ValueError if the header of a PLY file is invalid, or declares more elements than the file can contain or
+    than are allowed."""
     with path.open("rb") as stream:
         head = stream.read(_MAX_HEADER)
     end = head.find(b"end_header")
@@ -156,7 +157,9 @@ def check_ply(path: Path) -> None:
         if words[:1] == ["element"] and (len(words) != 3 or not words[2].isdigit()):
             raise ValueError(f"{path} is not a PLY file: its header has the line {line!r}")
         if words[:1] == ["element"] and (count := int(words[2])) > min(path.stat().st_size, 2 * MAX_POINTS):
-            raise ValueError(f"{path} declares {count} × {words[1]}, which is more than it can contain or is allowed")
+            raise ValueError(
+                f"{path} declares {count} {words[1]} elements, more than it can contain or than are allowed"
+            )
 
 
 def check_obj(path: Path) -> None:
@@ -168,7 +171,7 @@ def check_obj(path: Path) -> None:
                 raise ValueError(f"{path} is not an OBJ file")
             count += line.startswith(b"v ")
     if count > MAX_POINTS:
-        raise ValueError(f"{path} has {count} points, but at most {MAX_POINTS} are read: simplify it first")
+        raise ValueError(f"{path} has {count} points, but at most {MAX_POINTS} are allowed: simplify it first")
 
 
 class FolderResolver:
@@ -176,10 +179,11 @@ class FolderResolver:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.refused: list[str] = []  # trimesh swallows exceptions raised here
+        self.refused: list[str] = []  # why files were refused, because trimesh swallows exceptions
 
     def get(self, name: str) -> bytes:
-        """Returns the content of the file `name`. Raises ValueError if it is outside the folder or too large."""
+        """Returns the content of the file `name`. Raises ValueError if the file is outside the folder, is too large, or
+        is a texture that cannot be read."""
         try:
             name = str(name).strip().removeprefix("./").removeprefix(".\\")
             file = safe_relative(self.path.parent, name)

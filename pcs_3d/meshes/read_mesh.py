@@ -41,12 +41,12 @@ class Piece:
 
 
 def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> list[Piece]:
-    """Reads the pieces of a file, with x forward, y left and z up. They are scaled together to radius 1 around the
-    origin.
+    """Reads the pieces of a file, with x forward, y left and z up. The pieces are scaled together to radius 1 around
+    the origin.
 
-    Points with non-finite coordinates are dropped together with their triangles, and so are triangles without area.
-    Raises ValueError if the file is in another format, contains or declares too much data, refers to files outside its
-    folder, or if nothing is left.
+    Points with non-finite coordinates are dropped, together with their triangles. Triangles without area are dropped as
+    well. Raises ValueError if the file has an unsupported format, contains or declares too much data, refers to files
+    outside its folder, or has too little geometry left.
     """
     path = expanded(path)
     if path.suffix.lower() not in _CHECKS:
@@ -76,7 +76,7 @@ def _loaded(path: Path) -> list[Piece]:
     if resolver.refused:
         raise ValueError(f"{path} refers to a file that cannot be used: {resolver.refused[0]}")
     file_checks.check_total(path, shown, list(images.values()))
-    textures: dict[int, np.ndarray] = {}  # by material, because meshes can share one
+    textures: dict[int, np.ndarray] = {}  # by material, because meshes can share a material
     with _readable(path):
         return [
             _piece(geometry, np.asarray(matrix, dtype=np.float64), textures)
@@ -135,8 +135,7 @@ def _texture(image: Any, material: Any) -> np.ndarray:
 
 
 def _cleaned(piece: Piece) -> Piece:
-    """Drops points that are not finite. Also drops triangles that refer to such points or to missing points, or have no
-    area."""
+    """Drops points that are not finite, and triangles that have no area or refer to dropped or missing points."""
     good = np.asarray((np.isfinite(piece.vertices) & (np.abs(piece.vertices) < 1e30)).all(1))
     if piece.uv is not None and (len(piece.uv) != len(good) or not np.isfinite(piece.uv).all()):
         piece = replace(piece, uv=None, texture=None)
@@ -161,7 +160,7 @@ def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) ->
     radius = float(np.sqrt(((every - centre) ** 2).sum(1).max()))
     if not radius > 1e-30:
         raise ValueError(f"{path} has no extent, because all its points coincide")
-    turn = np.eye(3) if up == "z" else np.eye(3)[[2, 0, 1]]  # in glTF, y is up, z forward and x to the left
+    turn = np.eye(3) if up == "z" else np.eye(3)[[2, 0, 1]]  # in glTF, y is up, z is forward and x is to the left
     angle = math.radians(azimuth_deg)
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ turn
@@ -169,8 +168,8 @@ def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) ->
 
 
 def sampled(pieces: list[Piece], count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Samples points spread evenly over the triangles. Pieces without triangles contribute their own points. The same
-    pieces always lead to the same points.
+    """Samples points evenly over the triangles. Pieces without triangles contribute their own points. The same pieces
+    always give the same points.
 
     Returns:
         The points, [N, 3], and their colours, [N, 3] in [0, 1]. Pieces without colours are grey. If no piece has
@@ -200,8 +199,9 @@ def _areas(piece: Piece) -> np.ndarray:
 
 
 def colors_on(piece: Piece, corners: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Returns the colours of N points on a piece, `[N, 3]` in [0, 1], or grey if the piece has none. A point is given
-    by the vertices of its triangle, `corners` (`[N, 3]`), and its barycentric coordinates, `share` (`[N, 3]`)."""
+    """Returns the colours of N points on a piece, `[N, 3]` in [0, 1], or grey if the piece has no colours. Each point
+    is given by the vertices of its triangle (`corners`, `[N, 3]`) and its barycentric coordinates (`share`,
+    `[N, 3]`)."""
     if piece.texture is not None and piece.uv is not None:
         u, v = np.einsum("nk,nkd->nd", share, piece.uv[corners]).T % 1.0
         h, w = piece.texture.shape[:2]

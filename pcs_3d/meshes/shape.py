@@ -1,4 +1,4 @@
-"""The shapes that fields start from. A shape has a signed distance and, if known, a colour at any point."""
+"""The shapes that fields start from. A shape provides a signed distance and, if known, a colour for any point."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 # Relative tolerance of nearest-point searches. At the centre of a ball, all points are equally near, and an exact
 # search would visit every one of them.
 _ROUGHLY = 0.05
-_FEW = 2000  # number of surface points that provide the colours far from the surface
+_FEW = 2000  # number of surface points whose colours are used far from the surface
 _RESOLUTION = 64  # largest number of cells along a side of the grid that separates inside from outside
 _SAMPLES = 120_000  # number of points sampled on the surface of a mesh
 
 
 class Shape(Protocol):
-    """An object of radius about 1 around the origin, x forward, y to its left, z up."""
+    """An object with a radius of about 1 around the origin. x points forward, y to the object's left, and z up."""
 
     def distance(self, points: Tensor) -> Tensor:
         """Returns the distance of each point (`[N, 3]`) to the surface, as `[N]`. Distances are negative inside."""
         ...
 
     def colors(self, points: Tensor) -> Tensor | None:
-        """Returns the colour of the surface point nearest to each point, both `[N, 3]`, with colours in [0, 1]. Returns
-        None if the shape has no colours."""
+        """Returns the colour of the surface point nearest to each point (`[N, 3]`), as `[N, 3]` in [0, 1], or None if
+        the shape has no colours."""
         ...
 
     def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
@@ -59,7 +59,7 @@ class BallShape:
 class SampledShape:
     """A shape given by points on its surface.
 
-    A point is inside if it cannot be reached from outside without crossing cells that contain surface points. This
+    A point is inside if it cannot be reached from outside without crossing cells that contain surface points. This rule
     needs neither normals nor a closed surface. An open or non-manifold mesh becomes a shell one cell thick.
 
     Args:
@@ -102,7 +102,7 @@ class SampledShape:
         outside = ndimage.map_coordinates(self._side, places, order=1, mode="nearest") > 0
         thin = ndimage.map_coordinates(self._thin.astype(np.float32), places, order=0, mode="nearest") > 0
         signed = np.where(outside, away, -away)
-        # Thin parts are given the thickness of about a cell, because otherwise nothing would be inside them.
+        # Thin parts get a thickness of about one cell, because otherwise nothing would be inside them.
         signed = np.where(thin, away - 0.6 * self._cell, signed)
         if self.point_normals is not None:
             along = ((asked - self.points[nearest]) * self.point_normals[nearest]).sum(-1)
@@ -124,8 +124,8 @@ class SampledShape:
 
 
 def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
-    """Returns a cell size at which almost every cell that the surface crosses contains a point. With randomly spread
-    points, this requires 14 points per cell on average. A single hole would make the inside count as outside."""
+    """Returns a cell size at which almost every cell that the surface crosses contains a point. If points are spread at
+    random, this requires 14 points per cell on average. A single hole would make the inside count as outside."""
     some = points[:: max(1, len(points) // 2000)]
     third = np.asarray(tree.query(some, k=min(4, len(points)))[0])[:, -1]
     return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 * reach / _RESOLUTION, 2 * reach / 7))
@@ -134,7 +134,8 @@ def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
 def shape_of_file(
     path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0, radius: float = 1.0
 ) -> SampledShape:
-    """Reads the shape in a GLB, OBJ or PLY file, scaled to this radius. Raises ValueError as `read_mesh` does."""
+    """Reads the shape in a GLB, OBJ or PLY file and scales it to `radius`. Raises ValueError in the same cases as
+    `read_mesh`."""
     from pcs_3d.meshes.read_mesh import read_mesh, sampled
 
     points, colors = sampled(read_mesh(path, up, azimuth_deg), _SAMPLES)

@@ -1,4 +1,4 @@
-"""Builds an interactive page for a mesh, with three.js and the mesh in one self-contained file."""
+"""Builds an interactive page for a mesh. The page is one self-contained file that includes three.js and the mesh."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from pcs_3d.meshes.read_mesh import Piece
 
 _FOV_DEG, _ELEVATION_DEG, _FILL = 24.53, 15.0, 0.8  # like the toybox's cameras, with some room to turn
-_AMBIENT, _LAMP = 0.75, 0.45  # mostly ambient light, because textures contain their shading
-_MARK = "init();"  # start of trimesh's page, which creates the renderer immediately and reads the mesh later
+_AMBIENT, _LAMP = 0.75, 0.45  # mostly ambient light, because textures already contain shading
+_MARK = "init();"  # trimesh's page starts here; it creates the renderer immediately, but reads the mesh later
 
 #: Adds sRGB textures and ambient light, which trimesh's viewer lacks.
 _LIGHT = f"""
@@ -25,9 +25,8 @@ if (typeof renderer !== "undefined" && renderer) {{
 
 
 def viewer_html(pieces: Sequence[Piece]) -> str:
-    """Returns a standalone page that shows the pieces of a mesh from the front and lets the user turn them by mouse or
-    touch. The pieces are as `read_mesh` returns them. The page is trimesh's viewer, with textures at their true
-    brightness."""
+    """Returns a standalone page that shows the pieces of a mesh (from `read_mesh`) from the front and lets the user
+    turn them by mouse or touch. The page is trimesh's viewer, changed to show textures at their true brightness."""
     import trimesh
     from trimesh.scene.cameras import Camera
     from trimesh.viewer.notebook import scene_to_html
@@ -46,7 +45,7 @@ def viewer_html(pieces: Sequence[Piece]) -> str:
 
 
 def _geometry(piece: Piece) -> Any:
-    """Converts a piece for trimesh, with y up and the front towards +z."""
+    """Converts a piece to trimesh's format, with y up and the front towards +z."""
     import trimesh
     from PIL import Image
     from trimesh.visual import TextureVisuals

@@ -1,4 +1,5 @@
-"""Regions, which are parts of space with their own guidance. A new kind needs one file and one entry in the union."""
+"""Regions, which are parts of space with their own guidance. A new kind of region needs one file and one entry in the
+union."""
 
 from typing import Annotated
 

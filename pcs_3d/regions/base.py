@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras
 from shared.config import NAME, KindPart
 
-#: Takes points, [..., 3]. Returns the degree to which each is inside, [...] in [0, 1]. It is exactly 0 outside.
+#: Takes points, [..., 3]. Returns the degree to which each point is inside, [...] in [0, 1]. Points outside get 0.
 Inside = Callable[[Tensor], Tensor]
 
 
 class RegionPart(KindPart):
     """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
 
-    prompt, negative: the prompts for the region. If empty, the recipe's are used.
+    prompt, negative: the prompt and the negative prompt for the region. An empty one is replaced by the recipe's.
     concepts: the concepts whose adapters are on only in this region. If null, they are those of the rest of the scene.
     softness: the width, in radii, over which the region fades in from its border inwards.
     """
@@ -36,13 +36,13 @@ class RegionPart(KindPart):
         return bool(self.prompt or self.negative) or self.concepts is not None
 
     def check(self) -> None:
-        """Raises ValueError if a file cannot be read."""
+        """Raises ValueError if the region's file cannot be read."""
         self.build()
 
     def build(self) -> Inside:
         """Builds the function that returns the degree to which points are inside.
 
-        Raises ValueError if a file cannot be read.
+        Raises ValueError if the region's file cannot be read.
         """
         raise NotImplementedError
 
@@ -63,10 +63,11 @@ def seen(
 ) -> Tensor:
     """Returns the share of each cell that a region covers, `[B, 1, h, w]` in [0, 1].
 
-    A ray counts if it passes through the region before hitting the object, or without hitting it.
+    A ray counts if it passes through the region before it hits the object. If it misses the object, it counts if it
+    passes through the region anywhere.
 
     Args:
-        depth, opacity: those of the views, [B, 1, H, W]
+        depth, opacity: the depth and opacity of the views, [B, 1, H, W]
         cells: h and w; 2 h by 2 w rays are sampled at 48 points each
         reach: half the side of the cube that is sampled
     """

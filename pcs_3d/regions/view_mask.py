@@ -17,11 +17,11 @@ from shared.io.decode import read_mask
 
 
 class ViewMask(RegionPart):
-    """The part of space that the bright part of a mask covers in a view from the given camera, within a range of
-    depths. Draw the mask over a render from this camera.
+    """The part of space that the given camera projects onto the bright part of a mask, limited to a range of depths.
+    Draw the mask over a render from this camera.
 
-    depth: the range of depths in radii, along the camera's axis and relative to the object's centre. For example, (0,
-    2) is the far half.
+    depth: the range of depths in radii, measured along the camera's axis from the object's centre. For example, (0, 2)
+    is the far half.
     """
 
     kind: Literal["view_mask"] = "view_mask"

@@ -1,5 +1,5 @@
-"""Penalties on fields. A new penalty needs a class, in its own file or next to related ones, and one entry in the
-union."""
+"""Penalties on fields. A new penalty needs a class (in its own file or in that of related penalties) and one entry in
+the union."""
 
 from typing import Annotated
 

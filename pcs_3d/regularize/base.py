@@ -1,4 +1,4 @@
-"""The base class for penalties on fields, and their inputs."""
+"""The base class for penalties on fields, and the inputs of penalties."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Pictures:
     masks: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Pictures:
-        """Returns the pictures on a device."""
+        """Returns these pictures, moved to a device."""
         masks = None if self.masks is None else self.masks.to(device)
         return Pictures(self.pixels.to(device), self.cameras.to(device), masks)
 
@@ -43,7 +43,7 @@ class Seen:
     """The views of one step, and everything else that penalties can use.
 
     generator: the source of the step's random numbers.
-    draw: renders the field from other cameras in the same way.
+    draw: a function that renders the field from other cameras with the same renderer.
     settings: the settings with which these views were rendered.
     pictures: reference pictures of the object.
     """
@@ -69,13 +69,13 @@ Weight = Annotated[Schedule, AfterValidator(_not_negative)]
 
 
 class GeometryPenalty(KindPart):
-    """A scalar that is added to the loss of a step. It is the product of the penalty's weight at that step and its
-    value."""
+    """A scalar that is added to the loss of a step. This scalar is the penalty's value times its weight at that
+    step."""
 
     needs_normals: ClassVar[bool] = False  # whether it needs views rendered with normals
     needs_pictures: ClassVar[bool] = False  # whether it needs pictures of the object with their cameras (`references`)
     needs_masks: ClassVar[bool] = False  # whether it needs masks for all of these pictures
-    weight: Weight = 1.0  # factor of the value; can change over the run
+    weight: Weight = 1.0  # factor by which the value is multiplied; it can change over the run
 
     def __call__(self, seen: Seen) -> Tensor:
         """Returns the weighted scalar. If the weight is 0, the value is not computed."""
@@ -95,10 +95,11 @@ class GeometryPenalty(KindPart):
 
 
 def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
-    """Draws random points on what the views show. Samples along rays are chosen in proportion to their weights.
+    """Draws random points in the parts of the field that the views show. Samples along rays are drawn with
+    probabilities proportional to their weights.
 
     Returns:
-        The points, and the unit directions in which they are seen, both [count, 3] and without gradient. If the views
+        The points, and the unit directions in which they are seen, both [count, 3] and without gradients. If the views
         are empty, both are [0, 3].
     """
     rendering = seen.rendering

@@ -36,7 +36,7 @@ class Eikonal(GeometryPenalty):
 
 
 class Laplacian(GeometryPenalty):
-    """The mean squared distance, in cells, of each vertex of a mesh from the mean of its neighbours."""
+    """The mean squared distance, in cells, between each vertex of a mesh and the mean of the vertex's neighbours."""
 
     kind: Literal["laplacian"] = "laplacian"
 

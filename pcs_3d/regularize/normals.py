@@ -16,7 +16,8 @@ class Orientation(GeometryPenalty):
     """Σ sg(w) · max(0, n · d)², averaged over rays, which makes visible surfaces face the camera (Ref-NeRF,
     https://arxiv.org/abs/2112.03907, eq. 11).
 
-    points: the number of samples that estimate the sum. They are drawn in proportion to their weights w.
+    points: the number of samples from which the sum is estimated. They are drawn with probabilities proportional to
+    their weights w.
     """
 
     kind: Literal["orientation"] = "orientation"

@@ -33,8 +33,8 @@ class Opaque(GeometryPenalty):
 
 
 class ZVariance(GeometryPenalty):
-    """The variance of depth along rays that hit something, which makes surfaces of fog (HiFA,
-    https://arxiv.org/abs/2305.18766, eq. 9)."""
+    """The variance of depth along rays that hit something, averaged over these rays. Minimising it turns fog into
+    surfaces (HiFA, https://arxiv.org/abs/2305.18766, eq. 9)."""
 
     kind: Literal["z_variance"] = "z_variance"
 

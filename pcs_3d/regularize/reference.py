@@ -16,14 +16,15 @@ from shared.config import BatchSize, NotNegative
 
 
 class ReferenceViews(GeometryPenalty):
-    """Makes the field match pictures of the object, seen from their cameras (RealFusion,
+    """Makes renders of the field match pictures of the object from the same cameras (RealFusion,
     https://arxiv.org/abs/2302.10663, eq. 5). The value is the mean squared error of pixels on a grey background, plus
     the weighted mean squared error between opacities and masks. Without masks, all pixels count, and the field is
     rendered on the colour of each picture's border.
 
     count: the number of pictures per step, which are drawn at random.
     mask_weight: the weight of the error in opacity.
-    outside: the weight of pixels outside the masks. Set it to 0 if the silhouette should not follow the pictures.
+    outside: the weight of pixels outside the masks. If this and `mask_weight` are 0, the silhouette need not match the
+    pictures.
     """
 
     needs_pictures: ClassVar[bool] = True
@@ -82,7 +83,7 @@ def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering,
 
 
 def border_color(pixels: Tensor) -> Tensor:
-    """Returns the median of each channel along the border of each picture, `[B, 3, 1, 1]`. For a plain background, it
-    is the background's colour. The pictures are `[B, 3, H, W]`."""
+    """Returns the median of each channel along the border of each picture, `[B, 3, 1, 1]`. For a plain background, the
+    median is the background's colour. The pictures are `[B, 3, H, W]`."""
     rows, columns = pixels[..., [0, -1], :].flatten(2), pixels[..., 1:-1, [0, -1]].flatten(2)
     return torch.cat([rows, columns], -1).median(-1).values[..., None, None]

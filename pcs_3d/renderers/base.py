@@ -15,8 +15,8 @@ class RendererPart(KindPart):
     draws: ClassVar[type]  # the protocol of the fields that it can render
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering:
-        """Renders B views of a field, differentiably in the field. Raises ValueError if this renderer cannot render the
-        field or the settings do not fit it."""
+        """Renders B views of a field. The views are differentiable with respect to the field. Raises ValueError if this
+        renderer cannot render the field, or if the settings do not fit the field."""
         raise NotImplementedError
 
     def check(self, field: Any, cameras: Cameras, settings: RenderSettings) -> None:

@@ -83,7 +83,8 @@ def on_screen(points: Tensor, camera: Cameras, height: int, width: int) -> tuple
 
 
 def vertex_normals(surface: Surface) -> Tensor:
-    """Returns the unit normal of each vertex, `[V, 3]`. It is the area-weighted mean over adjacent triangles."""
+    """Returns the unit normal of each vertex, `[V, 3]`. The normal points along the area-weighted mean of the normals
+    of the adjacent triangles."""
     a, b, c = surface.vertices[surface.faces].unbind(1)
     flat = torch.linalg.cross(b - a, c - a, dim=-1)
     summed = torch.zeros_like(surface.vertices).index_add(0, surface.faces.reshape(-1), flat.repeat_interleave(3, 0))

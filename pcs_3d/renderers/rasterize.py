@@ -1,5 +1,5 @@
-"""Finds the visible triangle at each pixel with a z-buffer, without gradients, and blends pixels along silhouettes,
-with gradients."""
+"""Rasterizes triangles. A z-buffer finds the visible triangle at each pixel, without gradients. Blending pixels along
+silhouettes then provides gradients."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
-    """Returns the edges at which the visible side of a mesh ends, as pairs of vertices (int64 `[E, 2]`). At such an
-    edge, only one of its two triangles faces the camera, or it does not have exactly two triangles. `corners` is as in
-    `nearest_faces`."""
+    """Returns the edges at which the visible side of a mesh ends, as pairs of vertices (int64 `[E, 2]`). An edge is
+    included if exactly one of its two triangles faces the camera, or if it does not belong to exactly two triangles.
+    `corners` is as in `nearest_faces`."""
     turned = cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) > 0
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
     side = turned.repeat(3).long()
@@ -83,7 +83,8 @@ def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
 
     Two neighbouring pixels, only one of which is covered, are blended according to the point at which the edge nearest
     to the covered pixel crosses the line between their centres. Steep edges blend horizontal neighbours, and flat edges
-    blend vertical neighbours. If every edge blended both, the area change of a moving silhouette would count twice.
+    blend vertical neighbours. If every edge blended both kinds of neighbours, the change in area of a moving silhouette
+    would be counted twice.
 
     Args:
         values: the picture with its background, [H, W, K]
@@ -116,7 +117,7 @@ def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
 
 def _crossings(p: Tensor, q: Tensor, edges: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Finds where the first edge crosses the line from pixel p to pixel q, for N pairs of pixels. Returns the share of
-    the line before the crossing, in [0, 1], and whether any edge crosses it."""
+    the line before the crossing, in [0, 1], and whether any edge crosses the line."""
     start = torch.stack([p % width, p // width], -1) + 0.5
     step = torch.stack([q % width, q // width], -1) + 0.5 - start
     with torch.no_grad():
@@ -127,7 +128,8 @@ def _crossings(p: Tensor, q: Tensor, edges: Tensor, width: int) -> tuple[Tensor,
 
 
 def _share(start: Tensor, step: Tensor, edges: Tensor) -> Tensor:
-    """Returns the share at which start + share · step crosses each edge (`[..., 2, 2]`), or infinity if it does not."""
+    """Returns the share at which start + share · step crosses each edge (`[..., 2, 2]`), or infinity where it does
+    not."""
     a, along = edges[..., 0, :], edges[..., 1, :] - edges[..., 0, :]
     across = cross(step.to(along), along)
     safe = torch.where(across.abs() < 1e-9, torch.ones_like(across), across)

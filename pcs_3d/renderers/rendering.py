@@ -51,6 +51,6 @@ class RenderSettings:
 
 
 class Renderer(Protocol):
-    """Renders views of a field, differentiably in the field."""
+    """Renders views of a field. The views are differentiable with respect to the field."""
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering: ...

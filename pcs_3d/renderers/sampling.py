@@ -1,4 +1,4 @@
-"""Chooses where along rays a field is sampled."""
+"""Chooses the points along rays at which a field is sampled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 
 def through_cube(origins: Tensor, directions: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Returns the distances (`[N]`) at which rays enter and leave the cube [-bound, bound]³. `origins` and `directions`
-    are `[N, 3]`. An entry behind the camera becomes 0. For a ray that misses the cube, the exit is before the entry."""
+    are `[N, 3]`. If the entry is behind the camera, its distance is 0. If a ray misses the cube, the second distance is
+    smaller than the first."""
     tiny = torch.full_like(directions, 1e-9).copysign(directions)
     inverse = 1 / torch.where(directions.abs() < 1e-9, tiny, directions)
     first, second = (-bound - origins) * inverse, (bound - origins) * inverse
@@ -28,9 +29,9 @@ def stratified(near: Tensor, far: Tensor, count: int, generator: Generator | Non
 
 def by_importance(edges: Tensor, weights: Tensor, count: int, generator: Generator | None) -> Tensor:
     """Returns the edges of `count` intervals per ray that each contain the same share of the weights, `[N, count + 1]`.
-    They are found by inverting the cumulative distribution (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
+    The edges are found by inverting the cumulative distribution (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
 
-    Some weight is added everywhere, so that rays that hit nothing have samples as well. nerfacc's version of this
+    A small weight is added everywhere, so that rays that hit nothing also get samples. nerfacc's version of this
     function needs CUDA.
 
     Args:

@@ -1,4 +1,5 @@
-"""Shades colours. They are left as they are, lit by a lamp with or without texture, or replaced by normals."""
+"""Shades colours. Depending on the kind of shading, colours are left unchanged, lit by a lamp, replaced by a lit white
+surface, or replaced by normals."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.renderers.rendering import RenderSettings
 
 AMBIENT = 0.3
-"""The share of a colour that is visible without light. DreamFusion draws it from 0.1 to 1."""
+"""The share of a colour that is visible without light. DreamFusion draws this share at random between 0.1 and 1."""
 
 
 def needs_normals(settings: RenderSettings) -> bool:
@@ -24,8 +25,8 @@ def lamps(cameras: Cameras, settings: RenderSettings) -> Tensor:
 
 
 def shaded(features: Tensor, normals: Tensor | None, points: Tensor, lamp: Tensor, settings: RenderSettings) -> Tensor:
-    """Shades the features (`[N, K]`) of points with normals, lit by a lamp. `normals`, `points` and `lamp` are `[N,
-    3]`.
+    """Shades features (`[N, K]`), given the points that they belong to, the normals there, and the positions of the
+    lamp. `normals`, `points` and `lamp` are `[N, 3]`.
 
     The shading `albedo` returns the features unchanged. `lambertian` returns colour · (ambient + (1 − ambient) · max(0,
     n·l)) (DreamFusion, eq. 7), and `textureless` does the same for a white object. `normal` returns (n + 1) / 2 in

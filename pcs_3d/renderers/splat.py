@@ -1,4 +1,4 @@
-"""Gaussian splatting (3DGS, https://arxiv.org/abs/2308.04079), with gsplat on a GPU and in PyTorch otherwise."""
+"""Gaussian splatting (3DGS, https://arxiv.org/abs/2308.04079), using gsplat on a GPU and PyTorch otherwise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Splat(RendererPart):
             normals, points = normals_of_distance(depth, opacity.detach(), cameras)
             lit = lamps(cameras, settings)[:, None, None].expand_as(points)
             normal, point, lamp = (n.reshape(-1, 3) for n in (normals, points, lit))
-            # Colours are opacity-weighted sums and are lit as if they were on one surface.
+            # The colours are opacity-weighted sums, and are lit as if each pixel showed a single surface.
             seen = shaded(colors.reshape(-1, colors.shape[-1]), normal, point, lamp, settings)
             seen = seen.view(*normals.shape[:3], -1)
             own = settings.shading in ("textureless", "normal")
@@ -59,8 +59,8 @@ class Splat(RendererPart):
         )  # fmt: skip
 
     def uses_gsplat(self, device: torch.device) -> bool:
-        """Returns whether gsplat renders fields on this device. Raises ValueError if `engine` is gsplat but it cannot
-        be used."""
+        """Returns whether gsplat renders fields on this device. Raises ValueError if `engine` is gsplat but gsplat
+        cannot be used."""
         if self.engine == "torch":
             return False
         why = gsplat(device).why if device.type == "cuda" else "the field is not on a GPU"
@@ -104,7 +104,7 @@ class Splat(RendererPart):
 
     @torch.no_grad()
     def _lists(self, places: Tensor, spread: Tensor, depth: Tensor, splats: Splats, size: tuple[int, int]) -> Tensor:
-        """Returns the Gaussians that reach each tile, sorted from near to far, as `[T, M]`. Shorter lists are filled
+        """Returns the Gaussians that reach each tile, sorted from near to far, as `[T, M]`. Shorter lists are padded
         with -1."""
         rows, columns = (-(-s // self.tile) for s in size)
         reach = torch.stack([spread[:, 0], spread[:, 2]], -1).sqrt() * 3
@@ -151,8 +151,9 @@ class Found:
 
 @lru_cache
 def gsplat(device: torch.device) -> Found:
-    """Imports gsplat and tests it on the device by rendering one Gaussian, because it builds its kernels on first use
-    and can fail only then. Warns once if gsplat is installed but does not work."""
+    """Imports gsplat and tests it by rendering one Gaussian on the device. This test is needed because gsplat builds
+    its kernels on first use, so that a broken installation may fail only then. Warns once if gsplat is installed but
+    does not work."""
     try:
         from gsplat import rasterization  # pyright: ignore[reportMissingImports]
 

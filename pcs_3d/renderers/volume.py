@@ -24,10 +24,10 @@ class Volume(RendererPart):
     """Renders a field by marching rays through it.
 
     samples: the number of samples along each ray inside the field's bound.
-    importance: the number of additional samples. If it is above 0, all samples are placed where a first pass finds
-    density.
-    hidden: samples whose weight in their pixel is guaranteed to be at most this are skipped and receive no gradient.
-    Most of them lie in empty cells or behind the surface.
+    importance: the number of additional samples. If it is above 0, all samples are placed according to the density
+    found in a first pass.
+    hidden: samples whose weight in their pixel is guaranteed to be at most this value are skipped and receive no
+    gradient. Most of them lie in empty cells or behind the surface.
     rays: the number of rays rendered at a time.
     recompute: whether the activations of the samples are recomputed in the backward pass, chunk by chunk. This takes
     less memory and more time, and leaves the gradient unchanged.
@@ -78,7 +78,7 @@ class Volume(RendererPart):
     def _drawn(
         self, field: VolumeField, rays: Tensor, settings: RenderSettings, edges: Tensor, chosen: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, ...]:
-        """Renders the rays from their worthwhile samples (`_worthwhile`)."""
+        """Renders the rays from the samples that `_worthwhile` has chosen."""
         from nerfacc import accumulate_along_rays
 
         (kept, hit), middles = chosen, (edges[:, 1:] + edges[:, :-1]) / 2
@@ -112,7 +112,7 @@ class Volume(RendererPart):
         return by_importance(edges, weights, self.samples + self.importance, generator)
 
     def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the samples that may weigh more than `hidden`, as indices into `[N · S]`, and the rays that they lie
+        """Returns the samples whose weight may exceed `hidden`, as indices into `[N · S]`, and the rays that they lie
         on (`[M]`)."""
         from nerfacc import render_transmittance_from_density
 

@@ -15,10 +15,10 @@ _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:ST
 _LORA = typer.Option(
     [], "--lora", help="a LoRA file from another program (diffusers, peft, kohya), FILE or FILE:STRENGTH; repeatable"
 )
-_TOKEN = typer.Option([], help='the words the LoRA was trained with ("sks mug"); one for each --lora')
+_TOKEN = typer.Option([], help='the words the LoRA was trained with ("sks mug"); one --token for each --lora')
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
-_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
+_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto (half precision on a GPU, else float32)")
 _DOWNLOAD = typer.Option(False, "--download", help="download files from the hub if they are not in the local cache")
 _CLIP = typer.Option(None, help="a local CLIP folder to score with; the toybox has its own by default", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
@@ -56,7 +56,7 @@ def generate(
     out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
     num: int = typer.Option(1, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(
-        0, min=0, max=_SEEDS, help="seed of a prompt's first picture, which increases by 1 per picture"
+        0, min=0, max=_SEEDS, help="seed of each prompt's first picture; each further picture uses the next seed"
     ),
     strength: list[str] = typer.Option(
         [], help="a concept's strength schedule; my-mug=0@0,1@0.2 leaves my-mug out of the first fifth of the steps"
@@ -74,7 +74,7 @@ def generate(
     steps: int = typer.Option(
         None, min=1, max=10_000, help="denoising steps; default: as in the first concept's recipe"
     ),
-    scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists all choices)"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
     width: int = typer.Option(None, min=1, max=8192, help="pixels"),
     grid: bool = typer.Option(False, help="also write all pictures as one grid"),
@@ -147,7 +147,7 @@ def evaluate(
     clip: Path = _CLIP,
     dino: Path = _DINO,
     backbone: str = typer.Option(
-        None, help="folder, file or hub id; default: the model the concept was learned on; the toybox for a LoRA"
+        None, help="folder, file or hub id; default: the model the concept was learned on, or the toybox for a LoRA"
     ),
     device: str = _DEVICE,
     precision: str = _PRECISION,
@@ -194,7 +194,7 @@ def benchmark(
         None, help="recipes to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option(
-        "development", help="development (for use while tuning) or reporting (for a single use at the end)"
+        "development", help="development (to be used while tuning) or reporting (to be used once, at the end)"
     ),
     subjects: str = typer.Option("4", help="how many of the split's subjects to use, or their names as NAME,NAME"),
     limit: int = typer.Option(10, min=1, max=10_000, help="number of prompts"),
@@ -204,9 +204,9 @@ def benchmark(
         [], "--set", help="key=value applied to every recipe, for example train.steps=100"
     ),
     grid: list[str] = typer.Option(
-        [], "--grid", help="key=value,value for one row per value; repeat it for one row per combination"
+        [], "--grid", help="key=value,value for one row per value; repeat the option for one row per combination"
     ),
-    control: str = typer.Option(None, help="the row to compare the others with, subject by subject"),
+    control: str = typer.Option(None, help="the row with which the others are compared, subject by subject"),
     device: str = _DEVICE,
 ) -> None:
     """Compare recipes on the toybox's held-out subjects, by identity among look-alikes, prompt following, copying and time."""

@@ -17,7 +17,7 @@ from shared.io.model_folders import quiet
 
 DEFAULT_FRAMES = 16
 _UNWRAPPED = (
-    "all but motion modules' proj_in and proj_out, because diffusers passes keyword arguments, which peft rejects"
+    "all but motion modules' proj_in and proj_out, which diffusers calls with keyword arguments that peft rejects"
 )
 ROLES: Mapping[str, Sequence[RoleSpec]] = {
     **PICTURE_ROLES,
@@ -33,9 +33,10 @@ _ENDS = ("conv_in", "time_proj", "time_embedding", "conv_norm_out", "conv_act", 
 class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
     """A diffusers `AnimateDiffPipeline` behind the protocol.
 
-    Clips [B, C, F, h, w] pass through the whole network. Pictures [B, C, h, w] pass only through its image layers, because
-    motion modules change even a single frame, whereas a subject should be learned and shown without them. A concept learned on
-    the image U-Net therefore works unchanged with this backbone, and a single concept can train both kinds of layers.
+    Clips [B, C, F, h, w] pass through the whole network. Pictures [B, C, h, w] pass only through its image layers: a
+    subject should be learned and shown without motion modules, but these would change even a single frame. A concept
+    learned on the image U-Net therefore works unchanged with this backbone, and a single concept can train both kinds
+    of layers.
 
     Args:
         pipe: the pipeline; its U-Net is a `UNetMotionModel` or becomes one, and is frozen
@@ -58,11 +59,11 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit this model, which are its own and that of the image U-Net."""
+        """The families whose concepts can fit this model: its own family and that of the image U-Net."""
         return frozenset({self.family, StableDiffusionBackbone.family})
 
     def pipeline(self) -> Any:
-        """Returns an `AnimateDiffPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        """Returns an `AnimateDiffPipeline` around the same networks, with the base tokenizer and a new scheduler."""
         from diffusers import AnimateDiffPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         return AnimateDiffPipeline(
@@ -74,13 +75,13 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """Returns the network's output in its own parametrisation, [B, C, F, h, w] for clips and [B, C, h, w] for pictures.
-        In all else, does what `StableDiffusionBackbone.predict` does."""
+        """Returns the network's output in its own parametrisation, [B, C, F, h, w] for clips and [B, C, h, w] for
+        pictures. Otherwise behaves like `StableDiffusionBackbone.predict`."""
         return super().predict(x_t, t, conditioning)
 
     @contextmanager
     def image_layers(self) -> Iterator[None]:
-        """Inside the context, clips pass only through the image layers, frame by frame, as pictures do."""
+        """Inside the context, clips pass only through the image layers. Each frame is processed as a picture."""
         before, self._by_frame = self._by_frame, True
         try:
             yield
@@ -108,7 +109,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
 
 def _without_motion(unet: Any) -> Any:
-    """Builds a `UNet2DConditionModel` that shares the layers of a `UNetMotionModel` except its motion modules."""
+    """Builds a `UNet2DConditionModel` that shares all layers of a `UNetMotionModel` except its motion modules."""
     from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 
     config = unet.config
@@ -147,12 +148,12 @@ def _blocks(unet: Any) -> list[Any]:
 def with_motion(pipe: Any, adapter: Any) -> Any:
     """Builds an `AnimateDiffPipeline` from a `StableDiffusionPipeline` and a `MotionAdapter`.
 
-    Raises ValueError if the motion module was made for another U-Net.
+    Raises ValueError if the motion module was made for a different U-Net.
     """
     from diffusers import AnimateDiffPipeline, UNetMotionModel  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        with quiet():  # diffusers warns about the precision, which is only that of the given U-Net
+        with quiet():  # diffusers warns about a precision that is simply that of the given U-Net
             unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the motion module does not fit the U-Net: {str(error).splitlines()[0]}") from None

@@ -1,5 +1,5 @@
-"""Encodes and decodes clips with a causal autoencoder, which turns the first frame and then each group of frames into one
-latent frame."""
+"""Encodes and decodes clips with a causal autoencoder, which turns the first frame, and then each group of frames, into
+one latent frame."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from shared.backbones.latents import LatentCodec
 class CausalCodec(LatentCodec):
     """The autoencoder part of a backbone whose autoencoder maps r n + 1 frames to n + 1 latent frames.
 
-    Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no frame axis. Latents are
-    (z - mean) / spread per channel, where the family sets mean and spread. `frame_factor` is r.
+    Pictures [B, 3, H, W] are handled as clips of one frame, but their latents [B, C, h, w] have no frame axis. The
+    autoencoder's own latents z are normalized to (z - mean) / spread per channel. Each family defines the mean and the
+    spread. `frame_factor` is r.
     """
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the spread of the autoencoder's own latents, each [C], with the device and dtype of `like`."""
+        """Returns the mean and the spread of the autoencoder's own latents, each [C], on the device and in the dtype of
+        `like`."""
         raise NotImplementedError
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes pixels [B, 3, (F), H, W] in [-1, 1] to latents [B, C, (f), h, w]. With a generator, samples the latents;
-        without one, returns their mean. Differentiable."""
+        """Encodes pixels [B, 3, (F), H, W] in [-1, 1] to latents [B, C, (f), h, w]. With a generator, samples the
+        latents; without one, returns their mean. The result is differentiable."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return self._like(pixels, self._normalized(z))
@@ -61,8 +63,8 @@ class CausalCodec(LatentCodec):
         return self.vae.decode(z, return_dict=False)[0]
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns (C, h, w) for a picture and (C, f, h, w) for a clip. Raises ValueError if the size is not a multiple of what
-        the model needs, or if the frame count is not r n + 1."""
+        """Returns (C, h, w) for a picture and (C, f, h, w) for a clip. Raises ValueError if the height or the width is
+        not a multiple of the number that the model requires, or if the frame count is not r n + 1."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -70,8 +72,8 @@ class CausalCodec(LatentCodec):
 
 
 def check_causal_frames(family: str, frames: int, factor: int) -> int:
-    """Returns the number of latent frames of a clip. Raises ValueError, naming the nearest valid frame counts, unless
-    `frames` is `factor` n + 1."""
+    """Returns the number of latent frames of a clip with this many frames. If `frames` is not `factor` n + 1, raises
+    ValueError, naming the nearest valid frame counts."""
     more, rest = divmod(frames - 1, factor)
     if frames < 1 or rest:
         nearest = f"{more * factor + 1} and {(more + 1) * factor + 1}" if frames > 0 else "1"

@@ -1,4 +1,5 @@
-"""Reads from a model's folder which frame counts it supports, so that errors are reported before the model is loaded."""
+"""Finds out from a model's folder which frame counts the model supports, so that errors are reported before it is
+loaded."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
     """Returns a function that rejects frame counts that the model does not support, as its `latent_shape` does.
 
     Args:
-        source: the model, as for `load_backbone`. If None, the toybox
+        source: the model, as for `load_backbone`. If None, the toybox is used
         motion_adapter: for an image model, a folder with a diffusers `MotionAdapter`, or "none"
 
     Returns:
-        The function, or None if the files do not tell (because the model is not downloaded, is a single file, or belongs to
-        another package's family). The frame count is then checked when the model is opened.
+        The function, or None if the files do not show which frame counts are valid (because the model is not
+        downloaded, is a single file, or belongs to another package's family). The frame count is then checked when the
+        model is opened.
     """
     if source is None or str(source) == TOYBOX:
         from shared.toybox.weights import backbone_path, motion_adapter_path
@@ -52,16 +54,16 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
 
 
 def _ltx_factor(vae: Mapping[str, Any]) -> int:
-    """Returns the factor as `AutoencoderKLLTXVideo` does, either as it is stated, or computed from the patches and the levels
-    that halve time."""
+    """Returns the temporal compression factor, as `AutoencoderKLLTXVideo` does. If the configuration does not state the
+    factor, it is computed from the length of a patch and the number of levels that halve the frame count."""
     stated = vae.get("temporal_compression_ratio")
     halved = vae.get("spatio_temporal_scaling", (True, True, True, False))
     return stated or vae.get("patch_size_t", 1) * 2 ** sum(halved)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """Reads a configuration. Returns an empty one if it cannot be read, because the error is reported when the model is
-    opened."""
+    """Reads a configuration. Returns an empty configuration if the file cannot be read, because that error is reported
+    when the model is opened."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from shared.backbones.latents import LatentCodec
 
-FRAMES_AT_ONCE = 2**18  # pixels decoded at a time (one frame of 512x512), to limit the autoencoder's activations
+FRAMES_AT_ONCE = 2**18  # pixels decoded at a time (one frame of 512x512), which limits the memory for activations
 
 
 def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int | None = None) -> Tensor:
-    """Applies a function of pictures [N, C, H, W] to every frame of clips [B, C, F, H, W], or to pictures.
+    """Applies a function of pictures [N, C, H, W] to every frame of clips [B, C, F, H, W]. Pictures are passed to it as
+    they are.
 
     Args:
-        at_once: frames per call. If None, all frames at once
+        at_once: frames per call. If None, all frames are passed in one call
     """
     if clips.ndim == 4:
         return function(clips)
@@ -41,8 +42,8 @@ class FramewiseCodec(LatentCodec):
         return nullcontext()
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes pixels [B, 3, (F), H, W] in [-1, 1] to latents [B, C, (F), h, w]. With a generator, samples the latents;
-        without one, returns their mean. Differentiable."""
+        """Encodes pixels [B, 3, (F), H, W] in [-1, 1] to latents [B, C, (F), h, w]. With a generator, samples the
+        latents; without one, returns their mean. The result is differentiable."""
         encode = super().encode_pixels
         return by_frame(lambda frames: encode(frames, generator), pixels)
 
@@ -59,8 +60,9 @@ class FramewiseCodec(LatentCodec):
         return by_frame(super().decode, latents, max(1, FRAMES_AT_ONCE // pixels))
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Returns (C, h, w) for a picture and (C, F, h, w) for a clip. Raises ValueError if the size is not a multiple of what
-        the model needs, or if there are fewer than 2 frames or more than the model supports."""
+        """Returns (C, h, w) for a picture and (C, F, h, w) for a clip. Raises ValueError if the height or the width is
+        not a multiple of the number that the model requires, or if there are fewer than 2 frames or more than the model
+        supports."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -79,7 +81,8 @@ def check_framewise_frames(family: str, frames: int, most: int) -> None:
 
 
 def shares(clip: Any, picture: Any, names: tuple[str, ...]) -> None:
-    """Replaces those of the named submodules that `picture` has with the submodules of `clip`, without copying them."""
+    """Makes `picture` use the named submodules of `clip` instead of its own, without copying them. Names that `picture`
+    does not have are skipped."""
     for name in names:
         if getattr(picture, name, None) is not None:
             setattr(picture, name, getattr(clip, name))

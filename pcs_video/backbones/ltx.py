@@ -1,5 +1,5 @@
-"""LTX-Video (https://arxiv.org/abs/2501.00103), which uses flow matching on strongly compressed clips, with positions in
-seconds."""
+"""LTX-Video (https://arxiv.org/abs/2501.00103), which uses flow matching on strongly compressed clips. The positions of
+frames are given in seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class LTXBackbone(VideoTransformerBackbone):
         max_sequence_length: T5 tokens per prompt. By default, the tokenizer's limit, but at most 128
 
     Raises:
-        ValueError: when the transformer joins several cells into one token, or its channels differ from the autoencoder's
+        ValueError: when the transformer joins several cells into one token, or its channel count differs from the
+            autoencoder's
     """
 
     family = "ltx"
@@ -34,7 +35,7 @@ class LTXBackbone(VideoTransformerBackbone):
     default_steps = 50
     masks_context = True
     time_per_frame = True
-    #: Frames per second of generated and learned clips. The network gets each frame's time in seconds, not its number.
+    #: Frames per second of generated and learned clips. The network gets each frame's time in seconds, not its index.
     frame_rate: float | None = 25.0
     #: The noise level for decoding, if the autoencoder is conditioned on one.
     decode_time: float = 0.0
@@ -57,7 +58,7 @@ class LTXBackbone(VideoTransformerBackbone):
         self._set_sites("transformer_blocks", len(self.transformer.transformer_blocks))
 
     def pipeline(self) -> Any:
-        """Returns an `LTXPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        """Returns an `LTXPipeline` around the same networks, with the base tokenizer and a new scheduler."""
         from diffusers import LTXPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -79,7 +80,7 @@ class LTXBackbone(VideoTransformerBackbone):
         return mean, std / self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Decodes with the same noise every time, because some versions of the autoencoder add noise."""
+        """Decodes latents. Some versions of the autoencoder add noise, which is the same in every call."""
         timed = self.vae.config.timestep_conditioning
         t = z.new_full([len(z)], self.decode_time) if timed else None
         with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""Turns a backbone for pictures into a backbone for clips."""
+"""Turns a backbone that generates pictures into a backbone that generates clips."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _TOYBOX_FIND = ("from shared.toybox.weights import motion_adapter_path", "motion
 
 
 def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) -> Backbone:
-    """Returns `backbone` itself if it already generates clips. Otherwise, returns a backbone for clips around the same
-    networks, which is possible for Stable Diffusion and the toybox.
+    """Returns `backbone` itself if it already generates clips. Otherwise, returns a backbone that generates clips with
+    the same networks. This is possible for Stable Diffusion and the toybox.
 
     Args:
         folder: a folder with a diffusers `MotionAdapter`, or "none" for no motion modules (`PictureClipsBackbone`). If None,
             the toybox's own adapter is used, which fits only the toybox
 
     Raises:
-        ValueError: when the backbone generates pictures and no folder is given, when the folder has no motion module or one
-            for another U-Net, or when a folder is given but the backbone already generates clips
+        ValueError: when the backbone generates pictures and no folder is given, when the folder has no motion module or
+            one for a different U-Net, or when a folder is given but the backbone already generates clips
     """
     if backbone.frames is not None:
         if folder is not None:
@@ -36,7 +36,7 @@ def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) ->
         return backbone
     if not isinstance(backbone, StableDiffusionBackbone):
         raise ValueError(
-            f"{backbone.name} ({backbone.family}) generates pictures, and motion modules do not support it"
+            f"{backbone.name} ({backbone.family}) generates pictures, and motion modules cannot be added to it"
         )
     if folder is not None and str(folder) == NONE:
         made = PictureClipsBackbone(backbone.pipeline(), backbone.name)
@@ -55,8 +55,8 @@ def _folder(backbone: Backbone, folder: str | Path | None) -> Path:
     if backbone.world is None:
         raise ValueError(
             f"{backbone.name} generates pictures; give motion_adapter=FOLDER (--motion-adapter), the folder of a diffusers "
-            "MotionAdapter for it, or an AnimateDiffPipeline's folder as the backbone. For a trajectory alone, "
-            "motion_adapter=none is enough."
+            "MotionAdapter for it, or an AnimateDiffPipeline's folder as the backbone. If subjects only need to follow "
+            "trajectories, motion_adapter=none is enough."
         )
     from shared.toybox.weights import motion_adapter_path
 

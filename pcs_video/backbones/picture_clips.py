@@ -9,15 +9,15 @@ from torch import Tensor
 from pcs_video.backbones.framewise import FramewiseCodec, by_frame
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 
-NONE = "none"  # instead of a motion adapter's folder
+NONE = "none"  # given instead of a motion adapter's folder
 _MOST_FRAMES = 1024
 
 
 class PictureClipsBackbone(FramewiseCodec, StableDiffusionBackbone):
-    """A diffusers `StableDiffusionPipeline` that also generates clips, whose frames it processes separately.
+    """A diffusers `StableDiffusionPipeline` that also generates clips. The frames of a clip are processed separately.
 
-    It has no layers for motion, so a subject moves only along a trajectory (`FollowTrajectory`). It reads the same concepts as
-    for pictures. Frames attend to one another only where attention is edited (`SparseCausal`).
+    The model has no layers for motion, so a subject moves only along a trajectory (`FollowTrajectory`). Concepts for
+    the picture model work unchanged. Frames attend to one another only where attention is edited (`SparseCausal`).
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen

@@ -33,7 +33,7 @@ class WanProcessor(Processor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Maps tokens [B, N, C] to the same shape. Cross-attention layers also take the text [B, L, C]."""
-        assert attention_mask is None, "Wan also attends to the padding, which is zeros"
+        assert attention_mask is None, "Wan also attends to padding, which consists of zeros"
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in _projected(attn, hidden_states, encoder_hidden_states))
         if rotary_emb is not None:
             cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
@@ -66,7 +66,7 @@ class LTXProcessor(Processor):
 
 
 def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns queries, keys and values, each [B, L, H * d]. Norms are computed over all heads together."""
+    """Returns queries, keys and values, each [B, L, H * d]. The norms are computed over all heads together."""
     source = x if text is None else text
     return attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
 
@@ -78,5 +78,5 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _out(attn: Any, attended: Tensor, like: Tensor) -> Tensor:
-    """Joins the heads, [B, H, L, d], and projects them to the layer's output, [B, L, C]."""
+    """Joins the heads of `attended` ([B, H, L, d]) and projects them to the layer's output ([B, L, C])."""
     return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2).to(like.dtype)))

@@ -1,5 +1,5 @@
-"""The base class of video transformers, which have joint attention over space and time, cross-attention to the text, and flow
-matching."""
+"""The base class of video transformers, which attend jointly over space and time, use cross-attention to the text, and
+are trained by flow matching."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.types import Conditioning
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _LEAVES = {"": _QKVO, ".kv": "to_[kv]", ".q": "to_q", ".qk": "to_[qk]"}
 _T5 = r"encoder\.block\.\d+\.layer\.\d+\."
-_NOTE = "the layers of self_attention, which attends jointly over space and time; there are no layers for time alone"
+_NOTE = "the layers of self_attention, which attend jointly over space and time; there are no layers for time alone"
 
 
 def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) -> dict[str, tuple[RoleSpec, ...]]:
@@ -27,8 +27,8 @@ def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) ->
 
     Args:
         networks: the component names of the transformers
-        block: pattern of a block's name, including the trailing dot
-        feed_forward: name of the feed-forward module in a block
+        block: a pattern for the names of blocks, including the trailing dot
+        feed_forward: the name of the feed-forward module in a block
     """
 
     def of(pattern: str, **options: Any) -> tuple[RoleSpec, ...]:
@@ -50,11 +50,11 @@ def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) ->
 
 
 class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
-    """A diffusers pipeline with a T5, one or more video transformers with the same layers, and a causal autoencoder, behind the
-    protocol.
+    """Wraps a diffusers pipeline in the backbone protocol. The pipeline has a T5 text encoder, one or more video
+    transformers with the same layers, and a causal autoencoder.
 
-    Clips are [B, C, f, h, w], and pictures [B, C, h, w] are handled as clips of one frame. Unlike the pipelines, this backbone
-    uses prompts as they are, without cleaning up HTML entities and repeated spaces.
+    Clips are [B, C, f, h, w], and pictures [B, C, h, w] are handled as clips of one frame. Unlike diffusers' pipelines,
+    this backbone uses prompts as they are, without cleaning up HTML entities and repeated spaces.
     """
 
     why_one_context = "all of its layers share one projection of the text"
@@ -68,7 +68,8 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """The dtype of latents during sampling, which is float32 whatever the network's precision, as in the pipelines."""
+        """The dtype of latents during sampling, which is at least float32 whatever the network's precision, as in
+        diffusers."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def sites(self) -> tuple[Site, ...]:
@@ -79,7 +80,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
         return ()
 
     def _set_sites(self, block: str, blocks: int) -> None:
-        """Sets the list of sites, which are the self-attention and then the cross-attention of each block, in order."""
+        """Sets the list of sites. Each block, in order, adds its self-attention and then its cross-attention."""
         names = [(f"{block}.{i}.attn{n}", n) for i in range(blocks) for n in (1, 2)]
         self._sites = tuple(Site(name, "self" if n == 1 else "cross", self.latent_multiple) for name, n in names)
 
@@ -88,7 +89,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
         Args:
             x_t: clips [B, C, f, h, w], or pictures [B, C, h, w]
-            t: [B] or a scalar; also [B, f] if the network takes one time per frame (`time_per_frame`)
+            t: [B] or a scalar; may also be [B, f] if the network takes one time per frame (`time_per_frame`)
 
         Raises:
             ValueError: when the conditioning has one context per site, image tokens, regions or size_ids, or when shapes do

@@ -1,5 +1,5 @@
-"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314), which use flow matching on clips. Wan 2.2 has an expert for high and one
-for low noise."""
+"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314), which use flow matching on clips. Wan 2.2 has one expert for high
+noise and one for low noise."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from shared.types import Conditioning
 class WanBackbone(VideoTransformerBackbone):
     """A diffusers `WanPipeline` (text to video) behind the protocol.
 
-    With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. Both have the same
-    layers. A role refers to the layers of both experts, and a site refers to a layer of the expert that predicts.
+    With two experts, `transformer` predicts at times from `boundary` upwards, and `transformer_2` predicts at times
+    below it. Both have the same layers. A role refers to the layers of both experts, and a site refers to a layer of
+    the expert that predicts.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
@@ -63,7 +64,7 @@ class WanBackbone(VideoTransformerBackbone):
         self._set_sites("blocks", len(pipe.transformer.blocks))
 
     def pipeline(self) -> Any:
-        """Returns a `WanPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        """Returns a `WanPipeline` around the same networks, with the base tokenizer and a new scheduler."""
         from diffusers import WanPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -99,13 +100,13 @@ class WanBackbone(VideoTransformerBackbone):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The time range of each expert. With two experts, `transformer` predicts from the boundary upwards and
-        `transformer_2` below it; otherwise, `transformer` always predicts."""
+        """The time range of each expert. With two experts, `transformer` predicts from the boundary upwards, and
+        `transformer_2` predicts below it. Otherwise, `transformer` always predicts."""
         low = {"transformer_2": (0.0, self.boundary)} if len(self.experts) > 1 else {}
         return {"transformer": (self.boundary, 1000.0), **low}
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """Sets the times as `WanPipeline` does, with the scheduler's own shift."""
+        """Sets the times as `WanPipeline` does. The scheduler applies the shift that it is configured with."""
         scheduler.set_timesteps(steps, device=self.device)
         scheduler.set_begin_index(0)
 
@@ -120,8 +121,8 @@ class WanBackbone(VideoTransformerBackbone):
         if self._is_attended:
             raise ValueError(
                 f"{self.family}: these times are on both sides of {self.boundary:g}, where the experts change, but attention "
-                "is edited or watched, which is possible for only one expert at a time. Predict on one side at a time "
-                "(train.batch_size=1, or a range of times on one side)."
+                "is edited or watched, which is possible for only one expert at a time. Choose the times of each "
+                "prediction on one side (train.batch_size=1, or a range of times on one side)."
             )
         parts = [self._ask(name, clips[index], t[index], context[index]) for name, index in asked.items()]
         return torch.cat(parts)[torch.cat(list(asked.values())).argsort()]
@@ -152,7 +153,7 @@ class WanBackbone(VideoTransformerBackbone):
         return super().predict_guided(x_t, t, positive, negative, strength)
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Runs the text encoder. UMT5 does not attend to padding, and its hidden states there are replaced with zeros."""
+        """Runs the text encoder. UMT5 does not attend to padding, and the hidden states of padding are set to zero."""
         hidden = self._components[component](ids, attention_mask=mask)[0]
         return hidden * mask[..., None].to(hidden.dtype), None
 

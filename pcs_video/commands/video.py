@@ -16,7 +16,7 @@ _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:ST
 _SEEDS = 2**62
 _FPS = "frames per second; default: the model's own if it has one (LTX: 25), else 8"
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
-_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
+_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto (half precision on a GPU, else float32)")
 _DOWNLOAD = typer.Option(False, "--download", help="download files from the hub if they are not in the local cache")
 _MOTION = typer.Option(
     None,
@@ -54,7 +54,9 @@ def generate(
         Path("clip.mp4"), help="a file (.mp4, .gif, .webp), or a folder for several clips", **PATH
     ),
     num: int = typer.Option(1, min=1, max=10_000, help="clips per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of a prompt's first clip, which increases by 1 per clip"),
+    seed: int = typer.Option(
+        0, min=0, max=_SEEDS, help="seed of each prompt's first clip; each further clip uses the next seed"
+    ),
     frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, help=_FPS, **numbers.FPS),
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if --out is a folder"),
@@ -62,8 +64,8 @@ def generate(
     strength: list[str] = typer.Option(
         [], help="a concept's strength schedule; my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
     ),
-    first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
-    prefix: Path = typer.Option(None, help="a clip that the new one begins with and continues", **PATH),
+    first_frame: Path = typer.Option(None, help="a picture with which the clip begins", **PATH),
+    prefix: Path = typer.Option(None, help="a clip with which the new clip begins, and which it continues", **PATH),
     prefix_frames: int = typer.Option(None, min=1, max=10_000, help="frames of --prefix to use; default: all"),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, help=steering.SHARE, **numbers.SHARE),
@@ -79,7 +81,7 @@ def generate(
         None, help="classifier-free guidance scale; default: as in the motion's recipe", **numbers.GUIDANCE
     ),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the motion's recipe"),
-    scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists all choices)"),
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
     width: int = typer.Option(None, min=1, max=8192, help="pixels"),
     backbone: str = typer.Option(
@@ -142,7 +144,7 @@ def evaluate(
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
     false_motion: str = typer.Option(
         "unnamed",
-        help="clips to compare with: the motion loaded but not in the prompt (unnamed), at strength 0 (off), or none",
+        help="clips to compare with: unnamed (prompts do not name the loaded motion), off (its strength is 0) or none",
     ),
     compensate_camera: bool = typer.Option(False, help="measure motion fidelity without the camera's movement"),
     frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
@@ -212,9 +214,9 @@ def benchmark(
         None, help="motion recipes to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option(
-        "development", help="development (for use while tuning) or reporting (for a single use at the end)"
+        "development", help="development (to be used while tuning) or reporting (to be used once, at the end)"
     ),
-    motions: str = typer.Option("6", help="how many of the split's motions, or their names: NAME,NAME"),
+    motions: str = typer.Option("6", help="how many of the split's motions to use, or their names as NAME,NAME"),
     subjects: str = typer.Option(
         "4", help="how many of the split's subjects to show each motion on, or their names; 0 for none"
     ),

@@ -1,4 +1,4 @@
-"""Alternates between learning the subject and preserving its class, when the two do not fit into one batch."""
+"""Alternates between learning the subject and preserving its class, for examples that do not fit into one batch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from shared.train.tune import Tune
 
 
 class AlternateTask(TuneTask):
-    """Alternates between two kinds of steps. Every `every`-th step is for preservation, and learns from class examples through
-    the penalties that need them. All other steps learn from the subject, with all other losses. Pictures of a subject and clips
-    that preserve motion can thus be learned in one phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
+    """Alternates between two kinds of steps. Every `every`-th step is a preservation step, which learns from class
+    examples through the penalties that need them. All other steps learn from the subject, with all other losses. A
+    single phase can therefore learn from both pictures of a subject and clips that preserve motion, as in MotionBooth
+    (https://arxiv.org/abs/2406.17758).
 
     `rest` lists adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.
     `subject_only` lists optimizer groups that learn only from the subject, such as that of a motion's words in SynMotion

@@ -16,17 +16,18 @@ class AppearanceDebias(Penalty):
     """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eq. 6 and 7), for epsilon, v and flow
     prediction.
 
-    For every frame i, phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a, where a is a frame drawn at random for each example. The
-    penalty is the mean of |phi(target) - phi(prediction)|^2 over instance examples. With beta = 1 and 16 frames, an error that
-    all frames share has 0.17 times its weight in the plain loss, and an error of individual frames has 2.8 times that weight.
-    A clip's motion is therefore learned more than its appearance. Weights from masks or padding also apply here. At each
-    position, the difference between two frames gets the lower of the two frames' weights.
+    For every frame i, phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a, where a is a frame drawn at random for each example.
+    The penalty is the mean of |phi(target) - phi(prediction)|^2 over instance examples. With beta = 1 and 16 frames, an
+    error that all frames share has 0.17 times the weight that it has in the plain loss, and errors that are independent
+    between frames have 2.8 times that weight. The penalty therefore emphasizes a clip's motion over its appearance.
+    Weights from masks or padding also apply to the penalty. At each position, the difference between two frames gets
+    the lower of the two frames' weights.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
     kind: Literal["appearance_debias"] = "appearance_debias"
     weight: NotNegative = 1.0  # factor of the penalty
-    beta: NotNegative = 1.0  # the factor of frame z_a; 0 for the plain loss
+    beta: NotNegative = 1.0  # factor of the frame z_a; 0 gives the plain loss
 
     def __call__(self, step: Step) -> Tensor:
         """Returns the penalty. Raises ValueError if the batch contains pictures, which have no frames to compare."""

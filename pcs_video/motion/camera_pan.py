@@ -1,4 +1,4 @@
-"""Moves the camera, by shifting latents from frame to frame."""
+"""Moves the camera by shifting latents from frame to frame."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ _STREAM = 2**40  # random stream for cells that come into view, separate from th
 class CameraPan(SamplingHookBase):
     """MotionBooth's camera control (https://arxiv.org/abs/2406.17758), which needs no training.
 
-    The camera moves at constant speed, in total by `right` times the picture's width and `down` times its height, so that the
-    content moves in the opposite direction. The latents of each frame are shifted by whole cells, a little in each of the
-    steps between `start` and `end`. Cells that come into view are filled with values drawn from the same row (or column, for
-    a vertical shift) outside the subjects' `boxes`, so that the spread of the values matches the noise level.
+    The camera moves at constant speed, by `right` times the picture's width and `down` times its height over the whole
+    clip. The content therefore moves in the opposite direction. The latents of each frame are shifted by whole cells, a
+    little in each of the steps between `start` and `end`. Cells that come into view are filled with values drawn from
+    the same row (or column, for a vertical shift) outside the subjects' `boxes`, so that the spread of the values
+    matches the noise level.
     """
 
     kind: Literal["camera_pan"] = "camera_pan"
     right: Distance = 0.0
     down: Distance = 0.0
-    start: Fraction = 0.1  # fraction of the steps at which the shifts begin; by default, steps 5 to 15 of 50
-    end: Fraction = 0.3
+    start: Fraction = 0.1  # the shifts begin at this fraction of the steps, by default at step 5 of 50
+    end: Fraction = 0.3  # the shifts end at this fraction of the steps, by default at step 15 of 50
     boxes: Mapping[str, Mapping[int, Box]] = {}
 
     @field_validator("boxes", mode="before")
@@ -87,7 +88,7 @@ class CameraPan(SamplingHookBase):
         """Returns the scheduler calls before which latents are shifted. Each is the first call of a step."""
         begin = range(0, step.steps, step.order)
         steps = [i for i in begin if self.start <= i / step.steps < self.end]
-        return steps or [max(i for i in begin if i <= self.start * step.steps)]  # no step is in the range
+        return steps or [max(i for i in begin if i <= self.start * step.steps)]  # used if no step is in the range
 
     def _source(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         """Returns a bool mask [f, h, w] of the cells from which values for new cells may be drawn."""
@@ -102,8 +103,9 @@ class CameraPan(SamplingHookBase):
 def shifted(plane: Tensor, cells: int, axis: int, source: Tensor, draw: torch.Generator) -> Tensor:
     """Shifts a plane [C, h, w] as if the camera had moved by `cells` along an axis (1 for down, 2 for right).
 
-    Each cell that comes into view is drawn from those cells of the same row (axis 2) or column (axis 1) of `plane` that
-    `source` ([h, w]) allows. If it allows none of them, the cell is drawn from the whole row or column.
+    The values of each cell that comes into view are those of a cell drawn from the same row (axis 2) or column (axis 1)
+    of `plane`. Only cells that the mask `source` ([h, w]) allows are drawn, unless it allows none in that row or
+    column.
     """
     size = plane.shape[axis]
     cells = max(-size, min(size, cells))

@@ -22,15 +22,16 @@ from shared.types import Example, Subject
 class Clips(SourcePart):
     """Yields every clip of every subject. These are the examples of role "instance", from which motions are learned.
 
-    `window` selects the frames, with a rate, stride, length, start, and number of windows per clip. Masks are the user's if
-    there are any next to the clip, else the clip's transparency, else none. A single mask belongs to the first frame and is
-    tracked through the clip. The caption is the user's own, or "" for the prompt part to fill in.
+    `window` selects the frames, with a rate, stride, length, start, and number of windows per clip. The user's masks
+    are used if there are any. Otherwise, the masks come from the clip's transparency if it has any. A single mask
+    belongs to the first frame and is tracked through the clip. The caption is the user's own, or "" for the prompt part
+    to fill in.
     """
 
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
     size: tuple[Side, Side] | None = None  # height and width of the frames; null for a square of side train.resolution
-    fit: ResizeMode = "cover"  # how frames of another shape are fitted into that size
+    fit: ResizeMode = "cover"  # how frames with a different aspect ratio are fitted into that size
     track: Track = Track()
     apart: bool = False  # whether each frame becomes a picture
 
@@ -47,8 +48,8 @@ class Clips(SourcePart):
         return found
 
     def windows(self, subject: Subject, path: Path, side: int) -> Iterator[Clip]:
-        """Yields the windows of one clip. Frames have the set `size`, or are squares of `side` pixels. If the clip has a mask,
-        every frame gets one.
+        """Yields the windows of one clip. Frames have the size that is set, or are squares of `side` pixels. If the
+        clip has masks, every frame gets one.
 
         Raises ValueError, naming the file, if a clip or its masks cannot be used (see `read_windows`).
         """

@@ -1,4 +1,4 @@
-"""Learns a motion separately from the appearance of its clips, on two paths."""
+"""Learns the motion and the appearance of clips separately, on two paths."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PATHS = 2**44  # a separate random stream
 
 
 class DualPathTask(TuneTask):
-    """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2), which each step runs one after the other.
+    """Runs MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2) one after the other in each step.
 
-    On the spatial path, parts of the optimizer group `spatial` learn a random frame of the clip as a picture, with all other
-    trained parts off. If a latent frame spans several frames, they learn the first frame, because only that one has a latent
-    frame to itself. On the temporal path, parts of the group `temporal` learn the whole clip, while the clip's own spatial
-    adapters stay fixed and provide its appearance. With probability `skip`, the spatial path and its adapters are off. If a
-    penalty needs class examples (the base model's own clips), the temporal path also learns from these, with all spatial
-    adapters off.
+    On the spatial path, parts of the optimizer group `spatial` learn a random frame of the clip as a picture, with all
+    other trained parts off. If a latent frame spans several frames, the first frame is always learned, because it is
+    the only frame with a latent frame to itself. On the temporal path, parts of the group `temporal` learn the whole
+    clip, while the clip's own spatial adapters stay fixed and provide its appearance. With probability `skip`, a step
+    has no spatial path, and the spatial adapters are off. If a penalty needs class examples (the base model's own
+    clips), the temporal path also learns from these, with all spatial adapters off.
     """
 
     kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -56,7 +56,8 @@ class DualPath(Tune):
             raise ValueError(f"trainable.{shared}: dual_path needs a spatial part for each clip; set per_source=true")
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields a loss on one frame, a loss on the clip, and, if a penalty needs class examples, a loss on these."""
+        """Yields a loss on one frame, a loss on the whole clip and, if a penalty needs class examples, a loss on class
+        examples."""
         batch = self.data.batch(step, micro, "instance")
         if batch.latents.ndim != 5:
             raise ValueError("task.kind=dual_path learns from clips; give subject.clips=FOLDER")

@@ -1,4 +1,4 @@
-"""Makes the subject of clips follow a path, by moving it from frame to frame."""
+"""Makes the subject of a clip follow a path by moving it from frame to frame."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from shared.sampling.sampler import output_size
 from shared.sampling.schedulers import adds_noise, make_scheduler
 from shared.sampling.settings import SamplingSettings
 
-_MARGIN = 0.2  # as a fraction of the frame, about half the size of a subject
+_MARGIN = 0.2  # as a fraction of the frame; about half the size of a subject
 _STREAM = 2**43  # random stream for new noise, separate from those of the initial noise and of camera pans
 
 
 class FollowTrajectory(SamplingHookBase):
     """Moves the subject that is being generated along a trajectory, without training.
 
-    Once the subject has formed, it is located in the predicted clean latents. In each frame, it is then moved and scaled to
-    match the trajectory, with bilinear interpolation for its clean latents and by whole cells for its noise. The area that it
-    leaves is filled row by row from the background on both sides. The remaining steps blend subject and background. If the
-    subject would leave the frame, the whole path is shifted. Related methods are FreeTraj, which moves noise along
-    trajectories (https://arxiv.org/abs/2406.16863), and MotionBooth, which shifts latents to move the camera
-    (https://arxiv.org/abs/2406.17758).
+    Once the subject has formed, it is located in the predicted clean latents. In each frame, it is then moved and
+    scaled to match the trajectory. Its clean latents are interpolated bilinearly, and its noise is moved by whole
+    cells. The area that it leaves is filled row by row from the background on both sides. The remaining steps blend the
+    subject with the background. If the subject would leave the frame, the whole path is shifted. Related methods are
+    FreeTraj, which moves noise along trajectories (https://arxiv.org/abs/2406.16863), and MotionBooth, which shifts
+    latents to move the camera (https://arxiv.org/abs/2406.17758).
 
-    With `layers: image`, models with separate motion layers (AnimateDiff) skip these layers. All frames then start from the
-    same noise, and also attend to the first frame in self-attention, as in Text2Video-Zero (https://arxiv.org/abs/2303.13439).
-    The clip is one picture in which the subject moves.
+    With `layers: image`, models with separate motion layers (AnimateDiff) skip these layers. All frames then start from
+    the same noise. In self-attention, they also attend to the first frame, as in Text2Video-Zero
+    (https://arxiv.org/abs/2303.13439). In the resulting clip, only the subject moves.
 
     `VideoRunner.generate` does not use this hook for prompts that do not name the concept.
     """
@@ -49,7 +49,7 @@ class FollowTrajectory(SamplingHookBase):
     trajectory: Trajectory
 
     def resting(self) -> FollowTrajectory:
-        """Returns a hook of the same concept that moves nothing."""
+        """Returns a hook for the same concept that moves nothing."""
         return self.model_copy(update={"trajectory": Trajectory()})
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
@@ -64,14 +64,14 @@ class FollowTrajectory(SamplingHookBase):
 
 
 class ByFrame(SamplingHookBase):
-    """Generates clips with only the image layers, which gives a still picture unless something moves it.
+    """Generates clips with only the image layers. The frames are identical unless another hook changes them.
 
     All frames start from the same noise. In self-attention, each frame attends to the first frame and to itself.
     """
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> ByFrame:
-        """Returns the hook itself. Raises ValueError if the scheduler adds noise in its steps, because that noise would differ
-        between frames."""
+        """Returns the hook itself. Raises ValueError if the scheduler adds noise in its steps, because that noise would
+        be different in each frame."""
         if len(output_size(backbone, settings)) == 3 and adds_noise(make_scheduler(backbone, settings.scheduler)):
             name = settings.scheduler or f"the scheduler of {backbone.name}"
             raise ValueError(
@@ -94,7 +94,7 @@ class ByFrame(SamplingHookBase):
 
 
 class Following(SamplingHookBase):
-    """The hook with which one call of the sampler follows a trajectory (see `FollowTrajectory`)."""
+    """Moves the subject along a trajectory during one call of the sampler (see `FollowTrajectory`)."""
 
     trajectory: Trajectory
 
@@ -114,8 +114,8 @@ class Following(SamplingHookBase):
         return torch.stack([signal * x + noisy * eps for x, eps in out]).to(latents.dtype)
 
     def _moved(self, clean: Tensor, noise: Tensor, path: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-        """Returns the clean latents and the noise of one clip, each [C, f, h, w], after moving the subject in each frame to the
-        frame's waypoint on the path ([f, 3])."""
+        """Moves the subject of one clip to the waypoint of each frame on the path ([f, 3]). Returns the new clean
+        latents and the new noise, each [C, f, h, w]."""
         mask = subject_mask(clean)
         place = centre_of(mask)
         path = path + np.append(into_view(place, path[:, :2]), 0.0)
@@ -137,7 +137,7 @@ class Following(SamplingHookBase):
 
 
 class FollowingByFrame(Following, ByFrame):
-    """The hook that follows a trajectory with only the image layers."""
+    """Moves the subject along a trajectory, and generates the clip with only the image layers."""
 
     def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
         """Draws noise that is the same in all frames, as the initial noise is, so that the background does not change."""
@@ -145,10 +145,11 @@ class FollowingByFrame(Following, ByFrame):
 
 
 def subject_mask(clean: Tensor) -> Tensor:
-    """Returns a bool mask [h, w] of the subject in clean latents [C, f, h, w] or in a multiple of them.
+    """Returns a bool mask [h, w] of the subject in clean latents [C, f, h, w], which may be scaled by a constant.
 
-    The mask contains the cells whose mean over frames differs most from the median of their row. The threshold is Otsu's,
-    chosen so that the mask covers at most half of the frame. If the latents are uniform, the mask is the whole frame.
+    The mask contains the cells whose mean over all frames differs most from the median of their row. It uses Otsu's
+    threshold, restricted so that the mask covers at most half of the frame. If the latents are uniform, the mask is the
+    whole frame.
     """
     mean = clean.double().mean(1).cpu()
     far = (mean - mean.median(2, keepdim=True).values).square().sum(0).sqrt()
@@ -158,7 +159,8 @@ def subject_mask(clean: Tensor) -> Tensor:
 
 
 def _threshold(values: np.ndarray) -> float:
-    """Returns Otsu's threshold for values [n], chosen among the thresholds that at most half of the values reach."""
+    """Returns Otsu's threshold for values [n], chosen among the thresholds that are reached by at most half of the
+    values."""
     values = np.sort(values)
     n, total = len(values), values.sum()
     above = np.arange(1, n // 2 + 1)  # the number of values that reach each threshold
@@ -174,7 +176,8 @@ def centre_of(mask: Tensor) -> np.ndarray:
 
 
 def widened(mask: Tensor) -> Tensor:
-    """Returns a bool mask [h, w] that is wider by one sixteenth of the shorter side, but at least one cell."""
+    """Returns the bool mask [h, w] widened in all directions by one sixteenth of its shorter side, but at least by one
+    cell."""
     reach = _border(mask)
     return functional.max_pool2d(mask.double()[None, None], 2 * reach + 1, 1, reach)[0, 0] > 0
 
@@ -184,8 +187,8 @@ def _border(plane: Tensor) -> int:
 
 
 def into_view(place: np.ndarray, path: np.ndarray, margin: float = _MARGIN) -> np.ndarray:
-    """Returns the smallest shift (right, down) that keeps a path [f, 2], which is relative to `place`, at least `margin` away
-    from the edges of the frame. A path that is too long for this is centred."""
+    """Returns the smallest shift (right, down) that keeps a path at least `margin` away from the edges of the frame. A
+    path that is too long for this is centred. The path ([f, 2]) is relative to the position `place`."""
     low, high = margin - place - path.min(0), 1 - margin - place - path.max(0)
     return np.where(low > high, (low + high) / 2, np.clip(0.0, low, np.maximum(low, high)))
 
@@ -201,8 +204,8 @@ class _Subject:
     def moved(
         self, clean: Tensor, noise: Tensor, fresh: Tensor, right: float, down: float, log_size: float
     ) -> tuple[Tensor, Tensor]:
-        """Returns the clean latents and the noise with the subject moved by (right, down) and scaled by exp(log_size). Cells
-        for which there is no noise to move get noise from `fresh`."""
+        """Returns the clean latents and the noise after moving the subject by (right, down) and scaling it by
+        exp(log_size). Cells in the subject's old and new areas that receive no moved noise get noise from `fresh`."""
         height, width = self.mask.shape
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         size = math.exp(log_size)
@@ -222,16 +225,16 @@ class _Subject:
         return cleaned, noises
 
     def _background(self, clean: Tensor) -> Tensor:
-        """Returns clean latents [C, h, w] without the subject, whose area is interpolated along each row."""
+        """Returns the clean latents [C, h, w] with the subject's area replaced by interpolation along each row."""
         left, right, share = (part.to(clean.device) for part in (self.left, self.right, self.share))
         left, right = (clean.gather(2, column.expand_as(clean)) for column in (left, right))
         return torch.lerp(left, right, share.to(clean).expand_as(clean))
 
 
 def _around(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the columns of the nearest unmasked cells to the left and to the right of each cell, and the cell's relative
-    position between them, from 0 to 1, each [h, w]. For an unmasked cell, both columns are its own. Fully masked rows use the
-    edges of the frame."""
+    """Returns three planes [h, w]: the columns of the nearest unmasked cells to the left and to the right of each cell,
+    and the cell's relative position between these columns, from 0 to 1. For an unmasked cell, both columns are its own.
+    Fully masked rows use the edges of the frame."""
     height, width = mask.shape
     columns = np.arange(width)
     left, right, share = np.zeros((height, width), int), np.zeros((height, width), int), np.zeros((height, width))

@@ -16,7 +16,7 @@ from shared.types import Example, Role, Subject
 
 
 class FrozenClips(SourcePart):
-    """Makes a still clip of every picture of another source, by repeating the picture `length` times.
+    """Makes a still clip from each picture of another source by repeating the picture `length` times.
 
     From such clips, Still-Moving (https://arxiv.org/abs/2407.08674, section 4) learns both the absence of motion and a
     subject's appearance with motion layers active. CustomCrafter (https://arxiv.org/abs/2408.13239) learns only the latter.
@@ -25,7 +25,7 @@ class FrozenClips(SourcePart):
     kind: Literal["frozen_clips"] = "frozen_clips"
     length: int = Field(default=16, ge=2, le=4096)  # frames
     pictures: Annotated[Source, default_kind("references")] = References()
-    role: Role = "instance"  # role of the clips, whatever the role of the pictures
+    role: Role = "instance"  # role of the clips, regardless of the pictures' role
 
     @property
     def gives(self) -> Role:

@@ -1,4 +1,4 @@
-"""Generates clips of the class with the model before it is tuned, to preserve the model's motion."""
+"""Generates clips of the class with the untuned model. They preserve the model's motion during tuning."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from shared.sources.generated import Generated
 
 
 class GeneratedClips(Generated):
-    """Generates `num_images` clips of `frames` frames per subject, of role "prior", and caches them as `Generated` does.
+    """Generates `num_images` clips of `frames` frames per subject with the role "prior", and caches them as `Generated`
+    does.
 
-    A model that learns a subject only from pictures forgets how things move. This is prevented if it also learns from its own
-    clips (MotionBooth, https://arxiv.org/abs/2406.17758, uses real clips of arbitrary content instead).
+    A model that learns a subject only from pictures forgets how things move. To prevent this, it also learns from its
+    own clips. MotionBooth (https://arxiv.org/abs/2406.17758) uses real clips of arbitrary content instead.
     """
 
     made: ClassVar[str] = "class clips"
@@ -50,5 +51,5 @@ class GeneratedClips(Generated):
 
     def _write(self, pixels: Tensor, path: Path, about: Mapping[str, str]) -> None:
         if path.is_dir():
-            shutil.rmtree(path)  # damaged
+            shutil.rmtree(path)  # a damaged clip
         write_clip(path, pixels, 8, about)

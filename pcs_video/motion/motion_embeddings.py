@@ -20,15 +20,15 @@ class MotionEmbeddings(TrainablePart):
     """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) for temporal attention layers. Queries and keys get one
     embedding per frame, and values get one per frame and position. All start at 0.
 
-    The embeddings are made for clips of `frames` frames and `resolution` pixels, and are resized for other clips. Embeddings
-    of values depend on the position and could therefore store appearance. By default, only their differences from frame to
-    frame take effect outside training.
+    The embeddings are made for clips of `frames` frames and `resolution` pixels, and are resized for other clips. The
+    embeddings of values depend on the position and could therefore store appearance. By default, only their differences
+    from frame to frame take effect outside training.
     """
 
     taxonomy: ClassVar[str] = "motion embeddings"
     kind: Literal["motion_embeddings"] = "motion_embeddings"
     lr: Rate = 2e-2  # learning rate
-    # use layers of this many of the coarsest grids; null for all
+    # train only the layers at this many grid sizes, starting with the coarsest; null for all layers
     coarsest: Annotated[int, Field(ge=1, le=64)] | None = 2
     frames: Annotated[int, Field(ge=2, le=4096)] | None = None  # frames per clip; null for the backbone's own
     resolution: Side | None = None  # pixels; null for the backbone's own

@@ -39,7 +39,7 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
         side: the side of the square frames, in pixels
 
     Raises:
-        ValueError: when nothing moves in a clip, which the message names, or when clips differ in their frame count
+        ValueError: when nothing moves in a clip (the message names the clip), or when clips differ in their frame count
     """
     paths = [_path(clip, str(path)) for path in subject.clips for clip in source.windows(subject, path, side)]
     lengths = {len(path) for path in paths}
@@ -82,7 +82,7 @@ def _of_points(frames: Tensor) -> np.ndarray:
     points, visible = tracks.points[moving].double().numpy(), tracks.visible[moving].numpy()
     path, steps = [np.zeros(3)], [np.zeros(3)]
     for f in range(1, tracks.frames):
-        both = visible[:, f]  # a point that is visible was visible before
+        both = visible[:, f]  # these points were also visible in the previous frame
         if both.any():
             before, now = points[both, f - 1], points[both, f]
             shift, sizes = np.median(now - before, axis=0), [_spread(now), _spread(before)]

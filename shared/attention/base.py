@@ -10,13 +10,13 @@ from shared.config import KindPart
 
 
 class AttentionPart(KindPart):
-    """Base of every part that changes how a model attends."""
+    """The base class of every part that changes how a model attends."""
 
     def edits(self, backbone: Backbone) -> Sequence[At]:
-        """Returns the edits for this model. Empty if nothing needs to change."""
+        """Returns the edits for this model. The sequence is empty if nothing needs to change."""
         raise NotImplementedError
 
     def port(self, backbone: Backbone) -> str:
-        """Describes what replaces the part on this model, for the concept's record. Returns "" if the part works as in its
-        paper. Raises ValueError if nothing can replace it."""
+        """Returns a description of what replaces the part on this model, for the concept's record. Returns "" if the
+        part works as in its paper. Raises ValueError if nothing can replace it."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Self-attention in which each frame attends to other frames of the clip."""
+"""Makes each frame of a clip attend to other frames in self-attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Seen = Literal["first", "previous", "own"]
 
 class SparseCausal(AttentionPart):
     """Makes each frame's queries attend to the concatenated keys and values of the first and the previous frame
-    (Tune-A-Video, https://arxiv.org/abs/2212.11565, section 4.1). For the first frame, the previous frame is the first itself.
+    (Tune-A-Video, https://arxiv.org/abs/2212.11565, section 4.1). For the first frame, the previous frame is the first
+    frame itself.
 
     `frames: [first]` is LAMP's attention (https://arxiv.org/abs/2310.10769). With `frames: [own, previous]`, each frame
     attends to itself and to the previous frame. Pictures and models with joint space-time attention are left unchanged.
@@ -40,7 +41,8 @@ class SparseCausal(AttentionPart):
         return (At(self, Where(kinds=frozenset({"self"}))),) if backbone.frames_apart else ()
 
     def port(self, backbone: Backbone) -> str:
-        """Describes what replaces the part on this model. Raises ValueError if the model generates pictures."""
+        """Returns a description of what replaces the part on this model, or "". Raises ValueError if the model
+        generates pictures."""
         if backbone.frames is None:
             raise ValueError(
                 f"attention.sparse_causal: {backbone.name} generates pictures, which have no previous frame; remove the part "
@@ -53,8 +55,8 @@ class SparseCausal(AttentionPart):
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Replaces k and v ([B * F, H, L, d]) with those of the n frames that each frame attends to ([B * F, H, n L, d]). See
-        `Edit`."""
+        """Replaces the k and v of each frame ([B * F, H, L, d]) with those of the n frames that it attends to
+        ([B * F, H, n L, d]). See `Edit`."""
         frames = rows.repeat
         if frames == 1:
             return q, k, v, bias

@@ -1,4 +1,4 @@
-"""Replaces the background behind the subject, so that it is not learned."""
+"""Replaces the background behind the subject, so that the background is not learned."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Fill = Literal["color", "noise", "grey"]
 class Background(Augmentation):
     """With probability `p`, replaces everything outside the mask with one of `fills` (DreamTuner's random masking).
 
-    "color" is one random colour, "noise" is uniform noise per pixel, and "grey" is mid-grey. Every example of the given
-    `roles` needs a mask; ValueError, naming the picture, is raised for one without a mask. Captions that describe the
-    background become wrong.
+    "color" is one random colour, "noise" is uniform noise per pixel, and "grey" is mid-grey. Every example with one of
+    the given `roles` needs a mask. If an example has none, ValueError is raised, naming the picture. Captions that
+    describe the background become wrong.
     """
 
     kind: Literal["background"] = "background"

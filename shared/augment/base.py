@@ -11,7 +11,7 @@ from shared.types import Example, Role
 class Augmentation(KindPart):
     """Changes the picture, masks and valid area of an example alike, each time the example is drawn.
 
-    This happens after the prompt part has filled in the caption, and after the mask parts.
+    Augmentations run after the prompt part has filled in the caption, and after the mask parts have made masks.
     """
 
     roles: tuple[Role, ...] = ("instance", "prior")  # the roles of the examples that are changed
@@ -22,7 +22,8 @@ class Augmentation(KindPart):
         return True
 
     def __call__(self, example: Example, generator: torch.Generator) -> Example:
-        """Returns the changed example, or the example itself if it has another role. All frames of a clip change alike."""
+        """Returns the changed example, or the example itself if it has another role. All frames of a clip change in the
+        same way."""
         if example.role not in self.roles:
             return example
         if not example.is_clip:
@@ -34,7 +35,7 @@ class Augmentation(KindPart):
         return Example.clip(frames)
 
     def apply(self, example: Example, generator: torch.Generator) -> Example:
-        """Returns the changed example of a picture or of one frame."""
+        """Returns the changed example, which is a picture or one frame of a clip."""
         raise NotImplementedError
 
 

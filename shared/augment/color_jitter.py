@@ -14,8 +14,8 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class ColorJitter(Augmentation):
-    """Multiplies `brightness`, `contrast` and `saturation` by factors from [1 - a, 1 + a], where a is the setting. Padding
-    stays grey.
+    """Multiplies the brightness, contrast and saturation of a picture by random factors from [1 - a, 1 + a], where a is
+    the setting of the same name. Padding stays grey.
 
     Keep these settings small, because colour is part of most subjects' identity.
     """

@@ -1,4 +1,4 @@
-"""Makes the subject smaller or larger in the frame, and adds this to the caption, as Custom Diffusion does."""
+"""Makes the subject smaller or larger in the frame, and mentions this in the caption, as Custom Diffusion does."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from shared.types import Example, Role
 
 
 class RandomResize(Augmentation):
-    """Resizes the picture by a factor from the range `scale`, and pads or crops it at random (arXiv 2212.04488, section 3.2).
+    """Resizes the picture by a factor from the range `scale`, and pads or crops it at a random position (arXiv
+    2212.04488, section 3.2).
 
     For factors below `small_below`, one of `small_words` is added to the caption; for factors above 1, one of
-    `large_words` is added. An empty caption stays empty. Padding is grey, and 0 in `valid`. A border of `margin` pixels
-    of a padded picture is also 0 in `valid`, because the autoencoder mixes it with the padding. Factors are drawn from
-    one range, as in the paper, whereas its code uses two.
+    `large_words` is added. An empty caption stays empty. Padding is grey, and 0 in `valid`. The outermost `margin`
+    pixels of a padded picture are also 0 in `valid`, because the autoencoder mixes them with the padding. Factors are
+    drawn from one range, as in the paper. The paper's code uses two ranges.
     """
 
     kind: Literal["random_resize"] = "random_resize"
@@ -30,7 +31,7 @@ class RandomResize(Augmentation):
     small_below: NotNegative = 0.6
     small_words: tuple[str, ...] = ("very small", "far away")
     large_words: tuple[str, ...] = ("zoomed in", "close up")
-    margin: int = Field(default=8, ge=0, le=8192)  # pixels; at most an eighth of the resized side
+    margin: int = Field(default=8, ge=0, le=8192)  # pixels; limited to an eighth of the shorter resized side
 
     @model_validator(mode="after")
     def _ordered(self) -> RandomResize:
@@ -74,7 +75,8 @@ def resized(plane: Tensor, size: tuple[int, int], mode: str, low: float) -> Tens
 
 
 def placed(plane: Tensor, height: int, width: int, top: int, left: int) -> Tensor:
-    """Puts a plane at (top, left) into a frame of zeros. If the plane is larger than the frame, crops it at (top, left)."""
+    """Puts a plane into a frame of zeros at (top, left). If the plane is larger than the frame, crops it at
+    (top, left)."""
     h, w = plane.shape[-2:]
     if h >= height:
         return plane[:, top : top + height, left : left + width].contiguous()

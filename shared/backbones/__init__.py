@@ -1,4 +1,4 @@
-"""Model families behind one protocol. Importing this package loads no model library."""
+"""Model families that share one protocol. This package loads no model library when it is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token overlay: adds words to a base model without touching its embedding table or its tokenizer.
+"""The token overlay, which adds words to a base model without changing its embedding table or its tokenizer.
 
 Added tokens get ids after the base vocabulary, in a copy of the tokenizer. The text encoder never sees those ids: it
 gets a harmless base id in their place, and while it runs, a hook inserts the learned vectors at those positions. As a
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from shared.io.terminal import check_utf8
 
-#: Stands for the end-of-text token wherever words are expected. Learned tokens contain no whitespace, so none can equal it.
+#: Stands for the end-of-text token wherever words are expected. A learned token cannot be equal to it, because learned
+#: tokens contain no whitespace.
 END = "<end of text>"
 
 
@@ -28,12 +29,12 @@ END = "<end of text>"
 class Tokenized:
     """Prompts tokenized for one text encoder, padded to its maximum length."""
 
-    ids: Tensor  # [B, L], added tokens with their own ids
-    mask: Tensor  # [B, L], 1 at text, 0 at padding
+    ids: Tensor  # [B, L]; added tokens have their own ids
+    mask: Tensor  # [B, L]; 1 for text, 0 for padding
 
 
 class TokenOverlay:
-    """The tokenizers of a backbone, by text-encoder name, and the tokens added to them.
+    """The tokenizers of a backbone, by the name of the text encoder, and the tokens that are added to them.
 
     Args:
         tokenizers: the base tokenizers; never changed
@@ -74,7 +75,7 @@ class TokenOverlay:
     def tokenize(self, component: str, prompts: Sequence[str], device: torch.device) -> Tokenized:
         """Tokenizes `prompts`, padded and truncated to the encoder's maximum length, as in diffusers' pipelines."""
         out = self.current[component](
-            [check_utf8(prompt) for prompt in prompts],  # tokenizers report invalid text only as a wrong type
+            [check_utf8(prompt) for prompt in prompts],  # a tokenizer reports invalid text only as a type error
             padding="max_length",
             max_length=self.max_length[component],
             truncation=True,
@@ -96,8 +97,8 @@ class TokenOverlay:
         return [self.current[component].convert_tokens_to_ids(t) for t in tokens]
 
     def find(self, component: str, ids: Tensor, tokens: Sequence[str], words: str) -> Tensor:
-        """Returns a bool mask [B, L] of a concept's positions, which are those of its added tokens, or of every occurrence of
-        its `words` if it has no tokens."""
+        """Returns a bool mask [B, L] of a concept's positions. These are the positions of its added tokens or, if it
+        has no tokens, of every occurrence of its `words`."""
         if tokens:
             return torch.isin(ids, torch.tensor(self.ids_of(component, tokens), device=ids.device))
         positions = torch.zeros_like(ids, dtype=torch.bool)
@@ -141,7 +142,7 @@ class TokenOverlay:
         return positions
 
     def filler(self, component: str) -> int:
-        """Returns the base id to put in place of an added token, which is the first that is not a special token's."""
+        """Returns the base id that is put in place of added tokens. It is the lowest id that no special token has."""
         special = set(self.base[component].all_special_ids)
         return next(i for i in range(len(special) + 1) if i not in special)
 
@@ -168,7 +169,8 @@ def _whole(words: str, exact: bool) -> re.Pattern[str]:
 
 
 def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Returns, for every position of `ids` ([B, L]), the index of its id in `token_ids`, or -1 if it is not in there."""
+    """Returns, for every position of `ids` ([B, L]), the index of its id in `token_ids`, or -1 if it is not in the
+    list."""
     out = torch.full_like(ids, -1)
     for i, token in enumerate(token_ids):
         out[ids == token] = i
@@ -200,7 +202,8 @@ def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[
 
 
 def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
-    """Joins the vectors of several placeholders into one table, [N, d], or [B, N, d] if any of them has per-sample vectors."""
+    """Joins the vectors of several placeholders into one table [N, d]. If any placeholder has per-sample vectors, the
+    table is [B, N, d]."""
     if all(p.ndim == 2 for p in parts):
         return torch.cat(list(parts))
     return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)

@@ -17,7 +17,7 @@ from shared.backbones.attention_sites import Site, Where
 
 
 class Attending:
-    """The part of a backbone that manages its attention layers."""
+    """The part of a backbone that manages the attention layers."""
 
     family: str
     _predictions: PredictionRows
@@ -38,23 +38,26 @@ class Attending:
 
     @property
     def prediction_time(self) -> Tensor | None:
-        """The times [B] of the current prediction; None outside a prediction."""
+        """The times [B] of the current prediction, or None outside a prediction."""
         return self._predictions.time
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """Returns a context in which gradient checkpointing can later rerun layers as they ran in the current prediction."""
+        """Returns a context for layers that gradient checkpointing reruns later. Inside it, `prediction_time` is the
+        time of the prediction that was current when this method was called."""
         return self._predictions.at_time(self._predictions.time)
 
     @contextmanager
     def attending(self, *edits: Edit | At | Watch) -> Iterator[Record]:
-        """Inside the context, attention layers apply these edits in order and record the watched maps.
+        """Inside the context, attention layers apply these edits in order and record the maps of the watched sites.
 
-        A plain edit acts at every site, and `At(edit, where)` at the sites that match. Layers that are neither edited nor
-        watched keep their own fast processor. Contexts can be nested: inner edits are applied after outer ones, and outer
-        watches keep recording. The original processor objects are restored, even after exceptions. With gradient checkpointing,
-        leave the context only after the backward pass, because that pass runs the layers again.
+        A plain edit acts at every site, and `At(edit, where)` acts at the sites that match `where`. Layers that are
+        neither edited nor watched keep their own fast processor. Contexts can be nested: inner edits are applied after
+        outer ones, and outer watches keep recording. The original processor objects are restored, even after
+        exceptions. With gradient checkpointing, leave the context only after the backward pass, because the backward
+        pass runs the layers again.
 
-        A custom processor (anything but diffusers' default) is never replaced, so its layer can be neither edited nor watched.
+        A custom processor (anything but diffusers' default) is never replaced, so a layer with one can be neither
+        edited nor watched.
 
         Raises:
             ValueError: when an edit or watch matches no site, or one of its sites has a custom processor
@@ -75,11 +78,11 @@ class Attending:
                 self._predictions.forget()
 
     def keep_attending(self, name: str, *edits: At) -> None:
-        """Applies these edits from now on, whenever the concept `name` has a nonzero strength. Called without edits, removes
-        the concept's earlier ones.
+        """Applies these edits from now on, whenever the concept `name` has a nonzero strength. They replace the
+        concept's earlier edits. If none are given, the concept has no edits afterwards.
 
-        An edit that several concepts share is applied only once. Must not be called inside `attending`. Raises ValueError
-        under the same conditions as `attending`, and then changes nothing.
+        An edit that several concepts share is applied only once. Must not be called inside `attending`. Raises
+        ValueError under the same conditions as `attending`. In that case, nothing is changed.
         """
         before = self._kept_edits
         self._kept_edits = {**{k: v for k, v in before.items() if k != name}, **({name: edits} if edits else {})}
@@ -138,13 +141,13 @@ class Attending:
         return out
 
     def _processor_for(self, layer: Any) -> type[Processor] | None:
-        """Returns our processor class for this layer's computation; None for a layer with a custom processor."""
+        """Returns our processor class for this layer's computation, or None if the layer has a custom processor."""
         return type(layer.processor) if isinstance(layer.processor, Processor) else _processor_of(layer)
 
 
 @dataclass(frozen=True)
 class _WhileOn:
-    """An edit that has no effect while every concept that it belongs to is off."""
+    """An edit that has no effect while all concepts that use it are off."""
 
     edit: Edit
     owners: tuple[str, ...]
@@ -164,7 +167,7 @@ def _acts(edit: Edit | At, site: Site) -> bool:
 
 
 def _plan(layer: Any) -> Plan | None:
-    """Returns the plan that an outer context has set for a layer."""
+    """Returns the plan that is set for a layer, or None."""
     return layer.processor.plan if isinstance(layer.processor, Processor) else None
 
 

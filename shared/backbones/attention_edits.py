@@ -1,4 +1,4 @@
-"""Edits of attention, applied by `Backbone.attending`."""
+"""Edits to attention, which `Backbone.attending` applies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Edit(Protocol):
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Returns the changed q ([B, H, Lq, d]), k and v ([B, H, Lk, d]), and the bias that is added to the scores before the
-        softmax ([B or 1, H or 1, Lq or 1, Lk], or None). Only Lk may change, not the other sizes. When a forward pass is
-        recomputed, the edit is called again with the same arguments."""
+        """Returns the changed q ([B, H, Lq, d]), k and v ([B, H, Lk, d]), and the bias that is added to the scores
+        before the softmax ([B or 1, H or 1, Lq or 1, Lk], or None). Of the sizes, only Lk may change. When a forward
+        pass is recomputed, the edit is called again with the same arguments."""
         ...
 
 
 @dataclass(frozen=True)
 class At:
-    """An edit that acts at certain sites only. All other sites keep their own fast computation."""
+    """An edit that acts only at certain sites. All other sites keep their own fast computation."""
 
     edit: Edit
     where: Where

@@ -13,12 +13,13 @@ from shared.types import Batch, Step
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """The attention maps of a step's first prediction, which later predictions in the same step do not replace.
+    """The attention maps of a step's first prediction. Later predictions in the same step do not replace them.
 
     Args:
         kinds: the kinds of layers to watch. Kinds that the family lacks are ignored
-        scales: the scales to watch. If empty, the scale at which a map's shorter side is closest to `cells`
-        cells: the target length of a map's shorter side, in cells
+        scales: the scales to watch. If empty, the scale at which the shorter side of a layer's grid is
+            closest to `cells`
+        cells: the target length of the shorter side of a layer's grid, in cells
     """
 
     kinds: frozenset[Kind] = frozenset({"cross", "joint"})

@@ -61,7 +61,7 @@ class Plan:
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Returns softmax(q k^T / sqrt(d) + bias), [B, H, Lq, Lk].
 
-    The result is in at least float32, even if the network runs in half precision or under autocast.
+    The result is in at least float32, even if the network runs in half precision or with autocast.
 
     Args:
         q: [B, H, Lq, d]
@@ -138,8 +138,8 @@ class FluxProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Maps picture tokens [B, N, C] and text tokens [B, L, C] to the same shapes. In single blocks, `hidden_states`
-        contains both."""
+        """Maps picture tokens [B, N, C] and text tokens [B, L, C] to the same shapes. In single-stream blocks,
+        `hidden_states` contains both kinds of tokens."""
         from diffusers.models.embeddings import apply_rotary_emb
 
         assert attention_mask is None, "FLUX also attends to padding"

@@ -1,4 +1,5 @@
-"""Maps a layer's tensors to rows of the caller's batch, also with guidance and in recomputed forward passes."""
+"""Maps a layer's tensors to rows of the caller's batch. This includes guided predictions and recomputed forward
+passes."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from shared.backbones.attention_sites import Site
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of the caller's batch that a layer's tensors belong to.
+    """The rows of the caller's batch to which a layer's tensors belong.
 
-    Along the batch axis, a layer's tensors have `len(index) * repeat` entries, with `repeat` consecutive entries per row.
-    `repeat` is 1 in a picture model; a clip model has one entry per frame or per position.
+    Along the batch axis, a layer's tensors have `len(index) * repeat` entries, with `repeat` consecutive entries per
+    row. In a picture model, `repeat` is 1. In a clip model, it can be the number of frames or of positions.
     """
 
     index: tuple[int, ...]  # rows of the caller's batch; with classifier-free guidance, each appears twice
@@ -26,20 +27,21 @@ class Rows:
 
     @staticmethod
     def plain(batch: int) -> Rows:
-        """Returns every row of a batch once, none of them with the negative prompt."""
+        """Returns every row of a batch once, without the negative prompt."""
         return Rows(tuple(range(batch)), (False,) * batch)
 
     @staticmethod
     def guided(batch: int) -> Rows:
-        """Returns every row of a batch twice, first with the negative prompt, in the order of `predict_guided`."""
+        """Returns every row of a batch twice, in the order of `predict_guided`. The rows with the negative prompt come
+        first."""
         return Rows(tuple(range(batch)) * 2, (True,) * batch + (False,) * batch)
 
     def indices(self, device: torch.device) -> Tensor:
-        """Returns the index of the caller's row for each entry of the layer's batch, int64."""
+        """Returns, as int64, the index of the caller's row for each entry of the layer's batch."""
         return torch.tensor(self.index, device=device).repeat_interleave(self.repeat)
 
     def negatives(self, device: torch.device) -> Tensor:
-        """Returns whether each entry of the layer's batch has the negative prompt, bool."""
+        """Returns, as bool, whether each entry of the layer's batch has the negative prompt."""
         return torch.tensor(self.negative, device=device).repeat_interleave(self.repeat)
 
 
@@ -47,7 +49,7 @@ class Rows:
 class PredictionRows:
     """The current prediction and its batch rows, which are remembered for recomputed forward passes."""
 
-    number: int | None = None  # of the current prediction; None outside a prediction and while one is recomputed
+    number: int | None = None  # of the current prediction; None outside a prediction and during a recomputation
     time: Tensor | None = None  # the times [B] of the current prediction or of the one being recomputed
     _count: int = 0
     _recomputes: bool = False  # whether the current prediction can be recomputed, because it has a gradient
@@ -56,8 +58,8 @@ class PredictionRows:
 
     @contextmanager
     def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
-        """Inside the context, a new prediction of `batch` rows runs at times t [B]. Its rows are those set by `holding`, or
-        `Rows.plain` if none of this size are set."""
+        """Inside the context, a new prediction of `batch` rows runs at times t [B]. Its rows are those set by `holding`
+        if they have this size, and otherwise `Rows.plain`."""
         before, rows = (self.number, self._rows, self.time, self._recomputes), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
@@ -79,7 +81,7 @@ class PredictionRows:
 
     @contextmanager
     def holding(self, rows: Rows) -> Iterator[None]:
-        """Inside the context, a prediction whose batch has as many rows as `rows` has exactly these rows."""
+        """Inside the context, predictions whose batch has as many rows as `rows` use these rows."""
         before, self._rows = self._rows, rows
         try:
             yield
@@ -87,7 +89,8 @@ class PredictionRows:
             self._rows = before
 
     def rows(self, site: Site, entries: int) -> Rows:
-        """Returns the rows of a layer with this many batch entries, in the current prediction or the one being recomputed.
+        """Returns the rows for a layer with this many batch entries, in the current prediction or in the one being
+        recomputed.
 
         Raises:
             ValueError: when the layer is recomputed, and two predictions of this size had different rows
@@ -103,10 +106,11 @@ class PredictionRows:
         if len(seen) > 1:
             raise ValueError(
                 f"{site.name} is recomputed for its gradient, but predictions with and without guidance both had "
-                f"{entries} rows, so edits cannot tell which one it is. Run them in separate `attending` blocks."
+                f"{entries} rows, so edits cannot tell which of them is recomputed. Run them in separate "
+                "`attending` blocks."
             )
         return next(iter(seen))
 
     def forget(self) -> None:
-        """Clears the rows remembered for recomputed passes."""
+        """Clears the rows that were remembered for recomputed passes."""
         self._seen.clear()

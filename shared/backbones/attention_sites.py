@@ -10,23 +10,27 @@ Kind = Literal["cross", "self", "joint", "temporal"]
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer. The picture attends to the text (cross) or to itself (self), picture and text attend jointly
-    (joint), or frames attend to one another (temporal)."""
+    """One attention layer.
+
+    Its kind states what attends to what: the picture to the text ("cross"), the picture to itself ("self"), picture and text
+    jointly to both ("joint"), or frames to one another ("temporal").
+    """
 
     name: str  # dotted path in the denoiser
     kind: Kind
     scale: int  # the side of the latent grid divided by the side of this layer's grid
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the rows and columns of the layer's query grid for latents of this height and width, rounded up."""
+        """Returns the number of rows and columns in the layer's query grid for latents of this height and width. Both are
+        rounded up."""
         return -(-height // self.scale), -(-width // self.scale)
 
 
 @dataclass(frozen=True)
 class Where:
-    """Selects the sites of a backbone that meet every condition; None imposes no condition."""
+    """Selects the sites of a backbone that meet every condition. A field that is None imposes no condition."""
 
-    sites: frozenset[str] | None = None  # names of sites
+    sites: frozenset[str] | None = None  # site names
     kinds: frozenset[Kind] | None = None
     scales: frozenset[int] | None = None
 

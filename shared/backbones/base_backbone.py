@@ -1,4 +1,4 @@
-"""The base class of all model families, which manages concepts' placeholders and adapters and their strengths."""
+"""The base class of all model families. It manages the placeholders and adapters of concepts, and their strengths."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     Args:
         name: the model's name as the user gave it
-        components: the trainable networks by name, the denoiser first
+        components: the networks that concepts can change, by name, with the denoiser first
         tokenizers: the base tokenizers, by text-encoder name
-        max_length: tokens per prompt, by text-encoder name
+        max_length: the maximum number of tokens per prompt, by text-encoder name
         vae: an AutoencoderKL
         scheduler: the family's own scheduler; sampling schedulers are built from its configuration
     """
@@ -43,11 +43,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     default_guidance: float = 7.5
     default_steps: int = 50
     discrete_time: bool = True  # whether the model was trained on integer timesteps
-    time_per_frame: bool = False  # whether `predict` takes one time per frame of a clip, t [B, f]
+    time_per_frame: bool = False  # whether `predict` accepts one time per frame of a clip, t [B, f]
     world: World | None = None
     frames: int | None = None  # default frame count of a clip; None if the model generates pictures
     frame_rate: float | None = None  # frames per second, for networks that take it as input
-    frames_apart: bool = False  # whether self-attention sees each frame of a clip separately
+    frames_apart: bool = False  # whether self-attention processes each frame of a clip separately
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.tokens = TokenOverlay(tokenizers, max_length)
         self.vae: Any = vae
         self.scheduler = scheduler
-        self.placement: Placement | None = None  # set when networks take turns on the device
+        self.placement: Placement | None = None  # set only while networks take turns on the device
         self.added: tuple[AddedNetwork, ...] = ()
         self.adapters: dict[str, list[Adapter]] = {}
         self.placeholders: dict[str, Placeholder] = {}
-        self._strengths: dict[str, float] = {}  # of adapters, by concept
+        self._strengths: dict[str, float] = {}  # strengths of the adapters, by concept
         self._placeholder_strengths: dict[str, float] = {}
         self._warned: set[str] = set()
         self._predictions = PredictionRows()
@@ -84,7 +84,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit this model. A family built from another family's layers lists both."""
+        """The families whose concepts can fit this model. A family built from another family's layers includes both."""
         return frozenset({self.family})
 
     @property
@@ -93,12 +93,12 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The components that predict, each with its time range [from, to). Together they cover all times."""
+        """The names of the denoising networks, each with its time range [from, to). Together, the ranges cover all times."""
         return {next(iter(self._components)): (0.0, 1000.0)}
 
     @property
     def device(self) -> torch.device:
-        """The device used for computation. Networks that take turns on it may currently be in main memory."""
+        """The device used for computation. If networks take turns on it, some may currently be in main memory."""
         return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
@@ -127,11 +127,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return self
 
     def roles(self) -> tuple[str, ...]:
-        """Returns the roles that `group` has modules for in this network."""
+        """Returns the roles for which this network has modules."""
         return there_are(self.role_table, self._components)
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """Returns the modules of a role, one Group per component. Raises ValueError, listing the available roles, if this
+        """Returns the modules of a role, as one Group per component. Raises ValueError, listing the available roles, if this
         network does not have the role."""
         return resolve(role, self.role_table, self._components, self.family)
 
@@ -140,14 +140,14 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         raise NotImplementedError
 
     def text_sites(self) -> tuple[str, ...]:
-        """Returns the names of the sites that can each have a text context of their own."""
+        """Returns the names of the sites that can each take a separate text context."""
         return tuple(s.name for s in self.sites() if s.kind == "cross")
 
     # --- attached concepts ---------------------------------------------------------------------------------
 
     def add_placeholder(self, placeholder: Placeholder) -> None:
-        """Adds the placeholder's tokens to every tokenizer and registers it. Raises ValueError when a token or name is
-        taken."""
+        """Adds the placeholder's tokens to every tokenizer and registers the placeholder. Raises ValueError when a token or the
+        name is taken."""
         if placeholder.name in self.placeholders:
             raise ValueError(f"a concept named {placeholder.name!r} is already attached; remove it first")
         self.tokens.check_new(placeholder.tokens)
@@ -156,12 +156,12 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self._refresh_tokens()
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Registers an injected adapter under a concept's name, with that name's current strength (1 for a new name)."""
+        """Registers an injected adapter under a concept's name. It gets that name's current strength (1 for a new name)."""
         self.adapters.setdefault(name, []).append(adapter)
         adapter.set_strength(self._strengths.setdefault(name, 1.0))
 
     def remove(self, name: str) -> None:
-        """Removes everything attached under this name. Raises ValueError when there is nothing."""
+        """Removes everything attached under this name. Raises ValueError if nothing is attached under it."""
         if name not in self.adapters and name not in self.placeholders:
             raise ValueError(self._unknown([name]))
         self.keep_attending(name)
@@ -174,9 +174,9 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     def _refresh_tokens(self) -> None:
         self.tokens.set([t for n in self.placeholders.values() for t in n.tokens])
-        self._warned.clear()  # truncated text may now contain a concept's name
+        self._warned.clear()  # check again, because truncated text may now contain a concept's name
 
-    # --- strengths by adapter set --------------------------------------------------------------------------
+    # --- strengths -----------------------------------------------------------------------------------------
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -187,11 +187,12 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @contextmanager
     def active(self, strengths: Mapping[str, float]) -> Iterator[None]:
-        """Inside the context, exactly these adapters are on, with these strengths, and all others are off.
+        """Inside the context, only the adapters of these concepts are on, each with the given strength.
 
         Learned words take the strength given for their concept. The words of other concepts keep their strength, because they
-        act only if the prompt contains them. Previous strengths are restored, even in nested blocks and after exceptions.
-        Concepts that learned nothing may be named, with no effect. Raises ValueError for names that are not attached.
+        act only if the prompt contains them. The previous strengths are restored at the end, even in nested contexts and
+        after exceptions. Listing a concept that learned nothing has no effect. Raises ValueError for names that are not
+        attached.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
         if missing:
@@ -206,8 +207,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             self._say(words)
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. Raises ValueError when
-        the name is unknown or the concept has nothing that a strength can scale."""
+        """Sets the strength of one concept's adapters and learned words. Unlike `active`, this lasts. Raises ValueError if the
+        name is unknown or the concept has nothing that a strength can scale."""
         if name not in self.strengths:
             known = name in self.placeholders
             words = f"{name!r} learned nothing that a strength could scale: it uses only words the model already knows"
@@ -235,7 +236,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     # --- prediction ----------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the network's output for x_t [B, C, h, w], of the same shape and in the network's own parametrisation."""
+        """Returns the network's output for x_t ([B, C, h, w]). The output has the same shape and is in the network's own
+        parametrisation."""
         raise NotImplementedError
 
     def _refuse_unread(self, conditioning: Conditioning, batch: int) -> None:
@@ -249,7 +251,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         if conditioning.regions:
             names = ", ".join(sorted(conditioning.regions))
             raise ValueError(
-                f"{self.family}: regions ({names}) need attention restricted to them, but none is attached"
+                f"{self.family}: regions ({names}) need attention restricted to them, but no such attention is attached"
             )
         if conditioning.size_ids is not None:
             raise ValueError(f"{self.family}: size_ids are for models that take picture sizes, and this one does not")
@@ -258,7 +260,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             raise ValueError(f"{self.family}: context_mask {why} to know where the text is padding")
 
     def _told(self, t: Tensor | float, x_t: Tensor) -> Tensor:
-        """Returns the times to pass to the network, [B], or [B, f] if the network takes one per frame.
+        """Returns the times to pass to the network: [B], or [B, f] if `t` has one time per frame and the network accepts that.
 
         Raises ValueError if the network takes one time per clip but the frames have different times.
         """
@@ -278,13 +280,14 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Predicts with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), both prompts in one batch. If
+        """Predicts with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), with both prompts in one batch. If
         `negative` is None, predicts without guidance.
 
         Args:
             x_t: [B, C, h, w]
-            t: a scalar or [B]; also [B, f] if `time_per_frame`
-            guidance: as in diffusers, the result is negative + guidance * (positive - negative), so 1 means no guidance
+            t: a scalar or [B]; if `time_per_frame` is set, [B, f] is also accepted
+            guidance: the guidance scale. As in diffusers, the result is negative + guidance * (positive - negative), so a
+                scale of 1 means no guidance
         """
         t = self._told(t, x_t)
         if negative is None:
@@ -295,7 +298,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return off + guidance * (on - off)
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """Sets a scheduler's steps as the family's diffusers pipeline does."""
+        """Sets a scheduler's timesteps in the same way as the family's diffusers pipeline."""
         scheduler.set_timesteps(steps, device=self.device)
 
     def pipeline(self) -> Any:

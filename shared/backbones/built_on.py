@@ -1,4 +1,4 @@
-"""Families that are built on another: an image model with motion modules, for example."""
+"""Finds families that are built on another family, such as an image model with added motion modules."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.backbones.protocol import Backbone
 
-# entry points: family = "module:function", (a model, the folder of what is added) -> its extension
+# Entry-point group. Each entry maps a family to "module:function". The function takes a model and the folder of the network
+# to add (or None), and returns the extended model.
 GROUP = "pcs.built_on"
 
 
 @dataclass(frozen=True)
 class AddedNetwork:
-    """A network that was added to a model, described for the code with which exports are loaded."""
+    """Describes a network that was added to a model, for the generated code that loads exports."""
 
-    argument: str  # of the diffusers pipeline's `from_pretrained`
+    argument: str  # its argument in the diffusers pipeline's `from_pretrained`
     kind: str  # its diffusers class
-    find: (
-        tuple[str, str] | None
-    )  # an import line, and an expression for the network's folder; None: a folder of the user's
+    # an import line, and an expression that gives the network's folder; None if the user chose the folder
+    find: tuple[str, str] | None
 
 
 def built_on(family: str, folder: Path | None = None) -> Callable[[Backbone], Backbone] | None:
-    """Returns the function that extends the model on which this family is built, for `load_backbone`'s `prepare`; None if the
-    family is not built on another.
+    """Returns the function that turns the underlying model into a model of this family, to be passed to `load_backbone` as
+    `prepare`. Returns None if the family is not built on another family.
 
     Args:
-        folder: contains what is added; None: the model's own
+        folder: the folder of the network to add. If None, the network that comes with the model is added
 
     Raises:
-        ValueError: a folder is given, but the family is not built on another
+        ValueError: when a folder is given, but the family is not built on another family
     """
     from importlib.metadata import entry_points
 

@@ -50,12 +50,14 @@ ROLES = {
 class FluxBackbone(FlowMatching, BaseBackbone):
     """A diffusers `FluxPipeline` behind the protocol.
 
-    Latents are [B, C, h, w] (unpacked) at the interface; internally, 2x2 cells become one token. Time is t = 1000 * sigma.
+    At the interface, latents are unpacked ([B, C, h, w]). Internally, each block of 2x2 cells becomes one token. The time is
+    t = 1000 * sigma.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
         name: the model's name as the user gave it
-        max_sequence_length: T5 tokens per prompt. By default, the tokenizer's limit, but at most 512
+        max_sequence_length: the maximum number of T5 tokens per prompt. By default, the tokenizer's limit or 512, whichever
+            is smaller
     """
 
     family = "flux"
@@ -66,7 +68,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
     default_guidance = 3.5
     default_steps = 28
     undistilled_defaults = (1.0, 4)  # guidance and steps for FLUX.1-schnell, which takes no guidance scale
-    #: The scale that `predict` passes to a guidance-distilled transformer by default. At 1 the output is closest to the
+    #: The scale that `predict` passes to a guidance-distilled transformer by default. At 1, the output is closest to the
     #: unguided velocity, which is the training target.
     training_guidance = 1.0
 
@@ -101,7 +103,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         self._sites = tuple(Site(n, "joint", 2) for n in names)
 
     def pipeline(self) -> Any:
-        """Returns a diffusers pipeline around the same networks, with the base tokenizers and a scheduler of its own."""
+        """Returns a diffusers pipeline around the same networks, with the base tokenizers and a new scheduler."""
         from diffusers import FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -118,7 +120,8 @@ class FluxBackbone(FlowMatching, BaseBackbone):
 
     @property
     def distilled(self) -> bool:
-        """Whether the transformer takes a guidance scale (FLUX.1-dev) instead of a second, negative prediction."""
+        """Whether the transformer is guidance-distilled (FLUX.1-dev). Such a transformer takes the guidance scale as an input,
+        so no prediction for a negative prompt is needed."""
         return bool(self.transformer.config.guidance_embeds)
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
@@ -180,7 +183,8 @@ class FluxBackbone(FlowMatching, BaseBackbone):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Uses distilled guidance if the model has it, else classifier-free guidance (diffusers' `true_cfg_scale`)."""
+        """Uses classifier-free guidance (diffusers' `true_cfg_scale`), or distilled guidance if the model has it and `negative`
+        is None."""
         if self.distilled and negative is None:
             return self.predict(x_t, t, positive, guidance)
         return super().predict_guided(x_t, t, positive, negative, guidance)
@@ -191,21 +195,21 @@ class FluxBackbone(FlowMatching, BaseBackbone):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Packs each 2x2 block of latent cells into one token, [B, C, h, w] -> [B, h/2 * w/2, 4C]."""
+    """Packs each 2x2 block of latent cells into one token ([B, C, h, w] -> [B, h/2 * w/2, 4C])."""
     b, c, h, w = latents.shape
     cells = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b, (h // 2) * (w // 2), c * 4)
 
 
 def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """Inverts `pack`, [B, h/2 * w/2, 4C] -> [B, C, h, w]."""
+    """Inverts `pack` ([B, h/2 * w/2, 4C] -> [B, C, h, w])."""
     b, _, channels = tokens.shape
     cells = tokens.reshape(b, h // 2, w // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return cells.reshape(b, channels // 4, h, w)
 
 
 def picture_ids(rows: int, columns: int) -> Tensor:
-    """Returns the rotary positions of the picture tokens, [rows * columns, 3], each of them (0, row, column)."""
+    """Returns the rotary position (0, row, column) of each picture token, [rows * columns, 3]."""
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]

@@ -21,11 +21,11 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Returns training times, one per example ([B]). Integers stay integers. Without `batch`, `t` keeps its shape, which may
-    be a scalar, [B], or [B, f] with one time per frame of a clip.
+    """Converts `t` to a tensor of training times. If `batch` is given, expands it to one time per example ([B]). Integers stay
+    integers.
 
     Args:
-        t: a scalar or [B]
+        t: a scalar or [B]. Without `batch`, also [B, f], with one time per frame of a clip
         batch: B, if known
 
     Raises:
@@ -43,9 +43,9 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
 
 
 def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
-    """Returns the training times of `latents`, [B], or [B, f] if t has one time per frame of clips [B, C, f, h, w].
+    """Returns the training times of `latents`: [B], or [B, f] if `t` has one time per frame of the clips ([B, C, f, h, w]).
 
-    Raises ValueError when `t` has any other shape, as `times` does.
+    Like `times`, raises ValueError when `t` has any other shape.
     """
     t = torch.as_tensor(t, device=latents.device)
     if t.ndim != 2 or latents.ndim != 5:
@@ -59,7 +59,8 @@ def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
 
 
 def per_row(t: Tensor) -> Tensor:
-    """Returns one time per example ([B]), which is that of a clip's noisiest frame if `t` has one per frame ([B, f])."""
+    """Returns one time per example ([B]). If `t` has one time per frame ([B, f]), each clip gets the time of its
+    noisiest frame."""
     return t.amax(1) if t.ndim == 2 else t
 
 
@@ -69,12 +70,13 @@ class ForwardProcess:
     prediction_type: str  # one of PREDICTIONS
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, in the shape of `t`, which is a scalar, [B] or [B, f].
-        Raises ValueError for any other shape."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, both in the shape of `t`. Raises ValueError unless `t`
+        is a scalar, [B] or [B, f]."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha and sigma shaped [B, 1, 1, 1…] or [B, 1, f, 1, 1], at least float32, on the device of `like`."""
+        """Returns alpha and sigma, shaped [B, 1, 1, 1…] or [B, 1, f, 1, 1] to broadcast against `like`. They are on the
+        device of `like` and have at least float32 precision."""
         t = frame_times(t, like)
         alpha, sigma = self.alpha_sigma(t)
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -82,12 +84,14 @@ class ForwardProcess:
         return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Returns x_t [B, C, (f), h, w] at the training times t, which are [B] or a scalar, or for clips also [B, f]."""
+        """Returns x_t ([B, C, (f), h, w]) at the training times `t`, which are a scalar or [B]. For clips, [B, f] is also
+        accepted."""
         alpha, sigma = self._coefficients(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Returns the network's training target, of the same shape as x0 and noise, [B, C, (f), h, w]; t as in `add_noise`."""
+        """Returns the network's training target. It has the shape of `x0` and `noise`, [B, C, (f), h, w]; `t` is as in
+        `add_noise`."""
         alpha, sigma = self._coefficients(t, x0)
         if self.prediction_type == "epsilon":
             return noise
@@ -98,7 +102,8 @@ class ForwardProcess:
         return (alpha * noise - sigma * x0).to(x0.dtype)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the clean latents that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
+        """Returns the clean latents implied by a prediction at x_t. All of them are [B, C, (f), h, w]; `t` is as in
+        `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "sample":
             out = prediction
@@ -111,7 +116,7 @@ class ForwardProcess:
         return out.to(x_t.dtype)
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the noise that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
+        """Returns the noise implied by a prediction at x_t. All of them are [B, C, (f), h, w]; `t` is as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             out = prediction
@@ -132,7 +137,7 @@ class FlowMatching(ForwardProcess):
     discrete_time = False
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise for t in [0, 1000], a scalar, [B] or [B, f]."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise for `t` (a scalar, [B] or [B, f]) in [0, 1000]."""
         t = times(t)
         sigma = (t if t.is_floating_point() else t.float()) / 1000
         return 1 - sigma, sigma

@@ -1,4 +1,4 @@
-"""Encodes pixels to latents and back, with the autoencoder's scale and shift."""
+"""Encodes pixels to latents and decodes latents to pixels, applying the autoencoder's scale and shift."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LatentCodec:
     family: str
     vae: Any
     placement: Placement | None = None
-    latent_multiple: int = 1  # the latent grid must be a multiple of this
+    latent_multiple: int = 1  # the height and width of the latent grid must be multiples of this
     frame_factor: int = 1  # frames per latent frame, from the second latent frame on
 
     @property
@@ -25,7 +25,7 @@ class LatentCodec:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent cell, along one side."""
+        """The number of pixels per latent cell along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -38,7 +38,7 @@ class LatentCodec:
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encodes pixels [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]. With a generator, samples the latents; without one,
-        returns their mean. Differentiable."""
+        returns their mean. The result is differentiable."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         scale, shift = self._scale_shift
@@ -57,19 +57,20 @@ class LatentCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents [B, C, h, w] to pixels [B, 3, H, W], nominally in [-1, 1]. Values are not clamped, so that gradients
-        pass."""
+        can pass."""
         self._use_vae()
         scale, shift = self._scale_shift
         return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]
 
     def _use_vae(self) -> None:
-        """Brings the autoencoder to the device. Its `encode` and `decode` bypass forward hooks, so this must precede them."""
+        """Moves the autoencoder to the device. Its `encode` and `decode` methods bypass forward hooks, so this method must be
+        called before them."""
         if self.placement:
             self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
         """Returns the latent shape (C, h, w) of a picture. Raises ValueError when `frames` is given, or when a side is not a
-        multiple of what the model needs."""
+        positive multiple of the number of pixels that the model requires."""
         if frames is not None:
             raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple

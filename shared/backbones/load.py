@@ -39,10 +39,10 @@ FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
 }
-# entry-point group; an entry's name is a diffusers pipeline class, its value the path of a `Wrap`
+# Entry-point group. The name of an entry is a diffusers pipeline class, and its value is the import path of a `Wrap`.
 GROUP = "pcs.families"
 TOYBOX = "toybox"
-#: The synthetic worlds of models that were trained on one, by the model's name.
+#: The synthetic world of each model that was trained on one, by the model's name.
 WORLDS: Mapping[str, World] = {
     TOYBOX: World(
         overlay="toybox",
@@ -51,10 +51,10 @@ WORLDS: Mapping[str, World] = {
         side=64,
         unseen="are not from the toybox, and the toybox has never seen the real world: it will generate toys. For real "
         "photos, set backbone=PATH to a Stable Diffusion folder.",
-        find=("from shared.toybox.weights import backbone_path  # where the toybox's folder is", "backbone_path()"),
+        find=("from shared.toybox.weights import backbone_path  # returns the toybox's folder", "backbone_path()"),
     )
 }
-_UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # parts that are never used and slow to load
+_UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # parts that are never used and are slow to load
 _MAY_DOWNLOAD = "Use --download (download=True) to fetch missing files."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -74,16 +74,16 @@ def load_backbone(
         source: None or "toybox" for the embedded model; a diffusers folder (with `model_index.json`); a `.safetensors`
             checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` next to `NAME.safetensors`, or
             in the hub's cache); or a hub id `owner/name`
-        device: the device to move the backbone to. By default, the CPU
+        device: the device to move the backbone to. By default, it stays on the CPU
         dtype: the networks' precision. By default, float32
         download: whether to download files that are not in the hub's cache. If False, nothing is fetched over the internet
-        memory: bytes on `device` for the networks. If they do not fit there together, they take turns there
-            (`shared.backbones.placement`). By default, a share of the free memory on a GPU, and no limit elsewhere
-        prepare: modifies the backbone before it goes to the device, for example by adding motion modules
+        memory: bytes on `device` that the networks may use. If they do not all fit, they take turns on the device (see
+            `shared.backbones.placement`). By default, a share of the free memory on a GPU, and no limit elsewhere
+        prepare: modifies the backbone before it is moved to the device, for example by adding motion modules
 
     Raises:
-        ValueError: when the backbone cannot be loaded. The message names what was found and the available families, or the
-            file and the key that it lacks.
+        ValueError: when the backbone cannot be loaded. The message states what was found and lists the available families,
+            or names the incomplete file and one of its missing keys.
     """
     import torch
 
@@ -122,8 +122,8 @@ def _toybox_defaults(backbone: Backbone) -> None:
 def register_family(pipeline: str, wrap: Wrap) -> None:
     """Registers a family, so that `load_backbone` opens diffusers pipelines of this class for the rest of the process.
 
-    An installed package can instead register its families in the entry-point group `pcs.families`. It is then imported only
-    when such a model is opened. Raises ValueError when the class already has a family.
+    An installed package can instead register its families in the entry-point group `pcs.families`. The package is then
+    imported only when such a model is opened. Raises ValueError when the class already has a family.
     """
     if pipeline in families():
         raise ValueError(f"{pipeline} already has a family, and a pipeline class can have only one")
@@ -131,10 +131,10 @@ def register_family(pipeline: str, wrap: Wrap) -> None:
 
 
 def families() -> dict[str, Wrap]:
-    """Returns the wrapper of each diffusers pipeline class, including those that installed packages register. Imports no
-    package.
+    """Returns the wrapper of each diffusers pipeline class, including the wrappers that installed packages register. The
+    packages are not imported.
 
-    Raises ValueError when two families have the same class.
+    Raises ValueError when two families register the same class.
     """
     from importlib.metadata import entry_points
 
@@ -214,8 +214,8 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
 
 
 def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
-    """Returns the network classes of a diffusers folder, by part. Raises ValueError when a part is missing that the pipeline
-    requires or that the folder's index lists (such as Wan's optional second expert)."""
+    """Returns the network classes of a diffusers folder, by part. Raises ValueError if the folder lacks a part that the
+    pipeline requires or that the folder's index lists (such as Wan's optional second expert)."""
     from torch import nn
 
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
@@ -238,7 +238,8 @@ def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
 
 def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Backbone:
     """Loads a single file, which contains only weights. The configuration and the tokenizer come from the diffusers folder
-    `NAME/` next to `NAME.safetensors` if there is one (it needs no weights), else from the hub's cache."""
+    `NAME/` next to `NAME.safetensors` if that folder exists (it needs no weights). Otherwise, they come from the hub's cache,
+    or from the hub itself if `download` is set."""
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; other formats can run code, so they are not supported. {_families()}"
@@ -285,7 +286,7 @@ def check_filled(components: Mapping[str, Any], path: Path) -> None:
 
 
 def _from_hub(name: str, download: bool) -> Path:
-    """Returns the cached folder of a hub id. If `download` is set, fetches missing files first."""
+    """Returns the folder in the hub's cache for a hub id. If `download` is set, fetches missing files first."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:

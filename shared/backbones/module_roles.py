@@ -1,6 +1,6 @@
-"""Resolves roles, the architecture-independent names for groups of modules, by matching patterns against module names.
+"""Resolves roles by matching patterns against module names. A role is an architecture-independent name for a group of modules.
 
-Each family provides a table from roles to `RoleSpec`s. Module names are those of the unmodified network, without the names
+Each family provides a table that maps roles to `RoleSpec`s. Module names are those of the unmodified network, without the names
 that peft's wrappers add (`to_k.base_layer`, `to_k.lora_A.default`).
 """
 
@@ -24,8 +24,8 @@ _BASE = ".base_layer"
 class RoleSpec:
     """The modules of `component` whose full dotted name matches `pattern`.
 
-    By default, only linear and convolution layers are considered, which any adapter can wrap. With `of="parameters"`, all
-    modules that directly hold parameters are considered, including norms and embeddings.
+    By default, only linear and convolution layers are considered, because any adapter can wrap them. With `of="parameters"`,
+    all modules that directly hold parameters are considered, including norms and embeddings.
     """
 
     component: str
@@ -36,8 +36,8 @@ class RoleSpec:
 
 
 def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
-    """Returns the two roles that every family has: "denoiser", its linear and convolution layers, and "denoiser.all", all its
-    modules that directly hold parameters."""
+    """Returns the two roles that every family has. "denoiser" stands for the denoiser's linear and convolution layers, and
+    "denoiser.all" for all of its modules that directly hold parameters."""
     return {
         "denoiser": (RoleSpec(component, ".*"),),
         "denoiser.all": (RoleSpec(component, ".*", of="parameters"),),
@@ -45,15 +45,15 @@ def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
 
 
 def leaf_names(module: nn.Module) -> tuple[str, ...]:
-    """Returns the dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
-    Layers that an adapter added are not listed.
+    """Returns the dotted names of the linear and convolution layers of `module`, as they were before anything wrapped the
+    layers. Layers that an adapter added are not listed.
     """
     return _unwrapped(module, [name for name, child in module.named_modules() if isinstance(child, LEAVES)])
 
 
 def parameter_holders(module: nn.Module) -> tuple[str, ...]:
-    """Returns the dotted names of the modules that directly hold parameters, as they were before anything wrapped them;
-    modules that an adapter added are not listed. The network itself is listed as "" if it directly holds parameters."""
+    """Returns the dotted names of the modules that directly hold parameters, as they were before anything wrapped the modules.
+    Modules that an adapter added are not listed. The network itself is listed as "" if it directly holds parameters."""
     holders = [n for n, child in module.named_modules() if next(child.parameters(recurse=False), None) is not None]
     return _unwrapped(module, holders)
 
@@ -84,8 +84,8 @@ def resolve(
     """Returns the groups of a role, one per component.
 
     Raises:
-        ValueError: when the family has no such role, or the role matches nothing in this network. The message lists the
-            available roles.
+        ValueError: when the family has no such role, or when the role matches nothing in this network. The message lists
+            the available roles.
     """
     if role not in table:
         raise ValueError(f"{family}: {unknown(role, there_are(table, components), 'role')}")
@@ -100,14 +100,14 @@ def resolve(
 
 
 class _Names:
-    """Finds the module names that specs match, and lists the names of each network only once."""
+    """Finds the module names that match a spec, and caches the list of names in each network."""
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self._components = components
         self._known: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def of(self, spec: RoleSpec) -> tuple[str, ...]:
-        """Returns the names that a spec matches."""
+        """Returns the names that match a spec."""
         key = (spec.component, spec.of)
         if key not in self._known:
             list_names = leaf_names if spec.of == "layers" else parameter_holders

@@ -1,4 +1,4 @@
-"""Keeps a model's networks on the device, or in main memory until they are used if they do not all fit."""
+"""Keeps a model's networks on the device. If they do not all fit, keeps them in main memory until they are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARE = 0.7
 def to_evict(
     present: Sequence[str], sizes: Mapping[str, int], needed: str, budget: int, pinned: Collection[str] = ()
 ) -> list[str]:
-    """Returns the networks that must leave the device so that `needed` fits alongside the others.
+    """Returns the networks that must leave the device so that `needed` fits alongside the remaining ones.
 
     Args:
         present: the networks on the device, least recently used first
@@ -24,7 +24,8 @@ def to_evict(
         pinned: the networks that must stay
 
     Returns:
-        just enough networks from the start of `present`; if that cannot free enough memory, all networks that may leave
+        as few networks as possible, starting with the least recently used. If `needed` does not fit even then, all networks
+        that may leave
     """
     total = sum(sizes[n] for n in {*present, needed})
     out = []
@@ -38,7 +39,7 @@ def to_evict(
 
 
 def check_budget(sizes: Mapping[str, int], free: int, device: str) -> None:
-    """Raises ValueError when even the largest network does not fit into the free memory (bytes)."""
+    """Raises ValueError when the largest network alone does not fit into `free` bytes."""
     name = max(sizes, key=lambda n: sizes[n])
     if sizes[name] > free:
         raise ValueError(
@@ -56,7 +57,7 @@ class Placement:
     """Moves networks to the device when they are used, and moves the least recently used ones away when memory is short.
 
     A network with trainable parameters never leaves the device, because the backward pass needs those parameters where the
-    forward pass had them, and the optimizer's moments are on the same device.
+    forward pass used them, and the optimizer's moments are also on the device.
 
     Args:
         networks: the networks by name
@@ -70,7 +71,7 @@ class Placement:
         self._handles: list[Any] = []
 
     def watch(self) -> None:
-        """Registers hooks that bring each network to the device before it is called."""
+        """Registers hooks that move each network to the device before it is called."""
         for name, network in self.networks.items():
             self._handles.append(network.register_forward_pre_hook(_Use(self, name)))
 
@@ -81,7 +82,7 @@ class Placement:
         self._handles = []
 
     def use(self, name: str) -> None:
-        """Brings this network to the device, and moves others away if there is not enough room."""
+        """Moves this network to the device. If there is not enough room, first moves other networks to main memory."""
         if name in self.present:
             if self.present[-1] != name:
                 self.present.remove(name)
@@ -118,14 +119,14 @@ class Placement:
 
 
 class _Use:
-    """A forward pre-hook that brings its network to the device."""
+    """A forward pre-hook that moves its network to the device."""
 
     def __init__(self, placement: Placement, name: str) -> None:
         self.placement, self.name = placement, name
 
     def __call__(self, module: nn.Module, _args: Any) -> None:
         self.placement.use(self.name)
-        if module is not self.placement.networks[self.name]:  # a copy that has some weights of its own
+        if module is not self.placement.networks[self.name]:  # a copy that does not share all weights
             module.to(self.placement.device)
 
 
@@ -135,16 +136,16 @@ def place(
     budget: int | None = None,
     free: Callable[[torch.device], int] | None = None,
 ) -> None:
-    """Moves all of a backbone's networks to `device` if they fit there together; otherwise, makes them take turns there.
+    """Moves all of a backbone's networks to `device` if they all fit. Otherwise, makes them take turns on it.
 
     Args:
         backbone: a backbone whose networks are in main memory
         device: the device used for computation
         budget: bytes for all networks. By default, `SHARE` of the free memory on a GPU, and no limit elsewhere
-        free: returns the free bytes on a device. By default, as reported by CUDA
+        free: a function that returns the number of free bytes on a device. By default, CUDA reports it
 
     Raises:
-        ValueError: if even the largest network does not fit into the device's free memory
+        ValueError: if the largest network alone does not fit into the device's free memory
     """
     networks = {**backbone.components, "vae": backbone.vae}
     sizes = {name: size_of(network) for name, network in networks.items()}

@@ -1,7 +1,7 @@
 """The interface that a model family offers to the rest of the suite.
 
-A backbone is a frozen diffusion model behind one small protocol. It wraps diffusers classes and defines *roles*
-and *sites*, and contains no method-specific logic. `t` is the model's own training time, in [0, 1000) (see `shared.types`).
+A backbone is a frozen diffusion model behind one small protocol. It wraps diffusers classes and defines *roles* and *sites*.
+It contains no method-specific logic. `t` is the model's own training time, in [0, 1000) (see `shared.types`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Group:
 
 @runtime_checkable
 class Adapter(Protocol):
-    """Something injected into a backbone under a concept's name, with a strength."""
+    """A trainable change that is injected into a backbone under a concept's name and has an adjustable strength."""
 
     @property
     def slot(self) -> str:
@@ -61,36 +61,39 @@ class Adapter(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when keys or shapes do not match exactly."""
+        """Loads the tensors. Raises ValueError when keys or shapes do not match exactly."""
         ...
 
     def eject(self) -> None:
-        """Removes the adapter. The modules, their outputs and their repr become what they were before."""
+        """Removes the adapter. Restores the modules, their outputs and their repr."""
         ...
 
 
 @runtime_checkable
 class Placeholder(Protocol):
-    """A modifier attached to a backbone for one concept. It defines how `<name>` is written and encoded."""
+    """A modifier attached to a backbone for one concept. It defines what replaces `<name>` in prompts and how that text is
+    encoded."""
 
     name: str
-    frozen: bool  # loaded from a concept rather than being trained
-    words: str  # what `<name>` becomes in a prompt, e.g. "<my-mug> <my-mug>_1 mug"
+    frozen: bool  # loaded from a concept rather than trained
+    words: str  # the text that replaces `<name>` in a prompt, e.g. "<my-mug> <my-mug>_1 mug"
     tokens: tuple[str, ...]  # tokens added to the tokenizers; may be empty
-    components: tuple[str, ...]  # the text encoders that it learns vectors for; empty if it learns nothing
+    components: tuple[str, ...]  # the text encoders for which it learns vectors; empty if it learns none
     varies_with: frozenset[str]  # subset of {"time", "site"}; if empty, the encoding can be cached
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """Returns the input embeddings of `tokens` in this text encoder, [n, d], or [B, n, d] if they vary with time."""
+        """Returns the input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] if they vary with time. Returns
+        None if there are no added tokens."""
         ...
 
     def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
-        """Changes the text encoder's output; `positions` is bool [B, L], True at this concept's tokens."""
+        """Returns the text encoder's output with this concept's edits. `positions` is a bool mask [B, L], True at this
+        concept's tokens."""
         ...
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength. 0 is the initial state and 1 the learned one. A placeholder that cannot interpolate raises
-        ValueError for anything but 1."""
+        """Sets the strength. Strength 0 is the initial state, and strength 1 is the learned state. A placeholder that cannot
+        interpolate raises ValueError for any strength but 1."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -100,15 +103,15 @@ class Placeholder(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when keys or shapes do not match exactly."""
+        """Loads the tensors. Raises ValueError when keys or shapes do not match exactly."""
         ...
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Returns the initial state, with the keys of `state_dict`. Empty if the placeholder cannot interpolate."""
+        """Returns the initial state under the keys of `state_dict`, or an empty dict if the placeholder cannot interpolate."""
         ...
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when keys or shapes do not match exactly."""
+        """Loads the initial state. Raises ValueError when keys or shapes do not match exactly."""
         ...
 
 
@@ -127,11 +130,11 @@ class Backbone(Protocol):
     resolution: int  # default picture size in pixels
     frames: int | None  # default frame count of a clip; None if the model generates pictures
     frame_rate: float | None  # frames per second of clips; None if the network does not take it as input
-    frames_apart: bool  # whether self-attention sees each frame of a clip separately
-    frame_factor: int  # frames per latent frame; unless it is 1, the first frame has a latent frame to itself
+    frames_apart: bool  # whether self-attention processes each frame of a clip separately
+    frame_factor: int  # frames per latent frame; if greater than 1, the first latent frame covers only one frame
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # whether the model was trained on integer timesteps
-    time_per_frame: bool  # whether `predict` takes one time per frame of a clip, t [B, f]
+    time_per_frame: bool  # whether `predict` accepts one time per frame of a clip, t [B, f]
     world: World | None  # the synthetic world that the model was trained on; None for the real world
     context_component: str  # the text encoder whose hidden states are the context
     vae: Any  # maps between pixels and latents; never trained
@@ -142,8 +145,8 @@ class Backbone(Protocol):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit this model, its own included. A concept fits if the layers that it changes are
-        the same in both models."""
+        """The families whose concepts can fit this model, including its own. A concept fits if the layers that it changes
+        have the same shapes in both models."""
         ...
 
     @property
@@ -157,18 +160,18 @@ class Backbone(Protocol):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that predicts, or the first of them if there are several."""
+        """The network that predicts, or the first one if there are several."""
         ...
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The components that predict, each with its time range [from, to). There is one for all times, or one expert per
-        noise range (Wan 2.2); experts have the same layers."""
+        """The names of the denoising networks, each with its time range [from, to). There is either one network for all times,
+        or one expert per noise range (Wan 2.2). Experts have the same layers."""
         ...
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
-        """Every trainable network by name: the denoiser (or one per noise range) and the text encoders."""
+        """Every network that concepts can change, by name: the denoiser (or one per noise range) and the text encoders."""
         ...
 
     # text
@@ -183,8 +186,8 @@ class Backbone(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
-        """Encodes B expanded prompts. The result has the context [B, L, D] (or one per site) and the pooled output [B, P].
-        `t` [B] is required if the encoding of a concept's name varies with time."""
+        """Encodes B expanded prompts. The result has the context [B, L, D] (or one context per site) and, if the model uses
+        it, the pooled output [B, P]. `t` ([B]) is required if the encoding of a concept's name varies with time."""
         ...
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
@@ -198,13 +201,14 @@ class Backbone(Protocol):
         ...
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError, quoting the text that would be cut, when the prompt is too long for the text encoders."""
+        """Raises ValueError if the context's text encoder would cut the prompt, or if any text encoder would cut a concept's
+        name. The message quotes the text that would be cut."""
         ...
 
     # pictures
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encodes pixels [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]. With a generator, samples the latents; without one,
-        returns their mean. Differentiable."""
+        returns their mean. The result is differentiable."""
         ...
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,17 +239,17 @@ class Backbone(Protocol):
         ...
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the clean latents [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
+        """Returns the clean latents implied by a prediction at x_t, all [B, C, h, w]."""
         ...
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the noise [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
+        """Returns the noise implied by a prediction at x_t, all [B, C, h, w]."""
         ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the network's output for x_t [B, C, h, w], of the same shape and in the network's own parametrisation.
-        Raises ValueError when the network does not support something in the conditioning, or when the frames of a clip have
-        different times but the network takes only one."""
+        """Returns the network's output for x_t ([B, C, h, w]). The output has the same shape and is in the network's own
+        parametrisation. Raises ValueError when the network does not support something in the conditioning, or when the
+        frames of a clip have different times but the network takes only one time per clip."""
         ...
 
     @property
@@ -254,7 +258,7 @@ class Backbone(Protocol):
         ...
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """Returns a context in which gradient checkpointing can later rerun layers as they ran in the current prediction."""
+        """Returns a context for gradient checkpointing. Layers that are rerun in it see the times of the current prediction."""
         ...
 
     # sampling
@@ -263,7 +267,7 @@ class Backbone(Protocol):
     default_steps: int
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """Sets a scheduler's steps as the family's diffusers pipeline does."""
+        """Sets a scheduler's timesteps in the same way as the family's diffusers pipeline."""
         ...
 
     def needs_negative(self, guidance: float) -> bool:
@@ -283,18 +287,19 @@ class Backbone(Protocol):
 
     # names of modules
     def roles(self) -> tuple[str, ...]:
-        """Returns the roles that `group` has modules for in this network."""
+        """Returns the roles for which this network has modules."""
         ...
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """Returns the modules of a role, one Group per component. Raises ValueError, listing the available roles, if this
+        """Returns the modules of a role, as one Group per component. Raises ValueError, listing the available roles, if this
         network does not have the role.
 
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
-        or in two ports. A port may borrow layers of one exact group, in which case its note names that role. For example,
-        layers that attend jointly over space and time are the exact "self_attention" and serve as a port for
-        "temporal_attention". "denoiser" is every linear and convolution layer of the denoiser. "denoiser.all", for full
-        fine-tuning, is every module in the denoiser that directly holds parameters, including norms and embeddings.
+        or in two ports. A port may borrow the layers of one exact group; its note then names the role of that group. For
+        example, layers that attend jointly over space and time are the exact "self_attention" and also serve as the port
+        "temporal_attention". "denoiser" stands for every linear and convolution layer of the denoiser. "denoiser.all", for
+        full fine-tuning, stands for every module of the denoiser that directly holds parameters, including norms and
+        embeddings.
         """
         ...
 
@@ -303,8 +308,8 @@ class Backbone(Protocol):
         ...
 
     def text_sites(self) -> tuple[str, ...]:
-        """Returns the names of the sites that can each have a text context of their own. Empty if picture and text attend
-        jointly."""
+        """Returns the names of the sites that can each take a separate text context. There are none if picture and text
+        attend jointly."""
         ...
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
@@ -314,14 +319,15 @@ class Backbone(Protocol):
         ...
 
     def keep_attending(self, name: str, *edits: At) -> None:
-        """Applies these edits from now on, whenever the concept `name` is active. Called without edits, removes the concept's
-        earlier ones. See `shared.backbones.attending`. Raises ValueError under the same conditions as `attending`."""
+        """Applies these edits from now on, whenever the concept `name` has a nonzero strength. They replace the concept's
+        earlier edits; without arguments, those are only removed. See `shared.backbones.attending`. Raises ValueError under
+        the same conditions as `attending`."""
         ...
 
     # attached concepts, by name
     def add_placeholder(self, placeholder: Placeholder) -> None:
-        """Adds the placeholder's tokens to every tokenizer and registers it. Raises ValueError when a token or name is
-        taken."""
+        """Adds the placeholder's tokens to every tokenizer and registers the placeholder. Raises ValueError when a token or the
+        name is taken."""
         ...
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -330,7 +336,7 @@ class Backbone(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Removes everything attached under this name, and restores outputs, repr and tokenizers."""
+        """Removes everything attached under this name. Restores the model's outputs, repr and tokenizers."""
         ...
 
     def word_embeddings(self, component: str, words: str) -> Tensor:
@@ -345,14 +351,14 @@ class Backbone(Protocol):
         """Returns the standard deviation of all values in this text encoder's input embeddings."""
         ...
 
-    # strengths by adapter set
+    # strengths
     @property
     def strengths(self) -> dict[str, float]:
         """The current strength of each concept's adapters, or of its learned words if it has no adapters. 0 means off."""
         ...
 
     def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Returns a context in which exactly these adapters are on, with these strengths, and all others are off.
+        """Returns a context in which only the adapters of these concepts are on, each with the given strength.
 
         Learned words take the strength given for their concept. The words of other concepts keep their strength, because they
         act only if the prompt contains them.
@@ -360,6 +366,6 @@ class Backbone(Protocol):
         ...
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Sets the strength of one concept's adapters and learned words permanently, unlike `active`. Raises ValueError when
-        the name is unknown or the concept has nothing that a strength can scale."""
+        """Sets the strength of one concept's adapters and learned words. Unlike `active`, this lasts. Raises ValueError if the
+        name is unknown or the concept has nothing that a strength can scale."""
         ...

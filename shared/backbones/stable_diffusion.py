@@ -27,8 +27,8 @@ def _unet(pattern: str) -> tuple[RoleSpec, ...]:
 
 
 def _self(leaf: str) -> tuple[RoleSpec, ...]:
-    """Returns the role of self-attention layers, which are in transformer blocks, or stand alone in blocks that take no text
-    (AttnDownBlock2D)."""
+    """Returns the role of self-attention layers. These layers are part of a transformer block, or stand alone in a block that
+    takes no text (AttnDownBlock2D)."""
     return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
 
 
@@ -88,7 +88,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes: dict[str, tuple[nn.Module, Any]] = {}
 
     def pipeline(self) -> Any:
-        """Returns a diffusers pipeline around the same networks, with the base tokenizer and a scheduler of its own."""
+        """Returns a diffusers pipeline around the same networks, with the base tokenizer and a new scheduler."""
         from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         parts: dict[str, Any] = {**self._components, "safety_checker": None, "feature_extractor": None}
@@ -109,7 +109,7 @@ class StableDiffusionBackbone(BaseBackbone):
         """Returns alpha and sigma from the scheduler's table, interpolating alpha_bar linearly between integer timesteps.
 
         Args:
-            t: [B] or a scalar, in [0, 1000); for clips also [B, f], one per frame
+            t: [B] or a scalar, in [0, 1000). For clips, also [B, f], with one time per frame
         """
         t = times(t)
         table = self.alphas_cumprod.to(t.device)
@@ -124,7 +124,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the U-Net's output for x_t, of the same shape and in the backbone's own parametrisation.
+        """Returns the U-Net's output for x_t. The output has the same shape and is in the backbone's own parametrisation.
 
         Args:
             x_t: [B, C, h, w]
@@ -132,8 +132,8 @@ class StableDiffusionBackbone(BaseBackbone):
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
 
         Raises:
-            ValueError: when the conditioning lacks the context of a site, or has image tokens, regions or size_ids, or when
-                shapes do not match
+            ValueError: when the conditioning lacks the context of a site, when it has image tokens, regions or size_ids, or
+                when shapes do not match
         """
         self._refuse_unread(conditioning, len(x_t))
         context = conditioning.context
@@ -149,8 +149,8 @@ class StableDiffusionBackbone(BaseBackbone):
         return self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
-        """Concatenates the keys and values of all S sites into one context [B, L, 2*S*D], and adds hooks with which each
-        `to_k` and `to_v` takes its own slice.
+        """Concatenates the keys and values of all S sites into one context [B, L, 2*S*D], and adds hooks that pass each
+        `to_k` and `to_v` its own slice of it.
 
         The context is an ordinary argument of the network and the hooks are stateless, so layers that gradient checkpointing
         reruns in the backward pass see the same inputs as in the forward pass. The hooks leave a plain context (of width D)
@@ -182,7 +182,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes[path] = (module, module.register_forward_pre_hook(take))
 
     def remove(self, name: str) -> None:
-        """Removes everything attached under this name. Raises ValueError when there is nothing."""
+        """Removes everything attached under this name. Raises ValueError if nothing is attached under it."""
         super().remove(name)
         if not self.placeholders:
             for _, handle in self._routes.values():
@@ -215,7 +215,7 @@ def _prediction_type(scheduler: Any) -> str:
 
 
 def _alphas_cumprod(scheduler: Any) -> Tensor:
-    """Returns the scheduler's alpha_bar per training timestep, float32 [T] on the CPU."""
+    """Returns the scheduler's alpha_bar for each training timestep, as a float32 tensor [T] on the CPU."""
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
@@ -241,7 +241,7 @@ def _sites(unet: Any) -> tuple[Site, ...]:
     attention = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
     sites = []
     for prefix, size in scales.items():
-        # a block calls its attention layers in order, and after each one the motion module with the same index
+        # a block calls its attention layers in order, each followed by the motion module with the same index
         inside = sorted((n for n in attention if n.startswith(prefix)), key=lambda n: _turn(n.removeprefix(prefix)))
         sites += [Site(name, _kind(name, attention[name]), size) for name in inside]
     return tuple(sites)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """What a backbone reports about its synthetic world (`Backbone.world`), so that no other code has to check its name."""
+    """The facts that a backbone reports about its synthetic world (`Backbone.world`), so that no code has to check the model's
+    name."""
 
     overlay: str  # the file configs/overlays/NAME.yaml that adapts recipes to the model
-    prompts: str  # the prompt set with which concepts are evaluated on the model
+    prompts: str  # the prompt set for evaluating concepts on the model
     instruments: str  # the evaluators trained on this world, as named in `shared.metrics.instruments`
     side: int  # side of the square training pictures, in pixels
     unseen: str  # completes the warning about pictures from outside this world, which begins "the pictures of NAME"

@@ -45,8 +45,9 @@ class TextEncoding:
         return self.tokens.max_length
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError, quoting the text that would be cut, when the context's text encoder would cut the prompt, or any
-        encoder would cut a concept's name. Only warns about other text that a second encoder would cut."""
+        """Raises ValueError if the context's text encoder would cut the prompt, or if any text encoder would cut a concept's
+        name. The message quotes the text that would be cut. Other text that a second encoder would cut only causes a
+        warning."""
         cut = self.tokens.overflow(self.context_component, prompt)
         if cut:
             limit = self.tokens.max_length[self.context_component]
@@ -91,7 +92,7 @@ class TextEncoding:
         """Encodes expanded prompts into the network's conditioning.
 
         The text encoder runs once or, if a placeholder varies with "site", once for each distinct set of vectors. The result
-        is differentiable with respect to the vectors and to text-encoder adapters.
+        is differentiable with respect to the vectors and to the text-encoder adapters.
 
         Args:
             prompts: B texts
@@ -161,7 +162,7 @@ class TextEncoding:
             names = ", ".join(repr(n.name) for n in used)
             raise ValueError(
                 f"{names}: a text context per attention site (or separate keys and values) needs cross-attention layers "
-                f"that each take their own, but {self.family} has none: {self.why_one_context}"
+                f"that can each take their own context, but {self.family} has none: {self.why_one_context}"
             )
         return sites
 
@@ -175,7 +176,7 @@ class TextEncoding:
         return t
 
     def _readers(self) -> list[str]:
-        """Returns the text encoders in use, the context's first."""
+        """Returns the text encoders in use, starting with the one for the context."""
         return list(dict.fromkeys(c for c in (self.context_component, self.pooled_component) if c))
 
     def _tokenize(self, prompts: Sequence[str]) -> dict[str, Tokenized]:
@@ -223,14 +224,15 @@ class TextEncoding:
             return self._run_text(component, ids, text.mask)
 
     def _embedding(self, component: str) -> Any:
-        """Returns the token embedding that this text encoder's forward pass calls. For T5, that is not the one that
-        `get_input_embeddings` returns."""
+        """Returns the token-embedding module that this text encoder's forward pass calls. For T5, `get_input_embeddings`
+        returns a different module."""
         module: Any = self._components[component]
         stack = getattr(module, "encoder", None)
         return getattr(stack, "embed_tokens", None) or module.get_input_embeddings()
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Runs a text encoder once. Returns its hidden states [B, L, D] and its pooled output [B, P], or None without one."""
+        """Runs a text encoder once. Returns its hidden states [B, L, D] and its pooled output [B, P]. The latter is None if
+        the model does not use it."""
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:
@@ -253,7 +255,7 @@ class TextEncoding:
 
 
 def _says(placeholder: Placeholder, prompt: str, cut: str) -> bool:
-    """Whether cutting `cut`, the end of the prompt, loses part of a concept's name."""
+    """Whether part of a concept's name is lost when `cut`, the end of the prompt, is cut off."""
     kept = prompt.rstrip()[: -len(cut)]
     words = [w for w in placeholder.tokens or (placeholder.words,) if w.strip()]
     return any(kept.count(w) < prompt.count(w) for w in words)

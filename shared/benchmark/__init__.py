@@ -1,1 +1,1 @@
-"""Compares recipes over many subjects, with one report for each cell and one table for all of them."""
+"""Compares recipes over many subjects. Writes one report for each recipe and subject, and one table for all reports."""

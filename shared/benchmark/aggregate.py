@@ -20,7 +20,7 @@ COSINES = ("clip_t", "clip_i", "dino_i", "identity_i")
 class Goal:
     """The scores that a recipe must reach, in [0, 1]. None means no requirement.
 
-    over_floor: by how much identity must exceed the base model's
+    over_floor: the margin by which identity must exceed that of the base model
     """
 
     identity: float | None = None
@@ -36,19 +36,23 @@ class Goal:
 
 
 def all_reached(parts: Sequence[tuple[float | None, float | None]]) -> bool | None:
-    """Returns whether every value reaches its limit, or None if no limit is set. An unmeasured value does not reach one."""
+    """Returns whether every value reaches its limit, or None if no limit is set. An unmeasured value reaches no limit."""
     asked = [(value, limit) for value, limit in parts if limit is not None]
     return all(value is not None and value >= limit - 1e-9 for value, limit in asked) if asked else None
 
 
 def over_floor(score: Score | None) -> float | None:
-    """Returns the score minus the base model's, or None if either was not measured."""
+    """Returns the score minus that of the base model, or None if one of the two was not measured."""
     return None if score is None or score.value is None or score.base is None else score.value - score.base
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe over all its subjects. Scores are pooled over all pictures, and intervals resample by subject and prompt."""
+    """The results of one recipe over all its subjects.
+
+    Scores are pooled over the pictures of all subjects that are not in `apart`. Their intervals come from resampling by
+    subject and prompt.
+    """
 
     recipe: str
     subjects: tuple[str, ...]
@@ -57,8 +61,8 @@ class Row:
     training_seconds: float | None
     seconds_per_picture: float | None
     concept_bytes: float | None
-    failed: Mapping[str, str] = field(default_factory=dict)  # subject -> what went wrong
-    # subject -> T, the share of its true pictures that pass, for subjects left out of the scores because T is too low
+    failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
+    # for subjects left out of the scores because T is too low: subject -> T, the share of its true pictures that pass
     apart: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
@@ -91,7 +95,8 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
 
 
 def _headline(reports: Mapping[str, Report]) -> list[Score]:
-    """Computes the trade-off and its terms. Identity also gets the subjects' mean T and their mean chance."""
+    """Computes the trade-off and its terms. The identity score also gets the mean T and the mean chance level of
+    the subjects."""
     ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
     made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
     found = [i for r in reports.values() if (i := r.score("identity"))]
@@ -121,7 +126,7 @@ def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
 
 
 def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Averages diversity over prompts. Scores in `BESIDE`, which accompany freedom, are averaged over subjects."""
+    """Averages diversity over prompts, and the scores in `BESIDE` (which accompany freedom) over subjects."""
     scores: dict[str, Score] = {}
     varied = [
         (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))
@@ -146,8 +151,8 @@ def interval(
 ) -> tuple[float | None, float | None]:
     """Returns the 95 % interval of a mean, ignoring NaNs.
 
-    Whole `clusters` are resampled; if None, each value is its own cluster. Returns (None, None) for fewer than two
-    clusters, because one cluster does not show how much clusters vary.
+    `clusters` gives the cluster of each value, and whole clusters are resampled. If None, each value is its own cluster.
+    Returns (None, None) for fewer than two clusters, because a single cluster does not show how much clusters vary.
     """
     labels = list(range(len(values))) if clusters is None else list(clusters)
     kept = {c for c, v in zip(labels, values, strict=True) if not math.isnan(v)}

@@ -1,4 +1,4 @@
-"""Compares motion recipes by their clips. Pools the reports of each recipe and writes Markdown, CSV and a page."""
+"""Compares motion recipes by their clips. Pools the reports of each recipe into a table, as Markdown, CSV and a web page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RELATIVE = ("identity", "both")  # reports divide these by the share of true pic
 class ClipGoal:
     """The scores that a recipe must reach, in [0, 1]. None means no requirement.
 
-    over_floor: by how much identity must exceed the base model's
+    over_floor: the margin by which identity must exceed that of the base model
     leaks_less_than: the name of a recipe whose leakage must be higher, if that recipe is in the same table
     """
 
@@ -59,7 +59,7 @@ class ClipGoal:
 
 @dataclass(frozen=True)
 class ClipsRow:
-    """One recipe over all its cells. Every clip counts once, and intervals resample whole motions."""
+    """The results of one recipe over all its cells. Every clip counts once, and intervals resample whole motions."""
 
     recipe: str
     motions: tuple[str, ...]
@@ -67,7 +67,7 @@ class ClipsRow:
     scores: Mapping[str, Score]
     training_seconds: float | None
     seconds_per_clip: float | None
-    failed: Mapping[str, str] = field(default_factory=dict)  # cell -> what went wrong
+    failed: Mapping[str, str] = field(default_factory=dict)  # cell -> error message
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None
@@ -125,7 +125,8 @@ def _measured(rows: Sequence[Mapping[str, float | None]]) -> MeasuredClips:
 
 
 def _beside(score: Score, reports: Iterable[ClipReport]) -> Score:
-    """Adds the mean scores of true clips or pictures and of a guess. Drops the interval if there is only one motion."""
+    """Adds the mean score of true clips or pictures, and the mean score of a random guess. Drops the interval if there is
+    only one motion."""
     listed = list(reports)
     found = [s for r in listed if (s := r.score(score.key))]
     beside = {"truth": average([s.truth for s in found]), "chance": average([s.chance for s in found])}
@@ -136,7 +137,7 @@ def _beside(score: Score, reports: Iterable[ClipReport]) -> Score:
 
 @dataclass(frozen=True)
 class ClipComparison:
-    """A table sorted by subject × motion × (1 − leakage), with the reports that it was built from."""
+    """A table sorted by subject × motion × (1 − leakage), with the reports from which it was built."""
 
     rows: tuple[ClipsRow, ...]
     reports: Mapping[tuple[str, str], ClipReport]  # by (recipe, cell)
@@ -159,7 +160,8 @@ class ClipComparison:
 
     @property
     def floors(self) -> list[tuple[str, list[str]]]:
-        """The rows of reference values, which need no recipe: the base model, true clips or pictures, and a guess."""
+        """The rows with reference values, which do not depend on the recipe: those of the base model, of true clips or
+        pictures, and of a random guess."""
         if not (self.rows and self.rows[0].scores):
             return []
         known = [self.rows[0].scores.get(k) for k in self.columns]
@@ -184,7 +186,7 @@ class ClipComparison:
         return "\n".join(lines) + "\n" + ("\nToy numbers: generated and evaluated on the toybox.\n" if toy else "")
 
     def csv(self) -> str:
-        """Returns CSV with one line per recipe (where `cell` is empty) and one per cell, at full precision."""
+        """Returns CSV at full precision, with one line per recipe (where the column `cell` is empty) and one per cell."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -234,5 +236,5 @@ def compare_clips(
 
 
 def clips(goal: ClipGoal = ClipGoal()) -> Reporting[ClipReport, ClipComparison]:
-    """Returns the report type and the function that turns reports of clips into a table."""
+    """Returns the type of clip reports and the function that turns them into a table."""
     return Reporting(ClipReport, SCHEMA_VERSION, lambda reports, failures: compare_clips(reports, failures, goal))

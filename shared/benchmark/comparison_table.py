@@ -1,4 +1,4 @@
-"""Writes a comparison as Markdown, CSV and a page."""
+"""Writes a comparison as Markdown, CSV and a web page."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLUMNS = ("trade_off", "identity", "text", "freedom", "recognised", "copied", "
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table sorted by trade-off, with the reports that it was built from."""
+    """A table sorted by trade-off, with the reports from which it was built."""
 
     rows: tuple[Row, ...]
     reports: Mapping[tuple[str, str], Report]
     failures: Mapping[tuple[str, str], str]
     goal: Goal
     toybox: bool
-    control: str | None = None  # the recipe that the others are compared with
+    control: str | None = None  # the recipe with which the others are compared
 
     def markdown(self) -> str:
         """Returns a Markdown table with one line per recipe, ready for a README."""
@@ -53,12 +53,12 @@ class Comparison:
         notes = ["Toy numbers: generated and evaluated on the toybox."] if self.toybox else []
         if self.apart:
             listed = ", ".join(f"{s} ({t:.0%})" for s, t in self.apart.items())
-            reason = "because the instruments verify fewer than half of their true pictures"
+            reason = "because the instruments verify fewer than half of these subjects' true pictures"
             notes.append(f"Shown apart from the pooled figures, {reason}: {listed}.")
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
     def csv(self) -> str:
-        """Returns CSV with one line per recipe (where `subject` is empty) and one per cell, at full precision."""
+        """Returns CSV at full precision, with one line per recipe (where the column `subject` is empty) and one per cell."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -114,7 +114,7 @@ class Comparison:
 
     def ahead(self, recipe: str) -> Score | None:
         """Returns the recipe's trade-off minus the control's, averaged over the subjects that both have, with a 95 %
-        interval over subjects. Returns None for the control itself, and if the two share no subject."""
+        interval over subjects. Returns None for the control itself, or if the two have no subject in common."""
         if self.control is None or recipe == self.control:
             return None
         pairs = [(self._trade_off(recipe, s), self._trade_off(self.control, s)) for s in self.subjects]
@@ -133,7 +133,7 @@ class Comparison:
 
     @property
     def apart(self) -> dict[str, float]:
-        """The subjects left out of all pooled scores, with the share of their true pictures that pass."""
+        """Maps each subject that is left out of the pooled scores to the share of its true pictures that pass."""
         return {s: t for r in self.rows for s, t in r.apart.items()}
 
     @property
@@ -143,7 +143,7 @@ class Comparison:
 
     @property
     def chance(self) -> float | None:
-        """The score of a random guess among the look-alikes, or None if there are none."""
+        """The score of a random guess among the look-alikes, or None if there are no look-alikes."""
         found = [s.chance for r in self.rows for k in ("recognised", "identity") if (s := r.scores.get(k))]
         return next((c for c in found if c is not None), None)
 

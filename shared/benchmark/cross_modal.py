@@ -18,7 +18,7 @@ from shared.runner.open_runner import read_by
 
 GROUP = "pcs.cross_modal"
 ORDER = ("image", "video", "3d")
-KINDS = ("subject", "identity")  # kinds of concept that have an appearance in every modality
+KINDS = ("subject", "identity")  # kinds of concepts that have an appearance in every modality
 
 
 def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
@@ -42,8 +42,9 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
     If a modality fails, the report states the error and the other modalities still run.
 
     Raises:
-        ValueError: before anything is generated, if a modality is unknown or cannot show the concept, the concept is
-            neither a subject nor an identity, reference pictures or instruments are missing, or `out` exists
+        ValueError: before anything is generated, if a modality is unknown or cannot show the concept; if the concept is not
+            a subject or an identity; if reference pictures or instruments are missing; or if `out` exists and `overwrite`
+            is not set
     """
     chosen = modalities(names)
     folders = [p for p in (asked.judged.references, asked.judged.gallery, asked.judged.clip, asked.judged.dino) if p]
@@ -76,7 +77,7 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
 
 
 def failures_told(report: CrossModalReport) -> None:
-    """Raises a ValueError that lists the modalities that failed, if any."""
+    """Raises a ValueError that lists the failed modalities, if there are any."""
     if report.failures:
         raise ValueError("\n".join(f"{name} failed: {error}" for name, error in report.failures.items()))
 

@@ -1,4 +1,4 @@
-"""The result of `pcs concept evaluate`, which is one table over modalities, saved as JSON, CSV and a page."""
+"""The report of `pcs concept evaluate`. Its table has one line per modality and is saved as JSON, CSV and a web page."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CrossModalReport(BaseModel):
 
     @property
     def columns(self) -> list[Score]:
-        """Every score that any modality has, in reading order."""
+        """Every score that at least one modality has, in reading order."""
         found: dict[str, Score] = {}
         for score in (s for m in self.modalities for s in m.scores):
             found.setdefault(score.key, score)
@@ -95,7 +95,8 @@ class CrossModalReport(BaseModel):
         out = []
         if not any(m.score("identity") for m in self.modalities):
             out.append(
-                "There are no true pictures of this subject to verify its identity, so its likeness to the references is shown."
+                "There are no true pictures of this subject with which its identity could be verified. The table shows its "
+                "likeness to the references instead."
             )
         if any(m.name == "3d" for m in self.modalities):
             out.append("An asset's prompt names only the subject, and the scores of a single asset have no interval.")
@@ -161,8 +162,8 @@ def report_of(
 
 
 def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -> CrossModalReport:
-    """Writes `report.json`, `report.csv`, `shots.csv`, the references and `index.html` into the folder of generated
-    files. Returns the report as written."""
+    """Writes `report.json`, `report.csv`, `shots.csv`, the references and `index.html` into `folder`, which already
+    contains the generated files. Returns the report as written."""
     (folder / REFERENCES).mkdir()
     names = []
     for i, png in enumerate(pngs(references(subject, _SIDE))):
@@ -177,7 +178,7 @@ def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -
 
 
 def page(report: CrossModalReport, folder: Path) -> str:
-    """Renders a self-contained page with the table, the pictures, the playing clips and the turning asset."""
+    """Renders a self-contained page with the table, the pictures, the animated clips and the rotating asset."""
     return render(
         "cross_modal.html.j2",
         report=report,

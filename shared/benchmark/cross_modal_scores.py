@@ -1,9 +1,10 @@
-"""Scores one modality, with the encoder, look-alikes and rule that all modalities share.
+"""Scores one modality, with the encoder, the look-alikes and the verification rule that all modalities share.
 
-A frame shows the subject if it is recognised among look-alikes, is not a copy of a reference, and is at least as
-similar to the references as 95 % of true pictures. A share T of other true pictures passes this test, and identity is
-the share of frames that pass, divided by T. True pictures show the subject as the modality does: they are drawn for the
-same prompts and passed through the model's autoencoder, or rendered from the same cameras.
+A frame shows the subject if three conditions hold: the subject is recognised among its look-alikes, the frame is not a copy
+of a reference, and its likeness to the references reaches the level that 95 % of true pictures reach. Identity is the share
+of frames that pass this test, divided by T, the share of other true pictures that pass it. True pictures show the subject in
+the same way as the modality: they are drawn for the same prompts and passed through the model's autoencoder, or rendered
+from the same cameras.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def _scorer(made: Made, tools: Instruments) -> Scorer:
 
 
 def _figures(verifier: Verifier, bar: Tensor, others: Tensor) -> TrueFigures:
-    """Computes figures from true renders: `bar` sets the threshold, with which `others` are compared."""
+    """Computes the likeness threshold from the true renders `bar`, and the share of the true renders `others` that pass with
+    it."""
     least = float(torch.quantile(verifier.look(bar).likeness, 1 - PASSING))
     passed = verifier.look(others).passes([least] * len(others)).double().mean()
     return TrueFigures(bars={"": Bar(least=least, passed=float(passed), pictures=len(others))})
@@ -124,7 +126,8 @@ def _scores(scorer: Scorer, measured: Sequence[Values], floor: Sequence[Values],
 
 
 def _with_beside(score: Score, scorer: Scorer, passed: float | None) -> Score:
-    """Adds the values for true pictures, for a guess, and for each reference against the others. Caps rates at 1."""
+    """Adds the values for true pictures, for a random guess, and for each reference compared with the other references. Caps
+    rates at 1."""
     update: dict[str, object] = {}
     if score.unit == "rate":
         update = {k: min(1.0, v) for k in ("value", "low", "high", "base") if (v := getattr(score, k)) is not None}

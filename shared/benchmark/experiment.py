@@ -1,6 +1,7 @@
-"""Runs several recipes on several subjects. Saves each cell's report as soon as it is done, then one table and one page.
+"""Runs several recipes on several subjects. Saves each cell's report as soon as the cell is done, and finally the comparison
+as Markdown, CSV and a web page.
 
-Cells on disk are not run again, so an interrupted comparison resumes where it stopped.
+Cells that are already on disk are not run again, so an interrupted comparison resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ class Reporting(Generic[R, T]):
 
 
 def pictures(goal: Goal = Goal(), control: str | None = None) -> Reporting[Report, Comparison]:
-    """Returns the report type and the function that turns reports of pictures into a table.
+    """Returns the type of picture reports and the function that turns them into a table.
 
-    control: the recipe that the others are compared with, subject by subject
+    control: the recipe with which the others are compared, subject by subject
     """
     return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal, control))
 
@@ -97,8 +98,9 @@ def benchmark(
     `out`.
 
     A cell's key consists of its prompts, seeds, settings and resolved recipe. A saved cell with a different key is an
-    error, so that two experiments never mix. If a cell raises, it is saved as failed and marked as such in every table;
-    the next call runs it again if `retry` is set. Raises ValueError while another process writes to `out`.
+    error, so that results of two experiments are never mixed. If running a cell raises an exception, the cell is saved as
+    failed and marked as such in every table. The next call runs it again if `retry` is set. Raises ValueError if another
+    process is writing to `out`.
 
     progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …")
     """
@@ -132,7 +134,8 @@ def benchmark(
 def check_benchmark(out: Path | str, inputs: Iterable[Path] = ()) -> Path:
     """Returns the folder of a benchmark as a path. Call this before work starts.
 
-    Raises ValueError if the folder has files that do not come from an earlier benchmark, and whenever `check_output` does.
+    Raises ValueError if the folder contains files that do not come from an earlier benchmark, if it overlaps with one of
+    `inputs`, or if it cannot be written.
     """
     return check_resumable(out, "benchmark", _is_benchmark, inputs)
 
@@ -159,9 +162,9 @@ class _Kept(Generic[R]):
             cell = json.loads(kept.read_text(encoding="utf-8"))
             if cell["key"] != mark:
                 raise ValueError(
-                    f"{folder} has this cell with different prompts, seeds, settings, recipe or instruments: choose another "
-                    f"output, or remove {kept.name} from this folder (a concept that still fits is not learned again, only "
-                    "scored)"
+                    f"{folder} contains this cell with different prompts, seeds, settings, recipe or instruments: choose "
+                    f"another output, or remove {kept.name} from this folder (a concept that still fits is only scored "
+                    "again, not learned again)"
                 )
             if cell["error"] is None:
                 self.tell(recipe, subject, "kept")

@@ -1,8 +1,8 @@
 """The interface between `pcs concept evaluate` and the packages that generate pictures, clips or assets for it.
 
-A package registers an entry point in the group `pcs.cross_modal`, named after the modality, whose value is a module with two
-functions: `check(asked)`, which rejects a concept that the modality cannot show, and `make(asked, bars)`, which returns
-`Made`. Packages generate but do not score, so that identity is defined in only one place (`cross_modal_scores`).
+A package registers an entry point in the group `pcs.cross_modal`. The entry point is named after the modality, and its value
+is a module with two functions: `check(asked)` rejects a concept that the modality cannot show, and `make(asked, bars)`
+returns `Made`. Packages generate but do not score, so that identity is defined in only one place (`cross_modal_scores`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Asked:
 
     concept: str  # PATH or PATH:STRENGTH
     out: Path
-    prompts: str = ""  # a prompt set or a file; "": the first plain prompts of the model's default set
+    prompts: str = ""  # a prompt set or a file; if empty, the first plain prompts of the model's default set
     limit: int = 4  # number of prompts
     seeds: tuple[int, ...] = (0, 1)
-    steps: int | None = None  # denoising steps; None: as in the concept's recipe
+    steps: int | None = None  # denoising steps; if None, as in the concept's recipe
     motion: str | None = None  # a motion concept for the clips, PATH or PATH:STRENGTH
     motion_adapter: Path | None = None
     asset_recipe: str = "texture_refinement"
@@ -64,18 +64,19 @@ class Asked:
 
     @cached_property
     def world(self) -> Any:
-        """The model's toy world, or None if it has none."""
+        """The synthetic world that the model was trained on, or None for the real world."""
         return WORLDS.get(str(model_asked_for(self.backbone, [self.concept])))
 
     @cached_property
     def subject(self) -> Subject:
-        """The concept's pictures. Raises ValueError if they are missing."""
+        """The concept's reference pictures. Raises ValueError if they are missing."""
         return find_references(self.read, parse_concept(self.concept)[0], self.judged.references)
 
     @cached_property
     def standard(self) -> PromptSet:
-        """The prompts for pictures and clips. By default, these are the prompts in the model's own set that state nothing but
-        the background. No prompt leaves the pose open, because freedom is not measured across modalities."""
+        """The first `limit` prompts for pictures and clips. By default, they come from the model's own prompt set, without
+        the prompts that specify anything besides the background. No prompt leaves the pose open, because freedom is not
+        measured across modalities."""
         found = load_prompts(self.prompts or (self.world.prompts if self.world else REAL), self.class_noun)
         plain = [p for p in found.prompts if self.prompts or (p.free and set(p.expects) <= {"background"})]
         chosen = tuple(p.model_copy(update={"pose_open": False}) for p in plain[: self.limit])
@@ -87,7 +88,7 @@ class Shot:
     """One output: a picture, a clip, or an asset seen from several sides."""
 
     text: str  # the prompt as passed to the model
-    plain: str  # the prompt in plain words
+    plain: str  # the prompt with the class noun instead of the concept
     seed: int
     frames: Tensor  # [F, 3, H, W] in [-1, 1]
     expects: Mapping[str, str] = field(default_factory=dict)  # attributes that the prompt itself asks for
@@ -99,7 +100,7 @@ class Shot:
 class Made:
     """Everything that a modality generated.
 
-    case: the references and look-alikes that the frames are compared with
+    case: the references and look-alikes with which the frames are compared
     true: two sets of renders of the real subject, shown as in this modality. The first, [N, 3, H, W], sets the
         threshold, and the second, [M, 3, H, W], is compared with it. If None, true pictures are drawn for the shots'
         prompts, provided that the model's world can draw them

@@ -25,7 +25,7 @@ Write = Callable[[Tensor, Path], Path]  # pixels, and a path without an extensio
 def shots_of(runner: Runner, asked: Asked, bars: Bars, write: Write, motion: str = "") -> Made:
     """Generates one shot per standard prompt and seed, using a runner with the concept loaded.
 
-    motion: the name of a loaded motion, which follows the concept's name in prompts
+    motion: the name of a loaded motion. In prompts, it follows the concept's name
     """
     thing = f"<{asked.name}> <{motion}>" if motion else f"<{asked.name}>"
     chosen = [(p, s) for p in asked.standard.prompts for s in asked.seeds]
@@ -48,12 +48,12 @@ def shots_of(runner: Runner, asked: Asked, bars: Bars, write: Write, motion: str
 
 
 def as_frames(pixels: Tensor) -> Tensor:
-    """Turns a picture [3, H, W], or a clip [3, F, H, W], into frames [F, 3, H, W]."""
+    """Turns a picture ([3, H, W]) or a clip ([3, F, H, W]) into frames ([F, 3, H, W])."""
     return pixels[None] if pixels.ndim == 3 else pixels.transpose(0, 1)
 
 
 def _sampling(runner: Runner, asked: Asked, name: str) -> SamplingSettings:
-    """Returns the sampling settings of this concept's recipe, with the requested number of steps if one is given."""
+    """Returns the sampling settings of this concept's recipe, with the requested number of steps if there is one."""
     learned = runner.loaded[name].concept.meta.learned_with.sampling
     return SamplingSettings(steps=asked.steps, frames=runner.backbone.frames).completed(learned)
 

@@ -35,9 +35,9 @@ from shared.train.device import pick_device
 _YAML = (".yaml", ".yml")
 #: The maximum number of subjects in a benchmark.
 MOST = 10_000
-#: Keys of a recipe whose paths are removed when its concept is saved, so they are not compared.
+#: Recipe keys that contain paths. They are not compared, because paths are removed when a concept is saved.
 _PLACES = ("subject", "output", "backbone")
-#: The project's own targets (a copy counts as a failure).
+#: The project's own targets. A picture that copies a reference counts as a failure.
 GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
 
 
@@ -46,14 +46,14 @@ class BenchmarkSettings:
     """The settings of a benchmark on the toybox."""
 
     split: str = "development"  # split of the toybox's held-out things; use "reporting" only once, at the end
-    subjects: int | tuple[str, ...] = 4  # number of subjects, from the start of the split, or their names
+    subjects: int | tuple[str, ...] = 4  # number of subjects (the first of the split), or their names
     limit: int = 10  # number of prompts
     num: int = 2  # pictures per prompt
     out: Path = Path("benchmark")
-    device: str | None = None  # None: the GPU if there is one
+    device: str | None = None  # None means the GPU if there is one
     overrides: tuple[str, ...] = ()  # key=value applied to every recipe
-    grid: tuple[str, ...] = ()  # key=value,value; every recipe runs with each combination
-    control: str | None = None  # the row that all others are compared with, subject by subject
+    grid: tuple[str, ...] = ()  # key=value,value; every recipe runs with every combination
+    control: str | None = None  # the row with which all others are compared, subject by subject
 
 
 def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings) -> Comparison:
@@ -93,8 +93,8 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
 def check_place(out: Path, recipes: Iterable[str], resolved: Iterable[Recipe], more: Iterable[Path] = ()) -> None:
     """Checks the folder `out` before a model is loaded.
 
-    Raises ValueError if a benchmark can neither be written to `out` nor resumed from it, or if `out` overlaps with an
-    input: a recipe file, a file that a recipe names, the toybox's weights, or `more`.
+    Raises ValueError if a benchmark can be neither started nor resumed in `out`, or if `out` overlaps with an input. Inputs
+    are recipe files, files that the recipes read, the toybox's weights, and the paths in `more`.
     """
     files = [expanded(recipe) for recipe in recipes if recipe.endswith(_YAML)]
     check_benchmark(
@@ -103,8 +103,8 @@ def check_place(out: Path, recipes: Iterable[str], resolved: Iterable[Recipe], m
 
 
 def count_or_names(text: str, option: str = "--subjects", least: int = 1) -> int | tuple[str, ...]:
-    """Parses "4", or "development-mug,development-duck". Raises ValueError, naming the option, for anything else and for a
-    number below `least`."""
+    """Parses a number such as "4", or names such as "development-mug,development-duck". Raises ValueError, naming the option,
+    for a number outside the range from `least` to `MOST`, or for an empty name."""
     names = tuple(name.strip() for name in text.split(","))
     if len(names) == 1 and names[0].lstrip("-").isdigit():
         if not least <= int(names[0]) <= MOST:
@@ -116,13 +116,13 @@ def count_or_names(text: str, option: str = "--subjects", least: int = 1) -> int
 
 
 def chosen_things(split: str, subjects: int | Sequence[str]) -> list[str]:
-    """Returns the first `subjects` held-out things of a split, or those with these names. Raises ValueError for an
-    unknown split or name."""
+    """Returns the first `subjects` held-out things of a split, or those that `subjects` lists by name. Raises ValueError
+    for an unknown split or name."""
     return chosen_of("subject", split, lambda: [h.name for h in held_out(split)], subjects)
 
 
 def chosen_of(what: str, split: str, names: Callable[[], list[str]], chosen: int | Sequence[str]) -> list[str]:
-    """Returns the first `chosen` of a split's names, or those that `chosen` lists. Raises ValueError for an unknown split or
+    """Returns the first `chosen` names of a split, or the names listed in `chosen`. Raises ValueError for an unknown split or
     name."""
     if split not in album.SPLITS:
         raise ValueError(unknown(split, album.SPLITS, "split"))
@@ -140,7 +140,8 @@ def say(*what: str) -> None:
 
 
 def named(recipes: Sequence[str]) -> dict[str, str]:
-    """Maps each name in the table (for a file, its stem) to its recipe. Raises ValueError if two recipes have the same name."""
+    """Maps the name of each recipe in the table (for a file, its stem) to the recipe. Raises ValueError if two recipes would
+    have the same name."""
     out: dict[str, str] = {}
     for recipe in recipes:
         name = Path(recipe).stem if recipe.endswith(_YAML) else recipe
@@ -215,12 +216,12 @@ def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
 
 @dataclass(frozen=True)
 class Things:
-    """Concepts of held-out things in a benchmark's folder. Each is learned once from pictures, and all recipes share it."""
+    """The concepts of held-out things in a benchmark's folder. Each is learned once from pictures, and all recipes share it."""
 
     out: Path
     recipe: str  # the recipe that learns things from pictures
     overrides: tuple[str, ...] = ()  # key=value applied on top of `recipe`
-    modality: str = "image"  # of `recipe`
+    modality: str = "image"  # the modality of `recipe`
     model: type[Recipe] = Recipe
 
     def references(self, thing: str) -> Path:

@@ -33,24 +33,25 @@ class ClipBenchmarkSettings:
     """The settings of a benchmark of motion recipes on the toybox."""
 
     split: str = "development"  # split of the held-out motions and things; use "reporting" only once, at the end
-    motions: int | tuple[str, ...] = 6  # how many (the first of the split), or their names
-    subjects: int | tuple[str, ...] = 4  # how many (the first of the split), or their names; 0: motions only
-    # the recipe, for pictures or clips, that learns each thing once from pictures
+    motions: int | tuple[str, ...] = 6  # number of motions (the first of the split), or their names
+    subjects: int | tuple[str, ...] = 4  # number of things (the first of the split), or their names; 0 for motions only
+    # the recipe (for pictures or for clips) with which each thing is learned once from pictures
     subject_recipe: str = "dreambooth_lora"
     limit: int = 1  # number of prompts
     num: int = 4  # clips per prompt
     out: Path = Path("benchmark")
-    device: str | None = None  # None: the GPU if there is one
+    device: str | None = None  # None means the GPU if there is one
     overrides: tuple[str, ...] = ()  # key=value applied on top of every recipe for motions
     subject_overrides: tuple[str, ...] = ()  # key=value applied on top of the recipe for things
-    steps: int | None = None  # denoising steps; None: as in the motion's recipe
-    motion_adapter: Path | None = None  # a folder; None: the toybox's own
+    steps: int | None = None  # denoising steps; if None, as in the motion's recipe
+    motion_adapter: Path | None = None  # a folder; if None, the toybox's own motion adapter
 
 
 def run(
     kind: type[Runner], model: type[Recipe], recipes: Sequence[str], settings: ClipBenchmarkSettings
 ) -> ClipComparison:
-    """Learns the split's motions with every motion recipe, then generates and scores clips. Each cell is a motion with a thing.
+    """Learns the split's motions with every motion recipe, then generates and scores clips. Each cell combines a
+    motion with a thing.
 
     Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
 
@@ -80,8 +81,8 @@ def run(
 
 
 def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
-    """Returns the things, which a recipe for pictures, or else one for clips, will learn. Raises ValueError if
-    `subject_recipe` is neither, or learns a motion."""
+    """Returns the things, which will be learned with `subject_recipe`. That recipe is looked up first among the recipes for
+    pictures, and then among those for clips. Raises ValueError if it is in neither group, or if it learns a motion."""
     recipe, overrides = settings.subject_recipe, settings.subject_overrides
     things = Things(settings.out, recipe, overrides)
     if not settings.subjects:
@@ -140,7 +141,7 @@ class _Bench:
         out = self.settings.out
         references = out / "references" / motion
         write_motion(motion, references, overwrite=True)
-        if thing:  # before the motion is loaded
+        if thing:  # learn the thing before the motion is loaded
             self.painter.unload(self.things.learned(self.painter, thing))
         loaded = [self._motion(recipe, motion, references, out / "motions" / name / f"{motion}.concept")]
         try:

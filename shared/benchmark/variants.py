@@ -31,7 +31,7 @@ def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[
         grid: axes "key=value,value"; commas inside brackets or double quotes belong to a value
 
     Raises:
-        ValueError: for an axis without values, a repeated axis, and more than `MOST` rows
+        ValueError: for an axis without values, a repeated axis or value, or more than `MOST` rows
     """
     axes = [_axis(item) for item in grid]
     keys = [key for key, _ in axes]

@@ -1,1 +1,1 @@
-"""The core's commands, which are thin wrappers around Python functions."""
+"""The commands of the core package. Each is a thin wrapper around a Python function."""

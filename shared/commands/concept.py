@@ -50,7 +50,7 @@ def export(
     ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Export a concept in another program's format, load it back with that program, and compare the two numerically."""
+    """Export a concept in another program's format, load it back with that program, and compare the results numerically."""
     from shared.backbones.built_on import built_on
     from shared.concept import export as write
     from shared.concept import load_backbone_of, read
@@ -73,18 +73,19 @@ def import_(
     file: Path = typer.Argument(
         help="a LoRA file from diffusers, peft or kohya, or the folder it was written to", **PATH
     ),
-    out: Path = typer.Option(help="the concept folder to write, which also names the concept", **PATH),
+    out: Path = typer.Option(help="the concept folder to write; the concept is named after it", **PATH),
     token: str = typer.Option(
-        "", help='words for the subject in training ("sks mug"); default: none, so the LoRA acts on every prompt'
+        "",
+        help='words for the subject in training prompts ("sks mug"); default: none, so the LoRA acts on every prompt',
     ),
     class_noun: str = typer.Option("", help="the subject's class; default: the token without its first word"),
-    backbone: str = typer.Option(None, help="the model it was trained on: folder, file or hub id; default: the toybox"),
+    backbone: str = typer.Option(None, help="the LoRA's base model (folder, file or hub id); default: the toybox"),
     download: bool = typer.Option(
         False, "--download", help="download files from the hub if they are not in the local cache"
     ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Import a LoRA trained by another program as a concept. Names in the file that match no layer are reported."""
+    """Import a LoRA from another training program as a concept. Names in the file that match no layer are reported."""
     from shared.backbones import load_backbone
     from shared.concept import import_lora, save
     from shared.io.outputs import check_output
@@ -100,12 +101,15 @@ def import_(
 @app.command()
 def merge(
     paths: list[Path] = typer.Argument(
-        help="two or more concept folders with changed keys and values (custom_diffusion)", **PATH
+        help="two or more concept folders, learned with recipes that change keys and values (custom_diffusion)",
+        **PATH,
     ),
-    out: Path = typer.Option(help="output folder for the merged concepts, one NAME.concept each", **PATH),
+    out: Path = typer.Option(help="output folder; it will contain NAME.concept for each merged concept", **PATH),
     method: str = typer.Option("closed_form", help="closed_form or sum"),
     captions: Path = typer.Option(
-        None, help="text file with one caption per line, whose meanings are preserved; default: plain prompts", **PATH
+        None,
+        help="text file with one caption per line; the merge preserves their meaning; default: plain prompts",
+        **PATH,
     ),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"
@@ -136,8 +140,12 @@ def merge(
 @app.command()
 def evaluate(
     concept: str = typer.Argument(help="the concept folder of a subject, PATH or PATH:STRENGTH"),
-    names: str = typer.Option("", "--in", help="comma-separated modalities (image, video, 3d); default: all installed"),
-    out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and files", **PATH),
+    names: str = typer.Option(
+        "", "--in", help="comma-separated modalities (image, video, 3d); default: all that are installed"
+    ),
+    out: Path = typer.Option(
+        Path("report"), help="folder for index.html, report.json, CSV tables and generated files", **PATH
+    ),
     prompts: str = typer.Option(
         "", help="a prompt set or a file; default: the first plain prompts of the model's own set"
     ),
@@ -157,8 +165,12 @@ def evaluate(
         help="the subject's pictures; default: a folder next to the concept, named like the training folder",
         **PATH,
     ),
-    gallery: Path = typer.Option(None, help="a folder with one folder for each look-alike of the same class", **PATH),
-    clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
+    gallery: Path = typer.Option(
+        None, help="a folder with one subfolder for each look-alike of the same class", **PATH
+    ),
+    clip: Path = typer.Option(
+        None, help="a local CLIP folder to score with (the toybox has its own by default)", **PATH
+    ),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),

@@ -9,7 +9,7 @@ import typer
 from shared.commands.paths import PATH
 
 app = typer.Typer(
-    help="Learn a toybox subject from five pictures, show it in new scenes, in clips and in 3D, and measure it.",
+    help="Learn a toybox subject from five pictures, show it in new scenes, in clips and in 3D, and measure the results.",
     invoke_without_command=True,
 )
 
@@ -23,7 +23,7 @@ def demo(
     motion_recipe: str = typer.Option("motion_trajectory", help="recipe to learn the motion with"),
     asset_recipe: str = typer.Option("reference_reconstruction", help="recipe to generate the asset with"),
     part: list[str] = typer.Option(
-        ["image"], help="image, video or 3d (video and 3d add a few minutes each); can be repeated"
+        ["image"], help="part to run: image, video or 3d (video and 3d add a few minutes each); can be repeated"
     ),
     overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:

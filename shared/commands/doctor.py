@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safete
 
 @app.callback()
 def doctor() -> None:
-    """Print what works and what does not, and how to fix it. Exits with code 1 if something needs fixing."""
+    """Report what works, what is broken, and how to fix it. Exits with code 1 if anything is broken."""
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -67,7 +67,7 @@ def _devices(line) -> None:
             memory = f"{free / 2**30:.0f} of {about.total_memory / 2**30:.0f} GiB free"
             line(True, f"GPU {i}: {about.name}, {memory}; --device cuda:{i} computes in {auto} by default")
     else:
-        line(None, "no GPU: the toybox runs here; Stable Diffusion would take minutes per picture")
+        line(None, "no GPU: the toybox runs on the CPU, but Stable Diffusion would take minutes per picture")
 
 
 def _toybox(line) -> None:

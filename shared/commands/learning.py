@@ -16,14 +16,14 @@ from shared.runner.base import Runner
 class Medium:
     """The kind of data that a package learns from and generates."""
 
-    modality: str  # the modality of its recipes: "image", "video"
+    modality: str  # the modality of its recipes ("image" or "video")
     recipe: type[Recipe]
     runner: type[Runner]
 
 
 @dataclass(frozen=True)
 class Learning:
-    """The command-line options of a run besides its recipe."""
+    """The command-line options of a run, apart from its recipe and settings."""
 
     resume: bool = False
     overwrite: bool = False
@@ -32,7 +32,7 @@ class Learning:
     download: bool = False
     clip: Path | None = None
     dino: Path | None = None
-    how: Mapping[str, Any] = field(default_factory=dict)  # for the runner's `prepared`
+    how: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments for the runner's `prepared`
 
 
 def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning) -> None:

@@ -1,11 +1,11 @@
-"""The command `pcs methods`, which lists the available recipes by family, in the survey's taxonomy."""
+"""The command `pcs methods`, which lists the available recipes by family, in the taxonomy of a survey (arXiv 2405.05538)."""
 
 from __future__ import annotations
 
 import typer
 
 app = typer.Typer(
-    help="List the available recipes, in the taxonomy of the survey arXiv 2405.05538.", invoke_without_command=True
+    help="List the available recipes by family, in the taxonomy of arXiv 2405.05538.", invoke_without_command=True
 )
 _COLUMNS = {
     "modifier": "modifier",
@@ -63,10 +63,10 @@ def methods(
 @app.command()
 def show(
     name: str = typer.Argument(help="a recipe's name or a YAML file"),
-    settings: list[str] = typer.Argument(None, help="key=value, as for personalize"),
-    modality: str = typer.Option("", help="image, video or 3d; default: the first that has a recipe of this name"),
+    settings: list[str] = typer.Argument(None, help="key=value, as in `pcs image personalize`"),
+    modality: str = typer.Option("", help="image, video or 3d; default: the first with a recipe of this name"),
 ) -> None:
-    """Explain every setting of a recipe, with the values of a run (on the toybox unless backbone=… is set)."""
+    """Explain every setting of a recipe, with the value that a run would use (on the toybox unless backbone=… is set)."""
     from shared.backbones.load import WORLDS
     from shared.recipe.catalog import recipe_files
     from shared.recipe.explain import explained

@@ -1,4 +1,4 @@
-"""Settings for numeric options, used as in `typer.Option(None, **GUIDANCE)`."""
+"""Keyword arguments for numeric typer options, for example `typer.Option(None, **GUIDANCE)`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 
 def number(low: float, high: float) -> dict[str, Any]:
-    """Returns settings for a number from `low` to `high`. Unlike typer's own `min` and `max`, they also reject NaN."""
+    """Returns the arguments for a number from `low` to `high`. Unlike typer's own `min` and `max`, they also reject NaN."""
 
     def parsed(text: Any) -> float:
         try:
@@ -22,6 +22,6 @@ def number(low: float, high: float) -> dict[str, Any]:
     return {"parser": parsed, "metavar": f"NUMBER [{low:g}<=x<={high:g}]"}
 
 
-#: The limits are those of recipes (`shared.config`) and of clip files, where the numbers are checked again.
+#: The limits are the same as those of recipes (`shared.config`) and of clip files, which check the numbers again.
 GUIDANCE, STRENGTH, FPS = number(-1000, 1000), number(-100, 100), number(0.1, 1000)
 SHARE = number(0, 1)

@@ -1,4 +1,4 @@
-"""Settings for options and arguments that are files or folders, used as in `typer.Option(None, **PATH)`."""
+"""Keyword arguments for typer options and arguments that are paths, for example `typer.Option(None, **PATH)`."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def _path(text: Any) -> Path:
     return expanded(text)
 
 
-#: For every option and argument that is a path. `~` is expanded even in `--out=~/x`, where a shell does not expand it.
+#: Used for every option and argument that is a path. Expands `~` even in `--out=~/x`, where a shell does not.
 PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}

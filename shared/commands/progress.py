@@ -25,7 +25,8 @@ class Tenths:
 
 
 class Lines:
-    """Shows each job's progress as a bar on a terminal, or as a line every ten percent. Called with (what, done, total)."""
+    """Shows each job's progress as a bar on a terminal, or as a line every ten percent. Call it with
+    (job, done, total)."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -60,7 +61,7 @@ class Lines:
 
 
 class Bar(Lines):
-    """Shows a bar over training steps, with loss and remaining time, and one for each job that generates pictures."""
+    """Shows one bar for training, with the loss and the remaining time, and one bar for each job that generates pictures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,8 +101,8 @@ class Bar(Lines):
         self(what, done, of)
 
     def _speed(self, steps_left: int) -> str:
-        """Returns the average speed of the last steps that could be timed and the time that the remaining steps will take at
-        that speed, or "" if no step could be timed."""
+        """Returns the average speed of the last steps that could be timed and an estimate of the remaining time. Returns "" if
+        no step could be timed."""
         if not self.took or sum(self.took) <= 0:
             return ""
         each = sum(self.took) / len(self.took)

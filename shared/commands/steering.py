@@ -9,9 +9,11 @@ from typing import Any
 INVERT = "a clip (or picture) whose inverted latents are mixed into the initial noise"
 SHARE = "the share of the initial noise's variance that comes from --invert; 1 means all of it"
 PROMPT = "prompt for the inversion; usually empty"
-KEEP = "a clip (or picture) in which a region is kept unchanged; see --keep-mask"
-MASK = "a mask that is white where --keep is kept unchanged: one for each frame, or one picture for all frames"
-BOXES = 'JSON file that places subjects: {"my-mug": [left, top, right, bottom]} in fractions, or boxes by frame'
+KEEP = "a clip (or picture) with a region to keep unchanged; mark the region with --keep-mask"
+MASK = "a mask whose white area stays as in --keep: one mask per frame, or one picture for all frames"
+BOXES = (
+    'JSON file with a box for each subject, {"my-mug": [left, top, right, bottom]} in fractions, or with boxes by frame'
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Steering:
         return [p for p in (self.invert, self.keep, self.keep_mask, self.boxes) if p is not None]
 
     def hooks(self) -> list[Any]:
-        """Returns the hooks, with noise first and kept regions last. Raises ValueError, naming the option, for a bad file."""
+        """Returns the sampling hooks. The one for the initial noise comes first, and the one for the kept region last. Raises
+        ValueError, naming the option, if a file is invalid."""
         from shared.config import validate
         from shared.sampling.box_tracks import read_tracks
         from shared.sampling.given_frames import GivenFrames
@@ -39,7 +42,7 @@ class Steering:
         from shared.sampling.subject_boxes import SubjectBoxes
 
         if (self.keep is None) != (self.keep_mask is None):
-            raise ValueError("--keep and --keep-mask must be given together: what to keep, and where")
+            raise ValueError("--keep and --keep-mask must be given together: the mask marks the region to keep")
         made: list[Any] = []
         if self.invert is not None:
             how = {"path": self.invert, "share": self.invert_share, "prompt": self.invert_prompt}

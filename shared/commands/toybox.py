@@ -25,7 +25,7 @@ def train(
     pictures: int = typer.Option(112_000, min=64, max=10**9, help="number of pictures to render"),
     clips: int = typer.Option(6_000, min=10, max=10**9, help="number of clips to render, for the motion module"),
     minutes: float = typer.Option(
-        None, help="time limit for each training stage (default: its own number of steps)", **numbers.number(0, 1e6)
+        None, help="time limit in minutes for each training stage; default: none", **numbers.number(0, 1e6)
     ),
     device: str = typer.Option("cpu", help="cpu or cuda"),
     threads: int = typer.Option(2, min=1, max=10**9, help="CPU threads"),
@@ -35,7 +35,7 @@ def train(
         None,
         min=1,
         max=10**9,
-        help="unet: number of additional pictures to train on, with the learning rate falling to 0",
+        help="unet: number of additional pictures to train on, while the learning rate falls to 0",
     ),
     lr: float = typer.Option(None, help="unet, motion: peak learning rate", **numbers.number(0, 100)),
     batch: int = typer.Option(
@@ -44,7 +44,7 @@ def train(
     steps: int = typer.Option(None, min=1, max=10**9, help="motion: number of steps"),
     compiled: bool = typer.Option(False, help="unet, motion: compile the U-Net's blocks; faster on a GPU"),
 ) -> None:
-    """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes if interrupted."""
+    """Improve the toybox's weights, or train them from scratch (hours on a CPU, minutes on a GPU). Can be resumed."""
     from shared.config import unknown
     from shared.io.locks import hold
     from shared.train.device import pick_device
@@ -103,7 +103,8 @@ def calibrate(
     things: int = typer.Option(12, min=2, max=10_000, help="number of training objects to measure"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
 ) -> None:
-    """Measure which encoder and crop best tell poses apart, and the scores typical of objects (weights/calibration.json)."""
+    """Find the encoder and crop that best tell poses apart, and measure the typical scores of objects. Writes both to
+    weights/calibration.json."""
     from shared.pretrain.evaluators.calibrate import calibrate as measure
 
     for line in measure(things, seed):
@@ -129,7 +130,8 @@ def curve(
 def sheet(
     out: Path = typer.Argument(help="PNG file to write", **PATH),
     source: str = typer.Option(
-        "world", help="world (renders), model (the shipped model's pictures) or vae (renders | decoded)"
+        "world",
+        help="world (renders), model (the shipped model's pictures) or vae (renders, each next to its reconstruction)",
     ),
     rows: int = typer.Option(4, min=1, max=10_000),
     columns: int = typer.Option(8, min=1, max=10_000),

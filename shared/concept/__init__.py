@@ -1,4 +1,5 @@
-"""The saved concept: one folder, loaded without executing anything. Importing this package loads no model library."""
+"""Saved concepts. A concept is one folder, and nothing in it is executed when it is read. Importing this package loads no
+model library."""
 
 from __future__ import annotations
 

@@ -32,15 +32,16 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
     """Registers the concept's name on the backbone, and injects its adapters frozen. `backbone.remove` undoes this.
 
     Args:
-        strength: of the adapters and learned words; 1 is as learned, and 0 is off (words take their initial values)
+        strength: the strength of the adapters and learned words. 1 is as learned. At 0, adapters are off and words take
+            their initial values
         modifiers: the union type of all known modifiers; a package with more modifiers passes its own
 
     Raises:
-        ValueError: if the model lacks layers that the concept changes or has them in other shapes (see `fits`), if some
-            of the concept's tensors do not fit, if the concept's name is taken, if the model cannot tell the concept's
-            words from those of an attached concept, if the strength is not 1 but there is nothing to scale, or if the
-            concept shares its adapters with a concept attached at another strength. The backbone is then left
-            unchanged.
+        ValueError: if the model lacks a layer that the concept changes, or if that layer has another shape (see `fits`);
+            if some of the concept's tensors do not fit; if the concept's name is taken; if the model cannot tell the
+            concept's words from those of an attached concept; if the strength is not 1 but there is nothing to scale; or
+            if the concept shares its adapters with a concept that is attached at another strength. The backbone is then
+            left unchanged.
 
     Warns:
         UserWarning: if the concept was learned on a checkpoint with different weights
@@ -114,9 +115,9 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
 
 
 def _check_words(placeholder: Placeholder, backbone: Backbone) -> None:
-    """Raises ValueError if the words of another attached concept equal, contain or are contained in these words.
+    """Raises ValueError if the placeholder's words equal, contain or are contained in those of another attached concept.
 
-    Two styles may have the same ordinary words, because they take effect without being named.
+    Two styles that consist of ordinary words may share them, because such styles take effect without being named.
     """
     for name, other in backbone.placeholders.items():
         if other is placeholder or (_acts_unnamed.get(other) and _acts_unnamed[placeholder]):
@@ -205,7 +206,8 @@ def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where:
 
 
 def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
-    """Returns the name of the attached concept with the same adapters, if any. Raises ValueError if its strength differs."""
+    """Returns the name of the attached concept with the same adapters, if any. Raises ValueError if that concept
+    has another strength."""
     meta = concept.meta
     if not meta.adapter_id:
         return None

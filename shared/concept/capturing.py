@@ -33,13 +33,14 @@ def capture(
 
     Args:
         adapter_sets: the names under which the adapters are registered; by default, only `name`. A run with several
-            subjects or adapter sets uses several names. In the saved concept, all these adapters share its strength
+            subjects or adapter sets uses several names. In the saved concept, one strength applies to all these adapters
 
     Raises:
-        ValueError: if nothing is attached under these names, or if an adapter's kind cannot be saved
+        ValueError: if nothing is attached under these names, if an adapter is of a kind that cannot be saved, or if there is
+            a placeholder but no modifier is known for it
 
     Warns:
-        UserWarning: if the concept's provenance is invalid; the concept is then returned without it
+        UserWarning: if the provenance is invalid. The concept is then returned without its recipe, metrics and references
     """
     attached = [unshared(a) for source in adapter_sets or (name,) for a in backbone.adapters.get(source, [])]
     placeholder = backbone.placeholders.get(name)
@@ -48,7 +49,9 @@ def capture(
     if placeholder is None and not attached:
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
     if placeholder is not None and not modifier:
-        raise ValueError(f"{name!r} has a placeholder: give its modifier, or it cannot be loaded again")
+        raise ValueError(
+            f"{name!r} has a placeholder but no modifier: give the modifier, because the concept cannot be loaded without it"
+        )
     adapters_info, tensors = _adapters_of(attached, name)
     if placeholder is not None:
         starts = {START + key: vectors for key, vectors in placeholder.initial_state_dict().items()}
@@ -100,7 +103,7 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
 def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any], Tensors]:
     """Returns the entries "adapters", "weights" and "branches" of the description, and the tensors by kind.
 
-    If two adapters have the same slot and component, a number is added to the slot of the second.
+    If two adapters have the same slot and component, a number is appended to the second one's slot.
     """
     adapters: dict[str, dict[str, Any]] = {}
     weights: dict[str, dict[str, list[str]]] = {}
@@ -134,7 +137,7 @@ def _free(slot: str, taken: Sequence[str]) -> str:
 
 
 def _touched(adapters_info: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yields (component, path) of every layer or parameter that the concept touches."""
+    """Yields the (component, path) of every layer or parameter that the concept touches."""
     for components in adapters_info["adapters"].values():
         yield from ((c, path) for c, settings in components.items() for path in settings["target_modules"])
     for components in adapters_info["weights"].values():

@@ -30,7 +30,7 @@ KINDS = ("adapter", "weights", "branches", "embeddings")  # each is stored in on
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DTYPES = ("F32", "F16", "BF16")
 _MAX_JSON = 16 * 2**20  # bytes
-_MAX_BYTES = 64 * 2**30  # the limit for one tensor file
+_MAX_BYTES = 64 * 2**30  # bytes in one tensor file
 _MAX_TENSORS = 200_000
 _MAX_ENTRIES = 10_000  # files and folders inside a concept
 _CODE = frozenset(
@@ -45,15 +45,15 @@ _TAG = re.compile(rb"(^|[\s\[{,:-])!([\w!<]|$)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Concept:
-    """A learned concept: its description and its tensors.
+    """A learned concept, which consists of a description and tensors.
 
     `tensors` contains float tensors on the CPU, by kind and key. There are four kinds:
 
     - "adapter", with keys such as `{slot}.{component}.{path}.lora_A.weight`
     - "weights", with a weight delta under each `{slot}.{component}.{path}`
     - "branches", with keys `{slot}.{component}.{first layer}.{key}`
-    - "embeddings", with what the modifier learned under its own keys (such as the vectors [n, d] of learned tokens
-      under `{component}`), and with the initial values under `start.{key}`
+    - "embeddings", with the tensors that the modifier learned under its own keys (for example, the vectors [n, d] of
+      learned tokens under `{component}`), and their initial values under `start.{key}`
     """
 
     meta: ConceptMeta
@@ -86,7 +86,8 @@ def with_fields(part: Part, **changes: Any) -> Any:
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Returns the sha256 of the adapter, weight and branch tensors (names, shapes, values); empty if there are none.
+    """Returns the sha256 of the adapter, weight and branch tensors (names, shapes, dtypes and values), or "" if there are
+    none.
 
     Concepts that were learned together have the same id.
     """
@@ -109,8 +110,8 @@ def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False
     Args:
         preview: a PIL image or the path of a PNG file; by default, the concept's own preview
 
-    Raises ValueError if the output exists and is not empty, unless `overwrite` is set (the old folder then stays until the
-    new one is complete), or if a tensor contains NaN or Inf, which `read` would refuse.
+    Raises ValueError if the output exists and is not empty but `overwrite` is not set, or if a tensor contains NaN or Inf,
+    because `read` would refuse it. With `overwrite`, the old folder stays until the new one is complete.
     """
     _check_finite(concept)
     with atomic_folder(path, overwrite) as folder:
@@ -148,7 +149,7 @@ def dump_json(meta: ConceptMeta) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> Concept:
-    """Reads the concept in a folder. Nothing in it is executed; its preview is not decoded.
+    """Reads the concept in a folder. Nothing in the folder is executed, and the preview is not decoded.
 
     Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged or too large,
     differs from what `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if a file
@@ -157,7 +158,7 @@ def read(path: str | os.PathLike[str]) -> Concept:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else absent(folder)
-        raise ValueError(f"{folder} {what}: a concept is a folder with a {META} in it")
+        raise ValueError(f"{folder} {what}: a concept is a folder that contains a {META}")
     if not (folder / META).is_file():
         raise ValueError(f"{folder} is not a concept: it has no {META}")
     _survey(folder)
@@ -186,7 +187,8 @@ def read_meta(file: Path) -> ConceptMeta:
 
 
 def _survey(folder: Path) -> None:
-    """Raises ValueError for links that lead out of the folder and files that could contain code, before anything is loaded."""
+    """Raises ValueError if a link leads out of the folder or if a file could contain code. Must be called before anything is
+    loaded."""
     root = folder.resolve()
     count = 0
     for place, folders, files in os.walk(folder, followlinks=False):

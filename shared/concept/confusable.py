@@ -8,14 +8,15 @@ from shared.backbones.protocol import Backbone, Placeholder
 
 
 def confusable(backbone: Backbone, a: Placeholder, b: Placeholder) -> bool:
-    """Whether, for every text encoder, the words of one placeholder equal or contain those of the other, as "sks mug"
-    contains "mug". False if either has no words."""
+    """Returns whether, in every text encoder, the words of one placeholder are equal to or contained in those of the
+    other (for example, "mug" in "sks mug"). Returns False if either placeholder has no words."""
     encoders = [c for c in backbone.components if c.startswith("text_encoder")]
     return bool(encoders) and all(_within(_read(backbone, c, a), _read(backbone, c, b)) for c in encoders)
 
 
 def _read(backbone: Backbone, component: str, placeholder: Placeholder) -> list[str]:
-    """Returns the words as a text encoder sees them: added tokens as they are, the rest as its tokenizer splits them."""
+    """Returns the words as a text encoder sees them. Added tokens are kept whole, and all other words are split by the
+    encoder's tokenizer."""
     out: list[str] = []
     for word in placeholder.words.split():
         if word in placeholder.tokens:

@@ -1,4 +1,4 @@
-"""Writes the files that diffusers loads, `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`.
+"""Writes `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`, the files that diffusers loads.
 
 diffusers and peft read a LoRA without alpha as W + B A, so strength and alpha / rank are folded into B. Several slots
 on one layer are concatenated along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
@@ -24,10 +24,10 @@ from shared.concept.provenance import public_name
 from shared.io.adapter_settings import MIN_RANK
 from shared.modifiers.learnable import at_strength
 
-ANYTHING = "mug"  # stands for a subject in prompts for what has no words: a motion, for example
+ANYTHING = "mug"  # replaces the subject in prompts for a concept that has no words, such as a motion
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
-#: Networks whose LoRA a pipeline loads from a separate file, under another name and with an additional option.
+#: Networks whose LoRA a pipeline loads from a separate file: network -> (its name in that file, options for loading).
 _OWN_FILE: Mapping[str, tuple[str, Mapping[str, bool]]] = {
     "transformer_2": ("transformer", {"load_into_transformer_2": True})
 }
@@ -50,8 +50,9 @@ class Layer:
 def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]]:
     """Returns the update of each layer, by component and path.
 
-    Raises ValueError for anything that this format cannot store: adapters other than LoRA, a rank that falls with the
-    noise, changed weights, branches, and DoRA that shares a layer or component with something else.
+    Raises ValueError for anything that this format cannot store: adapters other than LoRA, a noise-dependent rank,
+    changed weights, branches, DoRA on a layer that another slot adapts too, and DoRA on only some of the adapted layers
+    of a component.
     """
     if concept.of("weights"):
         raise ValueError(f"{concept.name!r} has changed weights, which diffusers' LoRA files cannot store")
@@ -69,8 +70,9 @@ def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]
                 )
             if MIN_RANK in settings:
                 raise ValueError(
-                    f"the rank of slot {slot!r} falls with the noise, down to {settings[MIN_RANK]}, but diffusers' LoRA "
-                    f"files have a fixed rank. For an export, learn with dreambooth_lora or trainable.{slot}.min_rank=null"
+                    f"the rank of slot {slot!r} decreases as the noise increases, down to {settings[MIN_RANK]}, but "
+                    "diffusers' LoRA files have a fixed rank. To export a concept, learn it with dreambooth_lora or "
+                    f"trainable.{slot}.min_rank=null"
                 )
             prefix = f"{slot}.{component}."
             state = {k[len(prefix) :]: v.float() for k, v in concept.of("adapter").items() if k.startswith(prefix)}
@@ -91,7 +93,7 @@ def _add(layers: dict[str, Layer], state: Mapping[str, Tensor], settings: Mappin
             layer.ups.append(state[f"{path}.{_KINDS[1]}"] * (strength * _scale(settings, path)))
         elif kind == _KINDS[2]:
             if layer.magnitude is not None:
-                raise ValueError(f"two DoRA slots are on {path}: diffusers' files store one magnitude per layer")
+                raise ValueError(f"two DoRA slots are on {path}, but diffusers' files store one magnitude per layer")
             layer.magnitude = tensor
 
 
@@ -110,7 +112,8 @@ def _check_dora(component: str, layers: Mapping[str, Layer]) -> None:
     mixed = [p for p in dora if len(layers[p].downs) > 1]
     if mixed:
         raise ValueError(
-            f"DoRA and another slot are both on {mixed[0]} of {component}: diffusers allows no other slot on a layer with DoRA"
+            f"DoRA and another slot are both on {mixed[0]} of {component}, but diffusers allows no other slot "
+            "on a layer with DoRA"
         )
     if dora and len(dora) < len(layers):
         plain = next(p for p in layers if p not in dora)
@@ -121,7 +124,7 @@ def _check_dora(component: str, layers: Mapping[str, Layer]) -> None:
 
 
 def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any] | None:
-    """Writes the LoRA files and returns their description; None if the concept has no adapter.
+    """Writes the LoRA files. Returns a description of them, or None if the concept has no adapter.
 
     Every layer of a component is zero-padded to the same rank, because diffusers versions differ in how they read mixed
     ranks.
@@ -142,7 +145,7 @@ def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: flo
             state[f"{key}.{_KINDS[0]}"] = _fill(torch.cat(layer.downs), 0, rank)
             state[f"{key}.{_KINDS[1]}"] = _fill(torch.cat(layer.ups, dim=1), 1, rank)
             if layer.magnitude is not None:
-                # transformers 5 looks for the full name; without it, the magnitude keeps its initial value
+                # transformers 5 looks for the name with `.weight`; without it, the magnitude keeps its initial value
                 full = ".weight" if component.startswith("text_encoder") else ""
                 state[f"{key}.{_KINDS[2]}{full}"] = layer.magnitude.contiguous()
     for file, state in states.items():
@@ -166,7 +169,7 @@ def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
 
 
 def public_path(backbone: Backbone, component: str, path: str) -> str:
-    """Returns the layer's name in files, which keep CLIP's prefix `text_model.` (transformers 5 has dropped it)."""
+    """Returns a layer's name in files. Files keep CLIP's prefix `text_model.`, which transformers 5 has dropped."""
     clip = type(backbone.components[component]).__name__.startswith("CLIPText")
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
 
@@ -174,26 +177,30 @@ def public_path(backbone: Backbone, component: str, path: str) -> str:
 def write_tokens(
     concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...], strength: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Writes one file `{token: [n, d]}` per text encoder. As in diffusers, the first of `tokens` names all n vectors.
+    """Writes one file per text encoder. As in diffusers, the first of `tokens` is the key for all n vectors ([n, d]).
 
-    "end_of_text" in a returned entry marks a CLIP with an old configuration, which the user has to correct. Such a CLIP
-    pools at the position of the highest token id, which would be an added token instead of the end token.
+    Returns a description of each file. Its "end_of_text" is True for a CLIP encoder with an old configuration, which
+    the user has to correct. Such an encoder pools at the position of the highest token id, which would be an added
+    token instead of the end token.
 
     Args:
-        strength: folded into the vectors; 0 writes their initial values, and 1 the learned values
+        strength: folded into the vectors; at 0 the initial values are written, and at 1 the learned values
 
-    Raises ValueError if the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), or if what was
-    learned is not one table of vectors per text encoder.
+    Raises ValueError if the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), or if the
+    concept did not learn exactly one table of vectors per text encoder.
     """
     embeddings = _rows(concept, backbone, strength)
     if embeddings and tokens != tuple(token_names(tokens[0], len(tokens))):
         raise ValueError(
-            f"tokens {', '.join(tokens)} cannot be written: diffusers names them {tokens[0]}, {tokens[0]}_1, …"
+            f"tokens {', '.join(tokens)} cannot be written, because diffusers would name them "
+            f"{tokens[0]}, {tokens[0]}_1, …"
         )
     out = []
     for component, vectors in sorted(embeddings.items()):
         if vectors.ndim != 2 or vectors.shape[0] != len(tokens):
-            raise ValueError(f"embeddings of {component} are {list(vectors.shape)}, but there are {len(tokens)} tokens")
+            raise ValueError(
+                f"embeddings of {component} have shape {list(vectors.shape)}, but there are {len(tokens)} tokens"
+            )
         file = TOKEN_FILE if len(embeddings) == 1 else TOKEN_FILE.replace(".", f".{component}.", 1)
         token = public_token(backbone, tokens[0])
         save_file({token: vectors.float().contiguous()}, folder / file, metadata={"format": "pt"})
@@ -223,7 +230,7 @@ def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Te
 
 
 def reads_token_files(pipeline: Any) -> bool:
-    """Whether a diffusers pipeline can load learned tokens. If not, the README explains how to add them."""
+    """Whether a diffusers pipeline can load learned tokens. If not, the export's README.txt shows how to add them."""
     return hasattr(pipeline, "load_textual_inversion")
 
 
@@ -233,24 +240,24 @@ def token_names(token: str, vectors: int) -> list[str]:
 
 
 def public_token(backbone: Backbone, token: str) -> str:
-    """Returns a token's name in files. It is in lower case for pipelines that read token files, because their tokenizer
-    (CLIP's) lowercases prompts."""
+    """Returns a token's name in files. The name is in lower case for pipelines that read token files, because their
+    CLIP tokenizer converts prompts to lower case."""
     return token.lower() if reads_token_files(backbone.pipeline()) else token
 
 
 def public_words(words: str, tokens: Sequence[str], backbone: Backbone) -> str:
-    """Returns a concept's words in a diffusers prompt. They contain only the first token if the pipeline expands it to
-    all tokens, and otherwise all of them."""
+    """Returns a concept's words as they must appear in a diffusers prompt. The words contain only the first token if
+    the pipeline expands it to all tokens. Otherwise, they contain all tokens."""
     if not tokens or not reads_token_files(backbone.pipeline()):
         return words
     return words.replace(" ".join(tokens), public_token(backbone, tokens[0]))
 
 
 def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Mapping[str, Any], words: str) -> None:
-    """Writes README.txt, with the lines of Python that load the export."""
+    """Writes README.txt, which contains Python code that loads and runs the export."""
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
-    # a local path, which differs on other machines
+    # the model has a local path, which differs on other machines
     own = public_name(backbone.name) != backbone.name and backbone.world is None
     source = json.dumps("{model}" if own else backbone.name)
     if backbone.world is not None:
@@ -287,16 +294,18 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     else:
         lines += ["from diffusers.utils import export_to_video", f"export_to_video({made}.frames[0], 'clip.mp4')"]
     where = (
-        f", and {{model}} the path of {public_name(backbone.name)} (weights {backbone.checkpoint[:12]})" if own else ""
+        f", and {{model}} with the path of {public_name(backbone.name)} (weights {backbone.checkpoint[:12]})"
+        if own
+        else ""
     )
     for network in backbone.added:
-        where += "" if network.find else f", and {{{network.argument}}} the folder of the {network.kind}"
-    head = f"The concept {concept.name!r} for diffusers, where {{folder}} is the folder of this file{where}:\n\n"
+        where += "" if network.find else f", and {{{network.argument}}} with the folder of the {network.kind}"
+    head = f"The concept {concept.name!r} for diffusers. Replace {{folder}} with the folder of this file{where}:\n\n"
     (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")
 
 
 def _token_lines(entry: Mapping[str, Any], tokenizer: str) -> list[str]:
-    """Returns the README lines that do what `shared.concept.verify.add_tokens` does."""
+    """Returns the lines of README.txt that do the same as `shared.concept.verify.add_tokens`."""
     encoder, names = f"pipe.{entry['component']}", token_names(entry["token"], entry["vectors"])
     return [
         "from safetensors.torch import load_file",

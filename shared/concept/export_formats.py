@@ -1,4 +1,4 @@
-"""Exports a concept to another program's files and checks them by loading them there."""
+"""Exports a concept to another program's file format, and checks the files by loading them with that program."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def export(
     backbone: Backbone | None = None,
     strength: float = 1.0,
 ) -> dict[str, Any]:
-    """Writes the concept in another program's format, loads it there, and compares the outputs.
+    """Writes the concept in another program's format, loads the files with that program, and compares the outputs.
 
     Args:
-        path: the folder to write; it appears only if the comparison succeeds
-        backbone: the model to compare on; by default, the one that the concept was learned on. If a concept of this
-            name is already attached to it, that concept is compared
-        strength: folded into the files
+        path: the folder to write; it is created only if the comparison succeeds
+        backbone: the model on which the outputs are compared; by default, the model that the concept was learned on. If
+            a concept with this name is already attached to the model, the attached one is used
+        strength: the strength that is folded into the files
 
     Returns:
-        The content of `export.json` in the folder. It includes the files with their hashes and, for each output, the
-        largest difference, the concept's own effect and the limit.
+        The content of the folder's `export.json`. It includes the hash of each file and, for each output, the largest
+        difference, the limit for this difference, and the concept's effect.
 
     Raises:
-        ValueError: if the format is unknown or cannot store the concept, if the folder exists already, or if the
-            written files do not produce the same outputs (nothing is left behind in that case)
+        ValueError: if the format is unknown or cannot store the concept, if the folder exists and may not be
+            overwritten, or if the written files do not produce the same outputs (in that case no files are kept)
     """
     if format not in FORMATS:
         raise ValueError(unknown(format, FORMATS, "format"))
@@ -98,8 +98,8 @@ def _judge(concept: Concept, report: Mapping[str, Any]) -> None:
 def _difference(check: Mapping[str, Any]) -> str:
     if check["max_abs_difference"] is None:
         return "has a different shape"
-    share = "" if check["share"] is None else f", {check['share']:.1%} of the concept's effect"
-    return f"differs by {check['max_abs_difference']:.3g} (limit for rounding {check['limit']:.3g}{share})"
+    share = "" if check["share"] is None else f"; the difference is {check['share']:.1%} of the concept's effect"
+    return f"differs by {check['max_abs_difference']:.3g} (rounding allows {check['limit']:.3g}{share})"
 
 
 def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: flo
         "tokens": diffusers_format.write_tokens(concept, folder, backbone, tokens, strength),
     }
     if not written["lora"] and not written["tokens"]:
-        raise ValueError(f"{concept.name!r} consists of plain words ({words!r}): there is nothing to export")
+        raise ValueError(f"{concept.name!r} consists of plain words ({words!r}), so there is nothing to export")
     checked = compare(backbone, concept.name, strength, folder, written, words)
     diffusers_format.write_readme(folder, concept, backbone, written, words)
     return {**written, **checked, "words": words}

@@ -10,14 +10,15 @@ from shared.backbones.protocol import Backbone
 from shared.concept.concept_folder import Concept
 from shared.trainable.delta import find_parameter
 
-Shapes = dict[str, dict[str, tuple[int, ...]]]  # shape of the base weight, by component and layer or parameter
+Shapes = dict[str, dict[str, tuple[int, ...]]]  # component -> layer or parameter -> shape of the base weight
 
 
 def fits(concept: Concept, backbone: Backbone) -> str | None:
-    """Returns None if the concept can be attached to this model, otherwise the reason why it cannot.
+    """Returns None if the concept can be attached to this model, and otherwise the reason why it cannot.
 
-    The model must support the concept's family, have every layer that the concept touches in the same shape, and have token
-    embeddings of the same width in every text encoder for which the concept learned words.
+    The model must support the concept's family. Every layer that the concept touches must exist in the model and have
+    the same shape. In every text encoder for which the concept learned words, token embeddings must have the same
+    width.
     """
     meta, info = concept.meta, concept.meta.backbone
     if info.family != backbone.family and info.family not in backbone.reads:
@@ -47,12 +48,13 @@ def _compare(component: str, layers: Mapping[str, tuple[int, ...]], weights: Map
         return f"{len(gone)} of the {len(layers)} layers of {component} that it changes do not exist here, such as {gone[0]}"
     for path, weight in weights.items():
         if weight is not None and tuple(weight.shape) != layers[path]:
-            return f"its {component}.{path} is {list(layers[path])}, but here it is {list(weight.shape)}"
+            return f"its {component}.{path} has shape {list(layers[path])}, but here the shape is {list(weight.shape)}"
     return None
 
 
 def base_weight(backbone: Backbone, component: str, path: str) -> Tensor | None:
-    """Returns the layer weight or parameter at a path, even if an adapter wraps it; None if there is none."""
+    """Returns the layer's weight or the parameter at a path, even if an adapter wraps the layer. Returns None if there
+    is neither."""
     parameter = find_parameter(backbone, f"{component}.{path}.weight")
     return parameter if parameter is not None else find_parameter(backbone, f"{component}.{path}")
 

@@ -1,4 +1,4 @@
-"""Computes a fingerprint of the weights that a concept builds on, which is the same in every precision."""
+"""Computes a fingerprint of the weights that a concept builds on. It is the same in every precision."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 from shared.backbones.protocol import Backbone
 from shared.concept.fitting import base_weight
 
-_SAMPLES = 4096  # values sampled from each weight to tell checkpoints apart
+_SAMPLES = 4096  # the most values that are sampled from each weight
 
 
 @torch.no_grad()
 def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
-    """Returns the sha256 of the signs of the weights that a concept builds on.
+    """Returns a sha256 hash of the weights that a concept builds on: those of its layers, and the embeddings of a few
+    letters.
 
-    These are the weights of its layers and the embeddings of a few letters. Rounding to another precision keeps the
-    signs, so a model has the same hash in every precision.
+    Only the signs of a sample of the values are hashed. Rounding to another precision keeps the signs, so a model has
+    the same hash in every precision.
     """
     digest = hashlib.sha256()
-    with backbone.active({}):  # with everything off, changed weights have their base values
+    with backbone.active({}):  # with every concept off, changed weights have their base values
         weights = [(c, p, base_weight(backbone, c, p)) for c, paths in sorted(layers.items()) for p in sorted(paths)]
         words = [(c, "", backbone.word_embeddings(c, "a b c d e")) for c in sorted(encoders)]
         for component, path, weight in [*weights, *words]:
@@ -33,5 +34,6 @@ def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], enc
 
 def _signs(weight: Tensor) -> bytes:
     flat = weight.detach().reshape(-1)
-    step = -(-flat.numel() // _SAMPLES) | 1  # odd, so that samples visit all columns of a matrix of even width
+    # odd, because an even step would skip every second column of a matrix of even width
+    step = -(-flat.numel() // _SAMPLES) | 1
     return torch.signbit(flat[::step]).cpu().numpy().tobytes()

@@ -30,24 +30,24 @@ def _points(text: str) -> str:
 
 
 class _Read(BaseModel):
-    """A model that allows additional keys, because recipes from other packages have more."""
+    """A model that ignores unknown keys, because recipes from other packages have additional ones."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class LearnedSampling(_Read):
-    """How the concept's pictures were generated. None means the backbone's default."""
+    """The sampling settings in the concept's recipe. None stands for the backbone's default."""
 
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
     scheduler: StrictStr | None = None
-    strength: Annotated[StrictStr, AfterValidator(_points)] = ""  # the concept's strength, by step
+    strength: Annotated[StrictStr, AfterValidator(_points)] = ""  # the concept's strength schedule
     trajectory: Trajectory | None = None
     noise_prior: NoisePriorSettings | None = None
 
 
 class LearnedSubject(_Read):
-    """The folder or files of the subject's pictures or clips, without parent folders."""
+    """The names of the folder or files with the subject's pictures or clips, without their parent folders."""
 
     images: Annotated[Any, AfterValidator(_names)] = None
     clips: Annotated[Any, AfterValidator(_names)] = None
@@ -73,7 +73,8 @@ class LearnedWith(_Read):
     phases: Annotated[dict[str, Annotated[LearnedPhase, BeforeValidator(_nothing)]], BeforeValidator(_nothing)] = {}
 
     def folder_of(self, name: str) -> str | None:
-        """Returns the name of the folder that the pictures or clips of `name` were in; None if there is no single folder."""
+        """Returns the name of the folder with the pictures or clips of the subject `name`, or None if no folder is
+        recorded."""
         subject = self.subject or self.subjects.get(name)
         given = None if subject is None else subject.images or subject.clips
         return given if isinstance(given, str) else None
@@ -89,6 +90,6 @@ class _Used(_Read):
 
 
 def learned_with(recipe: Mapping[str, Any], metrics: Mapping[str, Any], where: str) -> LearnedWith:
-    """Validates the parts of a description that other code reads. Raises ValueError, naming `where` and the key, if one is
-    invalid."""
+    """Validates the parts of a concept's recipe and metrics that other code reads. Raises ValueError, naming `where`
+    and the key, if one of them is invalid."""
     return validate(_Used, {"recipe": recipe, "metrics": metrics}, where=where).recipe

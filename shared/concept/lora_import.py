@@ -1,4 +1,4 @@
-"""Imports a LoRA file from any trainer as a concept, which can be attached, scored, saved and exported like any other."""
+"""Imports a LoRA file from any trainer as a concept that can be attached, scored, saved and exported like any other."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from shared.concept.schema import ConceptMeta
 from shared.config import NAME, validate
 from shared.io.read_subject import plain_noun
 
-_SLOT = {False: "lora", True: "dora"}  # by whether the layer has DoRA; a peft adapter cannot mix the two
-_SOME = 8  # the most names to list in a message
+# the slot, by whether a layer has DoRA; one peft adapter cannot mix layers with and without DoRA
+_SLOT = {False: "lora", True: "dora"}
+_SOME = 8  # the maximum number of names listed in a message
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ Layers = dict[tuple[str, str], LayerLora]  # by component and path
 
 
 def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str = "", name: str = "") -> Concept:
-    """Imports a LoRA file as a concept for this backbone. The file's keys may follow diffusers, peft or kohya.
+    """Imports a LoRA file as a concept for this backbone. The file may use the key names of diffusers, peft or kohya.
 
     Args:
         path: a safetensors file, or a folder written by diffusers or peft
         token: the subject's words in the training captions ("sks mug"); "" if the LoRA takes effect without a token
-        class_noun: the subject's plain class; by default, `token` without its first word
+        class_noun: the noun for the subject's class; by default, `token` without its first word
         name: the concept's name; by default, it is taken from the file (see `concept_name`)
 
     Raises:
@@ -63,7 +64,7 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
     if left:
         some = ", ".join(left[:_SOME]) + (f" and {len(left) - _SOME} more" if len(left) > _SOME else "")
         warnings.warn(
-            f"{file.path}: {len(left)} of the names in it match no layer of this model and are ignored: {some}",
+            f"{file.path}: names that match no layer of this model are ignored ({len(left)}): {some}",
             stacklevel=2,
         )
     noun = plain_noun(class_noun or token.partition(" ")[2])
@@ -90,7 +91,8 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
 
 
 def concept_name(path: Path) -> str:
-    """Returns a concept's name from a LoRA's file name, or from its folder if the file has a standard name."""
+    """Derives a concept's name from the name of a LoRA file, or from the name of its folder if the file has a standard
+    name."""
     path = find_file(path)
     stem = path.resolve().parent.name if path.name in (LORA_FILE, PEFT_FILE) else path.stem
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")
@@ -100,7 +102,8 @@ def concept_name(path: Path) -> str:
 def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
     """Returns the backbone layers that the file changes, and the names in the file that match no layer of the backbone.
 
-    Raises ValueError if no name matches, if shapes do not fit this architecture, or if two names refer to one layer.
+    Raises ValueError if no name matches, if a name is ambiguous, if shapes do not fit this architecture, or if two
+    names refer to one layer.
     """
     index = layer_index(backbone, file.path.name)
     layers: Layers = {}
@@ -121,7 +124,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
             continue
         for key, part in parts.items():
             if key in layers:
-                raise ValueError(f"{file.path} has {'.'.join(key)} twice, as {by[key]!r} and as {name!r}")
+                raise ValueError(f"{file.path} contains {'.'.join(key)} twice, as {by[key]!r} and as {name!r}")
             layers[key], by[key] = part, name
     if misfits or not layers:
         raise ValueError(_another_architecture(file, backbone, len(unmatched), misfits))
@@ -129,7 +132,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
 
 
 class _Misfit(ValueError):
-    """Raised if the layer that a name in the file stands for has another shape in the backbone."""
+    """Raised if an update in the file does not have the shape of its layer in the backbone."""
 
 
 def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, misfits: list[str]) -> str:
@@ -145,13 +148,13 @@ def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, mi
 
 
 def _split(lora: NamedLora, place: Place, backbone: Backbone) -> Layers:
-    """Fits a LoRA to the layers in `place`, by splitting its rows among them and adding or removing 1x1 kernels."""
+    """Fits a LoRA to the layers in `place`. Splits its output rows among them, and adds or removes 1x1 kernel axes."""
     weights = []
     for path in place.paths:
         weight = base_weight(backbone, place.component, path)
         if weight is None:
             raise ValueError(
-                f"the weight of {place.component}.{path} is stored in a form that LoRA does not support here"
+                f"the weight of {place.component}.{path} is stored in a form to which LoRA cannot be applied"
             )
         weights.append(weight)
     rows, shape = [w.shape[0] for w in weights], weights[0].shape[1:]
@@ -181,7 +184,7 @@ def _shared_out(values: Tensor, rows: list[int], halves_swapped: bool) -> list[T
 
 
 def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
-    """Returns DoRA's magnitude as [out]. Raises ValueError for a magnitude per input, which peft does not support."""
+    """Returns the DoRA magnitude as [out]. Raises ValueError for a magnitude per input, which peft does not support."""
     size = lora.magnitude
     assert size is not None
     if size.numel() == outputs and (
@@ -195,12 +198,12 @@ def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
 
 
 def _as_peft(magnitude: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """Shapes a magnitude as peft does: [out] for a linear layer, [1, out, 1, 1] for a convolution."""
+    """Reshapes a magnitude for peft, to [out] for a linear layer or to [1, out, 1, 1] for a convolution."""
     return (magnitude.reshape(1, -1, *kernel) if kernel else magnitude).contiguous()
 
 
 def _adapters(layers: Mapping[tuple[str, str], LayerLora]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns a concept's description of its adapters, and their tensors."""
+    """Returns the description of the adapters for a concept, and the adapters' tensors."""
     adapters: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     kinds = sorted({(part.magnitude is not None, component) for (component, _), part in layers.items()})

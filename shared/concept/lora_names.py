@@ -1,8 +1,8 @@
 """Maps the spellings of layer names in trainers' LoRA files to the layers of a backbone.
 
-A single index covers all spellings. Dots and underscores count as equal, because kohya's files have no dots. Four
-spellings of a path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest Labs' for
-FLUX, Wan's own, and that of Stable Diffusion's original (LDM) checkpoints.
+A single index covers all spellings. Dots and underscores count as equal, because names in kohya's files contain no
+dots. Four spellings of a path are known: that of diffusers (which peft and kohya also use for Stable Diffusion), that
+of Black Forest Labs for FLUX, that of Wan, and that of Stable Diffusion's original (LDM) checkpoints.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ PEFT = "base_model.model."  # prefix of every name in peft's own files
 
 @dataclass(frozen=True)
 class Place:
-    """The layers that one name in a file stands for. Several layers split the file's output rows among them in
-    order."""
+    """The layers that one name in a file stands for. If there are several, the output rows in the file are split among
+    them in order."""
 
     component: str
     paths: tuple[str, ...]
-    halves_swapped: bool = False  # the file has shift before scale, whereas the layer has scale before shift
+    halves_swapped: bool = False  # whether the file stores shift before scale (the layer stores scale before shift)
 
 
 def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
-    """Maps every known spelling, flattened, to the layers that it can stand for (several `Place`s if it is ambiguous).
+    """Maps every known spelling, flattened by `flat`, to the layers that it can stand for. An ambiguous spelling is
+    mapped to several `Place`s.
 
     Args:
-        file: the file's name. If it contains the name of an expert other than the first, the file is for that expert,
-            even if its layer names begin with the name of the first one
+        file: the LoRA's file name. If it contains the name of an expert other than the first, the LoRA is for that
+            expert, even if its layer names begin with the first expert's name
     """
     index: dict[str, set[Place]] = {}
     first, *others = backbone.noise_ranges
@@ -56,7 +57,7 @@ def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
 
 
 def flat(name: str) -> str:
-    """Returns a name with dots replaced by underscores, and without peft's wrapper."""
+    """Returns a name without peft's prefix and without `.processor`, and with dots replaced by underscores."""
     return name.removeprefix(PEFT).replace(".processor.", ".").replace(".", "_")
 
 
@@ -65,7 +66,7 @@ _DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffu
 
 
 def _text_prefixes(component: str) -> tuple[str, ...]:
-    """Returns a text encoder's prefixes. FLUX's T5 is encoder 3 in kohya and ComfyUI, but 2 in other programs."""
+    """Returns the prefixes for a text encoder. FLUX's T5 is encoder 3 in kohya and ComfyUI, but 2 in other programs."""
     if component == "text_encoder":
         return ("lora_te_", "lora_te1_")
     return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()
@@ -73,11 +74,12 @@ def _text_prefixes(component: str) -> tuple[str, ...]:
 
 def _spellings(backbone: Backbone, component: str, path: str) -> set[str]:
     names = {path, public_path(backbone, component, path)}
-    return names | {name.removesuffix(".0") for name in names if name.endswith(".to_out.0")}  # older diffusers
+    # older versions of diffusers name this layer without ".0"
+    return names | {name.removesuffix(".0") for name in names if name.endswith(".to_out.0")}
 
 
 def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[tuple[str, Place]]:
-    """Yields the layer names of a family's originally published checkpoints, where this backbone has those layers."""
+    """Yields the layer names in a family's original checkpoints, except those of layers that this backbone lacks."""
     spell = next((_ORIGINAL[family] for family in sorted(backbone.reads) if family in _ORIGINAL), None)
     for name, *layers in spell(backbone.components[component]) if spell else ():
         if all(layer in paths for layer in layers):
@@ -85,7 +87,8 @@ def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[t
 
 
 def _flux(network: Any) -> Iterator[tuple[str, ...]]:
-    """Yields (Black Forest Labs' name, diffusers' names); Black Forest Labs stores queries, keys and values in one matrix."""
+    """Yields (Black Forest Labs' name, diffusers' names) for each layer. Black Forest Labs stores queries, keys and
+    values in one matrix."""
     for i in range(len(network.transformer_blocks)):
         ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for stream, qkv, out, norm, ff in (
@@ -111,7 +114,7 @@ def _flux(network: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _stable_diffusion(network: Any) -> Iterator[tuple[str, ...]]:
-    """Yields (the LDM checkpoint's name, diffusers' name) for the U-Net's layers; LDM numbers its blocks consecutively."""
+    """Yields (LDM's name, diffusers' name) for each layer of the U-Net. LDM numbers its blocks consecutively."""
     yield "input_blocks.0.0", "conv_in"
     yield "out.2", "conv_out"
     for number, leaf in ((0, "linear_1"), (2, "linear_2")):
@@ -158,7 +161,7 @@ _LDM_RESNET = {
 
 
 def _wan(network: Any) -> Iterator[tuple[str, str]]:
-    """Yields (Wan's own name, diffusers' name) for each layer."""
+    """Yields (Wan's name, diffusers' name) for each layer."""
     for i in range(len(network.blocks)):
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
             for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
@@ -175,7 +178,7 @@ def _wan(network: Any) -> Iterator[tuple[str, str]]:
 _ORIGINAL = {"flux": _flux, "stable_diffusion": _stable_diffusion, "wan": _wan}
 
 
-#: Patterns of names that reveal the architecture a file was made for; the first match counts.
+#: Patterns in layer names that reveal which architecture a file was made for. The first match counts.
 _SIGNS = (
     ("FLUX", r"double_blocks|single_blocks|single_transformer_blocks"),
     ("Stable Diffusion XL", r"lora_te2_|text_encoder_2|input_blocks_[78]_1_transformer_blocks_[2-9]"),
@@ -188,6 +191,6 @@ _SIGNS = (
 
 
 def looks_like(names: list[str]) -> str:
-    """Returns the architecture that a file's names suggest; "" if they suggest none."""
+    """Returns the architecture that the layer names in a file suggest, or "" if they suggest none."""
     joined = " ".join(map(flat, names))
     return next((family for family, sign in _SIGNS if re.search(sign, joined)), "")

@@ -1,4 +1,4 @@
-"""Reads LoRA files from any trainer without executing anything. Tensors and scales keep the names in the file."""
+"""Reads LoRA files from any trainer without executing any code. Tensors and scales keep the names in the file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shared.config import absent, expanded
 from shared.io.safetensors_files import read_safetensors_header, safe_load_safetensors
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_METADATA = "lora_adapter_metadata"  # where diffusers writes each component's LoraConfig
+_METADATA = "lora_adapter_metadata"  # the header key under which diffusers stores each component's LoraConfig
 _MAX_BYTES = 64 * 2**30
 _MAX_JSON = 16 * 2**20
 _PICKLES = (b"PK", b"\x80")
 
-#: Key suffixes of diffusers and peft, older diffusers, kohya and LyCORIS.
+#: Key suffixes in the files of diffusers (including older versions), peft, kohya and LyCORIS.
 _ENDS = {
     "down": re.compile(r"(\.lora_A(\.\w+)?|\.lora(_linear_layer)?\.down|_lora\.down|\.lora_down)\.weight$"),
     "up": re.compile(r"(\.lora_B(\.\w+)?|\.lora(_linear_layer)?\.up|_lora\.up|\.lora_up)\.weight$"),
@@ -46,19 +46,19 @@ _OTHER_KINDS = (
 
 @dataclass
 class NamedLora:
-    """The update that a file stores under one name: scale * up @ down."""
+    """The update, scale * up @ down, that a file stores under one name."""
 
     name: str  # as in the file, without the suffix for the kind of tensor
     down: Tensor  # [r, in, …]
     up: Tensor  # [out, r, …]
     alpha: float  # scale * r
-    magnitude: Tensor | None = None  # DoRA, as in the file
-    per_output: bool = False  # whether the magnitude is known to be per output row, as peft's always is
+    magnitude: Tensor | None = None  # the DoRA magnitude, as in the file
+    per_output: bool = False  # whether the magnitude is known to have one value per output row, as peft's always does
 
 
 @dataclass
 class LoraFile:
-    """The contents of a LoRA file, by the file's own names."""
+    """The contents of a LoRA file, under the names in the file."""
 
     path: Path
     layers: dict[str, NamedLora] = field(default_factory=dict)
@@ -84,13 +84,14 @@ def find_file(path: Path) -> Path:
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """Reads a file's low-rank tensors in fp32, each with the scale that its trainer intended.
+    """Reads the low-rank tensors of a file in fp32, each pair with the scale that its training program intended.
 
-    alpha comes from the file's tensors (kohya), from `adapter_config.json` next to it (peft), or from its header (diffusers).
-    If a diffusers or kohya file has no alpha, alpha is the rank, as in those programs.
+    alpha comes from tensors in the file (kohya), from an `adapter_config.json` next to the file (peft), or from the
+    file's header (diffusers). If a diffusers or kohya file has no alpha, alpha is the rank, as in those programs.
 
-    Raises ValueError, naming file and key, if the file is not in safetensors format (a pickle, say), half of a pair is
-    missing, the method is neither LoRA nor DoRA, or a peft file's `adapter_config.json` is missing.
+    Raises ValueError, naming the file and the key, if the file is not in safetensors format (for example, if it is a
+    pickle), if half of a pair is missing, if the method is neither LoRA nor DoRA, or if the `adapter_config.json` of a
+    peft file is missing.
     """
     path = find_file(path)
     _refuse_pickle(path)
@@ -128,7 +129,9 @@ def _refuse_pickle(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if start.startswith(_PICKLES):
-        raise ValueError(f"{path} is a pickle, which can contain code: it was not opened. Save it as safetensors first")
+        raise ValueError(
+            f"{path} is a pickle, which can contain code, so it was not opened. Convert it to safetensors first"
+        )
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scales: _Scales) -> NamedLora:
@@ -173,7 +176,7 @@ class _Scales:
                 )
 
     def alpha(self, name: str, rank: int) -> float:
-        """Returns alpha, where alpha / rank is the scale. Raises ValueError if the configuration states another rank."""
+        """Returns alpha, where alpha / rank is the scale. Raises ValueError if the settings state another rank."""
         component = "" if self.peft else name.partition(".")[0]
         settings = self.settings.get(component)
         if settings is None:
@@ -186,7 +189,7 @@ class _Scales:
         alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
         if said != rank:
             raise ValueError(
-                f"{self.path}: {name!r} has rank {rank}, but its settings say {said}: "
+                f"{self.path}: {name!r} has rank {rank}, but its settings state {said}: "
                 "the tensors and the settings do not belong together"
             )
         return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)

@@ -1,13 +1,16 @@
-"""Merges separately learned concepts without training: Custom Diffusion's closed form (arXiv 2212.04488, section 3.3).
+"""Merges separately learned concepts without training.
 
-Each concept has its own key and value weights in cross-attention. The merged weights W must treat every concept's words
-as that concept's weights do, and treat all other text as much like the base model as possible (equation 4):
+The default method is Custom Diffusion's closed form (arXiv 2212.04488, section 3.3).
+
+Each concept has its own key and value weights in cross-attention. The merged weights W must map every concept's words
+to the same outputs as that concept's weights do. For all other text, their outputs must differ as little as possible
+from those of the base weights W_0 (equation 4):
 
     W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
 
 where C [s, d] contains the text features of the concepts' words, V [o, s] contains the outputs to which each concept
-maps its own words, and C_reg contains the features of plain captions. With G = C_reg^T C_reg the solution is
-(equation 5) W = W_0 + v^T D with D = C G^-1 and v = (C D^T)^-1 (V - W_0 C^T)^T.
+maps its own words, and C_reg contains the features of plain captions. With G = C_reg^T C_reg, the solution
+(equation 5) is W = W_0 + v^T D, where D = C G^-1 and v = (C D^T)^-1 (V - W_0 C^T)^T.
 """
 
 from __future__ import annotations
@@ -28,18 +31,19 @@ from shared.trainable.delta import find_parameter
 Method = Literal["closed_form", "sum"]
 SLOT = "merged"
 _BEFORE = "a photo of a"  # the text that precedes a concept's words
-#: The ridge, as a share of G's mean diagonal. A few captions do not span all features, and normalised features lie in a
-#: hyperplane; the ridge leaves the undetermined directions unchanged.
+#: The ridge that makes G invertible, as a fraction of the mean of G's diagonal. Without it, G is singular, because a
+#: few captions do not span all features and because normalised features lie in a hyperplane.
 _RIDGE = 1e-9
-_LEAST = 1e-9  # singular values of C below this share of the largest count as zero
+_LEAST = 1e-9  # singular values of C below this fraction of the largest one count as zero
 
 
 def merge(
     concepts: Sequence[Concept], backbone: Backbone, captions: Sequence[str], method: Method = "closed_form"
 ) -> list[Concept]:
-    """Returns the concepts, each with its own name and words, and all with one shared change to the keys and values.
+    """Returns the concepts with one shared change to the keys and values. Each concept keeps its own name and words.
 
-    If several of the concepts are loaded, the change acts only once. Each concept contains the change for all of them.
+    Each returned concept contains the whole shared change. If several of them are loaded, the change is applied only
+    once.
 
     Args:
         backbone: the model that the concepts were learned on, with none of them attached; it is left unchanged
@@ -47,8 +51,8 @@ def merge(
 
     Raises:
         ValueError: if there are fewer than two concepts or no captions; if a name is repeated or the method is unknown;
-            if the concepts change weights other than cross-attention's keys and values, or differ in layers or family;
-            or if their words cannot be told apart
+            if the concepts change weights other than cross-attention's keys and values, change different layers, or
+            belong to different families; or if their words cannot be told apart
     """
     if method not in get_args(Method):
         raise ValueError(unknown(method, get_args(Method), "method"))
@@ -63,8 +67,8 @@ def merge(
 
 
 def solve(weight: Tensor, targets: Tensor, values: Tensor, gram: Tensor) -> Tensor:
-    """Solves equation 5 in float64. Returns the change to `weight` ([o, d]) that maps `targets` ([s, d]) to `values`
-    ([s, o]) at the least cost tr(change gram change^T)."""
+    """Solves equation 5 in float64. Returns the change to `weight` ([o, d]) for which the changed weight maps `targets`
+    ([s, d]) to `values` ([s, o]) and the cost tr(change gram change^T) is minimal."""
     directions = torch.linalg.solve(gram, targets.T).T
     factors = torch.linalg.solve(targets @ directions.T, values - targets @ weight.T)
     return factors.T @ directions
@@ -83,7 +87,7 @@ def _closed_form(
     if len(targets) > targets.shape[1] or singular[-1] < _LEAST * singular[0]:
         names = ", ".join(repr(c.name) for c in concepts)
         raise ValueError(
-            f"the words of {names} cannot be told apart by this text encoder, so no weights suit all of them"
+            f"the words of {names} cannot be told apart by this text encoder, so no set of weights suits all of them"
         )
     gram = _gram(backbone, captions)
     out = {}
@@ -95,9 +99,10 @@ def _closed_form(
 
 @torch.no_grad()
 def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
-    """Computes C_reg^T C_reg [d, d] over every position that the network attends to, in float64, plus a small ridge."""
+    """Returns C_reg^T C_reg plus a small ridge ([d, d], float64). Every position that the network attends to is
+    included."""
     if not captions:
-        raise ValueError("merging needs captions whose meaning it preserves: give some sentences")
+        raise ValueError("merging needs captions whose meaning it preserves; give at least one sentence")
     total: Tensor | None = None
     with backbone.active({}):
         for caption in captions:
@@ -109,7 +114,7 @@ def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def _word_features(concept: Concept, backbone: Backbone) -> Tensor:
-    """Returns the features [n, d] of the tokens that name the concept, including its class noun, in float64."""
+    """Returns the features ([n, d], float64) of the tokens that name the concept, including its class noun."""
     attach(concept, backbone)
     try:
         placeholder = backbone.placeholders.get(concept.name)
@@ -140,7 +145,7 @@ def _length(backbone: Backbone, text: str) -> int:
 
 
 def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, Tensor]]:
-    """Returns the changes of each concept to the weights, by "{component}.{path}"."""
+    """Returns each concept's changes to the weights, under the keys "{component}.{path}"."""
     names = [c.name for c in concepts]
     if len(names) < 2:
         raise ValueError("give two or more concepts to merge")
@@ -155,7 +160,7 @@ def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, 
         if family != first.meta.backbone.family:
             expected = first.meta.backbone.family
             raise ValueError(
-                f"{first.name!r} was learned on {expected}, but {concept.name!r} on {family}: they cannot be merged"
+                f"{first.name!r} was learned on {expected}, but {concept.name!r} on {family}, so they cannot be merged"
             )
     changes = [_change(concept, backbone) for concept in concepts]
     for concept, change in zip(concepts[1:], changes[1:], strict=True):
@@ -180,8 +185,8 @@ def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
     if adapted or other or not change:
         what = f"changes {other[0]}" if other else "has adapters" if adapted else "changes no weights"
         raise ValueError(
-            f"{concept.name!r} {what}: only changed keys and values of cross-attention can be merged, as learned by the recipe "
-            "custom_diffusion"
+            f"{concept.name!r} {what}: only changes to the keys and values of cross-attention can be merged. The "
+            "recipe custom_diffusion learns such changes"
         )
     return change
 
@@ -195,7 +200,8 @@ def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if weight is None or weight.shape != delta.shape:
                 shape = "missing here" if weight is None else f"{list(weight.shape)} here"
                 raise ValueError(
-                    f"{key} is {list(delta.shape)} in the concepts, but {shape}: merge on the model they were learned on"
+                    f"{key} is {list(delta.shape)} in the concepts, but {shape}: merge them on the model that "
+                    "they were learned on"
                 )
             out[key] = weight.detach().cpu().double()
     return out
@@ -206,7 +212,7 @@ def _with(concept: Concept, deltas: Mapping[str, Tensor], names: Sequence[str], 
     for component, _, path in (key.partition(".") for key in sorted(deltas)):
         paths.setdefault(component, []).append(path)
     tensors = {**concept.tensors, "weights": {f"{SLOT}.{key}": delta for key, delta in deltas.items()}}
-    # the old scores were measured with other weights
+    # these replace the old scores, which were measured with other weights
     scores = {
         "merged": ", ".join(names),
         "merge_method": method,

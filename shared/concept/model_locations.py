@@ -13,12 +13,12 @@ from shared.io.cache import cache_folder
 from shared.io.outputs import atomic_write
 
 _FILE = "models.json"
-_MOST = 1000  # entries; beyond this, the oldest are dropped
+_MOST = 1000  # maximum number of entries; the oldest are dropped first
 
 
 def remember(backbone: Backbone) -> None:
-    """Records the location of a model that is a local folder or file. An unwritable cache is not an error; the user then has
-    to give the model's location."""
+    """Records the location of a model that is a local folder or file. It is not an error if the cache cannot be
+    written; the user then has to give the model's location."""
     path = Path(backbone.name)
     if not path.is_absolute() or not path.exists():
         return
@@ -36,7 +36,7 @@ def remember(backbone: Backbone) -> None:
 
 
 def known_path(checkpoint: str) -> Path | None:
-    """Returns where a model with these weights was last seen; None if that is unknown or the model is no longer there."""
+    """Returns the last known path of a model with these weights, or None if none is known or it no longer exists."""
     folder = _read().get(checkpoint)
     return Path(folder) if folder and Path(folder).exists() else None
 

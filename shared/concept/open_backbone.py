@@ -12,11 +12,11 @@ from shared.concept.model_locations import known_path, remember
 
 
 def load_backbone_of(concept: Concept, backbone: str | None = None, **options: Any) -> Backbone:
-    """Loads `backbone` if given, otherwise the model that the concept was learned on.
+    """Loads `backbone` if it is given, and otherwise the model that the concept was learned on.
 
-    `options` are passed to `load_backbone`. A concept may come from anywhere, so without `download` its model must be
-    the toybox, a model whose weights have been loaded on this machine before, a hub id in the local hub cache, or an
-    existing path.
+    `options` are passed to `load_backbone`. A concept may come from an untrusted source, so unless the option
+    `download` is set, its model must be the toybox, a model whose weights have been loaded on this machine before, a
+    hub id in the local hub cache, or an existing path.
 
     Raises ValueError, naming the concept and what to give instead, if the model is not on this machine.
     """
@@ -43,14 +43,17 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
 
 
 def where_learned(concept: Concept) -> str | Path:
-    """Returns the model that a concept was learned on: the path of its weights if that is known, otherwise its name."""
+    """Returns the path of the model that a concept was learned on, or the model's name if its path is not known."""
     info = concept.meta.backbone
     return info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
 
 
 def known_model(folder: Path) -> Path | None:
-    """Returns the local path of the model that a concept was learned on, reading only the concept's description. None for the
-    toybox, a model not known on this machine, or a folder that is not a concept (reported when the concept is read)."""
+    """Returns the local path of the model that a concept was learned on. Reads only the concept's description.
+
+    Returns None for the toybox, for a model that is not known on this machine, and for a folder that is not a concept.
+    Such a folder is reported later, when the concept is read.
+    """
     try:
         info = read_meta(folder / META).backbone
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Records how a concept was learned, converted to data that can always be written."""
+"""Records how a concept was learned, as data that can always be written to JSON."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shared.io.checksums import sha256
 from shared.io.terminal import escaped_name
 
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
-# "/home/jane/x", "~/x", "C:\\x" and "file:///x", but not the prompt "/imagine a cat"
+# matches "/home/jane/x", "~/x", "C:\\x" and "file:///x", but not the prompt "/imagine a cat"
 _ABSOLUTE = re.compile(rf"([/\\]|~)[^\s/\\]*([/\\]|$)|{_DRIVE.pattern}|file:", re.IGNORECASE)
 _WINDOWS = re.compile(rf"{_DRIVE.pattern}|\.{{0,2}}\\")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?|https?://.*", re.ASCII)
 _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-#: Keys whose values are paths (`PathText`), and those whose values are a model's name or path (`NameOrPath`).
+#: Keys whose values are paths (`PathText`), and keys whose values are names or paths of models (`NameOrPath`).
 _PATHS = frozenset({"images", "clips", "masks", "captions", "path", "mask", "model", "output"})
 _MODELS = frozenset({"backbone", "motion_adapter"})
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
@@ -37,8 +37,8 @@ class Provenance:
     Args:
         modifier: the part that gave the concept its words; by default, the recipe's modifier
         recipe: the resolved recipe; folders in the user's paths are removed, because a concept is meant to be shared
-        metrics: numbers, strings, or mappings of them; numbers that are not finite become null
-        references: the picture files, or {"file": name without folders, "sha256": …} for each
+        metrics: numbers, strings, or mappings that contain such values; numbers that are not finite become null
+        references: for each picture, its file or a mapping {"file": name without folders, "sha256": …}
         seed: the training seed; by default, the recipe's seed
         ports: roles that resolved to a port
         preview: a PNG file
@@ -71,8 +71,8 @@ class Provenance:
 
 
 def plain(value: Any) -> Any:
-    """Converts any settings to JSON data: paths and other objects become strings, NaN and Inf become null, and invalid Unicode
-    in a string (bytes of a file name) is escaped."""
+    """Converts any settings to JSON data. Paths and other objects become strings, and NaN and Inf become null. Bytes of
+    a file name that are not valid Unicode are escaped. None becomes an empty mapping."""
     if value is None:
         return {}
     return _plain(value.model_dump(by_alias=True) if isinstance(value, Part) else value)
@@ -97,7 +97,7 @@ def _text(value: object) -> str:
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens metrics to dotted names; anything but a finite number or a string becomes null."""
+    """Flattens nested metrics to dotted names. Any value other than a finite number or a string becomes null."""
     out: dict[str, Any] = {}
     for key, value in metrics.items():
         name = f"{prefix}{_text(key)}"
@@ -110,7 +110,7 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def portable(value: Any, key: str = "") -> Any:
-    """Returns a recipe without the folders of the author's machine.
+    """Returns a recipe in which paths no longer contain the folders of the author's machine.
 
     Args:
         key: the key of `value` in its recipe, which shows whether a string is a path
@@ -127,9 +127,10 @@ def portable(value: Any, key: str = "") -> Any:
 
 
 def public_name(backbone: str) -> str:
-    """Returns the last path component of a local folder or file, and any other name (toybox, a hub id) unchanged.
+    """Returns only the last path component if the model is a local folder or file. Any other name (toybox, a hub id) is
+    returned unchanged.
 
-    A model that does not exist (yet) is local if its name cannot be a hub id, which has at most one slash.
+    A name that is not an existing path still counts as local if it cannot be a hub id, which has at most one slash.
     """
     hub_id = _HUB_ID.fullmatch(backbone) and not backbone.startswith(".") and not backbone.endswith(_WEIGHTS)
     if backbone in WORLDS or (hub_id and not Path(backbone).exists()):
@@ -140,7 +141,7 @@ def public_name(backbone: str) -> str:
 
 def _last(path: str) -> str:
     path = re.sub("^file:(?=.)", "", path, flags=re.IGNORECASE)
-    if os.sep == "/" and not _WINDOWS.match(path):  # a backslash is an ordinary character, and may escape a byte
+    if os.sep == "/" and not _WINDOWS.match(path):  # a backslash is an ordinary character here, and may escape a byte
         return path.rstrip("/").rpartition("/")[2]
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 

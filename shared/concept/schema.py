@@ -31,14 +31,14 @@ def _measured(value: Any) -> Any:
 
 
 Metric = Annotated[Any, AfterValidator(_measured)]
-_ESCAPE = re.compile(r"\\(u[0-9a-f]{4}|U[0-9a-f]{8})")  # as `shared.io.terminal.escaped_name` writes them
+_ESCAPE = re.compile(r"\\(u[0-9a-f]{4}|U[0-9a-f]{8})")  # the escapes that `shared.io.terminal.escaped_name` writes
 
 
 class BackboneInfo(Part):
     """The model that a concept was learned on."""
 
     family: str
-    name: str  # "toybox", a hub id, or the last part of a folder's or file's path
+    name: str  # "toybox", a hub id, or the last component of a local path
     checkpoint: str  # fingerprint of all its weights
     layers: str = ""  # fingerprint of the weights that the concept touches
 
@@ -76,8 +76,9 @@ class ConceptMeta(Part):
     # component -> touched layer or parameter -> base shape
     layers: dict[Name, dict[LayerPath, Shape]] = Field(default_factory=dict)
     embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
-    adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # hash of adapter, weight and branch tensors
-    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; other code reads only `learned_with`
+    # hash of the adapter, weight and branch tensors
+    adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; other code reads only the parts in `learned_with`
     ports: tuple[str, ...] = ()  # roles that resolved to a port
     metrics: dict[str, Metric] = Field(default_factory=dict)
     references: tuple[Reference, ...] = ()
@@ -111,24 +112,24 @@ class ConceptMeta(Part):
 
     @property
     def learned_with(self) -> LearnedWith:
-        """The validated parts of the recipe that other code reads. Raises ValueError, naming the key, if one is invalid."""
+        """The validated parts of the recipe that other code reads. Raises ValueError, naming an invalid key."""
         return learned_with(self.recipe, self.metrics, f"the concept {self.name!r}")
 
 
 def parse_meta(data: Any, where: str) -> ConceptMeta:
-    """Validates the content of `concept.json`. Raises ValueError, naming the file and the key, if something is invalid."""
+    """Validates the content of `concept.json`. Raises ValueError, naming the file and the key, if it is invalid."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must contain an object with the concept's description; got {type(data).__name__}")
     version = data.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{where} has schema version {version!r}: it was not made by this suite")
+        raise ValueError(f"{where} has schema version {version!r}, so it was not made by pcs")
     if version != SCHEMA_VERSION:
         age = (
-            "made by an older version; learn it again"
+            "it was made by an older version of pcs; learn the concept again"
             if version < SCHEMA_VERSION
-            else f"made by a newer version; this one reads schema {SCHEMA_VERSION}: update pcs"
+            else f"it was made by a newer version of pcs, and this version reads schema {SCHEMA_VERSION}; update pcs"
         )
         raise ValueError(f"{where} has schema {version}: {age}")
     meta = validate(ConceptMeta, data, where=where)
-    learned_with(meta.recipe, meta.metrics, where)  # fail now rather than when it is used
+    learned_with(meta.recipe, meta.metrics, where)  # report errors now rather than when these parts are used
     return meta

@@ -1,4 +1,4 @@
-"""Lets several concepts share one adapter, so that an adapter learned for all of them in one run is loaded only once."""
+"""Lets several concepts share one adapter. An adapter learned for all of them in one run is then loaded only once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from shared.backbones.protocol import Adapter
 
 
 class SharedAdapter:
-    """One concept's share of an adapter. The adapter acts once, at the strength of its strongest concept, and is removed
-    with the last concept."""
+    """One concept's share of an adapter. The adapter acts only once, at the strength with the largest magnitude among
+    its concepts, and is removed together with the last of them."""
 
     def __init__(self, adapter: Adapter, owner: str, strengths: dict[str, float] | None = None) -> None:
         self.adapter, self.owner = adapter, owner
-        # by owner; all shares use the same mapping
+        # owner -> strength; all shares of the adapter use the same mapping
         self.strengths: dict[str, float] = {} if strengths is None else strengths
 
     def share(self, owner: str) -> SharedAdapter:

@@ -15,7 +15,7 @@ from shared.io.trajectory_settings import Trajectory
 
 
 def described(concept: Concept) -> list[tuple[str, str]]:
-    """Returns (label, text) for everything worth showing, in order; empty texts are left out."""
+    """Returns (label, text) pairs in the order in which they are shown. Pairs with an empty text are left out."""
     meta = concept.meta
     texts = [
         ("name", meta.name),
@@ -59,7 +59,7 @@ def describe(concept: Concept) -> Any:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in described(concept):
-        table.add_row(label, Text(text))  # Text: nothing in the file is parsed as markup
+        table.add_row(label, Text(text))  # `Text`, so that nothing in the file is parsed as markup
     return table
 
 
@@ -76,7 +76,7 @@ def parameters(concept: Concept) -> int:
 
 
 def sizes(concept: Concept) -> dict[str, int]:
-    """Returns the size of each file in the folder in bytes; empty for an unsaved concept."""
+    """Returns the size in bytes of each file in the concept's folder. The result is empty for an unsaved concept."""
     if concept.path is None:
         return {}
     return {p.name: p.stat().st_size for p in sorted(concept.path.iterdir()) if p.is_file()}
@@ -94,7 +94,7 @@ def _adapters(concept: Concept) -> list[str]:
         for component, settings in components.items():
             kind = "DoRA" if settings.get("use_dora") else str(settings.get("peft_type", "?"))
             rank = f" rank {settings['r']}" if settings.get("r") is not None else ""
-            rank += f" down to {settings['min_rank']} with the noise" if "min_rank" in settings else ""
+            rank += f" (down to {settings['min_rank']} at full noise)" if "min_rank" in settings else ""
             alpha = f" alpha {settings['lora_alpha']}" if settings.get("lora_alpha") is not None else ""
             out.append(
                 f"{slot}: {kind}{rank}{alpha} on {len(settings.get('target_modules', []))} layers in {component}"
@@ -130,7 +130,7 @@ def _trajectory(found: Trajectory | None) -> str:
 def _recipe(learned: LearnedWith) -> str:
     train = learned.train
     steps = f"{train.steps} steps" if train.steps is not None else ""
-    if learned.phases:  # each phase has its own number of steps, or the recipe's
+    if learned.phases:  # a phase without its own number of steps has the recipe's number
         steps_of = {name: phase.train.steps for name, phase in learned.phases.items()}
         counts = {name: train.steps if n is None else n for name, n in steps_of.items()}
         steps = " then ".join(name if n is None else f"{name} {n} steps" for name, n in counts.items())
@@ -163,7 +163,7 @@ def _bytes(size: float) -> str:
 
 
 def _use(concept: Concept) -> str:
-    """Returns a command that uses the concept; a style takes effect without being named."""
+    """Returns an example command that uses the concept. A style takes effect without being named in the prompt."""
     folder = shlex.quote(concept.path.name if concept.path else f"{concept.meta.name}.concept")
     if concept.meta.kind == "motion":
         return f'pcs video generate "a photo of a mug <{concept.meta.name}> on the beach" --concept {folder} --out clip.mp4'

@@ -18,10 +18,10 @@ from shared.io.safetensors_files import safe_load_safetensors
 from shared.trainable.wrapped_layers import is_wrapped
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
-#: Largest difference, relative to the largest value, that rounding may cause when sums are computed in another order.
+#: The largest difference, relative to the largest value, that may result from rounding when sums are reordered.
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-#: Largest difference allowed as a fraction of the concept's effect, both measured as root mean squares. An export that does
-#: nothing has a fraction of 1.
+#: The largest allowed difference as a fraction of the concept's effect. Both are measured as root mean squares. The
+#: fraction is 1 for an export that has no effect.
 _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.bfloat16: 0.3}
 
 
@@ -29,14 +29,14 @@ _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.b
 def compare(
     backbone: Backbone, name: str, strength: float, folder: Path, written: Mapping[str, Any], words: str
 ) -> dict[str, Any]:
-    """Compares the outputs for the attached concept `name` with those of diffusers' own pipeline after it loads `folder`.
+    """Compares the backbone's outputs for its concept `name` with those of a diffusers pipeline that loads `folder`.
 
     Args:
         written: the results of `write_lora` ("lora") and `write_tokens` ("tokens")
         words: the concept's words in a diffusers prompt
 
     Returns:
-        A mapping with "prompt", and with "checks" (the result of `check` for each output).
+        A mapping with "prompt" (the prompt for diffusers) and "checks" (the result of `check` for each output).
     """
     placeholder = backbone.placeholders.get(name)
     phrase = placeholder.words if placeholder is not None else ""
@@ -78,7 +78,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
     Args:
         ours: with the concept attached
         theirs: with the exported files loaded
-        without: like `ours`, but each without one ingredient of the concept (its adapters or its tokens)
+        without: outputs like `ours`, each without one ingredient of the concept (its adapters or its tokens)
 
     Returns:
         max_abs_difference: the largest absolute difference between the outputs; None if their shapes differ
@@ -100,7 +100,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
 
 
 def _denoiser(backbone: Backbone, component: str) -> str:
-    """Returns the network's name in a report; it includes the component if there are several denoisers."""
+    """Returns the denoiser's name in a report. The name includes the component if there are several denoisers."""
     return "denoiser" if len(backbone.noise_ranges) == 1 else f"denoiser {component}"
 
 
@@ -112,9 +112,10 @@ def _again(network: Any, call: Mapping[str, Any]) -> Tensor:
 
 
 def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
-    """Returns the family's own diffusers pipeline on bare copies of the backbone's networks, with the exported files loaded.
+    """Returns the family's diffusers pipeline with the exported files loaded.
 
-    The copies share their weights with the backbone (except embedding tables that grow), so that large models fit in memory.
+    The pipeline uses copies of the backbone's networks without their adapters. The copies share their weights with the
+    backbone, so that large models fit in memory. Only embedding tables that grow are not shared.
     """
     pipe = backbone.pipeline()  # type: ignore[attr-defined]
     grows = {entry["component"] for entry in written["tokens"]}
@@ -156,8 +157,8 @@ def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
 
 
 def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
-    """Returns a copy of the network without its adapters. The copy shares the network's weights, except the embeddings if
-    `own_embeddings` is set."""
+    """Returns a copy of the network without its adapters. The copy shares the network's weights. If `own_embeddings` is
+    set, the embedding tables are copied instead of shared."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     if own_embeddings:
         for table in (m for m in module.modules() if isinstance(m, nn.Embedding)):
@@ -188,10 +189,11 @@ def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor 
 
 
 def _call(backbone: Backbone, component: str, conditioning: Any) -> dict[str, Any]:
-    """Returns the arguments and output of one call from the backbone to a denoiser, at the middle of its time range."""
+    """Makes the backbone call a denoiser at the middle of the denoiser's time range, and returns the arguments and the
+    output of this call."""
     side = min(backbone.resolution, _SIDE)
     generator = torch.Generator().manual_seed(_SEED)
-    # two latent frames, so that attention across frames has an effect
+    # a clip has two latent frames, so that attention across frames has an effect
     frames = None if backbone.frames is None else backbone.frame_factor + 1
     shape = backbone.latent_shape(side, side, frames)
     noise = torch.randn(1, *shape, generator=generator).to(backbone.device, backbone.dtype)

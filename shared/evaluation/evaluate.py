@@ -44,7 +44,7 @@ class Shots:
     """The pictures to generate for each prompt, and the folder to write the report to."""
 
     seeds: Sequence[int]
-    out: Path | str | None = None  # a folder; None: no report is written
+    out: Path | str | None = None  # the folder for the report; if None, no report is written
     overwrite: bool = False
     chunk: int = 16  # pictures per call
     kept: KeptPictures | None = None  # the base model's pictures, shared by evaluations with the same sampler
@@ -61,12 +61,13 @@ def evaluate(
 ) -> Report:
     """Scores a concept on every prompt with every seed, and writes the report to `settings.out` if that is set.
 
-    If a world can draw the real subject, prompts that leave the pose open get at least `freedom.SEEDS` seeds. Pictures
-    from seeds beyond `settings.seeds` count only for freedom.
+    If a synthetic world can draw the real subject, prompts that leave the pose open get at least `freedom.SEEDS` seeds.
+    Pictures from seeds beyond `settings.seeds` count only for freedom.
 
     Args:
-        generate: generates pictures with the concept, also for prompts that do not name it (for drift)
-        base_generate: generates pictures without the concept, for prompts with the class noun in its place
+        generate: generates pictures with the concept loaded. To measure drift, it is also called with prompts that do
+            not name the concept
+        base_generate: generates pictures without the concept. Its prompts contain the class noun instead of the name
         progress: called with (what, done, total) after each denoising step
 
     Raises:

@@ -53,12 +53,12 @@ def _flags(measured: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
     if _is(measured, "copied", n):
         flags.append(f"copies reference {measured.look.source(n) + 1}")
     if _is(measured, "no_face", n):
-        if not math.isnan(measured.scores["identity"][n]):  # otherwise the prompt describes a view without a face
+        if not math.isnan(measured.scores["identity"][n]):  # NaN means that the prompt asks for a view without a face
             flags.append("no face")
     elif measured.nearest[n] and measured.nearest[n] != SUBJECT:
         flags.append(f"mistaken for {measured.nearest[n]}")
     elif not flags and "verified" in measured.scores and measured.scores["verified"][n] == 0:
-        flags.append("recognised, but less similar to the references than 95 % of true pictures are")
+        flags.append("recognised, but less similar to the references than 95 % of true pictures")
     for name, hit in measured.hits[n].items():
         if not hit:
             flags.append(f"{name}: {measured.seen[n][name]}, but the prompt asks for {expects[name]}")

@@ -1,4 +1,4 @@
-"""Measures how much the subject turns and moves in pictures whose prompts leave the pose open."""
+"""Measures how much the subject's pose varies between pictures whose prompts leave the pose open."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from shared.metrics.scorer import Measured
 
 @dataclass(frozen=True)
 class Poses:
-    """The poses in the pictures of one arm (with the concept, or by the base model). Everything but the pairs is
+    """The poses in the pictures of one arm (with the concept, or by the base model). All values except `by_prompt` are
     measured only on verified pictures."""
 
     by_prompt: dict[int, Pairs]
     place: float  # spread of the subject's centre within a prompt, in half-pictures; NaN for fewer than two pictures
-    size: float
+    size: float  # spread of the subject's size within a prompt, in half-pictures
     views: float  # effective number of views; NaN if no view was read
 
 
 def poses(parts: Sequence[tuple[Measured, Sequence[int]]], free: Collection[int]) -> Poses | None:
-    """Measures the poses in all pictures whose prompts are in `free`. Returns None without crops or verification.
+    """Measures the poses in all pictures whose prompts are in `free`. Returns None if there are none, or if they
+    have no crops or are not verified.
 
-    parts: the measurements of some pictures, with the prompt index of each picture
+    parts: groups of pictures, each with its measurements and the prompt index of every picture
     """
     rows = [(m, i, p) for m, prompts in parts for i, p in enumerate(prompts) if p in free]
     if not rows or any(m.look.crops is None or m.look.places is None or "verified" not in m.scores for m, _, _ in rows):

@@ -1,9 +1,9 @@
-"""Prompt sets for evaluation: the shipped ones (`configs/prompts/*.yaml`) and the user's own (YAML or one prompt per
-line).
+"""Loads prompt sets for evaluation. A set is either shipped (`configs/prompts/*.yaml`) or a user's file (YAML, or text
+with one prompt per line).
 
 In a prompt, `{concept}` stands for the subject and `{class_noun}` for its class noun. When the concept is loaded,
-`{concept}` becomes `<name>`; for the base model and for text scores it becomes the class noun, so that no score depends
-on a made-up word.
+`{concept}` becomes `<name>`. For the base model and for text scores, `{concept}` becomes the class noun, so that no
+score depends on a made-up word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared.metrics.scorer import fill
 from shared.recipe.catalog import config_folder
 
 FOLDER = config_folder() / "prompts"
-CLIP_SETS = "*_motion.yaml"  # sets for clips: `shared.evaluation.clips.prompt_sets` reads them
+CLIP_SETS = "*_motion.yaml"  # sets for clips, which `shared.evaluation.clips.prompt_sets` loads
 REAL = "dreambench"  # the set for models trained on real photos
 LIVE_CLASSES = frozenset(
     {"cat", "dog", "kitten", "puppy", "bird", "horse", "rabbit", "person", "man", "woman", "boy", "girl"}
@@ -52,15 +52,15 @@ class Prompt(Part):
 
     @property
     def free(self) -> bool:
-        """Whether freedom can be measured on the pictures: the prompt asks for a photo and leaves view and placement open."""
+        """Whether the prompt asks for a photo and leaves view and placement open, so that freedom can be measured."""
         return not {"view", "style"} & set(self.expects) if self.pose_open is None else self.pose_open
 
     def named(self, name: str, class_noun: str) -> str:
-        """Returns the prompt for the model with the concept loaded: `{concept}` becomes `<name>`."""
+        """Returns the prompt for the model with the concept loaded, in which `{concept}` becomes `<name>`."""
         return fill(self.text, f"<{name}>", class_noun)
 
     def plain(self, class_noun: str) -> str:
-        """Returns the prompt in plain words: `{concept}` becomes the class noun."""
+        """Returns the prompt in plain words, in which `{concept}` becomes the class noun."""
         return fill(self.text, class_noun, class_noun)
 
 
@@ -87,7 +87,7 @@ class PromptSet(Part):
         return self
 
     def first(self, count: int | None) -> PromptSet:
-        """Returns the set with only its first `count` prompts, or with all of them for None."""
+        """Returns the set with only its first `count` prompts, or with all of them if `count` is None."""
         return self if count is None else self.model_copy(update={"prompts": self.prompts[:count]})
 
 

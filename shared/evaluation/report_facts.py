@@ -30,14 +30,14 @@ class Case:
     name: str  # `<name>` in prompts
     class_noun: str
     references: Tensor  # [R, 3, H, W] in [-1, 1]
-    masks: Tensor | None = None  # [R, H, W] in [0, 1]: where the subject is in the references, if they have masks
-    gallery: Mapping[str, Tensor] | None = None  # look-alikes of the same class: name -> [n, 3, H, W]
-    fresh: Tensor | None = None  # [F, 3, H, W]: pictures of the subject other than the references (new renders)
-    # the model's autoencoder, through which the pictures to compare with are also passed
+    masks: Tensor | None = None  # [R, H, W] in [0, 1]; the subject in each reference, if there are masks
+    gallery: Mapping[str, Tensor] | None = None  # name -> look-alikes of the same class [n, 3, H, W]
+    fresh: Tensor | None = None  # [F, 3, H, W]; pictures of the subject other than the references (new renders)
+    # the model's autoencoder; pictures that are compared with generated ones are first passed through it
     through: Callable[[Tensor], Tensor] | None = None
     through_key: str = ""  # the autoencoder's fingerprint, if measurements through it may be cached
     true: TrueThing | None = None  # the real subject, if a world can draw it
-    cache: Path | None = None  # a folder for measurements of true pictures; None: nothing is cached
+    cache: Path | None = None  # a folder for measurements of true pictures; if None, nothing is cached
     concept: Path | None = None  # the concept's folder, for its size on disk
     recipe: str = ""
     backbone: str = ""
@@ -109,7 +109,7 @@ def _of_identity(case: Case, scorer: Scorer) -> list[str]:
     out = []
     if case.gallery and len(case.gallery) < SMALL_GALLERY:
         count = f"{len(case.gallery)} look-alike" + ("" if len(case.gallery) == 1 else "s")
-        out.append(f"The gallery has only {count}, so recognition is easier than it sounds.")
+        out.append(f"The gallery has only {count}, so recognition is easier than among many look-alikes.")
     if not case.gallery:
         out.append(
             "No gallery of look-alikes was given, so identity means likeness to the references instead of recognition among "
@@ -122,8 +122,8 @@ def _of_identity(case: Case, scorer: Scorer) -> list[str]:
         )
     if scorer.verifier.has_faces:
         out.append(
-            "Identity is judged only where a face can be seen. Pictures without a face (from behind or from above) are counted "
-            "separately, and they count as failures unless the prompt asks for such a view."
+            "Identity is judged only where a face can be seen. Pictures without a face (from behind or from above) are "
+            "reported separately, and count as failures unless the prompt asks for such a view."
         )
     return out
 
@@ -148,12 +148,12 @@ def truth_note(report: Report) -> str | None:
     pictures = sum(b.pictures for b in report.truth.bars.values())
     text = f"Of {pictures} true pictures of the subject drawn for these prompts, {identity.truth:.0%} pass verification"
     if identity.truth < APART:
-        return f"{text}. That is too few to compare the subject's scores with those of others."
+        return f"{text}. That is too few to compare scores between subjects."
     return f"{text}. Identity is measured relative to that share."
 
 
 def scores_csv(report: Report) -> str:
-    """Returns CSV with one headline score or cost per row. Cells are empty where nothing was measured."""
+    """Returns CSV text with one headline score or cost per row. Cells are empty where nothing was measured."""
     out = io.StringIO()
     writer: Any = csv.DictWriter(out, SCORE_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()

@@ -20,7 +20,7 @@ ABOUT = {
     "trade_off": About(
         "Trade-off",
         "One number for three competing goals: the harmonic mean of identity, prompt following and freedom. It is low if "
-        "any of them is.",
+        "any of the three is low.",
         "score",
     ),
     "identity": About(
@@ -36,7 +36,8 @@ ABOUT = {
     "freedom": About(
         "Freedom",
         "How much of the subject's true variation in pose the pictures of one prompt keep: 0 means one pose for every seed, "
-        "and 1 means as many poses as true pictures from random views. Measured on crops of pictures that show the subject.",
+        "and 1 means as many poses as true pictures from random views. It is measured on crops of "
+        "pictures that show the subject.",
         "score",
     ),
     "recognised": About(
@@ -50,19 +51,19 @@ ABOUT = {
     ),
     "place": About(
         "Spread of place",
-        "How much the subject's place varies within a prompt: the standard deviation of its centre, in half-pictures.",
+        "How much the subject's position varies within a prompt: the standard deviation of its centre, in half-pictures.",
         "count",
     ),
     "size": About(
         "Spread of size",
-        "How much the subject's size varies within a prompt: the standard deviation of half its larger side, in "
+        "How much the subject's size varies within a prompt: the standard deviation of half its longer side, in "
         "half-pictures.",
         "count",
     ),
     "views": About(
         "Effective views",
-        "From how many sides the subject is seen if the prompt leaves the view open: exp(entropy) of the views that the "
-        "recognizer finds in the verified pictures.",
+        "The number of sides from which the subject is seen if the prompt leaves the view open: exp(entropy) of the "
+        "views that the recognizer finds in the verified pictures.",
         "count",
     ),
     "background": About("Background", "How often the background matches the prompt."),
@@ -114,7 +115,9 @@ TWO_TERMS = (
 TEXT_BY_CLIP = (
     "Cosine between picture and prompt in CLIP, scaled to 0–1 as in CLIPScore (unscaled for the toybox's own CLIP)."
 )
-NOT_MEASURED = "Not measured, because too few pairs of pictures both show the subject. The trade-off is then 0."
+NOT_MEASURED = (
+    "Not measured, because there are too few pairs of pictures that both show the subject. The trade-off is then 0."
+)
 
 
 def explained(key: str, scorer: Scorer, read: bool) -> dict[str, object]:

@@ -34,7 +34,7 @@ class Arms:
 
 
 def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
-    """Returns the scores that were measured, in reading order. Intervals resample whole prompts."""
+    """Returns the scores that were measured, in reading order. Intervals are computed by resampling prompts."""
     measured, floor, prompts = arms.measured, arms.floor, arms.prompts
     figures = scorer.figures
     ranges: Ranges = {"": figures.range} if figures is not None and figures.range is not None else {}
@@ -85,12 +85,12 @@ def _freedom(terms: Terms, span: tuple[float, float], ranges: Ranges) -> Score:
     score = make_score("freedom", terms.freedom, span)
     if not terms.unmeasured:
         return score
-    missing = f" Not measured on {len(terms.unmeasured)} of {len(ranges)} subjects, where it counts as 0."
+    missing = f" Not measured for {len(terms.unmeasured)} of {len(ranges)} subjects, for which it counts as 0."
     return score.model_copy(update={"explanation": score.explanation + missing})
 
 
 def _beside(arms: Arms) -> list[Score]:
-    """Returns the scores that accompany freedom: spread of the subject's place and size, and the number of views."""
+    """Returns the scores that accompany freedom: spread of position, spread of size, and effective number of views."""
     if arms.poses is None:
         return []
     nothing, base = (math.nan, math.nan), arms.base_poses
@@ -120,7 +120,8 @@ def make_score(
 
 
 def _completed(score: Score, scorer: Scorer, measured: Measured) -> Score:
-    """Adds this run's texts to a score, and the values for a guess, true pictures or each reference against the others."""
+    """Adds this run's texts to a score. Also adds the values for a random guess, for true pictures, and for references
+    compared with each other, if they apply."""
     update: dict[str, object] = explained(score.key, scorer, any(measured.hits))
     if score.key in ("identity", "recognised") and scorer.chance is not None:
         key = "recognised" if "recognised" in measured.scores and scorer.figures is not None else "identity"

@@ -19,7 +19,7 @@ def tallies(subject: str, pictures: Iterable[PictureRow], prompts: Sequence[Prom
 
 
 def of_report(subject: str, report: Report, arm: Arm = "concept") -> list[Tally]:
-    """Returns the tallies of a saved report, under a subject's name."""
+    """Returns the tallies of a saved report, under the given subject's name."""
     return tallies(subject, report.pictures, report.prompts, arm)
 
 
@@ -49,7 +49,7 @@ def _ceiling(scores: Mapping[str, float | None]) -> float:
 
 
 def pair_scores(pairs: Pairs) -> dict[str, float | None]:
-    """Converts pairs to scores in a prompt's row."""
+    """Converts pairs to the scores that a prompt's row stores."""
     mean = pairs.mean if pairs.counted else None
     return {"pairs": float(pairs.of), "verified_pairs": float(pairs.counted), "crop_distance": mean}
 

@@ -19,7 +19,7 @@ from shared.metrics.measure_true import measure_true as measure
 from shared.metrics.scorer import Scorer
 from shared.metrics.true_thing import Asked, TrueFigures
 
-FOLDER = "true-figures"  # in the cache
+FOLDER = "true-figures"  # a folder in the cache
 _CODE = (copied_things, copying, crops, encoders, freedom, measure_true, scores, verification)
 Progress = Callable[[str, int, int], None]
 
@@ -27,8 +27,8 @@ Progress = Callable[[str, int, int], None]
 def true_figures(
     scorer: Scorer, case: Case, prompts: PromptSet, progress: Progress | None = None
 ) -> TrueFigures | None:
-    """Returns a case's thresholds and range, cached or newly measured. Returns None if no world can draw the subject,
-    or the instruments to measure its pictures with are missing.
+    """Returns the thresholds and the pose range for a case's subject, from the cache if possible. Returns None for a
+    style, if no synthetic world can draw the subject, or if there are no look-alikes or no recognizer.
 
     progress: called with ("true pictures of the subject", done, total)
     """
@@ -86,7 +86,7 @@ def _pixels(pictures: Tensor) -> str:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """Returns a hash of the code that does the measuring."""
+    """Returns a hash of the code that takes the measurements."""
     digest = hashlib.sha256()
     for module in _CODE:
         assert module.__file__ is not None

@@ -1,8 +1,8 @@
-"""Checks the settings of a peft adapter, of which a file may contain only those that describe its form.
+"""Checks the settings of a peft adapter. A file may contain only settings that describe the adapter's form.
 
-These are plain numbers, switches and names. Any other setting could import modules, read files, replace layers or
-change base weights. Such settings are refused when a file is read, and also before training, because the result could
-not be saved. Importing this module loads no model library.
+The allowed settings are plain numbers, switches and names. Any other setting could import modules, read files, replace
+layers or change base weights. It is refused when a file is read, and also before training, because the result could not
+be saved. Importing this module loads no model library.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from enum import Enum
 from typing import Any
 
 SEED = "seed"  # not a peft setting; seeds the random tensors that some adapter types draw and never train
-MIN_RANK = "min_rank"  # not a peft setting; the lowest rank of a LoRA whose rank falls with the noise
+MIN_RANK = "min_rank"  # not a peft setting; the lowest rank of a LoRA whose rank decreases as the noise increases
 OWN = frozenset({SEED, MIN_RANK})
 
-#: Settings used only while an adapter is created or trained; they do not describe the result and are left out of files.
+#: Settings used only to create or train an adapter. They do not describe the result and are left out of files.
 _OF_THE_MAKING = frozenset(
     (
         *("task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
@@ -53,13 +53,13 @@ _FORM = frozenset(
     )
 )
 _CHANGES_BASE = re.compile(r"(?i)pissa|olora|corda|loftq|eva|lora_ga")  # initializations that rewrite the base weights
-_MAX_RANK, _MAX_LOKR_RANK = 4096, 10**6  # LoKr reads a rank above the layer's size as "full matrices"
+_MAX_RANK, _MAX_LOKR_RANK = 4096, 10**6  # in LoKr, a rank above the layer's size means full matrices
 _MAX_NUMBER = 2**24  # the limit for any number that could be a size
 _PATTERN = re.compile(r"[\w.^$-]{1,256}")  # peft reads the keys of its patterns as regular expressions
 
 
 def check_adapter(settings: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError unless every setting is a plain number, a switch or a name, of limited size."""
+    """Raises ValueError unless every setting is allowed and is a plain number, a switch or a name of limited size."""
     for key, value in settings.items():
         if key not in _FORM:
             raise ValueError(f"{where} has the adapter setting {key!r}, which is not accepted from a file")
@@ -83,7 +83,7 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
     if falls and not (type(least) is int and 0 <= least <= min((r for r in ranks if r is not None), default=8)):
         raise ValueError(f"{where}.{MIN_RANK} must be a whole number up to the rank; got {least!r}")
     if falls and (settings.get("peft_type") != "LORA" or settings.get("use_dora")):
-        raise ValueError(f"{where}.{MIN_RANK}: only the rank of a plain LoRA can fall with the noise")
+        raise ValueError(f"{where}.{MIN_RANK}: only a plain LoRA can have a rank that depends on the noise")
     if not isinstance(settings.get("target_modules"), list):
         raise ValueError(f"{where}.target_modules must be a list of module names")
 
@@ -91,7 +91,8 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
 def recordable(
     settings: Mapping[str, Any], modules: list[str], seed: int, min_rank: int | None = None
 ) -> dict[str, Any]:
-    """Returns the settings of an adapter on `modules` as a file stores them, without those used only to create or train it."""
+    """Returns the settings of an adapter on `modules` in the form in which a file stores them. Leaves out the settings
+    used only to create or train it."""
     kept = {k: v.value if isinstance(v, Enum) else v for k, v in settings.items() if k not in _OF_THE_MAKING}
     own = {SEED: seed or None, MIN_RANK: min_rank}
     return {**kept, "target_modules": modules, **{key: value for key, value in own.items() if value is not None}}

@@ -1,4 +1,7 @@
-"""Settings of the branches that are added to a network's layers, as files store them. Importing this loads no model library."""
+"""Settings of the branches that are added to a network's layers, as files store them.
+
+Importing this module loads no model library.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ class BottleneckForm(Part):
 
 
 class FrameEmbeddingsForm(Part):
-    """Adds one vector per frame to the input of queries and keys, and another to the input of values, in temporal attention."""
+    """In temporal attention, adds one vector per frame to the input of the queries and keys, and another vector to the
+    input of the values."""
 
     kind: Literal["frame_embeddings"] = "frame_embeddings"
     values: Values = "differences"

@@ -1,8 +1,9 @@
 """Reads captions from a text file next to each picture or clip, or from one `metadata.jsonl` for all of them.
 
-A text file is called `NAME.txt`, `NAME.caption` or `NAME.png.txt`; if there are several, the first in this list is
-used. A name that differs only in case also matches, provided that it can belong to only one file. `metadata.jsonl` is
-Hugging Face's image-folder format, with {"file_name": "a.png", "text": "a photo of a mug"} on each line.
+The text file for `NAME.png` is called `NAME.txt`, `NAME.caption` or `NAME.png.txt`. If there are several, the first in
+this list is used. A name that differs only in case also matches, provided that it can belong to only one file.
+`metadata.jsonl` is Hugging Face's image-folder format, with {"file_name": "a.png", "text": "a photo of a mug"} on each
+line.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shared.io.text_files import read_text_file
 METADATA = "metadata.jsonl"
 ENDINGS = (".txt", ".caption")
 _KEYS = ("text", "caption", "prompt")
-_SHOWN = 8  # the most lines of a `metadata.jsonl` to report
+_SHOWN = 8  # the maximum number of lines of a `metadata.jsonl` to report
 
 
 def caption_files(items: Sequence[Path], folder: Path) -> dict[Path, Path]:
@@ -58,8 +59,8 @@ def _spelled(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _other_case(name: str, known: Mapping[str, set[str]], files: Mapping[str, set[str]]) -> str | None:
-    """Returns the spelling of `name` in `known` if there is only one, unless several names in `files` could match
-    it."""
+    """Returns the name in `known` that differs from `name` at most in case. Returns None if there is not exactly one,
+    or if it could also belong to another name in `files`."""
     spellings = known.get(name.casefold(), set())
     return next(iter(spellings)) if len(spellings) == 1 == len(files.get(name.casefold(), {name})) else None
 
@@ -69,7 +70,7 @@ def _row_for(item: Path, listed: Mapping[str, str], files: Mapping[str, set[str]
 
 
 def unused_rows(items: Iterable[Path], folder: Path) -> list[str]:
-    """Returns messages about the captions in the `metadata.jsonl` in `folder` that are not used, with the reasons."""
+    """Returns one message, with the reason, for each caption in the folder's `metadata.jsonl` that is not used."""
     file = folder / METADATA
     if not looks_like_captions(file):
         return []
@@ -93,7 +94,7 @@ def looks_like_captions(path: Path) -> bool:
 
 
 def caption_text(file: Path, item: Path) -> str:
-    """Returns the caption of a picture or clip from the file that `caption_files` found, with line breaks turned into spaces.
+    """Returns the caption of a picture or clip from the file that `caption_files` found, on a single line.
 
     Raises ValueError, naming the file, if the file is not UTF-8 text or a line of `metadata.jsonl` cannot be read.
     """
@@ -133,7 +134,8 @@ def _row(line: str) -> Any:
 
 
 def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name: str, what: str) -> dict[Path, Path]:
-    """Like `caption_files`, for a caption folder given by the user. Raises ValueError if it has no caption for any item.
+    """Does the same as `caption_files` for a caption folder that the user gave. Raises ValueError if the folder
+    contains no caption for any of the items.
 
     Args:
         a_name: the possessive used in messages about the name that a caption file must have, such as "a picture's"

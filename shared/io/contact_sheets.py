@@ -1,4 +1,4 @@
-"""Writes pictures: PNG files with text chunks, grids, and labelled contact sheets."""
+"""Writes pictures as PNG files with text chunks, and arranges them in grids and labelled contact sheets."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def check_tiles(count: int, asked: str) -> None:
-    """Raises ValueError if a sheet cannot show `count` pictures. `asked` names the options that request them."""
+    """Raises ValueError if a sheet cannot show `count` pictures. `asked` names the options that request so many."""
     if count > _MOST_TILES:
-        raise ValueError(f"{asked}: these are {count:,} pictures, but a sheet can show at most {_MOST_TILES:,}")
+        raise ValueError(f"{asked}: that makes {count:,} pictures, but a sheet can show at most {_MOST_TILES:,}")
 
 
 def write_picture(
@@ -47,8 +47,9 @@ def write_picture(
 ) -> Path:
     """Writes `picture` ([3, H, W] in [-1, 1], or an image) atomically as a PNG, with `metadata` as text chunks.
 
-    Folders are created as needed; an existing file is replaced. `read_metadata` reads the text back; characters that UTF-8
-    cannot encode come back as escapes. Raises ValueError if a key is not 1 to 79 Latin-1 characters.
+    Folders are created as needed, and an existing file is replaced. `read_metadata` reads the text back. Characters
+    that UTF-8 cannot encode are stored as escapes. Raises ValueError if a key does not consist of 1 to 79 Latin-1
+    characters.
     """
     path = Path(path)
     text = PngImagePlugin.PngInfo()
@@ -68,7 +69,7 @@ def write_picture(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the text chunks of a PNG by key; empty if there are none. Raises ValueError if it is not a readable PNG."""
+    """Returns the text chunks of a PNG by key. Raises ValueError if the file is not a readable PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             assert isinstance(image, PngImagePlugin.PngImageFile)
@@ -80,8 +81,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def stills(pixels: Tensor, frames: int = 4) -> Tensor:
     """Turns clips ([N, 3, F, H, W]) into pictures; pictures ([N, 3, H, W]) are returned unchanged.
 
-    Each clip becomes a picture of n frames side by side ([N, 3, H, n * W]). There are at most `frames` of them, evenly
-    spaced from the first to the last.
+    Each clip becomes one picture that shows n of its frames side by side ([N, 3, H, n * W]). The n frames, at most
+    `frames`, are evenly spaced from the first to the last.
     """
     if pixels.ndim == 4:
         return pixels
@@ -92,7 +93,7 @@ def stills(pixels: Tensor, frames: int = 4) -> Tensor:
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
     """Arranges pictures ([N, 3, H, W] in [-1, 1]) in a grid with `gap` pixels between them.
 
-    If `columns` is None, there are about sqrt(N) columns.
+    If `columns` is None, there are sqrt(N) columns, rounded up.
     """
     if pixels.ndim != 4 or len(pixels) == 0:
         raise ValueError(f"a grid needs pictures of shape [N, 3, H, W], not {list(pixels.shape)}")
@@ -111,8 +112,8 @@ def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Imag
 def contact_sheet(rows: Mapping[str, Tensor], tile: int = _TILE, columns: int | None = None) -> Image.Image:
     """Draws rows of pictures (each row [N, 3, H, W] in [-1, 1]) with the label of each row on its left.
 
-    Pictures smaller than `tile` pixels are enlarged by an integer factor without smoothing, so that every pixel shows;
-    larger ones are unchanged. Rows may differ in length and picture size; rows longer than `columns` wrap.
+    Pictures smaller than `tile` pixels are enlarged by an integer factor without smoothing, so that every pixel is
+    visible; larger ones are unchanged. Rows may differ in length and picture size; rows longer than `columns` wrap.
     """
     if not rows or any(p.ndim != 4 or len(p) == 0 for p in rows.values()):
         raise ValueError("a contact sheet needs rows of pictures [N, 3, H, W], with at least one picture in each row")

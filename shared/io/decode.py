@@ -20,14 +20,14 @@ from shared.io.failures import of_the_machine
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
-# width * height at 8 bits per channel; decoding and resizing then take up to 1.7 GB, with 32-bit values
+# width * height at 8 bits per channel. Decoding and resizing, which use 32-bit values, then take up to 1.7 GB.
 MAX_PIXELS = 64_000_000
-_DEEP = 2  # deeper channels take twice the memory, because they are converted to 8 bits through 64-bit values
+_DEEP = 2  # deeper channels take twice the memory, because they are converted to 8 bits via 64-bit values
 MIN_SIDE = 16  # pixels
 _DARK = 16  # of 255; 12-bit values that are read as 16-bit values are darker than this
-_WHITE, _DEEP_COLOUR = "pcs_white", "pcs_deep_colour"  # the keys of what `_decode` stores in `Image.info`
-_STRETCH = "If that is wrong, save it with values up to 65535"
-GROUND = (128, 128, 128)  # the colour behind transparency and around a padded picture
+_WHITE, _DEEP_COLOUR = "pcs_white", "pcs_deep_colour"  # keys of the values that `_decode` adds to `Image.info`
+_STRETCH = "If that is wrong, save the picture with values up to 65535"
+GROUND = (128, 128, 128)  # the colour of transparent areas and of padding
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -74,13 +74,13 @@ class Picture:
 
 
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """Decodes a picture file of any extension to an upright picture in 8-bit sRGB.
+    """Decodes a picture file with any extension to an upright picture in 8-bit sRGB.
 
     Transparency becomes the mask, and transparent areas are filled with a neutral colour. Only the first frame of an
-    animation is used, with a UserWarning.
+    animation is used, and a UserWarning is issued.
 
     Raises ValueError, naming the file, if it is missing, not a picture, damaged, larger than `max_pixels` (checked
-    before anything is decoded), smaller than `min_side` on a side, or fully transparent.
+    before anything is decoded) or fully transparent, or if one of its sides is shorter than `min_side`.
     """
     picture = read_frame(path, max_pixels, min_side)
     brightest = max(int(high) for _, high in picture.image.getextrema())  # type: ignore[misc]
@@ -95,7 +95,10 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min
 
 
 def read_frame(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """Like `read_picture`, but for one frame of a clip, which may be fully transparent."""
+    """Like `read_picture`, but for a frame of a clip.
+
+    The frame may be fully transparent, or almost black without a warning.
+    """
     path = expanded(path)
     return as_picture(_decode(path, max_pixels, min_side), path)
 
@@ -133,7 +136,10 @@ def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
 
 
 def two_valued(mask: Image.Image) -> Image.Image:
-    """Returns a mask of mode L, stretched to black and white if it has only two values; an empty mask stays empty."""
+    """Returns a mask of mode L, stretched to black and white if it has at most two values.
+
+    An empty mask stays empty.
+    """
     values = np.asarray(mask)
     levels = np.unique(values)
     if len(levels) <= 2 and levels[-1] > 0:
@@ -142,7 +148,10 @@ def two_valued(mask: Image.Image) -> Image.Image:
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Reads the width and height of the upright picture from the file's header. Raises ValueError if that fails."""
+    """Reads the width and height of the upright picture from the file's header.
+
+    Raises ValueError if the header is unreadable.
+    """
     path = expanded(path)
     with opened(path) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
@@ -160,7 +169,7 @@ def _plane(image: Image.Image) -> Tensor:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Turns any error inside into a ValueError that names the file."""
+    """Turns any error in its block, except failures of the machine, into a ValueError that names the file."""
     try:
         yield
     except Exception as error:  # decoders can raise anything on hostile data
@@ -172,7 +181,10 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Opens a picture file and reads its header. Unlike Image.open, it tries one format only and limits no size."""
+    """Opens a picture file and reads its header.
+
+    Unlike Image.open, this tries only one format and does not limit the size.
+    """
     try:
         kind = sniff(path)
     except OSError as error:
@@ -215,7 +227,8 @@ def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
 
 
 def _stated_white(image: Image.Image) -> int | None:
-    """Returns the grey value of white from a TIFF's MaxSampleValue (tag 281), else from its BitsPerSample (tag 258)."""
+    """Returns the grey value of white that a TIFF states as MaxSampleValue (tag 281), or the largest value of 9 to 15
+    bits if its BitsPerSample (tag 258) is in this range. Otherwise, returns None."""
     tags = getattr(image, "tag_v2", {})
     most, bits = (next(iter(v), None) if isinstance(v := tags.get(tag), tuple) else v for tag in (281, 258))
     if isinstance(most, int) and most > 0:
@@ -243,11 +256,13 @@ def _split(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | N
 
 
 def _grey(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None]:
-    """Converts 16-bit, 32-bit and float grey to 8 bits (65535 becomes 255), which Pillow would clip to white.
+    """Converts 16-bit, 32-bit and float grey values to 8 bits, so that white becomes 255.
+
+    Pillow would clip larger values to white instead.
 
     The file may state which value is white. If it does not, integers up to 255 are assumed to be 8-bit values in a
-    wider type, as scientific software writes them. Integers up to 4095 are assumed to be 12-bit values, with a
-    UserWarning, because they would look black as 16-bit values.
+    wider type, as written by scientific software. Integers up to 4095 are assumed to be 12-bit values, because they
+    would look black as 16-bit values; a UserWarning is issued.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
@@ -283,7 +298,8 @@ def _white(image: Image.Image, values: np.ndarray, high: float, path: Path) -> f
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
-    """Converts to mode RGB in sRGB, using the embedded colour profile if it suits this kind of picture."""
+    """Converts to mode RGB in sRGB, using the embedded colour profile if its colour space matches the picture's
+    mode."""
     if icc and features.check("littlecms2"):
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))

@@ -1,7 +1,7 @@
 """Explains failures that are due to the machine (memory, disk, symbolic links, recursion depth) and not to the input.
 
-A message states what happened, where, and what to do. Libraries report such failures with exceptions of their own,
-which only this module recognises.
+A message states what happened, where, and what to do. Libraries report such failures with their own exceptions, and
+only this module recognises these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FREE = "free some space or choose another output"
 _ADVICE = {
     errno.ENOSPC: f"the disk is full: {_FREE}",
     errno.EDQUOT: f"your disk quota is used up: {_FREE}",
-    errno.EFBIG: "files cannot be this large here: raise the limit (`ulimit -f unlimited`) or choose another disk",
+    errno.EFBIG: "this exceeds the limit on file sizes: raise the limit (`ulimit -f unlimited`) or choose another disk",
     errno.EROFS: "this disk is read-only: choose another output",
     errno.EIO: "the disk has errors: choose another one",
     errno.ELOOP: "its symbolic links form a loop: remove one of them, or choose another location",
@@ -32,13 +32,13 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _SMALLER = (
-    "use less: a smaller batch (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on a GPU "
-    "(train.mixed_precision, --precision); or close other programs that use memory"
+    "use less memory, with a smaller batch (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on "
+    "a GPU (train.mixed_precision, --precision), or close other programs that use memory"
 )
 
 
 def system_error(error: BaseException) -> int | None:
-    """Returns the `errno` of a failure, even if a library only quotes it in its message; None if there is none."""
+    """Returns the `errno` of a failure, even if a library only quotes it in a message, or None if there is none."""
     if isinstance(error, OSError):
         return error.errno
     found = _NUMBER.search(str(error)) if not isinstance(error, ValueError) else None
@@ -48,7 +48,7 @@ def system_error(error: BaseException) -> int | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: in Python, in NumPy, or in PyTorch on the CPU or a GPU."""
+    """Whether Python, NumPy or PyTorch (on the CPU or a GPU) ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and _MEMORY.search(str(error)) is not None
@@ -65,7 +65,7 @@ def of_the_disk(error: BaseException) -> bool:
 
 
 def in_words(error: BaseException) -> str | None:
-    """Describes a failure of the machine in one message; None for any other error, which may be a bug."""
+    """Returns a message that explains a failure of the machine, or None for any other error, which may be a bug."""
     if out_of_memory(error):
         where = (
             "the GPU"
@@ -90,7 +90,7 @@ def in_words(error: BaseException) -> str | None:
 
 
 def _size(error: BaseException) -> str:
-    """Returns how much memory was requested, if the error contains it."""
+    """Returns text that states how much memory was requested, or "" if the error does not state it."""
     asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
     if asked is None:
         return ""
@@ -99,8 +99,8 @@ def _size(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Re-raises disk errors from the enclosed block, whichever library raised them, so that they name `path` and not the
-    temporary file written first."""
+    """Re-raises disk errors from the enclosed block, whichever library raised them, so that they name `path` instead of
+    the temporary file."""
     try:
         yield
     except Exception as error:

@@ -68,12 +68,13 @@ def sniff(path: Path) -> str | None:
 
 
 def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ...], list[str]]:
-    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in its order).
+    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in the given
+    order).
 
     Anything that is not a picture (hidden files, text, empty files, subfolders) is skipped and listed in one
-    UserWarning per folder. The warning does not list the captions (`shared.io.caption_files`) and masks
-    (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`, `NAME_mask.png`) of the pictures. Returns the pictures, and the
-    warnings as text.
+    UserWarning per folder. The pictures' captions (`shared.io.caption_files`) and masks (`masks/NAME.png`,
+    `NAME.mask.png`, `NAME-mask.png`, `NAME_mask.png`) are not listed. Returns the pictures and the text of the
+    warnings.
 
     Raises ValueError, stating what was found, if a path does not exist, a given file is not a picture, or there are no
     pictures.
@@ -109,7 +110,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
 
 
 def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
-    """Lists one given file; `seen` caches the possible masks of each folder."""
+    """Lists a single file. `seen` caches the possible masks in each folder."""
     if not path.exists():
         raise ValueError(f"{path} {absent(path)}")
     reason = _not_a_picture(path)
@@ -172,10 +173,10 @@ def _not_a_picture(path: Path) -> str:
 def no_caption(file: Path, items: Collection[Path], used: Collection[Path]) -> str:
     """Returns the reason why a possible caption file is not used."""
     if file.name == METADATA:
-        return "no captions for the files here, or each has its own caption file"
+        return "no captions for the files here, or every file has its own caption file"
     owner = next((p for p in items if _same(file.stem, p)), None)
     other = next((p.name for p in used if owner and _same(p.stem, owner)), "")
-    return f"{other} is used as the caption" if other else "a text file that matches no name here"
+    return f"{other} is used as the caption" if other else "a text file that matches no picture or clip"
 
 
 def _same(stem: str, item: Path) -> bool:
@@ -183,7 +184,8 @@ def _same(stem: str, item: Path) -> bool:
 
 
 def owner_stem(stem: str, stems: Collection[str]) -> str:
-    """Returns the stem of the picture that a mask file belongs to; the file's own stem if it is itself a picture."""
+    """Returns the stem of the picture that a mask file belongs to, or the file's own stem if the file is itself a
+    picture."""
     for end in MASK_ENDS:
         if stem.endswith(end) and stem.removesuffix(end) in stems:
             return stem.removesuffix(end)
@@ -191,7 +193,7 @@ def owner_stem(stem: str, stems: Collection[str]) -> str:
 
 
 def _mask_files(folder: Path) -> list[Path]:
-    """Returns every possible mask of a picture in this folder, those in `masks/` first."""
+    """Returns all files that may be masks of pictures in this folder, starting with those in `masks/`."""
     inside = sorted((folder / "masks").iterdir()) if (folder / "masks").is_dir() else []
     named = sorted(p for p in folder.iterdir() if p.stem.endswith(MASK_ENDS))
     return [p for p in (*inside, *named) if not p.name.startswith(".") and not _not_a_picture(p)]

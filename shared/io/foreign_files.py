@@ -1,8 +1,8 @@
-"""Determines which files in a folder pcs wrote, because a folder may be replaced only if it contains nothing else.
+"""Determines which files in a folder were written by pcs. A folder may be replaced only if it contains no other files.
 
 Concepts, reports, exports, checkpoints and benchmark cells list their files in their JSON; pictures are marked in their
-PNG text. Any other folder contains a list of its files. `atomic_folder` writes this list at the end, whereas training
-adds each file to it before writing the file.
+PNG text. Every other output folder contains a list of its files. `atomic_folder` writes this list at the end, whereas
+training adds each file to the list before writing the file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _CHECKPOINT_FILES = {"state.json", *(f"{n}.safetensors" for n in ("learned", "op
 
 
 def foreign_files(folder: Path, most: int = 4) -> list[str]:
-    """Returns up to `most` files below a folder that are not recorded there as written by pcs.
+    """Returns up to `most` files in a folder and its subfolders that are not recorded as written by pcs.
 
-    Paths are relative to the folder. Links are not followed and count as foreign.
+    Paths are relative to the folder. Links are not followed, and they count as foreign.
     """
     return list(islice(_foreign_files(folder, frozenset(), ""), most))
 
@@ -46,13 +46,13 @@ def mark(folder: Path) -> None:
 def claim(folder: Path, file: str, made: bool = False) -> None:
     """Adds a file to the list of a folder that grows while pcs works in it. Call this before writing the file.
 
-    `file` is relative to the folder. Raises ValueError if a file of that name exists that pcs did not write, unless `made`
-    (the caller has just created it).
+    `file` is relative to the folder. Raises ValueError if a file with that name already exists and was not
+    written by pcs, unless `made` is set, meaning that the caller has just created it.
     """
     if file in _claimed(folder):
         return
     if os.path.lexists(folder / file) and not made:
-        raise ValueError(f"{folder / file} was not written by pcs and would be replaced: move it away first")
+        raise ValueError(f"{folder / file} was not written by pcs and would be replaced: move it elsewhere first")
     folder.mkdir(parents=True, exist_ok=True)
     _write_mark(folder, [*_claimed(folder), file])
 
@@ -85,7 +85,8 @@ def _write_mark(folder: Path, files: list[str]) -> None:
 
 
 def remove_written(folder: Path) -> None:
-    """Removes only the files that pcs wrote below a folder, the list of them, and folders that are then empty."""
+    """Removes only the files that pcs wrote under a folder, the folder's list of files, and any subfolders left
+    empty."""
     if folder.is_symlink() or not folder.is_dir():
         return
     kept = {folder / name for name in foreign_files(folder, sys.maxsize)}
@@ -113,7 +114,7 @@ def _foreign_files(folder: Path, known: Collection[str], prefix: str) -> Iterato
 
 
 def _explained(folder: Path) -> set[str]:
-    """Returns the files below a folder that its own JSON files or marks account for."""
+    """Returns the files under a folder that are accounted for by the JSON files or marks in that folder."""
     out: set[str] = set()
     for name, (keys, files) in _LISTS.items():
         content = _json(folder / name)
@@ -121,9 +122,9 @@ def _explained(folder: Path) -> set[str]:
             try:
                 out |= {name, *map(str, files(content))}
             except (KeyError, TypeError, AttributeError):
-                continue  # another program's file of this name
+                continue  # a file with this name from another program
     if _CHECKPOINT.fullmatch(folder.name) and {p.name for p in folder.iterdir()} <= _CHECKPOINT_FILES:
-        # even if state.json is damaged, because the checkpoint could otherwise be neither resumed nor removed
+        # A damaged state.json must not prevent this, or the checkpoint could be neither resumed nor removed.
         out |= _CHECKPOINT_FILES
     if (folder / "comparison.md").is_file() and (folder / "comparison.csv").is_file():
         out |= {"comparison.md", "comparison.csv", "index.html"}
@@ -131,7 +132,7 @@ def _explained(folder: Path) -> set[str]:
 
 
 def _of_pictures(folder: Path) -> set[str]:
-    """Returns the captions and masks of an album's pictures."""
+    """Returns the captions and masks of the pictures of held-out objects."""
     out: set[str] = set()
     for picture in folder.glob("*.png"):
         if _ALBUM & _png_text(picture):
@@ -144,7 +145,7 @@ def _report(content: Any) -> list[str]:
     return ["pictures.csv", "prompts.csv", "index.html", *pictures, *content["references"]]
 
 
-# file -> the keys that show that pcs wrote it, and the files next to it that it accounts for
+# file name -> the keys that show that pcs wrote the file, and a function that returns the other files it accounts for
 _LISTS: dict[str, tuple[set[str], Callable[[Any], list[str]]]] = {
     MARK: ({"written by", "files"}, lambda content: list(content["files"])),
     "concept.json": ({"schema_version", "files", "adapter_id"}, lambda content: ["preview.png", *content["files"]]),
@@ -174,5 +175,5 @@ def _png_text(path: Path) -> set[str]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return {k for k in image.info if isinstance(k, str)}
-    except Exception:  # whatever it is, pcs did not write it
+    except Exception:  # not a readable PNG, so pcs did not write it
         return set()

@@ -1,8 +1,8 @@
-"""Locks outputs, so that only one command at a time can write each of them.
+"""Locks outputs, so that only one command at a time can write to each output.
 
 The locks use `flock`, so they are released however the process exits. The lock files are in the system's temporary
-folder. All users of the machine can see them there, and a refused command leaves nothing next to the output. Paths
-appear in them only as hashes, so that users cannot see what others write.
+folder, where all users of the machine can see them. A refused command therefore leaves no files next to the output.
+Lock files contain paths only as hashes, so that users cannot see what others write.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _held: dict[str, int] | None = None  # key -> open lock file, while a command ru
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """Keeps a lock on each output passed to `hold` until the command inside ends."""
+    """Keeps a lock on each output passed to `hold` until the enclosed block ends."""
     global _held
     if _held is not None or sys.platform == "win32":
         yield
@@ -51,7 +51,7 @@ def hold(path: Path) -> None:
     """Locks `path` for this command. Does nothing outside `holding`.
 
     Raises ValueError, naming the process, if another process is writing `path`, something inside it, or a folder that
-    contains it. If no lock can be taken, issues a UserWarning and continues without one.
+    contains it. If the lock file cannot be used, issues a UserWarning and continues without a lock.
     """
     place = Path(os.path.realpath(path))
     key = _key(place)
@@ -63,7 +63,7 @@ def hold(path: Path) -> None:
         handle = _locked(path, key, around)
     except OSError as error:
         why = error.strerror or type(error).__name__
-        message = f"{path} cannot be locked ({why}): make sure that no other command writes it"
+        message = f"{path} cannot be locked ({why}): make sure that no other command writes to it"
         warnings.warn(encodable(message), UserWarning, stacklevel=3)
         return
     _held[key] = handle
@@ -82,7 +82,7 @@ def _locked(path: Path, key: str, around: list[str]) -> int:
         handle = _open(file)
         if not _taken(handle, fcntl.LOCK_EX):
             raise _busy(path, handle)
-        with suppress(FileNotFoundError):  # its holder has removed it in the meantime
+        with suppress(FileNotFoundError):  # the previous holder may have removed the file meanwhile
             if os.path.samestat(os.fstat(handle), file.stat()):
                 with suppress(OSError):  # on a full disk, the lock works but does not name its owner
                     os.ftruncate(handle, 0)
@@ -99,7 +99,7 @@ def _open(file: Path) -> int:
         return os.open(file, flags)
     with suppress(FileExistsError):
         handle = os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666)
-        os.fchmod(handle, 0o666)  # whatever the umask
+        os.fchmod(handle, 0o666)  # regardless of the umask
         return handle
     return os.open(file, flags)
 

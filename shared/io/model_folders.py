@@ -18,7 +18,7 @@ from shared.io.failures import of_the_machine
 #: half.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_PADDED = 0.9  # the smallest share of a table's rows that must be tokens; only a few rows of a table are padding
+_PADDED = 0.9  # the minimum share of an embedding table's rows that must be tokens; only a few rows are padding
 _WORDS = ("dog", "mug", "teapot")
 
 
@@ -31,14 +31,14 @@ def load_network(
         kind: a model class of diffusers or transformers
         folder: contains `config.json` and the weights as safetensors, in one file or in shards
         unused: patterns of model keys that are not used here and may be missing
-        variant: the files' variant, such as fp16 in `model.fp16.safetensors`. By default, fp16 if all files have it
+        variant: the files' variant, such as fp16 in `model.fp16.safetensors`. By default, fp16 if all files are fp16
         dtype: the dtype of the weights (default: float32)
 
     Raises:
-        ValueError: naming the file, if the files cannot be read, lack a key, or have a key with another shape
+        ValueError: naming the file, if the files cannot be read, lack a key, or contain a key with a different shape
 
     Warns:
-        UserWarning: if the files have keys that the model does not
+        UserWarning: if the files contain keys that the model does not have
     """
     import torch
 
@@ -51,7 +51,7 @@ def load_network(
             model, info = kind.from_pretrained(
                 str(folder),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, with their location
+                ignore_mismatched_sizes=True,  # mismatches are reported below, with the file
                 use_safetensors=True,
                 local_files_only=True,
                 **options,
@@ -60,7 +60,7 @@ def load_network(
         if of_the_machine(error):
             raise
         raise ValueError(f"cannot load {folder} as {kind.__name__}: {first_line(error)}") from error
-    # listed in an index, but not in any file
+    # keys that are listed in an index but are not in any file
     empty = {n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta}
     wrong = {key for key, *_ in info["mismatched_keys"]}
     _check_keys({**info, "missing_keys": {*info["missing_keys"], *empty} - wrong}, folder, kind.__name__, unused)
@@ -83,7 +83,7 @@ def _check_format(kind: Any, folder: Path) -> None:
 
 
 def python_command(code: str, *arguments: str | Path) -> str:
-    """Returns a command for the user's shell that runs Python code with `sys.argv[1:]` = arguments."""
+    """Returns a command for the user's shell that runs Python code with `arguments` as `sys.argv[1:]`."""
     return shlex.join(["python", "-c", f"import sys; {code}", *(str(argument) for argument in arguments)])
 
 
@@ -129,7 +129,8 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _weights_file(folder: Path) -> str:
-    """Returns the name of the file that lists the keys: the shard index, or the only file."""
+    """Returns the name of the file that lists the keys, which is the shard index or, without an index, the first
+    file."""
     names = sorted(p.name for p in (*folder.glob("*.index*.json"), *folder.glob("*.safetensors")))
     return next((n for n in names if "index" in n), names[0] if names else "")
 
@@ -157,9 +158,11 @@ def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, embeddings: int, folder: Path) -> None:
-    """Raises ValueError if a tokenizer does not match a text encoder with this many token `embeddings`, because some of
-    the tokenizer's files are missing or belong to another model. Without its files, transformers builds a tokenizer that
-    encodes all prompts alike."""
+    """Raises ValueError if a tokenizer does not match a text encoder with this many token `embeddings`.
+
+    This happens if some of the tokenizer's files are missing or belong to another model. If files are missing,
+    transformers builds a tokenizer that encodes all prompts alike.
+    """
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     what = f"{folder}: the tokenizer has {size} tokens, but the text encoder has {embeddings} embeddings"
@@ -183,8 +186,11 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet(network: bool = False) -> Iterator[None]:
-    """Silences the progress bars and logs of diffusers and transformers while they load, and blocks network requests unless
-    `network` is set, because not all code respects `local_files_only`. Restores the previous state."""
+    """Silences the progress bars and logs of diffusers and transformers while they load models.
+
+    Unless `network` is set, network requests are blocked, because not all code respects `local_files_only`. The
+    previous state is restored at the end.
+    """
     from diffusers.utils import logging as diffusers_log
     from huggingface_hub import constants
     from transformers.utils import logging as transformers_log

@@ -13,7 +13,7 @@ from shared.config import Many, Part
 
 
 class NoisePriorSettings(Part):
-    """How much of the initial noise comes from a clip, and how that clip is inverted."""
+    """Determines how much of the initial noise comes from a clip, and how that clip is inverted."""
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.3  # p, the share of the noise's variance that comes from the clip
     prompt: str = ""  # the prompt of the inversion

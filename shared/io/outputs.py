@@ -21,11 +21,15 @@ PathLike = str | os.PathLike[str]
 def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
     """Checks that a folder can be written, and returns it as a path. Call this before any work starts.
 
-    Raises ValueError if the path is a file; if the folder exists and is not empty, and `overwrite` is not set; if
-    `overwrite`, which replaces the whole folder, is set and the folder contains a file that pcs did not write; if it
-    contains the working or home folder; if it equals, contains or is inside one of `inputs` (files and folders that are
-    read); if a link in its path is broken; if another process is writing it (`shared.io.locks`); or if it cannot be
-    written.
+    Raises ValueError if:
+    - the path is a file
+    - the folder is not empty and `overwrite` is not set
+    - `overwrite`, which replaces the whole folder, is set and the folder contains a file that pcs did not write
+    - the folder is the working or home folder, or contains one of them
+    - the folder equals, contains or is inside one of `inputs` (files and folders that are read)
+    - a link in the path is broken
+    - another process is writing to the folder (`shared.io.locks`)
+    - the folder cannot be written
     """
     path = _named(path)
     check_apart(path, inputs)
@@ -39,11 +43,11 @@ def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathL
 def check_resumable(
     path: PathLike, kind: str, is_ours: Callable[[Path], bool], inputs: Iterable[PathLike] = ()
 ) -> Path:
-    """Checks a folder for a command that continues what an earlier call left there, and returns it as a path.
+    """Checks a folder for a command that continues the work of an earlier call, and returns it as a path.
 
     Call this before any work starts. Raises ValueError as `check_output` does, except that a folder with files is
     accepted if `is_ours` returns True for it; nothing in it will be deleted. `kind` names the contents of such a folder
-    in the message.
+    in the error message.
     """
     path = _named(path)
     check_apart(path, inputs)
@@ -91,12 +95,12 @@ def _named(path: PathLike) -> Path:
 
 
 def _place(path: PathLike) -> Path:
-    """Returns the path with links resolved; unchanged if its links form a loop."""
+    """Returns the absolute path with links resolved. Links that form a loop are left as they are."""
     return Path(os.path.realpath(expanded(path)))
 
 
 def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
-    """Raises ValueError if the output overlaps anything that is read; links are followed."""
+    """Raises ValueError if the output overlaps one of the inputs. Links are followed."""
     place = _place(path)
     for item in inputs:
         source = _place(item)
@@ -120,7 +124,7 @@ def _check_there(path: Path, overwrite: bool) -> None:
         more = " …" if len(others) > 3 else ""
         raise ValueError(
             f"{path} cannot be overwritten: it contains files that pcs did not write ({names(others[:3])}{more}), "
-            "which would be deleted. Choose another output, or move those files away first"
+            "which would be deleted. Choose another output, or move those files elsewhere first"
         )
 
 
@@ -140,11 +144,11 @@ def _writable(path: Path) -> None:
 def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Iterator[Path]:
     """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed if there is an error.
 
-    With `overwrite`, the old folder stays until the new one is complete, and the two are exchanged atomically if the system
-    supports it. If `path` is a link to a folder, the link stays and its target is written. Files get the modes that the umask
-    sets. Leftovers of killed processes next to `path` are removed.
+    With `overwrite`, the old folder stays until the new one is complete, and the two are then exchanged, atomically if
+    the system supports this. If `path` is a link to a folder, the link stays and its target is written. Files get the
+    modes that the umask sets. Leftovers of killed processes next to `path` are removed.
 
-    Raises ValueError as `check_output` does; whether the output may be replaced is checked again at the end.
+    Raises ValueError as `check_output` does. Whether the output may be replaced is checked again at the end.
     """
     named = check_output(path, overwrite, inputs)
     path = _place(named)
@@ -176,7 +180,7 @@ def _take_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         return
     old = replaced(path)
-    path.rename(old)  # if the process is killed here, the next one that writes to this folder restores it (`sweep`)
+    path.rename(old)  # if killed here, the next process that writes to this folder restores the old output (`sweep`)
     try:
         temporary.rename(path)
     except BaseException:
@@ -189,8 +193,8 @@ def _take_place(temporary: Path, path: Path) -> None:
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces `path` at the end, or is removed if there is an error.
 
-    The folder must exist; the file gets the mode that the umask sets, whichever library wrote it. The temporary path has
-    another extension, so a library that infers the format from the extension must be told the format.
+    The folder must exist. The file gets the mode that the umask sets, whichever library wrote it. The temporary path
+    has another extension, so a library that infers the format from the extension must be told the format.
     Example: `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
     named, path = path, Path(os.path.realpath(path))

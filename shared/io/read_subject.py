@@ -25,10 +25,12 @@ def read_subject(
 ) -> Subject:
     """Reads pictures (a folder, a file or a list), with captions and masks next to them or in the given folders.
 
-    `masks` and `captions` are each a folder whose files have the pictures' names, or a mapping from pictures (paths or
-    file names). Raises ValueError if there are no pictures, the sizes of a mask and its picture differ, or a given
-    caption or mask matches no picture. Stray files are skipped with a warning; if only some pictures have a caption or
-    a mask, a UserWarning lists the others.
+    `masks` and `captions` are each either a folder whose files have the pictures' names, or a mapping from pictures
+    (paths or file names) to mask files or caption texts. Stray files are skipped with a warning. If only some pictures
+    have a caption or a mask, a UserWarning lists the pictures without one.
+
+    Raises ValueError if there are no pictures, if the sizes of a mask and its picture differ, or if a given caption or
+    mask matches no picture.
     """
     listing = scan(images)
     by_picture = {p: caption_text(t, p) for p, t in listing.captions.items()}
@@ -60,13 +62,13 @@ def plain_noun(text: str) -> str:
     """Removes the article or possessive from a class noun ("my mug" becomes "mug"), because templates add an article. Raises
     ValueError if the noun is not UTF-8 or contains <, >, { or }."""
     if set("<>{}") & set(check_utf8(text)):
-        raise ValueError(f"class_noun = {text!r}: use a plain word for what the subject is, for example duck")
+        raise ValueError(f"class_noun = {text!r}: use a plain word for the kind of subject, for example duck")
     words = text.split()
     return " ".join(words[1:] if len(words) > 1 and words[0].lower() in _DETERMINERS else words)
 
 
 def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:
-    """Warns about pictures that lack a caption or mask. If all of them lack one, this is assumed to be intended."""
+    """Warns about pictures that lack a caption or mask. If all pictures lack one, this is assumed to be intended."""
     without = [p.name for p in pictures if p not in having]
     if having and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"

@@ -12,7 +12,7 @@ from shared.io.decode import GROUND, Picture
 from shared.io.terminal import encodable
 
 ResizeMode = Literal["cover", "contain"]
-_KEPT = 2 / 3  # a crop that keeps less than this share of a picture causes a warning
+_KEPT = 2 / 3  # a warning is issued if a crop keeps less than this share of a picture
 
 
 def resize(
@@ -25,9 +25,9 @@ def resize(
 
     Args:
         size: a side, or (height, width)
-        mode: "cover" fills the frame and crops the rest. The crop is centred on the mask if there is one, otherwise on
-            the picture. A UserWarning names a picture that loses more than a third, unless its whole mask stays inside.
-            None is "cover" without the warning, for pictures that are only displayed. "contain" keeps the whole picture
+        mode: "cover" fills the frame and crops the rest. The crop is centred on the mask if there is one, and on the
+            picture otherwise. A UserWarning is issued if the crop loses more than a third of the picture, unless the
+            whole mask stays inside the crop. None is like "cover" but never warns. "contain" keeps the whole picture
             and pads it with a neutral colour; `Picture.valid` marks the area that is not padding
         keep: a box (left, top, right, bottom) that replaces the bounds of the mask, so that all frames of a clip are
             cropped alike

@@ -1,4 +1,4 @@
-"""Resolves file names from untrusted files, which must stay inside their folder."""
+"""Resolves file names that come from untrusted files, and rejects names that lead out of their folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 def safe_relative(root: str | os.PathLike[str], name: str) -> Path:
     """Returns the file `name` inside the folder `root`. Raises ValueError if the name, or a link in its path, leads out of
-    it."""
+    the folder."""
     pure = PureWindowsPath(name)  # understands /, \ and drive letters
     if not name or name[0] == "~" or "\0" in name or pure.drive or pure.root or ".." in pure.parts:
         raise ValueError(f"{name!r} is not a plain path inside {root}")

@@ -26,7 +26,8 @@ _ITEM = {
 def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads the entries (dtype, shape and data_offsets by tensor name) and the metadata of a safetensors file.
 
-    Raises ValueError, naming the file, if it is missing or truncated, or if the header is invalid or does not match it.
+    Raises ValueError, naming the file, if it is missing or truncated, or if the header is invalid or does not match the
+    file.
     """
     path = Path(path)
     try:
@@ -71,8 +72,8 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
 def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
     """Reads the tensors of a file by name, on the CPU. Nothing in the file is executed.
 
-    Raises ValueError, naming the file and the tensor, if the file is missing, truncated or malformed, or (with
-    `finite`) if a value is NaN or Inf.
+    Raises ValueError, naming the file and the tensor, if the file is missing, truncated or malformed. If
+    `finite` is set, also raises ValueError if a value is NaN or Inf.
     """
     read_safetensors_header(path)
     try:

@@ -1,6 +1,7 @@
-"""Temporary names for outputs in progress, and cleanup of those that killed processes left behind.
+"""Creates temporary names for unfinished outputs, and cleans up after killed processes.
 
-`.NAME.HOST-PID-RANDOM.partial` is an unfinished file or folder; `.NAME.HOST-PID-RANDOM.replaced` is the previous NAME.
+`.NAME.HOST-PID-RANDOM.partial` is an unfinished file or folder, and `.NAME.HOST-PID-RANDOM.replaced` is the previous
+version of NAME.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 def beside(path: Path) -> Path:
     """Returns an unused hidden name in the same folder, and thus on the same file system.
 
-    Its extension differs, so that what a killed process leaves behind is not mistaken for a complete file.
+    The extension also differs, so that a file left behind by a killed process is not mistaken for a complete one.
     """
     return path.with_name(f".{path.name}.{_tag()}.partial")
 
 
 def replaced(path: Path) -> Path:
-    """Returns an unused hidden name for the old `path` until the new one is in place."""
+    """Returns an unused hidden name, under which the old `path` is kept until the new one is in place."""
     return path.with_name(f".{path.name}.{_tag()}.replaced")
 
 
@@ -51,7 +52,7 @@ def is_temporary(name: str) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Removes half-written outputs directly in a folder that dead processes of this machine left behind.
+    """Removes half-written outputs that dead processes of this machine left directly in a folder.
 
     If a process was killed after moving the old output aside and before putting the new one in place, the old output is
     restored.
@@ -83,8 +84,10 @@ def _tag() -> str:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """Returns six hexadecimal digits that identify this machine, because machines that share a disk cannot check each other's
-    processes."""
+    """Returns six hexadecimal digits that identify this machine.
+
+    Temporary names contain these digits because machines that share a disk cannot check each other's processes.
+    """
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 

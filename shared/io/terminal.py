@@ -8,30 +8,31 @@ from collections.abc import Iterable
 
 _KEPT = "\n\t"
 _SHOWN = 8  # names in a message
-# Bidirectional control characters, which can make text look like other text.
+# Bidirectional control characters, which can disguise text as different text.
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: object, line: bool = False) -> str:
-    """Returns the text without control characters (C0, C1, lone surrogates) and bidirectional marks; line breaks and tabs stay.
+    """Removes control characters (C0 and C1), lone surrogates and bidirectional marks. Line breaks and tabs are kept.
 
-    line: turn line breaks and tabs into spaces, so that a name cannot pose as a separate message.
+    line: whether to turn line breaks and tabs into spaces, so that a name cannot pose as a separate message
     """
     words = "".join(c for c in str(text) if c in _KEPT or not (unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS))
     return words.replace("\n", " ").replace("\t", " ") if line else words
 
 
 def encodable(text: str) -> str:
-    """Escapes the characters that UTF-8 cannot encode (lone surrogates from bytes of file names or arguments)."""
+    """Escapes the characters that UTF-8 cannot encode (lone surrogates, which come from undecodable bytes)."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def escaped_name(name: str) -> str:
-    """Turns a file name into one printable word without folder separators, so that it can be stored and shown anywhere.
+    """Turns a file name into printable text without folder separators, so that it can be stored and shown anywhere.
 
-    Printable Unicode and the plain space stay. Every other character becomes its Python escape (`\\uXXXX`, or
-    `\\UXXXXXXXX` above U+FFFF): controls, other separators (U+00A0, U+202F, U+3000), joiners, lone surrogates (bytes
-    that were not UTF-8), `/` and `\\` itself. Escapes are reversible, so different names stay different.
+    Printable characters, including the plain space, are kept. Every other character becomes its Python escape
+    (`\\uXXXX`, or `\\UXXXXXXXX` above U+FFFF): controls, other separators (U+00A0, U+202F, U+3000), joiners, lone
+    surrogates (bytes that were not UTF-8), `/` and `\\` itself. Escapes are reversible, so different names stay
+    different.
     """
     return "".join(c if c.isprintable() and c not in "/\\" else _escape(c) for c in name)
 
@@ -42,7 +43,10 @@ def _escape(character: str) -> str:
 
 
 def check_utf8(text: str) -> str:
-    """Returns the text. Raises ValueError if it contains lone surrogates: bytes that are not UTF-8, or half a character."""
+    """Returns the text.
+
+    Raises ValueError if it contains a lone surrogate, which is an undecodable byte or half a character.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Reads users' text files: UTF-8 with or without a byte-order mark, of limited size."""
+"""Reads users' text files, which must be in UTF-8 (with or without a byte-order mark) and must not be too large."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MAX_BYTES = 10_000_000
 
 
 def read_text_file(path: str | os.PathLike[str], what: str, max_bytes: int = MAX_BYTES) -> str:
-    """Returns the text. Raises ValueError, naming `what` and the file, if it cannot be opened, is larger than `max_bytes`, or
-    is not UTF-8.
+    """Returns the text of a file. Raises ValueError, naming `what` and the file, if the file cannot be opened, is
+    larger than `max_bytes`, or is not UTF-8.
 
     Args:
         what: how errors refer to the file, for example "the caption"

@@ -9,17 +9,17 @@ from pydantic import Field
 from shared.config import Part
 
 Offset = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-#: The offsets to the right and down, as fractions of the width and height, and the natural logarithm of the scale.
+#: The offsets to the right and downwards, as fractions of the width and height, and the natural logarithm of the scale.
 Waypoint = tuple[Offset, Offset, Offset]
 
 
 class Trajectory(Part):
-    """The path of a motion's subject, and the time in sampling at which the subject is moved onto it."""
+    """The path of a motion's subject, and the point in sampling at which the subject is moved onto it."""
 
     start: Annotated[float, Field(ge=0, le=1)] = 0.4  # fraction of the steps done when the subject is moved
-    # with "image", a model that has separate motion layers generates clips along the path with its image layers alone
+    # with "image", models that have separate motion layers skip these layers when they generate clips along the path
     layers: Literal["image", "all"] = "all"
-    # one per frame, relative to their mean; if empty, they are measured from the clips
+    # one per frame, relative to their mean; if empty, the points are measured from the clips
     points: Annotated[tuple[Waypoint, ...], Field(max_length=10_000)] = ()
 
     def scaled(self, factor: float) -> Trajectory:

@@ -1,4 +1,4 @@
-"""Prepares the subjects' masks, which can be grown, softened or replaced with boxes, and in clips tracked and pooled."""
+"""Prepares the masks of subjects by growing, softening, tracking or pooling them, or by replacing them with boxes."""
 
 from __future__ import annotations
 

@@ -13,12 +13,15 @@ from shared.types import Example
 
 
 class Given(MaskPart):
-    """Keeps masks as they are, or binarizes them at `threshold`. With `require`, every reference must have a mask."""
+    """Keeps masks as they are, or binarizes them at `threshold`.
+
+    If `require` is set, every reference must have a mask.
+    """
 
     taxonomy: ClassVar[str] = "given masks"
     kind: Literal["given"] = "given"
     require: bool = False
-    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # masks become 1 above it, else 0
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None  # values above it become 1, all others 0
 
     @property
     def needs_masks(self) -> bool:

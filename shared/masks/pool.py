@@ -11,9 +11,9 @@ def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Returns the share of each latent cell that is in the mask, [B, 1, f, h, w], for masks [B, 1, F, H, W] in [0, 1].
 
     In space, this is the mean over a cell's pixels, as for pictures. In time, f = F if frames are encoded one by one
-    (AnimateDiff), or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (4 in Wan, 8 in LTX). Then the
-    first latent frame covers only the first frame, and each of the others is the mean of the next r frames. Raises ValueError
-    for any other f.
+    (AnimateDiff), or f = 1 + (F - 1) / r for a causal autoencoder that compresses time by a factor of r (4 in Wan, 8 in
+    LTX). In the latter case, the first latent frame covers only the first frame, and each later latent frame is the
+    mean of the next r frames. Raises ValueError for any other f.
     """
     if masks.ndim != 5 or masks.shape[1] != 1:
         raise ValueError(f"the masks of clips must have the shape [B, 1, F, H, W], not {list(masks.shape)}")

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from shared.config import Part
 
-_SIDE = 256  # smallest side, in pixels, at which flow is estimated
+_SIDE = 256  # pixels; frames with a shorter side below this are enlarged before flow is estimated
 
 
 class Track(Part):
-    """Tracks the mask of a clip's first frame with optical flow. Clips with a mask for every frame keep these masks.
+    """Tracks the mask of a clip's first frame with optical flow. Clips with a mask for every frame keep those masks.
 
     `flow` is "dis" (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590) or "farneback"
     (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). Parts of the subject that are hidden in the
@@ -26,7 +26,8 @@ class Track(Part):
     """
 
     flow: Literal["dis", "farneback"] = "dis"
-    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # masks become 1 above it, else 0; null for soft edges
+    # values above it become 1, all others 0; null keeps soft edges
+    threshold: float | None = Field(default=0.5, gt=0, lt=1)
 
     def __call__(self, frames: Tensor, masks: Tensor) -> Tensor:
         """Returns masks [1, F, H, W] for the frames [3, F, H, W].
@@ -65,8 +66,8 @@ class Track(Part):
 
 
 def grey_levels(frames: Tensor) -> np.ndarray:
-    """Converts frames to grey levels, uint8 [F, h, w]. Small clips are enlarged, because 64 pixels, for example, are too few
-    for the patches of the flow."""
+    """Converts frames to grey levels, uint8 [F, h, w]. Small clips are enlarged, because the patches
+    that are matched to estimate flow are too coarse for frames of 64 pixels, for example."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
     if factor > 1:

@@ -1,1 +1,4 @@
-"""Scores that measure whether pictures show the subject, follow the prompt or are copies, and what else learning changed."""
+"""Measures whether pictures show the subject, follow the prompt or copy a reference.
+
+It also measures how much a loaded concept changes pictures of other things.
+"""

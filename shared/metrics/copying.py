@@ -20,7 +20,7 @@ MARGIN = 5  # the largest shift at which a copy is found, in cells of the grid (
 ZOOMS = (0.87, 1.0, 1.15)
 PIXEL_FLOOR, EMBED_FLOOR = 0.85, 0.9  # limits never go below these
 SAME = 0.995  # at this similarity or above, two references count as duplicates
-PIXEL_DEFAULT, EMBED_DEFAULT = 0.9, 0.95  # with one reference there is nothing to calibrate on
+PIXEL_DEFAULT, EMBED_DEFAULT = 0.9, 0.95  # used if there are fewer than two pictures to calibrate on
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CopyLimits:
 
     pixel: float
     embed: float
-    calibrated_on: int  # number of pictures behind the limits; 0 means the defaults
+    calibrated_on: int  # number of pictures from which the limits were computed; 0 for the default limits
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
 
     The middle of each output is searched for in each reference by template matching (Lewis 1995), with each colour
     channel's mean subtracted. Mirrored and slightly zoomed versions are tried too. The same picture scores 1, and a
-    flat picture scores 0 with everything.
+    flat picture scores 0 with every picture.
     """
     side = GRID - 2 * MARGIN
     whole = _grid(references)

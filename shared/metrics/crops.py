@@ -27,7 +27,7 @@ def placements(where: Tensor) -> Tensor:
     the thing's larger side, in units of half the picture.
 
     Args:
-        where: the probability that a cell shows the thing, `[N, h, w]`; a mask will do
+        where: the probability that a cell shows the thing, `[N, h, w]`; a mask works too
 
     The size assumes a uniformly filled box with the same spread (half a side = √3 standard deviations), so a few stray
     cells hardly change it. For an empty map, the result is the whole picture.
@@ -55,7 +55,7 @@ def aligned_crops(
 
     Args:
         where: `[N, h, w]`, as for `placements`
-        margin: side of the square as a multiple of the thing's; at 1 the square touches the thing
+        margin: side of the square as a multiple of the thing's side; at 1 the square touches the thing
         cells: the side of the grid that the crop is reduced to, so that things that were large in their picture show no
             more detail than small ones. None keeps all detail
         jitter: how far the square is moved right and down, in half sides of the thing, and how much it is enlarged
@@ -78,8 +78,8 @@ def aligned_crops(
 def crop_embeddings(encoder: ImageEncoder, pixels: Tensor, where: Tensor, how: CropSettings) -> Tensor:
     """Returns unit embeddings `[N, D]` of crops aligned on the thing.
 
-    Each is the mean over `JITTERS`, because the map locates a thing only to within a fraction of a cell, and that error
-    must not look like a change of pose.
+    Each embedding is the mean over crops shifted and scaled by `JITTERS`. The map locates a thing only to within a
+    fraction of a cell, and that error must not look like a change of pose.
     """
     every = [encoder.images(aligned_crops(pixels, where, how.margin, how.cells, jitter)) for jitter in JITTERS]
     return F.normalize(torch.stack(every).sum(0), dim=1)

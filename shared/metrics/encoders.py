@@ -1,8 +1,8 @@
-"""The instruments, which are models that embed pictures and texts, or read what a picture shows.
+"""Defines the instruments, which are models that embed pictures and texts or read what a picture shows.
 
-All take pixels `[N, 3, H, W]` in [-1, 1] of any size, and each resizes them with its own processor. Pictures are
-rounded to 8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs torchvision
-or network access.
+All instruments take pixels `[N, 3, H, W]` in [-1, 1] of any size, and each resizes them with its own processor.
+Pictures are rounded to 8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs
+torchvision or network access.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class AttributeReader(Protocol):
 
 @runtime_checkable
 class SoftReader(AttributeReader, Protocol):
-    """A reader that returns probabilities, so that one misread picture cannot dominate the score of a few pictures."""
+    """A reader that returns probabilities, so that one misread picture cannot dominate the mean of a few pictures."""
 
     def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
-        """For each of N pictures, maps each requested attribute to the probability of its value.
+        """Returns, for each of N pictures, the probability that each requested attribute has the requested value.
 
         pixels: the pictures, `[N, 3, H, W]` in [-1, 1]
         asked: the requested values of each picture
@@ -109,16 +109,16 @@ class Typical:
     """
 
     same: float  # likeness of new pictures of a thing to its references
-    other: float  # likeness of another thing, of the same class and colours, to these references
+    other: float  # likeness of another thing of the same class and colours to the same references
     free: float  # distance between crops of a thing from random views
     fixed: float  # distance between crops of a thing in one pose and place
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How pictures are cropped to the thing before their poses are compared."""
+    """Settings for cropping pictures to the thing before poses are compared."""
 
-    margin: float = 1.35  # side of the crop as a multiple of the thing's
+    margin: float = 1.35  # side of the crop as a multiple of the thing's side
     cells: int | None = None  # side of the grid that the crop is reduced to; None keeps all detail
 
 
@@ -130,7 +130,7 @@ class Instruments:
     identity: ImageEncoder | None = None
     attributes: AttributeReader | None = None
     locator: Locator | None = None
-    pose: ImageEncoder | None = None  # tells poses apart on crops that `locator` aligned
+    pose: ImageEncoder | None = None  # tells poses apart in crops aligned with `locator`
     crops: CropSettings = CropSettings()
     typical: Typical | None = None
     face_finder: FaceFinder | None = None
@@ -144,7 +144,10 @@ class Instruments:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Converts `[N, 3, H, W]` in [-1, 1] to N 8-bit RGB pictures. Raises ValueError for another shape or non-finite values."""
+    """Converts `[N, 3, H, W]` in [-1, 1] to N 8-bit RGB pictures.
+
+    Raises ValueError for any other shape or non-finite values.
+    """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected [N, 3, H, W], got {list(pixels.shape)}")
     if not torch.isfinite(pixels).all():

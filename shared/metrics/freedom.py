@@ -2,8 +2,8 @@
 
 D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is the same distance for
 true pictures of the thing from random views, and F is the distance for true pictures in one pose and place, with
-everything else redrawn. A freedom of 0 means one pose for every seed, and 1 means as varied as the object itself. Only
-crops are compared, so neither a shift nor a different background counts as a new pose.
+everything else redrawn. Freedom is (D − F) / (R − F). It is 0 if every seed gives the same pose, and 1 if poses vary as
+much as in true pictures. Only crops are compared, so neither a shift nor a different background counts as a new pose.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Pairs:
 
     of: int  # total number of pairs
     counted: int  # number of pairs in which both pictures are verified
-    distance: float  # sum of 1 − cosine over the counted ones
+    distance: float  # sum of 1 − cosine over the counted pairs
 
     @property
     def mean(self) -> float:
@@ -35,7 +35,7 @@ class Pairs:
 
 
 def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> dict[Hashable, Pairs]:
-    """Compares the pairs within each group (prompt).
+    """Compares all pairs of pictures within each group (usually the pictures of one prompt).
 
     Args:
         embeddings: of the crops of N pictures, `[N, D]`

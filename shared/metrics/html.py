@@ -49,7 +49,7 @@ def _templates() -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills one of this package's templates. Everything is escaped except what is marked safe."""
+    """Fills one of this package's templates. All values are escaped unless they are marked as safe."""
     return _templates().get_template(template).render(**values)
 
 
@@ -80,7 +80,7 @@ def plot_of(reports: Sequence[Report]) -> str | None:
         if not points and identity.base is not None and text.base is not None:
             points.append(Point("base model, given only the class", identity.base, text.base, base=True))
         point = Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text))
-        if freedom is not None:  # no value means that too few pictures show the thing, which counts as 0
+        if freedom is not None:  # no value means too few pictures that show the thing; this counts as 0
             point = replace(point, freedom=freedom.value or 0.0, freedom_range=_span(freedom))
         points.append(point)
     if not points:
@@ -102,7 +102,8 @@ def _span(score: Score) -> tuple[float, float] | None:
 
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
-    """Returns the row of each prompt, with the tiles of the concept's and of the base model's pictures."""
+    """Returns one row per prompt, with the tiles of the pictures made with the concept and of the base model's
+    pictures."""
     out = []
     for prompt in report.prompts:
         made = [p for p in (*report.of_kind("concept"), *report.of_kind("freedom")) if p.prompt == prompt.prompt]
@@ -149,7 +150,10 @@ def inline(png: bytes | None, largest: int = LARGEST) -> str:
 
 
 def formatted(value: float | None, unit: str = "score") -> str:
-    """Formats a score. Rates are whole percentages, shares are percentages with one decimal, and others have two decimals."""
+    """Formats a score.
+
+    Rates become whole percentages, shares percentages with one decimal, and other scores get two decimals.
+    """
     if value is None:
         return "–"
     if unit == "share":

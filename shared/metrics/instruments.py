@@ -22,7 +22,8 @@ def known_thing(files: Sequence[Path]) -> Known | None:
 def load_instruments(
     clip: Path | str | None = None, dino: Path | str | None = None, evaluators: str | None = None, device: str = "cpu"
 ) -> Instruments:
-    """Loads the instruments for a run. A given CLIP or DINO replaces a world's own. If nothing else judges likeness, CLIP does.
+    """Loads the instruments for a run. A given CLIP or DINO model replaces the world's own. CLIP judges likeness if
+    nothing else can.
 
     evaluators: the world whose own evaluators are used (`World.instruments`), which are meaningless on pictures from elsewhere
 
@@ -35,5 +36,5 @@ def load_instruments(
         raise ValueError(
             "nothing to measure with: give a local CLIP folder (clip=PATH), a DINO folder (dino=PATH), or both"
         )
-    typical = None if dino else owned.typical  # these readings are only valid for the world's own encoder
+    typical = None if dino else owned.typical  # these readings are valid only for the world's own encoder
     return replace(owned, text_image=text, identity=who, typical=typical)

@@ -14,11 +14,11 @@ from shared.metrics.freedom import Pairs, effective_views, pairs, placement_spre
 from shared.metrics.true_thing import Asked, Bar, TrueFigures, TrueThing, style_of
 from shared.metrics.verification import PASSING, Look, Verifier
 
-#: The minimum number of pictures drawn for each of a style's two figures, and for each of its prompts.
+#: The minimum number of pictures drawn per style, and the minimum number per prompt, in each of the two sets.
 BEHIND, PER_PROMPT = 120, 16
-#: The number of pictures per prompt in one pose and place, and the maximum number of poses tried until one is verified.
+#: The number of pictures per prompt in one pose and place, and the number of poses tried before a prompt is left out.
 FIXED, POSES = 6, 8
-#: The share of true pictures that may, by chance, match a reference's thing pixel for pixel.
+#: The share of true pictures that may count as pasted from a reference. The limit is set accordingly.
 PASTED = 0.03
 _BARS, _OTHERS, _FIXED = 1000, 1001, 1002  # seeds of the three sets of pictures
 CHUNK = 256  # pictures per batch
@@ -110,7 +110,8 @@ def _free(
 
 
 def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures) -> Pairs:
-    """Compares pictures in one pose and place. Each prompt uses the first pose in which at least half of them are verified."""
+    """Compares pictures in one pose and place. Each prompt uses the first pose in which at least half of its
+    pictures are verified."""
     left = [i for i, p in enumerate(prompts) if p.free]
     found: dict[int, Pairs] = {}
     for pose in range(POSES):
@@ -130,7 +131,8 @@ def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figur
 
 
 def _drawn(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], instruments: Instruments, seed: int) -> _Set:
-    """Draws at least `BEHIND` pictures of every style, evenly over its prompts, and passes them through the autoencoder."""
+    """Draws at least `BEHIND` pictures of every style, spread evenly over its prompts, and passes them through the
+    autoencoder."""
     styles = [style_of(p.expects) for p in prompts]
     counts = [max(PER_PROMPT, math.ceil(BEHIND / styles.count(style))) for style in styles]
     of = [i for i, count in enumerate(counts) for _ in range(count)]
@@ -149,6 +151,7 @@ def _rows_of(style: str, prompts: Sequence[Asked], drawn: _Set) -> Tensor:
 
 
 def ceilings(figures: TrueFigures, expects: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
-    """Returns, for each picture, the likeness it must reach and the T of its style (NaN if that style was not drawn)."""
+    """Returns, for each picture, the likeness that it must reach and the T of its style (both NaN if the style has no
+    bar)."""
     bars = [figures.bar(e) for e in expects]
     return [b.least if b else math.nan for b in bars], [b.passed if b else math.nan for b in bars]

@@ -1,4 +1,7 @@
-"""Draws plots as SVG to inline in HTML, without external URLs, and with text in the page's own colour (for dark mode)."""
+"""Draws plots as SVG that can be inlined in HTML.
+
+The SVG contains no external URLs. Its text has the page's own colour, so that it is also readable in dark mode.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +47,10 @@ _FREEDOM = _Axis("freedom", lambda p: p.freedom, lambda p: p.freedom_range)
 
 
 def trade_off_svg(points: Sequence[Point], title: str, chance: float | None = None) -> str:
-    """Plots identity (up) against prompt following (right), and, in a second panel, against freedom if any point has a
-    value for it. Returns one `<svg>` element.
+    """Plots identity (up) against prompt following (right). Returns one `<svg>` element.
 
-    With two terms, grey lines join points of equal trade-off.
+    If any point has a value for freedom, a second panel plots identity against freedom. Otherwise, grey lines join
+    points of equal trade-off.
     """
     axes = [_TEXT, *([_FREEDOM] if any(p.freedom is not None for p in points) else [])]
     plt = _pyplot()

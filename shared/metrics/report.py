@@ -1,4 +1,4 @@
-"""The `Report` of an evaluation, which is saved as JSON, CSV, pictures and one self-contained HTML page."""
+"""The report of an evaluation, which is saved as JSON, CSV, pictures and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shared.io.safe_paths import safe_relative
 from shared.metrics.true_thing import TrueFigures
 
-SCHEMA_VERSION = 2  # since 2, identity means verification, and freedom is the third term
+SCHEMA_VERSION = 2  # since version 2, identity means verification, and freedom is the third term
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
-# "freedom" pictures show the concept, from more seeds of the prompts that leave the pose open; they count only for freedom.
+# "freedom" pictures show the concept too. They add seeds to the prompts that leave the pose open, and count only for
+# freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = 0.5  # if T is below this, too few true pictures pass verification, so the thing is reported separately
+APART = 0.5  # if fewer true pictures than this share pass verification, the thing is reported separately
 
 
 class Row(BaseModel):
@@ -130,7 +131,7 @@ class Report(BaseModel):
     truth: TrueFigures | None = None  # figures measured on true pictures of the thing, if they can be drawn
     costs: Costs = Costs()
     metadata: dict[str, Any] = {}  # the concept's metadata, from its file
-    notes: list[str] = []  # caveats for the reader: missing instruments, a small gallery
+    notes: list[str] = []  # caveats for the reader, such as missing instruments or a small gallery
     thumbs: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
 
     def score(self, key: str) -> Score | None:

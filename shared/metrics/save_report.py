@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
-    """Writes rows as CSV, with the columns `first` followed by all others, sorted by name."""
+    """Writes rows as CSV, with the columns in `first`, followed by all other columns in alphabetical order."""
     rows = list(rows)
     rest = sorted({k for r in rows for k in r} - set(first))
     out = io.StringIO()
@@ -30,7 +30,7 @@ def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
 
 def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
     """Writes one row per picture or clip, with columns `score.*`, `expects.*` and `seen.*`, and flags joined with "; ".
-    `last` is the column that only pictures or only clips have."""
+    `last` is a column that only pictures have, or only clips."""
     rows = []
     for m in made:
         row: dict[str, Any] = {"kind": m.kind, "prompt": m.prompt, "text": m.text, "seed": m.seed, "file": m.file}
@@ -42,7 +42,10 @@ def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes a report's files into its folder, by name. Raises ValueError for a name that points outside the folder."""
+    """Writes a report's files (name -> bytes) into its folder.
+
+    Raises ValueError for a name that points outside the folder.
+    """
     for name, data in files.items():
         path = safe_relative(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,8 @@ Expects = Mapping[str, str]
 
 
 def fill(text: str, concept: str, class_noun: str) -> str:
-    """Fills in `{concept}` and `{class_noun}` in `text` ("thing" if they are empty), and turns "a" into "an" where needed."""
+    """Replaces `{concept}` and `{class_noun}` in `text` with the given words, or with "thing" if they are empty.
+    Changes "a" to "an" where needed."""
     filled = text.replace("{concept}", concept or "thing").replace("{class_noun}", class_noun or "thing")
     return re.sub(r"\b([Aa]) (?=[aeioAEIO])", r"\1n ", filled)
 
@@ -31,7 +32,7 @@ class Measured:
     """Scores of N pictures. `scores` contains float columns of length N, with NaN where a score does not apply."""
 
     scores: Mapping[str, list[float]]
-    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as the prompt asks
+    hits: list[dict[str, bool]]  # per picture: attribute -> whether it matches the prompt
     seen: list[dict[str, str]]  # per picture: attribute -> value seen
     nearest: list[str]  # per picture: the most similar gallery entry; "" without a gallery
     look: Look
@@ -49,18 +50,18 @@ class Measured:
 
 @dataclass
 class Scorer:
-    """Compares pictures with a subject's references.
+    """Scores pictures by comparing them with a subject's references.
 
     Without a gallery, identity means likeness to the references. With a gallery, it means recognition among the
-    look-alikes, and with both a gallery and `figures`, verification.
+    look-alikes. With both a gallery and `figures`, it means verification.
 
     Args:
         references: `[R, 3, H, W]` in [-1, 1]
         gallery: look-alikes, name -> `[n, 3, H, W]`
         fresh: pictures of the subject that are not references, used to calibrate what counts as a copy
-        expects: what a picture must show, by prompt (in plain words)
-        through: the model's autoencoder, which the pictures have passed through
-        masks: the thing's masks in the references, `[R, H, W]`
+        expects: the attributes that a picture must show, for each prompt as returned by `plain`
+        through: the model's autoencoder, which generated pictures have passed through
+        masks: masks of the thing in the references, `[R, H, W]`
         figures: thresholds and ranges measured on true pictures of the thing
     """
 
@@ -96,10 +97,10 @@ class Scorer:
         return fill(text, self.class_noun, self.class_noun)
 
     def measure(self, pixels: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> Measured:
-        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts. Raises ValueError if the
-        numbers of pictures and prompts differ."""
+        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts. Raises ValueError if there
+        is not exactly one prompt per picture."""
         if len(pixels) != len(prompts):
-            raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
+            raise ValueError(f"one prompt per picture: got {len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
         expected = [self.expects.get(p, {}) for p in plain] if expects is None else list(expects)
         look = self.verifier.look(pixels)
@@ -120,9 +121,9 @@ class Scorer:
         return Measured(scores, hits, seen, nearest, look)
 
     def _identity(self, look: Look, expected: Sequence[Expects], scores: dict[str, list[float]]) -> list[str]:
-        """Adds `identity`, where copies count as 0. Also adds `recognised` and `margin` if there is a gallery,
-        `verified`, `likeness` and `ceiling` if there are figures of the true thing, and `no_face` for faces. Returns
-        the nearest gallery entries."""
+        """Adds the column `identity`, in which copies count as 0. With a gallery, also adds `recognised` and `margin`.
+        With a gallery and figures of the true thing, also adds `verified`, `likeness` and `ceiling`. For faces, also
+        adds `no_face`. Returns the name of the nearest gallery entry for each picture."""
         fresh = (~look.copied(self._pasted)).double()
         nearest = [""] * len(fresh)
         if look.retrieved is None:
@@ -152,7 +153,8 @@ class Scorer:
     def _attributes(
         self, pixels: Tensor, expected: Sequence[Expects], scores: dict[str, list[float]]
     ) -> tuple[list[dict[str, bool]], list[dict[str, str]]]:
-        """Adds one column per expected attribute, and `attributes`, their mean per picture."""
+        """Adds one column for each expected attribute, and the column `attributes`, which is their mean per picture.
+        Returns `Measured.hits` and `Measured.seen`."""
         if self.instruments.attributes is None:
             return [{} for _ in expected], [{} for _ in expected]
         read = self.instruments.attributes.read(pixels)
@@ -163,8 +165,8 @@ class Scorer:
         return hits, [{k: v[i] for k, v in read.items()} for i in range(len(pixels))]
 
     def _follows(self, hits: Sequence[Mapping[str, bool]], scores: dict[str, list[float]]) -> None:
-        """Adds `text`, which is the share of the prompt's attributes that the picture shows. If there are no attributes
-        to check, it is CLIPScore with the instrument's own factor."""
+        """Adds the column `text`, which is the share of the prompt's attributes that the picture shows. If no
+        attributes can be checked, `text` is the CLIPScore with the instrument's own factor."""
         if any(hits):
             scores["text"] = scores["attributes"]
         elif "clip_t" in scores:
@@ -173,7 +175,8 @@ class Scorer:
             scores["text"] = text_score(torch.tensor(scores["clip_t"], dtype=torch.float64), weight).tolist()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Returns each score's mean over the pictures, and `score`, which selects the best checkpoint (see `stand_ins`)."""
+        """Returns each score's mean over the pictures, and `score`, by which the best checkpoint is selected (see
+        `stand_ins`)."""
         plain = [self.plain(p) for p in prompts]
         measured = self.measure(pixels, prompts)
         out = {k: v for k in measured.scores if not math.isnan(v := measured.mean(k))}

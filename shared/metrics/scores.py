@@ -15,25 +15,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CLIP_SCORE_WEIGHT = 2.5
-"""CLIPScore's factor (arXiv 2104.08718, eq. 1), which stretches CLIP's cosines (rarely above 0.4) to [0, 1]."""
+"""CLIPScore's factor (arXiv 2104.08718, eq. 1). It stretches CLIP's cosines, which are rarely above 0.4, to [0, 1]."""
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the float64 cosines `[N, M]` of `a` (`[N, D]`) and `b` (`[M, D]`). A zero vector has cosine 0 with any other."""
+    """Returns the float64 cosines `[N, M]` of `a` (`[N, D]`) and `b` (`[M, D]`). The cosine with a zero vector is 0."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"embeddings: expected [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     return F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
 
 
 def clip_t(images: Tensor, texts: Tensor) -> Tensor:
-    """Returns CLIP-T, `[N]`: the cosine of each picture with its own text. Both inputs are `[N, D]`."""
+    """Returns CLIP-T (`[N]`), which is the cosine of each picture with its own text. Both inputs are `[N, D]`."""
     if images.shape != texts.shape:
         raise ValueError(f"one text per picture: got {list(images.shape)} and {list(texts.shape)}")
     return (F.normalize(images.double(), dim=1) * F.normalize(texts.double(), dim=1)).sum(1)
 
 
 def clip_i(outputs: Tensor, references: Tensor) -> Tensor:
-    """Returns CLIP-I, `[N]`: the mean cosine of each output (`[N, D]`) with all references (`[R, D]`)."""
+    """Returns CLIP-I (`[N]`), which is the mean cosine of each output (`[N, D]`) with all references (`[R, D]`)."""
     if len(references) == 0:
         raise ValueError("no references to compare with")
     return cosine(outputs, references).mean(1)
@@ -45,8 +45,8 @@ def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
 
 
 def leave_one_out(references: Tensor) -> Tensor:
-    """Returns the mean cosine `[R]` of each reference with the others, which is what `clip_i` would return for a real
-    picture of the subject. The result is empty for fewer than two references."""
+    """Returns the mean cosine of each reference with the other references (`[R]`). This is the value that `clip_i`
+    would return for a real picture of the subject. The result is empty for fewer than two references."""
     count = len(references)
     if count < 2:
         return torch.zeros(0, dtype=torch.float64)
@@ -55,9 +55,10 @@ def leave_one_out(references: Tensor) -> Tensor:
 
 
 def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
-    """Returns CLIP-T scaled to [0, 1]: `min(1, weight * max(cos, 0))`. CLIPScore (arXiv 2104.08718) uses a weight of 2.5.
+    """Returns CLIP-T scaled to [0, 1], as `min(1, weight * max(cos, 0))`. CLIPScore (arXiv 2104.08718) uses a weight of
+    2.5.
 
-    weight: the instrument's own factor (`InstrumentInfo.text_weight`), chosen so that matching pairs stay below 1.
+    weight: the instrument's own factor (`InstrumentInfo.text_weight`), chosen so that matching pairs stay below 1
     """
     return (weight * cosines.double().clamp_min(0)).clamp_max(1)
 
@@ -69,7 +70,7 @@ class Retrieval:
     nearest: tuple[str, ...]  # N names of gallery entries
     hits: Tensor  # bool [N]: whether that entry is the subject
     margin: Tensor  # float64 [N]: similarity to the subject minus similarity to the nearest other entry
-    chance: float  # accuracy of a guess: 1 / number of entries
+    chance: float  # accuracy of a random guess, which is 1 / number of entries
 
     @property
     def accuracy(self) -> float:
@@ -77,14 +78,15 @@ class Retrieval:
 
 
 def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
-    """Finds the gallery entry nearest to each output `[N, D]`. An entry consists of several pictures `[n, D]` of one
-    thing, of which the two most similar count (`similarities`).
+    """Finds the gallery entry nearest to each output (`[N, D]`). An entry consists of several pictures of one thing
+    (`[n, D]`). Only the two pictures most similar to the output count (see `similarities`).
 
-    Raises ValueError if the gallery lacks the subject, or contains nothing else.
+    Raises ValueError if the gallery does not contain the subject, or contains only the subject.
     """
     if subject not in gallery or len(gallery) < 2:
         raise ValueError(
-            f"the gallery must contain {subject!r} and at least one other; it contains {', '.join(gallery) or 'nothing'}"
+            f"the gallery must contain {subject!r} and at least one other entry; it contains "
+            f"{', '.join(gallery) or 'nothing'}"
         )
     names = list(gallery)
     similarity = similarities(outputs, [gallery[n] for n in names])
@@ -98,8 +100,8 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
 
 
 def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """Returns, for each group (one prompt, several seeds), 1 − the mean cosine over pairs of outputs. Groups with one
-    output are left out.
+    """Returns 1 − the mean cosine over pairs of outputs, for each group (the outputs of one prompt with several seeds).
+    Groups with only one output are left out.
     """
     if len(groups) != len(embeddings):
         raise ValueError(f"{len(embeddings)} embeddings and {len(groups)} groups")
@@ -113,19 +115,20 @@ def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, 
 
 
 def drift(base: Tensor, loaded: Tensor) -> Tensor:
-    """Returns, for each pair, 1 − the cosine between the pictures without and with the concept loaded (`[N]`). The two
-    have the same prompt, which does not name the concept, and the same seed.
+    """Returns, for each pair of pictures, 1 − the cosine between them (`[N]`). One picture was generated without the
+    concept, and the other with the concept loaded. Both have the same seed and the same prompt, which does not name the
+    concept.
 
-    A drift of 0 means that loading the concept changes nothing that it should not. peft's image benchmark uses the same
-    measure.
+    A drift of 0 means that loading the concept does not change what other prompts give. peft's image benchmark uses the
+    same measure.
     """
     return (1 - clip_t(base, loaded)).clamp_min(0)  # rounding can put a cosine above 1
 
 
 def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Sequence[str]]) -> list[dict[str, bool]]:
-    """Returns, for each picture, whether each attribute in its prompt was seen with the expected value.
+    """Returns, for each picture, whether each attribute that its prompt asks for was seen with the expected value.
 
-    Raises ValueError if a prompt expects an attribute that the reader does not read.
+    Raises ValueError if a prompt asks for an attribute that the reader does not support.
     """
     out = []
     for i, attributes in enumerate(expected):
@@ -137,15 +140,16 @@ def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Seq
 
 
 def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
-    """Returns the Kernel Inception Distance on any features: the unbiased MMD² with the kernel `(x·y / D + 1)^degree`
-    (arXiv 1801.01401, eq. 3–4).
+    """Returns the Kernel Inception Distance between two samples of any features. It is the unbiased MMD² with the
+    kernel `(x·y / D + 1)^degree` (arXiv 1801.01401, eq. 3–4).
 
     The shapes are `[N, D]` for x and `[M, D]` for y, with N and M at least 2. Because the estimate is unbiased, it is
-    about 0, and possibly negative, for two samples of one distribution.
+    close to 0, and may be negative, for two samples of the same distribution.
     """
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"kid needs two samples of at least 2 features of equal width; got {list(x.shape)} and {list(y.shape)}"
+            "kid needs two samples with the same number of columns and at least 2 rows each; "
+            f"got {list(x.shape)} and {list(y.shape)}"
         )
     a, b = x.double(), y.double()
 
@@ -159,8 +163,8 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
 
 
 def trade_off(*terms: float) -> float:
-    """Returns the harmonic mean of competing scores in [0, 1]. It is 0 if any score is 0 (copying, ignoring the prompt,
-    one pose for every seed).
+    """Returns the harmonic mean of competing scores in [0, 1]. It is 0 if any score is 0, for example because the
+    pictures copy a reference, ignore the prompt, or show one pose for every seed.
     """
     values = [min(1.0, max(0.0, v)) for v in terms]
     return len(values) / sum(1 / v for v in values) if values and min(values) > 0 else 0.0
@@ -173,11 +177,14 @@ def bootstrap(
     rounds: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of the mean (Efron 1979), ignoring NaNs; (nan, nan) if no values are left.
+    """Returns the percentile bootstrap interval of the mean (Efron 1979), ignoring NaNs. Returns (nan, nan) if no
+    values are left.
 
-    If all values are 0 or all are 1, resampling shows no spread, so Wilson's interval for the number of clusters is returned.
+    If all values are 0 or all are 1, resampling shows no spread. Wilson's interval is then returned, with the number of
+    clusters as the number of trials.
 
-    clusters: the cluster of each value; values of one cluster (all pictures of one prompt and subject) are drawn together
+    clusters: the cluster of each value. Values of one cluster (all pictures of one prompt and subject) are drawn
+        together. If None, each value is its own cluster
     """
     data = np.asarray(values, dtype=np.float64)
     labels = list(range(len(data))) if clusters is None else list(clusters)
@@ -210,19 +217,21 @@ def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """Returns how much each query looks like each gallery entry, as float64 `[Q, G]`, at most 1.
+    """Returns the similarity of each query to each gallery entry, as float64 `[Q, G]`, at most 1.
+
+    A similarity is the mean of the two highest cosines of the query with the entry's pictures. The cosine with the mean
+    picture would be less suitable, because a thing looks different from each side. Each entry is cut to the size of the
+    smallest entry, because with more pictures the highest cosines would be higher by chance.
 
     Args:
         queries: `[Q, D]`
-        gallery: entries `[D]` or `[n, D]`, where n is the number of pictures of one thing. A thing looks different from
-            each side, so the mean of the two highest cosines counts instead of the cosine with the mean picture. Each
-            entry is cut to the size of the smallest, because the best of more pictures would be higher by chance
+        gallery: entries `[D]` or `[n, D]`, where n is the number of pictures of one thing
 
     Raises:
         ValueError: if the gallery is empty
     """
     if not len(gallery):
-        raise ValueError("gallery: empty; pass at least one entry of embeddings")
+        raise ValueError("the gallery is empty; pass the embeddings of at least one entry")
     entries = [entry.double().reshape(-1, queries.shape[1]) for entry in gallery]
     count = min(len(entry) for entry in entries)
     pictures = F.normalize(torch.stack([entry[:count] for entry in entries]), dim=2)

@@ -1,8 +1,9 @@
-"""The score that selects the best checkpoint, made of stand-ins for identity, text and freedom that use only the references.
+"""Computes the score by which the best checkpoint is selected, from stand-ins for identity, text and freedom.
 
-The measures that judge the finished concept (look-alikes, true pictures of the thing) must not also select it. The
-readings are soft, because with only eight to sixteen pictures one misread attribute would otherwise outweigh the difference
-between two checkpoints. Freedom is scaled between two constants measured on things that no test uses (`Typical`).
+The finished concept is judged with look-alikes and true pictures of the thing, so these must not also be used to select
+the checkpoint. The stand-ins compare the pictures with nothing but the references. They are continuous, because with
+only eight to sixteen pictures, a yes-or-no reading of one attribute could outweigh the difference between two
+checkpoints. Identity and freedom are scaled with constants measured on things that no test uses (`Typical`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from shared.metrics.encoders import Instruments, SoftReader, Typical
 from shared.metrics.scores import cosine, trade_off
 from shared.metrics.verification import Look
 
-FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ by the other stand-ins
+# Minimum of each stand-in within the score. If the freedom of two checkpoints is 0, the other stand-ins still decide
+# between them.
+FLOOR = 0.05
 
 
 @dataclass(frozen=True)
 class Previewed:
-    """N pictures generated during training, and what was seen in them."""
+    """N pictures generated during training, with their prompts and the instruments' readings."""
 
     pixels: Tensor
     prompts: Sequence[str]
@@ -33,7 +36,8 @@ class Previewed:
 
 
 def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
-    """Returns `stand_in_identity`, `stand_in_text`, `stand_in_freedom` where measurable, and `score`, their harmonic mean."""
+    """Returns `stand_in_identity`, `stand_in_text` and `stand_in_freedom`, and `score`, which is their harmonic mean.
+    `stand_in_text` and `stand_in_freedom` are left out if they cannot be measured."""
     who = soft_identity(made.look, instruments.typical, made.scores)
     out = {"stand_in_identity": float(who.mean())}
     text = _text(made, instruments)
@@ -46,10 +50,10 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 
 
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
-    """Rates the identity of each picture in [0, 1], as `[N]`. A picture gets 0 for the likeness that another thing of
-    the same class and colours typically has to the references, and 1 for the typical likeness of the thing itself.
-    Without these constants, returns the plain likeness. Copies, and pictures in which a face should be seen but is not,
-    get 0.
+    """Returns a rating of each picture's identity, in [0, 1] (`[N]`). The likeness to the references is scaled
+    linearly. 0 is the typical likeness of another thing of the same class and colours, and 1 is the typical likeness of
+    the thing itself. Without these constants, the rating is the plain likeness. Copies are rated 0. If the thing is a
+    face, pictures that show no face are also rated 0.
     """
     if typical is not None and typical.same > typical.other:
         like = (look.likeness - typical.other) / (typical.same - typical.other)
@@ -61,9 +65,11 @@ def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list
 
 
 def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float | None:
-    """Returns the mean distance between the crops of one prompt, on the scale of the two constants. Each pair is
-    weighted by how much both pictures show the thing. Returns None without constants, crops, or two pictures of a
-    prompt that leaves view and style open.
+    """Returns the mean distance between crops of pictures of the same prompt, scaled so that `typical.fixed` becomes 0
+    and `typical.free` becomes 1. Each pair is weighted by the product of the two pictures' ratings in `who`.
+
+    Only prompts that leave view and style open and have at least two pictures count. Returns None if there is no such
+    prompt, if there are no crops, or if the constants are missing.
     """
     crops = made.look.crops
     if crops is None or typical is None or not typical.free > typical.fixed:
@@ -83,7 +89,8 @@ def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float
 
 
 def _text(made: Previewed, instruments: Instruments) -> float | None:
-    """Rates how well the prompts were followed, from the probabilities of the requested attributes if a reader returns them."""
+    """Rates how well the pictures follow their prompts. The rating is the mean probability of the requested attributes
+    if the reader returns probabilities, and the mean `text` score otherwise. Returns None if there is neither."""
     if isinstance(instruments.attributes, SoftReader) and any(made.expects):
         chances = instruments.attributes.chances(made.pixels, made.expects)
         values = [sum(c.values()) / len(c) for c in chances if c]

@@ -29,7 +29,7 @@ CALIBRATION = "calibration.json"  # in the folder of weights
 
 
 class ToyboxIdentity:
-    """The toybox's identity encoder behind the common interface."""
+    """The toybox's identity encoder as an `ImageEncoder`."""
 
     def __init__(self, model: Any, info: InstrumentInfo) -> None:
         self.model, self.info = model, info
@@ -39,7 +39,7 @@ class ToyboxIdentity:
 
 
 class ToyboxFeatures:
-    """The recognizer's features before its heads, as an embedding."""
+    """An `ImageEncoder` whose embeddings are the features that the recognizer computes before its heads."""
 
     def __init__(self, model: Any, info: InstrumentInfo) -> None:
         self.model, self.info = model, info
@@ -72,7 +72,7 @@ class ToyboxReader:
 
 
 def load_toybox() -> Instruments:
-    """Loads the shipped evaluators. Raises FileNotFoundError, naming the command that trains it, if one is missing."""
+    """Loads the shipped evaluators. If one is missing, raises FileNotFoundError with the command to train it."""
     from shared.toybox.evaluators.clip import load_clip as toybox_clip
     from shared.toybox.evaluators.identity import load_identity
     from shared.toybox.evaluators.recognizer import load_recognizer
@@ -83,7 +83,8 @@ def load_toybox() -> Instruments:
     def info(name: str, title: str, measures: str, **more: Any) -> InstrumentInfo:
         return InstrumentInfo(title, measures, True, card.get(name, {}), fingerprint=_fingerprint(name), **more)
 
-    # This small CLIP's cosines are larger (0.3 on average for a picture and its caption, up to 0.8), so they need no factor.
+    # This small CLIP has larger cosines than OpenAI's (0.3 on average for a picture and its caption, and up to 0.8).
+    # Therefore, they need no factor.
     text = info("clip", "toybox CLIP", TEXT_AND_LIKENESS, text_weight=1.0)
     who = info("identity", "toybox identity encoder", "which individual thing it is")
     what = info("recognizer", "toybox recognizer", "background, view, accessory, style")
@@ -103,7 +104,7 @@ def load_toybox() -> Instruments:
 
 
 def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
-    """Returns the encoders that might tell poses apart on crops, by name; `pcs toybox calibrate` tries all of them."""
+    """Returns the candidate encoders for telling poses apart on crops, by name. `pcs toybox calibrate` tries each."""
     assert isinstance(found.attributes, ToyboxReader) and found.text_image is not None and found.identity is not None
     seen = ToyboxFeatures(found.attributes.model, found.attributes.info)
     return {"clip": found.text_image, "identity": found.identity, "recognizer": seen}
@@ -111,7 +112,7 @@ def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
 
 def calibration() -> dict[str, Any]:
     """Reads the output of `pcs toybox calibrate`: the `encoder` that compares poses, the `crops` it uses, and the
-    `typical` readings. Empty if the command has not been run."""
+    `typical` readings. Returns an empty dictionary if the command has not been run."""
     from shared.toybox.evaluators.convnet import WEIGHTS
 
     path = WEIGHTS / CALIBRATION
@@ -125,7 +126,7 @@ def _fingerprint(name: str) -> str:
 
 
 class ToyboxThing:
-    """A thing of the toybox, which can be drawn exactly as it is."""
+    """A `TrueThing` of the toybox."""
 
     def __init__(self, thing: Any, split: str) -> None:
         from shared.toybox.true_renders import drawing_code
@@ -140,7 +141,8 @@ class ToyboxThing:
 
 
 def toybox_known(files: Sequence[Path]) -> Known | None:
-    """Returns what the toybox knows about the held-out thing in its reference pictures, or None for other pictures."""
+    """Returns what the toybox knows about the held-out thing whose reference pictures are `files`. Returns None if they
+    are not such pictures."""
     from shared.toybox import reference_sets
 
     held = reference_sets.shown_in(files)
@@ -151,8 +153,9 @@ def toybox_known(files: Sequence[Path]) -> Known | None:
 
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
-    """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`, if there is one. Accuracies on VAE
-    reconstructions are preferred where they were measured, because generated pictures are also decoded by the VAE.
+    """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`. Returns an empty dictionary if there is no
+    such file. Accuracies on VAE reconstructions are preferred where they were measured, because generated pictures are
+    also decoded by the VAE.
     """
     from shared.toybox.evaluators.convnet import WEIGHTS
 

@@ -1,6 +1,7 @@
-"""The headline score: the harmonic mean of identity, prompt following and freedom, for one subject or many, with intervals.
+"""Computes the headline score of one or more subjects, with its bootstrap interval.
 
-Everything is computed from a few sums per prompt, so that whole prompts, with all their pictures and pairs, can be resampled.
+The score is the harmonic mean of identity, prompt following and freedom. It is computed from a few sums per prompt, so
+that whole prompts can be resampled, with all their pictures and pairs.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ class Tally:
     prompt: int
     identity: float  # number of pictures that show the thing (a likeness in [0, 1] counts as a fraction)
     judged: int  # number of pictures that can be judged
-    ceiling: float  # sum of the judged pictures' ceilings: the share of true pictures that pass, or 1 if there are none
+    # sum of the judged pictures' ceilings; a ceiling is the share of true pictures that pass (1 without true pictures)
+    ceiling: float
     text: float  # sum of the pictures' prompt-following scores
-    texts: int
+    texts: int  # number of these scores
     pairs: Pairs | None = None  # only if the prompt leaves the pose open
 
 
@@ -51,7 +53,8 @@ Ranges = Mapping[str, Range]  # subject -> range, for the subjects whose freedom
 
 
 def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
-    """Computes the terms of all subjects together: identity and freedom are means over subjects, text over pictures."""
+    """Computes the terms of all subjects together. Identity and freedom are means over subjects, and text is a mean
+    over pictures."""
     identities, freedoms, unmeasured = [], [], []
     for subject in dict.fromkeys(t.subject for t in tallies):
         own = [t for t in tallies if t.subject == subject]
@@ -72,7 +75,8 @@ def bootstrap_terms(
     tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Returns percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts. Missing terms
-    get (nan, nan). If a term is 0 on all prompts or 1 on all, resampling shows no spread, so Wilson's interval is used.
+    get (nan, nan). If identity or text is 0 on all prompts, or 1 on all prompts, resampling shows no spread, so
+    Wilson's interval is used for that term, and the interval of the trade-off is widened accordingly.
     """
     if not tallies:
         return dict.fromkeys(("identity", "text", "freedom", "trade_off"), (math.nan, math.nan))
@@ -98,7 +102,7 @@ def bootstrap_terms(
 
 
 def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, float] | None:
-    """Returns Wilson's interval over prompts for a term that is 0 on all prompts or 1 on all, or None for any other term."""
+    """Returns Wilson's interval over prompts if the term is 0 on all prompts, or 1 on all. Otherwise, returns None."""
     sums = [(t.identity, t.judged, t.ceiling) if key == "identity" else (t.text, t.texts, t.texts) for t in tallies]
     known = [s for s in sums if s[1]]
     if not known or not (all(v == 0 for v, _, _ in known) or all(v == n for v, n, _ in known)):
@@ -109,7 +113,7 @@ def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, f
 
 
 def _share(part: float, whole: float) -> float:
-    """Returns part / whole, at most 1, or 0 if the whole is 0 (no true picture passes)."""
+    """Returns part / whole, at most 1. Returns 0 if the whole is 0, because then no true picture passes."""
     return min(1.0, part / whole) if whole > 0 else 0.0
 
 

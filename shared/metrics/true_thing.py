@@ -1,6 +1,7 @@
-"""What a world knows about the thing in the references, such as its look-alikes and its true look under any prompt.
+"""Defines what a world knows about the thing in the references, such as its look-alikes and its true appearance.
 
-Only a world that draws its own pictures knows this. Nothing that decides what is learned or kept may use this knowledge.
+Only a world that draws its own pictures, such as the toybox, knows this. The knowledge must not influence what is
+learned or which checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ class Asked:
     """One prompt, in the form needed to draw a true picture for it."""
 
     expects: Mapping[str, str]  # attribute -> value
-    free: bool  # whether it asks for a photo and fixes neither the view of the thing nor its place in the picture
+    free: bool  # whether the prompt asks for a photo and fixes neither the thing's view nor its position in the picture
 
 
 class TrueThing(Protocol):
     """A thing that can be drawn exactly as it is, any number of times."""
 
-    key: str  # identifies the thing and the drawing code, so that equal keys give equal pictures
+    key: str  # identifies the thing and the drawing code; equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
         """Draws one picture for each item of `asked`. Returns `[N, 3, H, W]` in [-1, 1].
 
-        pose: the number of the pose and place that all pictures share. If None, each picture has its own
+        pose: the seed of the pose and position that all pictures share. If None, each picture has its own
         """
         ...
 
@@ -53,20 +54,21 @@ class Bar(_Kept):
     """The bar for verification in one style of picture."""
 
     least: float  # likeness to the references that 95 % of the true pictures reach
-    passed: float  # T: share of other true pictures that pass all three conditions (for faces: of those with a face)
-    pictures: int  # number of pictures behind each of these two figures
-    faceless: int = 0  # number of these pictures that were not judged because they show no face
+    # T, the share of other true pictures that pass all three conditions (if the thing is a face: of those that show it)
+    passed: float
+    pictures: int  # number of pictures on which each of these two figures was measured
+    faceless: int = 0  # number of these pictures that were not judged, because they show no face
 
 
 class TrueFigures(_Kept):
     """Figures measured on true pictures of a thing."""
 
-    bars: Mapping[str, Bar]  # style, as prompts ask for it ("" is a photo) -> bar
+    bars: Mapping[str, Bar]  # style that a prompt names ("" for a photo) -> bar
     # correlation at which a thing counts as pasted from a reference; few true pictures reach it
     pasted: float | None = None
-    free: float | None = None  # R
-    fixed: float | None = None  # F
-    place: float | None = None  # spread of the true thing's place within a prompt, in half-pictures
+    free: float | None = None  # R in `shared.metrics.freedom`
+    fixed: float | None = None  # F in `shared.metrics.freedom`
+    place: float | None = None  # spread of the true thing's position within a prompt, in units of half a picture
     size: float | None = None
     views: float | None = None  # effective number of views
 
@@ -75,7 +77,7 @@ class TrueFigures(_Kept):
         return None if self.free is None or self.fixed is None else Range(self.free, self.fixed)
 
     def bar(self, expects: Mapping[str, str]) -> Bar | None:
-        """Returns the bar for a picture that must show `expects`, or None for a style that was not drawn."""
+        """Returns the bar for a picture that must show `expects`, or None if its style has no bar."""
         return self.bars.get(style_of(expects))
 
 

@@ -1,8 +1,8 @@
 """Verifies that pictures show the subject itself, using its references and a bar set by true pictures.
 
 A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to
-the references as 95 % of true pictures of the thing. The first condition alone would pass the thing with arms of the
-wrong colour, because such a picture only has to be nearer to this thing than to eight others.
+the references as 95 % of true pictures of the thing. The first condition alone would accept a picture of the thing with
+arms of the wrong colour, because the picture only has to be nearer to this thing than to eight others.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Look:
     copying: Copying
     retrieved: Retrieval | None
     likeness: Tensor  # float64 [N]: mean cosine with the two most similar references
-    face: Tensor | None  # bool [N], where the thing is a face
+    face: Tensor | None  # bool [N]: whether a face is visible; None if the thing is not a face
     crops: Tensor | None  # [N, F] embeddings of crops aligned on the thing, which tell poses apart
     places: Tensor | None  # [N, 3] from `placements`
-    pasted: Tensor | None  # float64 [N, R]: pixelwise match between the things in the picture and in each reference
+    pasted: Tensor | None  # float64 [N, R]: pixelwise match of the picture's thing with the thing in each reference
 
     def copied(self, limit: float | None = None) -> Tensor:
-        """Returns, as bool `[N]`, whether each picture copies a reference as a whole, or shows a thing that matches the
-        thing in a reference with a correlation of at least `limit`."""
+        """Returns whether each picture is a copy, as bool `[N]`. A picture is a copy if it copies a reference as a
+        whole, or if its thing matches the thing in a reference with a correlation of at least `limit`."""
         whole = self.copying.copied
         return whole if limit is None or self.pasted is None else whole | (self.pasted.amax(1) >= limit)
 
@@ -51,8 +51,8 @@ class Look:
         return int(self.copying.nearest[n]) if whole or self.pasted is None else int(self.pasted[n].argmax())
 
     def passes(self, least: Sequence[float], limit: float | None = None) -> Tensor:
-        """Returns, as bool `[N]`, whether each picture is recognised, is not a copy, shows a face if the thing is one,
-        and reaches its `least` likeness. Requires look-alikes.
+        """Returns whether each picture is verified, as bool `[N]`. A verified picture is recognised, is not a copy,
+        shows a face if the thing is a face, and reaches its `least` likeness. Requires look-alikes.
         """
         assert self.retrieved is not None
         seen = self.retrieved.hits & ~self.copied(limit)
@@ -96,10 +96,10 @@ class Verifier:
     Args:
         references: `[R, 3, H, W]` in [-1, 1]
         gallery: look-alikes, name -> `[n, 3, H, W]`; without look-alikes, recognition is not tested
-        fresh: pictures of the subject that are not references, to calibrate what counts as a copy
-        through: the model's autoencoder, which generated pictures have passed through. The references and other
-            pictures to compare with are passed through it too, so that the detail it loses does not lower the scores
-        masks: the thing's masks in the references, `[R, H, W]` in [0, 1]. If None, the locator's maps are used
+        fresh: pictures of the subject that are not references, used to calibrate what counts as a copy
+        through: the model's autoencoder, which generated pictures have passed through. The references and look-alikes
+            are also passed through it, so that the detail that the autoencoder loses does not lower the scores
+        masks: masks of the thing in the references, `[R, H, W]` in [0, 1]. If None, the locator's maps are used
     """
 
     def __init__(
@@ -114,7 +114,9 @@ class Verifier:
     ) -> None:
         who, whole = instruments.identity or instruments.text_image, instruments.text_image or instruments.identity
         if who is None or whole is None:
-            raise ValueError("a scorer needs at least one image encoder: a CLIP or a DINO folder, or the toybox's own")
+            raise ValueError(
+                "a scorer needs at least one image encoder; it can be a CLIP folder, a DINO folder or the toybox's own"
+            )
         if len(references) == 0:
             raise ValueError("no references: a scorer needs at least one picture of the subject")
         self.instruments, self.references, self.through = instruments, references, through or (lambda pixels: pixels)
@@ -136,7 +138,7 @@ class Verifier:
 
     @property
     def chance(self) -> float | None:
-        """The accuracy of a guess among the look-alikes, or None without look-alikes."""
+        """The accuracy of a random guess among the gallery's entries, or None without look-alikes."""
         return 1 / len(self.gallery) if self.gallery else None
 
     def look(self, pixels: Tensor) -> Look:

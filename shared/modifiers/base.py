@@ -1,4 +1,4 @@
-"""The base class of the placeholders that modifiers attach to a backbone, one for each concept."""
+"""Defines the base class of placeholders. A modifier attaches one placeholder to the backbone for each concept."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from shared.types import SiteContext
 
 
 class PlaceholderBase:
-    """A placeholder (`shared.backbones.protocol.Placeholder`) of plain words that are not learned. Other placeholders are
-    derived from it."""
+    """A placeholder (`shared.backbones.protocol.Placeholder`) with plain words, which are not learned. Other
+    placeholders are derived from this class."""
 
     tokens: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
@@ -27,7 +27,8 @@ class PlaceholderBase:
         return context
 
     def set_strength(self, strength: float) -> None:
-        """Does nothing for plain words, which have no strength. If words are learned, raises ValueError for any strength but 1.
+        """Does nothing for plain words, because they have no strength. If the words are learned, raises ValueError for
+        any strength other than 1.
 
         Subclasses may instead interpolate between the initial and the learned vectors.
         """
@@ -53,9 +54,9 @@ class PlaceholderBase:
         """Raises ValueError if there is anything to load."""
         if state:
             given = f"{len(state)} tensor{'s' if len(state) > 1 else ''}"
-            raise ValueError(f"{self.name!r} keeps no initial words, but was given {given} for them")
+            raise ValueError(f"{self.name!r} has no initial words, but was given {given} for them")
 
 
 def phrase(words: str, class_noun: str, with_class_noun: bool) -> str:
-    """Returns the modifier's words, followed by the class noun if it is asked for, without an article."""
+    """Returns the modifier's words, followed by the class noun if `with_class_noun` is set. No article is added."""
     return f"{words} {class_noun}".strip() if with_class_noun else words

@@ -1,5 +1,5 @@
-"""New tokens with learned input embeddings (Textual Inversion, https://arxiv.org/abs/2208.01618), optionally separate for
-each attention layer (P+, https://arxiv.org/abs/2303.09522)."""
+"""New tokens with learned input embeddings (Textual Inversion, https://arxiv.org/abs/2208.01618), which can be separate
+for each attention layer (P+, https://arxiv.org/abs/2303.09522)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class LearnableToken(KindPart):
-    """Adds `vectors` new tokens per concept, which start as the embeddings of `init`, or of the class noun by default.
+    """Adds `vectors` new tokens per concept. Their vectors start as the embeddings of the words in `init`, or of the
+    class noun by default.
 
     If these words have more sub-tokens than there are vectors, each vector starts as the mean of several sub-tokens. With
-    `per: layer`, each cross-attention layer reads the prompt with its own vectors (P+, section 3.2), which takes one text
-    encoder run per layer."""
+    `per: layer`, each cross-attention layer reads the prompt with its own vectors (P+, section 3.2). The text encoder
+    then runs once per layer."""
 
     kind: Literal["learnable_token"] = "learnable_token"
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
     init: str = ""  # words, or "<rand>" for noise with the spread of the embedding table; if empty, the class noun
     with_class_noun: bool = False  # whether the class noun follows the tokens
-    per: Literal["layer"] | None = None  # "layer" for separate vectors per layer; null for the same in all layers
+    per: Literal["layer"] | None = None  # "layer" gives each layer its own vectors; null gives all layers the same
 
     @property
     def taxonomy(self) -> str:
@@ -38,7 +39,8 @@ class LearnableToken(KindPart):
         """Adds `<name>`, `<name>_1`, … to the tokenizers.
 
         Raises:
-            ValueError: when there is neither `init` nor a class noun, or `per` is set for a model without cross-attention
+            ValueError: if there is neither `init` nor a class noun, or if `per` is set for a model without
+                cross-attention
         """
         init = self.init or class_noun
         if not init:
@@ -69,7 +71,8 @@ class LearnableToken(KindPart):
 
 
 class LearnedPlaceholder(PlaceholderBase):
-    """A placeholder with learned vectors, which are one fp32 parameter [n, d] per text encoder, outside the embedding table.
+    """A placeholder with learned vectors. They are one fp32 parameter [n, d] per text encoder, and are not part of the
+    embedding table.
 
     The initial vectors are kept. At strength s, the vectors are start + s * (learned - start).
     """
@@ -94,18 +97,19 @@ class LearnedPlaceholder(PlaceholderBase):
         return iter(self.table.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the learned vectors [n, d] of each component, or of each component and layer if layers have their own."""
+        """Returns the learned vectors [n, d] of each component, or of each component and layer if each layer has its
+        own vectors."""
         return {c: p.detach().float().cpu().clone() for c, p in self.table.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._load(state, {c: p.data for c, p in self.table.items()}, "embeddings")
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Returns the initial vectors [n, d], with the keys of `state_dict`."""
+        """Returns the initial vectors [n, d], with the same keys as `state_dict`."""
         return {c: v.float().cpu().clone() for c, v in self.start.items()}
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._load(state, self.start, "the start of embeddings")
+        self._load(state, self.start, "initial embeddings")
 
     def _load(self, state: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
         if set(state) != set(into):
@@ -149,19 +153,20 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
-    """Interpolates linearly from `start` at strength 0 to `learned` at strength 1, each [n, d]. At 0 and 1, returns these
-    objects themselves."""
+    """Interpolates linearly from `start` ([n, d]) at strength 0 to `learned` ([n, d]) at strength 1. At strengths 0 and
+    1, returns the given tensor itself, not a copy."""
     if strength in (0.0, 1.0):
         return learned if strength else start
     return start + strength * (learned - start)
 
 
 def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: int) -> Tensor:
-    """Returns initial vectors [vectors, d], which are the embeddings of the words' sub-tokens in order.
+    """Returns the initial vectors, [vectors, d]. They are the embeddings of the sub-tokens of `init`, in order.
 
-    With fewer vectors than sub-tokens, each vector is the mean of an equal share of them; a single vector for "coffee mug" is
-    the mean of both words. With more vectors than sub-tokens, the sub-tokens are repeated with a little noise, so that they
-    can diverge. "<rand>" gives noise with the spread of the whole embedding table.
+    With fewer vectors than sub-tokens, each vector is the mean of an equal share of the sub-tokens. For example, a
+    single vector for "coffee mug" is the mean of both words. With more vectors than sub-tokens, the sub-tokens are
+    repeated with a little noise, so that the copies can diverge. "<rand>" gives noise with the spread of the whole
+    embedding table.
     """
     generator = torch.Generator().manual_seed(seed)
     words = backbone.word_embeddings(component, "a" if init == "<rand>" else init).float().cpu()

@@ -15,7 +15,7 @@ class PlainText(KindPart):
 
     kind: Literal["plain_text"] = "plain_text"
     words: str = ""  # the words that stand for the concept
-    with_class_noun: bool = True  # whether the class noun follows
+    with_class_noun: bool = True  # whether the class noun follows the words
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
         return _attach(backbone, PlaceholderBase(name, phrase(self.words, class_noun, self.with_class_noun)))
@@ -24,11 +24,11 @@ class PlainText(KindPart):
 class RareToken(KindPart):
     """Names the subject with a rare word, as in "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
 
-    A word that a tokenizer splits is still accepted, with a warning that lists the pieces."""
+    If a tokenizer splits the word, it is still accepted, but a warning lists the pieces."""
 
     kind: Literal["rare_token"] = "rare_token"
     token: str = "sks"  # the rare word
-    with_class_noun: bool = True  # whether the class noun follows
+    with_class_noun: bool = True  # whether the class noun follows the word
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
         placeholder = _attach(backbone, PlaceholderBase(name, phrase(self.token, class_noun, self.with_class_noun)))
@@ -38,7 +38,7 @@ class RareToken(KindPart):
             read = "; ".join(f"{c}: {' + '.join(map(repr, pieces))}" for c, pieces in split.items())
             warnings.warn(
                 f"modifier.token={self.token!r} is not a single token here ({read}). The model already knows these pieces "
-                "as words, so a rare single token represents a subject better.",
+                "as words, so a rare word that is a single token represents a subject better.",
                 stacklevel=2,
             )
         return placeholder

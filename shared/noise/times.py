@@ -18,7 +18,7 @@ class _Times(Part):
     low: Fraction = 0.0  # lowest time, as a fraction of the whole time range
     high: Fraction = 1.0  # highest time, as a fraction of the whole time range
     clean_first_frame: Fraction = 0.0  # probability that the first latent frame of a clip has no noise
-    offset: NotNegative = 0.0  # noise offset, the size of a random shift per picture and channel
+    offset: NotNegative = 0.0  # noise offset: standard deviation of a random shift per picture and channel
 
     @model_validator(mode="after")
     def _ordered(self) -> _Times:
@@ -30,13 +30,16 @@ class _Times(Part):
         raise AssertionError("a distribution of times must define how to draw them")
 
     def draw_times(self, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
-        """Draws `count` times in [0, 1000). They are whole numbers if the model was trained on integer timesteps."""
+        """Draws `count` times in [0, 1000). With `discrete`, for models trained on integer timesteps, they are whole
+        numbers."""
         t = 1000 * (self.low + (self.high - self.low) * self._fractions(count, generator))
         return t.floor().clamp(0, 999) if discrete else t.clamp(1e-3, 999.999)
 
     def of_frames(self, t: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns the times of `latents`, which are t ([B]) itself, or one time per frame ([B, f]) for clips if some get a
-        noise-free first frame (t = 0), as in LTX-Video's training (https://arxiv.org/abs/2501.00103)."""
+        """Returns the times of `latents`. They are `t` ([B]) itself, except for clips with `clean_first_frame` above 0.
+
+        Such clips get one time per frame ([B, f]). With the probability `clean_first_frame`, the first frame of a clip
+        has no noise (t = 0), as in LTX-Video's training (https://arxiv.org/abs/2501.00103)."""
         if latents.ndim != 5 or not self.clean_first_frame:
             return t
         given = (torch.rand(len(t), generator=generator) < self.clean_first_frame).to(t.device)
@@ -45,8 +48,8 @@ class _Times(Part):
         return each
 
     def draw_noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """Draws Gaussian noise with the shape of `like`, [B, C, (f), h, w]. It is drawn on the CPU, so that it is the same for
-        every device."""
+        """Draws Gaussian noise with the shape of `like`, [B, C, (f), h, w]. The noise is drawn on the CPU, so that it
+        does not depend on the device."""
         noise = torch.randn(like.shape, generator=generator)
         if self.offset:
             noise = noise + self.offset * torch.randn(*like.shape[:2], *([1] * (like.ndim - 2)), generator=generator)
@@ -67,8 +70,8 @@ class LogitNormal(_Times):
     https://arxiv.org/abs/2403.03206, eq. 19 and 23)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
-    mean: Real = 0.0  # of the normal distribution
-    std: Positive = 1.0  # of the normal distribution
+    mean: Real = 0.0  # mean of the normal distribution
+    std: Positive = 1.0  # standard deviation of the normal distribution
     shift: Positive = 1.0  # s in the equation; values above 1 give more noise
 
     def _fractions(self, count: int, generator: torch.Generator) -> Tensor:

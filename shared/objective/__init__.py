@@ -1,4 +1,4 @@
-"""Computes the loss of a prediction."""
+"""Objectives, which compute the loss of a prediction."""
 
 from shared.objective.denoising import Denoising
 

@@ -1,4 +1,4 @@
-"""The denoising loss per example, computed against the backbone's own target."""
+"""Computes the denoising loss of each example, with the target that the backbone defines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shared.config import Part, Positive
 
 
 class Denoising(Part):
-    """The squared error between prediction and target (noise, clean latents, v or flow velocity).
+    """The squared error between the prediction and the target (noise, clean latents, v or flow velocity).
 
-    `masked` restricts the loss to the subject. It becomes sum(m * e^2) / sum(m), so that a small subject counts as much as a
-    large one. By default, this happens whenever a picture has a mask. `outside` is the weight of the background; a value above
-    0 keeps the model from turning the background into noise. `inside` is the weight of the subject. With inside=0 and
-    outside=1, the model learns everything but the subject, such as a motion without its performer. `min_snr_gamma` is gamma
-    in the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
+    `masked` restricts the loss to the subject. The loss becomes sum(m * e^2) / sum(m), so that a small subject counts
+    as much as a large one. By default, the loss is masked whenever a picture has a mask. `outside` is the weight of the
+    background; a value above 0 keeps the model from turning the background into noise. `inside` is the weight of the
+    subject. With inside=0 and outside=1, the model learns everything but the subject, such as a motion without its
+    performer. `min_snr_gamma` is gamma in the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
     """
 
     kind: Literal["denoising"] = "denoising"
@@ -37,7 +37,7 @@ class Denoising(Part):
 
     @property
     def inverts(self) -> bool:
-        """Whether the loss weighs the masked area less than the rest."""
+        """Whether the masked area has a lower weight in the loss than the rest of the picture."""
         return self.masked is not False and self.inside < self.outside
 
     def example_losses(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -65,14 +65,14 @@ class Denoising(Part):
         return weight
 
     def time_weight(self, backbone: Backbone, t: Tensor) -> Tensor:
-        """Returns the weights min(SNR, gamma) at the times t, [B], converted to the model's parametrisation. They are 1 if
-        `min_snr_gamma` is None."""
+        """Returns the weights min(SNR, gamma) at the times `t` ([B]), converted to the model's parametrisation. The
+        weights are 1 if `min_snr_gamma` is None."""
         if self.min_snr_gamma is None:
             return torch.ones_like(t, dtype=torch.float32)
         alpha, sigma = (x.float() for x in backbone.alpha_sigma(t))
         snr = (alpha / sigma.clamp_min(1e-8)) ** 2
         clipped = snr.clamp_max(self.min_snr_gamma)
-        # the weight is defined for the error in x_0, to which each parametrisation's error is proportional
+        # The weight is defined for the error in x_0. The error in every other parametrisation is proportional to it.
         return {"epsilon": clipped / snr.clamp_min(1e-8), "v_prediction": clipped / (snr + 1), "sample": clipped}.get(
             backbone.prediction_type,
             clipped * sigma**2,  # flow: |v - v'|^2 = |x_0 - x_0'|^2 / sigma^2

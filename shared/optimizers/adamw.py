@@ -19,13 +19,13 @@ class AdamW(OptimizerPart):
     eps: Positive = 1e-8  # added to the denominator, for numerical stability
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        # The fused kernel is not used: on a CPU, it misreads moments whose strides differ from the parameter's, and rounds
-        # differently at the end of a tensor, so that a resumed run would differ.
+        # The fused kernel is not used, because a resumed run would give different results. On a CPU, this kernel
+        # misreads moments whose strides differ from the parameter's, and it rounds differently at the end of a tensor.
         return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps)
 
 
 class AdamW8bit(AdamW):
-    """bitsandbytes' AdamW, whose moments take a quarter of the memory. It needs a GPU."""
+    """bitsandbytes' AdamW, whose 8-bit moments take a quarter of the memory of fp32 moments. It needs a GPU."""
 
     kind: Literal["adamw_8bit"] = "adamw_8bit"  # type: ignore[assignment]
 

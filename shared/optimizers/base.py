@@ -1,4 +1,4 @@
-"""The base class of all optimizer parts, with the settings of the rate schedule, of clipping and of the saved state."""
+"""The base class of all optimizer parts. It defines the settings of the rate schedule and of gradient clipping."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class OptimizerPart(Part):
     """Settings of one optimizer. Each trainable part has its own learning rate."""
 
-    #: Entries of the optimizer's parameter groups that change while it runs, saved with its per-parameter state.
+    #: Entries of the optimizer's parameter groups that change during a run and are saved with its per-parameter state.
     progress: ClassVar[tuple[str, ...]] = ()
-    averages: ClassVar[bool] = False  # whether the optimizer has `eval` and `train`, which switch to averages and back
+    # whether the optimizer has the methods `eval` and `train`, which switch to averaged weights and back
+    averages: ClassVar[bool] = False
     needs_closure: ClassVar[bool] = False  # whether it evaluates the loss itself, several times per step
     weight_decay: NotNegative = 1e-2  # pulls weights toward 0; a part's own setting takes precedence
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # how rates change after the warmup
-    warmup: Steps = 0  # steps
+    warmup: Steps = 0  # number of steps over which rates rise linearly at the start
     # final fraction of the run over which rates fall; less than 1 for warmup-stable-decay (arXiv 2404.06395)
     decay: Fraction = 1.0
     max_grad_norm: Positive | None = 1.0  # gradients are clipped to this norm; null for no clipping
@@ -36,20 +37,21 @@ class OptimizerPart(Part):
         return self
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Builds the optimizer for parameter groups with "params", "lr" and "weight_decay". Raises ValueError if it cannot be
-        used, for example without a library or a GPU, or with unsuitable rates."""
+        """Builds the optimizer for parameter groups with "params", "lr" and "weight_decay". Raises ValueError if the
+        optimizer cannot be used, for example because a library or a GPU is missing, or because the rates are
+        unsuitable."""
         raise NotImplementedError
 
     def rate(self, lr: float, factor: float) -> float:
-        """Returns the current rate of a part whose own rate is `lr`, at this factor of the schedule."""
+        """Returns the current rate of a part whose own rate is `lr`, given the current factor of the schedule."""
         return lr * factor
 
     def factor(self, step: int, done: float) -> float:
         """Returns the factor by which the rates are multiplied.
 
         Args:
-            step: the number of steps done. Rates rise linearly over the first `warmup` steps
-            done: the fraction of the steps after the warm-up that are done, in [0, 1]
+            step: the number of completed steps. Rates rise linearly over the first `warmup` steps
+            done: the completed fraction of the run after the warm-up, in [0, 1]
         """
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)

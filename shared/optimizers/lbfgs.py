@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Lbfgs(OptimizerPart):
-    """torch's L-BFGS, which evaluates the loss of a step up to `max_iter` * 1.25 times, always with the same noise.
+    """torch's L-BFGS. It evaluates the loss up to `max_iter` * 1.25 times per step, always with the same noise.
 
     Gradients are not clipped, because the line search needs gradients that match the losses.
     """

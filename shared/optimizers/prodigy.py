@@ -1,4 +1,4 @@
-"""Prodigy (https://arxiv.org/abs/2306.06101), which estimates the learning rate itself."""
+"""Prodigy (https://arxiv.org/abs/2306.06101), an optimizer that estimates the learning rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.optimizers.base import Beta, OptimizerPart
 
 
 class Prodigy(OptimizerPart):
-    """prodigyopt's Prodigy. The parts' own rates are ignored; `lr` multiplies the estimated rate."""
+    """prodigyopt's Prodigy. The estimated rate is multiplied by `lr`; the parts' own rates are ignored."""
 
     progress: ClassVar[tuple[str, ...]] = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
     kind: Literal["prodigy"] = "prodigy"

@@ -12,7 +12,8 @@ from shared.optimizers.base import Beta, OptimizerPart
 
 
 class ScheduleFree(OptimizerPart):
-    """schedulefree's AdamW. Pictures, scores and the concept use the averaged weights. `schedule` must be constant."""
+    """schedulefree's AdamW. Previews, scores and the saved concept use the averaged weights. `schedule` must be
+    constant."""
 
     progress: ClassVar[tuple[str, ...]] = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
     averages: ClassVar[bool] = True

@@ -1,7 +1,7 @@
-"""Splits a batch into equal shares and computes each in its own thread (data parallelism within one CPU).
+"""Splits a batch into equal shares and processes each in its own thread (data parallelism within one CPU).
 
 On a machine that is also busy with other work, this is far faster than using the same number of threads inside each
-operation, because the shares wait for each other once per step, not once per operation.
+operation, because threads wait for each other only once per step, not once per operation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class BatchShares:
-    """Computes losses in `workers` threads of one core each."""
+    """Computes losses in `workers` threads, each of which uses one core."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -26,8 +26,9 @@ class BatchShares:
         )
 
     def mean_loss(self, loss: Callable[[T], Tensor], shares: Sequence[T], parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Returns the mean of `loss` over `shares`, one per worker. The gradients with respect to `parameters` are
-        computed here and summed in the order of the shares; the backward pass only returns them."""
+        """Returns the mean of `loss` over `shares`, of which there must be one per worker. With several workers, the
+        gradients with respect to `parameters` are computed here and summed in the order of the shares. The backward
+        pass then only returns them."""
         assert len(shares) == self.workers
         if self._pool is None:
             return loss(shares[0])
@@ -38,7 +39,7 @@ class BatchShares:
                 return value.detach(), torch.autograd.grad(value, parameters, allow_unused=True)
 
         done = list(self._pool.map(work, shares))
-        used = [i for i, gradient in enumerate(done[0][1]) if gradient is not None]  # None: no effect on the loss
+        used = [i for i, gradient in enumerate(done[0][1]) if gradient is not None]  # None means no effect on the loss
         total: list[Tensor | None] = list(done[0][1])
         for _, more in done[1:]:
             torch._foreach_add_([total[i] for i in used], [more[i] for i in used])  # type: ignore[arg-type]

@@ -12,12 +12,13 @@ B = TypeVar("B")
 
 
 class Prefetch(Generic[B]):
-    """Calls `draw` one step ahead in a thread, as long as steps are requested in order. The batches stay the same.
+    """Calls `draw` one step ahead in a thread, as long as steps are requested in order. This does not change the
+    batches.
 
     Args:
-        draw: draws the batch of a step, which must depend only on the step
-        device: the device that computes the steps. If it is a CPU, nothing is drawn ahead, because drawing would
-            compete for the same cores.
+        draw: draws the batch of a step; the batch must depend only on the step
+        device: the device that computes the steps. On a CPU, nothing is drawn ahead, because drawing would compete with
+            the computation for the same cores.
     """
 
     def __init__(self, draw: Callable[[int], B], device: torch.device) -> None:

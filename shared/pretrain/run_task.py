@@ -1,5 +1,5 @@
-"""Runs a pretraining task in the core's training loop. A run has a budget and a log, saves a checkpoint every few
-minutes, and can be interrupted and resumed."""
+"""Runs a pretraining task with the training loop of `shared.train`. A run has a budget and a log, saves a checkpoint
+every few minutes, and can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _SKIPPED = 20  # the run stops after this many consecutive steps without a finit
 class RunSettings:
     """The budget and device of a training run.
 
-    The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the beginning of
-    this call of `run_task`. Learning rates depend on the fraction of the budget spent so far. If both are set, the
-    rates depend on the steps, and the time limit only pauses the run.
+    The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the call of
+    `run_task`. Learning rates depend on the fraction of the budget spent so far. If both are set, `steps` is the
+    budget, and the time limit only pauses the run.
     """
 
     steps: int | None = None
@@ -43,8 +43,8 @@ class RunSettings:
     resume: bool = True  # whether to resume from the newest checkpoint, if there is one
     threads: int | None = None  # the number of torch's threads on a CPU
     device: str | None = None  # a torch device; by default the GPU, if there is one
-    bf16: bool | None = None  # by default only on devices with fast bf16; others can take ten times as long
-    compiled: bool = False  # whether to compile U-Net blocks, which takes a minute but makes a GPU twice as fast
+    bf16: bool | None = None  # by default only on devices with fast bf16; on others, bf16 can take ten times as long
+    compiled: bool = False  # whether to compile U-Net blocks, which takes a minute but doubles the speed on a GPU
     log_every: int = 50  # steps between log lines
     save_minutes: float = 3.0
 
@@ -59,7 +59,8 @@ class RunSettings:
         return Budget(steps=self.steps) if self.steps is not None else Budget(minutes=self.minutes)
 
     def compute(self) -> Compute:
-        """Chooses the device and sets torch's number of CPU threads. More threads than cores are ten times slower."""
+        """Chooses the device and sets torch's number of CPU threads. With more threads than cores, training is ten
+        times slower."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = pick_device(self.device)
@@ -84,9 +85,9 @@ def run_task(
 
     Args:
         folder: the folder to which checkpoints and `log.jsonl` are written
-        first: the step at which a run without a checkpoint begins. It is 0, or the step of the weights from which the
+        first: the step at which a run without a checkpoint begins. This is 0, or the step of the weights from which the
             run continues.
-        budget: the budget, if the task uses the same one. If None, a new budget starts now.
+        budget: the budget, for tasks that use the budget themselves. If None, a new budget starts now.
 
     Raises:
         ValueError: if the checkpoint was made with different settings
@@ -108,7 +109,7 @@ class _Session:
         if state is not None:
             _check_same(folder, state.info["facts"], task.facts)
             task.load_state_dict(state.learned)
-        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise it would keep the device of an earlier run
+        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise, the device of an earlier run would be kept
         self.accelerator = Accelerator(mixed_precision="no", cpu=task.compute.device.type == "cpu")
         self.optimizers = Optimizers(task.groups(), task.optimizers, self.accelerator)
         self.trained = {name: len(self.optimizers.parameters([name])) for name in self.optimizers.names}
@@ -121,7 +122,9 @@ class _Session:
     def _restore_optimizer(self, state: checkpoint.State) -> None:
         if state.info.get("trained") != self.trained:
             warnings.warn(
-                f"{self.folder}: different parameters are trained now, so the optimizer starts afresh", stacklevel=2
+                f"{self.folder}: the checkpoint was made while other parameters were trained, so the optimizer starts "
+                "afresh",
+                stacklevel=2,
             )
             return
         self.optimizers.load_state_dict(state.optimizer)
@@ -164,7 +167,7 @@ class _Session:
                     self._save()
                     raise NotFinite(
                         f"{error}, like those of the {skipped - 1} steps before. The state at step {self.step} is "
-                        f"saved in {self.folder}: resume with a lower learning rate, or without bf16"
+                        f"saved in {self.folder}; resume with a lower learning rate, or without bf16"
                     ) from None
                 warnings.warn(f"{error}: the step is skipped", stacklevel=2)
 
@@ -215,7 +218,7 @@ class _Window:
         self.records.append(record)
 
     def mean(self) -> dict[str, float]:
-        """Returns the mean of every logged value over these steps, but the last value of each learning rate."""
+        """Returns the last value of each learning rate, and the mean of every other logged value over these steps."""
         rows = [flat(record) for record in self.records]
         return {
             key: rows[-1][key] if key.startswith("lr/") else sum(row[key] for row in rows if key in row) / len(rows)
@@ -232,10 +235,11 @@ def checkpoint_info(facts: Mapping[str, Any], pictures: int) -> dict[str, Any]:
 
 
 def refuse_older(file: Path) -> None:
-    """Raises ValueError if `file` exists, because it is a checkpoint from an earlier version, which cannot be read."""
+    """Raises ValueError if `file` exists. A file at this path is a checkpoint from an earlier version, which cannot be
+    read."""
     if file.is_file():
         raise ValueError(
-            f"{file} is a checkpoint from an earlier version and cannot be resumed: remove it, or use another folder"
+            f"{file} is a checkpoint from an earlier version and cannot be resumed; remove it, or use another folder"
         )
 
 
@@ -244,5 +248,5 @@ def _check_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) 
     for name in sorted(saved.keys() & given.keys()):
         if saved[name] != given[name]:
             raise ValueError(
-                f"{folder} was made with {name}={saved[name]}, not {given[name]}: use the same value, or another folder"
+                f"{folder} was made with {name}={saved[name]}, not {given[name]}; use the same value, or another folder"
             )

@@ -1,5 +1,5 @@
-"""The base class of tasks that train networks from data. A task defines the networks, their moving averages, their
-optimizers and the contents of checkpoints."""
+"""The base class of tasks that train networks from data. A task defines the networks, their moving averages and
+optimizers, and the contents of checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Compute:
-    """The device of a training run, and whether the run uses bf16 and compiled blocks."""
+    """The device of a training run, whether it uses bf16, and whether it compiles blocks of the network."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
@@ -33,7 +33,7 @@ class Compute:
 
 
 class PretrainTask:
-    """A task that trains networks from data. It is a `shared.train.task.Task` without a number of steps.
+    """A task that trains networks from data. It is like a `shared.train.task.Task`, but has no fixed number of steps.
 
     A subclass builds its networks in its constructor and yields losses from `updates`. All randomness in a step must
     come from `shared.train.loop.generator(seed, step)`. The function `shared.pretrain.run_task.run_task` runs the task.
@@ -45,9 +45,9 @@ class PretrainTask:
     modules: Mapping[str, nn.Module]  # the modules saved in checkpoints, by name
     optimizers: Mapping[str, OptimizerPart]  # the settings of each optimizer group
     averages: Averages | None = None  # moving averages of parameters, updated after each step
-    #: Settings that must be the same when a run is resumed. They are saved as JSON with every checkpoint.
+    #: Settings that must not change when a run is resumed. They are saved as JSON with every checkpoint.
     facts: Mapping[str, Any] = {}
-    #: Modules that are used only in training. A checkpoint made from the shipped weights does not contain them.
+    #: Names of modules that are used only in training. A checkpoint made from the shipped weights lacks these modules.
     helpers: ClassVar[frozenset[str]] = frozenset()
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -83,7 +83,7 @@ class PretrainTask:
         """Called after each step with the total number of steps done and the total number of pictures seen."""
 
     def result(self) -> Mapping[str, float]:
-        """Writes the trained networks whenever the run ends or pauses. Returns measurements for the log."""
+        """Writes the trained networks and returns measurements for the log. Called whenever the run ends or pauses."""
         return {}
 
 
@@ -98,12 +98,12 @@ def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str,
 
 
 def average_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the averages among a checkpoint's tensors, by the names of their parameters."""
+    """Returns the averages stored in a checkpoint. The keys are the names of the parameters."""
     return _take(dict(state), _AVERAGE)
 
 
 def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[TrainableGroup]:
-    """Groups the trainable parameters by weight decay, which biases, norms and embeddings do not get."""
+    """Groups the trainable parameters by weight decay. Biases, norms and embeddings get no weight decay."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]

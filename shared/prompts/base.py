@@ -20,12 +20,12 @@ def _with_place(template: str) -> str:
 
 #: A caption that contains {concept}.
 Template = Annotated[str, AfterValidator(_with_place)]
-#: Words for each owner of an example.
+#: Words for each owner of an example, by the owner's name.
 Names = Mapping[str, str]
 
 
 class CaptionPart(KindPart):
-    """Writes the caption of an example as it is drawn."""
+    """Writes an example's caption each time the example is drawn."""
 
     drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
 

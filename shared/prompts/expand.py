@@ -18,10 +18,10 @@ def names_in(prompt: str) -> tuple[str, ...]:
 
 
 def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
-    """Replaces every `<name>` with the words that stand for it. Raises ValueError, listing the loaded names, if a name is not
-    loaded.
+    """Replaces every `<name>` with the words that stand for the concept.
 
-    Warns about the syntax of other programs, which is read as plain words here.
+    Raises ValueError, listing the loaded names, if a name is not loaded. Warns about the syntax of other programs,
+    which is read as plain words here.
     """
     check_known(prompt, placeholders)
     for said in foreign_syntax(prompt, placeholders):
@@ -39,7 +39,7 @@ def check_known(prompt: str, loaded: Collection[str]) -> None:
 
 
 def without(prompt: str, class_nouns: Mapping[str, str]) -> str:
-    """Replaces each `<name>` in a prompt with its class noun, for the base model."""
+    """Replaces each `<name>` in a prompt with the concept's class noun, for use with the base model."""
     return re.sub(r"\s+", " ", _NAME.sub(lambda m: class_nouns.get(m.group(1), m.group(0)), prompt)).strip()
 
 
@@ -47,7 +47,7 @@ def check_named(prompt: str, must: Mapping[str, str]) -> None:
     """Raises ValueError if the prompt does not name every loaded subject. Motions and styles need not be named.
 
     Args:
-        must: the kind of each loaded concept
+        must: the kind of each loaded concept, by the concept's name
     """
     named = names_in(prompt)
     for name, kind in must.items():

@@ -17,7 +17,7 @@ _EMBEDDING = re.compile(r"\bembedding:\s*([\w.-]+)", re.IGNORECASE)
 _CONTROL = re.compile(r"<\|\w+\|>|</s>")
 _BRACKETS = re.compile(r"<(\s*[^\W\d_][^<>]*)>")
 _WEIGHTS = (
-    # (cat:1.2), but neither (ratio 4:3) nor (at 10:30), because after a number the weight must be a fraction
+    # (cat:1.2), but neither (ratio 4:3) nor (at 10:30), because a weight after a digit must have decimals
     re.compile(rf"(?<!\()\(+[^()]*?(?:[^()\d\s]\s*:\s*{_NUMBER}|\d\s*:\s*\d*[.,]\d+)\s*\)+"),
     re.compile(r"\([^()]*[^\W\d_][^()]*\)(?:\++|-{2,}|\d*\.?\d+)(?![\w+-])"),  # (cat)++, (cat)1.3
     re.compile(r"(?<!\()\({2,}[^()]*\){2,}"),  # ((cat))
@@ -29,7 +29,7 @@ _SCHEDULE = re.compile(r"\[[^\[\]]*:[^\[\]]*\d\]|\[[^\[\]]*\|[^\[\]]*\]")
 _CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}|\b__[\w/-]+__\b")
 _ESCAPED = re.compile(r"\\\([^()\\]*\\\)|\\[()\[\]{}]")
 _JOINED = (
-    # but not in "ROCK AND ROLL" and "COFFEE BREAK", which are ordinary words in capitals
+    # keywords such as AND and BREAK, but not in "ROCK AND ROLL" or "COFFEE BREAK", where they are ordinary words
     re.compile(r"(?<![A-Z] )\bAND\b|\bAND\b(?! [A-Z](?![a-z]))"),
     re.compile(r"(?<![A-Z] )\b(?:BREAK|ADDCOMM|ADDBASE|ADDROW|ADDCOL)\b(?! [A-Z](?![a-z]))"),
     re.compile(r"\.(?:and|blend|swap)\("),
@@ -85,7 +85,7 @@ def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
     """Yields, for each use of another program's syntax in a prompt, a sentence that explains what to write instead.
 
     Args:
-        names: the loaded concepts
+        names: the names of the loaded concepts
     """
     said: set[str] = set()
     taken: list[tuple[int, int]] = []
@@ -108,7 +108,7 @@ def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
 
 
 def _loaded(text: str, names: Collection[str]) -> str:
-    """Returns the loaded concept that the text refers to, or "" if there is none."""
+    """Returns the name of the loaded concept that the text refers to, or "" if there is none."""
     return next((n for n in names if n.lower() == _valid(text).lower()), "")
 
 

@@ -35,15 +35,16 @@ SETS = {"plain": ("a photo of a {concept}",), "subject": SUBJECT, "style": STYLE
 
 
 class Templates(CaptionPart):
-    """Draws one template per picture and step. A user's own caption is used instead, with the concept inserted.
+    """Draws one template per picture and step. For a picture that the user has captioned, the user's caption is used
+    instead, with the concept inserted.
 
-    In a user's caption, `<name>` or `{concept}` marks where the concept goes. If neither occurs, the concept replaces the
-    class noun. If that does not occur either, the concept goes in front.
+    In a user's caption, `<name>` or `{concept}` marks where the concept goes. If neither occurs, the concept replaces
+    the class noun. If the class noun does not occur either, the concept is put at the beginning.
     """
 
     kind: Literal["templates"] = "templates"
-    set: Literal["plain", "subject", "style"] = "plain"  # which set of templates to draw from
-    templates: tuple[Template, ...] = ()  # used instead of the set, unless empty
+    set: Literal["plain", "subject", "style"] = "plain"  # the set of templates to draw from
+    templates: tuple[Template, ...] = ()  # templates to use instead of the set; if empty, the set is used
     user_captions: bool = True  # whether to use the user's captions instead of templates
 
     @property

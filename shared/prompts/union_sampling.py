@@ -1,4 +1,4 @@
-"""Writes captions that name several subjects at once."""
+"""Writes captions that name one or more of the subjects in a picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.types import Example
 class UnionSampling(CaptionPart):
     """Names a random non-empty subset of a picture's subjects each time the picture is drawn ("a photo of a <mug> and a
     <dog>"). The loss uses the union of the named subjects' masks (Break-A-Scene, https://arxiv.org/abs/2305.16311, section
-    3.2). Concepts that were always named together could not be told apart after training.
+    3.2). If concepts were always named together, they could not be told apart after training.
 
     Class pictures keep their own caption.
     """
@@ -21,7 +21,7 @@ class UnionSampling(CaptionPart):
     kind: Literal["union_sampling"] = "union_sampling"
     template: Template = "a photo of {concept}"  # {concept} stands for the joined names
     joined_by: str = " and "  # the text between two names
-    article: str = "a "  # before each name
+    article: str = "a "  # the text before each name
 
     def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
         drawn = torch.rand(len(example.owners) + 1, generator=generator)

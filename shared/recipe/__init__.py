@@ -1,1 +1,1 @@
-"""Defines the schema of recipes, and finds and resolves them."""
+"""Defines the schema of recipes, and finds and resolves recipes."""

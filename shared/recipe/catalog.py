@@ -1,4 +1,4 @@
-"""Finds the available recipes, and records their place in the survey.
+"""Finds the available recipes, and defines the taxonomy in which each recipe has its place.
 
 This module is cheap to import, because it does not need torch.
 """
@@ -15,11 +15,11 @@ from shared.config import Part, absent, expanded, unknown
 class Taxonomy(Part):
     """A method's place in the taxonomy of the survey (https://arxiv.org/abs/2405.05538).
 
-    Recipes set the scheme and the concept; the rest is derived from their parts (`shared.recipe.taxonomy`) unless they
-    override it.
+    Recipes set the scheme and the concept. The other fields are derived from a recipe's parts
+    (`shared.recipe.taxonomy`), unless the recipe sets them itself.
     """
 
-    # when training happens: for each concept, or once in advance
+    # whether the model is trained for each concept, or once in advance
     scheme: Literal["test-time fine-tuning", "pre-trained adaptation"] = "test-time fine-tuning"
     concept: tuple[Literal["subject", "face", "style", "high-level semantics"], ...] = ("subject",)  # what is learned
     modifier: str = ""  # the words that stand for the concept
@@ -32,7 +32,7 @@ class Taxonomy(Part):
 
 
 def config_folder() -> Path:
-    """Returns the `configs` folder, which lies next to the packages in a wheel and at the top of a checkout."""
+    """Returns the `configs` folder, which is next to the installed packages, or at the root of a checkout."""
     return Path(str(files("configs")))
 
 
@@ -42,7 +42,7 @@ def recipe_files(modality: str) -> dict[str, Path]:
 
 
 def find(recipe: str, modality: str) -> Path:
-    """Finds a recipe by name or path. Raises ValueError, with the available names, if there is none."""
+    """Finds a recipe by name or path. Raises ValueError, listing the available names, if there is no such recipe."""
     known = recipe_files(modality)
     if recipe in known:
         return known[recipe]

@@ -60,8 +60,8 @@ def _above(number: int, said: Mapping[int, str], lines: Sequence[str]) -> list[s
 
 @cache
 def comments(part: type[BaseModel]) -> dict[str, str]:
-    """Maps each setting to the comment that follows it or, failing that, the one above it, in the source of its class
-    or a base class. Returns an empty dict if the source is unavailable."""
+    """Maps each setting to its comment in the source of its class or a base class. This is the comment at the end of
+    the setting's line or, failing that, the comment above the line. Classes without available source are skipped."""
     out: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:

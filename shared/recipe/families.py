@@ -1,4 +1,4 @@
-"""The families of methods, with the equation, the key settings, the use and the cost of each."""
+"""The families of methods. Each family has an equation, key settings, a use and a cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resolves `base:` in recipe files, by finding and reading the files that a recipe inherits from, root first."""
+"""Resolves `base:` in recipe files. Finds and reads the files that a recipe inherits from, root first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Layer:
 
     path: Path
     data: Mapping[str, Any]
-    shipped: bool  # one of the files in `configs`
+    shipped: bool  # whether this is one of the files in `configs`
 
     @property
     def name(self) -> str:
@@ -27,10 +27,12 @@ class Layer:
 def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
     """Reads a recipe file and everything it inherits from, root first.
 
-    `base` is the name of a recipe of the same modality, or a path (`.yaml`) relative to the file that contains it.
+    `base` is the name of a recipe of the same modality, or the path of a YAML file, relative to the file that sets
+    `base`.
 
     Raises:
-        ValueError: if there is no such recipe or the chain is a cycle. The message names the file and its `base`
+        ValueError: if a `base` does not exist, or if recipes inherit from each other in a circle. The message names the
+            file and its `base`.
     """
     shipped = {p.resolve() for p in recipe_files(modality).values()}
     layers: list[Layer] = []

@@ -1,4 +1,4 @@
-"""Adapts recipes to a small world with the rules in `configs/overlays/*.yaml`, which the user's settings override."""
+"""Adapts recipes to a small world, using rules from `configs/overlays/*.yaml`. User settings override these rules."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Rules:
 
     - `common` applies to every recipe.
     - `by_modality` applies to the recipes of one modality.
-    - `by_trained` applies to recipes or phases that train parts of a kind. If several kinds match, only the first one
-      in the file applies. If the recipe has no phases, its `alone` is used; otherwise, its `phase` is used for each
-      phase.
-    - `by_kind` applies to every part of that kind (or `kind.type`).
-    - `recipes` applies to the shipped recipe of that name and to recipes that inherit from it.
+    - `by_trained` applies to recipes or phases that train a part of the given kind. If several kinds match, only the
+      first one in the file applies. Its `alone` section is used for a recipe without phases. Otherwise, its `phase`
+      section is used for each phase.
+    - `by_kind` applies to every part of the given kind (or `kind.type`).
+    - `recipes` applies to the shipped recipe with the given name and to recipes that inherit from it.
 
-    Rules never add parts. A rule is skipped if the recipe lacks its part, or has the part with a different `kind`.
+    Rules never add parts. A rule is skipped if its part is missing from the recipe, or has a different `kind` there.
     """
 
     file: Mapping[str, Any]
@@ -43,10 +43,10 @@ class Rules:
         return cls(read_yaml(path) if name and path.is_file() else {}, modality, kinds, slots(model))
 
     def of(self, data: Mapping[str, Any], methods: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns the changes to the recipe `data`.
+        """Returns the changes that the rules make to the recipe `data`.
 
         Args:
-            methods: the shipped recipes that `data` is or inherits from, root first
+            methods: the names of the shipped recipes among `data` and the recipes it inherits from, root first
         """
         phases = mapping(data.get("phases"))
         out = merge(self.file.get("common", {}), mapping(self.file.get("by_modality", {}).get(self.modality)))
@@ -83,7 +83,8 @@ class Rules:
 
 
 def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Sequence[str]) -> dict[str, Any]:
-    """Returns a rule without its settings for parts that the recipe or phase lacks, or has with a different kind."""
+    """Returns a rule without its settings for parts that are missing from the recipe or phase, or that have a different
+    kind there."""
     out = {key: part for key, part in rule.items() if not _of_another_kind(part, data.get(key))}
     for slot in slots:
         if isinstance(rule.get(slot), Mapping):
@@ -112,8 +113,8 @@ def _of_another_kind(rule: Any, part: Any) -> bool:
 def unstated(
     rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the rules for keys that the user did not set. A user's value takes precedence over a rule as long as the
-    key is still set in the recipe `full`.
+    """Returns the rules for keys that the user did not set. A value that the user set takes precedence over a rule, as
+    long as the combined recipe `full` still has the key.
 
     Values that the user set outside the phases also take precedence inside them.
     """
@@ -141,5 +142,5 @@ def _unstated(rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], ful
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """Returns the value if it is a mapping, or else an empty mapping. Validation reports the wrong type."""
+    """Returns the value if it is a mapping, or else an empty mapping. Validation reports wrong types later."""
     return value if isinstance(value, Mapping) else {}

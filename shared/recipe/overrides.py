@@ -1,4 +1,4 @@
-"""Parses `key=value` settings: paths and strings are taken literally, and all other values are read as YAML."""
+"""Parses `key=value` settings. Paths and strings are taken literally, and all other values are read as YAML."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pydantic import BaseModel
 from shared.config import expanded, parse_yaml, yaml_problem
 
 _NONE = type(None)
-_SHOWN = 200  # maximum number of characters of a setting in a message
+_SHOWN = 200  # the maximum number of characters of a setting that are shown in a message
 
 
 def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
     """Parses `["train.steps=5", "subject.images=cats #1"]` into nested mappings, using the field types of `model`.
 
-    For a path or a string, the text after `=` is taken literally, with two exceptions; for any other field, it is read
-    as YAML. The exceptions are:
+    The text after `=` is taken literally if the field is a path or a string, and is read as YAML otherwise. There are
+    two exceptions for paths and strings:
 
     - If the field takes several paths or strings, `[a.png, b.png]` is read as a YAML list, unless a file or folder has
       that name.
@@ -51,7 +51,7 @@ def _shortened(item: str) -> str:
 
 
 def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Adds `more` in place. Mappings are merged; anything else is replaced."""
+    """Adds `more` to `into`, in place. Mappings are merged; all other values are replaced."""
     for key, value in more.items():
         if isinstance(value, Mapping):
             if not isinstance(into.get(key), dict):
@@ -74,7 +74,7 @@ def _value(text: str, leaves: set[Any]) -> Any:
 
 
 class _Texts(yaml.SafeLoader):
-    """Loads YAML with every scalar as a string, so that `[2024, true]` is two names."""
+    """A YAML loader that reads every scalar as a string, so that `[2024, true]` is a list of two names."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
@@ -88,7 +88,8 @@ def _strings(text: str) -> list[str] | None:
 
 
 def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:
-    """Yields the types allowed at the key `names` below `annotation`, in models, unions, slots and phases' overlays."""
+    """Yields the types that are allowed at the nested key `names` of `annotation`. Follows models, unions, slots and
+    the overlays of phases."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _leaves(arguments[0], names, root)

@@ -23,12 +23,13 @@ _ONCE = frozenset(
 
 
 def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str = "") -> None:
-    """Checks the phases in `layer` against those in `below`, the settings that the layer is applied to.
+    """Checks the phases in `layer` against the phases in `below`, the settings to which the layer is applied.
 
-    A variant's file may add a phase that sets its `trainable` or its `task`; the command line (no `file`) may not.
+    A recipe file, named by `file`, may add a phase if the phase sets `trainable` or `task`. The command line, for which
+    `file` is empty, may not add phases.
 
     Raises:
-        ValueError: for an unknown phase. The message lists the existing phases
+        ValueError: for an unknown phase. The message lists the existing phases.
     """
     known = mapping(below.get("phases"))
     for name, phase in mapping(layer.get("phases")).items():
@@ -40,10 +41,10 @@ def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str =
 
 
 def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
-    """Yields (name, recipe) for each phase, where the recipe has the phase's overlay applied. A recipe without phases
-    is yielded as it is, under the name of its task.
+    """Yields (name, recipe) for each phase, where the phase's overlay has been applied to the recipe. A recipe without
+    phases is yielded unchanged, with the name of its task.
 
-    A phase drops a part of the recipe by setting it to null.
+    A phase drops a part of the recipe by setting the part to null.
     """
     if not recipe.phases:
         yield recipe.task.kind, recipe
@@ -63,6 +64,6 @@ def learns_subjects(recipe: Recipe) -> bool:
 
 
 def check_learns(recipe: Recipe) -> None:
-    """Raises ValueError unless a phase learns the subjects."""
+    """Raises ValueError if no phase learns the subjects."""
     if not learns_subjects(recipe):
         raise ValueError("no phase of the recipe learns the subject: set task: tune in one of them")

@@ -1,4 +1,4 @@
-"""Finds recipes and resolves their files, the backbone's overlay, the user's overrides and the phases."""
+"""Finds a recipe, and combines its files with the backbone's overlay and the user's overrides, in every phase."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from shared.recipe.phases import check_phases, expand_phases
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
-GROUP = "pcs.recipes"  # entry points: modality = "module:class", where the class is a `Recipe` with the package's parts
+#: The group of entry points `modality = "module:class"`. Each class is a `Recipe` with the parts of its package.
+GROUP = "pcs.recipes"
 
 
 def model_of(modality: str) -> type[Recipe]:
-    """Returns the recipe class of a modality: that of an installed package, or else (for "image") the core's own.
+    """Returns the recipe class of a modality, which an installed package provides. For "image", the core's class is used
+    if no package provides one.
 
-    Raises ValueError if no installed package has this modality.
+    Raises ValueError if no installed package provides this modality.
     """
     from importlib.metadata import entry_points
 
@@ -41,9 +43,9 @@ def load(
 ) -> R:
     """Resolves a recipe.
 
-    The layers are, lowest priority first: shipped files (a `base` before the files that inherit from it), the toybox's
-    overlay (only on the toybox), the user's own files, and the user's `key=value`. The overlay adapts the parts of the
-    combined recipe.
+    These layers are combined, from lowest to highest priority: the shipped files (each after its `base`), the toybox's
+    overlay (only if the backbone is the toybox), the user's own files, and the user's `key=value` settings. The overlay
+    adapts the parts that the combined recipe has.
 
     backbone: the model to use if no layer names one, for example the model of the concepts in use
 
@@ -62,7 +64,7 @@ def load(
     stated = [*(layer.data for layer in layers if not layer.shipped), changes]
     try:
         resolved = validate(model, merge(full, unstated(rules, stated, full, _kinds(model)), _kinds(model)))
-        for _ in expand_phases(resolved):  # report a wrong key inside a phase now, not after an hour
+        for _ in expand_phases(resolved):  # report a wrong key inside a phase now, not in the middle of the run
             pass
     except ValueError as error:
         raise ValueError(_blamed(str(error), layers, model)) from None
@@ -70,13 +72,15 @@ def load(
 
 
 def written(recipe: str, modality: str = "image", model: type[R] = Recipe) -> R:
-    """Returns the recipe as written in its files for full-size models, without an overlay. Raises ValueError as `load` does."""
+    """Returns the recipe as its files define it for full-size models, without an overlay. Raises ValueError in the same
+    cases as `load`."""
     layers = read_layers(find(recipe, modality), modality)
     return validate(model, _inherited(layers, model), where=layers[-1].path.name)
 
 
 def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
-    """Combines the files. Each overrides its base and the base's phases, just as the command line overrides a file."""
+    """Combines the files. Each file overrides its base and the base's phases, just as the command line overrides a
+    file."""
     data = dict(layers[0].data)
     for layer in layers[1:]:
         check_phases(layer.data, data, layer.path.name)
@@ -85,8 +89,8 @@ def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
 
 
 def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
-    """Prefixes each line of a message with the first file of the chain that has this error. Lines that match no file
-    come from the command line and stay unchanged.
+    """Prefixes each line of a message with the name of the first file in the chain that has this error. Lines that no
+    file accounts for come from the command line and stay unchanged.
     """
     heads: dict[str, str] = {}
     for i, layer in enumerate(layers):
@@ -105,7 +109,8 @@ def _kinds(model: type[Recipe]) -> dict[str, Any]:
 
 
 def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe]) -> dict[str, Any]:
-    """Applies the user's changes to a file and its phases. Parts that the user adds are kept alongside the existing ones."""
+    """Applies the changes of a higher layer to the settings and phases in `data`. Parts that the changes add are kept
+    alongside the existing parts."""
     filled = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
     filled, left = _outrank(filled, changes, slots(model), default_kinds(model))
     gone = [name for name, phase in mapping(changes.get("phases")).items() if phase is None]
@@ -118,9 +123,10 @@ def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe
 def _outrank(
     data: Mapping[str, Any], changes: Mapping[str, Any], parts: Sequence[str], kinds: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lets the user's changes override the phases. Returns (data with changed phases, the remaining changes for the base).
+    """Applies the changes inside the phases, which would otherwise override them. Returns the data with changed phases,
+    and the changes that remain to be applied outside the phases.
 
-    A part that only phases have is changed only in those phases. A part that a phase has dropped stays dropped.
+    A part that exists only in phases is changed only there. A part that a phase has dropped stays dropped there.
     """
     kept = data.get("phases") if changes.get("phases", {}) is not None else None
     phases = {name: dict(phase) for name, phase in mapping(kept).items() if isinstance(phase, Mapping)}
@@ -147,7 +153,7 @@ def _outrank(
 
 
 def _replaced(phase: Any, change: Any) -> Any:
-    """Returns `phase` with its own keys replaced by those of `change`."""
+    """Returns `phase` with the values of its keys replaced by those in `change`, if there are any."""
     if not isinstance(phase, Mapping) or not isinstance(change, Mapping):
         return change
     return {k: _replaced(v, change[k]) if k in change else v for k, v in phase.items()}

@@ -1,4 +1,4 @@
-"""The schema of a recipe: its slots as typed fields, and its phases. `shared.recipe.resolve` finds and resolves recipes."""
+"""Defines the schema of a recipe, whose slots are typed fields. `shared.recipe.resolve` finds and resolves recipes."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ class SubjectSettings(Part):
     captions: PathText | None = None  # a folder with captions named like the pictures
 
     def read(self) -> Subject:
-        """Finds the files on disk. Raises ValueError as `shared.io.read_subject.read_subject` does."""
+        """Finds the files on disk. Raises ValueError in the same cases as `shared.io.read_subject.read_subject`."""
         images = self.images if isinstance(self.images, Path) else list(self.images)
         return read_subject(images, self.class_noun, self.masks, self.captions)
 
 
 class Validation(Part):
-    """Pictures or clips generated and scored during training; the state with the best score is kept."""
+    """Pictures or clips that are generated and scored during training to find the best state."""
 
-    every: Steps = 0  # steps; 0: never
+    every: Steps = 0  # steps between validations; 0: no validation
     prompts: tuple[str, ...] = ("a photo of a {concept}",)  # prompts to score; {concept}: the concept's words
     num: Many = 2  # pictures or clips per prompt
     keep_best: bool = True  # keep the state with the best score; false: keep the last state
@@ -83,20 +83,21 @@ class Train(Part):
     steps: Steps = 500  # optimizer steps
     batch_size: BatchSize = 1  # examples per micro-batch
     gradient_accumulation: Many = 1  # micro-batches per step
-    # recompute activations in the backward pass, to save memory at the cost of time
+    # whether to recompute activations in the backward pass, which saves memory at the cost of time
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast with it
-    resolution: Side | None = None  # pixels; null: the backbone's own
-    cache: bool = True  # cache latents and text that do not vary
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast in it
+    resolution: Side | None = None  # pixels; null: the backbone's default
+    cache: bool = True  # whether to cache latents and text embeddings that do not vary
     # augmented versions of each picture, computed once and cached; 0: a new version in each step
     variants: Annotated[int, Field(ge=0, le=10_000)] = 0
-    checkpoint_every: Steps = 200  # steps; 0: only at the end and on interruption
+    checkpoint_every: Steps = 200  # steps between checkpoints; 0: only at the end and on interruption
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
     validation: Validation = Validation()
 
 
 class Sampling(Part):
-    """How pictures and clips are generated, during training and by default afterwards. null means the backbone's own value."""
+    """Settings for generating pictures and clips, both during training and by default afterwards. null stands for the
+    backbone's default."""
 
     steps: Many | None = None  # denoising steps
     guidance: GuidanceScale | None = None  # classifier-free guidance scale
@@ -109,7 +110,8 @@ class Sampling(Part):
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
     def port(self, backbone: Backbone) -> str:
-        """Describes what is sampled differently on this model, for the concept's record. Returns "" if nothing is."""
+        """Describes how sampling on this model differs from the recipe, for the concept's record. Returns "" if it does
+        not differ."""
         return ""
 
 
@@ -117,8 +119,8 @@ class PreviewSettings(Part):
     """The new pictures in a concept's `preview.png`, generated after the last step."""
 
     num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
-    resolution: Side | None = None  # pixels; null: train.resolution, or else the backbone's own
-    steps: Many | None = None  # denoising steps; null: sampling.steps, or else the backbone's own
+    resolution: Side | None = None  # pixels; null: train.resolution, or else the backbone's default
+    steps: Many | None = None  # denoising steps; null: sampling.steps, or else the backbone's default
     prompt: str = "a photo of a {concept}"  # {concept}: the concept's words
 
 
@@ -155,7 +157,7 @@ class Recipe(Part):
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
 
     def opening(self) -> dict[str, Any]:
-        """Returns what a runner needs to open the backbone besides its name."""
+        """Returns the arguments that a runner needs, besides the backbone's name, to open the backbone."""
         return {}
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""The settings of what a phase does, such as `task: tune` or `task: {kind: generate, num: 16, keep: 4}`. The tasks
-themselves are in `shared.train`. A package with more tasks widens the union in its own recipe."""
+"""The settings of a phase's task, such as `task: tune` or `task: {kind: generate, num: 16, keep: 4}`. The tasks are
+implemented in `shared.train`. A package that has more tasks extends the union in its own recipe class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TuneTask(Part):
 
     @property
     def learns_subjects(self) -> bool:
-        """Whether the task learns the subjects. Recipes without such a task use the subjects' pictures only for comparison."""
+        """Whether the task learns the subjects. If no task does, their pictures are used only for comparison."""
         return True
 
     def count(self, steps: int, subjects: int) -> int:
@@ -39,7 +39,7 @@ class TuneTask(Part):
 
 
 class GenerateTask(Part):
-    """Generates pictures with the concept learned so far, into a folder that a later phase reads
+    """Generates pictures with the concept learned so far, and saves them in a folder that a later phase reads
     (`sources.NAME.kind=phase_pictures`)."""
 
     kind: Literal["generate"] = "generate"
@@ -56,12 +56,12 @@ class GenerateTask(Part):
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the task needs scores of its pictures."""
+        """Whether the task needs scores of the pictures that it generates."""
         return self.keep is not None
 
     @property
     def learns_subjects(self) -> bool:
-        """Always False, because the task only uses what was learned."""
+        """Always False, because the task only uses what has already been learned."""
         return False
 
     def count(self, steps: int, subjects: int) -> int:
@@ -78,7 +78,7 @@ class GenerateTask(Part):
 
 
 def named(value: Any) -> Any:
-    """Lets a task be given by name only, as in `task: tune`."""
+    """Converts a task given only by its name, as in `task: tune`, to settings. Returns other values unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 

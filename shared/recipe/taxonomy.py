@@ -15,7 +15,7 @@ _ROLES = {
 
 
 def taxonomy_of(recipe: Recipe) -> Taxonomy:
-    """Returns the recipe's own `taxonomy`, with empty fields derived from the slots of all its phases."""
+    """Returns the recipe's own `taxonomy`, with its empty fields filled in from the slots of all phases."""
     phases = [phase for _, phase in expand_phases(recipe)]
     derived = {
         "modifier": recipe.modifier.taxonomy,

@@ -1,4 +1,4 @@
-"""Penalties that are added to the loss. To add a penalty, write a module and add its class to the union."""
+"""Penalties that are added to the loss. To define a new penalty, write a module and add its class to the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Keeps learned tokens near their initial values."""
+"""Keeps learned token vectors close to their initial values."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shared.types import Step
 
 
 class EmbeddingAnchor(Penalty):
-    """Penalizes the mean squared distance of the token vectors from their initial values, times `weight` (Cross
-    Initialization, https://arxiv.org/abs/2312.15905, eq. 6). Vectors that stay near those of words combine better with the
-    rest of a prompt."""
+    """Penalizes `weight` times the mean squared distance between the token vectors and their initial values (Cross
+    Initialization, https://arxiv.org/abs/2312.15905, eq. 6). Token vectors that stay close to those of ordinary words
+    combine better with the rest of a prompt."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})
     kind: Literal["embedding_anchor"] = "embedding_anchor"

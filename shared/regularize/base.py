@@ -14,13 +14,13 @@ from shared.types import Step
 class Penalty(KindPart):
     """A scalar added to the loss of a step."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # names of the quantities that it needs besides the prediction
+    needs: ClassVar[frozenset[str]] = frozenset()  # names of the values needed besides the prediction
     needs_class_examples: ClassVar[bool] = False  # whether batches must contain class pictures
     needs_masks: ClassVar[bool] = False  # whether the subjects' pictures must have masks
 
     @property
     def provides(self) -> Sequence[Any]:
-        """The needs (`shared.train.needs.Need`) that the penalty provides itself."""
+        """The needs (`shared.train.needs.Need`) that the penalty itself provides."""
         return ()
 
     def __call__(self, step: Step) -> Tensor:

@@ -1,4 +1,4 @@
-"""Keeps the attention to each concept's words on the concept's part of the picture."""
+"""Keeps the attention to each concept's words inside the concept's mask."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Distance = Literal["squared", "cross_entropy"]
 
 
 class Localisation(Penalty):
-    """Penalizes weight * |A(concept) - mask|^2, summed over the concepts of each instance example and averaged over examples
-    (Break-A-Scene, https://arxiv.org/abs/2305.16311, eq. 3).
+    """Penalizes weight * |A(concept) - mask|^2, summed over the concepts in each instance example and averaged over
+    these examples (Break-A-Scene, https://arxiv.org/abs/2305.16311, eq. 3).
 
-    A is the picture's attention to the concept's own tokens, averaged over heads, selected layers and tokens, and divided by
-    its maximum, as in the paper's code. It is compared with the mask at 16×16, the resolution at which the layers of a
-    full-size model localise objects best. Each subject needs a mask. With `distance: cross_entropy`, A is treated as the
-    probability that a position belongs to the concept (MotionBooth, https://arxiv.org/abs/2406.17758, eq. 4).
+    A is the picture's attention to the concept's tokens. It is averaged over heads, selected layers and tokens, and
+    divided by its maximum, as in the paper's code. By default, A is compared with the mask at the scale nearest to
+    16×16, because the layers of a full-size model localise objects best at this resolution. Each subject needs a mask.
+    With `distance: cross_entropy`, A is treated as the probability that a position belongs to the concept (MotionBooth,
+    https://arxiv.org/abs/2406.17758, eq. 4).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
@@ -35,18 +36,18 @@ class Localisation(Penalty):
     weight: NotNegative = 1e-2  # factor of the penalty
     scales: tuple[
         Annotated[int, Field(ge=1, le=1024)], ...
-    ] = ()  # of the layers, relative to the latents; if empty, the scale nearest to 16×16
+    ] = ()  # scales of the layers, relative to the latents; if empty, the scale nearest to 16×16
     normalize: Literal["max", "none"] = "max"  # with max, maps are divided by their maximum
     distance: Distance = "squared"
 
     @property
     def provides(self) -> tuple[AttentionMaps, ...]:
-        """The need that this penalty provides itself."""
+        """The attention maps at the scales that this penalty uses."""
         return (AttentionMaps(scales=frozenset(self.scales)),)
 
     def __call__(self, step: Step) -> Tensor:
         masks = step.batch.owner_masks
-        if not masks:  # this batch has none; a run in which no picture has a mask is rejected at the start
+        if not masks:  # only this batch lacks masks; a run in which no picture has a mask is rejected at the start
             return step.prediction.sum() * 0
         record: Record = step.need("attention_maps")
         positions = step.conditioning.token_positions
@@ -74,18 +75,18 @@ def localisation_loss(
     normalize: Literal["max", "none"] = "max",
     distance: Distance = "squared",
 ) -> Tensor:
-    """Returns the mean distance between map and mask, summed over concepts and averaged over examples, as a scalar.
+    """Returns the mean distance between maps and masks, summed over concepts and averaged over examples, as a scalar.
 
     A concept counts only in examples whose text names it and in which its mask is not empty.
 
     Args:
         maps: probabilities [B, rows * columns of the grid, L]
-        grid: the number of rows and of columns
-        positions: a bool mask [B, L] of each concept's tokens
-        masks: the mask of each concept, [B, 1, h, w] in [0, 1]
+        grid: the number of rows and the number of columns
+        positions: for each concept, a bool mask [B, L] of its tokens
+        masks: for each concept, its masks [B, 1, h, w] in [0, 1]
         counted: bool [B], True for the examples that count
         normalize: if "max", each map is divided by its maximum
-        distance: the distance between map and mask at each position
+        distance: how the distance between map and mask is measured at each position
     """
     total = maps.new_zeros(len(maps))
     for owner in sorted(positions.keys() & masks.keys()):
@@ -103,7 +104,7 @@ def localisation_loss(
 
 
 def _cross_entropy(chance: Tensor, target: Tensor) -> Tensor:
-    """Returns -target log(chance) - (1 - target) log(1 - chance) for two tensors in [0, 1] of the same shape. torch's own
-    function does not work under autocast."""
+    """Returns -target log(chance) - (1 - target) log(1 - chance) for two tensors in [0, 1] of the same shape. The
+    equivalent function of torch does not work under autocast."""
     chance = chance.float().clamp(1e-6, 1 - 1e-6)
     return -(target * chance.log() + (1 - target) * (1 - chance).log())

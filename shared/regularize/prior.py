@@ -14,7 +14,7 @@ from shared.types import Step
 class PriorPreservation(Penalty):
     """The denoising loss on class pictures (DreamBooth, https://arxiv.org/abs/2208.12242, eq. 2).
 
-    Needs a source of class pictures, such as `sources.class_pictures.kind=generated`.
+    It needs a source of class pictures, such as `sources.class_pictures.kind=generated`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"example_loss"})
@@ -31,8 +31,9 @@ class PriorPreservation(Penalty):
 class PriorPrediction(Penalty):
     """Keeps the prediction for the class prompt, on the same noisy latents, close to that of the base model.
 
-    The penalty is |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2, which needs no class pictures. The base model has all
-    previously loaded concepts, but not those that are being trained, whose adapters are switched off.
+    The penalty is |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2, which needs no class pictures. Concepts that
+    were loaded before the run count as part of the base model. Only the adapters of the concepts that are being trained
+    are switched off.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})

@@ -1,1 +1,1 @@
-"""The code that all runners share: planning a run, opening a backbone with its concepts, learning and judging."""
+"""The code that all runners share, which plans runs, opens backbones, and learns and judges concepts."""

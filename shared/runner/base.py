@@ -1,5 +1,6 @@
-"""The base class of every package's runner, which loads concepts onto one backbone, learns, generates and evaluates. A
-package defines how its output is generated from expanded prompts (`make`)."""
+"""The base class of every package's runner. A runner loads concepts onto one backbone, learns new concepts, generates
+pictures or clips, and evaluates concepts. Each package defines how its output is generated from expanded prompts
+(`make`)."""
 
 from __future__ import annotations
 
@@ -51,9 +52,9 @@ class Runner:
     """One backbone and the concepts attached to it."""
 
     tasks: ClassVar[TaskTable] = TASKS  # task part -> the function that builds its task
-    scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # scores what is generated during training
+    scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # returns scorers for training
     makes: ClassVar[str] = "pictures"
-    #: One entry for each kind of model that this runner opens, with the families whose concepts such a model reads.
+    #: For each kind of model that this runner opens, the families whose concepts can be loaded onto such a model.
     families: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"stable_diffusion"}), frozenset({"flux"}))
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
@@ -70,11 +71,11 @@ class Runner:
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
     ) -> Tensor:
-        """Generates the package's output, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one
-        per (prompt, seed) pair.
+        """Generates the package's output, which is one picture or clip per (prompt, seed) pair. Returns pictures
+        [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1], on the CPU.
 
         Args:
-            prompts: already expanded
+            prompts: expanded prompts
             progress: called with (done, total) after each denoising step, counting the steps of every item
         """
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
@@ -112,11 +113,12 @@ class Runner:
         """Learns every subject in one run. Returns the concepts by name, and leaves them attached.
 
         Args:
-            subjects: name -> pictures
+            subjects: the pictures of each subject, by name
             workdir: the folder for training state, logs and sample pictures
             resume: whether to resume from the newest checkpoint in `workdir`
-            scorers: subject -> a function from pixels [N, 3, H, W] in [-1, 1] and plain prompts to scores, with the key "score"
-            progress: called after every training step, and after every denoising step of class pictures and previews
+            scorers: for each subject, a function that takes pixels [N, 3, H, W] in [-1, 1] and plain prompts, and
+                returns scores, one of which has the key "score"
+            progress: notified after every training step, and after every denoising step of class pictures and previews
             tensorboard: whether to also write the log as TensorBoard events
 
         Raises:
@@ -162,11 +164,11 @@ class Runner:
         must_name: bool = True,
         progress: Steps | None = None,
     ) -> Tensor:
-        """Generates one item per (prompt, seed) pair with `make`, with the loaded concepts.
+        """Generates one item per (prompt, seed) pair, using `make` and the loaded concepts.
 
-        `<name>` in a prompt refers to a loaded concept. With `base`, concepts are off and names become class nouns.
-        Raises ValueError for a name that is not loaded, and, if `must_name`, for a prompt that does not name every
-        loaded subject.
+        `<name>` in a prompt refers to a loaded concept. If `base` is set, the concepts are switched off and their names
+        are replaced with their class nouns. Otherwise, raises ValueError if a prompt contains a name that is not loaded
+        or, with `must_name` set, does not name every loaded subject.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: give one seed per prompt")
@@ -186,10 +188,11 @@ class Runner:
             return self.make(texts, seeds, settings, progress)
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
-        """Completes the settings with those of the loaded concepts' recipes; what is set already takes precedence.
+        """Completes the settings with those in the loaded concepts' recipes. Values that are already set are kept.
 
-        Guidance, steps and scheduler come from one recipe: the motion's, if a motion is loaded, otherwise the first concept's.
-        The strength by step (`sampling.strength`) comes from each concept's own recipe, times the strength it was loaded with.
+        Guidance, steps and scheduler all come from the motion's recipe if a motion is loaded, and from the first
+        concept's recipe otherwise. Each concept's strength by step comes from its own recipe (`sampling.strength`) and
+        is multiplied by the strength with which the concept was loaded.
         """
         said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
         own = []
@@ -207,12 +210,12 @@ class Runner:
         """Scores a loaded concept, as `pcs image evaluate` does.
 
         Raises:
-            ValueError: if the concept is not loaded, its pictures cannot be found, or there is nothing to measure with
+            ValueError: if the concept is not loaded, its pictures cannot be found, or no instrument is available
         """
         return evaluate_loaded(self, name, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """Returns the pictures [N, 3, side, W] that show on a contact sheet what the concept is learned from."""
+        """Returns the pictures [N, 3, side, W] that represent the subject on a contact sheet."""
         return references(subject, side)
 
     def _class_pictures(
@@ -232,7 +235,7 @@ class Runner:
     def _training(
         self, recipe: Recipe, subjects: Mapping[str, Subject], workdir: Path, progress: Progress | None, **more: Any
     ) -> TrainingRun:
-        """Returns a training run of the recipe with the loaded concepts, not yet started."""
+        """Returns a training run of the recipe with the loaded concepts. The run is not started."""
         known: dict[str, Any] = {
             "class_pictures": self._class_pictures,
             "make": self._made_now(progress),
@@ -251,7 +254,7 @@ class Runner:
         return made
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
-        """Returns a recipe's settings for pictures generated during training, at its training resolution."""
+        """Returns a recipe's sampling settings for pictures generated during training, at the training resolution."""
         how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
         in_training = [n for n in self.backbone.adapters if n not in self.loaded] if how.strength else []
         hooks = tuple(StrengthSchedule.parse(f"{n}={how.strength}") for n in in_training)

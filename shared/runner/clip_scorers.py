@@ -19,19 +19,19 @@ from shared.runner.plan import Plan
 from shared.sampling.sampler import sample_all
 from shared.types import Subject
 
-ALARM = 0.5  # the fraction of moving clips that must stand still for a warning
+ALARM = 0.5  # a warning is issued if this fraction of the clips that would otherwise move stand still
 
 Make = Callable[[Sequence[str]], Tensor]  # prompts in plain words -> clips [N, 3, F, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A scorer that warns when training stops the motion in clips.
+    """A scorer that warns when training causes clips to stand still.
 
     Small models, including the toybox, also generate clips in which nothing moves. The share of still clips is
-    therefore compared with the share among clips from `base`, which generates them without the concept that is being
-    learned. These clips are generated at most once per list of prompts, and only when enough clips stand still for a
-    warning to be possible.
+    therefore compared with the share of still clips among those that `base` generates without the concept that is being
+    learned. The clips of `base` are generated at most once per list of prompts, and only if so many clips stand still
+    that a warning is possible.
     """
 
     scorer: ClipScorer
@@ -48,7 +48,7 @@ class Watched:
         if before < 1 and (now - before) / (1 - before) >= ALARM:
             warnings.warn(
                 f"nothing moves in {now:.0%} of the clips generated while {self.name} is learned, but only {before:.0%} of "
-                f"those without {self.name}: training may be too long, or its learning rate "
+                f"those generated without {self.name}; training may be too long, or its learning rate "
                 "may be too high",
                 stacklevel=2,
             )
@@ -64,10 +64,11 @@ class Watched:
 def clip_training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Watched] | None:
-    """Returns one scorer per subject or motion for the clips generated during training, or None if none are generated.
+    """Returns one scorer per subject or motion for the clips generated during training, or None if no clips are
+    generated.
 
-    The scorers use only the clips and pictures that are learned from, and do not recognise motions, because the best
-    checkpoint must not be chosen by the scores that judge the finished concept.
+    The scorers use only the clips and pictures that the concepts are learned from, and they do not recognise motions.
+    The best checkpoint must not be chosen by the scores that judge the finished concept.
     """
     if not makes_previews(planned, clip, dino):
         return None

@@ -1,4 +1,4 @@
-"""Scores concepts. Chooses instruments, references and look-alikes, and writes the report."""
+"""Scores concepts. Chooses the instruments, references and look-alikes, and writes the report."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ def check_folders(clip: Path | None, dino: Path | None) -> None:
 def training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Scorer] | None:
-    """Returns one scorer per subject for pictures generated during training, or None without such pictures or instruments.
+    """Returns one scorer per subject for the pictures generated during training, or None if no pictures are generated
+    or no instrument is available.
 
-    The scorers use only the references, never the look-alikes that the finished concept is judged against, because the
-    best checkpoint must not be chosen by the scores that judge the concept.
+    The scorers use only the references, and never the look-alikes with which the finished concept is compared. The best
+    checkpoint must not be chosen by the scores that judge the finished concept.
     """
     world_instruments = backbone.world and backbone.world.instruments
     if not makes_previews(planned, clip, dino):
@@ -80,8 +81,8 @@ def training_scorers(
 
 
 def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
-    """Returns whether training generates anything that could be scored. If it does not, but a folder is given for
-    scoring, issues a warning. Raises ValueError if such a folder does not exist."""
+    """Returns whether training generates anything that could be scored. Warns if it generates nothing although a folder
+    is given for scoring. Raises ValueError if a folder given for scoring does not exist."""
     check_folders(clip, dino)
     phases = [p for _, p in expand_phases(planned.recipe)]
     if any(p.train.validation.every or p.task.needs_scores for p in phases):
@@ -96,7 +97,8 @@ def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
 
 
 def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[str, Mapping[str, str]]:
-    """Returns what a recognizer should see for validation prompts that are also in the prompt set of the backbone's world."""
+    """Returns what a recognizer should see for each validation prompt that is also in the prompt set of the backbone's
+    world."""
     if backbone.world is None:
         return {}
     known = {p.plain(class_noun): p.expects for p in load_prompts(backbone.world.prompts).prompts}
@@ -111,15 +113,14 @@ class EvaluationSettings:
 
     prompts: str = ""  # a prompt set ("toybox", "dreambench") or a file; "": the backbone's own set
     seeds: tuple[int, ...] = (0, 1)
-    limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(
-        default_factory=SamplingSettings
-    )  # fields that are None come from the concept's recipe
-    references: Path | None = None  # a folder; default: what the concept was learned from, found next to its folder
+    limit: int | None = None  # the number of prompts to use, from the start of the set; None: all
+    # fields that are None come from the concept's recipe
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    references: Path | None = None  # a folder; default: the concept's training pictures, found next to its folder
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
-    clip: Path | None = None  # folders of the models to measure with
-    dino: Path | None = None
-    path: Path | None = None  # the concept's folder, whose size is measured; default: where it was read from
+    clip: Path | None = None  # the folder of a CLIP model to measure with
+    dino: Path | None = None  # the folder of a DINO model to measure with
+    path: Path | None = None  # the concept's folder, whose size is measured; default: the folder that it was read from
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
     base: dict[str, KeptPictures] | None = None  # evaluations that share this dict reuse the base model's pictures
@@ -134,7 +135,7 @@ def evaluate_loaded(
     """Evaluates the loaded concept `name`, and writes the report to `settings.out` if that is set.
 
     Raises:
-        ValueError: if the concept is not loaded, its references cannot be found, or there is nothing to measure with
+        ValueError: if the concept is not loaded, its references cannot be found, or no instrument is available
     """
     if name not in runner.loaded:
         raise ValueError(unknown(name, list(runner.loaded), "concept"))
@@ -156,8 +157,8 @@ def evaluate_loaded(
 
 
 def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
-    """Returns the case to judge, with all that is known about its subject. Raises ValueError if the subject's pictures
-    cannot be found."""
+    """Returns the case to judge, with everything that is known about its subject. Raises ValueError if the subject's
+    pictures cannot be found."""
     concept, folder, gallery = loaded.concept, settings.references, settings.gallery
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
@@ -198,7 +199,8 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
 def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
     """Finds the pictures that the concept was learned from, in `folder` or else in the recorded folder next to `path`.
 
-    Raises ValueError when they are missing, or when the recorded folder has pictures whose hashes the concept does not store.
+    Raises ValueError if they are missing, or if the recorded folder contains a picture whose hash the concept does not
+    store.
     """
     recorded = concept.meta.learned_with.folder_of(concept.meta.name)
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
@@ -215,7 +217,7 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
 
 def beside(folder: Path, name: str) -> Path:
-    """Returns the entry of a folder whose name, plain or escaped, is the recorded one."""
+    """Returns the entry of `folder` whose name, either plain or escaped, is `name`."""
     matching = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
     return folder / name if (folder / name).exists() else next(matching, folder / name)
 
@@ -251,7 +253,7 @@ def references(subject: Subject, side: int) -> Tensor:
 
 
 def reference_masks(subject: Subject, side: int) -> Tensor | None:
-    """Returns the masks [N, side, side] in [0, 1], cropped like `references`, or None unless every picture has one."""
+    """Returns the masks [N, side, side] in [0, 1], cropped like `references`, or None if any picture has no mask."""
     if not all(p in subject.masks for p in subject.images):
         return None
     masks = [Picture(read_mask(subject.masks[p]).convert("RGB")) for p in subject.images]

@@ -1,4 +1,4 @@
-"""Judges a motion, a subject, or both in clips. Chooses the clips and pictures to compare with, and writes the report."""
+"""Judges a motion, a subject or both in clips. Chooses the clips and pictures for comparison, and writes the report."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ class ClipEvaluationSettings:
 
     prompts: str = DEFAULT  # a prompt set for clips, or a file
     seeds: tuple[int, ...] = (0, 1)
-    limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(
-        default_factory=SamplingSettings
-    )  # fields that are None come from the concept's recipe
-    references: Path | None = None  # the motion's clips; default: those it was learned from, found next to its folder
-    pictures: Path | None = None  # the subject's pictures; default: those that it was learned from
+    limit: int | None = None  # the number of prompts to use, from the start of the set; None: all
+    # fields that are None come from the concept's recipe
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    references: Path | None = None  # the motion's clips; default: its training clips, found next to its folder
+    pictures: Path | None = None  # the subject's pictures; default: its training pictures
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
-    clip: Path | None = None  # folders of the models to measure with
-    dino: Path | None = None
-    reader: PathReader | None = None  # reads the paths of subjects; None: the reader of the model's world, if any
-    # How to generate clips without the motion while it is loaded: leave out its name ("unnamed"), or name it at strength 0
-    # ("off"). "none" generates no such clips.
+    clip: Path | None = None  # the folder of a CLIP model to measure with
+    dino: Path | None = None  # the folder of a DINO model to measure with
+    # reads the paths of subjects in clips; None: the reader of the model's world, if it has one
+    reader: PathReader | None = None
+    # how to generate clips without the motion while it is loaded: "unnamed" leaves its name out of the prompts, "off"
+    # names it at strength 0, and "none" generates no such clips
     false_motion: FalseMotion = "unnamed"
     compensate_camera: bool = False  # subtract the camera's motion when motion fidelity is measured
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
-    fps: float = 8.0  # of the clips in the report
+    fps: float = 8.0  # the frame rate of the clips in the report
 
 
 def evaluate_clips_loaded(
@@ -76,10 +76,10 @@ def evaluate_clips_loaded(
     """Judges the concepts loaded in `runner` (a motion, a subject, or one of each) in clips, and writes the report to
     `settings.out` if that is set.
 
-    kept: a cache of clips that do not depend on the motion. These are the base model's clips and, if the motion is only
-    a trajectory, the clips whose prompts do not name it. To generate them only once, pass the same dict when judging
-    one subject with several motions, with one runner and at one strength. Subjects that share a cache must have
-    different names.
+    kept: a cache of clips that do not depend on the motion. These are the base model's clips and, if the motion has no
+    learned weights, the clips whose prompts do not name the motion. To generate these clips only once, pass the same
+    dict for all motions with which a subject is judged. The runner and the subject's strength must stay the same, and
+    subjects that share a cache must have different names.
 
     Raises:
         ValueError: if other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
@@ -120,7 +120,7 @@ class _Judged:
 
     @staticmethod
     def of(runner: Painter) -> _Judged:
-        """Reads the concepts from a runner. Raises ValueError unless one motion, one subject, or one of each is loaded."""
+        """Takes the concepts from a runner. Raises ValueError unless it has one motion, one subject, or one of each."""
         by_kind = {name: loaded.concept.meta.kind for name, loaded in runner.loaded.items()}
         motions = [name for name, kind in by_kind.items() if kind == "motion"]
         subjects = [name for name, kind in by_kind.items() if kind in ("subject", "identity")]
@@ -168,7 +168,8 @@ def clip_score_line(score: Score) -> str:
 def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
     """Returns the clips that a motion was learned from, in `folder` or else in the recorded folder next to the concept.
 
-    Raises ValueError if they are missing, or if the clips in the recorded folder do not match the hashes in the concept.
+    Raises ValueError if they are missing, or if the recorded folder contains a clip whose hash the concept does not
+    store.
     """
     meta, path = loaded.concept.meta, loaded.concept.path
     if folder is None and loaded.subject is not None and loaded.subject.clips:
@@ -185,9 +186,9 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
 
 
 def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
-    """Reads a clip as a motion's recipe does (rate, stride, length, start). Returns `[3, F, side, side]`.
+    """Reads a clip with the rate, stride, length and start that a motion's recipe sets. Returns [3, F, side, side].
 
-    If the clip is too short for the recipe, all its frames are read. Raises ValueError for a single frame.
+    If the clip is too short for the recipe, all its frames are read. Raises ValueError if the clip has only one frame.
     """
     window = _window(recipe)
     source = open_frames(path)
@@ -209,7 +210,7 @@ def _window(recipe: Mapping[str, Any]) -> ClipWindow:
 
 
 def clip_instruments(backbone: Backbone, clip: Path | None, dino: Path | None) -> Instruments:
-    """Returns the instruments for this model's clips: none at all if no folder is given and the model has no world."""
+    """Returns the instruments for this model's clips. Without folders, only a model with a world has instruments."""
     if not (clip or dino or backbone.world):
         return Instruments()
     return load_instruments(clip, dino, backbone.world and backbone.world.instruments, str(backbone.device))
@@ -237,7 +238,8 @@ def _scorer(
 
 
 def _thing(case: Case, tools: Instruments, texts: ClipTexts, progress: Progress | None) -> Scorer:
-    """Returns the picture scorer that decides whether a frame shows the subject, with the thresholds that true pictures set."""
+    """Returns the picture scorer that decides whether a frame shows the subject. Its thresholds are derived from true
+    pictures."""
     scorer = Scorer(
         case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
         through=case.through, masks=case.masks,

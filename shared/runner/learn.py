@@ -30,9 +30,9 @@ def personalize(
 ) -> dict[str, Path]:
     """Learns and saves the concepts. Returns their folders by name.
 
-    The training folder keeps logs and samples, but no checkpoints. Without `resume`, leftovers of an earlier run in it
-    are removed when the first step begins. An interrupted run can be resumed until every concept is complete, including
-    its preview.
+    The training folder keeps the logs and samples, but not the checkpoints. If `resume` is not set, files that an
+    earlier run left in this folder are removed when the first step begins. An interrupted run can be resumed until
+    every concept has been saved with its preview.
     """
     if planned.finished:
         return dict(planned.outputs)
@@ -59,12 +59,12 @@ def personalize(
 
 
 def _painted(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None) -> Any:
-    """Returns the preview, or None if it is not wanted or cannot be generated. The concept is complete without it."""
+    """Returns the preview, or None if it is not requested or cannot be generated. A concept is valid without one."""
     if not recipe.preview.num:
         return None
     try:
         return preview(runner, name, subject, recipe, progress)
-    except Exception as error:  # whatever fails (most likely memory runs out), the concept must still be saved
+    except Exception as error:  # the concept must be saved even if the preview fails, for example for lack of memory
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"the preview of {name!r} could not be generated and is left out ({why})", stacklevel=2)
         return None

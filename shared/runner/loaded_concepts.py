@@ -20,12 +20,12 @@ class Loaded:
     """A concept attached to a backbone. The backbone manages the strength of the concept's adapters and words."""
 
     concept: Concept
-    subject: Subject | None = None  # its pictures, if this runner learned it
-    reach: float = 1.0  # scales the trajectory of a concept that has neither adapters nor words
+    subject: Subject | None = None  # what the concept was learned from, if this runner learned it
+    reach: float = 1.0  # the strength of a concept with neither adapters nor words
 
 
 class Painter(Protocol):
-    """A backbone with loaded concepts that generates pictures from prompts."""
+    """A backbone with loaded concepts, which generates pictures or clips from prompts."""
 
     backbone: Backbone
 
@@ -42,5 +42,5 @@ class Painter(Protocol):
         must_name: bool = ...,
         progress: Steps | None = ...,
     ) -> Tensor:
-        """Returns pictures [N, 3, H, W] in [-1, 1] on the CPU; see `Runner.generate`."""
+        """Returns pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1], on the CPU; see `Runner.generate`."""
         ...

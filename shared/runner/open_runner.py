@@ -33,8 +33,11 @@ class AskedLora:
 
 
 def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "") -> list[AskedLora]:
-    """Parses `FILE` or `FILE:STRENGTH` options with their tokens. Raises ValueError when the counts differ or a file
-    does not exist."""
+    """Parses `FILE` or `FILE:STRENGTH` options with their tokens.
+
+    Raises ValueError if tokens are given but their number differs from the number of files, if a class noun is given
+    without a file, or if a file does not exist.
+    """
     if tokens and len(tokens) != len(loras):
         raise ValueError(
             f"{len(tokens)} --token for {len(loras)} --lora: give one per --lora, in the same order, or none"
@@ -49,7 +52,8 @@ def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "
 
 
 def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references: Path | None) -> None:
-    """Raises ValueError unless exactly one concept or LoRA is given, and a LoRA has a token, class noun and references."""
+    """Raises ValueError unless exactly one concept or LoRA is given. A LoRA must also have a token, a class noun and
+    references."""
     if len(concepts) + len(loras) != 1:
         counted = f"{len(concepts)} --concept" + (f" and {len(loras)} --lora" if loras else "")
         raise ValueError(f"evaluate takes exactly one --concept or --lora, got {counted}")
@@ -63,7 +67,7 @@ def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references
 
 
 def parse_concept(text: str, option: str = "--concept") -> tuple[Path, float]:
-    """Parses `PATH` or `PATH:STRENGTH`. Raises ValueError when the strength is not a number, or out of range."""
+    """Parses `PATH` or `PATH:STRENGTH`. Raises ValueError if the strength is not a number or is out of range."""
     path, sep, strength = text.rpartition(":")
     if sep and not expanded(text).exists():
         try:
@@ -91,19 +95,20 @@ def open_runner(
     loras: Sequence[AskedLora] = (),
     **how: Any,
 ) -> R:
-    """Opens a runner with its concepts loaded on `backbone`, or on the model that the first concept was learned on.
+    """Opens a runner and loads its concepts onto `backbone` or, by default, onto the model that the first concept was
+    learned on.
 
     Args:
         kind: the runner's class
-        concepts: `PATH[:STRENGTH]` of each
-        download: whether the model may be fetched from the hub
+        concepts: `PATH[:STRENGTH]` for each concept
+        download: whether the model may be downloaded from the hub
         loras: LoRA files from other programs, loaded after the concepts
-        how: arguments for the runner's `prepared`
+        how: arguments for the `prepared` method of `kind`
     """
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     check_families(kind, [concept for concept, _ in opened])
     where = pick_device(device)
-    if precision == "auto":  # on a CPU the weights stay fp32, and only computations are rounded
+    if precision == "auto":  # on a CPU, the weights stay in fp32, and only computations use lower precision
         precision = resolve_precision(precision, where) if where.type == "cuda" else "no"
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"device": where, "dtype": dtype, "download": download}
@@ -118,8 +123,8 @@ def open_runner(
 
 
 def check_prompts(prompts: Sequence[str], concepts: Sequence[str], loras: Sequence[AskedLora] = ()) -> None:
-    """Raises ValueError for a prompt that names a concept that is not given, or leaves out a subject that is. This check loads
-    no model; concepts that cannot be read are reported when they are opened."""
+    """Raises ValueError if a prompt names a concept that is not given, or does not name a subject that is given. This
+    check loads no model. Concepts that cannot be read are ignored here and reported when they are opened."""
     try:
         metas = [read_meta(parse_concept(c)[0] / META) for c in concepts]
     except (OSError, ValueError):
@@ -127,13 +132,13 @@ def check_prompts(prompts: Sequence[str], concepts: Sequence[str], loras: Sequen
     kinds = {meta.name: meta.kind for meta in metas}
     for prompt in prompts:
         check_named(prompt, kinds)
-        if not loras:  # their names are known once they are imported
+        if not loras:  # the names of LoRAs are not known until they are imported
             check_known(prompt, kinds)
 
 
 def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
-    """Raises ValueError, naming concepts and families, if no model of this runner reads all these concepts. This check
-    loads no model. Families of other packages are compared with the model once it is loaded."""
+    """Raises ValueError, naming concepts and families, if no model of this runner can load all these concepts. This
+    check loads no model. Concepts of families that only other packages know are checked once the model is loaded."""
     known = frozenset[str]().union(*kind.families, *Runner.families)
     families = {c.meta.name: c.meta.backbone.family for c in concepts if c.meta.backbone.family in known}
     for name, family in families.items():
@@ -152,14 +157,15 @@ def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
-    """Returns the model that `open_runner` opens: `backbone`, or else the first concept's, or else None (the toybox)."""
+    """Returns the model that `open_runner` opens. This is `backbone` if it is given, and the model of the first concept
+    otherwise. If there are no concepts either, returns None, which stands for the toybox."""
     if backbone or not concepts:
         return backbone
     return where_learned(read(parse_concept(concepts[0])[0]))
 
 
 def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
-    """Returns the folders that `open_runner` reads, including the first concept's model, so that no output overwrites them.
+    """Returns the folders that `open_runner` reads, including the model's folder, so that no output overwrites them.
 
     Args:
         concepts: `PATH[:STRENGTH]`, or folders
@@ -170,7 +176,8 @@ def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
 
 
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
-    """Parses strengths by step with `StrengthSchedule.parse`. Raises ValueError, naming the option, if one is invalid."""
+    """Parses strengths by step with `StrengthSchedule.parse`. Raises ValueError, naming the option, if one is invalid
+    or if a concept is given twice."""
     try:
         changes = [StrengthSchedule.parse(text) for text in texts]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Plans a run. Turns its settings into subjects and outputs, and checks them before any heavy work."""
+"""Plans a run. Determines its subjects and outputs from its settings, and checks them before any heavy work."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as the user requested it, with the subjects by name and the folder of each concept."""
+    """A run that the user requested, with its subjects and the output folder of each concept, by name."""
 
     recipe: Recipe
     subjects: Mapping[str, Subject]
     outputs: Mapping[str, Path]
     workdir: Path
-    finished: bool = False  # whether the concepts already exist, learned with this recipe
+    finished: bool = False  # whether the concepts have already been learned with this recipe
 
 
 def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()) -> Plan:
-    """Reads the subjects and determines the names. Raises ValueError before anything heavy is loaded or written.
+    """Reads the subjects and determines the concepts' names and folders. Raises ValueError if anything is wrong, before
+    a model is loaded or a file is written.
 
     Args:
-        inputs: paths that a run reads besides its recipe's files (concepts, scorers); no output may overlap with them
+        inputs: paths that the run reads besides its recipe's files (concepts, scorers). No output may overlap them.
     """
     check_learns(recipe)
     subjects = dict(recipe.subjects)
@@ -67,7 +68,8 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
     subjects = {n: s.read() for n, s in subjects.items()}
     for subject in subjects.values():
         for path in (*outputs.values(), workdir):
-            check_apart(path, [*subject.files, *subject.masks.values()])  # also follows links inside a folder
+            # unlike the first check, this one follows links inside folders
+            check_apart(path, [*subject.files, *subject.masks.values()])
         for path in subject.images:
             load(path, subject.masks.get(path))  # report an unreadable picture now, not after the model is loaded
     check_sources(list(expand_phases(recipe)), subjects)
@@ -82,7 +84,7 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
 
 
 def _warn_without_class_noun(recipe: Recipe, subjects: Mapping[str, Subject]) -> None:
-    """Warns about subjects of which the model is not told what they are, although the recipe says it in every caption."""
+    """Warns about subjects without a class noun if the recipe puts the class noun in every caption."""
     if recipe.kind != "subject" or not recipe.modifier.with_class_noun:
         return
     for name, subject in subjects.items():
@@ -95,7 +97,8 @@ def _warn_without_class_noun(recipe: Recipe, subjects: Mapping[str, Subject]) ->
 
 
 def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:
-    """Returns whether there is an interrupted run to resume. Raises ValueError if existing files would be overwritten."""
+    """Returns whether there is an interrupted run to resume. Raises ValueError if that run or other existing
+    files would be overwritten."""
     anew = overwrite and not resume  # leftovers of an earlier run are removed when this one begins
     begun = not anew and checkpoint.load(workdir) is not None
     for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
@@ -118,7 +121,7 @@ def _all_there(outputs: Mapping[str, Path]) -> bool:
 def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> None:
     """Raises ValueError if a finished concept was learned with another recipe or from other pictures."""
     same_recipe(portable(concept.meta.recipe), portable(plain(recipe)), finished=True)
-    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # files that were moved have none
+    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # files that have been moved have no hash
     if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.files)):
         raise ValueError(
             f"{concept.path} is finished, but was learned from other pictures: choose another output, or start over with "

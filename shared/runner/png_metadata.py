@@ -1,4 +1,4 @@
-"""Describes, in a picture's file, how the picture was generated."""
+"""Records in a picture's file how the picture was generated."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from shared.sampling.settings import SamplingSettings
 
 
 def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings) -> dict[str, str]:
-    """Returns the PNG metadata of a picture, with everything needed to generate it again. Models and files are recorded
-    without their folders, because pictures are shared; `checkpoint` identifies the model's weights."""
+    """Returns the PNG metadata of a picture, with everything that is needed to generate the picture again. Models and
+    files are recorded without their folders, because pictures may be shared. `checkpoint` identifies the model's
+    weights."""
     backbone, stated = runner.backbone, settings.stated()
     made = {
         "steps": backbone.default_steps,

@@ -1,4 +1,4 @@
-"""The sampler, and the hooks that it calls between its steps."""
+"""The sampler, and the hooks that it calls between denoising steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Boxes for objects in a picture or clip. An object has one box, or boxes at some frames that are interpolated linearly."""
+"""Boxes for objects in a picture or clip. An object has one box, or boxes at some frames. Between these frames, its box
+is interpolated linearly."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from shared.config import expanded
 from shared.io.text_files import read_text_file
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the width and height
-Track = Mapping[int, Box]  # by frame
+Track = Mapping[int, Box]  # boxes by frame
 
 
 def as_track(value: Any, name: str) -> dict[int, Box]:
-    """Parses one box for all frames, a list of boxes for the first frames, or boxes by frame. Raises ValueError if a box or a
-    frame is invalid."""
+    """Parses one box for all frames, a list with one box for each of the first frames, or a mapping from frames
+    to boxes. Raises ValueError if a box or a frame is invalid."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], int | float):
         value = {0: value}
     if isinstance(value, list | tuple):
@@ -49,8 +50,8 @@ def _box(box: Any, where: str) -> Box:
 
 
 def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
-    """Reads a JSON file that gives boxes by a concept's name or by words of the prompt, in the forms that `as_track` accepts.
-    Raises ValueError, naming the file, if it is invalid."""
+    """Reads a JSON file that maps concept names or words of the prompt to boxes, in any form that `as_track` accepts.
+    Raises ValueError, naming the file, if the file is invalid."""
     path = expanded(path)
     try:
         data = json.loads(read_text_file(path, "the boxes"))
@@ -58,7 +59,7 @@ def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
         raise ValueError(f"{path} is not readable JSON") from None
     if not isinstance(data, dict) or not data:
         raise ValueError(
-            f'{path}: write {{"NAME": [left, top, right, bottom]}}, or boxes by frame, {{"NAME": {{"0": …}}}}'
+            f'{path} has no boxes: write {{"NAME": [left, top, right, bottom]}}, or boxes by frame, {{"NAME": {{"0": …}}}}'
         )
     return {str(name): as_track(value, f"{path}: {name}") for name, value in data.items()}
 
@@ -74,8 +75,8 @@ def check_frames(tracks: Mapping[str, Track], frames: int) -> None:
 
 
 def at(track: Track, frame: float) -> Box:
-    """Returns the box at a frame, interpolated linearly between the given boxes. It is constant before the first of them and
-    after the last."""
+    """Returns the box at a frame, interpolated linearly between the given boxes. Before the first given box and after
+    the last, the box is constant."""
     before = max((f for f in track if f <= frame), default=min(track))
     after = min((f for f in track if f >= frame), default=max(track))
     if before >= after:
@@ -86,13 +87,13 @@ def at(track: Track, frame: float) -> Box:
 
 
 def latent_frame_times(latents: int, factor: int) -> list[float]:
-    """Returns, for each latent frame, the middle of the frames that it covers. The first latent frame covers one frame, and
-    the others cover `factor` frames each."""
+    """Returns, for each latent frame, the middle of the frames that it covers. The first latent frame covers one frame.
+    Each of the others covers `factor` frames."""
     return [0.0 if i == 0 else factor * (i - 1) + (factor + 1) / 2 for i in range(latents)]
 
 
 def box_masks(track: Track, times: list[float], height: int, width: int) -> Tensor:
-    """Returns a bool mask [f, h, w] of the cells whose centre is in the box, with at least one cell per frame."""
+    """Returns a bool mask [f, h, w] of the cells whose centres are in the box, with at least one cell per frame."""
     out = torch.zeros(len(times), height, width, dtype=torch.bool)
     for i, time in enumerate(times):
         left, top, right, bottom = at(track, time)

@@ -18,7 +18,8 @@ from shared.sources.to_example import load
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file or folder is a clip rather than a picture. Raises ValueError, naming the path, if it is neither."""
+    """Returns whether a file or folder is a clip rather than a picture. Raises ValueError, naming the path, if it is
+    neither."""
     if path.is_file() and path.stat().st_size and clip_kind(path) == "picture":
         return False
     open_frames(path)
@@ -35,8 +36,8 @@ def picture_latents(backbone: Backbone, path: Path, size: tuple[int, int]) -> Te
 
 
 def masked_picture(path: Path, mask: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Returns a picture ([3, H, W] in [-1, 1]) and its mask ([1, H, W] in [0, 1]), scaled and cropped alike. Raises ValueError
-    if the two files differ in size."""
+    """Returns a picture ([3, H, W] in [-1, 1]) and its mask ([1, H, W] in [0, 1]), both scaled and cropped to `size`.
+    Raises ValueError if the two files differ in size."""
     fitted = resize(load(path, mask), size, "cover")
     assert fitted.mask is not None
     return fitted.pixels, fitted.mask

@@ -1,4 +1,4 @@
-"""Keeps existing content, which is the first frame, the first frames or a region, while the rest is sampled."""
+"""Keeps existing content (the first frame, several first frames or a region) while the rest is sampled."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from shared.sampling.hooks import DenoisingStep, SamplingHookBase
 from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
-_MOST = 0.5  # the share of a latent cell that must be masked for the cell to be kept
+_MOST = 0.5  # a latent cell is kept if at least this share of it is masked
 
 
 class GivenFrames(SamplingHookBase):
-    """Keeps frames of a file, or a region of them, in the result. Several such hooks may be combined.
+    """Keeps the frames of a file, or a region of these frames, in the result. Several such hooks may be combined.
 
     A picture becomes the first frame, and a clip becomes the first frames. With a mask, only the masked region is kept,
-    and the file must be a clip at least as long as the result, or a picture if a picture is generated. At each step,
-    the kept latents are replaced with the file's latents plus that step's noise; after the last step, they are replaced
-    with the clean ones (Lugmayr et al., RePaint, arXiv 2201.09865, eq. 8, without resampling). Families that take one
-    time per frame (`time_per_frame`) instead get frames that are kept whole without noise, at t = 0 (HaCohen et al.,
-    LTX-Video, arXiv 2501.00103).
+    and the file must be a clip at least as long as the result, or a picture if a picture is generated.
+
+    At each step, the kept latents are replaced with the file's latents plus that step's noise. After the last step,
+    they are replaced with the file's clean latents (Lugmayr et al., RePaint, arXiv 2201.09865, eq. 8, without
+    resampling). If the network takes one time per frame (`time_per_frame`), frames that are kept whole are instead
+    passed to it without noise, at t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
     """
 
     kind: Literal["given_frames"] = "given_frames"
     path: PathText
     mask: PathText | None = None  # white in the region to keep; one mask per frame, or one for all frames
-    frames: Many | None = None  # how many of the first frames of a clip without a mask to keep; if null, all of them
+    frames: Many | None = None  # the number of frames to keep from the start of a clip without a mask; null: all
 
     def check(self) -> None:
         """Raises ValueError, naming the file, for errors that can be found before a model is loaded."""
@@ -66,13 +67,14 @@ class GivenFrames(SamplingHookBase):
     def _beginning(
         self, backbone: Backbone, frames: int, size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Returns latents [1, C, f, h, w], which are 0 where nothing is kept, and a bool mask [1, 1, f, h, w] of what is
-        kept."""
+        """Returns the latents to keep ([1, C, f, h, w], 0 elsewhere) and a bool mask of their positions
+        ([1, 1, f, h, w])."""
         if is_clip(self.path):
             count = self.frames or open_frames(self.path).count
             if count >= frames:
                 raise ValueError(
-                    f"{self.path} fills {count} of {frames} frames; generate a longer clip, or keep fewer frames"
+                    f"{self.path} would keep {count} frames, which must be fewer than the {frames} to generate; "
+                    "generate a longer clip, or keep fewer frames"
                 )
             if count > 1:
                 backbone.latent_shape(*size, count)  # raises a clear error for an invalid frame count
@@ -88,7 +90,7 @@ class GivenFrames(SamplingHookBase):
     def _region(
         self, backbone: Backbone, frames: list[int], size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Returns latents [1, C, (f), h, w], and a bool mask [1, 1, (f), h, w] of what is kept."""
+        """Returns the file's latents ([1, C, (f), h, w]) and a bool mask ([1, 1, (f), h, w]) of the region to keep."""
         assert self.mask is not None
         if not frames:
             pixels, mask = masked_picture(self.path, self.mask, size)
@@ -111,8 +113,8 @@ class KeptLatents(SamplingHookBase):
     kept: Tensor
 
     def _whole(self, backbone: Backbone) -> Tensor:
-        """Returns a bool mask [1, 1, f, 1, 1] of the frames that are kept whole, or all False if the network does not take one
-        time per frame."""
+        """Returns a bool mask [1, 1, f, 1, 1] of the frames that are kept whole. It is all False if the network does
+        not take one time per frame."""
         whole = self.kept.all(-1, keepdim=True).all(-2, keepdim=True)
         return whole if backbone.time_per_frame and self.kept.ndim == 5 else torch.zeros_like(whole)
 

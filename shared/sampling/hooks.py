@@ -22,20 +22,20 @@ class DenoisingStep:
     """The state of a denoising step before its prediction."""
 
     index: int  # 0 … steps - 1
-    steps: int  # scheduler calls (two per step for second-order schedulers)
-    t: Tensor  # scalar, in the model's training time
+    steps: int  # the number of scheduler calls (two per step for second-order schedulers)
+    t: Tensor  # scalar, in units of the model's training time
     backbone: Backbone
     prompts: Sequence[str]  # B expanded prompts; inside `during`, as changed by hooks
     seeds: Sequence[int]  # B seeds
     noise: Tensor  # the initial noise [B, C, (f), h, w], of unit variance
-    scale: Tensor | float = 1.0  # factor from latents to the network's input; not 1 for schedulers of Karras et al.
+    scale: Tensor | float = 1.0  # factor applied to latents before the network; not 1 for schedulers of Karras et al.
     order: int = 1  # scheduler calls per step
-    # clean latents [B, C, (f), h, w] that the previous call predicted; None before the first
+    # clean latents [B, C, (f), h, w] predicted by the previous scheduler call; None for the first call
     clean: Tensor | None = None
 
     @property
     def fraction(self) -> float:
-        """The fraction of steps that are done, which is 0 at the first step and less than 1 at the last."""
+        """The fraction of the steps that are done. It is 0 at the first step and less than 1 at the last."""
         return self.index / self.steps
 
     @property
@@ -56,44 +56,44 @@ class DenoisingStep:
 
 @runtime_checkable
 class SamplingHook(Protocol):
-    """Acts between denoising steps. `SamplingHookBase` implements every method as a no-op."""
+    """A hook that acts between denoising steps. `SamplingHookBase` implements every method as a no-op."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """Returns the hook for one call of the sampler, which is the hook itself or a copy that has read its files. Raises
-        ValueError if the files do not fit the sampled size."""
+        """Returns the hook for one call of the sampler. This is the hook itself or, if it needs files, a hook that has
+        read them. Raises ValueError if the files do not fit the sampled size."""
         ...
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
-        """Returns the initial noise, [B, C, (f), h, w] of unit variance; for example, inverted noise."""
+        """Returns the initial noise to use ([B, C, (f), h, w], of unit variance), for example inverted noise."""
         ...
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
-        """Returns the prompts of this step; for example, to add a subject in later steps."""
+        """Returns the prompts to use in this step. A hook can, for example, add a subject in later steps."""
         ...
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """Returns the latents [B, C, (f), h, w] for the prediction; for example, after a gradient step on the layout."""
+        """Returns the latents [B, C, (f), h, w] for the prediction, for example after a gradient step on the layout."""
         ...
 
     def jumps(self, step: DenoisingStep) -> bool:
-        """Whether `latents` changes them abruptly at this step, so that the scheduler must forget its earlier predictions."""
+        """Returns whether `latents` changes the latents so abruptly that the scheduler must forget past predictions."""
         ...
 
     def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
-        """Returns the times to pass to the network, as a scalar, or as [B, f] if the network takes one time per frame."""
+        """Returns the time to pass to the network, a scalar, or [B, f] if the network takes one time per frame."""
         ...
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
-        """Returns a context for this step's prediction; for example, one that sets strengths or edits attention."""
+        """Returns a context for this step's prediction, for example one that sets strengths or edits attention."""
         ...
 
     def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """Returns the latents [B, C, (f), h, w] that follow the step."""
+        """Returns the latents [B, C, (f), h, w] with which to continue after the step."""
         ...
 
 
 class SamplingHookBase(Part):
-    """A hook that changes nothing."""
+    """The base class of hooks. Its methods change nothing."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
         return self
@@ -140,7 +140,7 @@ class StrengthSchedule(SamplingHookBase):
     """
 
     kind: Literal["strength_schedule"] = "strength_schedule"
-    strengths: Mapping[str, Mapping[float, float]]  # for each concept, the strength from a fraction of the steps on
+    strengths: Mapping[str, Mapping[float, float]]  # for each concept, its strength from a fraction of the steps onward
     linear: bool = False  # whether strengths are interpolated linearly between these points instead of kept constant
 
     @field_validator("strengths")
@@ -157,10 +157,10 @@ class StrengthSchedule(SamplingHookBase):
 
     @classmethod
     def parse(cls, text: str) -> StrengthSchedule:
-        """Parses text such as `my-mug=0@0,1@0.2`, which means strength 0 from the first step on, and 1 after a fifth of the
-        steps.
+        """Parses text such as `my-mug=0@0,1@0.2`, which means strength 0 from the first step, and strength 1 after a
+        fifth of the steps.
 
-        Raises ValueError when the format is different, or when a fraction is outside [0, 1] or repeated.
+        Raises ValueError if the text has a different format, or if a fraction is outside [0, 1] or repeated.
         """
         name, _, points = text.partition("=")
         try:
@@ -179,8 +179,8 @@ class StrengthSchedule(SamplingHookBase):
         return self.model_copy(update={"strengths": scaled})
 
     def at(self, name: str, fraction: float) -> float:
-        """Returns a concept's strength once `fraction` of the steps are done. Before the first point, it is that point's
-        strength."""
+        """Returns a concept's strength once `fraction` of the steps are done. Before the first point, the strength is
+        the same as at the first point."""
         points = sorted(self.strengths[name].items())
         before = [p for p in points if p[0] <= fraction] or points[:1]
         after = [p for p in points if p[0] > fraction]

@@ -34,17 +34,17 @@ def invert(
 
     Args:
         latents: clean latents [B, C, (f), h, w]
-        prompts: B texts, already expanded, or one for all
-        steps: the number of steps. By default, the backbone's own
-        refine: how many times to recompute each step's prediction at its end point (Pan et al., arXiv 2309.04907). If this
-            converges, the inverse is exact
+        prompts: B expanded prompts, or one for all latents
+        steps: the number of steps. If None, the backbone's default.
+        refine: how many times to recompute each step's prediction at its end point (Pan et al., arXiv 2309.04907). If
+            this iteration converges, the inverse is exact.
 
     Raises:
-        ValueError: when `steps` is less than 1, `refine` is negative, or a prompt exceeds the token limit
+        ValueError: if `steps` is less than 1, `refine` is negative, or a prompt exceeds the token limit
     """
     steps = backbone.default_steps if steps is None else steps
     if steps < 1 or refine < 0:
-        raise ValueError(f"inversion needs at least one step, got steps={steps}, refine={refine}")
+        raise ValueError(f"inversion needs steps >= 1 and refine >= 0, but got steps={steps}, refine={refine}")
     for prompt in prompts:
         backbone.check_prompt(prompt)
     texts = list(prompts) * len(latents) if len(prompts) == 1 else list(prompts)
@@ -62,8 +62,8 @@ def invert(
 
 
 def _levels(backbone: Backbone, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns increasing times ([N]), and alpha and sigma ([N + 1] each, float64), which begin with those of the sampler's
-    final latents and continue with those at the times."""
+    """Returns increasing times ([N]), and alphas and sigmas ([N + 1] each, float64). The first alpha and sigma belong
+    to the sampler's final latents, and the others belong to the times."""
     flow = backbone.prediction_type == "flow"
     solver: Any = make_scheduler(backbone, "flow_euler" if flow else "ddim")
     backbone.set_timesteps(solver, steps, shape)
@@ -84,7 +84,7 @@ def _one_back(
     t: Tensor,
     levels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Returns the latents from which a deterministic step with this prediction leads to x."""
+    """Returns the latents that a deterministic step with this prediction turns into x."""
     (a0, s0), (a1, s1) = levels
     kind = backbone.prediction_type
     if kind == "flow":
@@ -96,20 +96,21 @@ def _one_back(
 
 
 class NoisePrior(NoisePriorSettings, SamplingHookBase):
-    """Starts sampling from noise that comes partly from a clip or picture, sqrt(p) * inverted + sqrt(1 - p) * random.
+    """Starts sampling from noise that comes partly from a clip or picture. The noise is
+    sqrt(p) * inverted + sqrt(1 - p) * random, where p is `share`.
 
-    Tune-A-Video starts with p = 1 (https://arxiv.org/abs/2212.11565). For a motion from a single clip, MotionDirector uses
-    0.1 to 0.5 (https://arxiv.org/abs/2310.08465), which keeps the clip's layout and movement without its appearance. The
-    clip is inverted with the current model, including loaded concepts.
+    Tune-A-Video uses p = 1 (https://arxiv.org/abs/2212.11565). For a motion learned from a single clip, MotionDirector
+    uses p between 0.1 and 0.5 (https://arxiv.org/abs/2310.08465), which keeps the clip's layout and movement without
+    its appearance. The clip is inverted with the current model, including loaded concepts.
     """
 
     kind: Literal["noise_prior"] = "noise_prior"
     path: PathText
-    # the concept that the prior belongs to, whose name a prompt must contain; if empty, all prompts use it
+    # the concept that the prior belongs to; only prompts that name it use the prior. If empty, all prompts use the prior
     name: str = ""
 
     def resting(self) -> NoisePrior:
-        """Returns a hook of the same concept that takes nothing from the clip."""
+        """Returns the same hook with a share of 0, so that it takes nothing from the clip."""
         return self.model_copy(update={"share": 0.0})
 
     def check(self) -> None:
@@ -117,10 +118,10 @@ class NoisePrior(NoisePriorSettings, SamplingHookBase):
         is_clip(self.path)
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """Returns the hook that mixes the noise, or one that does nothing if the share is 0.
+        """Returns a hook that mixes the noise, or a hook that does nothing if the share is 0.
 
-        Raises ValueError if the file cannot be read, if it is a picture when a clip is generated or a clip when a picture is
-        generated, or if it is too short.
+        Raises ValueError if the file cannot be read, if it is too short, or if it is a picture although a clip is
+        generated (or a clip although a picture is generated).
         """
         if not self.share:
             return SamplingHookBase()

@@ -1,7 +1,8 @@
 """A sampler for all model families, built on diffusers' schedulers, with hooks between the steps.
 
-Given the same prompt, negative prompt, guidance, steps, scheduler and generators, it generates the same pixels as the family's
-diffusers pipeline (tested). Each picture has its own generator, so that it does not depend on the rest of the batch.
+Given the same prompt, negative prompt, guidance, steps, scheduler and generators, the sampler generates the same pixels
+as the family's diffusers pipeline (tested). Each picture has its own generator, so that the picture does not depend on
+the rest of the batch.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from shared.sampling.settings import SamplingSettings, Start
 from shared.trainable.merged_forward import merged_layers
 from shared.types import Conditioning
 
-DECODE_PIXELS = (
-    2**18
-)  # most pixels decoded together (one 512x512 picture), few because of the autoencoder's activations
-MOST_CELLS = 2**20  # most latent cells of a picture or clip (8192x8192 pixels with Stable Diffusion)
-SAMPLE_PIXELS = 2**20  # most pixels denoised together (four 512x512 pictures, or one 1024x1024 picture)
+#: The maximum number of pixels decoded together (one 512x512 picture). It is small because the autoencoder's
+#: activations are large.
+DECODE_PIXELS = 2**18
+#: The maximum number of latent cells in a picture or clip (8192x8192 pixels with Stable Diffusion).
+MOST_CELLS = 2**20
+#: The maximum number of pixels denoised together (four 512x512 pictures, or one 1024x1024 picture).
+SAMPLE_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ def sample(
     """Samples pictures [B, 3, H, W] or clips [B, 3, F, H, W] in [-1, 1], float32, one per seed.
 
     Args:
-        prompts: B texts, already expanded, or one for all seeds
-        seeds: B seeds. Generators are on the CPU, so that a seed gives the same noise on every device
-        progress: called with (done, total) after each step, where each picture's steps count separately
+        prompts: B expanded prompts, or one for all seeds
+        seeds: B seeds. Generators are on the CPU, so that a seed gives the same noise on every device.
+        progress: called with (done, total) after each step, counting the steps of every picture
 
     Raises:
-        ValueError: when a prompt exceeds the token limit, the size is invalid, the scheduler is unknown, or a negative prompt
+        ValueError: if a prompt exceeds the token limit, the size is invalid, the scheduler is unknown, or a negative prompt
             would be ignored
     """
     latents = None
@@ -78,7 +81,7 @@ def sample_all(
     settings: SamplingSettings = SamplingSettings(),
     progress: Steps | None = None,
 ) -> Tensor:
-    """Samples like `sample`, but in batches that fit in memory, and returns pixels on the CPU. Needs one prompt per seed."""
+    """Samples like `sample`, but in batches that fit in memory, and returns pixels on the CPU. Requires one prompt per seed."""
     settings = ready(backbone, settings)
     pixels = math.prod(output_size(backbone, settings))
     at_once = images_per_batch(pixels, SAMPLE_PIXELS)
@@ -93,15 +96,15 @@ def sample_all(
 
 
 def output_size(backbone: Backbone, settings: SamplingSettings) -> tuple[int, ...]:
-    """Returns the size to sample, (H, W) in pixels for a picture and (F, H, W) for a clip. What is not set is the backbone's
-    default."""
+    """Returns the size to sample, which is (H, W) in pixels for a picture and (F, H, W) for a clip. Values that are not
+    set are the backbone's defaults."""
     height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
     frames = backbone.frames if settings.frames is None else settings.frames
     return (frames, height, width) if frames else (height, width)
 
 
 def ready(backbone: Backbone, settings: SamplingSettings) -> SamplingSettings:
-    """Returns the settings with hooks that have read their files. Repeated calls change nothing."""
+    """Returns the settings with hooks that have read their files. Calling this again changes nothing."""
     return replace(settings, hooks=InTurn(settings.hooks).ready(backbone, settings).hooks)
 
 
@@ -125,7 +128,7 @@ def images_per_batch(pixels: int, limit: int, most: int = 8) -> int:
 
 
 def check_guidance(guidance: float | None, where: str = "guidance") -> None:
-    """Raises ValueError for a guidance scale that would overflow."""
+    """Raises ValueError for a guidance scale so large that predictions could overflow."""
     if guidance is not None and not abs(guidance) <= MOST_GUIDANCE:
         most = MOST_GUIDANCE
         raise ValueError(
@@ -134,7 +137,7 @@ def check_guidance(guidance: float | None, where: str = "guidance") -> None:
 
 
 def _check_cells(shape: Sequence[int], pixels: Sequence[int]) -> None:
-    """Raises ValueError for a size that fits in no memory, before an allocation fails in the middle of a run."""
+    """Raises ValueError for a size too large for any memory, before an allocation fails in the middle of a run."""
     if math.prod(shape[1:]) > MOST_CELLS:
         needs = f"{'x'.join(map(str, pixels))} pixels need latents of {'x'.join(map(str, shape[1:]))}"
         raise ValueError(
@@ -183,13 +186,13 @@ def denoise(
         clean = backbone.to_x0(prediction, scaled, told)
         latents = hooks.after(step, solver.step(prediction, t, latents, **options, return_dict=False)[0])
         if jumps and hasattr(solver, "counter"):
-            solver.counter = 2  # PNDM's second call would repeat the time of the first, which has passed
+            solver.counter = 2  # otherwise, PNDM's second call would repeat the time of its first call
         yield Denoised(i, len(times), t, latents)
 
 
 def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple[Tensor, Tensor]:
     """Returns the remaining times ([n]), and the latents ([B, C, (f), h, w]) at the first of them, in the scheduler's units.
-    Raises ValueError when the start has the wrong shape or leaves no steps."""
+    Raises ValueError if `start` has the wrong shape or leaves no steps."""
     if start is None:
         return solver.timesteps, noise * getattr(solver, "init_noise_sigma", 1.0)
     if start.latents.shape != noise.shape:
@@ -216,18 +219,19 @@ def _solver(backbone: Backbone, settings: SamplingSettings, steps: int, shape: S
 
 
 def _begin(solver: Any, call: int) -> None:
-    """Makes an unused scheduler start at this call."""
-    if hasattr(solver, "set_begin_index"):  # only schedulers that count their calls have it
+    """Makes a new scheduler start at the given call."""
+    if hasattr(solver, "set_begin_index"):  # only schedulers that count their calls have this method
         solver.set_begin_index(call)
 
 
 def _seen(solver: Any, latents: Tensor, t: Tensor) -> Tensor:
-    """Converts latents to the network's units, because some schedulers use their own."""
+    """Converts latents from the scheduler's units, which differ for some schedulers, to the network's units."""
     return solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
 
 
 class _ConditioningCache:
-    """Caches conditionings, and encodes prompts again only when words, time or strengths have changed."""
+    """Caches conditionings. Prompts are encoded again only if their words, the strengths, or the time (for prompts whose
+    encoding depends on it) has changed."""
 
     def __init__(self, backbone: Backbone, negatives: Sequence[str] | None) -> None:
         self.backbone = backbone
@@ -260,7 +264,7 @@ def _requests(
 ) -> tuple[list[str], list[str]]:
     """Checks prompts and negative prompts, and returns one per picture."""
     if steps < 1 or batch < 1:
-        raise ValueError(f"sampling needs at least one step and one seed, but got steps={steps} and {batch} seeds")
+        raise ValueError(f"sampling needs at least one step and one seed, but got steps={steps}, len(seeds)={batch}")
     guided = backbone.needs_negative(guidance)
     texts = _texts(prompts, batch, "prompts")
     negatives = _texts([negative] if isinstance(negative, str) else negative, batch, "negative prompts")
@@ -283,8 +287,8 @@ def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
 
 
 def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draws noise [B, C, (f), h, w] on the CPU, in the sampler's precision, with each picture's own generator, like diffusers'
-    `randn_tensor`."""
+    """Draws noise [B, C, (f), h, w] on the CPU in the sampler's precision. Like diffusers' `randn_tensor`, uses a
+    separate generator for each picture."""
     noise = [torch.randn((1, *shape), generator=g, dtype=backbone.latent_dtype) for g in generators]
     return torch.cat(noise).to(backbone.device)
 

@@ -1,4 +1,5 @@
-"""Makes schedulers by name from a backbone's own configuration, as `X.from_config(pipe.scheduler.config)` does."""
+"""Makes schedulers by name. Their configuration comes from the backbone's own scheduler, as with
+`X.from_config(pipe.scheduler.config)`."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 from shared.backbones.protocol import Backbone
 from shared.config import unknown
 
-#: The diffusers class of each scheduler, and settings that override the backbone's configuration.
+#: For each name, the diffusers class of the scheduler and the settings that override the backbone's configuration.
 DIFFUSION: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),  # Song et al., arXiv 2010.02502
     "ddpm": ("DDPMScheduler", {}),  # Ho et al., arXiv 2006.11239
@@ -34,10 +35,11 @@ def scheduler_names(backbone: Backbone) -> tuple[str, ...]:
 
 
 def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
-    """Makes a new diffusers scheduler, either the one called `name`, or one of the backbone's own kind if `name` is None.
+    """Makes the diffusers scheduler called `name`. If `name` is None, makes a scheduler of the same class as the
+    backbone's.
 
     Raises:
-        ValueError: when the name is unknown. The message lists the names that fit the family.
+        ValueError: if the name is unknown. The message lists the valid names.
     """
     default = backbone.scheduler
     if name is None:
@@ -49,17 +51,18 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
 
 
 def adds_noise(solver: Any) -> bool:
-    """Whether a diffusers scheduler draws new noise in its steps, as ancestral and stochastic ones do."""
+    """Returns whether a diffusers scheduler adds new noise in its steps, as ancestral and stochastic schedulers do."""
     kind, config = type(solver).__name__, solver.config
     stochastic = "Ancestral" in kind or kind in ("DDPMScheduler", "LCMScheduler", "TCDScheduler")
     return stochastic or "sde" in str(config.get("algorithm_type", "")) or bool(config.get("stochastic_sampling"))
 
 
 def named_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """Makes a new diffusers scheduler by name from another scheduler's configuration, as `from_config` does."""
+    """Makes a new diffusers scheduler by name, with `from_config` and the configuration of another scheduler."""
     import diffusers
 
     kind, settings = {**DIFFUSION, **FLOW}[name]
-    if "flow_shift" in config and "shift" not in config:  # UniPC's name for what Euler calls shift
+    # UniPC calls this setting `flow_shift`, whereas Euler calls it `shift`.
+    if "flow_shift" in config and "shift" not in config:
         settings = {**settings, "shift": config["flow_shift"]}
     return getattr(diffusers, kind).from_config(config, **settings)

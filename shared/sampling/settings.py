@@ -1,4 +1,4 @@
-"""Sampling settings, passed as one object from the command line to the sampler."""
+"""Sampling settings, which are passed as one object from the command line to the sampler."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class Start:
 
     Args:
         latents: clean latents [B, C, (f), h, w]
-        strength: the share of the steps to take, in (0, 1]. Small values change little, and 1 keeps hardly anything
+        strength: the fraction of the sampling steps to take, in (0, 1]. Small values change the latents only slightly,
+            whereas 1 preserves almost nothing of them
 
     Raises:
-        ValueError: when the strength is not in (0, 1]
+        ValueError: if the strength is not in (0, 1]
     """
 
     latents: Tensor
@@ -27,14 +28,14 @@ class Start:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise ValueError(f"strength = {self.strength:g} must be above 0 (which would change nothing) and at most 1")
+            raise ValueError(f"strength = {self.strength:g} must be above 0 and at most 1; 0 would change nothing")
 
     def __getitem__(self, rows: slice) -> Start:
         return Start(self.latents[rows], self.strength)
 
 
 class HowSampled(Protocol):
-    """What a recipe, or a concept's record of it, says about sampling. None: the backbone's default."""
+    """The sampling settings in a recipe, or in a concept's record of its recipe. None means the backbone's default."""
 
     @property
     def steps(self) -> int | None: ...
@@ -46,7 +47,8 @@ class HowSampled(Protocol):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The sampler's settings besides prompts and seeds; None means the backbone's default."""
+    """All settings of the sampler except prompts and seeds. None means the backbone's default, unless noted
+    otherwise."""
 
     negative: str | tuple[str, ...] = ""  # one text, or one per picture
     # scale of classifier-free guidance (1 means none), or of the model's distilled guidance
@@ -57,13 +59,13 @@ class SamplingSettings:
     width: int | None = None
     frames: int | None = None  # frame count of a clip; 0 for a picture, even from a clip model
     hooks: tuple[SamplingHook, ...] = field(default=())  # applied between steps, in order
-    start: Start | None = None  # None to start from pure noise
+    start: Start | None = None  # where sampling starts; None means pure noise
 
     def completed(self, by: HowSampled) -> SamplingSettings:
-        """Returns these settings with guidance, steps and scheduler, where they are None, taken from `by`."""
+        """Returns a copy whose guidance, steps and scheduler are taken from `by` wherever they are None."""
         own = {key: getattr(self, key) for key in ("guidance", "steps", "scheduler")}
         return replace(self, **{key: getattr(by, key) if value is None else value for key, value in own.items()})
 
     def stated(self) -> dict[str, Any]:
-        """Returns the settings that differ from the defaults, by name."""
+        """Returns the settings that differ from their defaults, keyed by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}

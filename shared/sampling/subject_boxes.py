@@ -1,4 +1,4 @@
-"""Places subjects in boxes, by raising the attention to their words inside the boxes and masking it outside."""
+"""Places subjects in boxes. The attention to a subject's words is raised inside its box and masked outside."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from shared.sampling.hooks import DenoisingStep, SamplingHookBase
 from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
-_NEVER = -1e4  # when added to a score, removes the attention, even in half precision
+_NEVER = -1e4  # a bias that reduces the attention to zero, even in half precision
 
 
 class SubjectBoxes(SamplingHookBase):
     """The training-free subject motion control of MotionBooth (https://arxiv.org/abs/2406.17758).
 
-    In the first steps, which decide the layout, the cross-attention scores between positions in a subject's box and the
-    subject's words are raised before the softmax, by `strength` times the share of the frame outside the box. Positions
-    outside the box of their frame do not attend to these words at all. Rows of the negative prompt are unchanged.
+    The cross-attention scores are edited in the first steps, which determine the layout. Between positions in a
+    subject's box and the subject's words, the scores are raised before the softmax by `strength` times the fraction of
+    the frame that is outside the box. During these steps, positions outside the box do not attend to the subject's
+    words at all. Rows with the negative prompt are left unchanged.
     """
 
     kind: Literal["subject_boxes"] = "subject_boxes"
-    boxes: Mapping[str, Mapping[int, Box]]  # boxes by frame, for each concept's name or words of the prompt
+    boxes: Mapping[str, Mapping[int, Box]]  # for each concept, or words of the prompt, the boxes by frame
     strength: NotNegative = 7.5
-    until: Annotated[float, Field(ge=0, le=1)] = 0.1  # fraction of the steps; the default is the first 5 of 50 steps
+    until: Annotated[float, Field(ge=0, le=1)] = 0.1  # edit this first fraction of the steps; 0.1 is 5 of 50 steps
 
     @field_validator("boxes", mode="before")
     @classmethod
@@ -51,8 +52,8 @@ class SubjectBoxes(SamplingHookBase):
         return self
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
-        """Returns a context that edits the attention. Raises ValueError when a prompt lacks one of the names, or the model has
-        no cross-attention."""
+        """Returns a context manager that edits the attention. Raises ValueError if a prompt does not contain the words
+        for one of the boxes, or if the model has no cross-attention."""
         positions = {name: self._positions(step, name) for name in self.boxes} if step.index == 0 else None
         if step.fraction >= self.until or not self.strength:
             return nullcontext()
@@ -61,7 +62,8 @@ class SubjectBoxes(SamplingHookBase):
         return step.backbone.attending(At(edit, Where(kinds=frozenset({"cross"}))))
 
     def _positions(self, step: DenoisingStep, name: str) -> Tensor:
-        """Returns a bool mask [B, L] of the positions of a concept's words, or of the words `name`, in the prompts."""
+        """Returns which positions in the prompts belong to the words of the concept `name`, bool [B, L]. If there is no
+        such concept, `name` itself is taken as the words."""
         placeholder = step.backbone.placeholders.get(name)
         words = placeholder.words if placeholder is not None else name
         found = step.backbone.word_positions(step.prompts, words)
@@ -73,7 +75,7 @@ class SubjectBoxes(SamplingHookBase):
 
 @dataclass(frozen=True)
 class _Boxed:
-    """The edit of the attention scores in one step."""
+    """Edits the attention scores in one step."""
 
     part: SubjectBoxes
     step: DenoisingStep
@@ -87,7 +89,7 @@ class _Boxed:
         return q, k, v, added if bias is None else bias + added.to(bias.dtype)
 
     def _bias(self, name: str, site: Site, q: Tensor, rows: Rows) -> Tensor:
-        """Returns the bias [entries, 1, Lq, L]. The frames of a row are separate entries, or follow one another in Lq."""
+        """Returns the bias [entries, 1, Lq, L]. A row's frames are separate entries or consecutive in Lq."""
         *frames, height, width = self.step.noise.shape[2:]
         times = latent_frame_times(frames[0], self.step.backbone.frame_factor) if frames else [0.0]
         inside = box_masks(self.part.boxes[name], times, *site.grid(height, width))

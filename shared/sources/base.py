@@ -22,13 +22,13 @@ class SourcePart(KindPart):
         """Checks everything that can be checked before a model is loaded.
 
         Args:
-            earlier: the names of the phases before the one that has this source
+            earlier: the names of the phases that come before the phase with this source
 
         Returns:
-            the mask, or None, of each picture of role "instance" that already exists as a file
+            the existing picture files of role "instance". Each is mapped to its mask file, or to None if it has no mask
 
         Raises:
-            ValueError: when a file, a subject or a phase is missing
+            ValueError: if a file, a subject or a phase is missing
         """
         return {}
 

@@ -1,7 +1,7 @@
-"""Generates pictures of the class with the model itself before it is tuned, for DreamBooth's prior preservation.
+"""Generates class pictures for DreamBooth's prior preservation, using the model itself before it is tuned.
 
-In DreamBooth (arXiv 2208.12242, section 3.3, eq. 2), x_pr = x(z, c_pr) is sampled from the frozen model with the prompt
-"a [class noun]".
+In DreamBooth (arXiv 2208.12242, section 3.3, eq. 2), each class picture x_pr = x(z, c_pr) is sampled from the frozen
+model with the prompt "a [class noun]".
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _SCHEME = 1  # increase this when the way pictures are generated changes
 
 
 class Generated(SourcePart):
-    """Generates `num_images` class pictures per subject, of role "prior", and caches them under `SourceContext.cache_dir`.
+    """Generates `num_images` class pictures per subject, with the role "prior". Caches them under
+    `SourceContext.cache_dir`.
 
-    The cache key covers everything that the pictures depend on (weights, prompt, guidance, steps, seed, resolution). It does
-    not cover their number, so that a larger number adds pictures to the existing ones. Missing and damaged files are
-    generated again. Two subjects of the same class share the pictures. The caption of each picture is its prompt.
+    The cache key covers everything that the pictures depend on (weights, prompt, guidance, steps, seed, resolution). It
+    does not cover the number of pictures, so a larger number adds to the pictures that exist already. Missing and
+    damaged files are generated again. Subjects of the same class share their pictures. Each picture has its prompt as
+    its caption.
     """
 
     made: ClassVar[str] = "class pictures"
@@ -42,8 +44,8 @@ class Generated(SourcePart):
     prompt: str = "a photo of a {class_noun}"  # {class_noun} stands for the subject's class
     guidance: float = Field(default=7.5, ge=0, le=1000)  # classifier-free guidance scale
     steps: Many = 50  # denoising steps
-    batch_size: int = Field(default=4, ge=1, le=1024)  # pictures generated at once
-    seed: Seed = 0  # of the pictures' initial noise
+    batch_size: int = Field(default=4, ge=1, le=1024)  # pictures per batch
+    seed: Seed = 0  # determines the initial noise of every picture
 
     @field_validator("prompt")
     @classmethod
@@ -66,7 +68,8 @@ class Generated(SourcePart):
         return {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError if the prompt needs a class noun that a subject lacks, or the run cannot generate pictures."""
+        """Yields the examples. Raises ValueError if a subject lacks the class noun that the prompt needs, or if
+        pictures are missing and the run cannot generate them."""
         self.check(context.subjects, ())
         for name, subject in context.subjects.items():
             prompt = self.prompt.replace("{class_noun}", subject.class_noun)
@@ -78,14 +81,14 @@ class Generated(SourcePart):
         facts = [_SCHEME, context.backbone_key, prompt, self.guidance, self.steps, self.seed, context.resolution]
         return hashlib.sha256(json.dumps([*facts, *self._more_facts()]).encode()).hexdigest()
 
-    # --- overridden to generate clips ----------------------------------------------------------------------------
+    # --- methods that a subclass overrides to generate clips -------------------------------------------------------
 
     def _more_facts(self) -> list[Any]:
         """Returns additional values for the key."""
         return []
 
     def _size(self, side: int) -> tuple[int, ...]:
-        """Returns (side, side), or (frames, side, side)."""
+        """Returns the size of a picture, (side, side), or of a clip, (frames, side, side)."""
         return side, side
 
     def _file(self, folder: Path, number: int) -> Path:
@@ -95,7 +98,7 @@ class Generated(SourcePart):
         return path.is_file()
 
     def _read(self, path: Path) -> Tensor:
-        """Reads a file's pixels, [3, (F), H, W] in [-1, 1]. Raises ValueError if the file cannot be read."""
+        """Returns the pixels of a file, [3, (F), H, W] in [-1, 1]. Raises ValueError if the file cannot be read."""
         return read_picture(path, min_side=1).pixels
 
     def _key_of(self, path: Path) -> str | None:
@@ -107,21 +110,21 @@ class Generated(SourcePart):
     # -------------------------------------------------------------------------------------------------------------
 
     def _filled(self, context: SourceContext, prompt: str) -> list[Path]:
-        """Returns the files of one prompt's pictures, after generating the missing ones."""
+        """Generates the missing pictures of a prompt. Returns the files of all its pictures."""
         key = self.key(context, prompt)
         folder = context.cache_dir / "class" / key[:24]
         paths = [self._file(folder, i) for i in range(self.num_images)]
         todo = [i for i, path in enumerate(paths) if not self._whole(path, key)]
         if todo and context.generate is None:
-            where, what = f"{prompt!r} are missing in {folder}", self.made.split()[-1]
+            where, what = f"{prompt!r} (in {folder})", self.made.split()[-1]
             made = self.made if len(todo) > 1 else self.made.removesuffix("s")
-            raise ValueError(f"{len(todo)} {made} of {where}, and this run cannot generate {what}")
+            raise ValueError(f"the cache lacks {len(todo)} {made} of {where}, and this run cannot generate {what}")
         if todo:
             self._make(context, prompt, key, {i: paths[i] for i in todo})
         return paths
 
     def _make(self, context: SourceContext, prompt: str, key: str, todo: dict[int, Path]) -> None:
-        """Generates the pictures with these numbers in batches. Finished pictures are kept even if later ones fail."""
+        """Generates the pictures in `todo`, in batches. A finished batch is kept even if a later batch fails."""
         assert context.generate is not None
         folder = next(iter(todo.values())).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ class Generated(SourcePart):
                 self._write(one, todo[i], {"key": key, "prompt": prompt, "seed": str(seed)})
 
     def _whole(self, path: Path, key: str) -> bool:
-        """Whether a cached file exists, can be read, and was generated with this key."""
+        """Returns whether a cached file exists, can be read, and was generated with this key."""
         if not self._is_there(path):
             return False
         try:
@@ -159,5 +162,5 @@ class Generated(SourcePart):
 
 
 def _seed(key: str, index: int) -> int:
-    """Returns the seed of one picture, which is unlikely to be a seed that a user chooses for testing."""
+    """Returns the seed of one picture. It is unlikely to coincide with a seed that a user chooses for testing."""
     return int.from_bytes(hashlib.sha256(f"{key}/{index}".encode()).digest()[:6], "big")

@@ -1,4 +1,5 @@
-"""Provides pictures that an earlier phase generated, for iterated feedback, pseudo multi-view and self-distilled sets."""
+"""Provides pictures that an earlier phase generated, for iterated feedback, pseudo multi-view sets and
+self-distillation."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.types import Example, Role, Subject
 
-KEPT = "kept.json"  # the file in a phase's folder that lists the pictures for later phases
+KEPT = "kept.json"  # the file in a phase's folder that lists the pictures kept for later phases
 
 
 class PhasePictures(SourcePart):
@@ -33,7 +34,8 @@ class PhasePictures(SourcePart):
         return {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Yields the examples. Raises ValueError if no earlier phase has this name, or its kept pictures cannot be read."""
+        """Yields the examples. Raises ValueError if no earlier phase has this name, or if the pictures that it kept
+        cannot be read."""
         self.check(context.subjects, list(context.phase_folders))
         folder = context.phase_folders[self.phase]
         for entry in read_kept(folder):
@@ -43,9 +45,9 @@ class PhasePictures(SourcePart):
 
 
 def read_kept(folder: Path) -> list[dict[str, Any]]:
-    """Reads the list of a phase's kept pictures, with the file, caption (containing {concept}), owner and score of each.
-    Raises ValueError if the list cannot be read."""
+    """Reads the list of the pictures that a phase kept. Each entry has a file, a caption (which contains {concept}), an
+    owner and a score. Raises ValueError if the list cannot be read."""
     try:
         return json.loads((folder / KEPT).read_text(encoding="utf-8"))["kept"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / KEPT} cannot be read; run its phase again (--overwrite)") from None
+        raise ValueError(f"{folder / KEPT} cannot be read; run the phase again with --overwrite") from None

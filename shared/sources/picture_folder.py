@@ -1,4 +1,4 @@
-"""Reads the user's own pictures of the class, or any other folder of pictures."""
+"""Reads a folder of pictures, such as the user's own pictures of the class."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from shared.types import Example, Role, Subject
 
 
 class Folder(SourcePart):
-    """Reads pictures from a folder, by default real pictures of the class (role "prior") as in Custom Diffusion.
+    """Reads pictures from a folder. By default, they are real pictures of the class (role "prior"), as in Custom
+    Diffusion.
 
-    The caption of a picture comes from `NAME.txt` next to it, else from `prompt`, with "{class_noun}" filled in. With role
-    "instance", the prompt part fills in missing captions, as for the references.
+    The caption of a picture is read from `NAME.txt` next to it. With role "prior", a picture without this file gets
+    `prompt` as its caption, with "{class_noun}" filled in. With role "instance", the recipe's prompt part fills in
+    missing captions, as it does for `References`.
     """
 
     kind: Literal["folder"] = "folder"
@@ -31,7 +33,7 @@ class Folder(SourcePart):
     role: Role = "prior"
     prompt: str = "a photo of a {class_noun}"
     fit: ResizeMode = "cover"
-    limit: int = Field(default=0, ge=0, le=100_000)  # use only this many of the first pictures; 0 for all
+    limit: int = Field(default=0, ge=0, le=100_000)  # how many pictures to use, starting with the first; 0 for all
 
     @property
     def gives(self) -> Role:
@@ -42,8 +44,8 @@ class Folder(SourcePart):
         return {path: read.masks.get(path) for path in read.images} if self.role == "instance" else {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Yields the examples. Raises ValueError if the folder has no pictures, if a picture cannot be read, or if the subject
-        is ambiguous."""
+        """Yields the examples. Raises ValueError if the folder has no pictures, if a picture cannot be read, or if it
+        is unclear to which subject the pictures belong."""
         owner, subject = self._read(context.subjects)
         default = self._default.replace("{class_noun}", subject.class_noun)
         for path in subject.images:
@@ -52,11 +54,11 @@ class Folder(SourcePart):
 
     @property
     def _default(self) -> str:
-        """The caption of pictures without one."""
+        """The caption for pictures that have no caption file."""
         return self.prompt if self.role == "prior" else ""
 
     def _read(self, subjects: Mapping[str, Subject]) -> tuple[str, Subject]:
-        """Returns the name of the subject that owns the pictures, and the pictures."""
+        """Returns the name of the subject that owns the pictures, and a `Subject` that lists the pictures."""
         owner = owner_among(subjects, self.subject, f"source folder {self.images}")
         noun = subjects[owner].class_noun
         if "{class_noun}" in self._default and not noun:

@@ -17,11 +17,11 @@ from shared.types import Example, Subject
 
 
 class References(SourcePart):
-    """Yields every picture of every subject `repeats` times. These are the examples of role "instance", from which all methods
-    learn.
+    """Yields every picture of every subject `repeats` times. These examples have the role "instance", and all methods
+    learn from them.
 
-    The mask is the user's if there is one, else the picture's transparency, else None. The caption is the user's own, or ""
-    for the prompt part to fill in.
+    The mask of a picture is the user's mask or, if there is none, the picture's transparency. An opaque picture without
+    a mask file has no mask. The caption is the user's own. If there is none, it is "", and the prompt part fills it in.
     """
 
     kind: Literal["references"] = "references"

@@ -39,8 +39,8 @@ class Scene(SourcePart):
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Yields the examples. Raises ValueError, naming the file and the subject, if a mask is missing or is completely
-        cropped away."""
+        """Yields the examples. Raises ValueError, naming the file, if a mask is missing or is completely cropped
+        away."""
         if not context.subjects:
             raise ValueError("there are no subjects; set subjects.NAME.images=FILE")
         self.check(context.subjects, ())
@@ -60,7 +60,7 @@ class Scene(SourcePart):
 
 
 def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
-    """Maps each picture to the subjects that use it."""
+    """Maps the resolved path of each picture to the names of the subjects that use it."""
     out: dict[Path, list[str]] = {}
     for name, subject in subjects.items():
         for path in subject.images:

@@ -1,4 +1,4 @@
-"""What a source needs besides its own settings."""
+"""Defines what a source needs in addition to its own settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Generate(Protocol):
         progress: Steps | None = None,
     ) -> Tensor:
         """Generates N pictures [N, 3, resolution, resolution] in [-1, 1], or clips [N, 3, frames, resolution, resolution] if
-        `frames` is given. Needs one seed per prompt. Calls `progress` after every denoising step."""
+        `frames` is given. There must be one seed per prompt. `progress` is called after every denoising step."""
         ...
 
 
@@ -47,8 +47,8 @@ class SourceContext:
 
 
 def owner_among(subjects: Mapping[str, Subject], name: str, what: str) -> str:
-    """Returns `name` if it is a subject, or the only subject if `name` is empty. Otherwise raises ValueError, listing the
-    subjects."""
+    """Returns `name` if a subject has this name, or the name of the only subject if `name` is empty. Otherwise raises
+    ValueError, listing the subjects."""
     names = ", ".join(sorted(subjects)) or "none"
     if name and name not in subjects:
         raise ValueError(f"{what}: unknown subject {name!r}. Available: {names}.")

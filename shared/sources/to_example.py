@@ -1,4 +1,4 @@
-"""Turns files into examples, for all sources that read pictures."""
+"""Turns picture files into examples. All sources that read pictures share this code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.types import Example, Role
 
 
 def load(path: Path, mask: Path | None) -> Picture:
-    """Reads a picture with its mask. Raises ValueError if the two differ in size."""
+    """Reads a picture and its mask, if there is one. Raises ValueError if the two differ in size."""
     picture = read_picture(path)
     if mask is None:
         return picture

@@ -1,1 +1,1 @@
-"""The toybox, a procedural world that is small enough to train a real diffusion pipeline on it."""
+"""The toybox, a procedural world that is small enough to train a real diffusion pipeline on."""

@@ -57,7 +57,7 @@ _MAKERS = {"red hat": _hat, "yellow crown": _crown, "pink glasses": _glasses, "r
 @lru_cache(maxsize=32)
 def accessory(name: str, spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the points [N, 3], normals [N, 3] and slots [N] of an accessory, before it is fitted to a wearer."""
-    # Fitting scales an accessory by a factor of about 0.4, so the spacing can be wider here by the inverse factor.
+    # Fitting shrinks an accessory to about 0.42 of its size, so the points can be spaced more widely here.
     points, normals, slots = visible(_MAKERS[name](spacing / 0.42), spacing)
     return points.astype(np.float32), normals.astype(np.float32), slots.astype(np.int64)
 

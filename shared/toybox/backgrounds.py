@@ -20,9 +20,9 @@ class Canvas:
     """The inputs of a painter.
 
     x, y: the pixels' coordinates [1, S, S] in [0, 1]; y points down
-    horizon: the y of the horizon [b, 1, 1]
+    horizon: the y coordinate of the horizon [b, 1, 1]
     numbers: random numbers [b, 48] in [0, 1]
-    noise: smooth noise [b, 4, S, S], about ±1
+    noise: smooth noise [b, 4, S, S], roughly in [-1, 1]
     """
 
     x: Tensor
@@ -32,11 +32,12 @@ class Canvas:
     noise: Tensor
 
     def u(self, index: int) -> Tensor:
-        """Returns random number `index` of each picture, [b, 1, 1]."""
+        """Returns the random number with this index for each picture, [b, 1, 1]."""
         return self.numbers[:, index, None, None]
 
     def at(self, index: Tensor) -> Tensor:
-        """Looks up random numbers by an index map [b, S, S] (taken modulo 48)."""
+        """Returns the random number at the index of each pixel of an index map [b, S, S]. Indices are taken modulo
+        48."""
         flat = (index.long() % 48).flatten(1)
         return self.numbers.gather(1, flat).view(index.shape)
 
@@ -46,7 +47,7 @@ class Canvas:
 
 
 def mix(a: Tensor | Color, b: Tensor | Color, t: Tensor) -> Tensor:
-    """Blends two colours. The result is `a` where `t` ([b, S, S]) is 0, and `b` where it is 1."""
+    """Blends two colours. The result is `a` where `t` ([b, S, S]) is 0, and `b` where `t` is 1."""
     t = t[:, None]
     a, b = (c if isinstance(c, Tensor) else torch.tensor(c, device=t.device)[None, :, None, None] for c in (a, b))
     return a + (b - a) * t

@@ -1,4 +1,4 @@
-"""Draws contact sheets, which show many pictures in a grid, optionally with captions below."""
+"""Draws contact sheets, which show many pictures in a grid, optionally with a caption below each picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 def sheet(pixels: Tensor, columns: int, captions: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
-    """Arranges N pictures ([N, 3, H, W] in [0, 1], or uint8) in rows of `columns`, each enlarged `scale` times."""
+    """Arranges N pictures ([N, 3, H, W] in [0, 1], or uint8) in a grid with `columns` columns. Each picture is enlarged
+    `scale` times."""
     n, _, height, width = pixels.shape
     if captions is not None and len(captions) != n:
         raise ValueError(f"each picture needs one caption, but there are {len(captions)} captions for {n} pictures")

@@ -1,7 +1,7 @@
-"""Builds faces, which are heads and shoulders whose geometry and colours are determined by an identity vector.
+"""Builds faces. A face is a head with shoulders, whose geometry and colours are determined by an identity vector.
 
-A face is a set of ellipsoids. The identity moves and stretches them, so the same points on unit spheres can be reused
-for every face. The z-buffer hides points that end up inside another ellipsoid.
+A face is a set of ellipsoids. The identity determines how they are moved and stretched, so the same points on unit
+spheres can be reused for every face. The z-buffer hides points that end up inside another ellipsoid.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Faces:
 
     points, normals: [K, N, 3]
     slots: [N]
-    colors: by slot, the colours [K, 3] that depend on the identity
+    colors: the colours that depend on the identity, [K, 3] by slot name
     """
 
     points: Tensor

@@ -1,9 +1,9 @@
-"""Defines the colours of a shape's parts, which are the thing's own two colours and those of small details."""
+"""Defines the colours of a shape's parts. A part has one of the thing's own two colours or the colour of a detail."""
 
 from __future__ import annotations
 
-# Slots 0 and 1 have the thing's own two colours. The other slots are small details, whose colours are the same on all
-# things of a class (except faces).
+# Slots 0 and 1 have the thing's own two colours. The other slots are for small details, whose colours are the same on
+# all things of a class. Faces are an exception.
 DETAILS: dict[str, tuple[float, float, float]] = {
     "main": (0.0, 0.0, 0.0),
     "second": (0.0, 0.0, 0.0),

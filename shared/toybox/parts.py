@@ -1,4 +1,5 @@
-"""Defines the parts of a shape, which are surfaces with colour slots, and the anchors of its accessories."""
+"""Defines the parts of a shape, which are surfaces with colour slots, and the anchors to which accessories are
+fitted."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ Parts = list[tuple[str, Surface]]
 
 @dataclass(frozen=True)
 class Anchors:
-    """The positions and sizes of accessories on a shape, in the units of the shape.
+    """The positions and sizes that accessories take on a shape, in the units of the shape.
 
     top: (x, z, radius) of a hat
     eyes: (x, z, width) of glasses
     neck: (x, z, radius) of a scarf
-    side: how far to the left and right the arms of glasses must reach to pass beside the head
+    side: how far to the left and right of the middle the arms of glasses must be to pass beside the head
     """
 
     top: tuple[float, float, float]

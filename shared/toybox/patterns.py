@@ -1,4 +1,4 @@
-"""Draws surface patterns, which distinguish things of the same class and palette and which captions never describe.
+"""Draws surface patterns. They distinguish things of the same class and palette, and captions never describe them.
 
 A pattern is drawn from an integer seed and defined in the object space of its thing (the unit sphere), so that each
 view shows a different part of the same pattern. The accent colours come from a continuous space and are chosen to stand
@@ -22,10 +22,11 @@ from shared.toybox.world import RGB, Thing
 KINDS = ("bands", "spots", "checker", "zigzag", "swirl", "rings", "patches", "net")
 
 
-# Cycles per unit length: bold enough to survive a lossy autoencoder, fine enough to show from every side.
+# Cycles per unit length. The patterns are bold enough to survive a lossy autoencoder, and fine enough to be visible
+# from every side.
 _WAVES = {"spots": (1.6, 2.5), "net": (1.5, 2.2), "patches": (1.2, 1.8), "checker": (1.3, 1.9), "swirl": (1.0, 2.0)}
-# The signal levels above which a kind of pattern covers about a quarter and about half of a surface. The levels for
-# other coverages are interpolated.
+# For each kind of pattern, the two signal levels above which it covers about a quarter and about half of a surface. The
+# levels for other coverages are interpolated.
 _LEVELS = {
     "bands": (0.71, 0.0),
     "zigzag": (0.71, 0.0),
@@ -68,8 +69,8 @@ class Pattern:
 
 @lru_cache(maxsize=50_000)
 def pattern(seed: int) -> Pattern:
-    """Returns the pattern of a seed. Of a few draws, it is the first that is visible from every side and covers no side
-    completely. If there is none, it is the draw that comes closest."""
+    """Returns the pattern of a seed. Several patterns are drawn, and the first that is visible from every side and
+    covers no side completely is used. If there is no such pattern, the one that comes closest is used."""
     rng = np.random.default_rng([seed, 3])
     kind = KINDS[int(rng.integers(len(KINDS)))]
     drawn: list[Pattern] = []
@@ -101,7 +102,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Pattern:
 
 
 def _probe() -> np.ndarray:
-    """Returns points [5, 40, 3] on a ball that are visible from the front, left, back, right and above."""
+    """Returns 40 points on a ball for each of five sides (front, left, back, right and above), [5, 40, 3]."""
     k = np.arange(40) + 0.5
     tilt, turn = np.sqrt(k / 40) * 0.9, k * 2.39996
     cap = np.stack([np.cos(tilt), np.sin(tilt) * np.cos(turn), np.sin(tilt) * np.sin(turn)], 1) * 0.62
@@ -112,8 +113,8 @@ _PROBE = torch.tensor(_probe(), dtype=torch.float32).view(-1, 3)
 
 
 def _shares(drawn: list[Pattern]) -> np.ndarray:
-    """Returns the share of each of the five sides of a ball that has an accent colour, [K, 5], for K patterns of one
-    kind."""
+    """Returns the share of the surface that has an accent colour, on each of the five sides of a ball. The result is
+    [K, 5] for K patterns of one kind."""
     n = len(_PROBE)
     p, row = _PROBE.repeat(len(drawn), 1), torch.arange(len(drawn)).repeat_interleave(n)
     rate = torch.tensor([2 * math.pi * d.wave for d in drawn])
@@ -154,8 +155,8 @@ def _gap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def fingerprint(seed: int) -> np.ndarray:
-    """Returns a pattern's parameters as one vector, to find near-duplicates. Patterns whose vectors are far apart look
-    clearly different."""
+    """Returns a pattern's parameters as one vector, with which near-duplicates can be found. Patterns whose vectors are
+    far apart look clearly different."""
     p = pattern(seed)
     kind = np.eye(len(KINDS))[KINDS.index(p.kind)]
     phases = [f(v) for v in p.offset for f in (np.cos, np.sin)]
@@ -165,7 +166,10 @@ def fingerprint(seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PatternTable:
-    """The patterns of K things as tensors. The fields are those of `Pattern`, and the two accent colours."""
+    """The patterns of K things as tensors. The fields are those of `Pattern` except `two`, and the two accent colours.
+
+    The two accent colours of a thing are equal if its pattern uses only one.
+    """
 
     kind: Tensor  # [K], indices into KINDS, or -1 for a plain thing
     turn: Tensor  # [K, 3, 3]
@@ -200,11 +204,11 @@ def table(things: list[Thing], device: torch.device) -> PatternTable:
 
 
 def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluates patterns of one kind. Returns a signal [M] that is high where the pattern is visible, and a signal [M]
-    whose sign selects the accent.
+    """Evaluates patterns of one kind. Returns a signal [M] that is high where the surface has an accent colour, and a
+    signal [M] whose sign selects one of the two accent colours.
 
     p: points in object space [M, 3]
-    q: the points, turned and scaled to radians [M, 3]
+    q: the same points, rotated, scaled to radians and shifted by the phases [M, 3]
     rate: radians per unit length [M]
     """
     a, b, c = q.unbind(1)

@@ -1,8 +1,8 @@
 """Builds the surfaces from which the toybox's shapes are assembled.
 
 A primitive consists of evenly spaced points on its surface, their outward unit normals, and a test of whether other
-points lie inside it, which allows an assembly to drop points that can never be seen. The axes are x forward (a thing
-faces +x), y left and z up. Lengths are in the units of the shape being built.
+points lie inside it. With this test, points that can never be seen are dropped from an assembly. The axes are x forward
+(a thing faces +x), y left and z up. Lengths are in the units of the shape that is being built.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Surface:
 
     points: [N, 3]
     normals: outward unit normals [N, 3]
-    inside: a function of points [M, 3] and a margin. It returns bool [M], whether each point lies inside by at least
-        the margin.
+    inside: a function of points [M, 3] and a margin. It returns whether each point lies inside by more than the margin,
+        bool [M].
     """
 
     points: np.ndarray
@@ -35,7 +35,7 @@ class Surface:
         return Surface(self.points + shift, self.normals, lambda p, m: self.inside(p - shift, m))
 
     def turn(self, axis: str, degrees: float) -> Surface:
-        """Returns the surface rotated about one of the axes "x", "y", "z" through the origin."""
+        """Returns the surface rotated about the axis "x", "y" or "z" through the origin."""
         turn = rotation(axis, degrees)
         return Surface(self.points @ turn.T, self.normals @ turn.T, lambda p, m: self.inside(p @ turn, m))
 
@@ -101,7 +101,7 @@ def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
-    """Samples an ellipsoid about the origin, with points about h apart."""
+    """Samples the surface of an ellipsoid centred on the origin, with points about h apart."""
     wide = max(rx, ry)
     t = np.linspace(-np.pi / 2, np.pi / 2, 400)
     meridian, _ = _along(np.stack([wide * np.cos(t), rz * np.sin(t)], 1), h)
@@ -122,7 +122,8 @@ def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
 
 
 def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Surface:
-    """Samples a box about the origin with half sizes (hx, hy, hz) and edges rounded with radius `round_by`."""
+    """Samples the surface of a box centred on the origin, with half sizes (hx, hy, hz). Its edges are rounded with the
+    radius `round_by`."""
     half = np.array([hx, hy, hz])
     points, normals = [], []
     for axis in range(3):
@@ -145,7 +146,8 @@ def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Sur
 
 
 def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
-    """Revolves a profile of (radius, z) pairs about the z axis. The solid is on the left of the profile."""
+    """Revolves a profile of (radius, z) pairs about the z axis. The solid lies to the left of the profile as it is
+    traversed."""
     outline = np.asarray(profile, float)
     samples, tangents = _along(outline, h)
     points, normals = [], []
@@ -165,7 +167,8 @@ def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
 
 
 def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: float) -> Surface:
-    """Extrudes a polygon of (x, z) pairs, counter-clockwise with z up and x right, to y = ±half."""
+    """Extrudes a polygon of (x, z) pairs to y = ±half. The pairs are in counter-clockwise order if x points right and z
+    points up."""
     outline = np.asarray(polygon, float)
     edge, tangents = _along(np.concatenate([outline, outline[:1]]), h)
     y = np.linspace(-half, half, max(2, int(np.ceil(2 * half / h)) + 1))
@@ -188,8 +191,8 @@ def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: flo
 
 
 def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[float], h: float) -> Surface:
-    """Samples a round tube with closed ends along a smooth curve through the path [K, 3], with one radius or K
-    radii."""
+    """Samples the surface of a round tube with closed ends. It follows a smooth curve through the K points of the path
+    [K, 3], and has one radius or one at each point."""
     spine = curve(path, 80)
     radii = np.broadcast_to(np.asarray(radius, float), (len(path),))
     widths = curve(radii[:, None], 80)[:, 0]

@@ -1,4 +1,5 @@
-"""Writes folders of pictures of held-out things, like those of a user, and identifies the thing in such pictures."""
+"""Writes folders of pictures of held-out things, like those that a user would provide. Identifies the thing that such
+pictures show."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _KEY = "toybox-subject"
 
 
 def held_out(name: str) -> HeldOut:
-    """Returns a held-out subject or face by name. Raises ValueError, with the choices, if the name is unknown."""
+    """Returns a held-out subject or face by name. Raises ValueError, listing the choices, if the name is unknown."""
     held_out = {h.name: h for split in SPLITS for h in (*subjects(split), *faces(split))}
     if name not in held_out:
         raise ValueError(unknown(name, held_out, "toybox subject"))
@@ -29,12 +30,12 @@ def held_out(name: str) -> HeldOut:
 
 
 def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development") -> Tensor:
-    """Draws photos [n, 3, 64, 64] in [-1, 1] of a thing, from several sides in several places."""
+    """Draws n photos of a thing, from several sides and in several places. Returns [n, 3, 64, 64] in [-1, 1]."""
     return render(reference_scenes(thing, n, seed, split)).pixels * 2 - 1
 
 
 def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Writes n reference pictures of a held-out thing, whose name is stored in the text of each PNG.
+    """Writes n reference pictures of a held-out thing. Each PNG stores the thing's name in its metadata.
 
     Each picture comes with two files that a careful user would add. One is a caption that names the place and the view,
     but no colours or pattern (`NAME.txt`). The other is the thing's mask (`masks/NAME.png`).
@@ -51,10 +52,11 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 
 
 def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Writes n pictures of different things in a held-out style such as `development-thermal`, for learning the style.
+    """Writes n pictures of different things in a held-out style such as `development-thermal`, from which the style can
+    be learned.
 
-    The name of the style is stored in the text of each PNG. A caption (`NAME.txt`) describes the content but not the
-    style.
+    Each PNG stores the name of the style in its metadata. Each picture has a caption (`NAME.txt`), which describes its
+    content but not its style.
     """
     scenes = style_scenes(name, n, seed)
     drawn = render(scenes).pixels * 2 - 1
@@ -80,12 +82,12 @@ def shown_in(files: Sequence[Path]) -> HeldOut | None:
 
 
 def gallery(subject: HeldOut, n: int = 5, seed: int = 1) -> dict[str, Tensor]:
-    """Draws pictures of the subject's distractors, which have the same class and colours. Returns [n, 3, 64, 64] in
-    [-1, 1] for each, by name."""
+    """Draws n pictures of each of the subject's distractors, which have the same class and colours as the subject.
+    Returns the pictures by the distractor's name, [n, 3, 64, 64] in [-1, 1]."""
     split = subject.name.split("-")[0]
     return {f"distractor-{i}": pictures(d, n, seed + i, split) for i, d in enumerate(subject.distractors)}
 
 
 def fresh(subject: HeldOut, n: int = 12, seed: int = 100) -> Tensor:
-    """Draws new photos of the subject, not among the references, as a perfect model would generate them."""
+    """Draws n photos of the subject that are not among the references. A perfect model would generate such pictures."""
     return torch.as_tensor(pictures(subject.thing, n, seed, subject.name.split("-")[0]))

@@ -35,9 +35,9 @@ class Rendered:
     position: [B, 3, H, W] in the thing's object space (unit sphere, x forward, y left, z up); 0 in the background
 
     All fields except `pixels` are the same as for a photo, whatever the style. A style may colour pixels slightly
-    outside the mask, or leave pixels inside it as background. A watercolour runs, and a neon drawing glows. Pixel art
-    is 3 % larger than the photo, because its 3-pixel squares do not fit evenly into 64 pixels; this shifts it by up to
-    two pixels at the right and lower borders.
+    outside the mask, or leave pixels inside it as background. For example, a watercolour runs and a neon drawing glows.
+    Pixel art is 3 % larger than the photo, because its 3-pixel squares do not fit evenly into 64 pixels. This shifts
+    the picture by up to two pixels at the right and lower borders.
     """
 
     pixels: Tensor
@@ -48,7 +48,7 @@ class Rendered:
 
 
 def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device = "cpu") -> Rendered:
-    """Renders pictures [B, 3, size, size] of scenes. On a CPU, the same scenes always give the same bits.
+    """Renders scenes as pictures of size×size pixels. On a CPU, the result is reproducible bit for bit.
 
     Raises:
         ValueError: if there are no scenes
@@ -68,7 +68,8 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
 
 
 def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Rendered:
-    """Paints scenes from their placed things and the visible hits on them, on a grid of 2 size × 2 size subpixels."""
+    """Paints scenes, given their placed things and the visible hits on these. The hits are on a grid of
+    2 size × 2 size subpixels."""
     fine, device = 2 * size, things.axes.device
     draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
     numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
@@ -100,7 +101,7 @@ def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Re
 
 @lru_cache(maxsize=8)
 def _stretch(points: int, size: int, device: torch.device) -> Tensor:
-    """Returns the matrix [size, points] of bicubic interpolation."""
+    """Returns the matrix [size, points] that interpolates `points` values bicubically to `size` values."""
     basis = torch.eye(points)[None, None]
     return F.interpolate(basis, (size, points), mode="bicubic", align_corners=True)[0, 0].to(device)
 
@@ -119,7 +120,7 @@ def _panned(stretch: Tensor, by: Tensor) -> Tensor:
 
 
 def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
-    """Paints the backgrounds, panned and with the shadows of the things on them. Returns [B, 3, S, S]."""
+    """Paints the panned backgrounds with the shadows of the things. Returns [B, 3, S, S]."""
     device = numbers.device
     step = (torch.arange(fine, device=device) + 0.5) / fine
     y, x = (g[None] for g in torch.meshgrid(step, step, indexing="ij"))
@@ -148,16 +149,19 @@ def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids:
 
 
 def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
-    """Returns the contact shadows [I, S, S], the fraction by which each thing darkens the ground under it."""
+    """Returns the contact shadows, which are the fractions [I, S, S] by which each thing darkens the ground under
+    it."""
     cx, cy, scale, cos, sin = (v[:, None, None] for v in things.place.unbind(1))
     right, up, toward = things.axes.unbind(1)
     u, v = (x - cx) / (FILL * scale), (y - cy) / (FILL * scale)
     u, v = u * cos + v * sin, v * cos - u * sin
     low, length, width = (g[:, None, None] for g in things.ground.unbind(1))
     steep = toward[:, 2, None, None].clamp_min(0.17)
-    # The point of the ground plane that is seen at (u, v) lies `ahead` toward the viewer, and u along `right`.
+    # The point of the ground plane that is seen at (u, v) lies a distance `ahead` toward the viewer and u along
+    # `right`.
     ahead = (v + up[:, 2, None, None] * low) / steep
-    # The axes of the ground are (right_x, right_y) and, toward the viewer, the same axis turned by -90 degrees.
+    # The ground has two axes. One is (right_x, right_y), and the other, toward the viewer, is the first turned by -90
+    # degrees.
     px = right[:, 0, None, None] * u + right[:, 1, None, None] * ahead
     py = right[:, 1, None, None] * u - right[:, 0, None, None] * ahead
     far = ((px / (1.1 * length + 0.1)) ** 2 + (py / (1.1 * width + 0.1)) ** 2).sqrt()
@@ -194,7 +198,7 @@ def _styled(
     normals: Callable[[], Tensor],
     numbers: Tensor,
 ) -> Tensor:
-    """Draws each picture in the style of its scene. Normals are computed only if a scene is not a photo."""
+    """Draws each picture in the style of its scene. Normals are computed only if some scene is not a photo."""
     names = [s.style for s in scenes]
     if all(name == "photo" for name in names):
         return picture

@@ -1,4 +1,4 @@
-"""Builds every class of thing as a cloud of surface points. A cloud is sampled once per process and spacing."""
+"""Builds every class of thing as a cloud of surface points. Clouds are cached by class and spacing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Cloud:
 
 
 def visible(parts: Parts, margin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the points, normals and slots of the parts, except points deeper than `margin` inside another part."""
+    """Returns the points, normals and slots of the parts, without points deeper than `margin` inside another part."""
     kept = []
     for index, (slot, surface) in enumerate(parts):
         points = surface.points

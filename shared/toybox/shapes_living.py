@@ -1,4 +1,5 @@
-"""Builds the animals and the robot. Each is a list of (slot, surface) pairs, with the anchors of its accessories.
+"""Builds the animals and the robot. Each class of thing has a function that returns a list of (slot, surface) pairs and
+the anchors to which accessories are fitted.
 
 x points forward, y left and z up, in arbitrary units. `shapes.py` scales every class to a bounding sphere of radius 1.
 `h` is the spacing of the surface points.
@@ -48,8 +49,8 @@ def dog(h: float) -> tuple[Parts, Anchors]:
 
 
 def cat(h: float) -> tuple[Parts, Anchors]:
-    """Builds a sitting cat with pointed ears and a tail that rises beside it. Its tail, inner ears, muzzle, chest and
-    paws have the second colour."""
+    """Builds a sitting cat with pointed ears and a tail that rises beside its body. The tail, inner ears, muzzle, chest
+    and paws have the second colour."""
     ear = [(0.0, -0.12), (0.19, 0.0), (0.12, 0.2), (0.0, 0.42)]
     parts: Parts = [
         ("main", lathe(curve([(0, -0.8), (0.42, -0.76), (0.52, -0.5), (0.42, 0), (0.26, 0.3), (0, 0.4)]), h)),

@@ -1,5 +1,5 @@
-"""Builds the vehicles, the dishes, the boot and the house. Each is a list of (slot, surface) pairs, with the anchors of
-its accessories.
+"""Builds the vehicles, the dishes, the boot and the house. Each class of thing has a function that returns a list of
+(slot, surface) pairs and the anchors to which accessories are fitted.
 
 x points forward, y left and z up, in arbitrary units. `shapes.py` scales every class to a bounding sphere of radius 1.
 `h` is the spacing of the surface points.
@@ -41,7 +41,7 @@ def car(h: float) -> tuple[Parts, Anchors]:
 
 
 def mug(h: float) -> tuple[Parts, Anchors]:
-    """Builds a mug with a red heart on a badge in front and the handle at the back. Handle, rim and foot have the
+    """Builds a mug with a red heart on a badge in front and a handle at the back. The handle, rim and foot have the
     second colour."""
     wall = [(0, -0.68), (0.6, -0.68), (0.6, 0.56), (0.5, 0.56), (0.5, -0.55), (0, -0.55)]
     rim = [(0.48, 0.5), (0.63, 0.5), (0.63, 0.68), (0.48, 0.68), (0.48, 0.5)]
@@ -62,7 +62,7 @@ def mug(h: float) -> tuple[Parts, Anchors]:
 
 
 def rocket(h: float) -> tuple[Parts, Anchors]:
-    """Builds a rocket with a porthole and a hatch in front and a ladder at the back. Nose and fins have the second
+    """Builds a rocket with a porthole and a hatch in front and a ladder at the back. The nose and fins have the second
     colour."""
     hull = curve([(0, -0.74), (0.26, -0.72), (0.4, -0.3), (0.41, 0.1), (0.32, 0.5), (0.22, 0.68)])
     nose = curve([(0.26, 0.58), (0.2, 0.78), (0.1, 1.0), (0.0, 1.16)])
@@ -116,7 +116,7 @@ def house(h: float) -> tuple[Parts, Anchors]:
 
 
 def teapot(h: float) -> tuple[Parts, Anchors]:
-    """Builds a teapot with the spout in front and the handle at the back. Lid, handle and foot have the second
+    """Builds a teapot with a spout in front and a handle at the back. The lid, handle and foot have the second
     colour."""
     body = curve([(0, -0.5), (0.4, -0.5), (0.64, -0.24), (0.66, 0.0), (0.5, 0.3), (0.3, 0.42), (0, 0.44)])
     lid = curve([(0.0, 0.3), (0.4, 0.34), (0.42, 0.42), (0.3, 0.54), (0, 0.6)])
@@ -135,8 +135,8 @@ def teapot(h: float) -> tuple[Parts, Anchors]:
 
 
 def boot(h: float) -> tuple[Parts, Anchors]:
-    """Builds a boot with the toe and white laces in front and a pull loop at the back. Sole, heel, cuff and loop have
-    the second colour."""
+    """Builds a boot with its toe and white laces in front and a pull loop at the back. The sole, heel, cuff and loop
+    have the second colour."""
     sole = curve([(0.92, 0.0), (0.78, 0.26), (0.4, 0.3), (0, 0.23), (-0.36, 0.26), (-0.52, 0.0)], 40)
     outline = np.concatenate([sole, sole[-2:0:-1] * [1, -1]])
     # The outline is in (x, y), but `extrude` works in (x, z), so the result is rotated about the x axis.
@@ -184,7 +184,7 @@ _TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 
 
 def boat(h: float) -> tuple[Parts, Anchors]:
-    """Builds a tugboat with a flag and a lamp in front and the funnel at the back. Cabin and funnel have the second
+    """Builds a tugboat with a flag and a lamp in front and a funnel at the back. The cabin and funnel have the second
     colour."""
     parts: Parts = [
         ("main", _hull(h)),

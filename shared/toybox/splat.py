@@ -1,6 +1,6 @@
-"""Splats the surface points of things onto pictures. Projects points, finds the visible ones and looks up their values.
+"""Splats the surface points of things onto pictures. The points are projected, and the visible ones are looked up.
 
-Pictures here have S×S subpixels, where S is twice the final size. `render` averages them.
+Pictures here have S×S subpixels, where S is twice the final size. `render` averages the subpixels of each pixel.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Instances:
 
     scene: [I], the index of the thing's scene
     which: [I], 0 for a scene's first thing, 1 for its second
-    axes: [I, 3, 3], whose rows point right, up, and toward the camera
+    axes: [I, 3, 3]; the rows point right, up, and toward the camera
     place: [I, 5], x and y of the centre in [0, 1], the scale, and the cosine and sine of the roll
     colors: [I, slots, 3]
     rank: [I], 0 for the thing in front
-    ground: [I, 3], the z of the ground, and half the length and width of the thing's foot
+    ground: [I, 3], the z coordinate of the ground, and half the length and half the width of the thing's foot
     """
 
     things: list[Thing]
@@ -67,8 +67,8 @@ class Hits:
 
     at: [M], the flat index, which is scene * S * S + pixel
     who: [M], the index of the thing
-    canonical, position: [M, 3], the point's position before and after the thing's proportions are applied
-    normal: [M, 3], after the proportions are applied
+    canonical, position: [M, 3], the position of the visible point before and after the thing's proportions are applied
+    normal: [M, 3], the normal after the proportions are applied
     slot: [M], the colour slot
     depth: [M], the distance from the camera in radii
     """
@@ -128,7 +128,7 @@ def instances(scenes: list[Scene], device: torch.device) -> Instances:
 
 
 def groups(things: Instances, spacing: float, device: torch.device) -> list[Group]:
-    """Groups the instances by cloud. Writes the colours that depend on a face's identity into `things`."""
+    """Groups the instances by cloud. Also writes the colours that depend on a face's identity into `things`."""
     result = []
     by_class: dict[str, list[int]] = {}
     worn: dict[str, list[int]] = {}
@@ -178,9 +178,10 @@ def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
 
 
 def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Projects points to columns and rows in a picture of size×size pixels (0 at the first pixel's centre), and depths.
+    """Projects points onto a picture of size×size pixels. Returns their columns, rows and depths. Column 0 and row 0
+    are at the centre of the first pixel.
 
-    view: [..., 3], the points' coordinates right, up and toward the camera, in radii of the thing
+    view: [..., 3], the points' coordinates along right, up and toward the camera, in radii of the thing
     place: [..., 5] as in `Instances`
     """
     x, y, scale, cos, sin = place.unbind(-1)
@@ -191,8 +192,8 @@ def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, T
 
 
 def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor]:
-    """Returns the subpixel at the top left of each point's 2×2 footprint (-1 if outside), and the depth, both
-    [k, N]."""
+    """Returns the index of the subpixel at the top left of each point's 2×2 footprint (-1 if it is outside the
+    picture), and the point's depth, both [k, N]."""
     who = group.who
     shape = things.patterns.proportions[who]
     points = group.points.expand(len(who), -1, -1)
@@ -216,8 +217,8 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
     for group in parts:
         pixel, depth = _project(group, things, size)
         k, n = pixel.shape
-        # A key sorts by the rank of the thing (the front one first), then by depth, then by point number, so that the
-        # minimum is unique.
+        # A key sorts by the rank of the thing (the front thing first), then by depth, then by point number. The minimum
+        # is therefore unique.
         rank = things.rank[group.who][:, None]
         near = (depth.clamp(2, 9) * (2**20 / 10)).long() + (rank << 21)
         key = (near << 32) | torch.arange(start, start + k * n, device=device).view(k, n)
@@ -235,8 +236,8 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
 
 
 def _closed(nearest: Tensor) -> Tensor:
-    """Closes holes of one subpixel in keys [B, S, S]. At a hole, both neighbours in a row or column are clearly
-    nearer."""
+    """Closes holes of one subpixel in the keys [B, S, S]. A subpixel is a hole if both of its neighbours in the row, or
+    both in the column, are clearly nearer."""
     far = torch.maximum
     inner = nearest[:, 1:-1, 1:-1]
     around = torch.minimum(
@@ -248,7 +249,7 @@ def _closed(nearest: Tensor) -> Tensor:
 
 
 def _look_up(things: Instances, parts: list[Group], starts: list[int], at: Tensor, key: Tensor) -> Hits:
-    """Looks up the points to which the keys of the visible subpixels belong."""
+    """Looks up the points to which the keys of the subpixels `at` belong."""
     number = key & 0xFFFFFFFF
     m = len(at)
     canonical, normal = at.new_zeros((m, 3), dtype=torch.float32), at.new_zeros((m, 3), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Defines the drawing styles, which are functions of a finished picture and its per-pixel ground truth.
 
-They work on pictures of S×S subpixels, where S is twice the final size. `render` averages them afterwards.
+They work on pictures of S×S subpixels, where S is twice the final size. `render` averages the subpixels afterwards.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def blur(picture: Tensor, radius: int) -> Tensor:
 
 
 def _slope(values: Tensor) -> Tensor:
-    """Returns the largest difference between opposite neighbours of each pixel, over all channels, [b, 1, S, S]."""
+    """Returns the largest difference, in any channel, between two opposite neighbours of each pixel, [b, 1, S, S]."""
     padded = F.pad(values, (1, 1, 1, 1), mode="replicate")
     across = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]).abs()
     down = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]).abs()
@@ -158,8 +158,8 @@ def halftone(s: Sheet) -> Tensor:
 
 
 def _cells(s: Sheet, pitch: float) -> tuple[Tensor, Tensor]:
-    """Divides the picture into irregular cells. Returns for each pixel the colour at the centre of its cell, and how
-    much nearer this centre is than the next one, in 64ths of the picture."""
+    """Divides the picture into irregular cells. Returns, for each pixel, the colour at the centre of its cell, and how
+    much nearer this centre is than the second nearest, in 64ths of the picture."""
     b, _, size, _ = s.picture.shape
     x, y = _grid(s)
     best = torch.full((b, 1, size, size), 1e9, device=s.picture.device)
@@ -191,7 +191,7 @@ def stained_glass(s: Sheet) -> Tensor:
 
 
 def _ramp(values: Tensor, colors: list[tuple[float, float, float]]) -> Tensor:
-    """Maps values [b, 1, S, S] in [0, 1] to a colour ramp."""
+    """Maps values [b, 1, S, S] in [0, 1] to the colours of a ramp. Returns [b, 3, S, S]."""
     table = values.new_tensor(colors)
     at = values[:, 0].clamp(0, 1) * (len(colors) - 1)
     low = at.floor().long().clamp(max=len(colors) - 2)
@@ -263,7 +263,7 @@ DRAWERS: dict[str, Callable[[Sheet], Tensor]] = {
 
 
 def draw(name: str, sheet: Sheet) -> Tensor:
-    """Draws pictures in a style, [b, 3, S, S]. Raises ValueError if the style is unknown."""
+    """Draws the pictures of a sheet in a style. Returns [b, 3, S, S]. Raises ValueError if the style is unknown."""
     if name not in DRAWERS:
         raise ValueError(f"the toybox has no style {name!r}; choose from photo, {', '.join(DRAWERS)}")
     return DRAWERS[name](sheet).clamp(0, 1)

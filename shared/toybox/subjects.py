@@ -1,7 +1,7 @@
 """Defines subjects, faces and styles for personalization. They are held out from training and divided into two splits.
 
-Use "development" while working and "reporting" for final numbers. Every subject comes with distractors, which are other
-things of the same class and palette that differ from it only in pattern or identity.
+Use the "development" split while you work on a method, and the "reporting" split for final numbers. Every subject comes
+with distractors, which are other things of the same class and palette that differ from it only in pattern or identity.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _STYLES = {
     "development": ("blueprint", "halftone", "stained glass", "thermal"),
     "reporting": ("duotone", "mosaic", "woodcut", "crosshatch"),
 }
-_PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "purple"))  # hair and shirt of the faces
+# The colours of the faces' hair and shirts.
+_PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "purple"))
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ def faces(split: str) -> tuple[HeldOut, ...]:
 
 
 def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development") -> list[Scene]:
-    """Returns scenes for n photos of a thing, like those that a user would take. The thing is near the middle of the
-    picture and seen from several sides, in several places.
+    """Returns scenes for n photos of a thing, like those that a user would take. The thing is near the middle of each
+    picture. It is seen from several sides and in several places.
 
-    The views cycle through front, left, back, right, above and front right. Backgrounds repeat only after all have been
-    used.
+    The views cycle through front, left, back, right, above and front right. Backgrounds repeat only after all of them
+    have been used.
     """
     rng = np.random.default_rng([seed, SEEDS[split].start, 9])
     order = [BACKGROUNDS[i] for i in rng.permutation(len(BACKGROUNDS))]
@@ -116,15 +117,16 @@ def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development"
 
 
 def style_names() -> dict[str, str]:
-    """Returns the held-out styles by full name, for example "stained glass" by "development-stained-glass"."""
+    """Returns the held-out styles, keyed by full name. For example, "development-stained-glass" is the key of "stained
+    glass"."""
     return {f"{split}-{style.replace(' ', '-')}": style for split in _STYLES for style in _STYLES[split]}
 
 
 def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
     """Returns n scenes in one held-out style, each with a plain thing of a different class in a different place.
 
-    Classes and backgrounds repeat only after all have been used. Things and cameras are sampled as in training. Raises
-    ValueError, with the choices, if the style is unknown.
+    Classes and backgrounds repeat only after all of them have been used. Things and cameras are sampled as in training.
+    Raises ValueError, listing the choices, if the style is unknown.
     """
     names = style_names()
     if name not in names:

@@ -1,4 +1,5 @@
-"""Turns visible surfaces into pictures. Writes the values of hits into subpixels, and averages these over pixels."""
+"""Turns visible surfaces into pictures. The values of hits are written into subpixels. The subpixels
+of each pixel are then averaged."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ SPACING = 0.02  # distance between neighbouring points of a surface, for picture
 
 @dataclass(frozen=True)
 class HitImage:
-    """The hits of `count` scenes (B), on pictures of `side` × `side` (S × S) subpixels."""
+    """The hits of B = `count` scenes, on pictures of S×S subpixels, where S is `side`."""
 
     hits: Hits
     count: int
@@ -28,18 +29,18 @@ class HitImage:
         return flat.view(self.count, self.side, self.side, -1).permute(0, 3, 1, 2)
 
     def depth(self) -> Tensor:
-        """Returns the depth [B, 1, S, S], `FAR` in the background."""
+        """Returns the depth [B, 1, S, S], which is `FAR` in the background."""
         return self.scatter(self.hits.depth[:, None], FAR)
 
 
 def halved(picture: Tensor) -> Tensor:
-    """Averages blocks of 2×2 subpixels. Converts [B, C, S, S] to [B, C, S / 2, S / 2]."""
+    """Averages blocks of 2×2 subpixels of a picture [B, C, S, S]. Returns [B, C, S / 2, S / 2]."""
     rows = picture[..., ::2, :] + picture[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]) * 0.25
 
 
 def near_depth(depth: Tensor, mask: Tensor) -> Tensor:
-    """Averages the depth of things within each pixel. Converts [B, 1, S, S] to [B, 1, S / 2, S / 2]. Pixels without a
-    thing get the depth `FAR`."""
+    """Averages the depth [B, 1, S, S] of things within each pixel. Returns [B, 1, S / 2, S / 2]. Pixels without a thing
+    get the depth `FAR`."""
     cover = halved(mask)
     return torch.where(cover > 0, halved(depth * mask) / cover.clamp_min(1e-6), torch.full_like(cover, FAR))

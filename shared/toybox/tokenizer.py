@@ -1,9 +1,9 @@
-"""The toybox's own CLIP tokenizer, for which every word of the toybox world is one token.
+"""The toybox's own CLIP tokenizer, in which every word of the toybox world is one token.
 
 The vocabulary is a byte-pair encoding *trained to exhaustion* on a fixed word list. Merges are learned until each
 listed word is a single symbol, so each listed word becomes exactly one token (tested). Other text falls back to shorter
-symbols, down to single bytes, as in OpenAI's CLIP, so no text is ever unknown. The tokenizer is an ordinary
-``transformers.CLIPTokenizer``; new tokens are added with ``add_tokens`` and the text model's
+symbols, down to single bytes, so no text is ever unknown. OpenAI's CLIP does the same. The tokenizer is an ordinary
+``transformers.CLIPTokenizer``. New tokens are added with ``add_tokens`` and the text model's
 ``resize_token_embeddings``.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_LENGTH = 32
-"""The number of tokens per prompt, including begin and end (``model_max_length``)."""
+"""The number of tokens per prompt, including the begin and end tokens (``model_max_length``)."""
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -64,7 +64,7 @@ def world_words() -> list[str]:
     """Returns the words of the toybox's captions, the prompt words and the rare tokens, sorted and unique.
 
     Returns:
-        lower-case words that consist only of letters; other words are split, as CLIP's pre-tokenizer does
+        lower-case words that consist only of letters; other words are split, as they are by CLIP's pre-tokenizer
     """
     from shared.toybox import captions
 
@@ -117,10 +117,11 @@ def build(words: Sequence[str] | None = None) -> CLIPTokenizer:
     end token. The end token is also used for padding, as in CLIP.
 
     Args:
-        words: words that become one token each, after ``clean_words``. If None, those of ``world_words``.
+        words: the words that become one token each, once ``clean_words`` has split them. If None, the words of
+            ``world_words`` are used.
 
     Returns:
-        a ``CLIPTokenizer`` with ``model_max_length`` of ``MAX_LENGTH``
+        a ``CLIPTokenizer`` whose ``model_max_length`` is ``MAX_LENGTH``
     """
     from transformers import CLIPTokenizer
 
@@ -137,8 +138,8 @@ def _vocab_and_merges(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[
 
 
 def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes ``tokenizer.json`` and its config. Also writes ``vocab.json`` and ``merges.txt``, for older
-    transformers."""
+    """Writes ``tokenizer.json`` and its config. Also writes ``vocab.json`` and ``merges.txt``, which older versions of
+    transformers need."""
     tokenizer.save_pretrained(str(folder))
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -147,5 +148,5 @@ def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def is_one_token(tokenizer: CLIPTokenizer, word: str) -> bool:
-    """Returns whether ``word`` is tokenized as a single token between begin and end."""
+    """Returns whether ``word`` is tokenized as a single token between the begin and end tokens."""
     return len(tokenizer(word)["input_ids"]) == 3

@@ -19,10 +19,10 @@ def asked_scenes(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> list[Scene]:
     """Samples one scene for each entry of `asked`. An entry contains the attributes that the picture must show
-    (`background`, `view`, `accessory` and `style`, as the recognizer names them). The rest is random, as in
-    `sample_scene`.
+    (`background`, `view`, `accessory` and `style`, as the recognizer names them). All other attributes are random, as
+    in `sample_scene`.
 
-    pose: the seed of the pose and position that all scenes share. If None, each scene has its own.
+    pose: the seed of the pose and position that all scenes share. If None, each scene has its own pose and position.
     """
     rng = np.random.default_rng([seed, 12])
     one = None if pose is None else sample_camera(np.random.default_rng([pose, 13]))
@@ -45,7 +45,7 @@ def asked_pictures(
 
 @lru_cache(maxsize=1)
 def drawing_code() -> str:
-    """Returns a hash of the drawing code. When it changes, measurements of true pictures are no longer reused."""
+    """Returns a hash of the drawing code. Stored measurements of true pictures are reused only if it is unchanged."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())

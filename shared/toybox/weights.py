@@ -1,4 +1,4 @@
-"""Locates the toybox's weights, and reads the recommended sampling settings."""
+"""Locates the toybox's weights and reads the recommended sampling settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def backbone_path() -> Path:
     """
     folder = WEIGHTS / "backbone"
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"no toybox backbone in {folder}: reinstall, or create it with `pcs toybox train`")
+        raise ValueError(f"no toybox backbone in {folder}; reinstall, or create it with `pcs toybox train`")
     return folder
 
 
@@ -35,5 +35,5 @@ def motion_adapter_path() -> Path:
     """
     folder = WEIGHTS / "motion_adapter"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no toybox motion module in {folder}: reinstall, or create it with `pcs toybox train`")
+        raise ValueError(f"no toybox motion module in {folder}; reinstall, or create it with `pcs toybox train`")
     return folder

@@ -1,7 +1,7 @@
 """Defines the vocabularies of the toybox world, and samples scenes from it.
 
-Angles are in degrees. At azimuth 0 the camera sees a thing's front, at 90 its left side; at elevation 90 it looks down
-from above. Positions and sizes are fractions of the picture.
+Angles are in degrees. The camera sees the front of a thing at azimuth 0, and its left side at azimuth 90. At elevation
+90, the camera looks straight down. Positions and sizes are fractions of the picture.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ VIEWS = ("front", "side", "back", "above")
 ACCESSORIES = ("none", "red hat", "yellow crown", "pink glasses", "rainbow scarf")
 STYLES = ("photo", "pencil sketch", "watercolor painting", "pixel art", "cartoon", "neon")
 
-# The pattern and identity seeds of each split. The ranges are disjoint. The range for training is so small that each of
-# its seeds occurs several times, in different colours and places.
+# The pattern and identity seeds of each split. The ranges are disjoint. The training range is small enough for each of
+# its seeds to occur several times, in different colours and places.
 SEEDS = {
     "train": range(0, 20_000),
     "development": range(1_000_000, 1_010_000),
@@ -101,10 +101,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Camera:
-    """The viewpoint from which a thing is seen, and its position in the picture. x points right and y points down
-    from the centre.
+    """The viewpoint from which a thing is seen, and the position and scale of the thing in the picture.
 
-    At scale 1, the thing nearly fills the picture.
+    x points right and y points down from the centre of the picture. At scale 1, the thing nearly fills the picture.
     """
 
     azimuth_deg: float = 0.0
@@ -133,11 +132,11 @@ class Camera:
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a picture. It shows one or two things, each with its own camera; the left one comes first.
+    """The content of a picture. It shows one or two things, each with its own camera. The left thing comes first.
 
     seed: determines the details of the background and the light
-    pan: the shift of the background to the right, in fractions of the picture, because the camera has moved to its
-        right
+    pan: the shift of the background to the right, in fractions of the picture. It is positive if the camera has moved
+        to its right.
     """
 
     things: tuple[Thing, ...]
@@ -154,7 +153,7 @@ class Scene:
 
 
 def identity_of(seed: int) -> tuple[float, ...]:
-    """Returns the identity vector of a face, IDENTITY_SIZE numbers in [-1, 1]."""
+    """Returns the identity vector that a seed gives to a face. It has IDENTITY_SIZE numbers in [-1, 1]."""
     values = np.random.default_rng([seed, 7]).uniform(-1, 1, IDENTITY_SIZE)
     return tuple(round(float(v), 4) for v in values)
 
@@ -213,7 +212,7 @@ def sample_camera(rng: np.random.Generator, view: str | None = None) -> Camera:
 def _pair(
     rng: np.random.Generator, split: str, fixed: dict[str, Any]
 ) -> tuple[tuple[Thing, Thing], tuple[Camera, Camera]]:
-    """Samples two things of different classes, which are side by side. The left one comes first."""
+    """Samples two things of different classes that are side by side, and their cameras. The left thing comes first."""
     first = sample_thing(rng, split, **{"accessory": "none", **fixed})
     other = _choose(rng, CLASSES, (first.class_name,))
     second = sample_thing(rng, split, class_name=other, accessory="none")
@@ -237,7 +236,7 @@ def _pair(
 def sample_scene(rng: np.random.Generator, split: str = "train", **fixed: Any) -> Scene:
     """Samples a random scene.
 
-    split: "train", "development" or "reporting", which determines the range of its pattern and identity seeds
+    split: "train", "development" or "reporting", which determines the range of the pattern and identity seeds
     fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity, thing (a complete Thing),
         background, view, camera, style, two (bool), seed
     """

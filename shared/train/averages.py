@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Averages:
     """An exponential moving average of parameters, in fp32.
 
-    The decay warms up as (1 + step) / (10 + step) and is capped, so early averages forget the initial values quickly.
+    The decay rises as (1 + step) / (10 + step) up to a cap, so early averages forget the initial values quickly.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], cap: float) -> None:
@@ -28,10 +28,12 @@ class Averages:
         return {name: shadow.cpu().clone() for name, shadow in self.shadow.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads saved averages, in any order. Raises ValueError if their names do not match those of the parameters."""
+        """Loads saved averages, whose order does not matter. Raises ValueError if their names differ from those of the
+        parameters."""
         if state.keys() != self.shadow.keys():
             raise ValueError(
-                f"{len(state)} saved averages do not match {len(self.shadow)} parameters: they belong to another run"
+                f"the names of {len(state)} saved averages do not match those of {len(self.shadow)} parameters, "
+                "so the averages belong to another run"
             )
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])

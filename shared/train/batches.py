@@ -1,4 +1,4 @@
-"""Turns examples into batches. Chooses their order, captions and augmentation, and caches what does not vary."""
+"""Turns examples into batches: chooses their order, captions and augmentations, and caches what does not vary."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from shared.sampling.sampler import images_per_batch
 from shared.train.loop import generator
 from shared.types import Batch, Example, Role
 
-_ENCODE_PIXELS = 2**18  # the most pixels per autoencoder pass while caching, those of one 512x512 picture
-#: Step numbers that never occur in a run; they seed the streams for epoch order, cached variants and preparation.
+_ENCODE_PIXELS = 2**18  # maximum number of pixels per autoencoder pass while caching (one 512x512 picture)
+#: Step numbers that never occur in a run. They seed separate random streams for the order of examples in an epoch, for
+#: cached variants, and for the preparation of examples.
 _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 
 
 @dataclass(frozen=True)
 class CachedExample:
-    """One example ready to be batched: the mean and spread of its latents, and its masks at latent size."""
+    """One example ready to be batched: the mean and standard deviation of its latents, and its masks at latent size."""
 
     example: Example  # without pixels, unless a part needs them
     mean: Tensor  # [C, (f), h, w]
@@ -37,16 +38,17 @@ class CachedExample:
 class Data:
     """Draws batches.
 
-    If no augmentation is random, the latents of each picture are cached once, otherwise in `train.variants` versions.
-    Pixels are dropped as soon as they are encoded.
+    With `train.cache`, the latents of each picture are cached. If no augmentation is random, there is one version of
+    each picture; otherwise there are `train.variants` versions, or no cache if that number is 0. Unless `keep_pixels`
+    is set, pixels are dropped as soon as their latents are cached.
 
     The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, the same
     number of class examples follows.
 
     Args:
         examples: consumed once, in order
-        words: owner -> its words in a caption
-        keep_pixels: whether batches contain pixels, for parts that need them
+        words: owner -> the words that stand for it in a caption
+        keep_pixels: whether batches also contain pixels, which some parts need
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Data:
             asked = (
                 "objective.inside is below objective.outside" if recipe.objective.inverts else "objective.masked is on"
             )
-            warnings.warn(f"{asked}, but no picture has a mask, so the whole picture counts", stacklevel=2)
+            warnings.warn(f"{asked}, but no picture has a mask, so the loss covers whole pictures", stacklevel=2)
 
     @property
     def instances(self) -> list[Example]:
@@ -98,7 +100,7 @@ class Data:
     # --- reading -------------------------------------------------------------------------------------------
 
     def _read(self, examples: Iterable[Example]) -> None:
-        """Reads the examples. If latents are cached, they are encoded in batches with a limited number of pixels."""
+        """Reads the examples. If latents are cached, encodes the examples in batches of limited size."""
         waiting: dict[str, list[int]] = {"instance": [], "prior": []}
         for number, example in enumerate(examples):
             if example.role == "prior" and not self.with_priors:
@@ -114,7 +116,10 @@ class Data:
                 self._fill(role, indices)
 
     def _prepared(self, example: Example, index: int) -> Example:
-        """Applies what never varies: masks, augmentations if none is random, and the words of other concepts in the caption."""
+        """Does the work that never varies.
+
+        Adds masks, applies the augmentations if none is random, and expands the names of other concepts in the caption.
+        """
         for mask in self.recipe.masks.values():
             example = mask(example)
         for augment in () if self.random else self.recipe.augment.values():
@@ -127,7 +132,7 @@ class Data:
             raise ValueError(f"the caption of {example.source}: {error}") from None
 
     def _fill(self, role: str, indices: Sequence[int]) -> None:
-        """Caches these examples in every variant, and drops their pixels."""
+        """Caches every variant of these examples, and then drops their pixels."""
         of_role = self._by_role[role]
         for variant in range(self._variants):
             ready = []
@@ -141,10 +146,10 @@ class Data:
 
     @torch.no_grad()
     def _encode(self, examples: Sequence[Example]) -> list[CachedExample]:
-        if len({e.pixels.shape for e in examples}) > 1:  # pictures and clips, or clips of several lengths
+        if len({e.pixels.shape for e in examples}) > 1:  # pictures and clips, or clips of different lengths
             return [cached for e in examples for cached in self._encode([e])]
         pixels = torch.stack([e.pixels for e in examples]).to(self.backbone.device, self.backbone.dtype)
-        with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps its loaded precision
+        with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
             means, stds = (m.float().cpu() for m in self.backbone.latent_moments(pixels))
         size = means.shape[2:]
         return [
@@ -165,7 +170,7 @@ class Data:
         """Returns one micro-batch, which is always the same for the same (seed, step, micro).
 
         Args:
-            role: the role of the examples. If None, subject examples, plus class examples if a penalty needs them
+            role: the role of the examples. If None, subject examples, and also class examples if a penalty needs them
         """
         draw = generator(self.recipe.seed, step, micro)
         roles: tuple[Role, ...] = ("instance", "prior") if self.with_priors else ("instance",)
@@ -211,7 +216,7 @@ class Data:
             return self._encode([self._augmented(example, draw)])[0]
         cached = self._cache[(role, index, variant)]
         if self.random:
-            return cached  # an augmentation may have changed its caption
+            return cached  # with its own caption, which an augmentation may have changed
         # drawing a new caption each time costs nothing and adds variety
         captioned = self._caption(example, draw)
         updated = captioned.with_(pixels=cached.example.pixels) if self.keep_pixels else captioned
@@ -232,19 +237,19 @@ class Data:
 
 
 def _own_name_open(example: Example) -> str:
-    """Returns the caption with its owner's name replaced by {concept}, which the prompt part fills in."""
+    """Returns the example's caption with the owner's name replaced by {concept}, which is filled in later."""
     return example.caption.replace(f"<{example.owner}>", "{concept}")
 
 
 def _without_pixels(example: Example) -> Example:
-    """Replaces encoded pixels with an empty tensor; keeps the masks, because later checks look for them."""
+    """Returns the example without its pixels. The masks are kept, because later checks look for them."""
     return example.with_(pixels=example.pixels[..., :0, :0].clone())
 
 
 def _mask_of(cached: CachedExample, owner: str) -> Tensor:
-    """Returns the owner's mask [1, (f), h, w].
+    """Returns the owner's mask in this example, [1, (f), h, w].
 
-    If the owner has no mask in an example, this is all ones in its own examples and all zeros in those of other owners.
+    Without a mask for the owner, the result is all ones if the example shows the owner, and all zeros otherwise.
     """
     if owner in cached.masks:
         return cached.masks[owner]
@@ -252,7 +257,10 @@ def _mask_of(cached: CachedExample, owner: str) -> Tensor:
 
 
 def _at(mask: Tensor | None, size: torch.Size) -> Tensor:
-    """Resizes a mask to latent size by area; None becomes ones. For clips, time is pooled as in the autoencoder."""
+    """Resizes a mask to latent size by averaging over areas. Returns all ones if there is no mask.
+
+    The frames of a clip are pooled over time in the same way as in the autoencoder.
+    """
     if mask is None:
         return torch.ones(1, *size)
     if mask.ndim == 4:

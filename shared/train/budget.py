@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Budget:
-    """Ends a run after `steps`, counted from its start, or after `minutes` from now."""
+    """A limit on a run's length: either `steps`, counted from the start of the run, or `minutes`, counted from now."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -16,10 +16,13 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
-            raise ValueError(f"give either steps or minutes, not both or neither: {self.steps=}, {self.minutes=}")
+            raise ValueError(f"a budget needs exactly one of steps and minutes: {self.steps=}, {self.minutes=}")
 
     def spent(self, step: int, warmup: int = 0) -> float:
-        """Returns the fraction of the budget spent (for a budget in steps, after `warmup`); at 1 or more the run is over."""
+        """Returns the fraction of the budget that has been spent. The run is over when this fraction is 1.
+
+        For a budget in steps, the `warmup` steps are not counted.
+        """
         if self.steps is not None:
             return (step - warmup) / max(1, self.steps - warmup)
         return (time.monotonic() - self.begun) / (60 * max(self.minutes or 0.0, 1e-9))

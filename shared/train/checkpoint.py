@@ -28,7 +28,7 @@ PREFIX = "checkpoint-"
 
 @dataclass(frozen=True)
 class State:
-    """Everything a run needs to resume."""
+    """Everything that a run needs in order to resume."""
 
     phase: int
     step: int  # steps done in this phase
@@ -36,11 +36,11 @@ class State:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     best: Mapping[str, Tensor] = field(default_factory=dict)  # learned tensors at the best score
     info: Mapping[str, Any] = field(default_factory=dict)  # recipe, best score, …
-    carried: Mapping[str, Tensor] = field(default_factory=dict)  # passed on by earlier phases, besides `learned`
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # passed on by earlier phases, in addition to `learned`
 
 
 def save(folder: Path, state: State) -> Path:
-    """Writes `checkpoint-PP-SSSSSSS` and removes older ones."""
+    """Writes the folder `checkpoint-PP-SSSSSSS` (phase and step) and returns it. Removes older checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{PREFIX}{state.phase:02d}-{state.step:07d}"
     while target.exists():  # for the same step, keep the old checkpoint until the new one is complete
@@ -80,7 +80,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def load(folder: Path) -> State | None:
-    """Loads the newest checkpoint; None if there is none. Raises ValueError when it cannot be read."""
+    """Loads the newest checkpoint, or returns None if there is none. Raises ValueError when it cannot be read."""
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
@@ -96,7 +96,10 @@ def load(folder: Path) -> State | None:
 
 
 def amend(folder: Path, **info: Any) -> None:
-    """Adds to the newest checkpoint's `info`; tensors are unchanged. Raises AssertionError if there is no checkpoint."""
+    """Adds entries to the newest checkpoint's `info`, without changing its tensors.
+
+    Raises AssertionError if there is no checkpoint.
+    """
     checkpoints = _checkpoints(folder)
     assert checkpoints, f"no checkpoint in {folder}"
     file = checkpoints[-1] / "state.json"
@@ -104,22 +107,25 @@ def amend(folder: Path, **info: Any) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes only what earlier runs wrote into their training folder: checkpoints, logs and samples."""
+    """Removes the checkpoints, logs and samples that earlier runs wrote to their training folder, and nothing else."""
     drop(folder)
     remove_written(folder)
 
 
 def clear_if_none(folder: Path) -> None:
-    """Removes a training folder without a checkpoint, from which nothing could resume; files that pcs did not write stay."""
+    """Removes a training folder if it contains no checkpoint, because then no run could resume from it.
+
+    Files that pcs did not write are kept.
+    """
     if not folder.is_dir() or _checkpoints(folder):
         return
     clear(folder)
-    with suppress(OSError):  # not empty
+    with suppress(OSError):  # raised if the folder is not empty
         folder.rmdir()
 
 
 def drop(folder: Path) -> None:
-    """Removes the checkpoints of a finished run, each one atomically."""
+    """Removes the checkpoints of a finished run. The removal of each checkpoint is atomic."""
     for path in reversed(_checkpoints(folder)):
         _drop(path)
     if folder.is_dir():
@@ -128,7 +134,7 @@ def drop(folder: Path) -> None:
 
 def _drop(path: Path) -> None:
     if foreign_files(path, 1) if path.is_dir() and not path.is_symlink() else True:
-        remove_written(path)  # files that pcs did not write stay
+        remove_written(path)  # files that pcs did not write are kept
         return
     gone = beside(path)
     os.rename(path, gone)

@@ -1,4 +1,4 @@
-"""Measures what a run costs, in seconds by kind of work and in memory."""
+"""Measures what a run costs in time, separately for each kind of work, and in memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 
 class Clock:
-    """Counts seconds by kind of work.
+    """Counts the seconds spent on each kind of work.
 
-    `on("b")` inside `on("a")` pauses "a" and counts for "b"; `on(None)` counts nothing.
+    `on("b")` inside `on("a")` pauses the count of "a" and counts for "b"; `on(None)` pauses all counts.
     """
 
     def __init__(self, spent: Mapping[str, float] | None = None) -> None:
@@ -51,7 +51,10 @@ def watch_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Returns the peak memory in bytes, and what it covers: "gpu" (tensors since `watch_memory`) or "process"."""
+    """Returns the peak memory in bytes, and the name of what was measured.
+
+    The name is "gpu" (all tensors since `watch_memory`) or "process" (the whole process).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "gpu"
     unit = 1 if sys.platform == "darwin" else 1024
@@ -59,9 +62,14 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
 
 def summary(clock: Clock, device: torch.device, before: int = 0) -> dict[str, float | int | str]:
-    """Returns the costs recorded in a concept's metrics: seconds spent on optimisation (`training_seconds`), on reading and
-    generating training pictures, and on validation; and the peak memory in bytes. `before` is the peak before an
-    interruption."""
+    """Returns the costs that are recorded in a concept's metrics.
+
+    These are the seconds spent on optimisation (`training_seconds`), on reading and generating training pictures
+    (`class_pictures_seconds`) and on validation, and the peak memory in bytes.
+
+    Args:
+        before: the peak memory before an interruption of the run; 0 if there was none
+    """
     spent, (peak, of) = clock.spent, peak_memory(device)
     return {
         "training_seconds": round(spent.get("optimisation", 0.0), 3),

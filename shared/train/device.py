@@ -6,10 +6,10 @@ import torch
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Returns `name` as a device; for None, the GPU if there is one, else the CPU.
+    """Returns the device called `name`. If `name` is None, returns the GPU if there is one, and the CPU otherwise.
 
     Raises:
-        ValueError: if this machine has no such device; the message lists the available ones
+        ValueError: if this machine has no such device. The message lists the available devices
     """
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     try:

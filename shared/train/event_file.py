@@ -13,19 +13,20 @@ from shared.io.failures import writing
 
 
 class EventFile:
-    """A new event file in a folder, which is created if necessary.
+    """A new event file in a folder. The folder is created if it does not exist.
 
-    Every event is on disk when its call returns. torch's `SummaryWriter` is not used, because it writes in its own
-    thread. On a full disk, that thread prints a traceback, and the error that reaches the caller names no file.
+    Each event is written to the file before the call that logs it returns. torch's `SummaryWriter` is not used, because
+    it writes in a separate thread. When the disk is full, that thread prints a traceback, and the error that reaches
+    the caller does not name the file.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """Creates the file. TensorBoard hides what earlier files in the folder contain from `purge_step` onwards."""
+        """Creates the file. TensorBoard hides the events of earlier files in the folder from `purge_step` onwards."""
         from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names
+        # TensorBoard reads the files in the order of their names
         self.path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self._file = self.path.open("xb")
         self._records = RecordWriter(self._file)

@@ -1,4 +1,4 @@
-"""Generates pictures as a phase of a run, with the concept learned so far, into a folder that a later phase reads."""
+"""A phase that generates pictures with the concept learned so far, for later phases to read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.train.task import Updates
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture to generate. `about` is any other information about it that a later phase needs."""
+    """A picture to generate. `about` contains any further information about the picture that a later phase needs."""
 
     file: str
     owner: str
@@ -34,8 +34,10 @@ class Shot:
 
 
 class Generate(ConceptTask):
-    """A task that generates `batch_size` pictures per step. Each file stores a hash of everything it depends on, so a resumed
-    run reuses its own pictures and never those of another run.
+    """A task that generates `batch_size` pictures per step.
+
+    Each file contains a hash of the settings and tensors that it depends on. A resumed run therefore reuses its own
+    pictures, but never those of a different run.
 
     Raises ValueError when the run cannot generate pictures.
     """
@@ -63,12 +65,12 @@ class Generate(ConceptTask):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def pictures(self, shots: Sequence[Shot]) -> Tensor:
-        """Generates these pictures, and returns them as [N, 3, H, W] in [-1, 1]."""
+        """Generates the pictures of these shots and returns them ([N, 3, H, W] in [-1, 1])."""
         assert self.context.make is not None
         return self.context.make(self.texts(shots), [s.seed for s in shots], self.context.recipe)
 
     def texts(self, shots: Sequence[Shot]) -> list[str]:
-        """Returns the expanded prompts of these pictures."""
+        """Returns the expanded prompts of these shots."""
         placeholders = self.context.backbone.placeholders
         return [expand(s.prompt.replace("{concept}", f"<{s.owner}>"), placeholders) for s in shots]
 
@@ -98,7 +100,7 @@ class Generate(ConceptTask):
 
     @property
     def key(self) -> str:
-        """A hash of what a picture depends on besides its prompt and seed; it stays the same throughout the phase."""
+        """A hash of everything that pictures of this phase depend on besides their prompts and seeds."""
         if not self._key:
             recipe, backbone = self.context.recipe, self.context.backbone
             digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())
@@ -116,7 +118,10 @@ class Generate(ConceptTask):
             return False
 
     def result(self) -> list[dict[str, Any]]:
-        """Writes and returns the list of kept pictures: the best of each subject by score, or all."""
+        """Writes and returns the list of kept pictures, after generating any that are missing.
+
+        If the task's `keep` is set, only the pictures with the highest scores are kept for each subject.
+        """
         for first in range(0, len(self.shots), self.settings.batch_size):
             self._paint(self.shots[first : first + self.settings.batch_size])
         kept: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Keeps the state from before the last update, so that a non-finite loss costs only one step and not the whole run."""
+"""Keeps the state from before the last update, so that a non-finite loss costs one step rather than the whole run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from shared.train.optim import Optimizers
 
-MOST = 2**26  # trained values; above this, no copy is kept, and only the last checkpoint can be restored
-_WILD = 1000.0  # a loss this many times the lowest one no longer counts as good
+MOST = 2**26  # maximum number of trained values; above it, no copy is kept, and only checkpoints can be restored
+_WILD = 1000.0  # a loss above this multiple of the lowest loss does not count as good
 
 
 class LastGood:
-    """A copy of the parameters and moments that produced the last good loss, from before the update that followed.
+    """A copy of the parameters and moments that produced the last good loss, made before the update that followed it.
 
-    When a loss is not finite, the current parameters are the ones that produced it, so training cannot continue from them.
+    A non-finite loss is produced by the current parameters, so training cannot continue from them.
     """
 
     def __init__(self, optimizers: Optimizers) -> None:
@@ -31,7 +31,7 @@ class LastGood:
 
     @torch.no_grad()
     def keep(self, step: int, loss: float) -> None:
-        """Keeps the current state, unless it is too large or the loss is far above the lowest one.
+        """Keeps the current state, unless it is too large or the loss is far above the lowest loss so far.
 
         Call this before an update, with the number of steps done and the loss of the current parameters.
         """
@@ -45,8 +45,10 @@ class LastGood:
         self._progress = self.optimizers.progress()
 
     def _refilled(self, now: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> bool:
-        """Copies into the tensors that are already kept, which is cheaper than allocating new ones each step. Returns False,
-        and does nothing, if they do not match."""
+        """Copies the current state into the tensors already kept, which is cheaper than allocating new ones.
+
+        Returns False, without copying anything, if the current parameters do not match the kept ones.
+        """
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         others: list[tuple[dict[str, Any], str, Any]] = []
@@ -61,7 +63,7 @@ class LastGood:
                     targets.append(old)
                 else:
                     others.append((moments, key, new))
-        if any(not key for _, key, _ in others):  # a parameter of another shape
+        if any(not key for _, key, _ in others):  # a parameter with another shape, dtype or device
             return False
         torch._foreach_copy_(targets, sources)
         for moments, key, new in others:
@@ -78,7 +80,10 @@ class LastGood:
 
     @torch.no_grad()
     def put_back(self) -> int | None:
-        """Restores the kept parameters and moments. Returns their number of steps, or None if no good state is kept."""
+        """Restores the kept parameters and moments.
+
+        Returns the number of steps done in the restored state, or None if no good state is kept.
+        """
         if self.step is None or not all(bool(values.isfinite().all()) for values, _ in self._kept):
             return None
         for (parameter, state), (values, moments) in zip(self.optimizers.states(), self._kept, strict=True):

@@ -15,7 +15,7 @@ def adapters_in(backbone: Backbone, adapter_sets: Sequence[str]) -> list[Adapter
 
 
 def gather(backbone: Backbone, names: Sequence[str], adapter_sets: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the tensors `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`, in fp32 on the CPU."""
+    """Returns the learned tensors in fp32 on the CPU, as `placeholder/<concept>/<key>` or `adapter/<slot>/<tensor>`."""
     out = {}
     for name in names:
         for key, value in backbone.placeholders[name].state_dict().items():
@@ -35,8 +35,8 @@ def restore(
 ) -> None:
     """Loads the tensors that `gather` returned.
 
-    With `fresh`, an adapter with no saved tensors keeps its initial values, because the phase that adds it is just
-    starting. Raises ValueError when tensors are missing, unexpected or of the wrong shape.
+    With `fresh`, which is set when a phase starts, an adapter without saved tensors keeps its initial values, because
+    that phase has just added it. Raises ValueError when tensors are missing, unexpected or of the wrong shape.
     """
     left = dict(state)
     for name in names:

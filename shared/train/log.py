@@ -27,15 +27,16 @@ def check_log(folder: Path) -> None:
     if in_the_way:
         raise ValueError(
             f"{folder} contains files that pcs did not write and that training would replace ({names(in_the_way)}): "
-            "move them away"
+            "move them elsewhere"
         )
 
 
 class Log:
     """Writes `log.jsonl` and TensorBoard events into one folder, which is created on the first write.
 
-    Lines of an earlier log past step `start` are dropped. Written files are added to the folder's list of files
-    (`shared.io.foreign_files`); raises ValueError when one would replace a file that pcs did not write.
+    If the folder already contains a log, its lines after step `start` are dropped. Every written file is added to the
+    folder's list of files (`shared.io.foreign_files`). Raises ValueError when a file that pcs did not write would be
+    replaced.
     """
 
     def __init__(self, folder: Path, start: int = 0, tensorboard: bool = True) -> None:
@@ -79,7 +80,7 @@ class Log:
     def samples(self, step: int, pixels: Tensor) -> None:
         """Logs generated pictures ([N, 3, H, W]) or clips ([N, 3, F, H, W]) in [-1, 1].
 
-        Writes a sheet of all of them to `samples/`, and each one to TensorBoard.
+        Writes one sheet with all of them to `samples/`, and each of them to TensorBoard.
         """
         from shared.io.contact_sheets import grid, stills, write_picture
 
@@ -110,5 +111,5 @@ def flat(record: Record) -> dict[str, float]:
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that is incomplete because the process was killed
+    except (ValueError, KeyError, TypeError):  # the line is incomplete, because the process was killed
         return 2**62

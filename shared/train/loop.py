@@ -23,7 +23,7 @@ from shared.train.task import Regrouped, Update, Updates, UpdateSource
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-#: Returns what is trained from a given step onwards; None if nothing changes.
+#: Returns the parameters that are trained from a given step onwards, or None if they do not change.
 Regroup = Callable[[int], Regrouped | None]
 
 
@@ -31,15 +31,15 @@ Regroup = Callable[[int], Regrouped | None]
 class Record:
     """The outcome of one step."""
 
-    step: int  # steps done, this one included
-    loss: float | None  # None for a step that has no loss, because it generates pictures
+    step: int  # the number of steps done, including this one
+    loss: float | None  # None if the step has no loss, for example because it generates pictures
     parts: Mapping[str, float]
     lr: Mapping[str, float]
     grad_norm: float
 
 
 def generator(seed: int, step: int, micro: int = 0) -> torch.Generator:
-    """Returns the CPU generator of one micro-batch; streams of different steps do not overlap in practice."""
+    """Returns the CPU generator of one micro-batch. In practice, the streams of different steps do not overlap."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB + 1) % 2**63
     return torch.Generator().manual_seed(mixed)
 
@@ -51,7 +51,8 @@ class Loop:
     Args:
         good: keeps the state to roll back to when a loss or a gradient is not finite
         averages: moving averages of the trained parameters, updated after each step
-        regroup: called before each step. On a change, parameters that stay keep their moments, and `good` starts over
+        regroup: called before each step. If it changes what is trained, parameters that stay keep their moments, and
+            `good` starts over
     """
 
     task: UpdateSource
@@ -67,7 +68,7 @@ class Loop:
     def run(self, start: int = 0) -> Iterator[Record]:
         """Yields a `Record` after each step, from `start` until the budget is spent.
 
-        Raises NotFinite when a loss or a gradient is not finite, before any parameter changes. `good` then contains the
+        Raises NotFinite when a loss or a gradient is not finite, without applying the update. `good` then contains the
         state to roll back to.
         """
         step = start
@@ -121,7 +122,7 @@ class Loop:
             done.norm, done.kept = self.optimizers.step(group, self.accelerator, step, before, closure), True
 
     def _again(self, group: str, step: int) -> torch.Tensor:
-        """Recomputes one optimizer group's loss and gradients with the same noise; other groups' gradients are kept."""
+        """Recomputes the loss and gradients of one optimizer group with the same noise. Other gradients are kept."""
         self.optimizers.zero_grad(group)
         total = torch.zeros(())
         for micro in range(self.gradient_accumulation):
@@ -136,7 +137,7 @@ class Loop:
 
 
 class _Sums:
-    """A step's totals over its micro-batches."""
+    """The totals of a step over its micro-batches."""
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches

@@ -17,7 +17,7 @@ from shared.backbones.protocol import Backbone
 @contextmanager
 def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
     """Inside the context, the denoiser's activations are recomputed in the backward pass instead of stored, which takes
-    less memory but more time."""
+    less memory and more time."""
     networks: list[Any] = [backbone.components[name] for name in backbone.noise_ranges] if on else []
 
     def run(module: Any, *args: Any) -> Any:
@@ -47,12 +47,12 @@ def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
 
 
 class Offloaded:
-    """Networks that can be moved from the GPU to main memory while nothing uses them. On other devices, nothing moves.
+    """Networks that can be moved from the GPU to main memory while they are not in use.
 
     Args:
-        on: whether networks move; by default, only from a GPU
-        placement: the placement of a backbone whose networks take turns on the device. With it, each network returns
-            when it is next used
+        on: whether networks are moved at all; by default, only if the device is a GPU
+        placement: the placement of a backbone whose networks take turns on the device. If given, each offloaded network
+            returns to the device only when it is next used
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Offloaded:
         self.offload(*(self.networks.keys() - set(used)))
 
     def restore(self) -> None:
-        """Brings all offloaded networks back to the device, now or when they are next used."""
+        """Brings all offloaded networks back to the device: now or, with a `placement`, when each is next used."""
         for name in () if self._return_when_used else sorted(self._away):
             self._placement.use(name)
         self._away = set()
@@ -96,7 +96,7 @@ class Offloaded:
 
 
 def bring_trained(backbone: Backbone) -> None:
-    """Moves networks with parameters being trained to the device, before an optimizer sees them."""
+    """Moves the networks with trainable parameters to the device. Must be called before the optimizers are created."""
     placement = backbone.placement
     if placement is None:
         return

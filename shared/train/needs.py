@@ -23,19 +23,19 @@ class Need(Protocol):
     def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Any]:
         """Returns a context that is open from before the prediction until after the backward pass.
 
-        What it yields is passed to `value`.
+        The value that the context yields is passed to `value` as `entered`.
         """
         ...
 
     def value(self, step: Step, entered: Any) -> Any:
-        """Computes the value. Called when a part first asks for it, at most once per step."""
+        """Computes the value. Called at most once per step, when a part first asks for the value."""
         ...
 
 
 class Needing(Protocol):
     """A part that needs something from a step."""
 
-    needs: ClassVar[frozenset[str]]  # by name
+    needs: ClassVar[frozenset[str]]  # the names of the needs
 
     @property
     def provides(self) -> Sequence[Need]:
@@ -73,8 +73,12 @@ def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> d
 
 
 def check_needs(parts: Mapping[str, Needing], served: Mapping[str, Need]) -> frozenset[str]:
-    """Returns the names of all needs that the parts (by their keys in the recipe) declare. Raises ValueError for a need
-    that nothing provides."""
+    """Returns the names of all needs that the parts declare. Raises ValueError for a need that nothing provides.
+
+    Args:
+        parts: the parts by their keys in the recipe
+        served: the available needs by name
+    """
     for place, part in parts.items():
         missing = sorted(part.needs - served.keys())
         if missing:

@@ -18,19 +18,20 @@ from shared.trainable import TrainableGroup
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SKIPPED = 20  # consecutive fp16 overflows after which halving the scale further will not help
+_SKIPPED = 20  # number of consecutive fp16 overflows after which halving the scale further will not help
 
 
 class NotFinite(RuntimeError):
-    """A loss, a gradient or a parameter is NaN or infinite."""
+    """Raised when a loss, a gradient or a parameter is NaN or infinite."""
 
 
 class Optimizers:
     """One optimizer per group, with one parameter group per trainable part, each with its own rate.
 
     Args:
-        groups: name -> what that optimizer trains
-        settings: by group name. A group without settings uses AdamW; names without a group are ignored
+        groups: the trainable parts of each optimizer, by group name
+        settings: the settings of each optimizer, by group name. A group without settings uses AdamW; settings without a
+            group are ignored
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Optimizers:
         accelerator.backward(loss, **options)
 
     def set_step(self, step: int, budget: Budget) -> None:
-        """Sets this step's rates, and clears leftover gradients."""
+        """Sets the learning rates of this step, and clears leftover gradients."""
         self.zero_grad()
         for name, parts in self.groups.items():
             settings = self.settings[name]
@@ -134,9 +135,9 @@ class Optimizers:
         return {part.slot: group["lr"] for n, parts in self.groups.items() for group, part in self._rated(n, parts)}
 
     def average(self, on: bool) -> None:
-        """Switches the parameters of schedule-free optimizers to their average, for pictures, scores and the concept.
+        """Switches the parameters of schedule-free optimizers to their averages, or back if `on` is False.
 
-        If not `on`, switches them back to the point from which training continues.
+        The averages are used for pictures, scores and the saved concept. Training continues from the original values.
         """
         for name, optimizer in self.raw.items():
             if self.settings[name].averages:
@@ -158,12 +159,17 @@ class Optimizers:
     ) -> float:
         """Clips and checks the gradient, takes a step, clears the gradient, and returns the gradient's norm.
 
-        Raises NotFinite, leaving the parameters unchanged, when the gradient is not finite. With fp16, however, the scaler
-        skips a step whose gradient overflows and halves its scale; only a long series of such steps raises NotFinite.
-        `before` is called just before the parameters change, if the gradient is finite.
+        Raises NotFinite, leaving the parameters unchanged, when the gradient is not finite. With fp16, however, a step
+        whose gradient overflows is skipped and the scaler halves its scale. Only a long series of such steps raises
+        NotFinite.
+
+        Args:
+            index: the step's number, for the error message
+            before: called just before the parameters change, but only if the gradient is finite
+            closure: recomputes the loss and its gradients, for optimizers that need this
         """
         limit = self.settings[group].max_grad_norm
-        # for fp16; unscales only this group's gradients, because phases share parameters
+        # for fp16; unscales only this group's optimizer, because optimizers of earlier phases may share its parameters
         accelerator.unscale_gradients(self.prepared[group])
         parameters = self.parameters([group])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
@@ -191,7 +197,7 @@ class Optimizers:
                     raise NotFinite(f"the update at step {step} left parameters that are not finite")
 
     def scaler_state(self) -> dict[str, float]:
-        """Returns the fp16 scaler's state as plain numbers; empty without a scaler."""
+        """Returns the fp16 scaler's state as plain numbers, or an empty dict if there is no scaler."""
         return {} if self._scaler is None else {**self._scaler.state_dict(), "skipped": self.skipped}
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
@@ -208,7 +214,7 @@ class Optimizers:
     # --- saving and loading --------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, list[dict[str, Any]]]:
-        """Returns what optimizers store per parameter group (an estimated rate, a count), as plain numbers."""
+        """Returns the numbers that optimizers store per parameter group, such as an estimated rate or a count."""
         return {
             name: [
                 {k: group[k] for k in self.settings[name].progress if k in group} for group in optimizer.param_groups
@@ -223,7 +229,10 @@ class Optimizers:
                 group.update(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns moments and step counts as tensors by `group.index.name`. Suffixes mark lists and other values."""
+        """Returns moments and step counts as tensors, with keys of the form `group.index.name`.
+
+        A suffix of the key marks values that were not tensors, such as lists.
+        """
         out: dict[str, Tensor] = {}
         for name, optimizer in self.raw.items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -256,15 +265,18 @@ class Optimizers:
 
 
 def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
-    """Rearranges optimizer state for a parameter whose rows came from `rows` of the former one; new rows start at 0."""
-    if not isinstance(value, Tensor) or value.shape != former.shape:  # a step count
+    """Rearranges optimizer state for a parameter that replaces `former`.
+
+    For each new row, `rows` contains the index of the former row that it continues, or -1 if its state starts at 0.
+    """
+    if not isinstance(value, Tensor) or value.shape != former.shape:  # for example a step count
         return value
     at = rows.to(value.device)
     return value[at.clamp_min(0)] * (at >= 0).view(-1, *[1] * (value.ndim - 1)).to(value.dtype)
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields one value of an optimizer's state as tensors; for non-tensors the key records the type."""
+    """Yields one value of an optimizer's state as tensors. If it is not a tensor, the key records its type."""
     if isinstance(value, Tensor):
         yield key, value.detach().cpu().clone().contiguous()
     elif isinstance(value, list):
@@ -277,7 +289,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _put(state: dict[str, Any], place: str, value: Tensor) -> None:
-    """Puts a value from `_flat` back into one parameter's state; list items may arrive in any order."""
+    """Puts a value from `_flat` back into one parameter's state. The items of a list may arrive in any order."""
     key, _, rest = place.partition("/")
     if not rest:
         state[key] = value

@@ -1,4 +1,4 @@
-"""Handles adapters that no concept contains: those of a single picture or clip (`per_source`), and temporary ones."""
+"""Handles adapters that are not saved in concepts: those of individual files (`per_source`), and temporary ones."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ def adapter_set(slot: str, number: int) -> str:
 
 
 def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ...]]:
-    """Maps each file of every subject to its own adapter sets; empty when no part uses `per_source`."""
+    """Maps each file of every subject to its own adapter sets. The result is empty if no part uses `per_source`."""
     slots = dict.fromkeys(s for _, phase in phases for s, part in phase.trainable.items() if part.per_source)
     return {str(f): tuple(adapter_set(s, n) for s in slots) for n, f in enumerate(_files(subjects)) if slots}
 
 
 def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
-    """Returns the adapter sets of temporary parts. Raises ValueError when a permanent part shares one with them, because both
-    would be dropped together."""
+    """Returns the adapter sets of temporary parts.
+
+    Raises ValueError when a permanent part uses one of these sets, because it would be dropped with them.
+    """
     parts = [(slot, part) for _, phase in phases for slot, part in phase.trainable.items() if part.adapter_set]
     sets = dict.fromkeys(part.adapter_set for _, part in parts if part.temporary)
     for slot, part in parts:
@@ -40,7 +42,10 @@ def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
 def inject_each(
     part: Trainable, backbone: Backbone, slot: str, subjects: Mapping[str, Subject], seed: int
 ) -> TrainableGroup:
-    """Injects an adapter for each file of the subjects, all in one group. Each is off except in steps on its file."""
+    """Injects one adapter for each file of the subjects, and returns them as one group.
+
+    Each adapter is on only in training steps that use its file.
+    """
     groups = []
     for number in range(len(_files(subjects))):
         name = adapter_set(slot, number)

@@ -1,4 +1,4 @@
-"""Runs one phase, which consists of the steps of its task and the work between them."""
+"""Runs one phase: the steps of its task, and the work between the steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised for Ctrl-C, SIGTERM or SIGHUP, once the state is saved."""
+    """Raised after Ctrl-C, SIGTERM or SIGHUP, once the state has been saved."""
 
 
 class Phase:
@@ -86,7 +86,7 @@ class Phase:
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
-        if owner.offloaded.on:  # on a GPU, networks that the steps do not use make room for the others
+        if owner.offloaded.on:  # on a GPU, offload the networks that the steps do not use
             owner.offloaded.keep_only(self.task.networks_in_steps)
 
     def _loop(self) -> Loop:
@@ -103,7 +103,7 @@ class Phase:
         )
 
     def _after(self) -> None:
-        """Does the work that follows a step: validates, keeps the best state, and writes a checkpoint if due."""
+        """Does the work that is due after a step: validates, keeps the best state, and writes a checkpoint."""
         owner, check, step, last = self.owner, self.recipe.train.validation, self.step, self.task.steps
         if owner.preview and check.every and (step % check.every == 0 or step == last) and self.optimizers.names:
             self.optimizers.check_finite(step)
@@ -132,7 +132,7 @@ class Phase:
         self._dropout(True)
 
     def _keep_good(self) -> str:
-        """Saves the state from before the update that led to a non-finite loss, and returns advice for the user."""
+        """Saves the state before the update that led to a non-finite loss. Returns advice for the user."""
         owner = self.owner
         before = self.good.put_back()
         if before is not None or (self.step == self.start and checkpoint.load(owner.workdir) is None):
@@ -149,7 +149,7 @@ class Phase:
         )
 
     def _finish(self) -> None:
-        """Ends the phase. Restores its best state, if one was kept, as the starting point of the next phase."""
+        """Ends the phase. If its best state was kept, restores that state, from which the next phase starts."""
         owner = self.owner
         self.optimizers.average(True)
         if owner.best:

@@ -36,7 +36,7 @@ class MakeNow(Protocol):
         ...
 
 
-#: Scores pictures ([N, 3, H, W]), given their plain prompts. The scores include "score", of which higher is better.
+#: Scores pictures ([N, 3, H, W]), given their plain prompts. The scores include "score", for which higher is better.
 Score = Callable[[Tensor, Sequence[str]], Mapping[str, float]]
 
 
@@ -48,8 +48,8 @@ class PhaseContext:
     name: str
     recipe: Recipe  # with the phase's overlay applied
     subjects: Mapping[str, Subject]
-    names: Sequence[str]  # of all subjects; empty if the run does not learn them
-    adapter_sets: Sequence[str]  # of the adapters being trained, the default set first
+    names: Sequence[str]  # of all subjects; empty if the run does not learn subjects
+    adapter_sets: Sequence[str]  # of the adapters being trained; the default set comes first
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # of the concepts loaded before the run, which stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's modifier, before any training
@@ -61,7 +61,7 @@ class PhaseContext:
     progress: Callable[[str, int, int], None] | None = None
     per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> its own adapter sets
     temporary: tuple[str, ...] = ()  # adapter sets that are on only in training steps
-    # passed on by earlier phases, in addition to what they learned
+    # tensors that earlier phases passed on, in addition to what they learned
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     earlier: Sequence[Recipe] = ()  # recipes of the earlier phases, in order
     phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder of its files
@@ -73,7 +73,7 @@ class PhaseContext:
 
 
 class ConceptTask:
-    """The base class of tasks that work on a concept; their state is what has been learned so far."""
+    """The base class of tasks that work on a concept. The state of such a task is everything learned so far."""
 
     rate_key = "trainable.*.lr"  # the recipe key that sets the learning rate
 
@@ -93,12 +93,14 @@ class ConceptTask:
     def learning_from(
         self, sources: Sequence[str], strength: float = 1.0, resting: Sequence[str] = ()
     ) -> Iterator[None]:
-        """Inside the context, these files' own adapters are on at this strength, and temporary adapters are on.
+        """Inside the context, these files' adapters are on at this strength, and temporary adapters are on.
 
         Args:
-            resting: adapter sets that are off
+            sources: the files
+            strength: the strength of the files' adapters
+            resting: adapter sets to switch off
 
-        Raises ValueError for several files at once if files have adapters of their own, because an adapter cannot act
+        Raises ValueError if there are several files and each file has its own adapters, because an adapter cannot act
         on individual rows of a batch.
         """
         context, backbone = self.context, self.context.backbone
@@ -117,7 +119,8 @@ class ConceptTask:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` returned.
 
-        At the start of a phase, an adapter with no saved tensors keeps its initial values, because that phase adds it.
+        At the start of a phase, an adapter without saved tensors keeps its initial values, because the phase has just
+        added it.
         Raises ValueError when tensors are missing, unexpected or of the wrong shape.
         """
         fresh = self.context.resumed_step == 0
@@ -131,7 +134,7 @@ class ConceptTask:
         return out
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Returns None, because nothing changes over time."""
+        """Returns None, because the trained parameters stay the same."""
         return None
 
     def carried(self) -> dict[str, Tensor]:
@@ -139,9 +142,9 @@ class ConceptTask:
         return {}
 
     def result(self) -> Any:
-        """Returns what was learned; it stays attached to the backbone."""
+        """Returns everything learned, which also stays attached to the backbone."""
         return self.state_dict()
 
 
-#: Maps the class of a recipe's task part to what builds its task. Packages add their own.
+#: Maps the class of a recipe's task part to a function that builds the task. Packages add their own entries.
 TaskTable = Mapping[type, Callable[[PhaseContext], "Task"]]

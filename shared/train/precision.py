@@ -8,7 +8,9 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(asked: str, device: torch.device | str) -> str:
-    """Returns "no", "bf16" or "fp16" for this device; "auto" selects a precision in which the device is fast.
+    """Resolves a precision to "no", "bf16" or "fp16".
+
+    "auto" selects half precision if the device is fast in it, and "no" otherwise.
 
     Raises ValueError for fp16 on a CPU, and for an unknown precision.
     """
@@ -25,6 +27,6 @@ def resolve_precision(asked: str, device: torch.device | str) -> str:
 
 
 def _fast_bf16() -> bool:
-    """Whether this processor has instructions for bf16."""
+    """Whether this processor has bf16 instructions."""
     checks = (getattr(torch.cpu, n, None) for n in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)

@@ -19,7 +19,10 @@ from shared.types import Subject
 
 
 def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe, scored: bool) -> None:
-    """Raises ValueError for phase settings that conflict with the run's, and for sampling settings that cannot work."""
+    """Raises ValueError when settings of a phase conflict with the rest of the run or with loaded concepts.
+
+    Also raises ValueError when sampling or optimizer settings cannot work.
+    """
     for name, phase in phases:
         for slot, trainable in phase.trainable.items():
             if trainable.adapter_set in {*backbone.placeholders, *backbone.adapters}:
@@ -52,7 +55,7 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
 
 
 def _check_off(where: str, phase: Recipe, recipe: Recipe) -> None:
-    """Raises ValueError when `task.off` lists an adapter set that no part of the run has."""
+    """Raises ValueError when `task.off` lists an adapter set that no trainable part of the run uses."""
     sets = {part.adapter_set for _, p in expand_phases(recipe) for part in p.trainable.values() if part.adapter_set}
     for name in phase.task.off:
         if name not in sets:
@@ -62,7 +65,7 @@ def _check_off(where: str, phase: Recipe, recipe: Recipe) -> None:
 
 
 def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> None:
-    """Raises ValueError when pictures to learn from are missing, or lack the masks that a part needs."""
+    """Raises ValueError when pictures to learn from are missing, or when they lack masks that a part needs."""
     earlier: list[str] = []
     for name, phase in phases:
         pictures: dict[Path, Path | None] = {}
@@ -87,8 +90,8 @@ def check_masks(recipe: Recipe, has_masks: bool) -> None:
     for key, penalty in recipe.regularize.items():
         if penalty.needs_masks and not has_masks:
             raise ValueError(
-                f"regularize.{key} needs masks, but no picture has one: put them in masks/ next to the pictures (with the "
-                "same names), set subject.masks, or use pictures with a transparent background"
+                f"regularize.{key} needs masks, but no picture has one: put masks in masks/ next to the pictures (with "
+                "the same file names), set subject.masks, or use pictures with a transparent background"
             )
 
 
@@ -102,7 +105,7 @@ def _check_optimizers(recipe: Recipe, where: str) -> None:
 def check_validation(backbone: Backbone, names: Sequence[str], phases: Sequence[tuple[str, Recipe]]) -> None:
     """Raises ValueError for a validation prompt that lacks {concept}, names an unknown concept, or is too long.
 
-    Call it after the names are attached, because their tokens count towards the length.
+    Must be called after the names are attached, because their tokens count towards the length.
     """
     for phase, recipe in phases:
         check = recipe.train.validation

@@ -23,10 +23,11 @@ _FREE = re.compile(
     r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)",
     re.ASCII,
 )
-#: Keys of locations. For an interrupted run, the contents are compared instead (`dependencies`).
+#: Keys that set locations. For an interrupted run, the contents of these locations are compared instead
+#: (`dependencies`).
 _MOVED = re.compile(r"backbone|subjects?\.(.+\.)?(images|clips|masks|captions)", re.ASCII)
-#: Keys of previews during training. They draw no shared random numbers, so they matter only if scores decide which
-#: state is kept.
+#: Keys of previews during training. Previews do not affect the random numbers of training, so these keys matter only if
+#: scores decide which state is kept.
 _PREVIEWS = re.compile(r"(phases\.[^.]+\.)?train\.validation(\..*)?", re.ASCII)
 #: Keys that may also change after a non-finite loss, as a remedy.
 _CURE = re.compile(
@@ -44,9 +45,9 @@ def same_recipe(
     """Raises ValueError naming the first key that differs from the recipe of a checkpoint or of a finished run.
 
     Keys that cannot affect the result may differ: output, name, method, title, papers, taxonomy, preview, the
-    checkpoint interval, gradient checkpointing and, for an interrupted run, the locations of pictures and model. After
-    a non-finite loss, learning rates, precision and optimizers may also differ. If previews are not `scored`,
-    validation settings may differ.
+    checkpoint interval, gradient checkpointing and, for an interrupted run, the locations of the pictures and the
+    model. After a non-finite loss, learning rates, precision and optimizers may also differ. If previews cannot affect
+    the result (not `scored`), validation settings may also differ.
     """
     what, cure = ("finished", "choose another output") if finished else ("interrupted", "resume with the same recipe")
     for key, before, now in _differences(old, new):
@@ -62,12 +63,12 @@ def same_recipe(
 
 
 def _world(value: Any) -> bool:
-    """Whether a value names a model with its own world, whose defaults come from the name rather than the weights."""
+    """Whether a value is the name of a model in `WORLDS`, whose defaults come from the name rather than the weights."""
     return isinstance(value, str) and value in WORLDS
 
 
 def same_precision(old: str, new: str) -> None:
-    """Warns when "auto" resolves to a different precision than when the run began (on another machine, say)."""
+    """Warns when "auto" resolves to a different precision than when the run began, for example on another machine."""
     if old != new:
         change = f"train.mixed_precision=auto was {old!r} when the run began and is {new!r} here"
         warnings.warn(f"{change}: the result will differ slightly from an uninterrupted run", stacklevel=2)
@@ -84,9 +85,10 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = ""
 
 
 def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float]) -> dict[str, str]:
-    """Returns hashes of what a run depends on besides its recipe (weights, pictures, loaded concepts), by description.
+    """Returns a hash of each dependency of a run besides its recipe, keyed by a description of the dependency.
 
-    Call it before the concepts to be trained are attached.
+    The dependencies are the weights, the pictures and clips, and the loaded concepts. Must be called before the
+    concepts to be trained are attached.
     """
     out = {"the backbone's checkpoint": backbone.checkpoint}
     for name, subject in subjects.items():
@@ -129,7 +131,7 @@ def _short(value: str) -> str:
 
 
 def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
-    """Returns a key for what class pictures depend on besides their settings: the weights and the active concepts."""
+    """Returns a key that identifies the model that generates pictures, from its weights and the active concepts."""
     digest = hashlib.sha256(backbone.checkpoint.encode())
     on = {n: s for n, s in strengths.items() if s and n in backbone.adapters}
     for name, strength in sorted(on.items()):
@@ -138,7 +140,7 @@ def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
 
 
 def concept_hash(backbone: Backbone, name: str) -> str:
-    """Returns the sha256 of the words and tensors attached under a name."""
+    """Returns the sha256 of the words and tensors that are attached under a name."""
     digest = hashlib.sha256()
     placeholder = backbone.placeholders.get(name)
     if placeholder is not None:

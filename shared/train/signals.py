@@ -1,6 +1,6 @@
-"""Handles requests to stop: Ctrl-C, SIGTERM (a scheduler, a shutdown) and SIGHUP (a closed terminal).
+"""Handles requests to stop: Ctrl-C, SIGTERM (from a scheduler or a shutdown) and SIGHUP (from a closed terminal).
 
-The current step is completed first. This module is cheap to import, because the command line installs the handlers
+A run completes its current step first. This module is cheap to import, because the command line installs the handlers
 before it imports anything heavy.
 """
 
@@ -19,9 +19,9 @@ _received: list[int] = []
 
 
 def heed_stops() -> None:
-    """Makes each of the signals raise KeyboardInterrupt, except signals that are ignored (nohup).
+    """Makes these signals raise KeyboardInterrupt, except signals that the process ignores (as under nohup).
 
-    Programs call this in their main thread.
+    Must be called in the main thread.
     """
     _received.clear()
     for number in _STOPS:
@@ -30,16 +30,20 @@ def heed_stops() -> None:
 
 
 def exit_code() -> int:
-    """Returns the exit code of a stopped program: 128 plus the last signal's number, or 130 (Ctrl-C) if none is known."""
+    """Returns the exit code of a stopped program: 128 plus the number of the last signal.
+
+    Returns 130, the code for Ctrl-C, if no signal was recorded.
+    """
     return 128 + (_received or [signal.SIGINT])[-1]
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Inside the context, the first signal sets the event, so the step can finish and the state can be saved; the second acts
-    immediately.
+    """Inside the context, the first signal only sets the event, so that the current step can finish and the state can
+    be saved. A second signal acts immediately.
 
-    Raises KeyboardInterrupt if an earlier signal was swallowed (by a library's bare `except:` at import).
+    Raises KeyboardInterrupt if an earlier signal was swallowed, for example by a bare `except:` while a library was
+    imported.
     """
     if _received:
         raise KeyboardInterrupt
@@ -79,7 +83,7 @@ def _heeded() -> bool:
 
 def _noted(number: int) -> None:
     _received.append(number)
-    for stream in (1, 2):  # on a closed terminal every print fails, even before the state is saved
+    for stream in (1, 2):  # printing to a closed terminal would fail before the state is saved
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
                 nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -13,7 +13,7 @@ from shared.trainable import TrainableGroup
 
 @dataclass(frozen=True)
 class Update:
-    """One loss. A step may have several, in order (distillation alternates between losses)."""
+    """One loss of a step. A step may have several, in order; distillation, for example, alternates between two."""
 
     loss: Tensor  # scalar
     groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None for all
@@ -22,18 +22,18 @@ class Update:
 
 @dataclass(frozen=True)
 class Regrouped:
-    """The new set of trained parameters, from a certain step onwards.
+    """The parameters that are trained from a certain step onwards.
 
     `came_from` maps each new parameter to the parameter that it replaces and to an int64 tensor [N]. For each new row,
-    the tensor contains the index of the old row that it continues, or -1. A row that continues an old one keeps its
-    optimizer state; a row with -1 starts with none.
+    the tensor contains the index of the old row that it continues, or -1. A row that continues an old row
+    keeps its optimizer state. A row with -1 starts without state.
     """
 
     groups: Mapping[str, Sequence[TrainableGroup]]
     came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
 
-#: A generator of the losses of one micro-batch, in order. The loop closes it if it stops early.
+#: A generator of the losses of one micro-batch, in order. A loop that stops early closes the generator.
 Updates = Generator[Update, None, None]
 
 
@@ -41,12 +41,13 @@ class UpdateSource(Protocol):
     """Provides the losses of each step to the loop."""
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields the losses of one micro-batch. All randomness derives from `generator(seed, step, micro)`, so a step can be
-        computed again.
+        """Yields the losses of one micro-batch.
 
-        An update is yielded *inside* the contexts its loss was computed under (`backbone.active`, `attending`, …), which
-        stay open until the loop has run its backward pass. With gradient checkpointing the layers run again in the
-        backward pass, and outside those contexts they would silently compute something else.
+        All random numbers come from `generator(seed, step, micro)`, so that a step can be computed again.
+
+        An update is yielded *inside* the contexts in which its loss was computed (`backbone.active`, `attending`, …).
+        These stay open until the loop has run the backward pass. With gradient checkpointing, the layers run again
+        during the backward pass, and outside the contexts they would silently compute something else.
         """
         ...
 
@@ -65,9 +66,9 @@ class Task(UpdateSource, Protocol):
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """Those of the autoencoder ("vae") and the text encoders that the steps use.
+        """The names of the networks that the steps use, out of the autoencoder ("vae") and the text encoders.
 
-        On a GPU, the others are offloaded.
+        On a GPU, the other networks are offloaded.
         """
         ...
 
@@ -76,29 +77,29 @@ class Task(UpdateSource, Protocol):
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
-        """Returns what each optimizer group trains; empty for a task that trains nothing."""
+        """Returns the trainable parts of each optimizer group. The result is empty if the task trains nothing."""
         ...
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Applies what changes with time, and returns the new groups if they changed, otherwise None.
+        """Applies changes that are due before this step. Returns the new groups if they have changed, otherwise None.
 
-        Called before each step. Groups change when a 3D field splits, for example. A second call for the same step
-        must change nothing more, because a run may resume at that step.
+        Called before each step. Groups change, for example, when the number of Gaussians in a 3D field changes. A
+        second call for the same step must have no further effect, because a run may resume at that step.
         """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns, in fp32 on the CPU, everything that the task has produced so far and could not recompute.
 
-        Checkpoints and the best state consist of this.
+        Checkpoints and the best state contain these tensors.
         """
         ...
 
     def carried(self) -> dict[str, Tensor]:
-        """Returns, in fp32 on the CPU, what later phases find in `PhaseContext.carried`.
+        """Returns the tensors, in fp32 on the CPU, that later phases find in `PhaseContext.carried`.
 
-        It comes in addition to everything attached to the backbone, and replaces what an earlier phase left under the
-        same prefix (up to the "/").
+        Later phases receive them in addition to everything attached to the backbone. If an earlier phase passed on
+        tensors under the same prefix (the part of the key before the "/"), those are replaced.
         """
         ...
 

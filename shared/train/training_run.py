@@ -1,4 +1,4 @@
-"""Trains a recipe from pictures to learned tensors, with phases, checkpoints, validation and interruptions."""
+"""Trains a recipe, from pictures to learned tensors. Handles phases, checkpoints, validation and interruptions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TASKS: TaskTable = {TuneTask: Tune, GenerateTask: Generate}
 
 
 class Preview(Protocol):
-    """Generates pictures with the current training state, and scores them ("score": higher is better)."""
+    """Generates pictures with the current training state and scores them. Higher values of "score" are better."""
 
     def __call__(self, phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]: ...
 
@@ -50,8 +50,8 @@ class TrainingRun:
     """Runs a recipe's phases on `backbone` for `subjects`.
 
     Concepts that are already attached stay on at `loaded_strengths`. Learned tokens are attached under the subjects'
-    names, and adapters are attached under `adapter_sets` (`run_name`, unless a part sets another). All of them stay
-    attached afterwards.
+    names. Adapters are attached under `run_name`, or under another name if their part sets one; `adapter_sets` lists
+    these names. Tokens and adapters stay attached after the run.
     """
 
     backbone: Backbone
@@ -62,7 +62,7 @@ class TrainingRun:
     class_pictures: ClassPictures | None = None  # generates pictures with everything being trained switched off
     make: MakeNow | None = None  # generates pictures with the model in its current state
     preview: Preview | None = None
-    scored: bool = True  # whether `preview` gives scores, which decide which state is kept
+    scored: bool = True  # whether `preview` returns scores, which then decide which state is kept
     scorers: Mapping[str, Score] = field(default_factory=dict)
     loaded_strengths: Mapping[str, float] = field(default_factory=dict)
     tensorboard: bool = True
@@ -115,17 +115,21 @@ class TrainingRun:
 
     @property
     def costs(self) -> dict[str, Any]:
-        """The run's costs (`shared.train.costs.summary`) and its precision ("auto" is resolved)."""
+        """The run's costs (`shared.train.costs.summary`) and the precision that it computes in."""
         return {**summary(self.clock, self.backbone.device, self._peak), "mixed_precision": self.precision}
 
     # --- the run -------------------------------------------------------------------------------------------
 
     def steps(self, resume: bool = False) -> Iterator[tuple[str, Record]]:
-        """Trains, yielding (phase, record); with `resume`, continues from the newest checkpoint in `workdir`.
+        """Trains, and yields the phase's name and a record after each step.
 
-        Raises ValueError when the checkpoint belongs to another recipe, NotFinite (after saving the last good state),
-        and Interrupted (after saving). A run that fails or is stopped before its first checkpoint removes the folder
-        that it created.
+        With `resume`, training continues from the newest checkpoint in `workdir`. If the run fails or is stopped before
+        its first checkpoint, the folder that it created is removed.
+
+        Raises:
+            ValueError: when the checkpoint belongs to another recipe
+            NotFinite: when a loss, a gradient or a parameter is not finite, after the last good state has been saved
+            Interrupted: when the run is asked to stop, after the state has been saved
         """
         self._depends = dependencies(self.backbone, self.subjects, self.loaded_strengths)
         self._attach_names()
@@ -161,10 +165,13 @@ class TrainingRun:
                 checkpoint.clear_if_none(self.workdir)
 
     def _resume_from(self, state: checkpoint.State) -> None:
-        """Restores a checkpoint, except for learned tensors. Raises ValueError when it belongs to another run."""
+        """Restores the run's own state from a checkpoint. Phases restore the learned tensors and the optimizers.
+
+        Raises ValueError when the checkpoint belongs to another run.
+        """
         info = state.info
         recipe, failed = info.get("recipe", {}), bool(info.get("not_finite"))
-        # each preview switches a schedule-free optimizer to its average and back, which causes rounding
+        # each preview switches a schedule-free optimizer to its average and back, and rounding then changes the result
         averaged = any(o.averages for _, phase in self.phases for o in phase.train.optimizers.values())
         same_recipe(recipe, dump(self.recipe), failed, scored=self.scored or averaged)
         same_dependencies(info.get("depends", self._depends), self._depends)
@@ -193,7 +200,7 @@ class TrainingRun:
             self.backbone.keep_attending(name, *edits)
 
     def _unfreeze(self, phase: Recipe) -> list[TrainableGroup]:
-        """Injects new adapters, unfreezes what the phase trains, and freezes the rest."""
+        """Injects the phase's new adapters, unfreezes the parameters that it trains, and freezes all others."""
         self._freeze()
         now = []
         for slot, part in phase.trainable.items():
@@ -215,12 +222,12 @@ class TrainingRun:
 
     @property
     def sets_of_the_run(self) -> tuple[str, ...]:
-        """Every adapter set of this run, including those of single files."""
+        """Every adapter set of this run, including the sets that belong to individual files."""
         return (*self.adapter_sets, *(name for names in self.per_source.values() for name in names))
 
     @property
     def kept_sets(self) -> tuple[str, ...]:
-        """The adapter sets that the concepts keep."""
+        """The adapter sets that are saved in the concepts."""
         return tuple(name for name in self.adapter_sets if name not in self.temporary)
 
     def _freeze(self) -> None:
@@ -264,7 +271,7 @@ class TrainingRun:
     def _before(self, phase: Recipe) -> list[str]:
         """Returns the names of the phases before this one.
 
-        An earlier run may have left files of later phases, from which this phase must not learn.
+        This phase must not learn from files of later phases, which an earlier run may have left behind.
         """
         return [name for name, _ in takewhile(lambda entry: entry[1] is not phase, self.phases)]
 
@@ -272,7 +279,7 @@ class TrainingRun:
         """Yields every example of the phase's sources, source by source."""
         context = SourceContext(
             subjects=self.subjects,
-            resolution=phase.train.resolution or self.backbone.resolution,  # class pictures have this resolution too
+            resolution=phase.train.resolution or self.backbone.resolution,  # also used for class pictures
             seed=phase.seed,
             cache_dir=self.cache_dir,
             generate=self._plain_class_pictures if self.class_pictures else None,
@@ -290,7 +297,7 @@ class TrainingRun:
                 yield example
 
     def _plain_class_pictures(self, prompts: Any, seeds: Any, **how: Any) -> Tensor:
-        """Generates class pictures, with loaded concepts on and everything being trained off."""
+        """Generates class pictures with loaded concepts switched on and everything being trained switched off."""
         assert self.class_pictures is not None
         with self.backbone.active(self.loaded_strengths), self.accelerator.autocast():
             return self.class_pictures(prompts, seeds, **how)
@@ -320,7 +327,10 @@ class TrainingRun:
         )
 
     def begin(self) -> None:
-        """Removes what an earlier run left behind, on the first call only. Call this once all checks have passed."""
+        """Removes what an earlier run left behind, unless this run resumes it.
+
+        Must be called after all checks have passed. Only the first call has an effect.
+        """
         if self._anew:
             checkpoint.clear(self.workdir)
             self._anew = False

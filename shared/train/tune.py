@@ -1,4 +1,4 @@
-"""Tuning on the subjects' pictures, the task behind every test-time fine-tuning recipe."""
+"""Trains concepts on pictures of their subjects. This is the task of every test-time fine-tuning recipe."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from shared.train.preflight import check_masks
 from shared.train.task import Update, Updates
 from shared.types import Batch, Conditioning, Step
 
-_NOISE = 2**42  # a separate stream from the one that draws examples
+_NOISE = 2**42  # makes the random stream for noise differ from the one that draws examples
 
 
 class Tune(ConceptTask):
-    """Trains the concepts by denoising plus penalties on one backbone.
+    """Trains the concepts on one backbone with a denoising loss plus penalties.
 
     Raises ValueError when nothing can provide what a part needs, or when the recipe trains nothing.
     """
@@ -41,7 +41,7 @@ class Tune(ConceptTask):
         if self.recipe.noise.clean_first_frame and not self.backbone.time_per_frame:
             raise ValueError(
                 f"noise.clean_first_frame = {self.recipe.noise.clean_first_frame:g}: {self.backbone.family} takes one timestep "
-                "for all frames of a clip, so the first frame cannot be noise-free; leave it out"
+                "for all frames of a clip, so the first frame cannot be noise-free; leave this setting out"
             )
         parts = {f"regularize.{k}": r for k, r in self.recipe.regularize.items()}
         self.served = needs_by_name(self._own_needs(), parts)
@@ -63,7 +63,7 @@ class Tune(ConceptTask):
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """Which of the autoencoder and the text encoders the steps use."""
+        """The networks that the steps use, out of the autoencoder and the text encoders."""
         vae = frozenset({"vae"})
         text = super().networks_in_steps - vae
         return (frozenset() if self.data.cached else vae) | (frozenset() if self.text_frozen else text)
@@ -74,18 +74,18 @@ class Tune(ConceptTask):
             Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
             Computed("example_loss", self._example_loss),  # [B], the objective per example
             Computed("loss_weight", self._loss_weight),  # [B, 1, (f), h, w], the weight of each location; or None
-            # [I, C, h, w], of instance examples, prompted with the class noun
+            # [I, C, h, w], the prediction for instance examples with the class noun in their prompts
             Computed("class_prediction", self._class_prediction),
-            # the same, without the concepts being trained
+            # the same prediction without the concepts being trained
             Computed("base_class_prediction", self._base_class_prediction),
             # [n], squared distances of token vectors from their initial values
             Computed("token_drift", self._token_drift),
         ]
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields one loss per micro-batch, the objective on instance examples plus every penalty.
+        """Yields one loss per micro-batch: the objective on instance examples plus every penalty.
 
-        It is yielded inside all contexts that the needs keep open around the prediction.
+        The loss is yielded inside all contexts that the needs keep open around the prediction.
         """
         with self.state(step, micro) as state:
             parts = self.losses(state)
@@ -103,9 +103,9 @@ class Tune(ConceptTask):
     ) -> Updates:
         """Yields one loss on examples of one role.
 
-        Use it for examples that cannot share a batch or that need different active adapters. On subject examples, the
-        loss is the objective plus the penalties that need no class examples; on class examples, it is the penalties
-        that do.
+        Use this for examples that cannot share a batch or that need different active adapters. For subject examples,
+        the loss is the objective plus the penalties that do not need class examples. For class examples, it is the sum
+        of the penalties that need them.
 
         Args:
             own, resting: see `state`
@@ -144,13 +144,15 @@ class Tune(ConceptTask):
         needs: frozenset[str] | None = None,
         resting: Sequence[str] = (),
     ) -> Iterator[Step]:
-        """Yields one micro-batch's prediction with the requested needs, inside the contexts that they keep open around it.
+        """Yields the prediction for one micro-batch, with the requested needs.
+
+        It is yielded inside the contexts that the needs keep open around the prediction.
 
         Args:
             batch: the examples; if None, those of this step
-            own: the strength of the adapters that belong only to this example
+            own: the strength of the adapters that belong to the file of these examples
             needs: the names of the needs; if None, those of all penalties
-            resting: adapter sets that are off
+            resting: adapter sets to switch off
         """
         batch = self.data.batch(step, micro) if batch is None else batch
         with ExitStack() as stack:
@@ -174,13 +176,13 @@ class Tune(ConceptTask):
         return Step(batch, backbone, conditioning, noise, t, x_t, prediction, target, draw)
 
     def encode(self, captions: Sequence[str], t: Tensor | None) -> Conditioning:
-        """Encodes the captions, or takes them from the cache if training does not change the text encoding."""
+        """Encodes the captions, or takes their encodings from the cache if training does not change them."""
         if not self.text_frozen:
             return self.backbone.encode(list(captions), t)
         return self._kept(captions, self._text)
 
     def _kept(self, captions: Sequence[str], kept: dict[str, Conditioning]) -> Conditioning:
-        """Encodes each caption once, with the model in its current state."""
+        """Encodes the captions with the model in its current state, except those that are already in `kept`."""
         for caption in captions:
             if caption not in kept:
                 with torch.no_grad(), self.context.text_on_device():

@@ -1,4 +1,7 @@
-"""Parts that add or unfreeze parameters and train them. To add a part, write a module and add its class to the union."""
+"""Parts that add or unfreeze parameters and train them.
+
+To add a part, write a module and add its class to the union `Trainable`.
+"""
 
 from typing import Annotated
 

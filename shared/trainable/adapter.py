@@ -1,4 +1,4 @@
-"""Injects peft layers into a backbone under a concept's name, and removes them without a trace."""
+"""Injects peft layers into a backbone under a concept's name, and removes them without leaving a trace."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PeftAdapter:
     def __init__(self, model: nn.Module, component: str, slot: str, peft_name: str, config: PeftConfig) -> None:
         self.model, self.component, self.slot, self.peft_name, self.config = model, component, slot, peft_name, config
         self.layers: list[Any] = [m for m in model.modules() if is_wrapped(m) and _holds(m, peft_name)]
-        self.seed = 0  # seeds the initialization, and reproduces random tensors that are not trained
-        self.min_rank: int | None = None  # the minimum rank of a LoRA whose rank falls with the noise
+        self.seed = 0  # the seed of the initial values, from which random tensors that are not trained are recreated
+        self.min_rank: int | None = None  # the rank at full noise, if this is a LoRA whose rank depends on the noise
         self._chances: dict[tuple[Any, str], float] = {
             (layer, key): getattr(layer, key)[peft_name]
             for layer in self.layers
@@ -44,8 +44,9 @@ class PeftAdapter:
     def inject(
         cls, backbone: Backbone, name: str, slot: str, component: str, config: PeftConfig, seed: int
     ) -> PeftAdapter:
-        """Wraps the target modules of `component` and registers the adapter under `name`. It starts frozen, with strength 1
-        unless the name already has another strength.
+        """Wraps the target modules of `component` and registers the adapter under `name`.
+
+        The adapter starts frozen, at strength 1 unless `name` already has another strength.
 
         Raises ValueError if no module matches, if this type of adapter cannot wrap a layer, or if the settings cannot be
         saved in a concept (which would otherwise be noticed only after training).
@@ -70,7 +71,7 @@ class PeftAdapter:
             try:
                 inject_adapter_in_model(config, model, adapter_name=peft_name)
             except (ValueError, TypeError, NotImplementedError) as error:
-                cls(model, component, slot, peft_name, config).eject()  # layers wrapped before the failure
+                cls(model, component, slot, peft_name, config).eject()  # unwraps layers wrapped before the failure
                 _restore(model, trainable, active)
                 raise ValueError(f"cannot put {config.peft_type} on {component}: {error}") from None
         adapter = cls(model, component, slot, peft_name, config)
@@ -85,22 +86,23 @@ class PeftAdapter:
         return adapter
 
     def modules(self) -> list[str]:
-        """The dotted names of the layers that this adapter wraps."""
+        """Returns the dotted names of the layers that this adapter wraps."""
         ids = {id(layer) for layer in self.layers}
         return sorted(name for name, module in self.model.named_modules() if id(module) in ids)
 
     def let_rank_fall(self, backbone: Backbone, min_rank: int) -> None:
-        """Makes the rank fall from its full value without noise to `min_rank` at full noise (see `RankByNoise`), until the
-        adapter is removed.
+        """Makes the rank depend on the noise until the adapter is removed (see `RankByNoise`).
 
-        Raises ValueError if the component's input has no noise (text encoders), if the adapter is a DoRA, or if `min_rank`
-        exceeds the rank.
+        The full rank is used without noise, and `min_rank` at full noise.
+
+        Raises ValueError if the component's input has no noise (as in text encoders), if the adapter is a DoRA, or if
+        `min_rank` exceeds the rank.
         """
         recorded = recordable(config_to_dict(self.config), [], self.seed, min_rank)
         check_adapter(recorded, f"{self.slot}.{self.component}")
         if self.component not in backbone.noise_ranges:
             raise ValueError(
-                f"{self.slot}: the rank cannot fall with the noise in {self.component}, whose input has no noise"
+                f"{self.slot}: the rank cannot depend on the noise in {self.component}, whose input has no noise"
             )
         self.min_rank = min_rank
         for layer in self.layers:
@@ -122,7 +124,7 @@ class PeftAdapter:
             for table in layer._modules.values():
                 if isinstance(table, nn.ModuleDict) and self.peft_name in table:
                     table[self.peft_name].train(mode)
-        for (layer, key), chance in self._chances.items():  # LoHa and LoKr keep their dropout as a plain number
+        for (layer, key), chance in self._chances.items():  # LoHa and LoKr store their dropout as a plain number
             getattr(layer, key)[self.peft_name] = chance if mode else 0.0
 
     def set_strength(self, strength: float) -> None:
@@ -201,7 +203,7 @@ def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
 
 
 def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[Any, list[str]]) -> None:
-    """Restores the active adapters and `requires_grad`, both of which peft changes on injection. New parameters are frozen."""
+    """Restores the active adapters and `requires_grad`, which peft changes on injection. Freezes new parameters."""
     for layer, names in active.items():
         layer._active_adapter = names
     for parameter in model.parameters():
@@ -209,7 +211,7 @@ def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[An
 
 
 def _names(layer: WrappedLayer) -> list[str]:
-    """Lists the adapters on a layer, in order of injection."""
+    """Lists the adapters on a layer, in the order in which they were injected."""
     return list(dict.fromkeys(n for attr in layer.adapter_layer_names for n in getattr(layer, attr, {}) or {}))
 
 

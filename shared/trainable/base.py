@@ -1,4 +1,4 @@
-"""The base classes of trainable parts, which find the layers to train, and the groups of parameters that parts return."""
+"""The base classes of trainable parts, which select the layers to train, and the parameter groups that parts return."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 class TrainablePart(KindPart):
-    """Base of every part that injects or unfreezes parameters."""
+    """The base class of all parts that inject or unfreeze parameters."""
 
     lr: Rate = 1e-4  # learning rate
-    group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains the part, train.optimizers.GROUP
+    group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains the part (train.optimizers.GROUP)
     # the name under which the adapters are switched on and off; if empty, the concept's name
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = ""
     weight_decay: NotNegative | None = None  # if null, the optimizer's setting
-    per_source: bool = False  # one adapter per picture or clip, active only for that one; not saved in the concept
-    temporary: bool = False  # whether it acts only in training steps, of this and later phases, and is not saved
+    per_source: bool = False  # whether each picture or clip has its own adapter, which is not saved in the concept
+    temporary: bool = False  # whether it acts only in training steps (of this and later phases) and is not saved
 
     @model_validator(mode="after")
     def _one_name(self) -> TrainablePart:
@@ -41,22 +41,22 @@ class TrainablePart(KindPart):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The roles that the part trains; empty for parts that do not select modules by role."""
+        """The roles whose modules the part trains. Empty for parts that do not select modules by role."""
         return ()
 
 
 class OnRoles(TrainablePart):
-    """Base of the parts that act on the modules of `roles`, or on a selection of them.
+    """The base class of parts that act on the modules of `roles`, or on a selection of these modules.
 
-    In models that attend jointly over space and time, no role is specific to motion. There, motion can be separated from
-    appearance by projection, because queries and keys determine which positions are attended to, and values and outputs
-    determine what is read from them (TAP+AH, https://arxiv.org/abs/2501.16714).
+    In models that attend jointly over space and time, no role is specific to motion. In such models, `projections` can
+    separate motion from appearance. Queries and keys determine which positions are attended to, while values and
+    outputs determine what is read from those positions (TAP+AH, https://arxiv.org/abs/2501.16714).
     """
 
     roles: Annotated[tuple[str, ...], Field(min_length=1)]
     projections: tuple[Projection, ...] = ()  # only these attention projections; if empty, all modules
     blocks: str = ""  # only modules in these blocks of each network, such as "0-9,12", counted from 0; if empty, all
-    networks: tuple[str, ...] = ()  # only these, such as "transformer_2", Wan 2.2's low-noise expert; if empty, all
+    networks: tuple[str, ...] = ()  # only these networks, such as Wan 2.2's low-noise "transformer_2"; if empty, all
 
     @field_validator("blocks")
     @classmethod
@@ -71,6 +71,8 @@ class OnRoles(TrainablePart):
 
     def modules(self, backbone: Backbone, slot: str) -> tuple[dict[str, list[str]], tuple[str, ...]]:
         """Returns the sorted dotted names of the selected modules by component, and a note for each port.
+
+        A port is a role for which other layers stand in.
 
         Raises ValueError when this backbone lacks one of the roles, blocks or networks, or when none of a role's modules is
         selected.
@@ -117,6 +119,6 @@ class TrainableGroup:
     parameters: list[nn.Parameter]
     lr: float
     weight_decay: float | None = None  # if None, the optimizer's setting
-    touches_text: bool = False  # whether the text context changes during training, so that it cannot be cached
+    touches_text: bool = False  # whether training changes the text context, so that it cannot be cached
     group: str = MAIN  # the optimizer group
-    ports: tuple[str, ...] = ()  # notes on roles for which other layers stand in; recorded in the concept
+    ports: tuple[str, ...] = ()  # notes on ports (see `OnRoles.modules`); recorded in the concept

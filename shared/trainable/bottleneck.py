@@ -15,12 +15,13 @@ from shared.trainable.branch import BranchAdapter, place_of, places_among
 
 
 class Bottleneck(OnRoles):
-    """Adds up(gelu(down(input))) to the output of the attention layers and feed-forward networks of `roles` (Houlsby et al.,
-    https://arxiv.org/abs/1902.00751; DreamVideo, https://arxiv.org/abs/2312.04433, section 3.2). `up` starts at 0, so that
-    nothing changes at first.
+    """Adds up(gelu(down(input))) to the output of the attention layers and feed-forward networks of `roles` (Houlsby et
+    al., https://arxiv.org/abs/1902.00751; DreamVideo, https://arxiv.org/abs/2312.04433, section 3.2). `up` starts at 0,
+    so the outputs do not change at first.
 
-    Each bottleneck runs in parallel to a whole attention layer or feed-forward network. A role selects a layer or network if
-    it contains its first linear layer (`to_q` or `net.0.proj`), so `cross_attention` and `cross_attention.q` are equivalent.
+    Each bottleneck runs in parallel with a whole attention layer or feed-forward network. Such a layer or network is
+    selected if a role contains its first linear layer (`to_q` or `net.0.proj`). Therefore, `cross_attention` and
+    `cross_attention.q` are equivalent.
     """
 
     taxonomy: ClassVar[str] = "bottleneck adapters"
@@ -32,7 +33,7 @@ class Bottleneck(OnRoles):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Adds a trainable bottleneck to every attention layer and feed-forward network of the roles.
 
-        Raises ValueError if the roles select none of these in one of the components.
+        Raises ValueError if the roles select neither kind in a component in which they select other layers.
         """
         targets, ports = self.modules(backbone, slot)
         adapters = []

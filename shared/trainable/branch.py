@@ -1,4 +1,4 @@
-"""Adds branches, which are small trainable functions alongside a network's layers, and removes them without a trace."""
+"""Adds branches (small trainable functions) alongside a network's layers, and removes them without leaving a trace."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
 from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
 from shared.trainable.wrapped_layers import is_wrapped
 
-#: Endings of the first layer's name, in an attention layer and in a feed-forward network.
+#: The endings of the name of the first linear layer, in an attention layer and in a feed-forward network.
 FIRST = (".to_q", ".net.0.proj")
 
 
 class BranchAdapter:
     """An adapter (`shared.backbones.protocol.Adapter`) that consists of branches in one component.
 
-    A branch is attached to an attention layer or a feed-forward network, called its place, which is identified by the name of
-    its first linear layer (`….attn2.to_q`). Branches are hooks rather than submodules, so the network's module names, repr and
-    state dict do not change. If a branch adds to a layer's input, only the layer's own weights receive the sum, not other
-    adapters on it.
+    Each branch is attached to an attention layer or a feed-forward network, called the branch's place. A place is
+    identified by the name of its first linear layer (`….attn2.to_q`). Branches are hooks rather than submodules, so the
+    network's module names, repr and state dict do not change. If a branch adds something to a layer's input, only the
+    layer's own weights receive the sum. Other adapters on that layer receive the original input.
     """
 
     def __init__(self, backbone: Backbone, component: str, slot: str, form: BranchForm) -> None:
@@ -44,14 +44,15 @@ class BranchAdapter:
         form: BranchForm,
         tensors: Mapping[str, Mapping[str, Tensor]],
     ) -> BranchAdapter:
-        """Attaches the branches and registers the adapter under a concept's name. It starts frozen, with strength 1 unless the
-        name already has another strength.
+        """Attaches the branches and registers the adapter under a concept's name.
+
+        The adapter starts frozen, at strength 1 unless the name already has another strength.
 
         Args:
-            tensors: the initial tensors of each branch, under the form's own keys, by the first layer of its place
+            tensors: the first layer of each place -> the initial tensors of its branch, under the form's own keys
 
         Raises:
-            ValueError: when this model lacks one of the places, or the tensors do not fit it
+            ValueError: when this model lacks one of the places, or when tensors do not fit their place
         """
         adapter = cls(backbone, component, slot, form)
         make = Bottleneck if isinstance(form, BottleneckForm) else FrameEmbeddings
@@ -115,7 +116,8 @@ class BranchAdapter:
         for key, tensor in state.items():
             if tensor.shape != mine[key].shape:
                 raise ValueError(
-                    f"branch tensor {key!r} is {list(tensor.shape)}, but this model needs {list(mine[key].shape)}"
+                    f"branch tensor {key!r} has shape {list(tensor.shape)}, but this model needs "
+                    f"{list(mine[key].shape)}"
                 )
             mine[key].copy_(tensor)
 
@@ -133,14 +135,14 @@ class HasInput(Protocol):
 
 
 def unwrapped(layer: Any) -> Any:
-    """Returns the layer itself, without any adapters around it."""
+    """Returns the layer itself, without the adapters that wrap it."""
     while is_wrapped(layer):
         layer = layer.get_base_layer()
     return layer
 
 
 def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
-    """Returns the name of a place and its first layer if `first` is the name of that layer, else ("", None)."""
+    """Returns the name and the first layer of the place that `first` identifies, or ("", None) if there is none."""
     end = next((end for end in FIRST if first.endswith(end)), None)
     if end is None:
         return "", None
@@ -152,5 +154,5 @@ def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
 
 
 def places_among(layers: Sequence[str]) -> list[str]:
-    """Returns those of the layers that are the first layer of a place."""
+    """Returns only those layers that are the first layer of a place."""
     return [name for name in layers if name.endswith(FIRST)]

@@ -1,4 +1,4 @@
-"""The two forms of branches, which are bottlenecks in parallel with a layer and frame embeddings added to its input."""
+"""The two forms of branches: bottlenecks in parallel with a layer, and frame embeddings added to a layer's input."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Unwrap = Callable[[Any], Any]
 
 
 class Grid:
-    """The size of the latent grid in the current prediction, read from the network's last call."""
+    """The size of the latent grid in the current prediction, which is read from the network's most recent call."""
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
         self.size = (0, 0)
 
     def look(self, _network: nn.Module, args: tuple[Any, ...]) -> None:
-        """Reads the size, as a pre-hook on the network, whose first argument is the latents [B, C, (f), h, w]."""
+        """Reads the size. A pre-hook on the network, whose first argument is the latents ([B, C, (f), h, w])."""
         if args and isinstance(args[0], Tensor) and args[0].ndim >= 4:
             self.size = (args[0].shape[-2], args[0].shape[-1])
 
     def at(self, site: str) -> tuple[int, int]:
-        """Returns the number of rows and of columns at this site."""
+        """Returns the number of rows and the number of columns at this site."""
         return self.sites[site].grid(*self.size)
 
 
 class Branch:
-    """A branch at one attention layer or feed-forward network. Its parameters are fp32 tensors under the form's own keys."""
+    """A branch at one attention layer or feed-forward network. Its fp32 parameters have the form's own keys."""
 
     keys: ClassVar[Mapping[str, int]]  # the number of axes of each tensor
 
@@ -44,7 +44,10 @@ class Branch:
         self.strength, self.training = 1.0, False
 
     def start(self, tensors: Mapping[str, Tensor], width: int, device: torch.device, where: str) -> None:
-        """Makes parameters from copies of the tensors. Raises ValueError if these do not fit this form or the layer's width."""
+        """Creates the parameters from copies of the tensors.
+
+        Raises ValueError if the tensors do not fit this form or the layer's width.
+        """
         for key, axes in self.keys.items():
             if key not in tensors or tensors[key].ndim != axes:
                 raise ValueError(f"{where}: the branch needs {key!r} with {axes} axes")
@@ -68,7 +71,10 @@ class Branch:
 
 
 class Bottleneck(Branch):
-    """Houlsby's adapter, in parallel: out + strength * (up gelu(down x + b) + c), where x is the input of the module."""
+    """Houlsby's adapter in parallel with a module.
+
+    The module's output becomes out + strength * (up gelu(down x + b) + c), where x is the module's input.
+    """
 
     keys: ClassVar[Mapping[str, int]] = {"down": 2, "down_bias": 1, "up": 2, "up_bias": 1}
     form: BottleneckForm
@@ -87,12 +93,12 @@ class Bottleneck(Branch):
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         added = self.strength * self._of(x if x.ndim == 3 else x.movedim(1, -1))
         added = added if x.ndim == 3 else added.movedim(-1, 1)  # some attention layers take [B, C, h, w]
-        if isinstance(out, tuple):  # joint attention returns the picture, then the text
+        if isinstance(out, tuple):  # joint attention returns the outputs for the picture and for the text
             return (out[0] + added.to(out[0].dtype), *out[1:])
         return out + added.to(out.dtype)
 
     def _of(self, x: Tensor) -> Tensor:
-        """Computes the bottleneck of x, [..., C] -> [..., C]."""
+        """Applies the bottleneck to x, [..., C] -> [..., C]."""
         down, bias, up, shift = (self.value(key, x) for key in self.keys)
         return F.linear(F.gelu(F.linear(x.to(down.dtype), down, bias)), up, shift)
 
@@ -100,10 +106,10 @@ class Bottleneck(Branch):
 class FrameEmbeddings(Branch):
     """Vectors added to the inputs of temporal attention (Motion Inversion, https://arxiv.org/abs/2403.20193, section 3.2).
 
-    `qk` ([F, C]) is added to the inputs of queries and keys, and is the same at every spatial position. `v`
-    ([rows, columns, F, C]) is added to the inputs of values. Both are interpolated linearly to other frame counts and grids.
-    Outside training, the value embedding of every frame but the first is by default replaced with its difference from the
-    previous frame's, which the authors do to keep appearance out.
+    `qk` ([F, C]) is added to the inputs of the queries and keys, and is the same at every spatial position.
+    `v` ([rows, columns, F, C]) is added to the inputs of the values. Both are interpolated linearly to other frame
+    counts and grids. By default, outside training, the `v` of every frame except the first is replaced with its
+    difference from the `v` of the previous frame. The authors do this to keep appearance out.
     """
 
     keys: ClassVar[Mapping[str, int]] = {"qk": 2, "v": 4}

@@ -1,4 +1,4 @@
-"""Stores changed weights as differences, so that they can be scaled by a strength and removed without a trace."""
+"""Stores changed weights as differences, so that they can be scaled by a strength and removed exactly."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _count = itertools.count()
 class DeltaAdapter:
     """An adapter (`shared.backbones.protocol.Adapter`) that adds strength * delta to weights W_0 of the network.
 
-    Several such adapters on one weight add up. The original bytes are kept while any delta exists. At strength 0 and after
-    `eject` they are restored exactly.
+    The deltas of several such adapters on one weight add up. The original bytes are kept while any delta exists. They
+    are restored exactly when every adapter on the weight is at strength 0 or has been ejected.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class DeltaAdapter:
         self.backbone, self.slot, self.targets = backbone, slot, dict(targets)
         self.deltas = {k: nn.Parameter(v.detach().float().clone(), requires_grad=False) for k, v in deltas.items()}
         self.strength = 0.0
-        # changes are summed in order of injection, so that toggling one restores exact values
+        # changes are summed in order of injection, so that switching one off and on again restores the exact values
         self.number = next(_count)
 
     @classmethod
@@ -37,10 +37,10 @@ class DeltaAdapter:
 
         Args:
             slot: the recipe's slot that the deltas come from, which distinguishes several parts of one concept
-            deltas: the change of each parameter, in its shape, by `{component}.{path of the parameter}`
+            deltas: the change of each parameter, in the parameter's shape, by `{component}.{path of the parameter}`
 
         Raises:
-            ValueError: if the model lacks a parameter or has it in a different shape
+            ValueError: if the model lacks one of the parameters, or has one with a different shape
         """
         targets = {key: find_parameter(backbone, key) for key in deltas}
         unknown = sorted(k for k, p in targets.items() if p is None)
@@ -51,7 +51,8 @@ class DeltaAdapter:
         for key, parameter in targets.items():
             if parameter is not None and parameter.shape != deltas[key].shape:
                 raise ValueError(
-                    f"changed weight {key!r} is {list(deltas[key].shape)}, but this model has {list(parameter.shape)}"
+                    f"changed weight {key!r} has shape {list(deltas[key].shape)}, but this model needs "
+                    f"{list(parameter.shape)}"
                 )
         adapter = cls(backbone, slot, {k: p for k, p in targets.items() if p is not None}, deltas)
         backbone.add_adapter(name, adapter)
@@ -61,10 +62,10 @@ class DeltaAdapter:
         return iter(self.deltas.values())
 
     def train(self, mode: bool) -> None:
-        """Does nothing, because the sum is the same during training and outside of it."""
+        """Does nothing, because the weights are the same in training and outside it."""
 
     def set_strength(self, strength: float) -> None:
-        """Rewrites the weights for this strength. 0 restores the original bytes."""
+        """Rewrites the weights for this strength. Strength 0 removes the change exactly."""
         if strength == self.strength:
             return
         self.strength = strength
@@ -92,7 +93,7 @@ class DeltaAdapter:
         for key, tensor in state.items():
             if tensor.shape != shapes[key]:
                 raise ValueError(
-                    f"changed weight {key!r} is {list(tensor.shape)}, but this model has {list(shapes[key])}"
+                    f"changed weight {key!r} has shape {list(tensor.shape)}, but this model needs {list(shapes[key])}"
                 )
 
     def eject(self) -> None:
@@ -101,7 +102,7 @@ class DeltaAdapter:
 
 
 def find_parameter(backbone: Backbone, key: str) -> nn.Parameter | None:
-    """Finds the parameter with this key, even if an adapter has since wrapped its module."""
+    """Returns the parameter with this key, even if adapters have wrapped its module, or None if there is none."""
     component, _, path = key.partition(".")
     module = backbone.components.get(component)
     *parents, leaf = path.split(".")

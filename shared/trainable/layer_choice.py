@@ -1,4 +1,4 @@
-"""Selects layers of a role by attention projection or by block."""
+"""Selects some of a role's layers, by attention projection or by block."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 Projection = Literal["q", "k", "v", "out"]
 
-#: Patterns for the last part of a layer's name, by projection. They cover diffusers' attention (including the text stream of
-#: joint attention), CLIP's and T5's.
+#: Patterns for the last part of a layer's name, by projection. They cover the attention layers of diffusers (including
+#: the text stream of joint attention), CLIP and T5.
 _LEAVES: dict[Projection, str] = {
     "q": r"to_q|add_q_proj|q_proj|q",
     "k": r"to_k|add_k_proj|k_proj|k",
@@ -21,14 +21,17 @@ _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def of_projections(layers: Sequence[str], projections: Sequence[Projection]) -> list[str]:
-    """Returns the layers that compute these attention projections. Feed-forward layers and convolutions never do."""
+    """Returns the layers that compute these attention projections. Leaves out feed-forward layers and convolutions."""
     pattern = re.compile(rf"(.*\.)?({'|'.join(_LEAVES[p] for p in projections)})")
     return [name for name in layers if pattern.fullmatch(name)]
 
 
 def block_names(layers: Sequence[str]) -> list[str]:
-    """Lists the blocks of a network in the order of the forward pass. These are all blocks of a transformer (in FLUX, first
-    the double-stream blocks, then the single-stream ones), or the down levels, the middle and the up levels of a U-Net."""
+    """Lists the blocks of a network in the order of the forward pass.
+
+    In a transformer, these are all of its blocks (in FLUX, first the double-stream blocks, then the single-stream
+    blocks). In a U-Net, they are the down levels, the middle block and the up levels.
+    """
     found = dict.fromkeys(match[1] for name in layers if (match := _BLOCK.match(name)))
     order = ("down_blocks", "mid_block", "up_blocks")
     return sorted(found, key=lambda name: next((i for i, part in enumerate(order) if name.startswith(part)), -1))
@@ -41,8 +44,10 @@ def of_blocks(layers: Sequence[str], numbers: Sequence[int], blocks: Sequence[st
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """Parses text such as `"0-9,12"` into sorted numbers. Raises ValueError when the format is different, or when a range runs
-    backwards."""
+    """Parses text such as `"0-9,12"` into sorted numbers.
+
+    Raises ValueError when the text has another format, or when a range runs backwards.
+    """
     if not _RANGES.fullmatch(text):
         raise ValueError(f"{text!r} is not a list of blocks: write numbers and ranges, counted from 0, such as 0-9,12")
     numbers: set[int] = set()

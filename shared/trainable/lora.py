@@ -15,19 +15,19 @@ from shared.trainable.base import OnRoles, TrainableGroup
 
 
 class Lora(OnRoles):
-    """Adds (alpha / rank) B A to the weights W of the modules of `roles`. B starts at 0, so nothing changes at first.
+    """Adds (alpha / rank) B A to the weights W of the modules of `roles`. B starts at 0, so W is unchanged at first.
 
     With `min_rank`, this is T-LoRA (https://arxiv.org/abs/2507.05964, section 3), W' = W + (alpha / rank) B M_t A,
-    where the mask M_t keeps the first r(t) directions. All of them act without noise, but only `min_rank` of them act
-    at full noise, where training on a few pictures overfits most to their poses and layouts. The mask is also applied
-    during sampling.
+    where the mask M_t keeps the first r(t) directions. Without noise, all directions are kept. At full noise, where
+    training on a few pictures overfits most strongly to their poses and layouts, only the first `min_rank` are kept.
+    The mask is also applied during sampling.
     """
 
     kind: Literal["lora"] = "lora"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     alpha: Real | None = None  # if null, equal to rank, so that the scale is 1
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # probability that an input of A is set to 0 in training
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the probability that an input of A is set to 0 in training
     min_rank: Annotated[int, Field(ge=0, le=4096)] | None = None  # rank at full noise; if null, always the full rank
     orthogonal: bool = False  # whether A starts with orthonormal rows, so that no two directions overlap
     dora: bool = False  # train magnitude and direction separately (DoRA); the backward pass treats the norm as constant
@@ -35,7 +35,7 @@ class Lora(OnRoles):
     @property
     def taxonomy(self) -> str:
         name = "DoRA" if self.dora else "LoRA"
-        return f"{name} with rank falling with noise" if self.min_rank is not None else name
+        return f"{name} with noise-dependent rank" if self.min_rank is not None else name
 
     @model_validator(mode="after")
     def _rank_can_fall(self) -> Lora:
@@ -43,7 +43,7 @@ class Lora(OnRoles):
             raise ValueError(f"min_rank = {self.min_rank} must not exceed rank = {self.rank}")
         if self.min_rank is not None and self.dora:
             raise ValueError(
-                "min_rank does not work with dora, whose magnitude is for the full rank; leave out one of them"
+                "min_rank does not work with dora, whose magnitude belongs to the full rank; leave out one of the two"
             )
         return self
 
@@ -85,7 +85,7 @@ class Lora(OnRoles):
 
 
 def _orthonormal(adapter: PeftAdapter, seed: int) -> None:
-    """Makes the rows of every layer's A [r, in, …] orthonormal, or the columns if A has more rows than columns."""
+    """Makes the rows of A ([r, in, …]) orthonormal in every layer, or its columns if A has more rows than columns."""
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter.layers:
         weight = layer.lora_A[adapter.peft_name].weight

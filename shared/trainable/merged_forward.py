@@ -1,9 +1,11 @@
 """Lets LoRA layers compute with one merged weight, W' = W + s B A, instead of a second, narrow layer in parallel.
 
-peft's layers compute W x + s B (A x), which takes two extra products and two passes over the output. When x has many rows, W'
-is cheaper. Results are equal up to rounding, and exactly those of W if B is 0. Layers are merged only inside
-`merged_layers()`, which is used for sampling and for teachers. Training does without it: the predictions that a training step
-compares must all be rounded in the same way, and with a backward pass peft's own forward is just as fast.
+peft's layers compute W x + s B (A x), which takes two extra products and two passes over the output. When x has many
+rows, computing W' x is cheaper. The results are equal up to rounding. If B is 0, they are exactly those of W.
+
+Layers are merged only inside `merged_layers()`, which is used for sampling and for teachers. Training does not use it,
+because the predictions that a training step compares must all be rounded in the same way. Besides, peft's own forward
+is just as fast when there is a backward pass.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ _merges: ContextVar[bool] = ContextVar("merges", default=False)
 
 @contextmanager
 def merged_layers() -> Iterator[None]:
-    """Inside this context, LoRA layers compute with merged weights wherever that is possible and cheaper. Layers that need
-    gradients do not."""
+    """Inside the context, LoRA layers compute with merged weights wherever this is possible and cheaper.
+
+    Weights are never merged while gradients are enabled.
+    """
     token = _merges.set(True)
     try:
         yield
@@ -36,7 +40,7 @@ def merged_layers() -> Iterator[None]:
 
 
 def merge_in_forward(layer: nn.Module) -> None:
-    """Prepares one of peft's LoRA layers for `merged_layers`. Other layers are left unchanged, and so are prepared ones."""
+    """Prepares one of peft's LoRA layers for `merged_layers`. Leaves other layers unchanged."""
     from peft.tuners.lora.layer import Conv2d, Linear
 
     if type(layer) in (Linear, Conv2d):
@@ -57,14 +61,16 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
-    """Returns the factors that currently act on a layer, or None if peft's own forward must be used. That is the case
+    """Returns the factors that currently act on a layer, or None if peft's own forward must be used.
 
-    - with gradients enabled,
-    - in half precision or under autocast, where W' could round B A away,
-    - with hooks on the layer, or with dropout or anything else between A, B and x,
-    - with variants of LoRA layers,
-    - when x has too few rows for W' to be cheaper,
-    - on devices other than the CPU, where the gain has not been measured.
+    peft's own forward must be used when
+
+    - gradients are enabled,
+    - the layer runs in half precision or under autocast, where rounding W' could lose B A,
+    - the layer has hooks, or anything (such as dropout) acts between x and A or between A and B,
+    - the layer is a variant of LoRA,
+    - x has too few rows for W' to be cheaper, or
+    - the device is not a CPU, because the gain has been measured only on CPUs.
     """
     base = layer.base_layer
     if torch.is_grad_enabled() or layer.disable_adapters or layer.merged or not _plain(base):
@@ -88,8 +94,10 @@ def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
 
 
 def _rank(a: Any) -> int | None:
-    """Returns how many directions of A act, or None if that differs between rows or A has an unknown hook. During sampling, a
-    rank that falls with the noise is the same for all rows."""
+    """Returns how many directions of A are active, or None if that number differs between the rows of x.
+
+    Also returns None if A has an unknown hook. During sampling, a noise-dependent rank is the same for all rows.
+    """
     if not _hooked(a):
         return len(a.weight)
     falls = [hook for hook in a._forward_hooks.values() if isinstance(hook, RankByNoise)]
@@ -111,8 +119,11 @@ def _hooked(module: Any) -> bool:
 
 
 def _pays(base: Any, x: Tensor) -> bool:
-    """Whether merging is cheaper. B A takes r * out * K multiplications, where K is the number of inputs per output; without
-    merging, each row of x takes r * (out + K)."""
+    """Whether merging is cheaper.
+
+    Computing B A takes r * out * K multiplications, where K is the number of inputs per output. Without merging, each
+    row of x takes r * (out + K) extra multiplications.
+    """
     if x.ndim < base.weight.ndim:
         return False
     out, inputs = len(base.weight), base.weight[0].numel()

@@ -19,10 +19,10 @@ Plain = bool | Number | str | dict[str, Number]
 
 
 class Peft(OnRoles):
-    """The peft method named `type`, with peft's own `settings`, on the modules of `roles`.
+    """Trains the modules of `roles` with the peft method named `type`, using peft's own `settings`.
 
-    The adapter starts as the exact identity, except that DEFT and HRA start with rounding errors (1e-6) from their products of
-    reflections. Methods that cannot be trained, saved and removed again are rejected with the reason.
+    The adapter starts as the exact identity, except for DEFT and HRA. These multiply reflections, so they start with
+    rounding errors of about 1e-6. If a method cannot be trained, saved or removed again, the error gives the reason.
     """
 
     kind: Literal["peft"] = "peft"
@@ -52,7 +52,8 @@ class Peft(OnRoles):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Injects trainable adapters into every component in which the roles have modules.
 
-        Raises ValueError when the roles include layers that this method cannot adapt, or the settings do not fit them.
+        Raises ValueError when the roles include layers that this method cannot adapt, or when its settings are
+        unsuitable.
         """
         targets, ports = self.modules(backbone, slot)
         for component, modules in targets.items():
@@ -91,7 +92,7 @@ class Peft(OnRoles):
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:
-    """Returns a convolution's kernel size, or () for a linear layer, looking inside any adapter wrappers."""
+    """Returns the kernel size of a convolution, or () for a linear layer. Looks inside adapters that wrap the layer."""
     base: Any = getattr(module, "base_layer", module)
     while hasattr(base, "base_layer"):
         base = base.base_layer

@@ -1,9 +1,9 @@
-"""The peft methods that `kind: peft` offers, the settings that recipes may change, and why other methods are not offered.
+"""The peft methods that `kind: peft` offers, the settings that recipes may change, and why other methods are missing.
 
-Each one was tested on linear layers and convolutions with peft 0.21.2 (see `tests/core/test_trainable_peft.py`): it starts
-as the identity, gets a gradient, computes the same outputs after saving and loading, leaves the network unchanged after
-removal, and works on half-precision networks. Settings that change base weights or the initial identity, or that run names
-as code, are excluded.
+Each method was tested on linear layers and convolutions with peft 0.21.2 (see `tests/core/test_trainable_peft.py`). It
+starts as the identity, receives a gradient, computes the same outputs after it is saved and loaded, leaves the network
+unchanged when it is removed, and works on half-precision networks. Recipes cannot change settings that modify the base
+weights, that prevent a start from the identity, or that name code for peft to run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class AdapterType:
     """One of peft's methods."""
 
     settings: frozenset[str]  # the settings that a recipe may change
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # set so that the adapter starts as the identity
-    exact_start: bool = True  # whether it starts as the exact identity, not only up to rounding
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make the adapter start as the identity
+    exact_start: bool = True  # whether the adapter starts as the identity exactly, not just up to rounding
     layers: str = "any"  # "any", "linear", or "linear or 1x1" (also convolutions with 1x1 kernels)
 
 
@@ -92,7 +92,7 @@ UNSUPPORTED: Mapping[str, str] = {
 
 
 def why_not(peft_type: str) -> str:
-    """Explains why a method is not offered, and lists those that are. Returns "" if the method is offered."""
+    """Explains why a method is not offered, and lists the methods that are. Returns "" if the method is offered."""
     if peft_type in ADAPTER_TYPES:
         return ""
     reason = UNSUPPORTED.get(peft_type, "it has not been tested with this suite")
@@ -100,8 +100,11 @@ def why_not(peft_type: str) -> str:
 
 
 def unsuited(peft_type: str, kernels: Mapping[str, Iterable[int]]) -> list[str]:
-    """Lists the layers that an adapter of this type cannot wrap. `kernels` maps each layer to its kernel size, which is () for
-    a linear layer."""
+    """Lists the layers that an adapter of this type cannot wrap.
+
+    Args:
+        kernels: the kernel size of each layer, by the layer's name; () for a linear layer
+    """
     allowed = ADAPTER_TYPES[peft_type].layers
     sides = {name: list(kernel) for name, kernel in kernels.items()}
     bad = {"any": lambda k: False, "linear": bool, "linear or 1x1": lambda k: any(side != 1 for side in k)}[allowed]

@@ -1,5 +1,7 @@
-"""Manages the values of one parameter, which consist of the original values, saved changes on top of them, and the change that
-is being trained."""
+"""Manages the values of one parameter.
+
+These are the sum of the original values, saved changes, and a change that is being trained.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ class Owner(Protocol):
 
 
 class Stack:
-    """The changes of one parameter, W = W_0 + sum of strength * delta. The stack stays attached to the parameter as long as
-    anything changes it.
+    """The changes of one parameter, W = W_0 + sum of strength * delta.
+
+    The stack stays attached to the parameter as long as there are any changes.
 
     The parameter object is kept and only its tensor is swapped. The original bytes can therefore be restored exactly, and an
     autograd graph keeps the tensor that it was built on.
@@ -35,7 +38,7 @@ class Stack:
         self.training: Training | None = None
 
     def put(self, owner: Owner, delta: Tensor, strength: float) -> None:
-        """Applies a saved change at this strength on top of the others. Strength 0 removes it."""
+        """Applies a saved change at this strength, in addition to other changes. Strength 0 removes the change."""
         self.parts.pop(owner, None)
         if strength:
             self.parts[owner] = (delta, strength)
@@ -67,19 +70,19 @@ class Stack:
 
 
 class Training:
-    """The values of one parameter that is being trained, W_0 + other changes + delta, in fp32. The optimizer updates them.
+    """The fp32 values of one parameter that is being trained, W_0 + other changes + delta. The optimizer updates them.
 
-    Delta is not stored, but computed as the values minus W_0 and the other changes. `settle` rounds the values so that adding
-    delta back reproduces them bit for bit, which makes the saved change exact. (`settle` is idempotent in fp32; this was
-    checked for every exponent that occurs in weights.)
+    Delta is not stored. It is computed by subtracting W_0 and the other changes from the values. `settle` rounds the
+    values so that adding delta back reproduces them bit for bit, which makes the saved change exact. (`settle` is
+    idempotent in fp32; this was checked for every exponent that occurs in weights.)
 
-    The parameter has these values only at strength 1, and while the same other changes are active as in training. Otherwise,
-    it is set to a computed sum and has no gradient.
+    The parameter has these values only while the strength is 1 and the other changes are the same as in training.
+    Otherwise, the parameter is set to a computed sum and has no gradient.
     """
 
     def __init__(self, stack: Stack, owner: Owner) -> None:
         self.stack, self.owner, self.strength, self.full_precision = stack, owner, 0.0, True
-        # the changes on top of which this one is trained; the same as the stack's parts until another adapter changes
+        # the other changes during training; they equal the stack's parts until another adapter is changed
         self.reference = dict(stack.parts)
         self.values = stack.below(self.reference).clone()
         self._shown, self._settled = False, -1
@@ -100,7 +103,8 @@ class Training:
     def settle(self, again: bool = True) -> None:
         """Rounds the values so that their fp32 difference from W_0 + other changes represents them exactly.
 
-        Repeating this changes nothing. Without `again`, it runs only if the parameter was written to since the last call.
+        Repeating this changes nothing. If `again` is False, does nothing unless the parameter has been written to since
+        the last call.
         """
         version = self.stack.parameter._version
         if version == self._settled and not again:
@@ -112,7 +116,7 @@ class Training:
 
     @torch.no_grad()
     def load(self, delta: Tensor) -> None:
-        """Sets the values that are being trained from a change. Inverts `delta`."""
+        """Sets the values that are being trained to W_0 + other changes + `delta`."""
         below = self.stack.below(self.reference)
         values = self.current()
         values.copy_(below + delta.to(below.device))
@@ -121,7 +125,7 @@ class Training:
         self.stack.show()
 
     def enter(self) -> None:
-        """Puts the values into the parameter, in fp32 in training mode, and otherwise in the network's own precision."""
+        """Puts the values into the parameter: in fp32 in training mode, otherwise in the network's own precision."""
         self.values, self._shown = self.values.to(self.stack.parameter.device), True
         self._expose()
         self.stack.parameter.requires_grad_(self._wants_grad)
@@ -138,9 +142,9 @@ class Training:
         self.stack.parameter.data = self.values if self.full_precision else self.values.to(self.stack.original.dtype)
 
     def leave(self) -> None:
-        """Stops using the parameter for the values, and turns off its gradient, because it is then set to a computed sum.
+        """Takes the values out of the parameter, which is then set to a computed sum, and turns off its gradient.
 
-        This also keeps autocast, which caches casts of weights that require a gradient, from using its cast of the values.
+        Without a gradient, autocast does not use its cached cast of the values.
         """
         if self._shown:
             self.values = self.current()
@@ -149,7 +153,7 @@ class Training:
 
 
 def _same(a: dict[Any, tuple[Tensor, float]], b: dict[Any, tuple[Tensor, float]]) -> bool:
-    """Whether the same tensors are applied at the same strengths."""
+    """Whether both apply the same tensors at the same strengths."""
     return a.keys() == b.keys() and all(
         delta.data_ptr() == b[owner][0].data_ptr() and strength == b[owner][1] for owner, (delta, strength) in a.items()
     )

@@ -10,8 +10,10 @@ from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 
 
 class Tokens(TrainablePart):
-    """Trains the token vectors of the concept's modifier. The embedding table stays bit-identical, because the new vectors
-    are not stored in it."""
+    """Trains the token vectors of the concept's modifier.
+
+    The embedding table stays bit-identical, because the new vectors are stored outside it.
+    """
 
     taxonomy: ClassVar[str] = "token embeddings"
     kind: Literal["tokens"] = "tokens"
@@ -19,8 +21,9 @@ class Tokens(TrainablePart):
     weight_decay: NotNegative | None = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Makes the tokens of every attached concept trainable, except those of loaded concepts, which are frozen. `name` is
-        ignored.
+        """Makes the tokens of all attached concepts trainable, except those of loaded concepts, which are frozen.
+
+        `name` is ignored.
 
         Raises ValueError if no concept that is being trained has learnable tokens.
         """

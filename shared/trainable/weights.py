@@ -1,5 +1,8 @@
-"""Trains existing weights, for example all of them (DreamBooth, https://arxiv.org/abs/2208.12242), or the keys and values of
-cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
+"""Trains existing weights of the network.
+
+Examples are all weights (DreamBooth, https://arxiv.org/abs/2208.12242) and the keys and values of cross-attention
+(Custom Diffusion, https://arxiv.org/abs/2212.04488).
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from shared.trainable.wrapped_layers import is_wrapped
 
 
 class Weights(OnRoles):
-    """Trains the weights and biases in the modules of `roles`, in fp32, and saves them as differences from the originals.
+    """Trains the weights and biases of the modules of `roles` in fp32, and saves their changes.
 
-    Besides gradients and optimizer state, this takes memory for a copy of the original weights, in the precision and on the
-    device that the network was loaded with. Nothing is copied when the part is switched off, for example for a penalty's base
-    prediction. A strength between 0 and 1 takes one sum per weight.
+    Besides gradients and optimizer state, this needs memory for the original weights, which are kept in the precision
+    that the network was loaded in. Nothing is copied when the part is switched off, for example for a penalty's base
+    prediction. At a strength between 0 and 1, one sum is computed for each weight.
     """
 
     taxonomy: ClassVar[str] = "weights"
@@ -51,7 +54,7 @@ class Weights(OnRoles):
 
 
 def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list[str]:
-    """Lists the parameters that these modules (by component) have directly, as `{component}.{path}`."""
+    """Lists the parameters of these modules, without those of their submodules, as `{component}.{path}`."""
     keys = []
     for component, paths in targets.items():
         for path in paths:
@@ -82,7 +85,10 @@ class TrainedWeights(DeltaAdapter):
 
     @classmethod
     def inject_training(cls, backbone: Backbone, name: str, slot: str, keys: list[str]) -> TrainedWeights:
-        """Registers the weights with these keys. Raises ValueError if another slot of this concept trains one of them."""
+        """Registers the weights with these keys. If another concept is still training some of them, ends that training.
+
+        Raises ValueError if another slot of this concept trains one of the weights.
+        """
         targets = {key: parameter for key in keys if (parameter := find_parameter(backbone, key)) is not None}
         assert len(targets) == len(keys)
         others = {id(o): o for p in targets.values() if (o := _trainer(p)) is not None}.values()
@@ -105,13 +111,16 @@ class TrainedWeights(DeltaAdapter):
             parameter.requires_grad_(on)
 
     def train(self, mode: bool) -> None:
-        """Switches to fp32 weights for training, whatever the network's precision, or to the values that a saved and reloaded
-        concept would have."""
+        """Switches to training mode or back.
+
+        In training mode, the weights are fp32, whatever the network's precision. Otherwise, they have the values that
+        they would have after the concept is saved and loaded again.
+        """
         for training in self.training.values():
             training.train(mode)
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength. 0 restores the original bytes."""
+        """Sets the strength. Strength 0 restores the original bytes."""
         if not self.training:
             return super().set_strength(strength)
         self.strength = strength
@@ -134,7 +143,7 @@ class TrainedWeights(DeltaAdapter):
             training.load(state[key])
 
     def finish(self) -> None:
-        """Ends training. The adapter becomes an ordinary saved change, on top of which another one can be trained."""
+        """Ends training. The adapter becomes an ordinary saved change, on which another change can build."""
         strength, self.strength = self.strength, 0.0
         self.deltas = {k: nn.Parameter(t.delta(), requires_grad=False) for k, t in self.training.items()}
         self._leave()
@@ -156,7 +165,7 @@ class TrainedWeights(DeltaAdapter):
         self.training, self._hooks = {}, []
 
     def _settle(self, _module: nn.Module, _args: Any) -> None:
-        for training in self.training.values():  # some optimizers bypass the version counter
+        for training in self.training.values():  # some optimizers do not update the version counter
             training.settle(again=torch.is_grad_enabled())
 
 

@@ -1,4 +1,7 @@
-"""Recognizes layers that peft has wrapped, without importing peft, which takes seconds and is not needed to read a recipe."""
+"""Recognizes layers that peft has wrapped, without importing peft.
+
+Importing peft takes seconds, and reading a recipe does not need it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import nn
 
 
 class WrappedLayer(Protocol):
-    """What is used here of peft's `BaseTunerLayer`."""
+    """The attributes of peft's `BaseTunerLayer` that are used here."""
 
     adapter_layer_names: tuple[str, ...]
     active_adapters: list[str]
@@ -20,6 +23,6 @@ class WrappedLayer(Protocol):
 
 
 def is_wrapped(module: Any) -> TypeGuard[WrappedLayer]:
-    """Returns whether peft has wrapped this module. None can be wrapped before peft has been imported."""
+    """Returns whether peft has wrapped this module. No module can be wrapped before peft is imported."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)

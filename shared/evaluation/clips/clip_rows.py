@@ -11,7 +11,7 @@ from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
 HALF = 0.5  # a clip is flagged if less than this share of its frames matches the prompt
 STILL = "still"  # the name of the candidate that stands still
-OPPOSED = 0.0  # motion fidelity at or below this means unrelated or opposite motions
+OPPOSED = 0.0  # motion fidelity at or below this value indicates an unrelated or opposite motion
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[
 
 
 def leak_limit(scorer: ClipScorer) -> float | None:
-    """Returns the midpoint between 1 (the same clip) and the highest leakage of one of the motion's clips from the
-    others. Returns None for fewer than two clips."""
+    """Returns the leakage at which a clip is flagged: the midpoint between 1 (an identical clip) and the highest
+    leakage among the motion's own clips. Returns None if the motion has fewer than two clips."""
     among = scorer.unrelated_looks
     return (max(among) + 1) / 2 if among else None
 

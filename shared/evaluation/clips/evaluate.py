@@ -35,10 +35,11 @@ KeptClips = dict[tuple[Hashable, tuple[str, ...], tuple[int, ...]], tuple[Tensor
 
 @dataclass(frozen=True)
 class Makers:
-    """Functions that generate clips with the concepts, without any, and with the motion loaded but not asked for.
+    """Functions that generate clips with the concepts, without them, and with the motion loaded but not asked for.
 
-    `unnamed` is None if clips of the last kind are not generated. `depends` states, for each kind of clip that
-    evaluations may share, what the clips depend on besides prompts and seeds.
+    `unnamed` is None if clips of the last kind are not generated. `depends` lists the kinds of clips that several
+    evaluations may share. For each kind, the value identifies everything that the clips depend on besides prompts and
+    seeds.
     """
 
     concept: Generate
@@ -52,7 +53,7 @@ class ClipShots:
     """The clips to generate for each prompt, and the folder to write the report to."""
 
     seeds: Sequence[int]
-    out: Path | str | None = None  # a folder; None: no report is written
+    out: Path | str | None = None  # the folder for the report; if None, no report is written
     overwrite: bool = False
     fps: float = 8.0  # frames per second of the clips in the report
     chunk: int = 4  # clips per call
@@ -143,7 +144,8 @@ class _Evaluation:
     def _arm(
         self, kind: Kind, texts: Sequence[str], asked: Sequence[tuple[int, int]], generate: Generate
     ) -> tuple[MeasuredClips, list[ClipRow], float]:
-        """Generates and measures one arm in chunks, keeping only the files of its clips. Also returns the seconds per clip."""
+        """Generates and measures one arm in chunks, and keeps only the encoded clips. Returns the measurements, the
+        rows, and the seconds per clip."""
         what = {"concept": "with the concepts", "base": "without them", "unnamed": "motion not asked for"}[kind]
         parts, strips, seconds = [], {}, 0.0
         for start in range(0, len(asked), self.shots.chunk):
@@ -170,7 +172,7 @@ class _Evaluation:
         return measured, clip_rows(made, measured, leak_limit(self.scorer)), seconds / len(asked)
 
     def _with_freedom(self, measured: MeasuredClips, prompts: Sequence[int]) -> MeasuredClips:
-        """Adds `freedom` where prompts have several seeds and the true subject's range of poses is known."""
+        """Adds `freedom` if each prompt has several seeds and the true subject's range of poses is known."""
         thing, subject = self.scorer.thing, measured.subject
         scale = None if thing is None or thing.figures is None else thing.figures.range
         if scale is None or subject is None or len(self.shots.seeds) < 2:
@@ -181,7 +183,7 @@ class _Evaluation:
     def _clips(
         self, kind: Kind, texts: list[str], seeds: list[int], generate: Generate, progress: Steps | None
     ) -> tuple[Tensor, float]:
-        """Returns clips and the seconds it took to generate them, either now or in an earlier evaluation."""
+        """Returns the clips and the seconds taken to generate them. Clips from an earlier evaluation are reused."""
         key = (self.makers.depends.get(kind), tuple(texts), tuple(seeds))
         kept = {} if self.shots.kept is None or key[0] is None else self.shots.kept
         if key not in kept:
@@ -194,7 +196,7 @@ class _Evaluation:
         self.files[f"{CLIPS}/{name}.webp"] = webp_bytes(clip, self.shots.fps, about)
 
     def _sheet(self, strips: Mapping[str, Tensor]) -> None:
-        """Adds a contact sheet of the clips with the concepts, for viewers that cannot play clips."""
+        """Adds a contact sheet of the clips generated with the concepts, for viewers that cannot play clips."""
         from tempfile import TemporaryDirectory
 
         with TemporaryDirectory() as folder:

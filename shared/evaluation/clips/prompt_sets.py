@@ -1,7 +1,8 @@
-"""Prompt sets for clips: the shipped ones (`configs/prompts/*_motion.yaml`) and the user's own (YAML or one prompt per line).
+"""Loads prompt sets for clips. A set is either shipped (`configs/prompts/*_motion.yaml`) or a user's file (YAML, or
+text with one prompt per line).
 
-In a prompt, `{concept}` stands for the motion and `{thing}` for what moves. That is the subject if one is evaluated, or
-else the prompt's own `thing`. For the base model and for text scores, the motion is left out and the subject is
+In a prompt, `{concept}` stands for the motion and `{thing}` for what moves: the subject if one is evaluated, and
+otherwise the prompt's own `thing`. For the base model and for text scores, the motion is left out and the subject is
 replaced with its class noun, so that no score depends on a made-up word.
 """
 
@@ -27,7 +28,7 @@ class ClipPrompt(Part):
     """One prompt, and what the frames of its clips must show."""
 
     text: str
-    thing: str = ""  # what moves if no subject is evaluated, without an article: "red and blue car"
+    thing: str = ""  # what moves if no subject is evaluated, without an article (such as "red and blue car")
     expects: Mapping[str, str] = {}  # attribute -> value, as the toybox recognizer names them
 
     @model_validator(mode="before")
@@ -60,7 +61,9 @@ class ClipPromptSet(Part):
 
 @dataclass(frozen=True)
 class ClipTexts:
-    """The texts of a prompt set for a motion, a subject, or both ("" if there is none), as lists of equal length.
+    """The texts of a prompt set for a motion, a subject, or both, as lists of equal length.
+
+    If there is no motion or no subject, its name is "".
 
     Raises:
         ValueError: if a prompt does not say where the motion or the subject goes, or has a `{thing}` that nothing defines
@@ -70,7 +73,7 @@ class ClipTexts:
     motion: str = ""
     subject: str = ""
     class_noun: str = ""
-    limit: int | None = None  # number of prompts to use, from the start of the set; None: all
+    limit: int | None = None  # number of prompts to use, from the start of the set; if None, all
 
     def __post_init__(self) -> None:
         for prompt in self.chosen:
@@ -93,7 +96,7 @@ class ClipTexts:
 
     @property
     def named(self) -> list[str]:
-        """The prompts for the model with the concepts, which are written as `<name>`."""
+        """The prompts for the model with the concepts loaded. Each concept is written as `<name>`."""
         motion = f"<{self.motion}>" if self.motion else ""
         return [_said(p.text, motion, self._thing(p)) for p in self.chosen]
 
@@ -114,7 +117,7 @@ class ClipTexts:
         return [{k: v for k, v in p.expects.items() if k not in dropped} for p in self.chosen]
 
     def of_pictures(self) -> PromptSet:
-        """Returns these prompts as a set for pictures, for which true pictures of the subject are drawn."""
+        """Returns these prompts as a set for pictures. It is used to draw true pictures of the subject."""
         texts = [_said(p.text, "", "{concept}") for p in self.chosen]
         prompts = [Prompt(text=t, expects=e) for t, e in zip(texts, self.expects, strict=True)]
         return PromptSet(name=self.prompts.name, prompts=tuple(prompts))

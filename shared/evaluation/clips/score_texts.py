@@ -1,4 +1,4 @@
-"""Titles and explanations of the headline scores of clips, in reading order."""
+"""Titles and explanations of the headline scores for clips, in reading order."""
 
 from __future__ import annotations
 
@@ -8,50 +8,53 @@ from shared.evaluation.score_texts import About
 ABOUT = {
     "score": About(
         "Subject × motion × (1 − leakage)",
-        "One number for all that a clip should achieve at once, as far as it was measured: show the subject, show the motion, "
-        "and not look like the motion's own clips. It selects the best checkpoint.",
+        "One number for everything that a clip should achieve, as far as it was measured: it should show the subject "
+        "and the motion, and should not look like the motion's own clips. This score selects the best checkpoint.",
         "score",
     ),
     "motion_recognised": About(
         "Motion recognised",
-        "How often the clip's path (place, size, view and tilt over time) is nearer to the motion than to any of its "
-        "look-alikes or the other held-out motions.",
+        "How often the path in the clip (position, size, view and tilt over time) is nearer to the motion than to any "
+        "look-alike or other held-out motion.",
     ),
     "motion_fidelity": About(
         "Motion fidelity",
-        "How similar the point tracks are to those in the motion's clips: the mean over tracks of the best match, in "
-        "both directions. It is 1 for a clip compared with itself, 0 for a frozen clip, and −1 for the opposite motion.",
+        "How similar the point tracks are to those in the motion's clips: the best match of each track, averaged over "
+        "the tracks in both directions. It is 1 for a clip compared with itself, 0 for a frozen clip, and −1 for the "
+        "opposite motion.",
         "score",
     ),
     "false_motion": About(
         "False motion",
-        "The same in clips with the same prompts and seeds in which the motion is loaded but not asked for.",
+        "The same in clips with identical prompts and seeds for which the motion is loaded but not asked for.",
         better="lower",
     ),
     "leakage": About(
         "Leakage",
-        "How much the frames look like those of the motion's clips: each frame's highest cosine with any of their frames. "
-        "The motion should carry over, but not the appearance. The floor is the base model, which has never seen those clips.",
+        "How much the frames look like those of the motion's clips: each frame's highest cosine with any frame of "
+        "those clips. The motion should carry over, but not the appearance. The floor is the score of the base model, "
+        "which has never seen those clips.",
         "cosine",
         "lower",
     ),
     "identity": About(
         "Identity",
-        "How often a frame shows this exact subject, judged by the rule for pictures, relative to how often true "
-        "pictures of it pass.",
+        "How often a frame shows this exact subject (by the same test as for pictures), relative to how often true "
+        "pictures of the subject pass this test.",
     ),
     "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognised."),
     "freedom": About(
         "Freedom",
-        "Whether different seeds show the subject in different poses at the same moment: 0 as for true pictures in one pose, "
-        "1 as for true pictures from random views. Only crops of verified frames are compared. If fewer than 30 % of the "
-        "pairs of frames are verified, it is not measured. A motion that turns the subject the same way every time lowers it.",
+        "How much the subject's pose differs between seeds at the same moment: 0 means as little as in true pictures "
+        "in one pose, and 1 means as much as in true pictures from random views. Only crops of verified frames are "
+        "compared. Freedom is not measured if fewer than 30 % of the pairs of frames are verified. A motion that turns the "
+        "subject the same way every time lowers freedom.",
         "score",
     ),
     "dynamic_degree": About(
         "Dynamic degree",
-        "How much moves from frame to frame: the mean of the longest 5 % of the optical flow, as a share of the frame's "
-        "shorter side. Read it together with the temporal consistency.",
+        "How much moves from frame to frame: the mean length of the longest 5 % of the optical-flow vectors, as a "
+        "share of the frame's shorter side. Read it together with the temporal consistency.",
         "share",
     ),
     "temporal_consistency": About(
@@ -59,33 +62,36 @@ ABOUT = {
         "Mean cosine between consecutive frames. A frozen clip scores 1, so read it together with the dynamic degree.",
         "cosine",
     ),
-    "frozen": About("Frozen", "How many clips show no motion.", better="lower"),
+    "frozen": About("Frozen", "How many of the clips show no motion.", better="lower"),
     "dynamic": About(
-        "Dynamic", "How many clips exceed VBench's threshold, 6/256 of the side, in a quarter of the steps."
+        "Dynamic",
+        "How many of the clips move faster than VBench's threshold (6/256 of the shorter side per frame) for at least "
+        "a quarter of their frames.",
     ),
     "consistency_all_pairs": About(
         "Consistency, all pairs", "Mean cosine over all pairs of frames in a clip, as some papers report it.", "cosine"
     ),
     "path_distance": About(
         "Distance to the nearest path",
-        "Measured in units of clearly visible differences (a tenth of the frame, 45°).",
+        "Measured in units of a clearly visible difference (a tenth of the frame, or 45°).",
         "count",
         "lower",
     ),
     "error_position_px": About("Path error: place", "Root mean square over the clip, in pixels.", "count", "lower"),
     "error_scale": About(
-        "Path error: size", "Root mean square of the logarithm of the size: 0.1 is about 10 %.", "count", "lower"
+        "Path error: size", "Root mean square error of the log size. A value of 0.1 means about 10 %.", "count", "lower"
     ),
     "error_azimuth_deg": About("Path error: azimuth", "In degrees.", "count", "lower"),
     "error_elevation_deg": About("Path error: elevation", "In degrees.", "count", "lower"),
     "error_roll_deg": About("Path error: roll", "In degrees.", "count", "lower"),
     "subject_crops": About(
         "Masked likeness",
-        "Mean cosine between frames and references, both cropped to the subject, so that its surroundings do not count.",
+        "Mean cosine between frames and references, both cropped to the subject, so that the surroundings do not "
+        "count.",
         "cosine",
     ),
     "thing_recognised": About("Thing recognised", ABOUT_PICTURES["recognised"].explanation),
-    "copied": About("Copies", "How many frames repeat a reference picture.", better="lower"),
+    "copied": About("Copies", "How many of the frames repeat a reference picture.", better="lower"),
     "class": About("Class", "How often a frame shows an object of the class in the prompt."),
     "background": ABOUT_PICTURES["background"],
     "view": ABOUT_PICTURES["view"],

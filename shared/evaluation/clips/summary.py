@@ -30,7 +30,7 @@ class Arms:
 
 
 def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> list[Score]:
-    """Returns the scores that were measured, in reading order. Intervals resample whole prompts.
+    """Returns the scores that were measured, in reading order. Intervals are computed by resampling whole prompts.
 
     ceiling: the share of true clips of the motion that are recognised
     """
@@ -39,7 +39,8 @@ def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> lis
 
 
 def measured_scores(arms: Arms) -> list[Score]:
-    """Returns the scores that were measured, in reading order. Intervals resample the clusters in `Arms.prompts`."""
+    """Returns the scores that were measured, in reading order. Intervals are computed by resampling the
+    clusters in `Arms.prompts`."""
     made, base = arms.made, arms.base
     out = [_product(made, base, arms.prompts)] if any(k in made.scores for k in FACTORS) else []
     for key in ABOUT:
@@ -56,7 +57,7 @@ def measured_scores(arms: Arms) -> list[Score]:
 
 
 def _relative(arms: Arms) -> Arms:
-    """Divides identity by how often true pictures of the subject pass, if they can be drawn."""
+    """Divides "identity" and "both" by the share of true pictures that pass, if true pictures can be drawn."""
     least = arms.made.mean("ceiling")
     if math.isnan(least) or least <= 0:
         return arms
@@ -72,7 +73,7 @@ def _relative(arms: Arms) -> Arms:
 
 def relative(key: str, value: float, truth: float) -> float:
     """Returns a clip's "identity" or "both" as a share of what true pictures reach. The share for "both" is capped at 1, so
-    that clips whose frames are verified more often than true ones do not make up for clips with a wrong motion."""
+    that clips whose frames pass more often than true pictures do not compensate for clips with a wrong motion."""
     share = value / truth
     return 1.0 if key == "both" and share > 1 else share
 
@@ -107,8 +108,8 @@ def _false_motion(arms: Arms) -> list[Score]:
 
 
 def _span(key: str, values: Sequence[float], prompts: Sequence[int]) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean. For a constant score that is not a rate, both ends are that value, because
-    `bootstrap` would mistake zeros and ones for a rate."""
+    """Returns the 95 % interval of the mean. For a constant score that is not a rate, both ends equal the constant,
+    because `bootstrap` would mistake zeros and ones for a rate."""
     known = {v for v in values if not math.isnan(v)}
     if ABOUT[key].unit != "rate" and len(known) == 1:
         return (min(known), min(known))
@@ -119,7 +120,7 @@ def _score(key: str, value: float, span: tuple[float, float], base: float | None
     about = ABOUT[key]
 
     def known(x: float | None) -> float | None:
-        """Caps rates at 1, because a share of what true pictures reach can exceed 1."""
+        """Caps rates at 1. A rate relative to that of true pictures can exceed 1."""
         x = number(x)
         return x if x is None or about.unit != "rate" else min(1.0, x)
 
@@ -137,7 +138,7 @@ def _score(key: str, value: float, span: tuple[float, float], base: float | None
 
 
 def _completed(score: Score, arms: Arms, scorer: ClipScorer, ceiling: float | None) -> Score:
-    """Adds the values that a guess, true clips, true pictures or the motion's own clips reach."""
+    """Adds the values for a random guess, for true clips or pictures, and for the motion's own clips, if they apply."""
     update: dict[str, object] = {}
     if score.key == "motion_recognised" and scorer.known is not None:
         update = {"chance": scorer.known.chance, "truth": ceiling}

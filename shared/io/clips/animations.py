@@ -1,4 +1,4 @@
-"""Reads animated GIF, WebP and PNG files through Pillow, which composites frames that store only what changed."""
+"""Reads animated GIF, WebP and PNG files with Pillow, which completes frames that store only changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MILLI = Fraction(1, 1000)
 class Animation(FrameSource):
     """An animated GIF, WebP or PNG. A GIF's delays below 20 ms count as 100 ms, as in every browser.
 
-    Raises ValueError, naming the file, if it cannot be read, or is damaged or truncated.
+    Raises ValueError, naming the file, if the file cannot be read, is damaged, or is truncated.
     """
 
     may_be_transparent = True

@@ -1,4 +1,4 @@
-"""Determines whether a file is a video, an animation, a single picture, or none of these, judging from its content."""
+"""Determines from a file's content whether it is a video, an animation, a single picture, or none of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["video", "animation", "picture"]
 
 READABLE = "mp4, mov, webm, mkv, avi, GIF, animated WebP or PNG, or a folder of frames"
 
-#: Pillow's formats that can store the frames of a clip; the pages of a TIFF or MPO are not a clip.
+#: Formats, under their names in Pillow, that can store the frames of a clip. The pages of a TIFF or MPO are not a clip.
 ANIMATED = ("GIF", "WEBP", "PNG")
 _MAGIC = (
     (0, b"\x1aE\xdf\xa3", "matroska"),
@@ -25,15 +25,15 @@ _MAGIC = (
 
 
 def container(path: Path) -> str | None:
-    """Returns libavformat's name for a video file's container; None if it is not a video.
+    """Returns libavformat's name for a video file's container, or None if the file is not a video.
 
-    Only that format is then tried, so that playlists and similar files, which open other files, are never read. Raises
-    OSError if the file cannot be opened.
+    Callers open the file only in this format. Playlists and similar files, which open other files, are therefore never
+    read. Raises OSError if the file cannot be opened.
     """
     with path.open("rb") as stream:
         head = stream.read(400)
     if sniff(path):
-        return None  # HEIC and AVIF have the same boxes as mp4
+        return None  # a picture; HEIC and AVIF begin with the same box as mp4
     for place, mark, name in _MAGIC:
         if head[place:].startswith(mark):
             return name
@@ -43,7 +43,7 @@ def container(path: Path) -> str | None:
 
 
 def clip_kind(path: Path) -> Kind | None:
-    """Returns a file's kind; None if it has none of the known kinds. Raises OSError if the file cannot be opened, and
+    """Returns the kind of a file, or None if its kind is unknown. Raises OSError if the file cannot be opened, and
     ValueError if it is damaged."""
     if container(path):
         return "video"
@@ -55,7 +55,7 @@ def clip_kind(path: Path) -> Kind | None:
 
 
 def stated_size(path: Path) -> int | None:
-    """Returns the minimum size in bytes stated in the header of an AVI, Matroska or WebM file; None if none is stated."""
+    """Returns the minimum size in bytes stated in the header of an AVI, Matroska or WebM file, if any."""
     with path.open("rb") as stream:
         head = stream.read(4096)
     if head[:4] == b"RIFF":
@@ -63,7 +63,7 @@ def stated_size(path: Path) -> int | None:
     if head[:4] != b"\x1aE\xdf\xa3":
         return None
     length, place = _ebml_size(head, 4)
-    # the segment, which contains everything else
+    # next comes the segment, which contains everything else
     if length is None or head[place + length : place + length + 4] != b"\x18S\x80g":
         return None
     segment, begin = _ebml_size(head, place + length + 4)

@@ -27,8 +27,8 @@ def as_json(metadata: Mapping[str, str]) -> str:
 
 
 def read_clip_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Reads the `metadata` that `write_clip` stored; empty for a clip that pcs did not write. Raises ValueError if the
-    clip cannot be read."""
+    """Reads the `metadata` that `write_clip` stored. The result is empty for a clip that was not written by pcs. Raises
+    ValueError if the clip cannot be read."""
     path = expanded(path)
     if path.is_dir():
         return {k: v for k, v in read_metadata(FrameFolder(path).files[0]).items() if k != FPS}

@@ -36,19 +36,21 @@ def find_clips(
     masks: PathLike | Mapping[PathLike, PathLike] | None = None,
     captions: PathLike | Mapping[PathLike, str] | None = None,
 ) -> ClipListing:
-    """Finds the clips in a folder (sorted by name), a single clip, or a list of both (in the given order), with
-    captions and masks.
+    """Finds clips with their captions and masks.
 
-    A clip is a video, an animation, or a folder of frames; a folder that contains pictures but no clips is itself a
-    clip. For `NAME.mp4` or the folder `NAME/`, the caption is `NAME.txt` (or `NAME/caption.txt`). The masks are
-    `masks/NAME`, `NAME.mask`, `NAME-mask` or `NAME_mask`, each either a clip or folder with a mask for each frame, or
-    one picture for the first frame. Inside a folder of frames, masks may also be stored as they are for pictures.
-    `masks` and `captions` are each a folder whose entries have the clips' names, or a mapping from clips (paths or
-    names). They replace the masks and captions found next to the clips.
+    `clips` is a folder (whose clips are sorted by name), a single clip, or a list of folders and clips (in the given
+    order). A clip is a video, an animation, or a folder of frames. A folder that contains pictures but no clips is
+    itself a clip.
 
-    Anything that is not a clip is skipped and listed with the reason in one UserWarning per folder. If only some clips
-    have a caption or masks, a UserWarning lists the clips without one. Raises ValueError if a path does not exist, a
-    given file is not a clip, no clips are left, or `masks` or `captions` matches no clip.
+    The caption of `NAME.mp4`, or of the folder `NAME/`, is read from `NAME.txt` (or `NAME/caption.txt`). The masks are
+    read from `masks/NAME`, `NAME.mask`, `NAME-mask` or `NAME_mask`. They are a clip or folder with a mask for each
+    frame, or a picture with the mask for the first frame. A folder of frames may also contain masks, which are then
+    named like the masks of pictures. `masks` and `captions` replace the masks and captions found next to the clips. Each of the
+    two is either a folder whose entries have the clips' names, or a mapping whose keys are clips (paths or names).
+
+    Entries that are not clips are skipped. One UserWarning per folder lists them with the reasons. If only some clips
+    have a caption or masks, a UserWarning lists the others. Raises ValueError if a path does not exist, a given file is
+    not a clip, no clips are left, or `masks` or `captions` matches no clip.
     """
     paths = [clips] if isinstance(clips, (str, os.PathLike)) else list(clips)
     if not paths:
@@ -67,7 +69,7 @@ def find_clips(
         planes = _given_masks(found, masks)
     texts = {clip: text for clip, text in texts.items() if text}
     notes += _gaps(found, texts, "caption", "their captions come from the recipe's template")
-    notes += _gaps(found, planes, "masks", "their whole frames count as the subject, unless they are transparent")
+    notes += _gaps(found, planes, "masks", "their whole frames count as the subject, unless the frames are transparent")
     notes = list(dict.fromkeys(notes))  # several given clips may share one metadata.jsonl
     for note in notes:
         warnings.warn(encodable(note), UserWarning, stacklevel=2)
@@ -112,7 +114,7 @@ _PICTURE = "one picture, not a clip: put the frames of a clip in their own folde
 
 
 def _not_a_clip(path: Path) -> str:
-    """Returns the reason why an entry of a folder is not a clip; empty if it is one."""
+    """Returns the reason why an entry of a folder is not a clip, or "" if it is one."""
     if path.is_dir():
         return "" if _frames(path) else "a folder without frames"
     if not path.is_file():
@@ -159,7 +161,8 @@ def _with_neighbours(found: tuple[Path, ...], candidates: Sequence[Path]) -> Cli
 
 
 def _candidates(folder: Path, found: Sequence[Path]) -> list[Path]:
-    """Returns possible masks of clips in this folder, those in `masks/` first, unless `masks/` is itself a clip."""
+    """Returns the possible masks of clips in this folder. Those in `masks/` come first; they are left out if `masks/`
+    is itself a clip."""
     inside = sorted((folder / _MASKS).iterdir()) if (folder / _MASKS).is_dir() and folder / _MASKS not in found else []
     beside = sorted(p for p in folder.iterdir() if _stem(p).endswith(MASK_ENDS))
     return [p for p in (*inside, *beside) if not p.name.startswith(".") and _not_a_clip(p) in ("", _PICTURE)]

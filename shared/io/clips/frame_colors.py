@@ -1,4 +1,7 @@
-"""Converts decoded video frames to 8-bit sRGB using the stated colour matrix and range, with rounding and HDR tone mapping."""
+"""Converts decoded video frames to 8-bit sRGB.
+
+The conversion uses the colour matrix and range that the video states, rounds instead of truncating, and tone-maps HDR.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from PIL import Image
 _BT709, _UNSPECIFIED, _BT601, _BT2020, _BT2020_CONSTANT = 1, 2, 5, 9, 10  # ITU-T H.273, matrix coefficients
 _PRIMARIES_2020 = 9
 _PQ, _HLG = 16, 18  # H.273, transfer characteristics
-_HD = 720  # lines; from this height upwards, a video that states no matrix is assumed to be BT.709, as players do
+_HD = 720  # lines; as in video players, a video of at least this height that states no matrix counts as BT.709
 _WHITE = 203.0  # nits of diffuse white, ITU-R BT.2408
 _KNEE = 0.75  # as a fraction of diffuse white; anything darker keeps its brightness
 _ROWS = 128  # rows converted in float at a time
@@ -22,12 +25,14 @@ _LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], dtype=np.float32)
 
 
 def to_image(frame: Any) -> Image.Image:
-    """Returns a PyAV frame as an RGB image, or RGBA if its format has transparency. Its rotation is not applied."""
+    """Returns a PyAV frame as an RGB image, or RGBA if its format has transparency. The rotation stated in the
+    file is not applied."""
     has_alpha = any(component.is_alpha for component in frame.format.components)
     deep = max(component.bits for component in frame.format.components) > 8
     wide = frame.color_trc in (_PQ, _HLG) or frame.color_primaries == _PRIMARIES_2020
     pixel_format = ("rgba64le" if has_alpha else "rgb48le") if deep or wide else ("rgba" if has_alpha else "rgb24")
-    # bicubic chroma at full horizontal resolution, accurately rounded: swscale's fast paths are off by several levels
+    # bicubic chroma at full horizontal resolution and accurate rounding: without them, swscale takes fast paths that
+    # are off by several levels
     values = frame.reformat(
         format=pixel_format, src_colorspace=_matrix(frame), interpolation=_INTERPOLATION
     ).to_ndarray()
@@ -59,8 +64,8 @@ def _matrix(frame: Any) -> int:
 def _to_srgb(code: np.ndarray, transfer: int) -> np.ndarray:
     """Converts BT.2020 code values [H, W, 3] in [0, 1] to sRGB.
 
-    For HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100), brightness is kept up to three quarters of diffuse white, then rolls off
-    smoothly to sRGB's maximum. Otherwise only the primaries change.
+    For HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100), brightness is kept up to three quarters of diffuse white and is
+    then compressed smoothly towards sRGB's maximum. For other videos, only the primaries change.
     """
     if transfer not in (_PQ, _HLG):
         return np.clip((code**2.4) @ _TO_709.T, 0, 1) ** (1 / 2.4)  # ITU-R BT.1886

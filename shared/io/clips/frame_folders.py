@@ -1,4 +1,4 @@
-"""A folder of numbered pictures as a clip."""
+"""Reads a folder of numbered pictures as a clip."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from shared.io.decode import Picture, check_size, picture_size, read_frame
 from shared.io.find_pictures import listing_of, sniff
 from shared.io.terminal import names
 
-CAPTION = "caption.txt"  # the file in the folder with the caption of the whole clip
-FPS = "fps"  # the key in the PNG text of frames written by pcs
+CAPTION = "caption.txt"  # the file in a folder of frames that contains the caption of the clip
+FPS = "fps"  # the key of the frame rate in the PNG text of frames written by pcs
 
 
 class FrameFolder(FrameSource):
     """A folder of pictures that are the frames of a clip, in natural order (frame2 before frame10).
 
-    The frames have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested.
+    The frame rate is known only if pcs wrote the frames. If it is unknown, every frame is used, whatever frame rate is
+    requested.
 
     Raises ValueError, naming the folder or file, if there are no pictures, their sizes differ, frame numbers are
-    missing or repeated, or the folder contains several series of frames. A constant step other than 1 does not count as
-    a gap.
+    missing or repeated, or the folder contains several series of frames. Frame numbers may have a constant step other
+    than 1.
     """
 
     may_be_transparent = True
@@ -53,8 +54,8 @@ class FrameFolder(FrameSource):
 
 
 def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-    """Sorts frames in natural order and checks their numbers (the last in each name). Raises ValueError as `FrameFolder`
-    does."""
+    """Sorts frames in natural order and checks their frame numbers (the last number in each name). Raises ValueError
+    under the same conditions as `FrameFolder`."""
     ordered = sorted(files, key=lambda p: (_natural(p.stem), p.name))
     parts = [_last_number(p.stem) for p in ordered]
     if any(part is None for part in parts):
@@ -86,14 +87,14 @@ def _natural(stem: str) -> list[tuple[int, int, str]]:
 
 
 def _last_number(stem: str) -> tuple[str, int, str] | None:
-    """Splits a name into the text before its last number, the number, and the text after it; None if there is no
-    number."""
+    """Splits a name into the text before its last number, the number, and the text after it. Returns None if there is
+    no number."""
     match = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", stem, re.DOTALL)
     return (match[1], int(match[2]), match[3]) if match else None
 
 
 def _stated_rate(file: Path) -> Fraction | None:
-    """Returns the frames per second that pcs wrote into the frame; None if it did not."""
+    """Returns the frames per second that pcs stored in the frame, or None if there is no such entry."""
     if sniff(file) != "PNG":
         return None
     try:

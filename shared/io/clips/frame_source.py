@@ -1,4 +1,4 @@
-"""The interface of every kind of clip: it gives the times of the frames, and yields requested frames one by one."""
+"""Defines the interface of every kind of clip, which states the times of the frames and yields requested frames."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from shared.io.decode import Picture
 
 @dataclass(frozen=True)
 class Timing:
-    """The times at which the frames of a clip are shown, in seconds after the first frame."""
+    """The times at which the frames of a clip are shown, in seconds after the start of the first frame."""
 
     times: tuple[Fraction, ...]
     end: Fraction  # when the last frame ends
-    resolution: Fraction  # one tick of the file's clock
+    resolution: Fraction  # the length of one tick of the file's clock
 
     @staticmethod
     def at_rate(count: int, fps: Fraction) -> Timing:
@@ -25,7 +25,7 @@ class Timing:
 
 
 class FrameSource:
-    """A clip of `count` upright frames of `size` (width, height) pixels. It is reopened for each pass."""
+    """A clip of `count` upright frames of `size` (width, height) pixels. The file is reopened for each pass."""
 
     path: Path
     count: int
@@ -36,7 +36,7 @@ class FrameSource:
     def frames(self, picks: Sequence[int]) -> Iterator[Picture]:
         """Yields the frames at these indices (strictly ascending), decoded one after another.
 
-        Raises ValueError, naming the file, if it is damaged or the size of a frame is not `size`.
+        Raises ValueError, naming the file, if the file is damaged or a frame does not have the size `size`.
         """
         raise NotImplementedError
 

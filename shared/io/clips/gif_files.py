@@ -13,14 +13,14 @@ from shared.io.clips.webp_files import durations
 _COLORS = 256
 _SIDE = 360  # the palette is computed from _SIDE² pixels, sampled from the whole clip
 _UNIT = 10  # milliseconds; the unit of a GIF's delays
-_FASTEST = 50  # frames per second; browsers slow anything faster down to 10
+_FASTEST = 50  # frames per second; browsers play anything faster at only 10
 
 
 def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
     """Writes frames ([F, H, W, 3], 8-bit sRGB) as an endless loop. A clip with at most 256 colours is stored exactly.
 
-    Other clips get an adaptive palette of 256 colours with ordered dithering, which stays still where the picture does
-    (error diffusion would crawl). Raises ValueError above 50 frames per second.
+    Other clips get an adaptive palette of 256 colours with ordered dithering, because the pattern of error diffusion
+    would crawl even where the picture does not change. Raises ValueError above 50 frames per second.
     """
     if fps > _FASTEST:
         raise ValueError(f"{float(fps):g} frames per second exceed a GIF's limit of {_FASTEST}: write WebP or mp4")
@@ -39,7 +39,7 @@ def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> No
 
 
 def _exact(levels: np.ndarray) -> list[Image.Image]:
-    """Returns the frames with a palette of all the clip's colours; empty if there are too many colours."""
+    """Returns the frames with a palette of all the clip's colours. Returns [] if there are more than 256 colours."""
     packed = (levels.astype(np.uint32) * np.array([1 << 16, 1 << 8, 1], np.uint32)).sum(-1, dtype=np.uint32)
     colors = np.unique(packed)
     if len(colors) > _COLORS:
@@ -56,9 +56,9 @@ def _indexed(places: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def _patterned(levels: np.ndarray) -> list[Image.Image]:
-    """Returns the frames, dithered with an adaptive palette of 256 colours.
+    """Returns the frames dithered to an adaptive palette of 256 colours.
 
-    The amplitude of the dither is about the distance between palette colours.
+    The dithering amplitude is roughly the distance between neighbouring palette colours.
     """
     pixels = levels.reshape(-1, 3)
     drawn = pixels[np.random.default_rng(0).integers(0, len(pixels), _SIDE * _SIDE)].reshape(_SIDE, _SIDE, 3)

@@ -1,6 +1,6 @@
 """Reads the masks of a clip's frames.
 
-They are a clip or folder of masks, masks next to the frames, or a single picture for the first frame.
+The masks may be a clip or folder of masks, files next to the frames, or a single picture for the first frame.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shared.io.terminal import names
 class MaskFrames:
     """The masks of a clip by frame index (mode L, 255 where the subject is).
 
-    If `first_only` is set, only the first frame has a mask, and the masks of the other frames are found by tracking it.
+    If `first_only` is set, only the first frame has a mask. That mask must then be tracked through the other frames.
     """
 
     def __init__(self, path: Path, source: FrameSource | None, files: Sequence[Path] = ()) -> None:
@@ -30,7 +30,7 @@ class MaskFrames:
         self._source, self._files = source, files
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises ValueError for a window that begins after the first frame if only that frame has a mask."""
+        """Raises ValueError if only the first frame has a mask and the window begins after that frame."""
         if self.first_only and indices[0] != 0:
             raise ValueError(
                 f"{self.path} is the mask of the clip's first frame, but this window begins at frame {indices[0]}: "
@@ -38,7 +38,10 @@ class MaskFrames:
             )
 
     def masks(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """Yields the masks of these frames (in ascending order). Raises ValueError as `check` does."""
+        """Yields the masks of these frames (in ascending order). If only the first frame has a mask, repeats that mask.
+
+        Raises ValueError as `check` does.
+        """
         self.check(indices)
         if self._source is not None:
             yield from map(as_mask, self._source.frames(indices))
@@ -57,7 +60,8 @@ def as_mask(picture: Picture) -> Image.Image:
 
 
 def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
-    """Opens the masks at `path` for a clip. Raises ValueError if their number or size does not match the frames.
+    """Opens the masks at `path` for a clip. Raises ValueError if the number or size of the masks does not match the
+    frames.
 
     If the masks are in the same folder as the frames, `path` is that folder.
     """
@@ -74,7 +78,7 @@ def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
     if source.count != clip.count:
         raise ValueError(
             f"{path} contains {source.count} masks, but {clip.path} has {clip.count} frames: give one mask for each "
-            "frame, or a single one for the first"
+            "frame, or a single mask for the first frame"
         )
     return MaskFrames(path, source)
 

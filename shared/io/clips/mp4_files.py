@@ -1,4 +1,4 @@
-"""Writes H.264 in mp4, in a form that every browser and player can play."""
+"""Writes H.264 video as mp4 files that every browser and player can play."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reads a clip into tensors at the working size, one frame at a time, so that memory use does not grow with its length."""
+"""Reads a clip into tensors at the working size.
+
+Frames are read one by one, so memory use does not grow with the length of the clip.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Clip:
     masks: Tensor | None
     valid: Tensor | None  # everything but padding, [1, F, H, W] in [0, 1]; None if there is no padding
     fps: float | None  # frames per second; None for a folder of frames without a known rate
-    picks: tuple[int, ...]  # the F indices of these frames in the file
+    picks: tuple[int, ...]  # the indices of these F frames in the file
     path: Path
 
 
@@ -60,13 +63,13 @@ def read_windows(
         size: a side, or (height, width), in pixels. None keeps the clip's own size
         fit: as in `shared.io.resize.resize`. All frames of a window are cropped alike, around the centre of the box
             that contains all masks of the window
-        mask: a clip or folder with a mask for each frame, or one picture for the first frame (see `find_clips`). By
-            default, transparency is the mask, as for pictures. The subject may be absent from a frame, but not from a
-            whole window
+        mask: a clip or folder with a mask for each frame, or one picture for the first frame (see `find_clips`). If
+            None, the transparency of the frames is the mask, as for pictures. The subject may be absent from some
+            frames of a window, but not from all of them
 
     Raises:
-        ValueError: naming the file, if it is not a clip, is damaged, truncated or shorter than a window, or if its
-            frames and masks do not match
+        ValueError: naming the file, if it is not a clip, if it is damaged, truncated or shorter than a window, or if
+            its frames and masks do not match
     """
     window = window or ClipWindow()
     source = open_frames(path)
@@ -142,7 +145,7 @@ def _is_cut(size: tuple[int, int], width: int, height: int) -> bool:
 
 
 def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFrames | None) -> Box | None:
-    """Returns the smallest box around all masks of a window; None if there are none."""
+    """Returns the smallest box around all masks of a window, or None if there are no masks or all of them are empty."""
     if masks is not None:
         planes: Iterator[Image.Image | None] = masks.masks(indices)
     elif source.may_be_transparent:
@@ -157,7 +160,7 @@ def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFra
 
 
 def _boxes(planes: Iterator[Image.Image | None], size: tuple[int, int]) -> Iterator[Box]:
-    """Yields the bounds of each mask that is not empty, or of the whole frame if it has no mask."""
+    """Yields the bounds of each mask and skips empty masks. For a frame without a mask, yields the whole frame."""
     for plane in planes:
         box = (0, 0, *size) if plane is None else plane.getbbox()
         if box is not None:

@@ -21,14 +21,14 @@ from shared.io.clips.frame_colors import to_image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import MAX_PIXELS, Picture, as_picture, check_size
 
-_THREADS = 4  # the maximum, because each thread holds a frame
+_THREADS = 4  # the maximum number, because each thread keeps a frame in memory
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders drop transparency
 
 
 class _Packets(NamedTuple):
     """The result of a pass over the packets, with times in units of the stream's clock."""
 
-    stamps: list[int]  # when each frame is shown, ascending; empty if the file does not state it
+    stamps: list[int]  # the time at which each frame is shown, ascending; empty if the file does not state the times
     last: int  # the duration of the last frame
     count: int
     cut: bool  # whether the last packet is incomplete
@@ -38,8 +38,8 @@ class VideoFile(FrameSource):
     """A video file. Frames look as in a player (rotated and mirrored, with square pixels) and are in 8-bit sRGB.
 
     Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends earlier
-    than its index or header states, so that a truncated video is not mistaken for a shorter one. (Streams recorded
-    without an index and header sizes, such as MPEG-TS, do not state where they should end.)
+    than its index or header states. A truncated video is thus not mistaken for a shorter one. (Streams recorded without
+    an index and header sizes, such as MPEG-TS, do not state where they should end.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,8 @@ class VideoFile(FrameSource):
         first = next((frame for _, frame in self._decoded(0)), None)
         if first is None:
             raise ValueError(f"{path} has a video stream in which no frame can be decoded")
-        # read only once, because in PyAV a frame and its side data refer to each other and stay alive until collected
+        # Read only once, because in PyAV a frame and its side data refer to each other, and so stay alive until garbage
+        # collection.
         matrices = (bytes(data) for data in first.side_data if data.type == Type.DISPLAYMATRIX)
         self._matrix = next((np.frombuffer(matrix, dtype=np.int32) for matrix in matrices), None)
         self.size = self._upright(first).size
@@ -85,21 +86,22 @@ class VideoFile(FrameSource):
         return self.same_size(as_picture(self._upright(frame), self.path), index)
 
     def _upright(self, frame: Any) -> Image.Image:
-        """Returns the picture as a player shows it: with square pixels, and turned by the display matrix (set by
-        phones)."""
+        """Returns the picture as a player shows it, with square pixels, and rotated or mirrored as stated in the
+        display matrix (which phones write)."""
         image = to_image(frame)
         if self._aspect != 1:
             image = image.resize((max(1, round(image.width * self._aspect)), image.height), Image.Resampling.LANCZOS)
         return image if self._matrix is None else _turned(image, self._matrix)
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Any]]:
-        """Decodes (index, frame) in display order, from `first` or shortly before it."""
+        """Yields each frame with its index, in display order, starting at frame `first` or shortly before it."""
         index_of = {stamp: i for i, stamp in enumerate(self._stamps)}
         with _opened(self.path) as (file, stream):
             if first > 0 and self._stamps:
                 self._seek(file, stream, self._stamps[first])
             decoder = _decoder(stream) or stream.codec_context
-            # fail where libav would otherwise conceal damage, or decode frames that are too large because the header is wrong
+            # By default, libav conceals damage, and decodes frames that are too large if the header states a smaller
+            # size. With these options, both are errors.
             decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             decoder.thread_type, decoder.thread_count = "AUTO", min(_THREADS, os.cpu_count() or 1)
             counted = 0
@@ -134,7 +136,7 @@ class VideoFile(FrameSource):
         if packets.cut or packets.count < stated or (size is not None and size > self.path.stat().st_size):
             raise ValueError(
                 f"{self.path} is truncated: it has {there}{f' of {stated}' if stated else ''} frames. Copy it again, or "
-                "save the rest as a new file: ffmpeg -i FILE -c copy NEW"
+                "save the intact part as a new file: ffmpeg -i FILE -c copy NEW"
             )
 
 
@@ -164,7 +166,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def why_not(path: Path) -> str:
-    """Returns the reason why a video file cannot be used, judging only from its header; empty if it can."""
+    """Returns the reason why a video file cannot be used, or "" if it can. Only the header is checked."""
     try:
         with _opened(path):
             return ""
@@ -190,7 +192,7 @@ def _scan(file: Any, stream: Any) -> _Packets:
 
 
 def _decoder(stream: Any) -> Any:
-    """Returns a decoder that keeps transparency if the stream's own drops it; None if the stream's own can be used."""
+    """Returns a decoder that keeps transparency if the stream's own decoder would drop it, and None otherwise."""
     name = _ALPHA_DECODERS.get(stream.codec_context.name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return None
@@ -203,8 +205,8 @@ def _has_alpha(stream: Any) -> bool:
 
 
 def _turned(image: Image.Image, matrix: np.ndarray) -> Image.Image:
-    """Applies a display matrix, x' = a x + c y, y' = b x + d y, if it is one of the eight rotations and reflections; else
-    returns the image unchanged."""
+    """Applies a display matrix, x' = a x + c y, y' = b x + d y, if it is one of the eight rotations and reflections.
+    Otherwise, returns the image unchanged."""
     a, b, _, c, d = matrix[:5].tolist()
     turn = _TURNS.get(tuple((v > 0) - (v < 0) if abs(v) > _HALF else 0 for v in (a, b, c, d)))
     return image if turn is None else image.transpose(turn)

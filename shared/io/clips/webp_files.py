@@ -23,8 +23,8 @@ def durations(count: int, fps: Fraction, unit: int) -> list[int]:
 def write_webp(path: Path | IO[bytes], levels: np.ndarray, fps: Fraction, comment: str) -> None:
     """Writes frames ([F, H, W, 3], 8-bit sRGB) losslessly, as an endless loop.
 
-    libwebp would turn a clip in which nothing moves into a still picture without timing, so in such a clip the lowest bit of
-    one corner pixel is flipped in the last frame.
+    libwebp turns a clip in which nothing moves into a still picture without timing. To prevent this, the lowest bit of
+    one corner pixel is flipped in the last frame of such a clip.
     """
     if len(levels) > 1 and (levels == levels[:1]).all():
         levels = levels.copy()

@@ -16,13 +16,15 @@ _TOLERANCE = Fraction(1, 1000)  # seconds; allows for rounded rates, such as 29.
 
 
 class ClipWindow(Part):
-    """Selects `length` frames of a clip: every `stride`-th at `fps` frames per second, starting at `start` seconds.
+    """Selects windows of `length` frames from a clip, using every `stride`-th frame from `start` seconds onwards.
 
-    With `fps`, a clip is sampled at equal intervals, and each sample is the frame that a player shows at that moment.
-    Clips with a variable frame rate thus keep their timing, and frames repeat if `fps` exceeds the clip's own rate.
-    Without `fps`, the clip's frames are used as they are. `windows` are spread evenly over the clip and may overlap; a
-    clip with fewer distinct windows yields only those, with a UserWarning. A folder of frames without a rate is used
-    frame by frame, as if it had been sampled at `fps`.
+    If `fps` is set, the clip is sampled at equal intervals, and each sample is the frame that a player shows at that
+    time. Clips with a variable frame rate thus keep their timing, and frames repeat if `fps` exceeds the clip's own
+    rate. Without `fps`, the clip's frames are used as they are. A folder of frames without a rate is used frame by
+    frame, as if it had been sampled at `fps`.
+
+    The windows are spread evenly over the clip and may overlap. If the clip has fewer than `windows` distinct windows,
+    all of these are used, and a UserWarning is issued.
     """
 
     fps: float | None = Field(default=None, gt=0, le=1000)
@@ -32,9 +34,10 @@ class ClipWindow(Part):
     windows: Many = 1
 
     def picks(self, source: FrameSource) -> list[tuple[int, ...]]:
-        """Returns the frame indices of each window, ascending; an index repeats if its frame is shown for several samples.
+        """Returns the ascending frame indices of each window. An index repeats if its frame is shown for several
+        samples.
 
-        Raises ValueError, naming the clip and its number of frames, if it is shorter than one window.
+        Raises ValueError, naming the clip and its number of frames, if the clip is shorter than one window.
         """
         samples = self._samples(source)
         room = len(samples) - ((self.length - 1) * self.stride + 1)
@@ -50,7 +53,8 @@ class ClipWindow(Part):
         return [tuple(samples[s : s + (self.length - 1) * self.stride + 1 : self.stride]) for s in starts]
 
     def rate(self, source: FrameSource, picks: tuple[int, ...]) -> float | None:
-        """Returns the frames per second of a window (the mean for a variable frame rate); None if they are unknown."""
+        """Returns a window's frame rate (the mean rate, if it varies) in frames per second, or None if it is
+        unknown."""
         if self.fps is not None:
             return self.fps / self.stride
         if source.timing is None:
@@ -62,7 +66,7 @@ class ClipWindow(Part):
         return None if rate is None else float(rate)
 
     def _samples(self, source: FrameSource) -> list[int]:
-        """Returns the frame index of each sample from `start` to the end of the clip, before the stride."""
+        """Returns the frame index of each sample from `start` to the end of the clip, before `stride` is applied."""
         fps, timing = self._exact_fps(), source.timing
         if timing is None:
             if fps is None and self.start > 0:

@@ -45,12 +45,12 @@ def write_clip(
     everything in it. For H.264, odd sides are made even by repeating the last row or column.
 
     Args:
-        frames: [3, F, H, W] or [F, 3, H, W] (the former if both are possible), in [-1, 1], clamped
+        frames: [3, F, H, W] or [F, 3, H, W] (the former if both are possible). Values are clamped to [-1, 1]
         metadata: stored as JSON (mp4: comment; GIF: comment extension; WebP: EXIF) or as the text chunks of PNG frames;
             `read_clip_metadata` reads it back
-        enlarge: the factor by which mp4, GIF and WebP clips are enlarged, without smoothing. If None, the shorter side
-            becomes at least 256 pixels long. This keeps 64x64 clips sharp in players, and makes the halved colour
-            resolution of yuv420p harmless. The frames of a folder are not enlarged
+        enlarge: the factor by which mp4, GIF and WebP clips are enlarged, without smoothing. If None, the smallest
+            integer that makes the shorter side at least 256 pixels long. This keeps 64x64 clips sharp in players, and
+            makes the halved colour resolution of yuv420p harmless. The frames of a folder are not enlarged
 
     Raises:
         ValueError: for any other extension or shape, for NaN or Inf, and for a rate that the format cannot store

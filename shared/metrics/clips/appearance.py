@@ -38,13 +38,13 @@ def clip_t_per_frame(frames: Tensor, text: Tensor) -> Tensor:
 
 def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
     """Returns how much a clip looks like the clips that its motion was learned from: the highest cosine of each frame
-    (`[F, D]`) with any frame of those clips (`[f, D]` each), averaged over the frames. It is 1 if every frame equals a
-    frame of those clips.
+    (`[F, D]`) with any frame of those clips (`[f, D]` each), averaged over the frames. The result is 1 if every
+    frame equals a frame of those clips.
 
     Raises ValueError if there are no clips.
     """
     if not clips:
-        raise ValueError("leakage compares clips with the motion's own, but there are none")
+        raise ValueError("leakage compares a clip with the clips that its motion was learned from, but there are none")
     return float(cosine(frames, torch.cat(list(clips))).amax(1).clamp_max(1).mean())
 
 
@@ -70,8 +70,8 @@ def subject_similarity(
 
 
 def seed_spread(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """Returns how much the clips of each group (one prompt, several seeds) differ: 1 minus the mean cosine of frames at
-    the same time, over all pairs of clips. Groups of one clip are left out.
+    """Returns how much the clips of each group (one prompt, several seeds) differ: 1 minus the mean cosine of
+    simultaneous frames, over all pairs of clips. Groups of one clip are left out.
 
     embeddings: of the frames of N clips, `[N, F, D]`
     """

@@ -1,4 +1,7 @@
-"""Measures how much moves and how steady the frames are. Always report both, because a frozen clip is the steadiest of all."""
+"""Measures how much moves in a clip and how steady its frames are.
+
+Always report both measures, because a frozen clip is the steadiest of all.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CHANGE = 0.1  # fraction of the brightness range per frame; flicker stays below 
 class Dynamics:
     """The dynamic degree and temporal consistency of one clip, which trade off against each other."""
 
-    degree: float  # mean over frames of the longest 5 % of the flow, as a fraction of the shorter side per frame
+    degree: float  # mean length of the longest 5 % of the flow vectors, as a fraction of the shorter side per frame
     dynamic: bool  # whether enough frame pairs exceed VBench's threshold
     consistency: float  # mean cosine of consecutive frames' embeddings
     consistency_all_pairs: float  # mean cosine of all pairs of frames
@@ -32,11 +35,11 @@ class Dynamics:
 def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     """Measures dynamic degree and temporal consistency.
 
-    The degree follows VBench (arXiv 2311.17982, supplement, "dynamic degree"): for each pair of consecutive frames, the
-    mean of the longest 5 % of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the shorter side in
-    at least F/4 of the F - 1 pairs. Only vectors confirmed by the backward flow count, so that flicker is not taken for
-    motion. The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5), the mean cosine of
-    consecutive frames. Some papers average over all pairs of frames, so that mean is returned too.
+    The degree follows VBench (arXiv 2311.17982, supplement, "dynamic degree"): for each pair of consecutive frames, it
+    is the mean length of the longest 5 % of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the
+    shorter side in at least F/4 of the F - 1 pairs. Only vectors confirmed by the backward flow count, so that flicker
+    is not mistaken for motion. The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5),
+    the mean cosine of consecutive frames. Some papers average over all pairs of frames, so that mean is returned too.
 
     Args:
         embeddings: of the clip's frames, `[F, D]`
@@ -62,7 +65,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
 
 
 def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
-    """Returns whether nothing moves in a clip, though it may flicker.
+    """Returns whether nothing moves in a clip, even if the clip flickers.
 
     In a frozen clip, almost no tracked point moves away from its start. Points that move too fast to be tracked also
     seem still, so the flow must also be below the threshold for "dynamic", and the 5 % of cells that change most must
@@ -81,6 +84,7 @@ def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
 
 
 def _longest(values: Tensor) -> Tensor:
-    """Returns the mean of the largest 5 % of the values in each step: `[F-1, h, w]` -> float64 `[F-1]`."""
+    """Returns, for each step of `values` (`[F-1, h, w]`), the mean of the largest 5 % of its values, as float64
+    `[F-1]`."""
     each = values.flatten(1).double()
     return each.topk(max(1, int(TOP * each.shape[1])), dim=1).values.mean(1)

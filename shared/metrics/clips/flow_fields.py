@@ -37,8 +37,8 @@ class FlowFields:
     @cached_property
     def magnitudes(self) -> Tensor:
         """The lengths of the forward flow, `[F-1, h, w]`, as a fraction of the frame's shorter side. A length is 0
-        where the backward flow does not confirm the vector, because flicker also produces flow, with long vectors where
-        there is no detail."""
+        where the backward flow does not confirm the vector, because flicker also produces flow, whose vectors are
+        long in areas without detail."""
         height, width = self.forward.shape[1:3]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         here = torch.stack([columns, rows], -1).reshape(-1, 2).double()
@@ -49,7 +49,10 @@ class FlowFields:
 
 
 def flow_fields(clip: Tensor) -> FlowFields:
-    """Computes the flow of a clip `[3, F, H, W]` in [-1, 1]. Raises ValueError for another shape or non-finite values."""
+    """Computes the flow of a clip `[3, F, H, W]` in [-1, 1].
+
+    Raises ValueError for any other shape or non-finite values.
+    """
     check_clip(clip)
     grey = grey_levels(clip.detach().float().cpu())
     height, width = grey.shape[1:]
@@ -68,7 +71,7 @@ def _between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def confirmed(ahead: Tensor, backward: Tensor, at: Tensor) -> Tensor:
-    """Returns, as bool `[N]`, whether the backward flow leads back to the start.
+    """Returns, as bool `[N]`, whether the backward flow leads back to each starting point.
 
     The condition is |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells (Sundaram, Brox and Keutzer, "Dense point
     trajectories by GPU-accelerated large displacement optical flow", ECCV 2010, eq. 5).

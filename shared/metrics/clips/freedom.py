@@ -1,6 +1,7 @@
 """Measures freedom in clips: how differently the clips of one prompt show their subject at the same moment.
 
-Only crops of the subject are compared, so neither another background nor another position counts as another pose.
+Only crops of the subject are compared, so neither a different background nor a different position counts as a different
+pose.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from shared.metrics.scores import cosine
 
 
 def freedom_of_clips(crops: Tensor, verified: Tensor, prompts: Sequence[Hashable], scale: Range) -> list[float]:
-    """Returns each clip's freedom in [0, 1], on the scale for pictures of the same subject. It is 0 if the other clips of the
-    prompt show the subject in the same pose at every moment, and NaN if too few pairs of frames show the subject.
+    """Returns each clip's freedom in [0, 1], on the scale for pictures of the same subject.
+
+    Freedom is 0 if the other clips of the prompt show the subject in the same pose at every moment, and NaN if the
+    subject is verified in too few pairs of frames.
 
     Args:
         crops: embeddings of f frames of each clip, cropped to the subject, `[N, f, D]`

@@ -2,7 +2,7 @@
 to still clips.
 
 Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (arXiv 2311.17009, eq. 8 and 9):
-tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track is
+tracks are compared by the cosine of their frame-to-frame displacements, averaged over time, and each track is
 scored by its best match in the other clip. Their released script averages over one clip only, subtracts an identity
 matrix (so identical clips score less than 1) and divides by 0 where a track is still.
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from shared.metrics.clips.tracks import Tracks
 
-MOVES = 0.03  # fraction of the frame's shorter side; a track that never gets this far from its start is still
+MOVES = 0.03  # fraction of the frame's shorter side; a track that never gets this far from its start counts as still
 STILL = 0.004  # fraction of the shorter side per frame; displacements far below this count as rest
 SEEN = 0.4  # share of frames in which a track, or both tracks of a compared pair, must be visible
-MOST = 256  # maximum number of tracks compared per clip, evenly chosen
+MOST = 256  # maximum number of tracks compared per clip; if there are more, evenly spaced ones are chosen
 
 
 def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
@@ -37,8 +37,8 @@ def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> fl
     frame count of the other.
 
     Args:
-        compensate_camera: whether to subtract from each frame the median displacement of all visible tracks, which is
-            the camera's motion as long as the thing covers less than half of the tracks
+        compensate_camera: whether to subtract, in each frame, the median displacement of all visible tracks. This
+            median is the camera's motion as long as fewer than half of the tracks are on the thing
 
     Raises:
         ValueError: if a clip has only one frame
@@ -68,7 +68,7 @@ def resampled(tracks: Tracks, frames: int) -> Tracks:
 
 def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
     """Returns the displacements `[N, F-1, 2]` of the moving tracks, as fractions of the shorter side, and whether each
-    is known."""
+    displacement is known."""
     steps = tracks.points.double().diff(dim=1) / min(tracks.size)
     known = tracks.visible[:, 1:] & tracks.visible[:, :-1]
     if compensate_camera:
@@ -83,7 +83,7 @@ def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
 
 
 def _matches(a: Tensor, a_known: Tensor, b: Tensor, b_known: Tensor) -> Tensor:
-    """Returns how well each track of `a` matches each track of `b`, `[N, M]`. A match is 0 if the tracks share too few frames.
+    """Returns how well each track of `a` matches each track of `b`, `[N, M]`. A match is 0 if too few frames show both.
 
     With unit vectors u = (v, e) / |(v, e)|, the match is u·u' = 1 - |u - u'|² / 2. The second form is used, because it
     is exactly 1 for equal tracks.

@@ -76,7 +76,7 @@ def inline_clip(webp: bytes) -> str:
         return _url("webp", webp)
     frames, shown_for = [], []
     for frame in ImageSequence.Iterator(clip):
-        frame.load()  # the duration is known only after this
+        frame.load()  # the duration is known only after loading
         shown_for.append(int(frame.info.get("duration") or 0))
         small = frame.convert("RGB")
         small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
@@ -88,7 +88,7 @@ def inline_clip(webp: bytes) -> str:
 
 
 def _still(webp: bytes | None) -> str:
-    """Returns a clip's first frame, for readers whose system is set to reduced motion."""
+    """Returns a clip's first frame as a `data:` URL, for readers who have set their system to reduce motion."""
     if webp is None:
         return ""
     frame = Image.open(io.BytesIO(webp)).convert("RGB")

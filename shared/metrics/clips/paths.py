@@ -18,7 +18,7 @@ from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked, resampled
 from shared.toybox.motions.reference_clips import KEY
 
-_TRUE = 17  # part of the seed of true clips, which no reference clip uses
+_TRUE = 17  # part of the seeds of true clips; no reference clip uses it
 
 
 class PathReader(Protocol):
@@ -89,7 +89,8 @@ class KnownMotion:
         return self.name.split("-")[0]
 
     def candidates(self, frames: int) -> dict[str, Array]:
-        """Maps names to paths `[F, 6]`: the motion, its look-alikes, the split's other motions and standing still."""
+        """Returns the paths `[F, 6]` of the motion, its look-alikes, the split's other motions and standing still, by
+        name."""
         return candidates(self.motion, self.split, frames)
 
     @property
@@ -124,7 +125,8 @@ def recognition_ceiling(
 ) -> float:
     """Returns the share of newly drawn true clips of the motion that are recognised. No model can be expected to exceed it.
 
-    through: the model's autoencoder, through which generated frames have passed too; it takes and returns `[F, 3, H, W]`
+    through: the model's autoencoder, which takes and returns `[F, 3, H, W]`; generated frames have passed through it
+        too
     """
     rng = np.random.default_rng([_TRUE, *known.name.encode()])
     hits = 0

@@ -1,4 +1,4 @@
-"""The `ClipReport` of an evaluation in clips, which is saved as JSON, CSV, clips and one HTML page."""
+"""The report of an evaluation in clips, which is saved as JSON, CSV, clips and one HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from shared.metrics.report import REPORT_FILE, Instrument, MadeRow, Row, Score
 SCHEMA_VERSION = 1
 CLIPS = "clips"  # the folder of the clips
 Kind = Literal["concept", "base", "unnamed"]
-"""Clips with all concepts named in the prompt, without any concept, and with the motion loaded but not named."""
+"""Clips with all concepts named in the prompt, clips without any concept, and clips with the motion loaded but
+unnamed."""
 
 
 class ClipRow(MadeRow):
@@ -57,7 +58,7 @@ class ClipReport(BaseModel):
     clips: list[ClipRow] = []
     motion_clips: list[str] = []  # the clips that the motion was learned from, relative to the report's folder
     references: list[str] = []  # the subject's pictures, relative to the report's folder
-    candidates: list[str] = []  # the motions, including this one, among which this one had to be recognised
+    candidates: list[str] = []  # the motions, including this one, among which it had to be recognised
     instruments: list[Instrument] = []
     costs: ClipCosts = ClipCosts()
     metadata: dict[str, Any] = {}  # the concepts' metadata, from their files

@@ -56,7 +56,7 @@ class MeasuredClips:
     seen: list[dict[str, str]]  # per clip: attribute -> the value seen in most frames
     moves_like: list[str]  # per clip: the motion whose path is nearest to the clip's; "" where no path was read
     embeddings: Tensor  # [N, F, D], of whole frames
-    subject: SubjectFrames | None = None  # None if the subject is not known, located and verified
+    subject: SubjectFrames | None = None  # None unless the subject is known, located and verified
 
     def mean(self, key: str) -> float:
         """Returns the mean of a column without its NaNs, or NaN if no values are left."""
@@ -83,7 +83,7 @@ class ClipScorer:
 
     Args:
         motion_clips: the clips that the motion was learned from, `[3, f, H, W]` in [-1, 1], all of one size
-        known: the motion, if it is one of the toybox's
+        known: the motion, if it is one of the toybox's motions
         reader: reads the paths of things, from which that motion is recognised
         thing: the picture scorer that has the subject's references
         compensate_camera: as in `motion_fidelity`
@@ -178,7 +178,8 @@ class ClipScorer:
         return {"motion_recognised": float(hit), "path_distance": found.distance, **errors}, found.name
 
     def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> tuple[Column, SubjectFrames | None]:
-        """Averages the scores of `Scorer` and the likeness of crops over the frames."""
+        """Returns the scores of `Scorer` and the likeness of crops, averaged over the frames, and the subject's
+        crops."""
         if self.thing is None:
             return {}, None
         measured = self.thing.measure(frames, [prompt] * len(frames), [expects] * len(frames))
@@ -218,7 +219,8 @@ class ClipScorer:
 def checkpoint_score(means: Mapping[str, float]) -> float:
     """Returns subject × motion × (1 - leakage), in [0, 1]. A factor that was not measured counts as 1.
 
-    The subject's factor is `identity`. The motion's factor is the recognition rate if paths were read, or else the fidelity.
+    The subject's factor is `identity`. The motion's factor is the recognition rate if paths were read, and otherwise
+    the fidelity.
     """
     motion = means.get("motion_recognised", means.get("motion_fidelity", 1.0))
     factors = (motion, means.get("identity", 1.0), 1 - max(0.0, means.get("leakage", 0.0)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from shared.metrics.clips.flow_fields import FlowFields, confirmed, flow_fields, sampled
 
 PER_SIDE = 24  # points along the shorter side of a frame
-LEAST = 16  # number of points that should lie inside a mask; the grid is refined until they do
+LEAST = 16  # number of points that should lie inside a mask; the grid is refined until at least this many do
 
 
 @dataclass(frozen=True)

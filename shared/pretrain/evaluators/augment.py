@@ -1,8 +1,8 @@
 """Augments rendered pictures for training evaluators.
 
-The shifts, blurs, tones and noise imitate the small errors of a VAE and a diffusion model, so that the evaluators stay
-accurate on generated pictures. A batch is split into groups. All pictures of a group get the same shift and the same
-blur, so that both are plain batched operations.
+The shifts, blurs, changes of tone and noise imitate the small errors of a VAE and a diffusion model, so that the
+evaluators stay accurate on generated pictures. A batch is split into groups. All pictures of a group get the same shift
+and the same blur, so that a whole group can be processed in one operation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
     """Degrades pictures (`[B, 3, H, W]` in [0, 1]). Shifts them by up to `shift` pixels, changes their tone and adds
-    noise. Half of the groups are also blurred or reduced in resolution."""
+    noise. On average, half of the groups are also blurred or reduced in resolution."""
     groups = []
     for group in pixels.chunk(GROUPS):
         group = _shift(group, generator, shift)

@@ -27,7 +27,7 @@ from shared.toybox.render import render
 from shared.toybox.subjects import reference_scenes
 from shared.toybox.true_renders import asked_scenes
 
-#: The crops on which each encoder of `pose_encoders` is tried.
+#: The crop settings with which each encoder of `pose_encoders` is tried.
 CROPS = (CropSettings(1.35, 24), CropSettings(1.6, 24))
 PLACES = ("beach", "snow", "grass", "white studio")  # backgrounds, one per prompt
 VIEWS = 6  # pictures per prompt
@@ -35,7 +35,7 @@ VIEWS = 6  # pictures per prompt
 
 @dataclass(frozen=True)
 class _Sets:
-    """Sets of pictures of one thing, by name.
+    """Sets of pictures of one thing. The keys of each dictionary are the names of the sets.
 
     pictures: `[N, 3, 64, 64]` in [-1, 1], encoded and decoded by the autoencoder
     where: `[N, 8, 8]`, the probability that a cell shows the thing
@@ -48,11 +48,11 @@ class _Sets:
 
 
 def calibrate(things: int = 12, seed: int = 0, out: Path = WEIGHTS / CALIBRATION) -> Iterator[str]:
-    """Tries every encoder with every kind of crop, and writes the best pair and the typical readings to `out`.
+    """Tries every encoder with all crop settings, and writes the best pair and the typical readings to `out`.
 
-    The best pair measures freedom with the smallest error on pictures whose freedom is known. It is 1 for another set
-    of random views, and 0 both for one pose at varying positions and for shifted copies of one picture. Yields lines to
-    print.
+    The best pair is the one with the smallest error on pictures whose freedom is known. The known freedom is 1 for
+    another set of random views. It is 0 for one pose at varying positions, and for shifted copies of one picture.
+    Yields lines to print.
     """
     instruments, vae = load_toybox(), load_vae(WEIGHTS / "backbone" / "vae")
 
@@ -136,9 +136,9 @@ def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int
 
 
 def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) -> dict[str, float]:
-    """Returns the mean distances within the sets `free` and `fixed`, and the freedoms of the other sets, averaged over
-    things. For each thing, freedom is 1 at the distance of `free` and 0 at that of `fixed`. `error` is the root mean
-    square deviation of the freedoms from the correct values (1, 0 and 0)."""
+    """Returns the mean distances within the sets `free` and `fixed`, and the freedoms of the other sets, all averaged
+    over things. Distances are scaled to freedoms for each thing, such that the set `free` has freedom 1 and `fixed` has
+    freedom 0. `error` is the root mean square deviation of the freedoms from the correct values (1, 0 and 0)."""
     distances: dict[str, list[float]] = {}
     for of in sets:
         for name, pixels in of.pictures.items():
@@ -154,8 +154,8 @@ def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) ->
 
 
 def _likeness(things: Sequence[world.Thing], seed: int, through: Any, instruments: Instruments) -> tuple[float, float]:
-    """Returns the mean likeness to a thing's five references, first of new pictures of the thing, then of pictures of
-    another thing with the same class and colours."""
+    """Returns two mean likenesses to a thing's five references. The first is that of new pictures of the thing, and the
+    second is that of pictures of another thing with the same class and colours."""
     assert instruments.identity is not None
     same, other = [], []
     for number, thing in enumerate(things):

@@ -1,5 +1,5 @@
-"""Provides training pictures for the evaluators. The identity encoder is trained on things rendered from many views,
-and the other evaluators on the backbone's data set."""
+"""Provides training pictures for the evaluators. The identity encoder is trained on things that are rendered from many
+views. The other evaluators are trained on the backbone's data set."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Pictures:
 
     pixels: uint8 `[N, 64, 64, 3]`
     packed: uint8 `[N, 64, 8]`, the masks with 8 pixels per byte
-    labels: by attribute, int64 `[N]`, indices into `values`, -1 if undefined
+    labels: for each attribute, int64 `[N]`, the indices into its `values`, or -1 where the attribute is undefined
     captions: the captions of each picture
-    values: by attribute, the names of its values
+    values: for each attribute, the names of its values
     reconstructions: uint8 `[M, 64, 64, 3]`, the first M pictures, encoded and decoded by the VAE
     """
 
@@ -44,14 +44,14 @@ class Pictures:
 
     @classmethod
     def load(cls, folder: Path, reconstructions: Path | None = None) -> Pictures:
-        """Reads the finished part of a data set in a folder written by `shared.pretrain.toybox.dataset`.
+        """Reads the finished chunks of a data set from a folder written by `shared.pretrain.toybox.dataset`.
 
         reconstructions: an .npy file with the first pictures of the data set, encoded and decoded by the VAE
         """
         stems = [path.name.removesuffix(".captions.jsonl") for path in sorted(folder.glob("chunk-*.captions.jsonl"))]
         if not stems:
             raise ValueError(
-                f"{folder} has no finished chunk of a toybox data set: build one with `pcs toybox train data`"
+                f"{folder} contains no finished chunk of a toybox data set; build one with `pcs toybox train data`"
             )
         pixels = np.concatenate([np.load(folder / f"{stem}.pixels.npy", mmap_mode="r") for stem in stems])
         packed = np.concatenate([np.load(folder / f"{stem}.masks.npy") for stem in stems])
@@ -65,7 +65,7 @@ class Pictures:
         return cls(pixels, packed, labels, captions, attribute_values(), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> tuple[np.ndarray, Tensor]:
-        """Draws random rows. Returns their indices, `[count]`, and pictures, `[count, 3, 64, 64]` in [0, 1]."""
+        """Draws random rows. Returns their indices (`[count]`) and their pictures (`[count, 3, 64, 64]` in [0, 1])."""
         rows = _often_reconstructed(
             torch.randint(len(self.pixels), (count,), generator=generator), self.reconstructions, 1
         )
@@ -73,7 +73,7 @@ class Pictures:
         return rows, _read(self.pixels, self.reconstructions, rows, generator)
 
     def masks(self, rows: np.ndarray) -> Tensor:
-        """Returns the masks of the things in the pictures of `rows`, float `[n, 1, 64, 64]`, 0 or 1."""
+        """Returns the masks of the things in the pictures of `rows`, as float `[n, 1, 64, 64]` with values 0 and 1."""
         return torch.from_numpy(np.unpackbits(self.packed[rows], axis=-1)).float()[:, None]
 
     def draw_captions(self, rows: np.ndarray, generator: Generator) -> list[str]:
@@ -91,7 +91,7 @@ class IdentityPictures:
     identity.
 
     pixels: uint8 `[groups, things, views, 64, 64, 3]`
-    kinds: int64 `[groups * things]`, the kind of each thing's pattern, -1 for faces
+    kinds: int64 `[groups * things]`, the kind of each thing's pattern, or -1 for faces
     numbers: float32 `[groups * things, K]`, the remaining parameters of the pattern or face, as returned by
         `individual`
     reconstructions: uint8 `[M, 64, 64, 3]`, the first M pictures, encoded and decoded by the VAE
@@ -139,7 +139,7 @@ class Drawn:
     """A batch for the identity encoder.
 
     labels: `[B]`, the index of the thing in each picture
-    groups: the number of groups; each consists of the same number of consecutive rows
+    groups: the number of groups. Each group consists of the same number of consecutive rows
     pixels: `[B, 3, 64, 64]` in [0, 1]
     channels: `[B, 3]`, the rendered channel from which each colour channel was taken
     """
@@ -151,18 +151,18 @@ class Drawn:
 
 
 def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Makes new things out of rendered ones. Each group of pictures is randomly mirrored, and its colour channels are
-    randomly permuted.
+    """Turns rendered things into new things. Each group of pictures is mirrored with a probability of one half. Unless
+    it shows faces, its colour channels are also permuted with a probability of one half.
 
-    The things within a group still differ as before. Without this variation, the encoder would memorise the few
-    thousand rendered things. Faces keep their colours, which are part of their identity.
+    The things within a group still differ from each other as before. Without this variation, the encoder would memorise
+    the few thousand rendered things. Faces keep their colours, which are part of their identity.
 
     Args:
         pixels: `[groups * n, 3, H, W]`
         faces: bool `[groups]`, whether a group shows faces
 
     Returns:
-        the pictures, and the rendered channel from which each colour channel was taken, `[groups, 3]`
+        the pictures, and the index of the rendered channel from which each colour channel was taken, `[groups, 3]`
     """
     kept = torch.arange(3).expand(groups, 3)
     mixed = torch.rand(groups, 3, generator=generator).argsort(1)
@@ -180,9 +180,9 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
     """Describes what distinguishes a thing from others of its class and palette.
 
     Returns:
-        the kind of its pattern (-1 for a face), and 27 numbers. The numbers describe the pattern's two accent colours,
-        its coverage (centred) and its proportions, followed by a face's identity vector. Numbers that do not apply are
-        NaN.
+        the kind of its pattern (-1 for a face), and 27 numbers. The first 11 numbers describe the pattern's two accent
+        colours, its coverage (centred) and its proportions. The other 16 are a face's identity vector. Numbers that do
+        not apply are NaN.
     """
     if thing.identity is not None:
         return -1, [float("nan")] * 11 + list(thing.identity)
@@ -214,7 +214,7 @@ def attribute_values() -> dict[str, tuple[str, ...]]:
 
 
 def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Converts the label columns of a data set to training targets, `[N]` per attribute.
+    """Converts the label columns of a data set to training targets (`[N]` for each attribute).
 
     A view without a clear name is undefined (-1). In pictures of two things, only background and style are defined.
     """
@@ -227,8 +227,8 @@ def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int = 8, seed: int = 0) -> None:
-    """Renders the identity encoder's training pictures into `folder`. The pictures can be read while more are rendered.
-    An interrupted build is resumed by the next call.
+    """Renders the identity encoder's training pictures into `folder`. Finished pictures can be read while others are
+    still being rendered. If a build was interrupted, the next call resumes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts_path, path = folder / "identity.json", folder / "pixels.npy"
@@ -237,7 +237,7 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
     pixels = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
     if pixels.shape != shape:
         raise ValueError(
-            f"{path} has shape {pixels.shape}, not {shape}: use the same sizes as before, or another folder"
+            f"{path} has shape {pixels.shape}, not {shape}; use the same sizes as before, or another folder"
         )
     for group in range(done, groups):
         scenes = [
@@ -252,8 +252,8 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
 
 
 def sample_group(rng: np.random.Generator, things: int, views: int, split: str = "train") -> list[list[world.Scene]]:
-    """Samples a group of things, and a list of scenes (`views`) for each. The things share a class and palette but
-    differ in pattern or, if they are faces, in identity."""
+    """Samples a group of things, and returns a list of `views` scenes for each thing. The things share a class and
+    palette but differ in pattern or, if they are faces, in identity."""
     first = world.sample_thing(rng, split, pattern=True, accessory="none")
     fixed = {"class_name": first.class_name, "main": first.main, "second": first.second, "pattern": True}
     scenes = []
@@ -269,8 +269,8 @@ def _open(path: Path | None) -> np.ndarray | None:
 
 
 def _often_reconstructed(rows: Tensor, reconstructions: np.ndarray | None, size: int) -> Tensor:
-    """Replaces every second row with a row that has reconstructions, because these may be rare. A row has `size`
-    pictures."""
+    """Replaces every second row with a row that has reconstructions, because such rows may be rare. A row consists of
+    `size` pictures."""
     if reconstructions is None:
         return rows
     return torch.where(torch.arange(len(rows)) % 2 == 0, rows, rows % max(1, len(reconstructions) // size))

@@ -1,5 +1,5 @@
-"""Tests the shipped backbone against minimum scores (bars). The recognizer checks whether pictures show what captions
-describe.
+"""Tests the shipped backbone against minimum scores (bars). The recognizer checks whether the pictures show what their
+captions describe.
 
 `python -m shared.pretrain.evaluators.judge_backbone --backbone FOLDER --out judge.json`
 """
@@ -41,21 +41,21 @@ def judge_backbone(
 ) -> dict[str, Any]:
     """Measures a toybox `StableDiffusionPipeline` against the bars.
 
-    `n` random captions name class, both colours, background and view, as well as the accessory and style if there are
-    any. In addition, `n // 4` captions always name an accessory, and another `n // 4` a style. One picture is generated
-    per caption, without selection.
+    `n` random captions name the class, both colours, the background and the view, as well as the accessory and the
+    style if there are any. In addition, `n // 4` captions always name an accessory, and another `n // 4` captions
+    always name a style. One picture is generated per caption, without selection.
 
     Returns:
-        a dictionary with the settings and these entries: `scores`: the fractions recognised correctly, the PSNR in dB,
-        and the KID between generated pictures and new renders,
-            with the KID between two sets of renders as its floor
-        `instrument`: the same fractions on renders of the same scenes, which are the ceiling
+        a dictionary with the settings and these entries:
+        `scores`: the fractions recognised correctly, the PSNR in dB, the KID between generated pictures and new
+            renders, and its floor, which is the KID between two sets of renders
+        `instrument`: the fractions recognised correctly on renders of the same scenes, which are the ceiling
         `bars`: for each bar, `value`, `bar` and `met`
         `met`: whether all bars are met
         `seconds`: the duration of the measurement
     """
     if n < 8:
-        raise ValueError(f"n: {n} captions are too few; at least 8 are needed")
+        raise ValueError(f"n = {n} captions are too few; at least 8 are needed")
     started = time.monotonic()
     scenes, texts = captions(n, seed)
     pictures = generate(pipeline, texts, guidance, steps, seed, batch_size)
@@ -80,8 +80,8 @@ def judge_backbone(
 
 
 def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
-    """Samples `n` scenes of one thing with full captions, `n // 4` more with an accessory, and `n // 4` with a
-    style."""
+    """Samples `n` scenes of one thing each, another `n // 4` in which the thing has an accessory, and another `n // 4`
+    in a style other than a photo. Returns the scenes and their full captions."""
     rng = np.random.default_rng([seed, 101])
     scenes = []
     for index in range(n + 2 * (n // 4)):
@@ -99,7 +99,7 @@ def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
 def generate(
     pipeline: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 32
 ) -> Tensor:
-    """Generates one picture per text, `[n, 3, H, W]` in [0, 1]. Each has its own seed, so the batch size has no
+    """Generates one picture per text, `[n, 3, H, W]` in [0, 1]. Each picture has its own seed, so the batch size has no
     effect."""
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)
@@ -154,8 +154,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """Computes the KID between `pictures` and the renders `fresh`, on the features of the recognizer and of CLIP. Keys
-    that end in `_floor` contain the KID between `others`, which are also renders, and `fresh`.
+    """Computes the KID between `pictures` and `fresh`, on the features of the recognizer and of CLIP. The keys that end
+    in `_floor` contain the KID between `others` and `fresh`, which are both sets of renders.
     """
     clip, _ = load_clip()
     result = {}

@@ -1,5 +1,5 @@
-"""Tests the toybox's motion module against minimum scores (bars). Clips must match their captions, and things must keep
-their appearance."""
+"""Tests the toybox's motion module against minimum scores (bars). Clips must match their captions, and a thing must
+keep its appearance throughout a clip."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
 
 BARS = {"class": 0.90, "motion": 0.75, "background": 0.90, "ends_agree": 0.85}
 FRAMES = 16
-_ALIKE = 0.05  # share of true clips whose first and last frames are less similar than the threshold
+_ALIKE = 0.05  # the quantile of the true clips' similarities that is the threshold for `ends_agree`
 
 
 def judge_clips(
@@ -32,10 +32,11 @@ def judge_clips(
     """Measures a toybox `AnimateDiffPipeline` against the bars, with one clip of 16 frames for each of `n` random
     captions.
 
-    Captions cycle through the motions. Class and background are read from the recognizer's probabilities, averaged over
-    frames; the motion is read from the estimated path. The true clips are renders of the same scenes, encoded and
-    decoded by the autoencoder. The first and last frames agree if their similarity, according to the identity encoder,
-    reaches the level that 95 % of the true clips reach. `still` is the share of clips in which nothing moves.
+    The captions cycle through the motions. Class and background are read from the recognizer's probabilities, averaged
+    over frames. The motion is read from the estimated path. The true clips are renders of the same scenes, encoded and
+    decoded by the autoencoder. The ends of a clip agree if the identity encoder's similarity between the first and the
+    last frame reaches the level that 95 % of the true clips reach. `still` is the share of clips in which nothing
+    moves.
 
     Returns:
         a dictionary with the settings and these entries:
@@ -47,7 +48,7 @@ def judge_clips(
         `seconds`: the duration of the measurement
     """
     if n < len(MOTIONS):
-        raise ValueError(f"n: {n} captions are too few; at least {len(MOTIONS)} are needed, one for each motion")
+        raise ValueError(f"n = {n} captions are too few; at least {len(MOTIONS)} are needed, one for each motion")
     started = time.monotonic()
     moving, texts = clip_captions(n, seed)
     made = _Read.of(generate(pipe, texts, guidance, steps, seed, batch_size))
@@ -70,8 +71,8 @@ def judge_clips(
 
 
 def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
-    """Samples `n` clips and their full captions, cycling through the captioned motions, in photo style without
-    accessories."""
+    """Samples `n` clips and their full captions. The clips cycle through the captioned motions. All have the style of a
+    photo and show no accessories."""
     rng, motions = np.random.default_rng([seed, 107]), tuple(MOTIONS.values())
     moving = [
         sample_moving(rng, motions[i % len(motions)], FRAMES, style="photo", accessory="none", pattern=False)
@@ -84,7 +85,7 @@ def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
 def generate(
     pipe: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 4
 ) -> list[Tensor]:
-    """Generates one clip per text, `[16, 3, H, W]` in [0, 1]. Each has its own seed, so the batch size has no
+    """Generates one clip per text, `[16, 3, H, W]` in [0, 1]. Each clip has its own seed, so the batch size has no
     effect."""
     pipe.set_progress_bar_config(disable=True)
     clips: list[Tensor] = []
@@ -122,8 +123,8 @@ class _Read:
         return read
 
     def scores(self, moving: Sequence[MovingScene], least: float) -> dict[str, float]:
-        """Returns the shares of correct readings. First and last frames agree if their similarity is at least
-        `least`."""
+        """Returns the shares of clips that are read correctly, whose ends agree, and in which nothing moves. The ends
+        agree if the similarity between the first and the last frame is at least `least`."""
         right = {
             "class": [a == m.scene.things[0].class_name for a, m in zip(self.classes, moving, strict=True)],
             "background": [a == m.scene.background for a, m in zip(self.backgrounds, moving, strict=True)],

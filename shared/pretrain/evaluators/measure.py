@@ -1,4 +1,4 @@
-"""Measures the accuracy of the evaluators on new renders, optionally degraded by the VAE."""
+"""Measures the accuracy of the evaluators on new renders, which may first be degraded by the VAE."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def _rendered(scenes: tuple[world.Scene, ...]) -> Tensor:
 
 
 def render_all(scenes: Sequence[world.Scene]) -> Tensor:
-    """Renders scenes to `[n, 3, 64, 64]` in [0, 1]. The renders are cached, because they are measured clean and
-    degraded."""
+    """Renders scenes as pictures, `[n, 3, 64, 64]` in [0, 1]. The renders are cached, because each is measured both
+    clean and degraded."""
     return _rendered(tuple(scenes))
 
 
 def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
-    """Samples `n` scenes of one thing each, leaving out views near the boundary between two named views.
+    """Samples `n` scenes of one thing each. Views near the boundary between two named views are left out.
 
-    The scenes are independent of the training pictures. They belong to the `reporting` split, so no training picture
-    has one of their patterns or identities.
+    The scenes are independent of the training pictures. They belong to the `reporting` split, so their patterns and
+    identities do not occur in any training picture.
     """
     rng = np.random.default_rng([seed, 77])
     scenes: list[world.Scene] = []
@@ -50,9 +50,10 @@ def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
 
 
 def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Measures the recognizer's accuracies on `n` new renders in all styles, and its most common confusions. Scores
-    whose names end in `_shown` cover only pictures with an accessory or a style, and those whose names end in
-    `_in_photos` cover only photos.
+    """Measures the recognizer's accuracies on `n` new renders in all styles, and its most common confusions.
+
+    `accessory_shown` covers only pictures with an accessory, and `style_shown` covers only pictures that are not
+    photos. Scores whose names end in `_in_photos` cover only photos.
 
     degrade: a function applied first to the pictures `[n, 3, 64, 64]`, for example the VAE's round trip
     """
@@ -97,10 +98,11 @@ def measure_identity(
     """Measures how often held-out subjects (or faces) are retrieved among their distractors of the same class and
     palette.
 
-    The gallery consists of a subject and its distractors. Each has `references` reference pictures in the gallery, and
-    `queries` other photos from random views; `degrade` is applied to both. The score `subject` covers only queries that
-    show the subjects themselves. With `faces`, queries in which the recognizer sees no face (only hair, from behind or
-    from above) are left out, as is usual in face recognition. Their number is reported as `no_face`.
+    The gallery consists of a subject and its distractors, with `references` reference pictures of each. The queries are
+    `queries` other photos of each, from random views. `degrade` is applied to references and queries. The score
+    `subject` covers only queries that show the subjects themselves. With `faces`, queries in which the recognizer sees
+    no face (only hair, from behind or from above) are left out, as is usual in face recognition. `no_face` is their
+    number.
     """
     right: list[bool] = []
     own: list[bool] = []
@@ -133,8 +135,8 @@ def measure_identity(
 def _identity_hits(
     held: subjects.HeldOut, split: str, references: int, queries: int, seed: list[int], degrade: Degrade | None
 ) -> list[tuple[int, str, bool, bool]]:
-    """Returns the gallery index and the view of every query, whether the right entry was found, and whether a face is
-    visible."""
+    """Returns, for every query, the index of its thing in the gallery, its view, whether the right gallery entry was
+    found, and whether a face is visible."""
     encoder, rng = load_identity(), np.random.default_rng(seed)
     gallery = [held.thing, *held.distractors]
     through = degrade or (lambda pictures: pictures)
@@ -151,11 +153,12 @@ def _identity_hits(
 
 @torch.no_grad()
 def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Measures CLIP's zero-shot accuracies, how often it retrieves a picture's full caption among 64, and how well it
-    distinguishes captions.
+    """Measures CLIP's zero-shot accuracies, how often CLIP finds a picture's own caption among 64 full captions, and
+    how well it distinguishes a caption from a slightly changed one.
 
-    `swap_<attribute>` is the fraction of pictures that are closer to their caption than to the same caption with a
-    different value of the attribute (chance 0.5). For `swap_binding`, the two colours are exchanged instead.
+    `swap_<attribute>` is the fraction of pictures that are closer to their own caption than to the caption of the same
+    scene with a different value of the attribute (chance 0.5). For `swap_binding`, the two colours are exchanged
+    instead.
     """
     model, processor = load_clip()
     scenes = fresh_scenes(n, seed, style="photo", accessory="none")

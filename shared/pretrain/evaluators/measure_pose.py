@@ -25,13 +25,13 @@ _SEED = 83
 
 
 def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, clips: int = 4) -> dict[str, Any]:
-    """Measures median absolute errors on `n` new renders in all styles, and recognition on `clips` new clips per
-    motion.
+    """Measures median absolute errors of poses on `n` new renders in all styles, and how often motions are recognised
+    in `clips` new clips of each motion.
 
-    Azimuths are judged only on renders from an elevation below 50 degrees. `azimuth_near` is the share of their errors
-    that are below 30 degrees. `captioned` is the share of clips of captioned motions whose path is nearest to a path of
-    the right motion. `held_out_<split>` is the share of clips of held-out motions that are recognised. The alternatives
-    are the motion's look-alikes, the other motions of the split, and standing still.
+    Azimuths are judged only on renders from an elevation below 50 degrees. `azimuth_near` is the share of these renders
+    whose azimuth error is below 30 degrees. `captioned` is the share of clips of captioned motions whose path is
+    nearest to a path of the right motion. `held_out_<split>` is the share of clips of held-out motions that are
+    recognised, where the alternatives are the motion's look-alikes, the other motions of the split, and standing still.
 
     degrade: a function applied first to the pictures `[n, 3, 64, 64]`, for example the VAE's round trip
     """

@@ -25,8 +25,8 @@ SPLITS = ("development", "reporting")
 
 
 def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dict[str, Any]:
-    """Measures accuracies on clean renders and, given a `vae`, on their reconstructions. Returns a dictionary
-    `{evaluator: {"clean": …, "vae": …}}`."""
+    """Measures the evaluators' accuracies on clean renders and, if a `vae` is given, on its reconstructions of the
+    renders. Returns a dictionary `{evaluator: {"clean": …, "vae": …}}`."""
 
     def through(pixels: Tensor) -> Tensor:
         assert vae is not None
@@ -46,7 +46,7 @@ def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dic
 
 
 def describe(weights: Path = WEIGHTS) -> dict[str, Any]:
-    """Returns the sizes in bytes and the training facts of the networks in `weights`."""
+    """Returns the sizes of the networks in `weights`, in bytes, and the facts about their training."""
     folders = (
         sorted(f for f in weights.iterdir() if f.is_dir() and not f.name.startswith(".")) if weights.is_dir() else []
     )
@@ -68,12 +68,13 @@ def write_card(
     """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
 
     judge, clips: the results of `judge_backbone` and `judge_clips`. If None, those of the previous card are kept.
-    keep: whether to keep the previous card's accuracies, `n` and `seed` instead of measuring again, which takes minutes
+    keep: whether to keep the previous card's accuracies, `n` and `seed`. Otherwise, the accuracies are measured again,
+        which takes minutes.
     """
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if keep and not before:
-        raise ValueError(f"keep: {path} does not exist, so there are no accuracies to keep: measure them")
+        raise ValueError(f"there are no accuracies to keep, because {path} does not exist; measure them without --keep")
     if keep:
         n, seed, accuracies = before["fresh_renders"], before["seed"], before["accuracies"]
     else:

@@ -22,12 +22,13 @@ so numbers measured with them apply only to that world. They have the same licen
 """
 HOW = """
 DATA is a folder written by `shared.pretrain.toybox.dataset` or, for `identity`, by
-`python -m shared.pretrain.evaluators.data FOLDER`. The VAE reconstructions for `--reconstructions FILE` are written by
+`python -m shared.pretrain.evaluators.data FOLDER`. WORK is the folder of the checkpoint and log. The VAE
+reconstructions for `--reconstructions FILE` are written by
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE ROWS`.
 """
-SWAPS = """`swap` is the share of pictures that are closer to their caption than to the same caption with a different value of
-the attribute (chance 50 %). For `swap binding`, the two colours are exchanged instead. `caption of 64` is the share of
-pictures whose own caption is the closest of 64 (chance 1.6 %).
+SWAPS = """`swap` is the share of pictures that are closer to their own caption than to the caption of the same scene
+with a different value of the attribute (chance 50 %). For `swap binding`, the two colours are exchanged instead.
+`caption of 64` is the share of pictures whose own caption is the closest of 64 captions (chance 1.6 %).
 """
 POSE = {
     "azimuth_near": ("azimuth within 30°", ""),
@@ -36,10 +37,10 @@ POSE = {
     "held_out_reporting": ("held-out motions recognised, reporting", ""),
 }
 MOTIONS = """Position, size, azimuth, elevation and tilt are read from single pictures. An azimuth of 0 is the front, and
-azimuths are judged at elevations below 50°. A clip's path is read from its frames, with the azimuth tracked over time.
-The recognised motion is the motion with the nearest path. Clips of captioned motions are compared with 64 paths of each
-captioned motion and with standing still. Clips of held-out motions are compared with their own motion, its look-alikes,
-the other motions of the split, and standing still.
+azimuths are judged only at elevations below 50°. A clip's path is read from its frames, and the azimuth is tracked over
+time. The recognised motion is the motion with the nearest path. Clips of captioned motions are compared with 64 paths
+of each captioned motion and with standing still. Clips of held-out motions are compared with their own motion, its
+look-alikes, the other motions of the split, and standing still.
 """
 
 
@@ -100,7 +101,7 @@ def _backbone(judge: dict[str, Any] | None) -> str:
     )
     return (
         f"{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, "
-        f"seed {judge['seed']}, one picture each, without selection.\n"
+        f"seed {judge['seed']}, one picture per caption, without selection.\n"
         "The last column is the recognizer's accuracy on renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
         + f"\nKID between pictures and new renders, on scaled features (in brackets, between two sets of renders): {kid}.\n"
@@ -113,14 +114,14 @@ def _backbone_made(training: dict[str, Any] | None) -> str:
     last = training.get("last", {})
     steps, loss = last.get("decoder", {}).get("step"), last.get("unet", {}).get("loss")
     sentences = [
-        f"The text model and the U-Net saw {training['pictures']:,} pictures in training, encoded by the autoencoder "
-        "shipped with them.\nAn additional loss came from a reader of noisy latents that none of the judges below uses "
-        "(`shared/pretrain/toybox/latent_reader.py`).",
+        f"The text model and the U-Net saw {training['pictures']:,} pictures in training. The pictures were encoded by "
+        "the shipped autoencoder.\nAn additional loss came from a reader of noisy latents "
+        "(`shared/pretrain/toybox/latent_reader.py`), which none of the judges below uses.",
         f"The decoder was trained for {steps:,} more steps against a discriminator (`shared/pretrain/toybox/decoder.py`)."
         if steps
         else "",
-        "All were trained in rounds by `pcs toybox train data vae decoder unet assemble`. Each round continued from the "
-        "weights shipped before it." + (f" The U-Net's last loss was {loss}." if loss else ""),
+        "All networks were trained in rounds by `pcs toybox train data vae decoder unet assemble`. Each round "
+        "continued from the previously shipped weights." + (f" The U-Net's last loss was {loss}." if loss else ""),
         *(f"{name}: {line['note']}." for name, line in last.items() if "note" in line),
     ]
     return "\n".join(line for line in sentences if line) + "\n"
@@ -154,11 +155,12 @@ def _motion_module(training: dict[str, Any] | None, judge: dict[str, Any] | None
     rows.append(["still", _percent(judge["scores"]["still"]), "", "", _percent(judge["instrument"]["still"])])
     return (
         f"{made}{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, seed "
-        f"{judge['seed']}, one clip of 16 frames each, without selection\n(`pcs toybox evaluate-clips`). `motion` means "
-        "that the caption's motion was recognised, `ends agree` that the first and last frames\nare as similar as in 95 % "
-        "of true clips, and `still` that nothing moves. The last column is for renders of the same scenes.\n\n"
+        f"{judge['seed']}, one clip of 16 frames per caption, without selection\n(`pcs toybox evaluate-clips`). "
+        "`motion` means that the caption's motion was recognised. `ends agree` means that the first and last frames\n"
+        "are at least as similar as in 95 % of true clips. `still` means that nothing moves. The last column is for "
+        "renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
-        + f"\nThe commonest errors: {', '.join(judge['confusions']) or 'none'}.\n"
+        + f"\nThe most common errors: {', '.join(judge['confusions']) or 'none'}.\n"
     )
 
 
@@ -172,26 +174,28 @@ def _evaluators(card: dict[str, Any]) -> str:
     last = list(recognizer)[-1]
     errors = [f"- {name}: " + (", ".join(pairs) or "none") for name, pairs in recognizer[last]["confusions"].items()]
     return (
-        f"The evaluators were measured on {card['fresh_renders']} new renders in all styles, at scales of 0.4–1.1. Their "
-        f"patterns and identities appear in no training picture.\nIdentities are retrieved from a gallery of "
-        f"{facts['gallery']} things (the right one and its distractors of the same class and palette),\neach with five "
-        f"reference pictures. Queries show random views (chance {_percent(facts['chance'])}).{_faceless(found)}\n\n"
+        f"The evaluators were measured on {card['fresh_renders']} new renders in all styles, at scales of 0.4–1.1. The "
+        f"renders' patterns and identities appear in no training picture.\nIdentities are retrieved from a gallery of "
+        f"{facts['gallery']} things (the right thing and its distractors of the same class and palette),\nwith five "
+        "reference pictures each. Queries show random views "
+        f"(chance {_percent(facts['chance'])}).{_faceless(found)}\n\n"
         + _table(["", *_ways(recognizer), "aim"], rows)
-        + f"\nThe recognizer's commonest errors ({_ways(recognizer)[-1]}):\n\n"
+        + f"\nThe recognizer's most common errors ({_ways(recognizer)[-1]}):\n\n"
         + "\n".join(errors)
         + "\n"
     )
 
 
 def _faceless(found: dict[str, Any]) -> str:
-    """Returns a sentence that states how many queries for faces show no face, if they were counted."""
+    """Returns a sentence that states how many queries for faces show no face, or "" if these queries were not
+    counted."""
     counts = [found[k]["clean"]["no_face"] for k in found if k.startswith("faces_") and "no_face" in found[k]["clean"]]
     judged = [found[k]["clean"]["queries"] for k in found if k.startswith("faces_")]
     if not counts:
         return ""
     return (
-        f" Faces are judged only where a face is visible;\n{sum(counts)} of {sum(counts) + sum(judged)} queries show none "
-        "(only hair, from behind or from above) and are left out."
+        f" Faces are judged only where a face is visible.\n{sum(counts)} of {sum(counts) + sum(judged)} queries show "
+        "only hair, from behind or from above, and are left out."
     )
 
 
@@ -218,7 +222,7 @@ def _pose(found: dict[str, dict[str, Any]] | None) -> list[str]:
         "### Pose\n",
         MOTIONS,
         _table(["", *_ways(found), "aim"], rows),
-        f"The commonest errors: {', '.join(found[last]['confusions']) or 'none'}.\n",
+        f"The most common errors: {', '.join(found[last]['confusions']) or 'none'}.\n",
     ]
 
 

@@ -21,16 +21,16 @@ from shared.toybox.evaluators.recognizer import Recognizer
 from shared.toybox.motions.motion import PATH
 from shared.toybox.world import Camera
 
-_SOFT_DEG = 8.0  # standard deviation of the azimuth targets
+_SOFT_DEG = 8.0  # standard deviation of the azimuths' target distributions
 _STEEP_DEG = 70.0  # above this elevation, azimuth and roll can hardly be distinguished
 _SMALL = 0.3  # errors below this, in multiples of `units()`, count quadratically
 
 
 def poses_of(folder: Path, count: int) -> np.ndarray:
-    """Returns the poses of the things in a data set's first `count` pictures, float32 `[count, 6]`. The columns are
-    named by `motion.PATH`. Poses in pictures of two things are NaN.
+    """Returns the poses of the things in a data set's first `count` pictures, float32 `[count, 6]`. `motion.PATH` names
+    the columns. Rows for pictures of two things are NaN.
 
-    The scenes are sampled again from the data set's seed, without rendering.
+    The scenes are sampled again from the data set's seed, without being rendered.
     """
     seed = json.loads((folder / "recipe.json").read_text("utf-8"))["seed"]
     poses = np.full((count, len(PATH)), np.nan, np.float32)
@@ -49,7 +49,7 @@ def pose_of(camera: Camera) -> np.ndarray:
 
 
 class PoseTask(EvaluatorTask):
-    """Minimises the absolute errors in position, size, elevation and tilt, and the cross-entropy of the azimuth.
+    """Minimises the smooth L1 errors in position, size, elevation and tilt, and the cross-entropy of the azimuth.
 
     Args:
         poses: float32 `[N, 6]`, as returned by `poses_of`
@@ -99,7 +99,7 @@ class PoseTask(EvaluatorTask):
         save_model(self.module, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written estimator."""
+        """Loads an estimator written by `export`."""
         return adopt_state(self.module, out)
 
 

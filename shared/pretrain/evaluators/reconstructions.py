@@ -1,5 +1,5 @@
-"""Reconstructs pictures with the autoencoder. The evaluators are also trained on the reconstructions, because
-the pictures that they judge are decoded by the autoencoder.
+"""Reconstructs pictures with the autoencoder. The evaluators are trained on reconstructions as well as renders, because
+the pictures that they will judge are decoded by the autoencoder.
 
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE TARGET ROWS`
 """
@@ -20,8 +20,8 @@ from shared.train.precision import resolve_precision
 
 
 def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_size: int = 64) -> None:
-    """Reconstructs the first `rows` pictures of a data set or identity folder with a VAE. Writes them to the .npy file
-    `target` as uint8 `[rows, 64, 64, 3]`.
+    """Reconstructs the first `rows` pictures of a data set or identity folder with a VAE. Writes the reconstructions to
+    the .npy file `target`, as uint8 `[rows, 64, 64, 3]`.
     """
     vae = load_vae(vae_folder).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     whole = IdentityPictures if (folder / "identity.json").is_file() else Pictures
@@ -31,7 +31,7 @@ def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_s
     temporary = target.with_name(target.name + ".part")
     result = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=source.shape)
     for start in range(0, len(source), batch_size):
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # pixels change by a third of a grey level
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # bf16 changes pixels by a third of a grey level
             through = round_trip(vae, from_bytes(source[start : start + batch_size]))
         result[start : start + batch_size] = to_bytes(through.float())
     result.flush()
@@ -51,7 +51,8 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Encodes pictures (`[B, 3, H, W]` in [0, 1]) as the means of their latents, decodes these and clamps to [0, 1]."""
+    """Encodes pictures (`[B, 3, H, W]` in [0, 1]) and decodes the means of their latents. Clamps the result to
+    [0, 1]."""
     parts = []
     for chunk in pixels.split(batch_size):
         latent = vae.encode(chunk * 2 - 1).latent_dist.mean  # pyright: ignore[reportCallIssue]

@@ -29,8 +29,10 @@ _ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class EvaluatorTraining:
-    """Settings for training an evaluator. `lr` is the peak learning rate. `thaw` only concerns the identity encoder: in
-    a second round of training, the trunk that it took over from the recognizer is trained as well."""
+    """Settings for training an evaluator.
+
+    `lr` is the peak learning rate. `thaw` is only for the identity encoder. It starts a second round of training, in
+    which the trunk that was taken over from the recognizer is trained as well."""
 
     batch_size: int = 128
     lr: float = 2e-3
@@ -42,7 +44,7 @@ class EvaluatorTraining:
 class EvaluatorTask(PretrainTask):
     """A task that trains an evaluator."""
 
-    flags: tuple[str, ...]  # flags of the training command that the card lists after the settings
+    flags: tuple[str, ...]  # flags that the model card appends to the training command
 
     def _set_up(self, module: nn.Module, settings: EvaluatorTraining, compute: Compute) -> None:
         self.module, self.settings, self.compute = module.to(compute.device).train(), settings, compute
@@ -54,7 +56,7 @@ class EvaluatorTask(PretrainTask):
         return {"main": decay_groups(self.module, self.settings.lr, self.settings.optimizer.weight_decay)}
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Yields one loss, the sum of the terms."""
+        """Yields one loss, which is the sum of the terms."""
         terms = self.terms(generator(self.seed, step, micro))
         yield Update(torch.stack(list(terms.values())).sum(), parts={k: v.detach() for k, v in terms.items()})
 
@@ -67,17 +69,18 @@ class EvaluatorTask(PretrainTask):
         raise NotImplementedError
 
     def adopt(self, out: Path) -> bool:
-        """Loads weights written by `export`. Returns False if their architecture differs."""
+        """Loads weights written by `export`. Returns False if the weights have a different architecture."""
         raise NotImplementedError
 
 
 def flags_of(data: Pictures | IdentityPictures) -> tuple[str, ...]:
-    """Returns the flags of the training command that correspond to these pictures, for the card."""
+    """Returns the flags with which the training command on the model card would use these pictures."""
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
 class RecognizerTask(EvaluatorTask):
-    """Minimises the cross-entropy of every attribute. Undefined labels (-1) are ignored."""
+    """Minimises the cross-entropy of every attribute, and of a map that shows where things are. Undefined labels (-1)
+    are ignored."""
 
     def __init__(
         self, data: Pictures, settings: EvaluatorTraining, compute: Compute, config: RecognizerConfig | None = None
@@ -109,13 +112,13 @@ class RecognizerTask(EvaluatorTask):
         save_model(self.module, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written recognizer."""
+        """Loads a recognizer written by `export`."""
         return adopt_state(self.module, out)
 
 
 class IdentityTask(EvaluatorTask):
     """Minimises the supervised contrastive loss. A batch consists of groups. Each group shows several things of one
-    class and palette, each in several views.
+    class and palette, and each thing is shown in several views.
 
     During training, additional heads on the layer before the embedding predict the parameters from which the renderer
     drew the individual thing. These heads are not kept.
@@ -174,7 +177,7 @@ class IdentityTask(EvaluatorTask):
         save_model(self.encoder, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written encoder. The heads that are used only in training start anew."""
+        """Loads an encoder written by `export`. The heads that are used only in training are initialised again."""
         return adopt_state(self.encoder, out)
 
 
@@ -223,7 +226,7 @@ class ClipTask(EvaluatorTask):
         clips.save_clip(self.model, self.processor, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written CLIP. The attribute heads start anew."""
+        """Loads a CLIP written by `export`. The attribute heads are initialised again."""
         return adopt_state(self.model, out)
 
 

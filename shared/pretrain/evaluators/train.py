@@ -1,4 +1,4 @@
-"""Trains an evaluator in a seeded, resumable run. It takes about an hour to train all evaluators on a CPU.
+"""Trains an evaluator in a seeded, resumable run. Training all evaluators takes about an hour on a CPU.
 
 `python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) writes a checkpoint
 and a log to `work` and, when the run ends or pauses, fp16 weights to `out`.
@@ -38,7 +38,7 @@ class Folders:
     out: the folder of the weights. The identity encoder and the pose estimator start from the trunk of the `recognizer`
         in the same parent folder.
     work: the folder of the checkpoint and log
-    reconstructions: an .npy file with the first pictures in `data`, encoded and decoded by the autoencoder
+    reconstructions: an .npy file with the first pictures of `data`, encoded and decoded by the autoencoder
     """
 
     data: Path
@@ -48,7 +48,7 @@ class Folders:
 
 
 def train_evaluator(name: str, folders: Folders, run: RunSettings, settings: EvaluatorTraining | None = None) -> int:
-    """Trains one of `TRAININGS`. Returns the total number of steps done."""
+    """Trains the evaluator `name`, a key of `TRAININGS`. Returns the total number of steps done."""
     training = TRAININGS[name]
     return fit(training.build(folders, settings or training.settings, run.compute()), run, folders)
 
@@ -69,7 +69,8 @@ def fit(task: EvaluatorTask, run: RunSettings, folders: Folders) -> int:
 
 
 def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> dict[str, Any]:
-    """Returns the facts about a training run that the card states. They are its settings, progress and last losses."""
+    """Returns the facts about a training run that the model card states (the settings, the progress and the last
+    losses)."""
     return {
         "done": outcome.step,
         "pictures": outcome.pictures,
@@ -85,7 +86,8 @@ def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> di
 
 
 def adopt(task: EvaluatorTask, out: Path) -> int:
-    """Loads finished weights and returns their step. Returns 0 if there are none, or if their architecture differs."""
+    """Loads the weights in `out` and returns the step at which they were written. Returns 0 if there are no weights, or
+    if they have a different architecture."""
     done = written_steps(out)
     return done if done and task.adopt(out) else 0
 
@@ -144,7 +146,9 @@ def main() -> None:
     parser.add_argument("--reconstructions", type=Path)
     parser.add_argument("--fresh", action="store_true", help="ignore any checkpoint in --work and weights in --out")
     parser.add_argument(
-        "--thaw", action="store_true", help="for identity, also train the recognizer's trunk (second round)"
+        "--thaw",
+        action="store_true",
+        help="for identity, also train the trunk taken from the recognizer (second round)",
     )
     parser.add_argument("--threads", type=int, default=1)
     kinds = {"steps": int, "batch_size": int, "lr": float, "seed": int, "minutes": float, "device": str}

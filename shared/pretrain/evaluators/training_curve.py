@@ -1,5 +1,5 @@
-"""Measures how the scores develop over a training run. The snapshots of the run are judged in the same way as the
-shipped backbone, but on fewer captions."""
+"""Measures how the scores develop over a training run. The run's snapshots are judged in the same way as the shipped
+backbone, but usually on fewer captions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ CURVE = "curve.json"
 
 
 def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = WEIGHTS) -> Iterator[dict[str, Any]]:
-    """Judges the snapshots and the checkpoint of `work/run` that are missing from `weights/curve.json`, and adds them.
+    """Adds the snapshots and the checkpoint of `work/run` to the curve in `weights/curve.json`. Judges only those whose
+    steps the curve does not contain yet.
 
     Args:
         n: the number of random captions; these are the captions of `judge_backbone` with the same seed
         guidance: the guidance for every point
 
     Yields:
-        each new point, with its step, its number of pictures and `SCORES`
+        each new point, which contains its step, its number of pictures and its `SCORES`
 
     Raises:
         ValueError: if there is neither a snapshot nor a checkpoint, or if the curve was measured with other settings
@@ -36,12 +37,12 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     points: list[tuple[Path | None, dict[str, Any]]] = [(file, snapshot_facts(file)) for file in snapshots(run)]
     points += [] if state is None else [(None, denoiser_facts(state))]
     if not points:
-        raise ValueError(f"{run} has no snapshot and no checkpoint: train first (`pcs toybox train unet`)")
+        raise ValueError(f"{run} has no snapshot and no checkpoint; train first (`pcs toybox train unet`)")
     settings = {"n": n, "guidance": guidance, "seed": seed}
     curve = read(weights) or {**settings, "points": []}
     if {k: curve[k] for k in settings} != settings:
         raise ValueError(
-            f"{weights / CURVE} was measured with other settings: remove it, or use its settings ({curve})"
+            f"{weights / CURVE} was measured with other settings; remove it, or use its settings ({curve})"
         )
     known = {point["step"] for point in curve["points"]}
     for snapshot, facts in points:
@@ -57,7 +58,7 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
 
 
 def read(weights: Path = WEIGHTS) -> dict[str, Any] | None:
-    """Returns the curve, with its settings `n`, `guidance` and `seed` and its `points` in the order of steps. Returns
-    None if no point has been measured."""
+    """Returns the curve, which contains its settings (`n`, `guidance` and `seed`) and its `points`, sorted by step.
+    Returns None if no point has been measured."""
     path = weights / CURVE
     return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Packs the result of a training run as the pipeline folder that is shipped."""
+"""Packs the result of a training run into the pipeline folder that is shipped."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 
 def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline:
-    """Builds a pipeline in fp32 from the averaged denoiser of a run; untrained parts are freshly initialised (seed 0).
+    """Builds a pipeline in fp32 from the averaged denoiser of a run. Parts that have not been trained are initialised
+    randomly, with seed 0.
 
     Args:
         out: the run's folder
-        snapshot: a snapshot of the run, to be used instead of its checkpoint
+        snapshot: a snapshot of the run, which is used instead of its checkpoint
     """
     from diffusers import StableDiffusionPipeline
 
@@ -68,7 +69,7 @@ def _write_average(module: torch.nn.Module, average: dict[str, torch.Tensor]) ->
 
 
 def assemble(out: Path, target: Path | None = None) -> Path:
-    """Packs the run's averaged weights in fp16 as a diffusers folder that does not need this project.
+    """Packs the run's averaged weights in fp16 into a diffusers folder that can be used without this project.
 
     The folder is replaced only when the new one is complete, so a failure leaves the old one unchanged.
 
@@ -98,7 +99,8 @@ def assemble(out: Path, target: Path | None = None) -> Path:
 
 
 def training_facts(out: Path) -> dict[str, Any]:
-    """Returns the step, pictures and sizes of the run's denoiser, and the last line of each network's log."""
+    """Returns the step of the run's denoiser, the number of pictures it has seen, its sizes, and the last line of each
+    network's log."""
     state = checkpoint.load(training_folder(out, "unet"))
     facts = denoiser_facts(state) if state else {"step": 0, "pictures": 0, "sizes": None}
     return {**facts, "last": {name: _last_line(log_of(out, name)) for name in ("vae", "decoder", "unet")}}
@@ -115,10 +117,10 @@ def _finish_tokenizer(folder: Path, out: Path) -> None:
 
 
 def plain_configs(folder: Path) -> None:
-    """Removes local paths from a pipeline folder's configurations, and sets the text encoder's type to fp32.
+    """Removes local paths from a pipeline folder's configurations, and sets the text encoder's dtype to fp32.
 
-    By default, transformers 5 loads weights in the configuration's type, whereas diffusers loads them in fp32. This
-    setting makes the two agree.
+    By default, transformers 5 loads weights in the dtype of the configuration, whereas diffusers loads them in fp32.
+    Setting the dtype to fp32 makes the two agree.
     """
     for path in folder.glob("**/*.json"):
         if path.name not in {"config.json", "model_index.json", "tokenizer_config.json"}:
@@ -132,7 +134,7 @@ def plain_configs(folder: Path) -> None:
 
 
 def readable(folder: Path) -> None:
-    """Sets the usual permissions, because temporary folders and safetensors files are not readable by other users."""
+    """Makes a folder and its files readable by other users, which temporary folders and safetensors files are not."""
     folder.chmod(0o755)
     for path in folder.glob("**/*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

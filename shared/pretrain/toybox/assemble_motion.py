@@ -1,4 +1,4 @@
-"""Packs the result of training the motion module as the folders that are shipped."""
+"""Packs the result of training the motion module into the folders that are shipped."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shared.train import checkpoint
 
 
 def assemble_motion(work: Path, backbone: Path | None = None, target: Path | None = None) -> Path:
-    """Packs the averaged motion module in fp16 as a diffusers `MotionAdapter` folder, and writes the learned words into
-    the backbone's tokenizer and text encoder. Each folder is replaced only when the new one is complete.
+    """Packs the averaged motion module in fp16 into a diffusers `MotionAdapter` folder, and writes the learned words
+    into the backbone's tokenizer and text encoder. Each folder is replaced only when the new one is complete.
 
     Args:
-        backbone: the pipeline folder on which the module was trained. The shipped one is the default.
+        backbone: the pipeline folder on which the module was trained. The default is the shipped backbone.
         target: the folder for the motion module. The default is ``shared/toybox/weights/motion_adapter``.
     """
     backbone, target = backbone or WEIGHTS / "backbone", target or WEIGHTS / "motion_adapter"
@@ -34,7 +34,7 @@ def assemble_motion(work: Path, backbone: Path | None = None, target: Path | Non
 def _adapter(adapter: Any, fresh: Path, work: Path) -> None:
     adapter.to(torch.float16).save_pretrained(str(fresh))
     state = checkpoint.load(motion_folder(work))
-    assert state is not None  # its averages have been read
+    assert state is not None  # the averages have already been read from it
     facts = {"step": state.step, "clips": state.info["pictures"], **state.info["facts"]}
     (fresh / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -3,8 +3,8 @@
     FOLDER/recipe.json                                                   the settings of the data set
     FOLDER/clips-00000.{frames,masks,paths,labels}.npy, .captions.jsonl  one chunk, complete if its captions exist
 
-A build with different settings is refused, except that the number of clips may grow. Clip i depends only on i
-and the data set's seed.
+An existing data set cannot be built again with different settings, except that the number of clips may grow. Clip i
+depends only on i and the data set's seed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Clips:
     captions: N lists of 4 captions
     motions: int64 [N], indices into `MOTIONS`
     labels: int64 [N, …], the labels of the first frame, in the order of `dataset.LABELS`
-    paths: float64 [N, 16, 6], whose columns are named by `motions.motion.PATH`
+    paths: float64 [N, 16, 6]; `motions.motion.PATH` names the columns
     """
 
     folder: Path
@@ -50,17 +50,17 @@ class Clips:
         return len(self.captions)
 
     def frames(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns the clips at an index, uint8 [n, 16, 64, 64, 3]."""
+        """Returns the clips with the given n indices, as uint8 [n, 16, 64, 64, 3]."""
         return np.stack([self.frame_chunks[i // CHUNK][i % CHUNK] for i in index])
 
     def masks(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns the masks of the thing in the clips at an index, bool [n, 16, 64, 64]."""
+        """Returns the masks of the thing in the clips with the given n indices, as bool [n, 16, 64, 64]."""
         packed = np.stack([self.mask_chunks[i // CHUNK][i % CHUNK] for i in index])
         return np.unpackbits(packed, axis=-1).astype(bool)
 
 
 def clip_of(seed: int, index: int) -> tuple[MovingScene, np.random.Generator]:
-    """Samples clip `index` of the data set with this seed; also returns the generator for its captions.
+    """Samples clip `index` of the data set with this seed. Also returns the generator for the clip's captions.
 
     Indices cycle through the motions, so that all motions are equally frequent.
     """
@@ -88,8 +88,8 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
-    """Renders n training clips into a folder, in `workers` processes of one thread each. An interrupted build is
-    resumed.
+    """Renders n training clips into a folder, in `workers` processes with one thread each. Resumes an interrupted
+    build.
 
     Raises ValueError if the folder contains a different data set.
     """
@@ -99,10 +99,10 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
     note = folder / "recipe.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     if found is not None and {k: v for k, v in found.items() if k != "n"} != recipe:
-        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}: choose another folder")
+        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}; choose another folder")
     before = found["n"] if found else n
     if n != before and min(n, before) % CHUNK:
-        raise ValueError(f"{folder} has {before} clips, not {n}: data sets grow by whole chunks of {CHUNK}")
+        raise ValueError(f"{folder} has {before} clips, not {n}; data sets grow by whole chunks of {CHUNK}")
     save_text(note, json.dumps({**recipe, "n": max(n, before)}))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
     in_processes(_chunk, jobs, workers)
@@ -110,13 +110,14 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
 
 
 def load(folder: Path) -> Clips:
-    """Loads a folder's chunks up to the first incomplete one. Raises ValueError if the first chunk is incomplete."""
+    """Loads a folder's chunks up to the first incomplete or missing chunk. Raises ValueError if there is no complete
+    chunk at the start."""
     folder = Path(folder)
     stems = []
     while (stem := folder / f"clips-{len(stems):05d}").with_suffix(".captions.jsonl").exists():
         stems.append(stem)
     if not stems:
-        raise ValueError(f"{folder} contains no toybox clips: render them first (`pcs toybox train clips`)")
+        raise ValueError(f"{folder} contains no toybox clips; render them first (`pcs toybox train clips`)")
     captions: list[list[str]] = []
     for stem in stems:
         text = stem.with_suffix(".captions.jsonl").read_text(encoding="utf-8")

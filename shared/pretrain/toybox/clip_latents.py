@@ -39,9 +39,10 @@ class ClipLatents:
         return len(self.tokens)
 
     def take(self, index: Sequence[int] | np.ndarray, first: int = 0, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Returns every `stride`-th frame of the clips at an index, starting with frame `first`. The frames are
-        returned as latents (float16 [n, C, F', h, w]) and the things' cover (uint8 [n, F', h, w], as in
-        `latent_cache.cover`)."""
+        """Returns every `stride`-th frame of the clips with the given n indices, starting with frame `first`.
+
+        The first array contains the frames' latents, float16 [n, C, F', h, w]. The second array contains the share of
+        each latent cell that things cover, uint8 [n, F', h, w], as returned by `latent_cache.cover`."""
         rows = [(i // CHUNK, i % CHUNK) for i in index]
         latents = np.stack([self.latents[c][i][first::stride] for c, i in rows])
         covered = np.stack([self.covered[c][i][first::stride] for c, i in rows])
@@ -51,8 +52,8 @@ class ClipLatents:
 def build(
     folder: Path, clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> ClipLatents:
-    """Returns the latents in `folder`. Missing ones are computed; if the autoencoder or the tokenizer has changed, all
-    are computed again."""
+    """Returns the cached latents in `folder`. Missing latents are computed first. If the autoencoder or the tokenizer
+    has changed, all latents are computed again."""
     folder.mkdir(parents=True, exist_ok=True)
     mark, note = fingerprint(vae, tokenizer), folder / "state.json"
     same = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("fingerprint") == mark

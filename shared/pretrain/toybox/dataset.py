@@ -3,8 +3,8 @@
     FOLDER/recipe.json                                                      the settings of the data set
     FOLDER/chunk-00000.{pixels,masks,labels,identity}.npy, .captions.jsonl  one chunk, complete if its captions exist
 
-A build with different settings is refused. Picture i depends only on i and the data set's seed, so an
-interrupted build can resume, and the number of workers does not affect the result.
+An existing data set cannot be built again with different settings. Picture i depends only on i and the data set's seed.
+Therefore, an interrupted build can be resumed, and the number of workers does not affect the result.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Dataset:
     """A data set of N pictures.
 
     captions: N lists of 4 captions
-    labels: by name, int64 [N]. Most are indices into the vocabularies of `world`. `view_is_clear` and `two_objects` are
-        0 or 1. `pattern_seed` is a seed, or -1 without a pattern. `other_*` describe the second thing, or are -1
-        without one.
+    labels: for each name, int64 [N]. Most labels are indices into the vocabularies of `world`. `view_is_clear` and
+        `two_objects` are 0 or 1. `pattern_seed` is a seed, or -1 if there is no pattern. The labels `other_*` describe
+        the second thing, or are -1 if there is only one thing.
     identity: float32 [N, IDENTITY_SIZE], NaN except for faces
     """
 
@@ -77,11 +77,11 @@ class Dataset:
         return len(self.captions)
 
     def pixels(self, index: np.ndarray | list[int] | slice) -> np.ndarray:
-        """Returns the pictures at an index, uint8 [n, 64, 64, 3]."""
+        """Returns the n pictures selected by `index`, as uint8 [n, 64, 64, 3]."""
         return self._take(self.chunks, index)
 
     def masks(self, index: np.ndarray | list[int] | slice) -> np.ndarray:
-        """Returns the things' masks in the pictures at an index, bool [n, 64, 64]."""
+        """Returns the masks of the things in the n pictures selected by `index`, as bool [n, 64, 64]."""
         packed = self._take(self.mask_chunks, index)
         return np.unpackbits(packed, axis=-1).astype(bool)
 
@@ -116,14 +116,15 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
-    """Samples the scene of picture `index` in the data set with this seed; also returns the generator for its
+    """Samples the scene of picture `index` in the data set with this seed. Also returns the generator for the picture's
     captions."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng), rng
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Writes a file under another name, then renames it, so that an existing file is always complete."""
+    """Writes a file under a temporary name and then renames it, so that a file with the final name is always
+    complete."""
     part = path.with_name(path.name + ".part")
     save(part)
     os.replace(part, path)
@@ -172,7 +173,7 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
 
 
 def in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
-    """Calls `work(*job)` for every job, in `workers` separate processes; with one worker, in this process."""
+    """Calls `work(*job)` for every job, in `workers` separate processes, or in this process if `workers` is 1."""
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             pool.starmap(work, jobs, chunksize=1)
@@ -182,8 +183,8 @@ def in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], wor
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
-    """Renders n training pictures into a folder, in `workers` processes of one thread each. An interrupted build is
-    resumed.
+    """Renders n training pictures into a folder, in `workers` processes with one thread each. Resumes an interrupted
+    build.
 
     Raises ValueError if the folder contains a different data set.
     """
@@ -192,7 +193,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
     recipe = {"version": VERSION, "n": n, "seed": seed, "chunk": CHUNK}
     note = folder / "recipe.json"
     if note.exists() and (found := json.loads(note.read_text(encoding="utf-8"))) != recipe:
-        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}: choose another folder")
+        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}; choose another folder")
     save_text(note, json.dumps(recipe))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
     in_processes(_chunk, jobs, workers)
@@ -200,7 +201,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
 
 
 def load(folder: Path) -> Dataset:
-    """Loads the data set in a folder. Raises ValueError if there is none, or if it is incomplete."""
+    """Loads the data set in a folder. Raises ValueError if there is no data set, or if it is incomplete."""
     folder = Path(folder)
     note = folder / "recipe.json"
     if not note.exists():
@@ -210,7 +211,7 @@ def load(folder: Path) -> Dataset:
     missing = [stem.name for stem in stems if not stem.with_suffix(".captions.jsonl").exists()]
     if missing:
         lack = f"{len(missing)} of {len(stems)} chunks ({missing[0]}, ...)"
-        raise ValueError(f"{folder} lacks {lack}: repeat the build to resume it")
+        raise ValueError(f"{folder} lacks {lack}; run the build again to resume it")
     labels = np.concatenate([np.load(stem.with_suffix(".labels.npy")) for stem in stems])
     captions: list[list[str]] = []
     for stem in stems:

@@ -1,10 +1,10 @@
-"""Trains only the decoder further, against a discriminator, to get sharper pictures from the same latents.
+"""Continues to train the autoencoder's decoder, against a discriminator, to get sharper pictures from the same latents.
 
 Squared and absolute errors are smallest for an average of all the pictures that a latent could represent, and such an
-average is blurred. So once the latents are final, the decoder is trained further with two additional losses from a
-network that learns to distinguish the decoder's pictures from the renderer's: an adversarial loss with the adaptive
-weight of arXiv 2012.09841, eq. 7, and feature matching. The encoder is frozen, so everything trained on its latents
-stays valid.
+average is blurred. Therefore, once the latents are final, the decoder is trained further with two additional losses.
+Both come from a network that learns to distinguish the decoder's pictures from rendered pictures. They are an
+adversarial loss with the adaptive weight of arXiv 2012.09841, eq. 7, and a feature-matching loss. The encoder is
+frozen, so everything trained on its latents stays valid.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _UNCLIPPED = _ADAM.model_copy(update={"max_grad_norm": None})
 class DecoderTraining:
     """Settings for training the decoder. ``lr`` is its peak learning rate.
 
-    adversarial: the norm of the adversarial loss's gradient at the last layer, relative to that of the other losses
+    adversarial: the norm of the adversarial loss's gradient at the last layer, relative to the norm of the other
+        losses' gradient
     matching: the weight of the feature-matching loss
     alone: the number of steps over which these two weights rise from 0, so that the discriminator can learn first
     """
@@ -58,8 +59,9 @@ class DecoderTraining:
 class DecoderTask(PretrainTask):
     """The task that trains the decoder. Each step updates first the discriminator, then the decoder.
 
-    The networks use the channels_last format, which makes convolutions on a CPU faster. The optimizer's moments do not
-    use it after resuming; torch's plain Adam kernels accept that, but the fused kernel misreads such moments.
+    The networks use the channels_last format, which makes convolutions on a CPU faster. After a run is resumed, the
+    optimizer's moments no longer have this format. torch's plain Adam kernels accept such moments, but the fused kernel
+    misreads them.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class DecoderTask(PretrainTask):
 
     @torch.no_grad()
     def result(self) -> dict[str, float]:
-        """Writes `out/vae` with the averaged decoder, and measures it on held-out pictures."""
+        """Writes the autoencoder with the averaged decoder to `out/vae`, and measures it on held-out pictures."""
         vae: Any = frozen_vae(self.out).to(self.compute.device)  # pyright: ignore[reportArgumentType]
         self.ema.copy_to(dict(nn.ModuleList([vae.post_quant_conv, vae.decoder]).named_parameters()))
         decibels = pixels.psnr(vae, self.pictures.pixels(slice(self.among, None)))
@@ -145,10 +147,10 @@ class DecoderTask(PretrainTask):
 
 
 def train_decoder(data: Path, out: Path, run: RunSettings, settings: DecoderTraining = DecoderTraining()) -> Path:
-    """Trains the decoder of the finished autoencoder in the run's folder `out` further, on the data set in `data`.
+    """Continues to train the decoder of the finished autoencoder in the run's folder `out`, on the data set in `data`.
 
     Returns:
-        the folder of the autoencoder, which now has the averaged decoder
+        the folder of the autoencoder, which now contains the averaged decoder
     """
     from shared.pretrain.toybox import dataset
 

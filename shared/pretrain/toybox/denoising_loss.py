@@ -1,5 +1,6 @@
-"""Draws the denoiser's training batches and computes its loss. The loss is that of v-prediction on cached latents, plus
-losses that measure how well a caption's attributes can be read from the prediction and from the U-Net.
+"""Draws the denoiser's training batches and computes its loss. This is the loss of v-prediction on cached latents, plus
+two losses that measure how well a caption's attributes can be read from the predicted latents and from the middle of
+the U-Net.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ class UnetTraining:
     t_uniform, t_mean: see `draw_times`
     thing_weight: the loss weight of things relative to the background. Things cover only a fifth of a picture but are
         hard to learn.
-    reading, probing: the loss weights for reading class, view and accessory from the predicted x0 (`reader.Reader`) and
-        from the middle of the U-Net (`reader.Probe`), at the peak learning rate
-    read_until: the fraction of the peak rate at which these weights, which fall with the learning rate, reach 0
+    reading: the weights of the losses for reading class, view and accessory from the predicted x0 (`reader.Reader`), at
+        the peak learning rate
+    probing: the same weights for reading from the middle of the U-Net (`reader.Probe`)
+    read_until: the weights in `reading` and `probing` fall with the learning rate, and reach 0 when the rate is
+        `read_until` times the peak rate
     """
 
     unet: models.UnetSize = field(default_factory=models.UnetSize)
@@ -52,7 +55,7 @@ class UnetTraining:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Returns the sizes in the form that `models.build_denoiser` takes."""
+        """The sizes of the text model and the U-Net, in the form that `models.build_denoiser` takes."""
         return {"text": asdict(self.text), "unet": asdict(self.unet)}
 
 
@@ -61,12 +64,12 @@ class DenoisingBatch:
     """One step's random inputs, on the training device."""
 
     latents: Tensor  # [B, C, H, W], scaled
-    ids: Tensor  # [B, L] token ids; those of the empty caption if the caption is dropped
+    ids: Tensor  # [B, L] token ids of the captions; a dropped caption is replaced with the empty caption
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] loss weights, 1 on average
-    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`, -1 if not named
-    again: Tensor  # [B, C, H, W] noise added to the predicted x0 before it is read
+    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`, -1 if the caption names none
+    again: Tensor  # [B, C, H, W] noise that is added to the predicted x0 before attributes are read from it
     level: Tensor  # [B] the level of that noise, as a timestep
 
     def to(self, device: torch.device) -> DenoisingBatch:
@@ -74,8 +77,8 @@ class DenoisingBatch:
         return self._of(lambda x: x.to(device))
 
     def split(self, count: int) -> list[DenoisingBatch]:
-        """Splits the batch into ``count`` equal shares of every ``count``-th row, so that each covers the full range of
-        t."""
+        """Splits the batch into ``count`` equal shares. Each share takes every ``count``-th row, so that it covers the
+        full range of t."""
         return [self._of(lambda x, i=i: x[i::count]) for i in range(count)]
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> DenoisingBatch:
@@ -83,7 +86,7 @@ class DenoisingBatch:
 
 
 def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> DenoisingBatch:
-    """Draws the batch of a step. It depends only on the seed, the step and the content of the cache."""
+    """Draws the batch of a step. The batch depends only on the settings, the step and the content of the cache."""
     g, b = generator(settings.seed, step), settings.batch
     index = torch.randint(len(data), (b,), generator=g).numpy()
     variant = torch.randint(data.tokens.shape[1], (b,), generator=g).numpy()
@@ -99,11 +102,11 @@ def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: i
 
 
 def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:
-    """Draws timesteps [count] in [0, 1000), stratified over the batch: uniformly with probability ``uniform``,
-    otherwise from a logit-normal distribution (arXiv 2403.03206, section 3.1).
+    """Draws ``count`` timesteps in [0, 1000), stratified over the batch. Each is drawn from a uniform distribution with
+    probability ``uniform``, and otherwise from a logit-normal distribution (arXiv 2403.03206, section 3.1).
 
-    The logit-normal distribution favours medium noise levels, which decide most of the content that a caption
-    describes. A positive ``mean`` shifts it towards more noise.
+    The logit-normal distribution favours medium noise levels, at which most of the content that a caption describes is
+    determined. A positive ``mean`` shifts the distribution towards more noise.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     plain = torch.rand(count, generator=generator) < uniform
@@ -121,7 +124,8 @@ def v_loss(
     reading: float = 0.0,
 ) -> Tensor:
     """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted by
-    ``inputs.weight``, plus ``reading`` times the losses of ``reads`` (on the predicted x0) and ``probe``.
+    ``inputs.weight``. Adds ``reading`` times the sum of the loss of ``reads``, which reads the predicted x0, and the
+    loss of ``probe``.
     """
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()

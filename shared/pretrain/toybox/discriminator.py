@@ -1,4 +1,4 @@
-"""The network that distinguishes decoded pictures from rendered ones, patch by patch (arXiv 1611.07004)."""
+"""The network that distinguishes decoded pictures from rendered pictures, patch by patch (arXiv 1611.07004)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 class Discriminator(nn.Module):
-    """Maps pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4], and returns the features of each layer.
+    """Maps pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4]. Also returns the features of each layer.
 
     In addition to the picture, the first layer sees the detail that blurring would remove. Without this input, training
-    needs many times as many steps.
+    takes many times as many steps.
     """
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)) -> None:
@@ -36,11 +36,11 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Returns the hinge loss (arXiv 1705.02894), a scalar. It is 0 if all logits are above 1 for rendered pictures and
-    below -1 for decoded ones."""
+    """Returns the hinge loss (arXiv 1705.02894), a scalar. The loss is 0 if all logits are above 1 for rendered
+    pictures and below -1 for decoded pictures."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def feature_distance(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """Returns the mean absolute difference between features over all layers (arXiv 1711.11585, eq. 2), a scalar."""
+    """Returns the mean absolute difference between the features, averaged over layers (arXiv 1711.11585, eq. 2)."""
     return torch.stack([(a - b).float().abs().mean() for a, b in zip(fake, real, strict=True)]).mean()

@@ -15,7 +15,8 @@ from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_d
 
 
 def open_pipeline(folder: str | None) -> Any:
-    """Loads the diffusers pipeline in a folder, or the shipped one. Raises ValueError if it is missing or broken."""
+    """Loads the diffusers pipeline in `folder`, or the shipped pipeline if `folder` is None. Raises ValueError if the
+    pipeline is missing or broken."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     place = expanded(folder) if folder is not None else backbone_path()
@@ -23,7 +24,7 @@ def open_pipeline(folder: str | None) -> Any:
     if not index.is_file():
         why = "it has no model_index.json" if place.is_dir() else absent(place, "there is no such folder")
         raise ValueError(
-            f"--backbone {str(place)!r} is not a diffusers folder: {why}. Omit the option for the shipped one."
+            f"--backbone {str(place)!r} is not a diffusers folder: {why}. Omit the option to use the shipped model."
         )
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
@@ -39,21 +40,20 @@ def open_pipeline(folder: str | None) -> Any:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """The number of random captions on which the model is judged, and the settings of sampling."""
+    """Settings for judging the model. `pictures` is the number of random captions; the other settings are for
+    sampling."""
 
     pictures: int = 256
-    guidance: float | None = None  # by default, that of the shipped model
+    guidance: float | None = None  # by default, the guidance of the shipped model
     steps: int = 25
     seed: int = 0
-    backbone: str | None = None  # a diffusers folder; by default, the shipped one
+    backbone: str | None = None  # a diffusers folder; by default, the shipped backbone
     scheduler: str | None = None  # the name of a scheduler; by default, the backbone's own
 
 
 def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: bool = False) -> Iterator[str]:
-    """Judges the model on random captions. With `card`, also judges the evaluators on new renders, and writes the model
-    card.
-
-    Yields lines to print.
+    """Judges the model on random captions. With `card`, also measures the evaluators on new renders, and writes the
+    model card. Yields lines to print.
 
     Raises ValueError if `out` exists and `overwrite` is not set, if `backbone` is not the folder of a Stable Diffusion
     pipeline, or if the scheduler is unknown.
@@ -83,8 +83,8 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
 def evaluate_clips(
     settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False
 ) -> Iterator[str]:
-    """Judges the shipped motion module, or the one trained in `work`, on random captions of clips. Yields lines to
-    print.
+    """Judges a motion module on random captions of clips. This is the motion module trained in `work`, or the shipped
+    motion module if `work` is None. Yields lines to print.
 
     Raises ValueError if `out` exists and `overwrite` is not set, or if there is no motion module.
     """
@@ -99,13 +99,14 @@ def evaluate_clips(
     yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, without selection"
     yield from _lines(found)
     yield f"  {'still':12} {found['scores']['still']:.3f}"
-    yield f"  commonest errors: {', '.join(found['confusions']) or 'none'}"
+    yield f"  most common errors: {', '.join(found['confusions']) or 'none'}"
     if out:
         write_text(out, json.dumps(found, indent=1))
 
 
 def open_moving(backbone: str | None, work: Path | None) -> Any:
-    """Loads the toybox's `AnimateDiffPipeline` with the shipped motion module, or the one trained in `work`."""
+    """Loads the toybox's `AnimateDiffPipeline` with the motion module trained in `work`, or with the shipped motion
+    module if `work` is None."""
     from diffusers import AnimateDiffPipeline, MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     from shared.pretrain.toybox.motion_module import averaged
@@ -129,7 +130,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def extend_curve(work: Path, pictures: int, guidance: float | None) -> Iterator[str]:
-    """Judges those snapshots of a run that are not yet in its training curve. Yields lines to print."""
+    """Judges the snapshots of a run that are not yet in the training curve. Yields lines to print."""
     from shared.pretrain.evaluators.training_curve import SCORES, extend
 
     stated = sampling_defaults()["guidance"] if guidance is None else guidance

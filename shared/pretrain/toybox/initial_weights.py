@@ -1,4 +1,4 @@
-"""Lets a run that has no checkpoint continue from the shipped weights, which become its first checkpoint."""
+"""Lets a run without a checkpoint continue from the shipped weights, by writing these as its first checkpoint."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from shared.train import checkpoint
 
 
 def adopt_vae(out: Path) -> bool:
-    """Copies the shipped autoencoder into a run's folder, unless the run trains its own or already has one.
+    """Copies the shipped autoencoder into a run's folder, unless the run trains its own autoencoder or already has one.
 
-    Returns whether the run's autoencoder is the shipped one, apart from its decoder. The shipped encoder must not
-    change, because the U-Net and the motion module were trained on its latents.
+    Returns whether the run uses the shipped autoencoder, possibly with another decoder. The shipped encoder must
+    not change, because the U-Net and the motion module were trained on its latents.
     """
     from diffusers import AutoencoderKL
 
@@ -44,14 +44,15 @@ def adopt_vae(out: Path) -> bool:
 
 
 def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool:
-    """Copies the shipped backbone into a run's folder: its tokenizer, its autoencoder (unless the run already has one),
-    and a checkpoint of its text model and U-Net.
+    """Copies the shipped backbone into a run's folder. Copies the tokenizer and, unless the run already has an
+    autoencoder, the autoencoder. Writes the text model and the U-Net as a checkpoint.
 
-    The optimizer starts from scratch; the step count continues. Nothing is copied if the folder has its own checkpoint,
-    or if the installation has no weights. Returns whether anything was copied.
+    The optimizer starts from scratch, but the step count continues. Nothing is copied if the folder has its own
+    checkpoint, or if the installation has no weights. Returns whether anything was copied.
 
     Raises:
-        ValueError: if the shipped U-Net has a different size, or does not fit the latents of the autoencoder in `out`
+        ValueError: if the size of the shipped U-Net is not `size`, or if the shipped U-Net does not fit the latents of
+            the autoencoder in `out`
     """
     from diffusers import StableDiffusionPipeline
 
@@ -65,7 +66,8 @@ def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool
     shutil.copytree(source / "tokenizer", out / TOKENIZER_FOLDER, dirs_exist_ok=True)
     if not has_vae(out):
         pipe.vae.float().save_pretrained(str(out / VAE_FOLDER))
-    for name, line in facts.get("last", {}).items():  # for the model card, in case a network is not trained further
+    # The model card needs these lines if a network is not trained further.
+    for name, line in facts.get("last", {}).items():
         if line and not (log := log_of(out, name)).exists():
             claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
@@ -76,24 +78,25 @@ def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool
 
 def _check_fits(shipped: models.UnetSize, size: models.UnetSize, out: Path) -> None:
     if shipped != size:
-        raise ValueError(f"the shipped U-Net has {shipped}, but the run requires {size}: start the run with --fresh")
+        raise ValueError(f"the shipped U-Net has {shipped}, but the run requires {size}; start the run with --fresh")
     channels = frozen_vae(out).config["latent_channels"] if has_vae(out) else shipped.latent_channels
     if channels != shipped.latent_channels:
         raise ValueError(
             f"the shipped U-Net reads {shipped.latent_channels} latent channels, but the autoencoder in {out / VAE_FOLDER} "
-            f"has {channels}: train a U-Net for it with --fresh, or use another --work"
+            f"has {channels}; train a U-Net for this autoencoder with --fresh, or use another --work"
         )
 
 
 def adopted_steps() -> int:
-    """Returns the step at which a run that continues from the shipped backbone starts. Without a backbone, it is 0."""
+    """Returns the step at which a run starts if it continues from the shipped backbone, or 0 if there is no shipped
+    backbone."""
     facts = weights.WEIGHTS / "backbone" / "training.json"
     return int(json.loads(facts.read_text(encoding="utf-8"))["step"]) if facts.is_file() else 0
 
 
 def _write(folder: Path, networks: Mapping[str, nn.Module], info: dict[str, Any], step: int) -> None:
-    """Writes a checkpoint without optimizer state. Its weights and averages are both those of `networks`, which maps
-    prefixes of parameter names to modules."""
+    """Writes a checkpoint without optimizer state. Both its weights and its averages are taken from `networks`, which
+    maps prefixes of parameter names to modules."""
     model = {f"{prefix}{k}": v.float() for prefix, m in networks.items() for k, v in m.state_dict().items()}
     average = {f"{p}{k}": v.detach().float().cpu() for p, m in networks.items() for k, v in m.named_parameters()}
     checkpoint.save(folder, checkpoint.State(0, step, state_of({"model": model}, average), info=info))

@@ -1,5 +1,5 @@
-"""Computes the U-Net's training data once and caches it on disk. The scaled latents, token ids, cover and caption
-attributes of the pictures are stored as memory-mapped arrays."""
+"""Computes the U-Net's training data once and caches it on disk. For each picture, memory-mapped arrays contain the
+scaled latents, the token ids and attributes of the captions, and the share of each latent cell that things cover."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Cache:
-    """The cached arrays of a data set; row i of each belongs to picture i."""
+    """The cached arrays of a data set. Row i of each array belongs to picture i."""
 
-    latents: np.ndarray  # float16 [N, C, H, W], posterior means times the scaling factor, which have unit spread
+    latents: np.ndarray  # float16 [N, C, H, W], posterior means, scaled to a standard deviation of about 1
     tokens: np.ndarray  # int16 [N, V, 32], the token ids of V captions per picture
-    covered: np.ndarray  # uint8 [N, H, W], the share of each latent cell's patch that things cover, out of 255
+    covered: np.ndarray  # uint8 [N, H, W], the share of each latent cell's patch that things cover (255 is all of it)
     caption_attributes: np.ndarray  # int8 [N, V, 3], as returned by `shared.toybox.captions.caption_attributes`
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Cache:
 
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
-    """Returns a hash of the encoder and the tokenizer, on which the cached values depend (and not on the decoder)."""
+    """Returns a hash of the encoder and the tokenizer, on which the cached values depend. The decoder is left out."""
     known = [_VERSION, vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]
     digest = hashlib.sha256(json.dumps(known).encode())
     parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
@@ -56,18 +56,18 @@ def build(
 ) -> Cache:
     """Returns the cache in ``folder``. Missing rows are computed first.
 
-    Existing rows are kept if the autoencoder and the tokenizer are unchanged; otherwise, all rows are computed again.
-    Pictures may be appended to the data set but must not change. The state file is written last and atomically.
+    Existing rows are kept if the encoder and the tokenizer are unchanged. Otherwise, all rows are computed again.
+    Pictures may be appended to the data set but must not change. The state file is written last, and atomically.
 
     Args:
         folder: the folder of the arrays
         pictures: the N pictures of the data set, with V captions each
         vae: the finished autoencoder, which is moved to ``device`` and left there
         tokenizer: the tokenizer; captions are padded or truncated to 32 tokens
-        device: the device on which latents are computed. By default, it is the autoencoder's current device.
+        device: the device on which latents are computed. The default is the autoencoder's current device.
 
     Returns:
-        the arrays, memory-mapped read-only
+        the arrays, which are memory-mapped and read-only
     """
     folder.mkdir(parents=True, exist_ok=True)
     total, mark = len(pictures), fingerprint(vae, tokenizer)
@@ -109,7 +109,8 @@ def load(folder: Path) -> Cache:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
-    """Encodes pictures (uint8 [B, S, S, 3]) as scaled posterior means, float16 [B, C, h, w] with unit spread."""
+    """Encodes pictures (uint8 [B, S, S, 3]) as scaled posterior means (float16 [B, C, h, w], with a standard deviation
+    of 1)."""
     device, parts = next(vae.parameters()).device, []
     for start in range(0, len(pixels), _BATCH):
         x = to_signed(pixels[start : start + _BATCH]).to(device, memory_format=torch.channels_last)
@@ -127,8 +128,8 @@ def cover(masks: np.ndarray, side: int) -> np.ndarray:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[Any]) -> np.ndarray:
-    """Tokenizes V captions for each of B pictures. Returns int16 [B, V, 32], padded and truncated as in the
-    pipeline."""
+    """Tokenizes V captions for each of B pictures. Returns int16 [B, V, 32], which is padded and truncated in the same
+    way as in the pipeline."""
     flat = [text for variants in captions for text in variants]
     ids = tokenizer(flat, padding="max_length", truncation=True, max_length=MAX_LENGTH)["input_ids"]
     return np.asarray(ids, dtype=np.int16).reshape(len(captions), -1, MAX_LENGTH)

@@ -1,11 +1,12 @@
-"""Teaches the denoiser the meaning of words that describe shape, with a reader of noisy latents and a probe of the
+"""Teaches the denoiser the meaning of words that describe shape, using a reader of noisy latents and a probe in the
 U-Net.
 
-Depicting the view that a caption names reduces the squared error only slightly. As a result, the denoiser did not learn
-the words for views from half a million pictures. So during training, two additional losses require that the caption's
-attributes can be read from the predicted clean latents after noise is added again (similar losses are used in arXiv
-2401.00110 and 2411.04873), and from the middle of the U-Net (deep supervision, arXiv 1409.5185). The weights of both
-losses fall to 0 before the end, so that only the squared error drives the final steps.
+Depicting the view that a caption names reduces the squared error only slightly. With the squared error alone, the
+denoiser did not learn the words for views from half a million pictures. Two additional losses are therefore used during
+training. The first requires that the caption's attributes can be read from the predicted clean latents after noise has
+been added to them again (similar losses are used in arXiv 2401.00110 and 2411.04873). The second requires that the
+attributes can be read from the middle of the U-Net (deep supervision, arXiv 1409.5185). The weights of both losses fall
+to 0 before the end of training, so that only the squared error drives the final steps.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from shared.train.loop import generator
 from shared.train.task import Update, Updates
 from shared.trainable import TrainableGroup
 
-_NOISIEST = 600  # latents are noised to a timestep below this one before they are read
+_NOISIEST = 600  # before latents are read, they are noised to a random timestep below this one
 
 
 class Reader(nn.Module):
-    """Maps noisy latents [B, C, H, W] to the logits of each attribute in `captions.CAPTION_ATTRIBUTES`, [B, values]."""
+    """Maps noisy latents [B, C, H, W] to logits [B, values] for each attribute in `captions.CAPTION_ATTRIBUTES`."""
 
     def __init__(self, channels: int, widths: tuple[int, ...] = (48, 96, 160)) -> None:
         super().__init__()
@@ -65,16 +66,16 @@ class Reader(nn.Module):
         """Adds noise to latents, reads the caption's attributes from the result, and returns the cross-entropy.
 
         Args:
-            clean: latents [B, C, H, W], or a prediction of them
-            attributes: [B, 3] as returned by `captions.caption_attributes`, -1 for attributes that are not named
+            clean: clean latents [B, C, H, W], or a prediction of them
+            attributes: [B, 3], as returned by `captions.caption_attributes`; -1 marks an attribute that is not named
             noise: [B, C, H, W]
-            t: the level of the noise, as timesteps [B] in [0, 1000)
+            t: the noise levels, as timesteps [B] in [0, 1000)
             bars: the cumulative products of the noise schedule's alphas
             weights: the loss weight of each attribute
 
         Returns:
-            a scalar, the weighted sum over attributes, averaged over all pictures. Attributes that are not named count
-            as 0.
+            the weighted sum over attributes, averaged over all pictures, as a scalar. Attributes that are not named
+            contribute 0.
         """
         bar = bars[t].view(-1, 1, 1, 1)
         read = self(bar.sqrt() * clean + (1 - bar).sqrt() * noise)
@@ -84,8 +85,8 @@ class Reader(nn.Module):
 class Probe(nn.Module):
     """Reads a caption's attributes from the middle of a U-Net during training.
 
-    Later layers can only draw attributes that have reached the middle. The U-Net may run in several threads, so each
-    thread keeps its own activations.
+    Its loss trains the U-Net to represent the attributes in its middle block, from which all later layers can use them.
+    The U-Net may run in several threads, so the activations are stored per thread.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -116,14 +117,14 @@ def _cross_entropy(read: Sequence[Tensor], attributes: Tensor, weights: Sequence
 
 
 def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws noise of the shape of ``clean``, and timesteps [B] that are uniform up to the level at which latents can
-    still be read."""
+    """Draws noise with the shape of ``clean``, and uniformly distributed timesteps [B] at which attributes can still be
+    read."""
     return torch.randn(clean.shape, generator=g), torch.randint(_NOISIEST, (len(clean),), generator=g)
 
 
 def soften(clean: Tensor, g: torch.Generator) -> Tensor:
-    """Blurs about half of the latents ``clean`` ([B, C, H, W]), because predictions from high noise are blurred. The
-    Gaussian has a standard deviation of 0.3 to 1.2 cells."""
+    """Blurs about half of the latents ``clean`` ([B, C, H, W]) with a Gaussian whose standard deviation is between 0.3
+    and 1.2 cells. Latents that are predicted from very noisy latents are similarly blurred."""
     sigma = 0.3 + 0.9 * torch.rand(len(clean), generator=g)
     sigma = torch.where(torch.rand(len(clean), generator=g) < 0.5, sigma, torch.full_like(sigma, 1e-2))
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma[:, None]) ** 2)
@@ -150,7 +151,7 @@ class ReaderTraining:
 
 
 class ReaderTask(PretrainTask):
-    """The task that trains the reader on noised latents, about half of which are blurred first."""
+    """The task that trains the reader on noised latents, about half of which are blurred before noise is added."""
 
     def __init__(self, settings: ReaderTraining, data: cache.Cache, compute: Compute) -> None:
         self.settings, self.data, self.compute = settings, data, compute
@@ -180,11 +181,11 @@ class ReaderTask(PretrainTask):
 
 
 def train_reader(data: cache.Cache, out: Path, run: RunSettings, settings: ReaderTraining = ReaderTraining()) -> Reader:
-    """Returns the frozen reader of the run's folder `out`. If its training is not finished, it is finished first.
+    """Returns the frozen reader from the run's folder `out`. Its training is completed first if necessary.
 
     Args:
         data: the cached latents and the attributes named in their captions
-        run: determines the device and whether to resume; `settings` determine the number of steps
+        run: determines the device and whether training resumes; the number of steps comes from `settings`
     """
     run = replace(run, steps=settings.steps, minutes=None, pause_at=None)
     task = ReaderTask(settings, data, run.compute())

@@ -1,4 +1,4 @@
-"""Builds the toybox's networks, all of them stock classes of diffusers and transformers, and defines their sizes."""
+"""Builds the toybox's networks, which are stock classes of diffusers and transformers, and defines their sizes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class UnetSize:
     """The size of a ``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16]. All levels except the first have
     attention.
 
-    layers_per_block: the number of residual blocks per level on the way down; there is one more on the way up
+    layers_per_block: the number of residual blocks per level on the way down; on the way up, each level has one more
     """
 
     channels: tuple[int, ...] = (64, 128, 192)
@@ -60,7 +60,7 @@ class UnetSize:
 
 
 def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
-    """Builds a freshly initialised autoencoder, whose ``scaling_factor`` is measured later, after training."""
+    """Builds a freshly initialised autoencoder. Its ``scaling_factor`` is 1 until it is measured after training."""
     from diffusers import AutoencoderKL
 
     levels = len(size.channels)
@@ -80,8 +80,8 @@ def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
 def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTextModel:
     """Builds a freshly initialised text model for ``tokenizer``.
 
-    Its end-of-text id is that of the tokenizer. With transformers' legacy value 2, the pooled output would be taken at
-    the highest id, which is wrong as soon as a token is added.
+    Its end-of-text id is the tokenizer's. With transformers' legacy value of 2, the pooled output would be taken at the
+    position of the highest id, which is wrong as soon as a token is added.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -120,13 +120,14 @@ def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionMode
 
 
 def lay_out(unet: Any, compute: Compute) -> None:
-    """Prepares a U-Net for pictures or clips for fast training on its current device.
+    """Prepares a picture or clip U-Net for fast training on its current device.
 
-    Blocks are compiled one by one, so that hooks on them still see the same inputs and outputs.
+    If `compute.compiled` is set, each block is compiled separately, so that hooks on the blocks still see the same
+    inputs and outputs.
     """
     if compute.device.type == "cpu":
         unet.set_attn_processor(PlainAttention())
-    if compute.device.type == "cpu" or compute.compiled:  # uncompiled group norms on a GPU would convert the format
+    if compute.device.type == "cpu" or compute.compiled:  # on a GPU, uncompiled group norms would undo this
         unet.to(memory_format=torch.channels_last)
     if compute.compiled:
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
@@ -139,10 +140,10 @@ def alphas_bar() -> Tensor:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Builds the scheduler, with a cosine schedule, v-prediction and "trailing" timesteps, which start at pure noise.
+    """Builds a scheduler with a cosine schedule, v-prediction, and "trailing" timesteps, which start at pure noise.
 
-    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents. Its last timestep contains no
-    signal and therefore does not leak a picture's overall tone. For v-prediction, see Salimans and Ho, arXiv
+    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents. It leaves practically no signal at
+    the last timestep, so a picture's overall tone does not leak. For v-prediction, see Salimans and Ho, arXiv
     2202.00512.
     """
     from diffusers import DDIMScheduler
@@ -153,13 +154,13 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
-        steps_offset=1,  # unused by "trailing"; diffusers expects it
+        steps_offset=1,  # not used for "trailing" timesteps, but diffusers expects it
         set_alpha_to_one=True,
     )
 
 
 class PlainAttention:
-    """An attention processor for diffusers' ``set_attn_processor``, made of two batched products and a softmax.
+    """An attention processor for diffusers' ``set_attn_processor``, with two batched matrix products and a softmax.
 
     It is equivalent to the fused kernel, whose backward pass would take a fifth of the toybox's training step on a CPU.
     """
@@ -167,8 +168,8 @@ class PlainAttention:
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
     ) -> Tensor:
-        """Lets ``hidden_states`` ([B, L, D]) attend to themselves or to ``encoder_hidden_states`` ([B, M, C]). Returns
-        [B, L, D]."""
+        """Returns the result ([B, L, D]) of attention from ``hidden_states`` ([B, L, D]) to ``encoder_hidden_states``
+        ([B, M, C]). If these are None, ``hidden_states`` attend to themselves."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         q, k, v = (self._split(x, attn.heads) for x in projected)
@@ -209,7 +210,8 @@ def build_denoiser(tokenizer: CLIPTokenizer, sizes: Mapping[str, Any] | None = N
 
     Args:
         tokenizer: determines the number of token embeddings
-        sizes: ``{"text": …, "unet": …}``, the fields of ``TextSize`` and ``UnetSize``; by default, the shipped sizes
+        sizes: ``{"text": …, "unet": …}`` with the fields of ``TextSize`` and ``UnetSize``. The shipped sizes are used
+            by default.
     """
     text, unet = size_from(TextSize, (sizes or {}).get("text")), size_from(UnetSize, (sizes or {}).get("unet"))
     return Denoiser(build_text(tokenizer, text), build_unet(text.hidden, unet))

@@ -1,6 +1,8 @@
-"""Trains the toybox's motion module on captioned clips. It consists of temporal layers between the layers of the frozen
-U-Net (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2). The embeddings of motion words are trained together
-with it."""
+"""Trains the toybox's motion module on captioned clips.
+
+The module consists of temporal layers that are inserted between the layers of the frozen U-Net (AnimateDiff,
+https://arxiv.org/abs/2307.04725, section 4.2). The embeddings of motion words are trained together with the module.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +41,17 @@ _WORDS = WordTraining()
 class MotionTraining:
     """Settings for training the motion module.
 
-    lr: the peak learning rate of the motion modules
+    lr: the peak learning rate of the motion module
     word_lr: the peak learning rate of the embeddings of motion words. It is low because, at ten times this rate, words
         that do not help early in training drift to values that the network ignores.
     words: settings for preparing the words before training
-    short: the fraction of the steps, at the start of training, that use twice as many clips with half as many frames
-        (every second frame, 8 of 16)
-    t_uniform, t_mean: see `draw_times`; motion is decided at higher noise than appearance
+    short: the initial fraction of the steps, in which batches contain twice as many clips but only every second frame
+        of each clip (8 of 16)
+    t_uniform, t_mean: see `draw_times`. Motion is determined at higher noise levels than appearance.
     moving_weight: the loss weight of the time-varying part of the error; the error's mean over time has weight 1
     """
 
-    batch: int = 4  # clips of 16 frames per step; twice as many if they have 8 frames
+    batch: int = 4  # clips of 16 frames per step; twice as many clips if they have 8 frames
     heads: int = 4
     most_frames: int = 32
     lr: float = 1e-3
@@ -77,12 +79,12 @@ class ClipBatch:
     weight: Tensor  # [B, F, h, w] loss weights, 1 on average
 
     def split(self, count: int) -> list[ClipBatch]:
-        """Splits the batch into `count` equal shares of every `count`-th row."""
+        """Splits the batch into `count` equal shares. Each share consists of every `count`-th row."""
         return [ClipBatch(*(value[i::count] for value in vars(self).values())) for i in range(count)]
 
 
 class MovingDenoiser(nn.Module):
-    """The frozen text model and U-Net with motion modules. Only the modules and the embeddings of motion words are
+    """The frozen text model and U-Net, with motion modules. Only these modules and the embeddings of motion words are
     trained.
 
     Args:
@@ -123,7 +125,7 @@ class MovingDenoiser(nn.Module):
         return torch.where((place >= 0)[..., None], self.words[place.clamp_min(0)], out)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Predicts v, [B, C, F, h, w], from noisy latents of the same shape, timesteps [B] and token ids [B, L]."""
+        """Predicts v ([B, C, F, h, w]) from noisy latents of the same shape, timesteps [B] and token ids [B, L]."""
         context = self.text_encoder(input_ids=ids).last_hidden_state
         return self.unet(noisy, t, encoder_hidden_states=context.repeat_interleave(noisy.shape[2], dim=0)).sample
 
@@ -135,7 +137,8 @@ def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any:
-    """Builds a new `MotionAdapter` for a picture U-Net, with one temporal block per layer, initially the identity."""
+    """Builds a new `MotionAdapter` for a picture U-Net. It has one temporal block per layer, and each block initially
+    computes the identity."""
     from diffusers import MotionAdapter
 
     adapter: Any = MotionAdapter(
@@ -155,9 +158,10 @@ class MotionTask(PretrainTask):
     """The task that trains the motion module on cached latents of clips.
 
     Args:
-        steps: the number of steps of the whole run. The first fraction `settings.short` of them use 8 frames.
+        steps: the number of steps in the whole run. Clips have 8 frames during the initial fraction `settings.short` of
+            these steps.
         workers: the number of threads, each of which takes an equal share of every batch. Results are bit-identical
-            only for the same number.
+            only for the same number of threads.
     """
 
     def __init__(
@@ -203,7 +207,7 @@ class MotionTask(PretrainTask):
         yield Update(self.shares.mean_loss(self._loss, batch.split(self.shares.workers), list(self.trained.values())))
 
     def draw(self, step: int) -> ClipBatch:
-        """Draws the batch of a step. It depends only on the seed, the step and the data."""
+        """Draws the batch of a step. The batch depends only on the settings, the step and the data."""
         settings, g = self.settings, generator(self.seed, step)
         short = step < settings.short * self.steps
         b, stride = (2 * settings.batch, 2) if short else (settings.batch, 1)
@@ -238,7 +242,7 @@ class MotionTask(PretrainTask):
 
 
 class _Named(nn.Module):
-    """Holds parameters of another module under names with dots, as they are saved in checkpoints."""
+    """Contains parameters of another module under their dotted names, which checkpoints also use."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -255,28 +259,29 @@ class _Named(nn.Module):
         for name, parameter in zip(self.names, self.list, strict=True):
             if state_dict[name].shape != parameter.shape:
                 raise RuntimeError(
-                    f"{name} is {list(state_dict[name].shape)}, but the parameter is {list(parameter.shape)}"
+                    f"{name} has shape {list(state_dict[name].shape)}, but must have {list(parameter.shape)}"
                 )
             parameter.copy_(state_dict[name])
 
 
 def motion_folder(work: Path) -> Path:
-    """Returns the folder for the checkpoint and log of the motion module."""
+    """Returns the folder for the motion module's checkpoint and log."""
     return work / "training" / "motion"
 
 
 def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionTraining = MotionTraining()) -> Path:
-    """Trains the motion module of a finished backbone on the clips in `work/clips`. Returns the folder of its
-    checkpoint and log.
+    """Trains a motion module for a finished backbone on the clips in `work/clips`. Returns the folder with the
+    checkpoint and the log.
 
-    `run.steps` is the length of the whole run, first on 8 frames, then on 16. `run.minutes` only pauses the run.
+    `run.steps` is the number of steps in the whole run, which uses clips of 8 frames at first and of 16 frames later.
+    After `run.minutes`, the run pauses and can be resumed.
     """
     from diffusers import StableDiffusionPipeline
 
     from shared.train import checkpoint
 
     if run.steps is None:
-        raise ValueError("set the number of steps, because it is divided between clips of 8 and of 16 frames")
+        raise ValueError("set the number of steps, which is divided between clips of 8 frames and clips of 16 frames")
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
     folder, workers = motion_folder(work), run.threads or torch.get_num_threads()
     compute = run.compute()
@@ -310,7 +315,8 @@ def _prepare_words(
 
 
 def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:
-    """Returns the picture pipeline with the learned words, and the `MotionAdapter`, both averaged and in fp32."""
+    """Returns the picture pipeline with the learned words, and the learned `MotionAdapter`, in fp32. Learned parameters
+    have their averaged values."""
     from diffusers import StableDiffusionPipeline
 
     from shared.pretrain.task import average_of
@@ -318,7 +324,7 @@ def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraini
 
     state = checkpoint.load(motion_folder(work))
     if state is None:
-        raise ValueError(f"no motion module in {work}: train it first (`pcs toybox train motion`)")
+        raise ValueError(f"no motion module in {work}: train one first (`pcs toybox train motion`)")
     average = average_of(state.learned)
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
     ids = add_words(pipe.tokenizer, pipe.text_encoder)

@@ -1,5 +1,5 @@
-"""Adds the motion words, which captions of pictures never use, to the tokenizer and the text model. Each becomes one
-token with its own embedding.
+"""Adds the motion words, which captions of pictures never use, to the tokenizer and the text model. Each word becomes
+one token with its own embedding.
 
 Generated pictures do not change, because all other words keep their ids and embeddings.
 """
@@ -28,9 +28,9 @@ def motion_words() -> list[str]:
 def add_words(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> list[int]:
     """Makes each motion word a single token, in place. Returns the sorted ids of all motion words.
 
-    A new embedding starts as the mean over the words of picture captions, plus noise with a tenth of their standard
-    deviation (seed 0). It is therefore within the range that the network has seen. Words that are already one token
-    keep their embeddings.
+    Each new embedding is initialised with the mean embedding of the words in picture captions, plus noise (seed 0) with
+    a tenth of the standard deviation of these embeddings. The new embedding is therefore in the range that the network
+    has seen. Motion words that are already a single token keep their embeddings.
     """
     from transformers import AddedToken
 

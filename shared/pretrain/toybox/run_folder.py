@@ -1,10 +1,10 @@
 """Defines the layout of a training run's folder, and reads its files.
 
 tokenizer/                              the tokenizer that the run uses
-vae/                                    the finished autoencoder: frozen, normalised, fp32
+vae/                                    the finished autoencoder (frozen, normalised, fp32)
 latents/                                the U-Net's training data (`latent_cache`)
 training/{vae,decoder,reader,unet}/     checkpoint and log.jsonl of each network
-training/unet/snapshots/                intermediate averages
+training/unet/snapshots/                intermediate averages of the denoiser's parameters
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ TRAININGS = ("vae", "decoder", "reader", "unet")
 
 
 def training_folder(out: Path, name: str) -> Path:
-    """Returns the folder with the checkpoint and log of `name`, one of `TRAININGS`. Raises ValueError if `out` has a
-    checkpoint from an earlier version."""
+    """Returns the folder with the checkpoint and log of `name`, one of `TRAININGS`. Raises ValueError if `out`
+    contains a checkpoint from an earlier version."""
     assert name in TRAININGS, name
     refuse_older(out / f"{name}.safetensors")
     return out / "training" / name
 
 
 def log_of(out: Path, name: str) -> Path:
-    """Returns the log file of one of `TRAININGS`."""
+    """Returns the log file of `name`, one of `TRAININGS`."""
     return training_folder(out, name) / "log.jsonl"
 
 
 def tokenizer_of(out: Path) -> CLIPTokenizer:
-    """Returns the tokenizer saved in the run's folder. If there is none yet, the current one is saved first."""
+    """Returns the tokenizer saved in the run's folder. If there is none yet, saves the current one first."""
     from transformers import CLIPTokenizer
 
     from shared.toybox import tokenizer
@@ -73,7 +73,7 @@ def frozen_vae(out: Path) -> AutoencoderKL:
 
 
 def denoiser_facts(state: checkpoint.State) -> dict[str, Any]:
-    """Returns the step, the number of pictures and the sizes from a checkpoint of the denoiser's training."""
+    """Returns the step, the number of pictures and the networks' sizes from a checkpoint of the denoiser."""
     return {"step": state.step, "sizes": state.info["facts"]["sizes"], "pictures": state.info["pictures"]}
 
 
@@ -97,7 +97,7 @@ def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[st
 
 
 def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Loads a snapshot. Returns the averages, by the names of their parameters, and the facts."""
+    """Loads a snapshot. Returns the averages by parameter name, and the facts."""
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118 - not iterable
 

@@ -1,5 +1,5 @@
-"""Trains the toybox's weights in resumable stages (`pcs toybox train`). This module must import quickly, because the
-command line needs it for its help."""
+"""Trains the toybox's weights in resumable stages (`pcs toybox train`). Importing this module must be fast, because the
+command line needs it to show its help."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.motion_module import MotionTraining
 
-_FOLDERS = ("data", "run", "identity", "evaluators", "clips", "clip-latents", "training")  # the stages write these
+_FOLDERS = ("data", "run", "identity", "evaluators", "clips", "clip-latents", "training")  # written by the stages
 T = TypeVar("T", "UnetTraining", "MotionTraining")
 
-#: The number of steps of each stage, unless minutes are set. A stage that has done all its steps returns immediately.
+#: The number of steps of each stage if no time limit is set. A stage that has done all its steps returns immediately.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
-#: The final fraction of a round of U-Net training, over which the learning rate falls.
+#: The learning rate falls over this final fraction of the steps when `Work.more` is set.
 FALL = 0.75
-#: The number of groups of things for the identity encoder. When trained on 1,500 groups, it memorised them: in pictures
-#: decoded by the autoencoder, it recognised 98 % of the things in these groups, but only 75 % of other things.
+#: The number of groups of things on which the identity encoder is trained. An encoder that was trained on 1,500 groups
+#: memorised them. In pictures decoded by the autoencoder, it recognised 98 % of the things from these groups, but only
+#: 75 % of other things.
 IDENTITY_GROUPS = 4_500
-#: A small data set has fewer groups: one per this many pictures.
+#: The minimum number of pictures per group. It limits the number of groups for a small data set.
 PICTURES_PER_GROUP = 24
 #: The maximum number of pictures that the autoencoder reconstructs for each evaluator.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
@@ -31,12 +32,12 @@ RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 
 @dataclass(frozen=True)
 class Pace:
-    """The training pace of the denoising networks. Settings that are None have their defaults, which suit a CPU.
+    """The training pace of the denoising networks. Settings that are None take their default values, which suit a CPU.
 
     batch: pictures or clips per step; the moving average's decay is raised to the power sqrt(batch / default batch)
-    lr: the peak rate
-    steps: the number of steps for the motion module
-    compiled: whether blocks are compiled (`RunSettings.compiled`)
+    lr: the peak learning rate
+    steps: the number of steps for which the motion module is trained
+    compiled: whether the networks' blocks are compiled (`RunSettings.compiled`)
     """
 
     batch: int | None = None
@@ -56,8 +57,8 @@ class Pace:
 class Work:
     """The folder, budget and options of one run.
 
-    more: the number of pictures that the U-Net sees in addition to those that its initial weights were trained on. Over
-        the final fraction `FALL` of them, the learning rate falls to 0.
+    more: the number of pictures on which the U-Net is trained in addition to those that its initial weights have seen.
+        The learning rate falls to 0 over the final fraction `FALL` of these pictures.
     """
 
     folder: Path
@@ -80,7 +81,7 @@ class Work:
         return self.folder / "run"
 
     def settings(self, steps: int) -> RunSettings:
-        """Returns the settings of a training run that takes this many steps, unless minutes are set."""
+        """Returns the settings of a training run. It takes this many steps unless a time limit is set."""
         from shared.pretrain.run_task import RunSettings
 
         own = steps if self.minutes is None else None
@@ -92,7 +93,7 @@ class Work:
 def run(stages: Sequence[str], work: Work) -> None:
     """Runs the stages in order and prints the result of each. Each stage resumes where an earlier call stopped.
 
-    Raises ValueError if the folder cannot be written, or if it has files but none of them comes from an earlier call.
+    Raises ValueError if the folder cannot be written, or if it contains files but none from an earlier call.
     """
     from shared.io.outputs import check_resumable
 
@@ -147,7 +148,7 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
         steps = first + max(1, work.more // settings.batch)
         spend = replace(spend, steps=steps)  # the time limit only pauses the run
         decay = FALL * (steps - first) / max(1, steps - settings.optimizer.warmup)
-    if spend.steps is not None:  # with only minutes set, the rate stays constant, because the run may be resumed
+    if spend.steps is not None:  # without a number of steps, the rate stays constant, because the run may be resumed
         falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": min(1.0, decay)})
         settings = replace(settings, optimizer=falling)
     return spend, settings
@@ -201,7 +202,7 @@ def _motion(work: Work) -> str:
     from shared.pretrain.toybox.motion_module import MotionTraining, train_motion
     from shared.toybox.weights import backbone_path
 
-    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # minutes only pause it
+    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # minutes only pause the run
     return str(train_motion(work.folder, backbone_path(), spend, work.pace.of(MotionTraining(seed=work.seed))))
 
 

@@ -33,9 +33,9 @@ class UnetTask(PretrainTask):
     """The task that trains the denoiser.
 
     Args:
-        budget: determines the learning rate and with it the weight of the reading losses
+        budget: determines the learning rate, and thereby the weight of the reading losses
         workers: the number of threads, each of which takes an equal share of every batch. Results are bit-identical
-            only for the same number.
+            only for the same number of threads.
         reads: the reader that teaches the meaning of words that describe shape. If None, the squared error is the only
             loss.
     """
@@ -88,8 +88,8 @@ class UnetTask(PretrainTask):
         return draw_batch(self.data, self.empty, self.settings, step).to(self.compute.device)
 
     def reading(self, step: int) -> float:
-        """Returns the weight of the reading losses. It is 1 at the peak learning rate and falls with the rate, down to
-        0 at the fraction `read_until` of the peak."""
+        """Returns the weight of the reading losses. It is 1 at the peak learning rate and falls with the rate, reaching
+        0 when the rate is `read_until` times the peak."""
         optimizer, until = self.settings.optimizer, self.settings.read_until
         factor = optimizer.factor(step, self.budget.spent(step, optimizer.warmup))
         return max(0.0, factor - until) / (1 - until)
@@ -105,7 +105,7 @@ class UnetTask(PretrainTask):
         return self.shares.mean_loss(of, batch.split(self.shares.workers), trained)
 
     def after_step(self, step: int, pictures: int) -> None:
-        """Saves the average every `snapshot_steps` steps, for the training curve."""
+        """Saves the averaged parameters every `snapshot_steps` steps. The training curve is computed from these."""
         if step % self.settings.snapshot_steps == 0:
             facts: dict[str, Any] = {"step": step, "sizes": self.settings.sizes, "pictures": pictures}
             save_snapshot(training_folder(self.out, "unet"), self.ema.state_dict(), facts)
@@ -123,8 +123,8 @@ def train_unet(data: Path, out: Path, run: RunSettings, settings: UnetTraining =
     number of threads.
 
     Returns:
-        the folder of the checkpoint and log, which `shared.pretrain.toybox.assemble.assemble(out)` packs as a pipeline
-        folder
+        the folder with the checkpoint and the log. `shared.pretrain.toybox.assemble.assemble(out)` turns the checkpoint
+        into a pipeline folder.
     """
     from shared.pretrain.toybox import dataset
 

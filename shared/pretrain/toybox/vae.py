@@ -1,10 +1,11 @@
 """Trains the autoencoder, which encodes 64×64 pictures as 16×16 latents.
 
-It is trained on whole pictures. On crops, the group norms and the middle attention layer see different statistics,
-which cost 3 dB in a measurement. The loss is a weighted sum of the L1 and squared errors of pixels, the L1 error of
-differences between neighbours, and a small KL term. Errors count more on the thing, because its pattern identifies it.
-When the budget is spent, the averaged weights are *normalised*: the two 1×1 convolutions around the latents are changed
-so that each latent channel has zero mean and all have the same spread, whose inverse is the ``scaling_factor``.
+It is trained on whole pictures. Training on crops cost 3 dB in a measurement, because the group norms and the middle
+attention layer see different statistics there. The loss is a weighted sum of the L1 and squared errors of pixels, the
+L1 error of differences between neighbouring pixels, and a small KL term. Errors on the depicted thing count more,
+because the thing is identified by its pattern. When the budget is spent, the averaged weights are *normalised*. The two
+1×1 convolutions around the latents are changed so that all latent channels have zero mean and the same standard
+deviation. The inverse of this standard deviation is the ``scaling_factor``.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, index: Any) -> np.ndarray:
-        """Returns the pictures at an index (integers or a slice), uint8 [n, S, S, 3]."""
+        """Returns the pictures at `index` (integers or a slice) as uint8 [n, S, S, 3]."""
         ...
 
     def masks(self, index: Any) -> np.ndarray:
-        """Returns the things' masks in the pictures at an index, bool [n, S, S]."""
+        """Returns the masks of the things in the pictures at `index`, as bool [n, S, S]."""
         ...
 
 
@@ -60,7 +61,7 @@ _ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """Settings for training the autoencoder; ``lr`` is the peak rate."""
+    """Settings for training the autoencoder; ``lr`` is the peak learning rate."""
 
     size: models.VaeSize = field(default_factory=models.VaeSize)
     batch: int = 6
@@ -80,8 +81,8 @@ def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws ``count`` random pictures from the first ``among``. Returns pictures, float [count, 3, S, S] in [-1, 1],
-    and the masks of the things in them, bool [count, 1, S, S].
+    """Draws ``count`` random pictures from the first ``among``. Returns the pictures (float [count, 3, S, S] in
+    [-1, 1]) and the masks of the things in them (bool [count, 1, S, S]).
     """
     rows = torch.randint(among, (count,), generator=generator).numpy()
     return to_signed(pictures.pixels(rows)), torch.from_numpy(pictures.masks(rows))[:, None]
@@ -90,7 +91,7 @@ def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator)
 def loss(
     vae: AutoencoderKL, x: Tensor, thing: Tensor, noise: Tensor, settings: VaeTraining
 ) -> tuple[Tensor, dict[str, float]]:
-    """Computes the `reconstruction` loss of the pictures ``x``, plus the KL divergence per latent element.
+    """Computes the `reconstruction` loss of the pictures ``x``, plus the weighted KL divergence per latent element.
 
     Args:
         x: pictures [B, 3, H, W] in [-1, 1]
@@ -110,11 +111,15 @@ def loss(
 
 
 def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
-    """Computes the L1 and squared losses of pixel errors plus the L1 loss of differences between neighbouring errors.
+    """Computes the weighted sum of the L1 and squared losses of pixel errors, and of the L1 loss of differences between
+    neighbouring errors.
 
     Args:
-        error: [B, 3, H, W]
+        error: the errors of the decoded pictures, [B, 3, H, W]
         thing: bool [B, 1, H, W], the pixels at which errors count ``thing_weight`` times
+
+    Returns:
+        the loss, and the L1 error and PSNR of the batch
     """
     weight = torch.where(thing, settings.thing_weight, 1.0)
     weight = weight / weight.mean()
@@ -126,14 +131,14 @@ def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple
 
 
 def psnr_db(error: Tensor) -> float:
-    """Returns the peak signal-to-noise ratio in dB, given the errors of all elements of pictures in [-1, 1]."""
+    """Returns the peak signal-to-noise ratio in dB, given the elementwise errors of pictures in [-1, 1]."""
     return float(10 * torch.log10(4.0 / error.double().square().mean()))
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> float:
-    """Returns the autoencoder's PSNR in dB on pictures (uint8 [N, S, S, 3]), which are decoded from the posterior's
-    mean and clipped."""
+    """Returns the autoencoder's PSNR in dB on pictures (uint8 [N, S, S, 3]). The reconstructions are decoded from the
+    posterior's mean and clipped."""
     device = next(vae.parameters()).device
     squares = 0.0
     for start in range(0, len(pixels), batch):
@@ -181,7 +186,7 @@ class VaeTask(PretrainTask):
     def result(self) -> dict[str, float]:
         """Normalises the averaged autoencoder, measures it on held-out pictures and writes `out/vae`.
 
-        If `out/vae` is already this autoencoder, it is left unchanged, because its decoder may have been trained
+        If `out/vae` already contains this autoencoder, it is left unchanged, because its decoder may have been trained
         further.
         """
         if self.is_written():
@@ -191,11 +196,11 @@ class VaeTask(PretrainTask):
         normalise(vae, self.pictures.pixels(chosen))
         decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
-        checkpoint.clear(training_folder(self.out, "decoder"))  # it was trained on different latents
+        checkpoint.clear(training_folder(self.out, "decoder"))  # that decoder was trained on different latents
         return {"psnr": decibels, "scaling_factor": vae.config["scaling_factor"]}
 
     def is_written(self) -> bool:
-        """Returns whether the encoder in `out/vae` is exactly this autoencoder's."""
+        """Returns whether the encoder in `out/vae` is identical to the averaged encoder of this run."""
         if not has_vae(self.out):
             return False
         written, averages = frozen_vae(self.out).encoder.state_dict(), self.ema.state_dict()
@@ -216,15 +221,15 @@ def train_vae(data: Path, out: Path, run: RunSettings, settings: VaeTraining = V
 
 
 def train_count(pictures: Pictures) -> int:
-    """Returns the number of pictures for training. They are the first ones; the rest are held out."""
+    """Returns the number of pictures, from the start of the data, that are used for training. The rest are held out."""
     n = len(pictures)
     return n - min(HELD_OUT, n // 10)
 
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> None:
-    """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``, without changing decoded
-    pictures.
+    """Gives each latent channel zero mean and the same standard deviation, 1 / ``scaling_factor``, without changing
+    decoded pictures.
 
     The change is folded into ``quant_conv``, for both means and log-variances, and undone in ``post_quant_conv``.
     """

@@ -1,10 +1,11 @@
 """Makes motion words reach the motion modules through the frozen U-Net.
 
-The modules read a caption only through the cross-attention of the layers before them. It was trained on pictures and
-ignores words that it has never seen. Replacing "to the right" with "to the left" changes its features by 1 %, whereas
-replacing "blue" with "red" changes them by 30 %. If the features do not differ, the modules cannot learn to distinguish
-motions, and the embeddings of motion words get no gradient. So before the modules are trained, these embeddings are
-trained to change the features that the modules read while changing the picture as little as possible.
+The modules read a caption only through the cross-attention of the layers before them. This cross-attention was trained
+on pictures and ignores words that it has never seen. Replacing "to the right" with "to the left" changes its output
+features by 1 %, whereas replacing "blue" with "red" changes them by 30 %. If the features do not differ, the modules
+cannot learn to distinguish motions, and the embeddings of motion words get no gradient. Before the modules are trained,
+these embeddings are therefore trained to change the features that the modules read, but to change the picture as little
+as possible.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 class WordTraining:
     """Settings for training the embeddings of motion words.
 
-    differ: the relative difference that the features of two motions should reach after each cross-attention
-    opposite: the probability that a motion that has an opposite is compared with it instead of with a random other
-        motion. The shipped words were trained on random pairs only. At timestep 600, their features differ by 1 %
-        between "left" and "right", and by 45 % between "wobbling" and "moving camera". With the current default, the
-        differences are 30 % and 38 %.
+    differ: the target for the relative difference between the features of two motions after each cross-attention
+    opposite: the probability that a motion with an opposite is compared with this opposite rather than with another
+        motion at random. The shipped words were trained only on random pairs. At timestep 600, their features differ by
+        1 % between "left" and "right", and by 45 % between "wobbling" and "moving camera". With the current default,
+        the differences are 30 % and 38 %.
     seen: the loss weight of the squared relative change that motion words cause in the prediction
     times: the range from which timesteps are drawn
     """
@@ -66,8 +67,9 @@ def make_visible(
         latents: scaled latents [N, C, h, w] of any pictures from the toybox world
 
     Returns:
-        for each step, the relative difference of the features between two motions, averaged over layers (`differ`) and
-        in the layer in which it is smallest (`least`), and the relative change of the prediction (`seen`)
+        one dict per step. `differ` is the relative difference between the features of two motions, averaged over
+        layers; `least` is this difference in the layer where it is smallest; `seen` is the relative change of the
+        prediction.
     """
     unet: Any = pipe.unet.eval().requires_grad_(False)
     text: Any = pipe.text_encoder.eval().requires_grad_(False)
@@ -127,8 +129,8 @@ def _relative(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def _texts(settings: WordTraining, step: int) -> list[str]:
-    """Draws 3 B captions of B scenes: each scene with one motion, then each with another motion, then each without
-    any."""
+    """Draws B scenes and returns 3 B captions. The first B captions name one motion for each scene, the next B captions
+    name another motion, and the last B captions name no motion."""
     rng = np.random.default_rng([settings.seed, 17, step])
     motions, columns = list(MOTIONS), ([], [], [])
     for _ in range(settings.batch):

@@ -1,5 +1,4 @@
-"""The toybox's measuring instruments, which are a recognizer of attributes, an identity encoder, a CLIP model and a
-pose estimator.
+"""The toybox's measuring instruments: an attribute recognizer, an identity encoder, a CLIP model and a pose estimator.
 
 `weights/CARD.md` states how reliable each one is. Imports are lazy, so importing this package does not load torch.
 """

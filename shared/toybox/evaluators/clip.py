@@ -1,8 +1,8 @@
 """The toybox's own small CLIP, stored as an ordinary transformers folder with a model, a tokenizer and an image
 processor.
 
-`CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it without this project, so CLIP-T
-and CLIP-I are measured with exactly the code that would load a full-size CLIP.
+`CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it without this project's code.
+CLIP-T and CLIP-I are therefore measured with exactly the same code as with a full-size CLIP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class ClipConfig(BaseModel):
-    """The sizes of the two transformers. `patch` is in pixels; `length` is in tokens, including begin and end."""
+    """The sizes of the two transformers. `patch` is in pixels. `length` is in tokens, including the begin and end
+    tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int = 64
@@ -111,8 +112,8 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
 
 @lru_cache(maxsize=4)
 def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
-    """Loads `(CLIPModel, CLIPProcessor)` from a CLIP folder (by default, the shipped one), in float32 and frozen. Each
-    folder is loaded once per process.
+    """Loads a `CLIPModel`, in float32 and frozen, and its `CLIPProcessor`. By default, they come from the shipped CLIP
+    folder. Each folder is loaded once per process.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -125,7 +126,7 @@ def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
 
 
 def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
-    """Embeds pictures as unit vectors `[B, D]`. The pictures, `[B, 3, H, W]` in [0, 1], must have the model's input
+    """Embeds pictures as unit vectors `[B, D]`. `pixels` (`[B, 3, H, W]` in [0, 1]) must have the model's input
     size."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(pixels) for v in (MEAN, STD))
     parts = [
@@ -147,21 +148,21 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: 
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3), a scalar, for B pairs of unit vectors.
-    `images` and `texts` are both `[B, D]`."""
+    """Returns CLIP's symmetric contrastive loss (Radford et al., arXiv 2103.00020, fig. 3) for B pairs of unit vectors.
+    `images` and `texts` are both `[B, D]`, and the loss is a scalar."""
     logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def _state_float32(path: Path) -> None:
-    """Sets the type in `config.json` to float32, in which transformers 5 then computes although the weights are
-    fp16."""
+    """Sets the dtype in `config.json` to float32. transformers 5 then computes in float32, although the stored weights
+    are fp16."""
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", "utf-8")
 
 
 def _projected(output: Any) -> Tensor:
-    """Returns the projected features. transformers 5 returns an object that has them as `pooler_output`; version 4
-    returns the tensor itself."""
+    """Returns the projected features. In transformers 5, the model returns an object that stores them as
+    `pooler_output`. In transformers 4, it returns the tensor itself."""
     return output if isinstance(output, Tensor) else output.pooler_output

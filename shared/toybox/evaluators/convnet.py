@@ -54,9 +54,10 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """A network that maps pictures (`[B, 3, H, W]` in [0, 1]) to features `[B, features]`.
 
-    The features are statistics of each channel. They are the mean of every stage's output, the maximum of the last
-    stage's output and, for all stages except the first, the mean over the thing alone. `where` predicts the thing's
-    position from the output of the third stage (8×8 for a 64×64 picture). It is trained on the renderer's masks.
+    The features are statistics of each channel: the mean of every stage's output, the maximum of the last stage's
+    output and, for all stages except the first, the mean over the thing alone. The layer `where` predicts the thing's
+    position from the output of the third stage (8×8 for a 64×64 picture). This layer is trained on the renderer's
+    masks.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -82,7 +83,7 @@ class Trunk(nn.Module):
         return self.pooled(self.maps(pixels))
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """Returns the output of every stage `i`, `[B, width, H / 2^(i+1), W / 2^(i+1)]`."""
+        """Returns the outputs of all stages. The output of stage `i` is `[B, width, H / 2^(i+1), W / 2^(i+1)]`."""
         x = self.stem(((pixels - 0.5) * 4.0).contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
@@ -99,8 +100,8 @@ class Trunk(nn.Module):
 
 
 def _mean_at(features: Tensor, weights: Tensor) -> Tensor:
-    """Returns the weighted mean of features `[B, C, H, W]`, `[B, C]`. The weights `[B, 1, h, w]` are resampled
-    first."""
+    """Averages features `[B, C, H, W]` over their pixels. The weights `[B, 1, h, w]` are first resampled to the same
+    size. Returns `[B, C]`."""
     weights = F.adaptive_avg_pool2d(weights, features.shape[2:])  # pyright: ignore[reportArgumentType]
     weights = (weights / (weights.sum((2, 3), keepdim=True) + 1e-2)).to(features.dtype)
     return (features * weights).sum((2, 3))
@@ -129,8 +130,8 @@ def save_model(model: nn.Module, config: BaseModel, folder: Path | str) -> None:
 
 
 def load_state(model: Model, folder: Path) -> Model:
-    """Loads `model.safetensors` from `folder` into the model, in float32, frozen and in eval mode. Raises ValueError
-    unless keys and shapes match the model's exactly."""
+    """Loads `model.safetensors` from `folder` into the model in float32. The model is frozen and set to eval mode.
+    Raises ValueError unless the tensors' names and shapes match the model's exactly."""
     state = read_state(folder / WEIGHTS_FILE)
     check_state(state, model.state_dict(), folder / WEIGHTS_FILE)
     model.load_state_dict(state)
@@ -138,7 +139,8 @@ def load_state(model: Model, folder: Path) -> Model:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors in a file, and converts floats to float32. Raises ValueError if the file cannot be read."""
+    """Reads the tensors in a file. Floating-point tensors are converted to float32. Raises ValueError if the file
+    cannot be read."""
     try:
         tensors = load_file(str(path))
     except SafetensorError as error:
@@ -147,7 +149,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def adopt_state(model: nn.Module, folder: Path) -> bool:
-    """Loads `model.safetensors` from `folder` in order to train it further. Returns False if names or shapes differ."""
+    """Loads `model.safetensors` from `folder` into the model, in order to train it further. If names or shapes differ,
+    loads nothing and returns False."""
     state, expected = read_state(folder / WEIGHTS_FILE), model.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
         return False
@@ -156,8 +159,8 @@ def adopt_state(model: nn.Module, folder: Path) -> bool:
 
 
 def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder and its parsed `config.json`. If that file or the weights are missing, raises
-    `FileNotFoundError` with the command that creates them."""
+    """Returns the folder and its parsed `config.json`. Raises FileNotFoundError if that file or the weights are
+    missing. The message names the command that creates them."""
     folder = Path(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

@@ -2,9 +2,9 @@
 
 It first finds the thing and then looks only at an enlarged crop around it, so that a small thing in a corner is
 compared at the size of a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose crop is
-not learned but computed from a map of the thing's position. It is trained with the supervised contrastive loss (Khosla
-et al., arXiv 2004.11362, eq. 2) on things seen from many views on many backgrounds. Every batch contains hard
-negatives, which are things of the same class and palette that differ only in their pattern or, if they are faces, in
+not learned but computed from a map of the thing's position. The encoder is trained with the supervised contrastive loss
+(Khosla et al., arXiv 2004.11362, eq. 2) on things in many views and on many backgrounds. Every batch contains hard
+negatives. These are things of the same class and palette that differ only in their pattern or, if they are faces, in
 their identity.
 """
 
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 HIDDEN = 256
-# Half the side of the crop, in standard deviations of the thing's map, and the minimum of this half, as a fraction of
-# half the picture.
+# Half the crop's side in standard deviations of the thing's position map, and its minimum as a fraction of half the
+# picture's side.
 _WIDE, _LEAST = (
     2.2,
     0.28,
@@ -31,7 +31,7 @@ _SURE = 0.15  # cells with a lower probability do not count as part of the thing
 
 
 class IdentityConfig(BaseModel):
-    """The settings of the trunk, the number of the embedding's dimensions, and the `counts` of `Palette`."""
+    """The settings of the trunk, the dimension of the embedding, and the number of activations in `Palette`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -40,10 +40,10 @@ class IdentityConfig(BaseModel):
 
 
 class Palette(nn.Module):
-    """A learned histogram of the thing's colours, which include its accents but not the background.
+    """A learned histogram of the thing's colours. It includes the accent colours but not the background.
 
-    Every pixel of the picture at half resolution is mapped separately to `counts` activations. The output is their mean
-    and their maximum over the thing.
+    Each pixel of the half-resolution picture is mapped separately to `counts` activations. The output consists of the
+    mean and the maximum of each activation over the thing.
     """
 
     def __init__(self, counts: int) -> None:
@@ -51,8 +51,8 @@ class Palette(nn.Module):
         self.points = nn.Sequential(nn.Conv2d(3, 48, 1), nn.ReLU(), nn.Conv2d(48, counts, 1), nn.ReLU())
 
     def forward(self, pixels: Tensor, where: Tensor) -> Tensor:
-        """Returns the histogram, `[B, 2 * counts]`, of pictures `[B, 3, H, W]` with weights `[B, 1, h, w]`, both in
-        [0, 1]."""
+        """Returns the histograms, `[B, 2 * counts]`, of pictures `[B, 3, H, W]`. Pixels are weighted by `where`
+        (`[B, 1, h, w]`). Both inputs are in [0, 1]."""
         small = F.avg_pool2d(pixels, 2) * 4 - 2
         features = self.points(small.contiguous(memory_format=torch.channels_last))
         weights = F.interpolate(where.to(features.dtype), size=features.shape[2:], mode="bilinear", align_corners=False)
@@ -73,17 +73,17 @@ class Locator(Trunk):
         self.load_state_dict({name: known[name] for name in self.state_dict()})
 
     def train(self, mode: bool = True) -> Locator:
-        """Stays in eval mode, so that its batch statistics do not change."""
+        """Keeps the locator in eval mode whatever `mode` is, so that its batch statistics do not change."""
         return super().train(False)
 
     @torch.no_grad()
     def square(self, pixels: Tensor) -> Tensor:
-        """Finds the square around the thing in pictures `[B, 3, H, W]`. Returns affine maps, `[B, 2, 3]`, from the
-        whole picture to the square."""
+        """Finds the square around the thing in each of the pictures (`[B, 3, H, W]`). Returns the affine maps from the
+        whole picture to the square, `[B, 2, 3]`."""
         heat = self.read(pixels)[1].float().sigmoid()[:, 0]
         heat = heat * (heat > _SURE)
         side = heat.shape[-1]
-        place = (torch.arange(side, device=heat.device) + 0.5) / side * 2 - 1  # [-1, 1], the coordinates of grid_sample
+        place = (torch.arange(side, device=heat.device) + 0.5) / side * 2 - 1  # in [-1, 1], as in grid_sample
         total = heat.sum((1, 2)) + 1e-3
         across, down = heat.sum(1), heat.sum(2)
         x, y = ((weight * place).sum(1) / total for weight in (across, down))
@@ -94,7 +94,7 @@ class Locator(Trunk):
 
 
 def cut(pixels: Tensor, square: Tensor) -> Tensor:
-    """Cuts the squares `[B, 2, 3]` out of pictures `[B, C, H, W]`, and enlarges each to a whole picture."""
+    """Cuts the squares `[B, 2, 3]` out of pictures `[B, C, H, W]`, and enlarges each square to the picture's size."""
     grid = F.affine_grid(square, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid.to(pixels.dtype), padding_mode="border", align_corners=False)
 
@@ -116,7 +116,7 @@ class IdentityEncoder(nn.Module):
         self.last = nn.Linear(HIDDEN, config.dimensions)
 
     def hidden(self, pixels: Tensor) -> Tensor:
-        """Returns the features, `[B, HIDDEN]`, that a linear layer maps to the embedding."""
+        """Returns the features, `[B, HIDDEN]`, that the last linear layer maps to the embedding."""
         pixels = cut(pixels, self.locator.square(pixels))
         features, where = self.trunk.read(pixels)
         return self.neck(self.norm(torch.cat([features, self.palette(pixels, where.sigmoid())], 1)))
@@ -127,7 +127,7 @@ class IdentityEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """Embeds pictures (`[B, 3, 64, 64]` in [0, 1]) as unit vectors `[B, D]` on the CPU, without gradients."""
+        """Embeds pictures (`[B, 3, 64, 64]` in [0, 1]) without gradients. Returns unit vectors `[B, D]` on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]

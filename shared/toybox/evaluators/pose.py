@@ -1,7 +1,7 @@
 """The pose estimator, which reads the position, size and orientation of the thing in a toybox picture.
 
-It is a convolutional network that reads each picture separately. A clip's path is read from its frames. Only the
-azimuth, which can be wrong by half a turn in a single picture, is tracked over time. `weights/CARD.md` states the
+It is a convolutional network that reads each picture separately. The path of a clip is read frame by frame. Only the
+azimuth is tracked over time, because it can be wrong by half a turn in a single picture. `weights/CARD.md` states the
 estimator's accuracy.
 """
 
@@ -39,8 +39,9 @@ class PoseConfig(BaseModel):
 class Poses:
     """The poses read from B pictures.
 
-    linear: `[B, 5]`, the columns `LINEAR`, in fractions of the picture, logarithms and degrees
-    azimuths: `[B, bins]`, the probability of each azimuth bin; the first bin is centred on 0 (front)
+    linear: `[B, 5]`, the columns `LINEAR`. Positions are fractions of the picture, the scale is a natural logarithm,
+        and angles are in degrees.
+    azimuths: `[B, bins]`, the probability of each azimuth bin. The first bin is centred on 0 (front).
     """
 
     linear: Tensor
@@ -63,8 +64,8 @@ class PoseEstimator(nn.Module):
         self.azimuth = nn.Linear(hidden, config.bins)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the columns `LINEAR` in the units `path_distance.UNITS`, `[B, 5]`, and the azimuth's logits,
-        `[B, bins]`."""
+        """Returns the columns `LINEAR` in the units of `path_distance.UNITS`, `[B, 5]`, and the logits of the azimuth
+        bins, `[B, bins]`."""
         maps = self.trunk.maps(pixels)
         pooled, _ = self.trunk.pooled(maps)
         places = torch.relu(self.places(maps[self.trunk.looks])).float().flatten(1)
@@ -92,10 +93,10 @@ def units() -> Tensor:
 
 
 def path_of(poses: Poses, follow: bool = True) -> Array:
-    """Converts the poses in the F frames of a clip to its path, float64 `[F, 6]`.
+    """Converts the poses in the F frames of a clip to the clip's path, float64 `[F, 6]`.
 
-    follow: whether the azimuth is tracked over time and continues past 180 degrees. If False, each frame is read
-        separately.
+    follow: whether the azimuth is tracked over time and may exceed 180 degrees. If False, the azimuth of each frame is
+        read separately.
     """
     path = np.zeros((len(poses.linear), len(PATH)))
     path[:, [PATH.index(name) for name in LINEAR]] = poses.linear.double().numpy()
@@ -106,8 +107,8 @@ def path_of(poses: Poses, follow: bool = True) -> Array:
 
 
 def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
-    """Returns the most probable sequence of azimuth bins, int64 `[F]`, given the probabilities of the bins,
-    `[F, bins]`.
+    """Returns the most probable sequence of azimuth bins, int64 `[F]`. `chances` (`[F, bins]`) contains the probability
+    of each bin in each frame.
 
     The sequence is found with the Viterbi algorithm. Turns from frame to frame are assumed to follow a wrapped normal
     distribution with standard deviation `step_deg` / 2.
@@ -128,8 +129,8 @@ def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
 
 
 def _around(chances: Tensor, at: Tensor) -> Tensor:
-    """Averages the directions of the bins `at` (`[B]`) and their neighbours, weighted by the probabilities `chances`
-    (`[B, bins]`). Returns degrees, `[B]`."""
+    """Averages the directions of the bin `at` (`[B]`) and of its two nearest neighbours on each side, weighted by the
+    probabilities `chances` (`[B, bins]`). Returns degrees, `[B]`."""
     bins = chances.shape[1]
     near = (at[:, None] + torch.arange(-2, 3)) % bins
     weight = chances.gather(1, near) + 1e-9

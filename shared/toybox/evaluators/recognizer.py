@@ -1,7 +1,7 @@
-"""The recognizer, which reads the attributes of a toybox picture in the words of captions.
+"""The recognizer, which reads the attributes of a toybox picture and names them with the same words as captions do.
 
 It is a small convolutional network with one head per attribute. The "attribute accuracy" metric is measured with it.
-`weights/CARD.md` states how accurate it is.
+`weights/CARD.md` states the recognizer's own accuracy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FACE_VIEWS = ("front", "side")  # views that show the face; only hair is visible
 
 
 class RecognizerConfig(BaseModel):
-    """The settings of the trunk, and the names of each attribute's values in the order of the head's outputs."""
+    """The settings of the trunk, and the names of each attribute's values in the order of its head's outputs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -32,7 +32,8 @@ class Recognizer(nn.Module):
     """A network that maps pictures (`[B, 3, 64, 64]` in [0, 1]) to one distribution for each of the attributes `class`,
     `main`, `second`, `background`, `view`, `accessory` and `style`.
 
-    `second` is the colour of the part that `captions.PARTS` names, so that exchanged colours count as wrong.
+    `second` is the colour of the part that `captions.PARTS` names, so a picture whose two colours are swapped counts as
+    wrong.
     """
 
     def __init__(self, config: RecognizerConfig) -> None:

@@ -1,1 +1,1 @@
-"""Draws clips of the toybox, in which a thing or the camera moves. Some motions are captioned; others are held out."""
+"""Draws toybox clips, in which a thing or the camera moves. Some motions are captioned, and others are held out."""

@@ -1,4 +1,4 @@
-"""Defines the motions that captions describe. The motion module is trained on clips of them."""
+"""Defines the motions that captions describe. The motion module is trained on clips of these motions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from shared.config import unknown
 from shared.toybox.motions.motion import Array, Motion, Parameters, hop
 
-_EVEN = (0.85, 1.2)  # limits of the exponent of time, which makes a motion slow down or speed up a little
+_EVEN = (0.85, 1.2)  # limits of the exponent applied to time, which makes a motion slow down or speed up a little
 
 
 def _spin(t: Array, p: Parameters) -> dict[str, Array]:
@@ -72,7 +72,7 @@ CAMERA_MOTIONS = frozenset({"orbit"})
 
 
 def captioned_motion(name: str) -> Motion:
-    """Returns a captioned motion by name. Raises ValueError, with the choices, if the name is unknown."""
+    """Returns a captioned motion by name. Raises ValueError, listing the choices, if the name is unknown."""
     if name not in MOTIONS:
         raise ValueError(unknown(name, MOTIONS, "captioned motion"))
     return MOTIONS[name]

@@ -1,4 +1,4 @@
-"""Classifies a path by its nearest neighbour among paths sampled from each captioned motion."""
+"""Classifies a path by its nearest neighbour among paths that are sampled from the captioned motions."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def _known(frames: int) -> tuple[tuple[str, ...], Array]:
 
 
 def nearest_captioned(path: Array) -> str:
-    """Returns the captioned motion, or "still", that has the path nearest to `path` (`[F, 6]`, see `path_distance`).
+    """Returns the name of the captioned motion, or "still", whose path is nearest to `path` (`[F, 6]`).
 
-    A path does not include the background, so an orbit of the camera and a spin differ only in the angle of the turn.
+    The distance is that of `path_distance`. A path does not include the background, so an orbit of the camera and a
+    spin differ only in the angle of the turn.
     """
     names, known = _known(len(path))
     return names[int(distances(np.asarray(path, np.float64)[None], known)[0].argmin())]

@@ -1,7 +1,7 @@
-"""Writes captions for clips, which add words for the motion to a picture's caption, as in "a red car spinning on the
-grass".
+"""Writes captions for clips. They are captions of pictures with added words for the motion, as in "a red car spinning
+on the grass".
 
-There are no words for held-out motions, so their clips get the caption of a picture.
+There are no words for held-out motions, so clips of these motions get the caption of a picture.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "recede": ("moving away", "going away"),
     "orbit": (", moving camera", ", the camera moving around it", ", the camera turning around it"),
 }
-# The toybox's tokenizer was built for captions of pictures. It splits these words into this many tokens.
+# The toybox's tokenizer was built for captions of pictures. It splits each of these words into several tokens, whose
+# number is given here.
 _PIECES = {
     "sliding": 3,
     "down": 2,
@@ -44,13 +45,13 @@ _PIECES = {
 
 
 def motion_phrase(name: str) -> str:
-    """Returns the canonical words for a captioned motion, for example "spinning". Raises ValueError, with the choices,
-    for other motions."""
+    """Returns the canonical words for a captioned motion, for example "spinning". Raises ValueError, listing the
+    choices, for any other motion."""
     return PHRASES[captioned_motion(name).name][0]
 
 
 def _room(words: str) -> int:
-    """Returns how many words and commas a caption with these words may have without being truncated."""
+    """Returns how many words and commas a caption that contains `words` may have without being truncated."""
     extra = sum(_PIECES.get(word, 1) - 1 for word in words.replace(",", "").split())
     return MAX_LENGTH - 2 - extra
 
@@ -58,8 +59,8 @@ def _room(words: str) -> int:
 def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = False) -> str:
     """Writes one caption of a clip, with at most 30 tokens of the toybox's tokenizer.
 
-    Captioned motions are always named, and other motions never. The view may be named if it is clear and does not
-    change.
+    Captioned motions are always named, and other motions are never named. The view may be named if it is clear and does
+    not change.
 
     full: whether to use the canonical form, as for pictures
     """
@@ -73,7 +74,7 @@ def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = Fal
 
 
 def plain_clip_caption(moving: MovingScene) -> str:
-    """Writes a plain caption of a clip, which does not mention its motion, for example "a photo of a duck on the
-    beach"."""
+    """Writes a plain caption of a clip, for example "a photo of a duck on the beach". It does not mention the
+    motion."""
     scene = moving.scene
     return f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"

@@ -34,12 +34,12 @@ def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 
 def write_motion_sheet(
     out: Path, names: Sequence[str], sizes: tuple[int, int, int] = (1, 8, 16), seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """Writes a PNG with clips of the named motions, or of all motions if none are named. Held-out motions have full
-    names.
+    """Writes a PNG with clips of the motions in `names`, or of all motions if `names` is empty.
 
-    Raises ValueError if a motion is unknown, if the sheet is too large, or if `out` is not a PNG that may be written.
+    Held-out motions are given by their full names, such as `development-zigzag`. Raises ValueError if a motion is
+    unknown, if the sheet is too large, or if `out` is not a PNG that may be written.
 
-    sizes: the number of clips per motion, of frames shown per clip, and of frames per clip
+    sizes: the number of clips per motion, the number of frames shown per clip, and the number of frames per clip
     """
     rows, columns, frames = sizes
     motions = {**MOTIONS, **motion_names()}

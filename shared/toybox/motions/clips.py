@@ -1,7 +1,7 @@
 """Draws clips of one moving thing, with the ground truth of each frame.
 
-All frames have the same thing, background and light. A thing's shadow moves with it, even in mid-air, as in the
-pictures on which the toybox's model was trained.
+All frames show the same thing and background in the same light. A thing's shadow moves with it, even in mid-air, as in
+the pictures on which the toybox's model was trained.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Clip:
     frames: [F, H, W, 3] in [0, 1]
     mask: [F, H, W], the share of each pixel that the thing covers in the photo style
     path: float64 [F, 6] with the columns `motion.PATH`
-    flow, flow_known: [F-1, H, W, 2] and bool [F-1, H, W], as `moved` and `known` of `flow.Flow`
+    flow: [F-1, H, W, 2], the field `moved` of `flow.Flow`
+    flow_known: bool [F-1, H, W], the field `known` of `flow.Flow`
     """
 
     frames: Tensor
@@ -75,14 +76,14 @@ def _camera(at: Array) -> Camera:
 def sample_moving(
     rng: np.random.Generator, motion: Motion | None = None, frames: int = 16, split: str = "train", **fixed: Any
 ) -> MovingScene:
-    """Samples a random clip of a motion. If `motion` is None, it is a random captioned motion.
+    """Samples a random clip of a motion. If `motion` is None, chooses a random captioned motion.
 
-    `split` and `fixed` are as in `world.sample_scene`, except that camera, view and two cannot be fixed, because the
-    motion determines the camera of a single thing. If the camera moves and the background is not fixed, it is one that
-    makes the movement visible.
+    `split` and `fixed` are as in `world.sample_scene`, except that camera, view and two cannot be fixed. A clip shows a
+    single thing, and the motion determines its camera. If the camera moves and the background is not fixed, a
+    background is chosen that makes the movement visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):
-        raise ValueError(f"cannot fix {', '.join(sorted(taken))}: the clip's motion decides")
+        raise ValueError(f"cannot fix {', '.join(sorted(taken))}: a clip has one thing, and its motion sets the camera")
     if motion is None:
         motion = tuple(MOTIONS.values())[int(rng.integers(len(MOTIONS)))]
     offsets = motion.offsets(motion.draw(rng), frames)
@@ -96,7 +97,7 @@ def sample_moving(
 
 @torch.no_grad()
 def draw_clip(moving: MovingScene, size: int = 64, device: str | torch.device = "cpu") -> Clip:
-    """Draws the frames of a clip with their ground truth. On a CPU, the same clip always gives the same bits."""
+    """Draws the frames of a clip with their ground truth. On a CPU, the result is reproducible bit for bit."""
     where, scenes = torch.device(device), moving.scenes()
     things = instances(scenes, where)
     hits = visible(things, groups(things, SPACING * 64 / size, where), len(scenes), 2 * size)

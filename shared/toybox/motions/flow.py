@@ -1,4 +1,4 @@
-"""Computes a clip's exact optical flow, from the positions of the visible points of things in consecutive frames."""
+"""Computes the exact optical flow of a clip from the positions of the thing's visible points in consecutive frames."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 from shared.toybox.splat import DISTANCE, Hits, Instances, projected, turned
 from shared.toybox.surfaces import HitImage, halved
 
-_BEHIND = 0.06  # in radii; a point this far behind the surface that its pixel shows in the next frame is hidden
-_GRAZING = 0.2  # the cosine below which a surface counts as seen edge-on
+# A point is hidden if, in the next frame, it lies more than this many radii behind the surface that its pixel shows.
+_BEHIND = 0.06
+_GRAZING = 0.2  # the cosine of the viewing angle below which a surface counts as seen edge-on
 
 
 @dataclass(frozen=True)
 class Flow:
     """The optical flow of a clip.
 
-    moved: [F-1, H, W, 2], the shift to the right and down in pixels, from one frame to the next. Where the flow is not
-        known, it is the shift of the surface that covers most of the pixel.
+    moved: [F-1, H, W, 2], the shift from one frame to the next, to the right and down, in pixels. Where the flow is not
+        known, this is the shift of the surface that covers most of the pixel.
     known: bool [F-1, H, W], whether the pixel shows a single surface that is also visible in the next frame
     """
 
@@ -55,8 +56,8 @@ def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
 
 
 def _open(cover: Tensor, by: Tensor) -> Tensor:
-    """Returns bool [F-1, H, W], whether a pixel shows the background and this point is also visible in the next frame,
-    where it is `by` ([F-1]) pixels further to the right."""
+    """Returns whether each pixel shows a point of the background that is also visible in the next frame, bool
+    [F-1, H, W]. From frame to frame, the background moves `by` ([F-1]) pixels to the right."""
     size = cover.shape[-1]
     at = torch.arange(size, device=cover.device) + by[:, None]
     inside = (at >= 0) & (at <= size - 1)

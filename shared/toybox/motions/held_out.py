@@ -68,7 +68,8 @@ def _falling_leaf(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _lap(t: Array, p: Parameters) -> dict[str, Array]:
-    # The thing runs around a circle on the ground, facing ahead. In front it moves to the right, behind to the left.
+    # The thing runs around a circle on the ground, facing ahead. It moves to the right when it is near the camera, and
+    # to the left when it is far away.
     angle = 2 * np.pi * t
     near = np.cos(angle)
     return {
@@ -112,19 +113,19 @@ HELD_OUT: dict[str, tuple[Motion, ...]] = {
 
 
 def motion_names() -> dict[str, Motion]:
-    """Returns the held-out motions by full name, for example "development-zigzag"."""
+    """Returns the held-out motions, keyed by full name, for example "development-zigzag"."""
     return {f"{split}-{motion.name}": motion for split in SPLITS for motion in HELD_OUT[split]}
 
 
 def held_out_motions(split: str) -> tuple[Motion, ...]:
-    """Returns the motions of a split. Raises ValueError, with the choices, if the split is unknown."""
+    """Returns the motions of a split. Raises ValueError, listing the choices, if the split is unknown."""
     if split not in HELD_OUT:
         raise ValueError(unknown(split, HELD_OUT, "held-out split"))
     return HELD_OUT[split]
 
 
 def held_out_motion(name: str) -> Motion:
-    """Returns a held-out motion by its full name. Raises ValueError, with the choices, if the name is unknown."""
+    """Returns a held-out motion by its full name. Raises ValueError, listing the choices, if the name is unknown."""
     motions = motion_names()
     if name not in motions:
         raise ValueError(unknown(name, motions, "toybox motion"))

@@ -1,5 +1,5 @@
-"""Defines the look-alikes of a motion, for which it must not be mistaken. They have the same path, but with a different
-rhythm or direction, or mirrored."""
+"""Defines the look-alikes of a motion, which must not be mistaken for it. A look-alike is the same motion, but
+mirrored or with a different rhythm or direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.toybox.motions.motion import Array, Motion, Parameters, Shape, still
 from shared.toybox.motions.path_distance import UNITS, distance
 
 GAP = 0.6
-"""The minimum distance (`path_distance`) of look-alikes from their motion and from each other."""
+"""The distance (`path_distance`) that look-alikes must exceed from their motion and from each other."""
 MOST = 6
 _FINE = 257  # points in time at which a path is sampled
 
@@ -43,7 +43,7 @@ def _swapped(shape: Shape) -> Shape:
 
 
 def _steady(shape: Shape) -> Shape:
-    """Returns the same path at constant speed."""
+    """Returns a shape that follows the same path at constant speed."""
 
     def even(t: Array, p: Parameters) -> Mapping[str, Array]:
         fine = np.linspace(0, 1, _FINE)
@@ -73,12 +73,13 @@ CHANGES: dict[str, Callable[[Shape], Shape]] = {
     "once and a half": _timed(lambda t: np.where(t < 2 / 3, 1.5 * t, 2 - 1.5 * t)),
     "half of it": _timed(lambda t: t / 2),
 }
-"""The changes that turn a motion into its look-alikes, beginning with those hardest to detect in a single frame."""
+"""The changes that turn a motion into its look-alikes, beginning with those that are hardest to detect in a single
+frame."""
 
 
 def look_alikes(motion: Motion) -> tuple[Motion, ...]:
-    """Returns up to `MOST` look-alikes of a motion. They are the results of the first of `CHANGES` that are far enough
-    from the motion and from each other."""
+    """Returns up to `MOST` look-alikes of a motion. `CHANGES` are applied in order, and a result is kept if it is far
+    enough from the motion and from the results that were kept before."""
     chosen: list[Motion] = []
     for name, change in CHANGES.items():
         other = Motion(
@@ -90,10 +91,10 @@ def look_alikes(motion: Motion) -> tuple[Motion, ...]:
 
 
 def candidates(motion: Motion, split: str, frames: int = 16) -> dict[str, Array]:
-    """Returns the paths with which a clip's path is compared to recognise a motion, by name. Each is `[F, 6]`.
+    """Returns the paths, `[F, 6]` by name, with which a clip's path is compared in order to recognise a motion.
 
-    They are the paths of the motion itself, of its look-alikes, of the other held-out motions of its split, and of a
-    thing that stands still, so that frozen clips are recognised as such.
+    They are the paths of the motion itself, of its look-alikes and of the other held-out motions in its split. The path
+    of a thing that stands still is added, so that frozen clips are recognised as such.
     """
     others = [other for other in held_out_motions(split) if other.name != motion.name]
     paths = {m.name: m.path(frames) for m in (motion, *look_alikes(motion), *others)}

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 
 PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
-"""The columns of a path. They are those of `world.Camera`, but with the natural logarithm of the scale. x points right
-and y points down, in fractions of the picture."""
+"""The columns of a path. They are the fields of `world.Camera`, except that the scale is replaced by its natural
+logarithm. x points right and y points down, in fractions of the picture."""
 CHANNELS = (*PATH, "pan")
 """The channels that a motion can change. They are the columns of the path and, for camera motions, the shift of the
 background to the right, in fractions of the picture."""
@@ -28,14 +28,14 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion, whose channels are relative to the pose at which a clip is placed.
+    """A motion. Its channels are relative to the pose at which `placing.place` puts the thing.
 
     shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] if they are the same for all N.
         Channels that it omits stay at 0.
     limits: the range from which each parameter is drawn uniformly
     either_way: the parameters that are randomly +1 or -1
-    facing_deg: the azimuth to which the path's azimuths are relative, for a thing that must face along its path. If
-        None, it is random.
+    facing_deg: the azimuth to which the azimuth channel is added, for a thing that must face along its path. If None,
+        this azimuth is random.
     """
 
     name: str
@@ -67,7 +67,8 @@ class Motion:
         return out
 
     def path(self, frames: int = 16) -> Array:
-        """Returns the path [F, 6] for the median parameters, relative to 0. It represents the motion in comparisons."""
+        """Returns the path [F, 6] for the median parameters, relative to a pose of zeros. This path represents the
+        motion in comparisons."""
         return self.offsets(self.median(), frames)[0, :, : len(PATH)]
 
 
@@ -77,7 +78,7 @@ def still(frames: int = 16) -> Array:
 
 
 def ramp(t: Array, start: float, end: float) -> Array:
-    """Rises smoothly from 0 before `start` to 1 after `end`."""
+    """Returns a ramp over the times t. It is 0 before `start`, rises smoothly, and is 1 after `end`."""
     u = np.clip((t - start) / (end - start), 0, 1)
     return u * u * (3 - 2 * u)
 

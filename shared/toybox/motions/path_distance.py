@@ -1,8 +1,8 @@
 """Measures how far apart two motions are by comparing their paths over time.
 
 Two paths a and b are `[F, 6]` with the columns `motion.PATH`. The distance between them is the root mean square of
-their difference over the F frames, where each column is measured in units of a clearly visible change (`UNITS`) and
-shifted so that the distance is as small as possible:
+their difference over the F frames. Each column is measured in units of a clearly visible change (`UNITS`), and one of
+the paths is shifted so that the distance is as small as possible:
 
     d² = min over shifts s of 1/F Σ_t ( Σ_linear ((a_t - b_t - s) / unit)² + |exp(i a_t) - exp(i (b_t + s))|² / chord² )
 
@@ -11,15 +11,12 @@ columns are linear. Both minima have closed forms. For a linear column, the best
 means. For the azimuth, the smallest mean of |…|² is 2 - 2 |mean exp(i (a - b))|.
 
 - The distance ignores the pose in which a motion begins. A thing's initial position, size, view and tilt belong to the
-picture,
-  so the same motion further to the left has distance 0. The shift is fitted to all frames instead of being taken from
-  the first, so that an error in one frame does not affect the others.
+  picture, so the same motion further to the left has distance 0. The shift is fitted to all frames. If it were taken
+  from the first frame, an error in that frame would affect all others.
 - The distance does not ignore timing (rhythm, direction and phase), mirroring or size. A zigzag half as large is a
-different
-  motion.
+  different motion.
 - The distance is a metric on paths up to shifts of each column. It is symmetric, is zero only if such shifts make the
-paths
-  equal, and satisfies the triangle inequality.
+  paths equal, and satisfies the triangle inequality.
 """
 
 from __future__ import annotations
@@ -38,8 +35,8 @@ UNITS: dict[str, float] = {
     "elevation_deg": 30.0,
     "roll_deg": 15.0,
 }
-"""The unit of each column. It is a tenth of the picture for the position, growth by about a quarter for the scale, half
-the angle between neighbouring views for the azimuth, 30 degrees for the elevation, and 15 degrees for the roll."""
+"""The unit of each column. It is a tenth of the picture for the position, growth by about 28 % for the scale, half the
+angle between neighbouring views for the azimuth, 30 degrees for the elevation, and 15 degrees for the roll."""
 
 _TURN = PATH.index("azimuth_deg")
 _LINES = [i for i in range(len(PATH)) if i != _TURN]
@@ -69,7 +66,8 @@ def distance(a: Array, b: Array) -> float:
 
 
 def ranked(path: Array, among: Mapping[str, Array]) -> list[tuple[str, float]]:
-    """Ranks motions by the distance of their paths (`among`, `[F, 6]` by name) from `path`. The nearest comes first."""
+    """Ranks motions by the distance between their paths (`among`, `[F, 6]` by name) and `path`. The nearest motion
+    comes first."""
     far = distances(np.asarray(path)[None], np.stack(list(among.values())))[0]
     return sorted(zip(among, map(float, far), strict=True), key=lambda pair: pair[1])
 

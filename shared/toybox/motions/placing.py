@@ -20,8 +20,8 @@ def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = N
     """Converts offsets `[N, F, 7]` to paths `[N, F, 6]`. Each path gets a random position, size and view that leave
     room for the motion.
 
-    The initial elevation is between 0 and 35 degrees. The initial azimuth is near that of one of the four sides, or
-    exactly `facing_deg`.
+    The elevation to which the offsets are added is between 0 and 35 degrees. The azimuth to which they are added is
+    `facing_deg` or, if that is None, at most 40 degrees from one of the four sides.
     """
     n = len(offsets)
     x, y, grows = (offsets[..., CHANNELS.index(name)] for name in ("x", "y", "log_scale"))
@@ -44,6 +44,5 @@ def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = N
 
 
 def sample_paths(rng: np.random.Generator, motion: Motion, n: int, frames: int = 16) -> Array:
-    """Samples n paths `[n, F, 6]` of a motion, with the same distribution as in its clips, without rendering
-    pictures."""
+    """Samples n paths `[n, F, 6]` of a motion from the same distribution as those of its clips, without rendering."""
     return place(rng, motion.offsets(motion.draw(rng, n), frames), motion.facing_deg)

@@ -1,5 +1,5 @@
-"""Writes folders of clips of held-out motions, like those of a user. A folder shows one motion, performed by different
-things in different places."""
+"""Writes folders of clips of held-out motions, like those that a user would provide. The clips in a folder show one
+motion, performed by different things in different places."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from shared.toybox.motions.held_out import held_out_motion
 from shared.toybox.world import BACKGROUNDS, CLASSES, SEEDS
 
 KEY = "toybox-motion"
-FRAMES = range(2, 65)  # the numbers of frames that a clip may have
+FRAMES = range(2, 65)  # the frame counts that a clip may have
 
 WriteClip: TypeAlias = Callable[[Tensor, Path, dict[str, str]], Path]
-"""Writes frames [F, 3, H, W] in [-1, 1] and their metadata to a path without a suffix. Returns the path that was
+"""Writes frames [F, 3, H, W] in [-1, 1] and their metadata. The given path has no suffix. Returns the path that was
 written."""
 
 
 def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
-    """Writes a folder of PNGs, which starts with `000.png`. The metadata is stored in the text of each PNG."""
+    """Writes frames as a folder of PNGs named `000.png`, `001.png` and so on. Each PNG stores the metadata."""
     for i, frame in enumerate(frames):
         write_picture(frame, path / f"{i:03d}.png", about)
     return path
@@ -35,8 +35,8 @@ def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
 def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
     """Samples n clips of a held-out motion, each with a plain thing of a different class on a different background.
 
-    Things are plain so that captions can describe them. Classes and backgrounds repeat only after all have been used.
-    Raises ValueError if the motion is unknown or the number of frames is invalid.
+    Things are plain so that captions can describe them. Classes and backgrounds repeat only after all of them have been
+    used. Raises ValueError if the motion is unknown or if the number of frames is invalid.
     """
     motion = held_out_motion(name)
     if frames not in FRAMES:
@@ -67,13 +67,13 @@ def write_motion(
     frames: int = 16,
     write: WriteClip = write_frames,
 ) -> list[Path]:
-    """Writes n clips of a held-out motion such as `development-zigzag`, for learning the motion. The first frame is
-    `00/000.png`.
+    """Writes n clips of a held-out motion such as `development-zigzag`, from which the motion can be learned. By
+    default, the first frame is `00/000.png`.
 
     Each clip comes with two additions that a careful user would make. One is a caption of the thing and its place,
     which does not mention the motion (`00/caption.txt`, or `00.txt` if the clip is a file). The other is the thing's
     mask in each frame (`masks/00/000.png`). The name of the motion is stored in the metadata of the clip. Returns the
-    paths of the clips. Raises the ValueErrors of `reference_moving` and `atomic_folder`.
+    paths of the clips. Raises ValueError whenever `reference_moving` or `atomic_folder` does.
     """
     moving = reference_moving(name, n, seed, frames)
     written = []
