@@ -1,7 +1,8 @@
-"""Tiny random pipelines of the real diffusers classes, built locally: nothing is downloaded.
+"""Fixtures that build tiny pipelines of the real diffusers classes with random weights. Nothing is downloaded.
 
-`make_tiny_*` are factories (session scope) that return a fresh pipeline on every call, with the same weights for the
-same `seed`; `tiny_*` are one fresh pipeline per test. Pictures are 32×32, latents 4×8×8.
+Each session-scoped fixture `make_tiny_*` is a factory that returns a new pipeline on every call. Equal seeds give equal
+weights. Each fixture `tiny_*` provides a new pipeline for every test. Pictures have 32×32 pixels, and their latents
+have the shape 4×8×8.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-#: Words that are one token each in the tiny tokenizers; other text is split into letters.
+#: Words that are one token each in the tiny tokenizers. All other text is split into smaller pieces.
 WORDS = (
     *("a", "an", "the", "of", "in", "on", "at", "with", "and", "photo", "picture", "painting", "mug", "dog", "cat"),
     *("toy", "person", "style", "red", "green", "blue", "yellow", "beach", "forest", "snow", "street", "sks", "ohwx"),
@@ -26,7 +27,7 @@ WORDS = (
 
 @dataclass
 class Ran:
-    """One command line: exit code, standard output, standard error."""
+    """The exit code, standard output and standard error of a command."""
 
     code: int
     out: str
@@ -35,7 +36,10 @@ class Ran:
 
 @pytest.fixture
 def pcs(capsys) -> Callable[..., Ran]:
-    """Runs `pcs("image", "generate", …)`; an exception that escapes would be a traceback for a user, and fails the test."""
+    """Returns a function that runs a command, as in `pcs("image", "generate", …)`.
+
+    An exception that the command does not handle fails the test, because a user would see a traceback.
+    """
 
     def call(*arguments: Any) -> Ran:
         from shared.cli import build, run
@@ -49,14 +53,14 @@ def pcs(capsys) -> Callable[..., Ran]:
 
 
 def build_clip_tokenizer() -> Any:
-    """A real CLIPTokenizer of a few hundred symbols, 32 tokens per prompt."""
+    """Builds a real CLIPTokenizer with a vocabulary of a few hundred symbols and 32 tokens per prompt."""
     from shared.toybox.tokenizer import build
 
     return build(WORDS)
 
 
 def build_t5_tokenizer(max_length: int = 48) -> Any:
-    """A real (Unigram) T5 tokenizer with the same words."""
+    """Builds a real (Unigram) T5 tokenizer with the same words."""
     from transformers import T5TokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>-_0123456789,.'!?{}"
@@ -83,7 +87,7 @@ def build_clip(tokenizer: Any, width: int = 16) -> Any:
 
 
 def build_vae(**changes: Any) -> Any:
-    """An AutoencoderKL that shrinks by 4: 32×32×3 to 8×8×4."""
+    """Builds an AutoencoderKL that shrinks each side by a factor of 4, from 32×32×3 to 8×8×4."""
     from diffusers import AutoencoderKL
 
     config: dict[str, Any] = {
@@ -100,7 +104,10 @@ def build_vae(**changes: Any) -> Any:
 
 
 def build_sd(seed: int = 0, *, prediction_type: str = "epsilon", linear: bool = False) -> Any:
-    """A fresh StableDiffusionPipeline with random weights; `linear` as in SD 2.x (linear projections, more heads)."""
+    """Builds a new StableDiffusionPipeline with random weights.
+
+    If `linear`, the U-Net has linear projections and more attention heads, as in SD 2.x.
+    """
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     tokenizer = build_clip_tokenizer()
@@ -142,12 +149,12 @@ def build_sd(seed: int = 0, *, prediction_type: str = "epsilon", linear: bool = 
 
 
 def build_sd_v(seed: int = 0) -> Any:
-    """Like SD 2.x: v-prediction and linear projections."""
+    """Builds a pipeline like SD 2.x, with v-prediction and linear projections."""
     return build_sd(seed, prediction_type="v_prediction", linear=True)
 
 
 def build_flux(seed: int = 0, *, guidance_embeds: bool = True, dynamic: bool = True) -> Any:
-    """A fresh FluxPipeline with random weights: two double blocks, two single ones."""
+    """Builds a new FluxPipeline with random weights, two double blocks and two single blocks."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import T5Config, T5EncoderModel
 
@@ -184,7 +191,7 @@ def build_flux(seed: int = 0, *, guidance_embeds: bool = True, dynamic: bool = T
 
 @pytest.fixture(scope="session", autouse=True)
 def _interrupts() -> None:
-    """Makes Ctrl-C work as in a terminal, even if the tests run as a background job, which ignores it."""
+    """Makes Ctrl-C work as in a terminal, even if the tests run in a background job, where it is ignored by default."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,10 +1,11 @@
-"""Six golden runs on tiny models, as hashes of everything they learn and generate: `make golden`.
+"""Performs six golden runs on tiny models and hashes everything that they learn and generate.
 
-    python tests/golden.py            compares the new hashes with the stored ones, or stores them if there are none
-    python tests/golden.py --keep     stores the new hashes, after a change that is meant to change them
+    make golden                       runs this script
+    python tests/golden.py            compares the new hashes with the stored ones, or stores the new ones if none exist
+    python tests/golden.py --keep     stores the new hashes; use it after a change that is meant to change them
 
-A commit that only moves code must not change any hash. Hashes depend on the processor and on torch, so they are stored per
-checkout (`.golden.json`, ignored by git) and not committed.
+A commit that only moves code must not change any hash. The hashes depend on the processor and on the version of
+torch, so each checkout stores its own in `.golden.json`, which git ignores.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _tiny() -> Any:
 
 
 def _photos(folder: Path) -> Path:
-    """Three pictures with masks, one of them with a caption."""
+    """Writes three pictures with masks, the first with a caption, to a folder. Returns the folder."""
     import numpy as np
     from PIL import Image
 
@@ -56,7 +57,7 @@ def _pcs(*arguments: object) -> None:
 
 
 def _hash(folder: Path) -> str:
-    """sha256 over the tensors and the pixels below a folder, by relative path."""
+    """Returns the SHA-256 of the tensors and the pixels of all files in a folder, ordered by relative path."""
     import numpy as np
     from PIL import Image
     from safetensors.numpy import load_file
@@ -73,7 +74,7 @@ def _hash(folder: Path) -> str:
 
 
 def runs(work: Path) -> Iterator[tuple[str, str]]:
-    """(name, hash) of each golden run."""
+    """Yields the name and the hash of each golden run."""
     tiny, photos = _tiny(), _photos(work / "photos")
     tiny.build_sd().save_pretrained(work / "sd")
     tiny.build_flux().save_pretrained(work / "flux")
@@ -106,7 +107,7 @@ def runs(work: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
-    """Returns 0 if every hash matches the stored one."""
+    """Returns 1 if a hash differs from the stored one, and 0 if none does or if the hashes were just stored."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,11 +1,12 @@
-"""Measures where an iteration of score distillation spends its time, and how many views per second it renders.
+"""Measures how an iteration of score distillation spends its time, and how many views are rendered per second.
 
     python tests/bench/bench_asset_step.py [--recipe dreamfusion] [--steps 20] [--backbone PATH] [--side 64] [--set key=value]
 
-Prints the split of an iteration (render, encode, teacher, backward, optimizer, the rest) and the rendered views per
-second of optimisation. A concept is loaded, which consists of a learned word and a LoRA on all attention layers. Both
-are random, because their content does not affect the cost. Views are counted per second of wall-clock time and per
-second of processor time, which is the rate of one core even if other programs share it.
+Prints how the time of an iteration is split (render, encode, teacher, backward, optimizer, the rest) and the number of
+rendered views per second of optimisation. The run has a loaded concept, which consists of a learned word and a LoRA on
+all attention layers. The weights of both are random, because their values do not affect the cost. The rate is given per
+second of wall-clock time and per second of processor time. The latter is the rate of one core, even if other programs
+share that core.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NAME = "bench"
 
 
 class Stepping:
-    """A run of one phase just before its first step, with a concept loaded."""
+    """A run just before the first step of its first phase, with a concept loaded."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         settings = [f"prompt=a photo of a <{NAME}>", f"train.resolution={options.side}", f"train.steps={10**6}"]
@@ -81,7 +82,7 @@ class Stepping:
         return clock
 
     def steps(self, first: int, count: int) -> float:
-        """Takes `count` steps from step `first` on. Returns the seconds that they took."""
+        """Takes `count` steps, starting with step `first`, and returns how many seconds they took."""
         self.loop.budget = Budget(steps=first + count)
         start = time.perf_counter()
         for _ in self.loop.run(first):
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--backbone")
-    parser.add_argument("--set", action="append", default=[], help="a setting key=value of the recipe; can be repeated")
+    parser.add_argument("--set", action="append", default=[], help="a recipe setting, key=value; can be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         stepping = Stepping(options, Path(temporary))

@@ -1,12 +1,12 @@
-"""Measures where a training step on clips spends its time, and the speed-up from caches, as ratios within one run.
+"""Measures how a training step on clips spends its time and how much faster caches make it.
 
     python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16] [--set K=V]
 
-Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer), the steps per
-second of the suite and of a plain loop without caches, the time that all steps of the recipe take, and the peak memory
-of both. The two loops take turns, so a drifting machine speed favours neither. Each peak is measured in a process of
-its own, and on a GPU it counts only tensors. On a CPU, times are CPU times of the process, so other work on the machine
-does not count.
+Prints how the time of a step is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer), the
+steps per second of the suite and of a plain loop without caches, the time that all steps of the recipe would take, and
+the peak memory of both loops. The two loops take turns, so a drifting machine speed favours neither. Each memory peak
+is measured in a separate process. On a GPU, it counts only tensors. On a CPU, all times are CPU times of the process,
+so other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Stepping:
 
 
 def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
-    """Returns the peak memory, in bytes, of a process that takes two steps."""
+    """Takes two steps in a separate process and returns the peak memory of that process, in bytes."""
     command = [sys.executable, __file__, "--memory", name, "--folder", str(folder), "--recipe", options.recipe]
     command += ["--frames", str(options.frames), *(["--backbone", options.backbone] if options.backbone else [])]
     command += [word for setting in options.set for word in ("--set", setting)]
@@ -94,7 +94,7 @@ def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
 
 
 def speeds(suite: Stepping, plain: Stepping, steps: int) -> dict[str, list[float]]:
-    """Measures the steps per second of both loops, which take turns."""
+    """Measures the steps per second of both loops, letting them take turns."""
     rates: dict[str, list[float]] = {"suite": [], "plain": []}
     now = clock_of(suite)
     for index in range(2):  # a warm-up that fills the caches
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--backbone")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe; can be repeated"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe setting; can be repeated"
     )
     parser.add_argument("--memory", choices=("suite", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

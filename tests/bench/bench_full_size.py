@@ -8,10 +8,10 @@ number of trained parameters, the median step time in seconds, the steps per sec
 during the steps, and the mean GPU utilisation. If a measurement fails, its line gives the reason, and the script moves
 on to the next one. No files are downloaded or read.
 
-Only the denoiser is measured. Its inputs, latents and text embeddings, are random tensors that stand in for cached
-ones. Its weights are frozen and in bfloat16, as the pipelines load them. The suite's own LoRA (rank 32, on all
-attention layers) is in float32 and is trained with AdamW under bfloat16 autocast. `--tiny` does the same at tiny sizes,
-to test this script; with `--device cpu`, it needs no GPU.
+Only the denoiser is measured. Its inputs (latents and text embeddings) are random tensors that stand in for cached
+ones. Its weights are frozen and in bfloat16, as in the pipelines. The suite's own LoRA (rank 32, on all attention
+layers) is in float32 and is trained with AdamW under bfloat16 autocast. `--tiny` runs the same measurements at tiny
+sizes, to test this script. With `--tiny --device cpu`, no GPU is needed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Case:
     """A model to measure.
 
     Args:
-        build: makes the model, on the default device and in the default dtype
+        build: builds the model on the default device and in the default dtype
         latents: shape of the clip's latents, [1, C, frames, h, w]
         text: shape of the text embeddings, [1, tokens, D] or [frames, tokens, D]
         clip: frames x size in pixels, for the table
@@ -83,7 +83,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of the table. `error` says why there are no numbers."""
+    """One line of the table. If the measurement failed, `error` gives the reason."""
 
     model: str
     clip: str
@@ -100,7 +100,7 @@ class Row:
 def animatediff(tiny: bool) -> Case:
     channels = (32, 64) if tiny else (320, 640, 1280, 1280)
     width, heads = (16, 2) if tiny else (768, 8)
-    crossed = len(channels) - 1  # blocks with attention
+    crossed = len(channels) - 1  # the number of blocks with cross-attention
 
     def build() -> Any:
         pictures = diffusers.UNet2DConditionModel(
@@ -119,7 +119,7 @@ def animatediff(tiny: bool) -> Case:
 
     latents, clip = ((1, 4, 4, 8, 8), "4 x 64x64") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
     roles = ("cross_attention", "self_attention", "temporal_attention")
-    text = (latents[2], 77, width)  # this network takes text embeddings for each frame
+    text = (latents[2], 77, width)  # this network takes separate text embeddings for each frame
     return Case("AnimateDiff, SD 1.5", "unet", build, ROLES, roles, latents, text, clip)
 
 
@@ -197,7 +197,7 @@ class Utilisation:
         while not self._end.wait(self._every):
             try:
                 self._samples.append(torch.cuda.utilization(self._device))
-            except Exception:  # without pynvml or with an unsupported driver, the column stays empty
+            except Exception:  # without pynvml or with an unsupported driver, the table shows "n/a"
                 return
 
     @property
@@ -211,7 +211,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
-    """Trains the model for about `seconds` and fills in the row."""
+    """Trains the model for about `seconds` seconds and fills in the row."""
     torch.manual_seed(0)
     model = random_model(case, device)
     if row.checkpointing:
@@ -256,7 +256,7 @@ def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
 
 
 def measured(case: Case, checkpointing: bool, device: torch.device, seconds: float) -> Row:
-    """Returns the row for a measurement, even if the measurement fails."""
+    """Runs a measurement and returns its row, even if the measurement fails."""
     row = Row(case.name, case.clip, checkpointing)
     try:
         measure(case, row, device, seconds)
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to time each measurement, in seconds")
     parser.add_argument("--tiny", action="store_true", help="use tiny sizes, to test this script")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="file to write the rows to, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
     options = parser.parse_args()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

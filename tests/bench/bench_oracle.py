@@ -1,9 +1,9 @@
-"""Runs each guidance of score distillation through the whole engine, with the exact scores of a known object.
+"""Reconstructs a known object with each score-distillation guidance, using the object's exact scores as the teacher.
 
     python tests/bench/bench_oracle.py [GUIDANCE …]
 
-Prints the overlap of silhouettes (IoU) and the PSNR of renders over 16 unseen views. The targets are 0.9 and 25 dB.
-Takes a few minutes on one core.
+Each guidance is run with the whole engine. Prints the overlap of the silhouettes (IoU) and the PSNR of the renders over
+16 unseen views. The targets are 0.9 and 25 dB. The script takes a few minutes on one core.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
     python tests/bench/bench_script.py [--script PATH] [--steps 12] [--rounds 3] [--backbone PATH] [--roles attention|all]
 
-`--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, a plain loop in this file does what
-that script does in a step. It reads and resizes pictures, runs the autoencoder and the text encoder, makes one forward
-pass of instance and class rows, and computes both losses, clipped gradients and an AdamW update. With `--roles all`,
-the suite and the plain loop adapt the modules of the toybox's recipe, whereas the script always adapts only attention.
+`--script` is the path to diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, a plain loop in this file
+takes the script's place. Like the script, each step of the loop reads and resizes pictures, runs the autoencoder and
+the text encoder, makes one forward pass over the instance and class rows, computes both losses, clips the gradients and
+takes an AdamW step. With `--roles all`, the suite and the plain loop adapt all modules that the toybox's recipe adapts.
+The script always adapts only the attention modules.
 
 Prints ratios of steps per CPU second and of peak memory. Each arm runs in its own process, and the arms alternate, so a
-drifting machine speed favours neither. Seconds are CPU seconds (user and system). Those of the script are the
-difference between two runs of different length.
+drifting machine speed favours neither. Seconds are CPU seconds (user and system). For the script, they are the
+difference between two runs of different lengths.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 SIDE, ROWS, RANK = 64, 4, 16
 INSTANCE, CLASS = "a photo of sks duck", "a photo of duck"
 WARM_UPS = 3
-#: Module names that diffusers' script adapts, and those that the toybox's recipe adds.
+#: The names of the modules that diffusers' script adapts, and of those that the toybox's recipe adapts as well.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 OTHERS = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut")
 TARGETS = {"attention": [*ATTENTION], "all": [*ATTENTION, *OTHERS]}
@@ -41,7 +42,7 @@ def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
 
 
 class PlainLoop:
-    """A plain version of the public script's loop, which caches nothing."""
+    """A plain version of the public script's loop, without caches."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
@@ -100,7 +101,7 @@ class PlainLoop:
 
 
 class Suite:
-    """The suite's training loop, from the first step of a run."""
+    """The suite's training loop, starting with the first step of a run."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from pcs_image.runner import ImageRunner
@@ -133,7 +134,7 @@ class Suite:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Runs one arm. For each number on standard input, takes that many steps and prints their time and peak memory."""
+    """Runs one arm. For each number N on standard input, takes N steps and prints the time per step and peak memory."""
     if options.threads:
         import torch
 
@@ -152,7 +153,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class OwnArm:
-    """An arm defined in this file, running in a process that waits for its turn."""
+    """An arm that is defined in this file. It runs in a separate process, which waits for its turns."""
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path) -> None:
         command = [sys.executable, __file__, "--arm", name, "--folder", str(folder), "--roles", options.roles]
@@ -167,7 +168,7 @@ class OwnArm:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"an arm ended with {self.process.wait()}")
+        raise SystemExit(f"an arm ended with exit code {self.process.wait()}")
 
     def end(self) -> None:
         assert self.process.stdin
@@ -176,17 +177,17 @@ class OwnArm:
 
 
 def of_a_process(command: list[str]) -> tuple[float, int]:
-    """Runs a command and returns its CPU seconds and its peak memory in KiB. Raises SystemExit if it fails."""
+    """Runs a command and returns its CPU seconds and its peak memory in KiB. Raises SystemExit if the command fails."""
     process = subprocess.Popen(command)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
     return used.ru_utime + used.ru_stime, used.ru_maxrss
 
 
 class ScriptArm:
-    """The given script, run twice per turn with different numbers of steps. The difference between the runs counts."""
+    """The given script. Each turn runs it twice with different step counts and takes the difference of the times."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -211,7 +212,7 @@ class ScriptArm:
 
 
 def pictures(folder: Path) -> None:
-    """Writes pictures of the subject and its class into folders without other files, as the script opens every file."""
+    """Writes pictures of the subject and its class to two folders without other files, as the script requires."""
     import shutil
 
     from shared.toybox.reference_sets import write_album
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--backbone", help="a diffusers folder (default: the toybox)")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument(
-        "--set", action="append", default=[], help="a setting key=value of the suite's recipe; can be repeated"
+        "--set", action="append", default=[], help="a setting of the suite's recipe, key=value; can be repeated"
     )
     parser.add_argument("--arm", choices=("plain", "suite"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

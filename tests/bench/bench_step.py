@@ -1,10 +1,10 @@
-"""Measures where a training step spends its time, and the speed-up from caches, as ratios within one run.
+"""Measures how a training step spends its time and how much faster caches make it.
 
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
-Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and the steps per
-second of the suite and of a plain loop without caches. The two loops take turns, so a drifting machine speed favours
-neither.
+Prints how the time of a step is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and the
+steps per second of the suite and of a plain loop without caches. The two loops take turns, so a drifting machine speed
+favours neither.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHOWN = ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimiz
 
 
 class Clock:
-    """Measures seconds by name with the clock `now`. Time in nested blocks counts only for the inner block."""
+    """Measures the seconds spent in named blocks. Time in a nested block counts only for that block."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -61,7 +61,7 @@ class Clock:
 
 
 def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tuple[TrainingRun, Tune, Optimizers]:
-    """Returns a run, its task and its optimizers just before the first step of the last phase."""
+    """Returns a run, its task and its optimizers, ready for the first step of the last phase."""
     settings = [f"subject.images={folder}", "subject.class_noun=duck", f"train.cache={str(cache).lower()}"]
     settings += [f"backbone={backbone}"] if backbone else []
     resolved = load(

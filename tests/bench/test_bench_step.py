@@ -1,4 +1,4 @@
-"""The benchmarks run on folders of tiny models and print all their lines. The measured values are not tested."""
+"""The benchmarks run on folders with tiny models and print every expected line. The measured values are not tested."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.video.clip_models import build_animatediff
 SCRIPT = Path(__file__).with_name("bench_step.py")
 
 
-def test_the_benchmark_prints_the_split_of_a_step_and_both_speeds(make_tiny_sd, tmp_path):
+def test_the_picture_benchmark_prints_the_split_of_a_step_and_both_speeds(make_tiny_sd, tmp_path):
     folder = tmp_path / "tiny-sd"
     make_tiny_sd().save_pretrained(folder)
     command = [sys.executable, SCRIPT, "--steps", "4", "--backbone", folder]
@@ -24,7 +24,9 @@ def test_the_benchmark_prints_the_split_of_a_step_and_both_speeds(make_tiny_sd, 
         assert label in ran.stdout
 
 
-def test_the_benchmark_of_clips_prints_the_split_both_speeds_and_both_peaks(make_tiny_sd, tmp_path):
+def test_the_clip_benchmark_prints_the_split_of_a_step_and_the_speed_and_peak_memory_of_both_loops(
+    make_tiny_sd, tmp_path
+):
     folder = tmp_path / "tiny-animatediff"
     build_animatediff(make_tiny_sd()).save_pretrained(folder)
     command = [sys.executable, SCRIPT.with_name("bench_clip_step.py"), "--steps", "1", "--backbone", folder]
@@ -37,7 +39,7 @@ def test_the_benchmark_of_clips_prints_the_split_both_speeds_and_both_peaks(make
         assert label in ran.stdout
 
 
-def test_the_benchmark_of_assets_prints_the_split_of_an_iteration_and_the_views_per_second(make_tiny_sd, tmp_path):
+def test_the_asset_benchmark_prints_the_split_of_an_iteration_and_the_views_per_second(make_tiny_sd, tmp_path):
     folder = tmp_path / "tiny-sd"
     make_tiny_sd().save_pretrained(folder)
     command = [sys.executable, SCRIPT.with_name("bench_asset_step.py"), "--steps", "1", "--backbone", folder]
@@ -49,7 +51,7 @@ def test_the_benchmark_of_assets_prints_the_split_of_an_iteration_and_the_views_
     assert "rendered views per second of optimisation: " in ran.stdout
 
 
-def test_the_benchmark_against_a_script_prints_both_ratios(make_tiny_sd, tmp_path):
+def test_the_comparison_with_a_plain_loop_prints_both_ratios(make_tiny_sd, tmp_path):
     folder = tmp_path / "tiny-sd"
     make_tiny_sd().save_pretrained(folder)
     command = [sys.executable, SCRIPT.with_name("bench_script.py"), "--steps", "1", "--rounds", "1", "--roles", "all"]

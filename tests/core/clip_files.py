@@ -25,7 +25,7 @@ def greys(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
 
 
 def numbers(frames: Any) -> list[int]:
-    """Returns the index in `greys` of each frame of a clip `[3, F, H, W]` in [-1, 1]."""
+    """Returns, for each frame of a clip (`[3, F, H, W]` in [-1, 1]), the index of that frame in `greys`."""
     return [round((float(level) * 127.5 + 127.5 - 20) / 20) for level in frames.mean((0, 2, 3))]
 
 
@@ -76,7 +76,7 @@ def sound(path: Path) -> Path:
 def animation(path: Path, frames: np.ndarray, duration: int | list[int] = 125, **options: Any) -> Path:
     """Writes an animated GIF, WebP or PNG of `frames` (`[F, H, W, 3]` or `[F, H, W, 4]`).
 
-    `duration` is the time per frame in milliseconds, or one time for each frame.
+    `duration` is in milliseconds. It is either one time for all frames or a list with a time for each frame.
     """
     first, *others = (Image.fromarray(frame) for frame in frames)
     usual: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
@@ -93,7 +93,7 @@ def folder(path: Path, frames: np.ndarray, name: str = "frame_{}.png") -> Path:
 
 
 def remuxed(source: Path, path: Path, matrix: list[int]) -> Path:
-    """Copies a video and gives it the display matrix (a, b, c, d), as phones do."""
+    """Copies a video and sets the display matrix of the copy to (a, b, c, d), as phones do."""
     a, b, c, d = (v << 16 for v in matrix)
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream: Any = new.add_stream_from_template(old.streams.video[0])

@@ -1,4 +1,4 @@
-"""Fixtures with a tiny backbone of each family and with photos to train on."""
+"""Fixtures that provide tiny backbones of both families, and photos to train on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Random low-rank pairs under the key names that trainers use, and two oracles for importing them: merged weights and
-diffusers' own loader."""
+"""Random low-rank pairs under the key names that trainers use, and two references to compare an import with.
+
+One reference adds the pairs to the weights, and the other uses diffusers' own loader.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ Pairs = dict[tuple[str, str], tuple[Tensor, Tensor, float]]  # (component, path)
 def low_rank(backbone: Any, roles: tuple[str, ...], ranks: tuple[int, ...] = (4, 2, 3), scaled: bool = True) -> Pairs:
     """Returns random pairs for every layer of the roles, with ranks that cycle through `ranks`.
 
-    If `scaled`, the alphas vary from layer to layer. Otherwise each alpha equals its rank, which is a scale of 1.
+    If `scaled`, the alphas vary from layer to layer. Otherwise, each alpha equals the rank, which gives a scale of 1.
     """
     draw = torch.Generator().manual_seed(1)
     out: Pairs = {}
@@ -44,7 +46,7 @@ def low_rank(backbone: Any, roles: tuple[str, ...], ranks: tuple[int, ...] = (4,
 
 
 def output(backbone: Any) -> tuple[Tensor, Tensor]:
-    """Returns the denoiser's output and the text context, both computed with everything that is attached."""
+    """Returns the denoiser's output and the text context, both computed with all attached concepts in effect."""
     with torch.no_grad():
         text = backbone.encode([PROMPT])
         x = torch.randn(1, *backbone.latent_shape(32, 32), generator=torch.Generator().manual_seed(3))
@@ -52,7 +54,7 @@ def output(backbone: Any) -> tuple[Tensor, Tensor]:
 
 
 def merged(backbone: Any, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Returns the outputs with each pair's product added to its weight, which is the closed form of a LoRA."""
+    """Returns the outputs after adding each pair's product to the weight of its layer, the closed form of a LoRA."""
     weights = {key: backbone.components[key[0]].get_submodule(key[1]).weight for key in pairs}
     before = {key: weight.data.clone() for key, weight in weights.items()}
     for key, (down, up, alpha) in pairs.items():
@@ -66,9 +68,9 @@ def merged(backbone: Any, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def imported(backbone: Any, path: Path, token: str = "sks mug") -> tuple[Tensor, Tensor]:
-    """Returns the outputs with the file attached.
+    """Imports the file, attaches the concept and returns the outputs.
 
-    Checks that nothing warns and that removing the concept restores the backbone.
+    Checks that no warning is issued and that removing the concept restores the backbone.
     """
     before = output(backbone)
     with warnings.catch_warnings():
@@ -83,7 +85,7 @@ def imported(backbone: Any, path: Path, token: str = "sks mug") -> tuple[Tensor,
 
 
 def by_diffusers(backbone: Any, pipe: Any, path: Path) -> tuple[Tensor, Tensor]:
-    """Returns the same outputs after diffusers itself loads the file into a pipeline with the same weights."""
+    """Returns the same outputs after diffusers itself has loaded the file into a pipeline with the same weights."""
     pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
     return output(type(backbone)(pipe, "theirs"))
 
@@ -96,7 +98,7 @@ def same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
 def spelled(
     pairs: Pairs, prefixes: Mapping[str, str], ends: tuple[str, str], flat: bool, alphas: bool
 ) -> dict[str, Tensor]:
-    """Returns the pairs' tensors by key. The keys of CLIP's layers get the prefix `text_model.`, as in real files."""
+    """Returns the tensors of the pairs by key. Keys of CLIP layers have the prefix `text_model.`, as in real files."""
     out: dict[str, Tensor] = {}
     for (component, path), (down, up, alpha) in pairs.items():
         clip = component == "text_encoder" and not path.startswith("text_model.")

@@ -1,4 +1,4 @@
-"""A tiny U-Net with motion modules, for tests of how a backbone describes its layers."""
+"""A tiny U-Net with motion modules, used to test how a backbone describes and runs its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def motion_unet(unet: Any) -> Any:
-    """Returns a U-Net that adds motion modules to the weights of `unet`."""
+    """Returns a motion U-Net with the weights of `unet` and additional motion modules."""
     from diffusers import MotionAdapter, UNetMotionModel
 
     adapter = MotionAdapter(
@@ -24,7 +24,7 @@ def motion_unet(unet: Any) -> Any:
 
 
 def ask_motion(backbone: Any, frames: int, batch: int = 2) -> Tensor:
-    """Returns what a backbone's U-Net with motion modules predicts for clips of noise, `[B, C, F, h, w]`."""
+    """Returns the prediction of a backbone's motion U-Net for clips of noise, as a tensor `[B, C, F, h, w]`."""
     x = torch.randn(batch, 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
     context = backbone.encode(["a mug"] * batch).context.repeat_interleave(frames, dim=0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Clips of a patch that moves with known flow over a textured background, and tracks made from displacements."""
+"""Clips of a patch that moves with known flow over a textured background, and tracks built from displacements."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def tracks_of(steps: Tensor, visible: Tensor | None = None, side: int = 100) -> 
 
 
 def along(*directions: Sequence[float], frames: int = 5) -> Tracks:
-    """Builds one straight track for each direction (right, down), in pixels per frame."""
+    """Builds one straight track for each direction, which is given as (right, down) in pixels per frame."""
     return tracks_of(torch.tensor(directions, dtype=torch.float64)[:, None].repeat(1, frames - 1, 1))

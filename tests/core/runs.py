@@ -25,7 +25,7 @@ CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1"
 
 
 def paint(folder: Path) -> Path:
-    """Writes three 32×32 pictures with masks to `folder`, and three of another subject to `other` next to it."""
+    """Writes three 32×32 pictures with masks to `folder`, and three of another subject to `other` in the same parent."""
     (folder / "masks").mkdir(parents=True)
     other = folder.parent / "other"
     other.mkdir()
@@ -41,7 +41,7 @@ def paint(folder: Path) -> Path:
 
 
 def sample(backbone: Any, prompts: Any, *, seeds: Any, **settings: Any) -> Tensor:
-    """Calls `shared.sampling.sampler.sample` with the fields of its settings given as keyword arguments."""
+    """Calls `shared.sampling.sampler.sample`. The keyword arguments are the fields of its `SamplingSettings`."""
     return sampler.sample(backbone, prompts, seeds=seeds, settings=SamplingSettings(**settings))
 
 

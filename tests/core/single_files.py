@@ -1,5 +1,7 @@
-"""Writes a Stable Diffusion pipeline as a single file with the key names of the original code, which inverts diffusers'
-conversion."""
+"""Writes a Stable Diffusion pipeline as a single file with the key names of the original code.
+
+This is the inverse of diffusers' conversion.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 
 
 def write_single_file(pipe: Any, path: Path) -> Path:
-    """Writes all weights of a tiny StableDiffusionPipeline with one layer per block to one file."""
+    """Writes all weights of a tiny StableDiffusionPipeline to one file. The pipeline must have one layer per block."""
     tensors = {f"model.diffusion_model.{_unet(k)}": t for k, t in pipe.unet.state_dict().items()}
     tensors |= {f"first_stage_model.{_vae(k)}": _as_conv(k, t) for k, t in pipe.vae.state_dict().items()}
     prefix = "cond_stage_model.transformer."
@@ -53,7 +55,7 @@ def _unet(key: str) -> str:
         inside = f"{_RESNET[name]}.{kind}"
     if side == "mid":
         return f"middle_block.{1 if part == 'attentions' else 2 * int(layer)}.{inside}"
-    at = 2 * int(block)  # each block counts twice, for its one layer and its resampler
+    at = 2 * int(block)  # each block has two indices, one for its only layer and one for its resampler
     if part == "downsamplers":
         return f"input_blocks.{at + 2}.0.op.{inside.removeprefix('conv.')}"
     if part == "upsamplers":

@@ -1,4 +1,4 @@
-"""Random numbers and pictures for the tests of metrics."""
+"""Random tensors and pictures for the metric tests."""
 
 from __future__ import annotations
 

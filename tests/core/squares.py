@@ -1,4 +1,4 @@
-"""Pictures small enough to train the toybox's networks on within seconds, and helpers that do so."""
+"""Pictures that are small enough to train the toybox's networks on within seconds, and helpers for such training."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Squares:
 
 
 def train(task: PretrainTask, folder: Path, steps: int, resume: bool = True, pause_at: int | None = None) -> Outcome:
-    """Trains on the CPU in fp32 up to step `steps`, or only up to `pause_at` if that is given."""
+    """Trains on the CPU in fp32 until step `steps`, or only until step `pause_at` if it is given."""
     return run_task(task, RunSettings(steps, pause_at=pause_at, resume=resume, device="cpu", log_every=2), folder)
 
 
 def tiny_run(out: Path, data: Squares) -> cache.Cache:
-    """Writes a small tokenizer and an autoencoder trained for three steps to `out`. Returns the latents of `data`."""
+    """Writes a small tokenizer and a briefly trained autoencoder to `out`. Returns the latents of `data`."""
     words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / run_folder.TOKENIZER_FOLDER)
     train(vae.VaeTask(TINY_VAE, data, out, Compute()), run_folder.training_folder(out, "vae"), 3)
     return cache.build(out / "latents", data, run_folder.frozen_vae(out), run_folder.tokenizer_of(out))

@@ -62,7 +62,7 @@ def test_adapters_in_another_set_survive_an_interruption(tiny, photos, tmp_path)
 
 
 def test_a_set_with_the_name_of_a_loaded_concept_is_refused(tiny, photos, tmp_path):
-    """Otherwise the run would train the loaded concept further and remove it at the end."""
+    """Without this check, the run would train the loaded concept further and remove it at the end."""
     backbone = tiny()
     Lora(rank=2).inject(backbone, "far", "lora", seed=0)
     with pytest.raises(ValueError, match=r"trainable\.far\.adapter_set = 'far': a loaded concept has this name"):

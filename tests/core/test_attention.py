@@ -1,4 +1,4 @@
-"""Our attention processors compute the same as diffusers', apply edits in order, and record the maps that were used."""
+"""Our attention processors give the same results as diffusers', apply edits in order and record the attention maps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def processors(backbone: Any) -> list[Any]:
 
 
 def nothing(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-    """Changes nothing, but as an edit it makes the layer use our processor."""
+    """Changes nothing. However, any edit, including this one, makes the layer use our processor."""
     return q, k, v, bias
 
 
@@ -105,7 +105,7 @@ def layer(**options: Any) -> tuple[Attention, Tensor]:
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_variant_of_the_layer_matches_diffusers(options: dict[str, Any], masked: bool) -> None:
+def test_every_variant_of_the_attention_layer_matches_diffusers(options: dict[str, Any], masked: bool) -> None:
     from shared.backbones.attention_processors import Plan, UNetProcessor
     from shared.backbones.attention_rows import PredictionRows
 
@@ -165,7 +165,7 @@ def test_self_attention_has_no_text_map(sd: StableDiffusionBackbone) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_flow_through_maps_and_recomputation_keeps_one_map(backbone: Any, recompute: bool) -> None:
+def test_gradients_flow_through_maps_and_recomputation_keeps_one_map_per_site(backbone: Any, recompute: bool) -> None:
     """Gradient checkpointing does not change the gradient, and each site has one map, not two."""
     backbone.denoiser.requires_grad_(True)
     backbone.denoiser.train()  # diffusers recomputes only in training mode
@@ -189,7 +189,7 @@ def test_gradients_flow_through_maps_and_recomputation_keeps_one_map(backbone: A
     assert torch.allclose(grad, backbone.denoiser.get_submodule(first).to_k.weight.grad, atol=1e-6)
 
 
-def test_the_first_prediction_can_be_kept(backbone: Any) -> None:
+def test_the_maps_of_the_first_prediction_can_be_kept(backbone: Any) -> None:
     with torch.no_grad(), backbone.attending(Watch(keep="first")) as first, backbone.attending(Watch()) as last:
         ask(backbone)
         maps = dict(first)
@@ -224,7 +224,7 @@ def test_edits_act_in_order_at_the_sites_they_were_requested_for(sd: StableDiffu
 
 def test_an_edit_changes_the_output_and_the_recorded_maps(backbone: Any) -> None:
     def only_first(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-        """Repeats the first key at the end, and lets every query attend only to the first one."""
+        """Appends a copy of the first key and lets every query attend only to the first key."""
         k, v = (torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v))
         away = torch.zeros(1, 1, 1, k.shape[2])
         away[..., 1:] = -torch.inf
@@ -321,7 +321,7 @@ def test_a_foreign_processor_is_refused_or_left_alone(sd: StableDiffusionBackbon
     assert list(record) == names[:3] and isinstance(record, Record)
 
 
-def test_a_watch_that_matches_nothing_is_an_error(sd: StableDiffusionBackbone) -> None:
+def test_a_watch_or_an_edit_that_matches_no_layer_is_refused(sd: StableDiffusionBackbone) -> None:
     for where in (Where(scales=frozenset({16})), Watch(kinds=frozenset({"joint"}))):
         edit: Any = where if isinstance(where, Watch) else At(nothing, where)
         condition = "scale 16" if edit is not where else "kind joint"

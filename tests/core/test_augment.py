@@ -1,5 +1,7 @@
-"""Augmentations change picture, mask and valid area together, mask parts change only the mask, and neither uses global
-state."""
+"""Augmentations change the picture, its mask and its valid area together. Mask parts change only the mask.
+
+Neither of them uses global state.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_the_key_in_a_slot_implies_the_kind() -> None:
 
 
 @pytest.mark.parametrize("part", AUGMENTATIONS, ids=lambda p: p.kind)
-def test_every_random_augmentation_meets_the_contract(part: Augmentation) -> None:
+def test_every_random_augmentation_is_reproducible_and_keeps_shapes_and_ranges(part: Augmentation) -> None:
     start = example()
     before = start.pixels.clone()
     state = torch.random.get_rng_state()
@@ -100,7 +102,7 @@ def test_flip_mirrors_everything_unless_the_caption_names_a_side() -> None:
     assert 0.43 < share < 0.57
 
 
-def test_random_resize_moves_the_mask_marks_padding_and_adds_the_size_to_the_caption() -> None:
+def test_random_resize_adapts_the_mask_the_valid_area_and_the_caption() -> None:
     start, captions = example(64), set()
     generator = seeded()
     for _ in range(200):
@@ -121,12 +123,13 @@ def test_random_resize_moves_the_mask_marks_padding_and_adds_the_size_to_the_cap
     assert captions == {"", "very small", "far away", "zoomed in", "close up"}
 
 
-def test_random_resize_at_one_factor_is_a_plain_resize() -> None:
+def test_random_resize_with_a_fixed_factor_is_a_plain_resize() -> None:
     start = example(64, caption="")
     half = RandomResize(scale=(0.5, 0.5), margin=4)(start, seeded())
     assert half.caption == "" and half.valid is not None
     ys, xs = half.valid[0].nonzero(as_tuple=True)
-    assert (int(ys.max() - ys.min()), int(xs.max() - xs.min())) == (23, 23)  # 32 minus a border of 4 on each side
+    # 32 pixels minus a border of 4 on each side are 24 pixels, whose indices differ by at most 23.
+    assert (int(ys.max() - ys.min()), int(xs.max() - xs.min())) == (23, 23)
     top, left = int(ys.min()) - 4, int(xs.min()) - 4
     expected = F.interpolate(start.pixels[None], size=32, mode="bicubic", antialias=True).clamp(-1, 1)[0]
     torch.testing.assert_close(half.pixels[:, top : top + 32, left : left + 32], expected)
@@ -201,7 +204,7 @@ def test_given_masks_can_be_required_and_binarized() -> None:
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 5, 30])
-def test_grow_dilates_by_a_disc(radius: int) -> None:
+def test_grow_dilates_with_a_disc(radius: int) -> None:
     mask = (torch.rand(1, 24, 40, generator=seeded()) > 0.99).float() * torch.rand(1, 24, 40, generator=seeded(1))
     out = Grow(by=radius)(example(mask=mask)).mask
     y, x = torch.meshgrid(torch.arange(24), torch.arange(40), indexing="ij")

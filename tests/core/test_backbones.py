@@ -1,4 +1,4 @@
-"""Each family's forward process, networks and autoencoder match diffusers, and adapters can be switched by name."""
+"""Each family's forward process, networks and autoencoder match diffusers. Adapters can be switched on and off."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_both_families_implement_the_protocol(backbone: Any) -> None:
 
 
 class Exact(ForwardProcess):
-    """A forward process with float64 coefficients at any time."""
+    """A forward process with coefficients in float64, defined at any time."""
 
     def __init__(self, kind: Any) -> None:
         self.prediction_type = kind
@@ -97,7 +97,7 @@ _TAKE_TIMES = {
 
 @pytest.mark.parametrize("name", _TAKE_TIMES)
 @torch.no_grad()
-def test_times_of_a_wrong_shape_are_refused(backbone: Any, name: str) -> None:
+def test_times_with_a_wrong_shape_are_refused(backbone: Any, name: str) -> None:
     take, x, conditioning = _TAKE_TIMES[name], torch.randn(3, 4, 8, 8), backbone.encode(["a mug"] * 3)
     for fine in (torch.tensor(300), torch.tensor([1, 300, 999]), torch.tensor([1.5, 300.0, 999.0])):
         take(backbone, x, conditioning, fine)
@@ -186,7 +186,7 @@ def test_pictures_are_encoded_and_decoded(backbone: Any) -> None:
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
 
-def test_each_family_accepts_only_sizes_that_fit_it(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
+def test_each_family_accepts_only_supported_picture_sizes(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
     assert sd.latent_shape(32, 64) == (4, 8, 16) and flux.latent_shape(32, 64) == (4, 8, 16)
     assert sd.latent_shape(36, 36) == (4, 9, 9) and sd.resolution == 32
     with pytest.raises(ValueError, match="36x36 does not fit flux: both sides must be multiples of 8"):
@@ -249,7 +249,8 @@ def test_only_the_named_adapters_are_active(backbone: Any) -> None:
             return predict(backbone)
 
     assert torch.equal(with_({}), base) and torch.equal(with_({"mug": 1, "student": 1}), both)
-    assert torch.equal(with_({"mug": 1.0}), mug)  # the teacher is the base with the concept, not the bare base
+    # The teacher is the base model with the concept, not the base model alone.
+    assert torch.equal(with_({"mug": 1.0}), mug)
     assert not torch.allclose(mug, base, atol=1e-4)
     halves = [with_({"mug": s}) for s in (0.25, 0.5)]
     assert not torch.allclose(*halves, atol=1e-5) and not torch.allclose(with_({"student": 1}), both, atol=1e-5)
@@ -277,7 +278,7 @@ def test_strengths_are_restored_when_the_context_ends(sd: StableDiffusionBackbon
 
 @pytest.mark.parametrize("on", [{"b": 1.0}, {"c": 1.0}, {}, {"a": 0.5, "c": 1.0}])
 def test_reactivated_adapters_give_the_same_output_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
-    """Several adapters act on each layer, and adding them up in a different order would round differently."""
+    """Several adapters act on each layer. Adding their outputs in a different order would change the rounding."""
     for i, name in enumerate("abc"):
         add_lora(backbone, name, "attention", i)
     before = predict(backbone)

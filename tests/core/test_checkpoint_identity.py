@@ -1,4 +1,4 @@
-"""A model has the same checkpoint identity in every precision, and different models have different ones."""
+"""A model has the same checkpoint identity in every precision, and different models have different identities."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ F16, B16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
 def drawn(seed: int) -> nn.Module:
-    """Returns a network whose weights span float32's usual range, including values that underflow or overflow in
-    float16, and zeros of both signs."""
+    """Returns a network whose weights span the usual range of float32.
+
+    They include values that underflow or overflow in float16, and zeros of both signs.
+    """
     generator = torch.Generator().manual_seed(seed)
     layers = nn.Sequential(nn.Linear(24, 32), nn.LayerNorm(32), nn.Linear(32, 8, bias=False))
     for p in layers.parameters():
@@ -40,7 +42,7 @@ def test_rounding_does_not_change_the_identity_of_hundreds_of_models():
             assert checkpoint_identity({"net": rounded}) == whole, (seed, chain)
 
 
-def test_all_files_and_precisions_of_one_model_share_one_identity(tiny_sd: Any, tiny_flux: Any, tmp_path):
+def test_a_model_has_one_identity_in_all_file_variants_and_precisions(tiny_sd: Any, tiny_flux: Any, tmp_path):
     for pipe, kind in ((tiny_sd, StableDiffusionBackbone), (tiny_flux, FluxBackbone)):
         whole, half = tmp_path / f"{kind.family}-32", tmp_path / f"{kind.family}-16"
         pipe.save_pretrained(whole)
@@ -71,7 +73,7 @@ def test_a_low_rank_change_of_some_layers_changes_the_identity(new_sd, share, ro
 
 
 def test_a_change_of_one_thousandth_in_one_full_size_layer_changes_the_identity():
-    """The expected number of sign changes is 65,536 / (1,000 pi) = 21."""
+    """Among the 65,536 sampled weights, about 65,536 / (1,000 pi) = 21 are expected to change sign."""
     for seed in range(20):
         torch.manual_seed(seed)
         layer = nn.Linear(1280, 640, bias=False)

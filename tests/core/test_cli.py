@@ -30,7 +30,7 @@ def ran(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch, given, used):
+def test_threads_sleep_while_they_wait_unless_the_user_chooses_otherwise(monkeypatch, given, used):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
@@ -54,7 +54,7 @@ LOADED = "import sys; print('LOADED', *sorted({m.partition('.')[0] for m in sys.
 
 
 def test_help_imports_nothing_but_the_cli_library():
-    """So help takes little longer than that library does. Only names of modules are compared, because timings are noisy."""
+    """This keeps help almost as fast as the library itself. Module names are compared, because timings are noisy."""
     code, out, err = ran(
         "-c", f"from shared.cli import build, run; code = run(build(), ['--help']); {LOADED}; sys.exit(code)"
     )
@@ -152,7 +152,7 @@ def test_each_kind_of_exception_has_its_exit_code_and_message(capsys, error, cod
 
 
 def test_every_count_has_an_upper_limit():
-    """10**12 pictures are rejected immediately instead of being generated."""
+    """For example, a request for 10**12 pictures is rejected immediately."""
     app = build()
     groups = [group.typer_instance for group in app.registered_groups]
     made = [command.callback for group in groups for command in group.registered_commands if command.callback]

@@ -16,7 +16,7 @@ from tests.core.clip_files import animation, folder, greys, noisy, sound, video
 
 
 def refused(path: Path, *words: str, **settings: Any) -> None:
-    """Asserts that reading fails with one message that names the file and contains the words in this order."""
+    """Asserts that reading fails with a message that names the file and then contains the given words in order."""
     with pytest.raises(ValueError) as error:
         read_clip(path, ClipWindow(**settings))
     assert re.search(".*".join(re.escape(w) for w in (str(path), *words)), str(error.value)), error.value

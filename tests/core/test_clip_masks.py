@@ -1,4 +1,4 @@
-"""Masks of clips are read from files, pooled to the latents' grid, and tracked from the first frame."""
+"""Masks of clips are read from files, pooled to the latent grid, and tracked from the first frame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = ClipWindow(length=8)
 
 
 def boxes(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """Returns masks `[F, H, W, 3]` of a white box that moves by 4 pixels per frame and is absent at the end."""
+    """Returns masks `[F, H, W, 3]` of a white box that moves by 4 pixels per frame and is missing in the last one."""
     out = np.zeros((count, size[1], size[0], 3), np.uint8)
     for i in range(count - 1):
         out[i, 8:24, 4 * i : 4 * i + 16] = 255
@@ -78,11 +78,11 @@ def test_masks_that_do_not_match_the_frames_are_refused(tmp_path: Path) -> None:
         read_clip(clip, ALL, mask=empty)
 
 
-# --- pooled ---------------------------------------------------------------------------------
+# --- pooling --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("frames", "latents", "ratio"), [(9, 3, 4), (17, 3, 8), (13, 4, 4), (5, 5, 1), (1, 1, 1)])
-def test_pooling_is_the_mean_over_each_latent_cell(frames: int, latents: int, ratio: int) -> None:
+def test_pooling_averages_over_each_latent_cell(frames: int, latents: int, ratio: int) -> None:
     masks = torch.rand(2, 1, frames, 12, 8, generator=torch.Generator().manual_seed(0))
     pooled = pool_masks(masks, (latents, 3, 4))
     assert pooled.shape == (2, 1, latents, 3, 4)
@@ -105,7 +105,7 @@ def test_pooling_refuses_shapes_that_no_autoencoder_produces() -> None:
         pool_masks(torch.ones(1, 9, 8, 8), (3, 2, 2))
 
 
-# --- tracked --------------------------------------------------------------------------------
+# --- tracking -------------------------------------------------------------------------------
 
 
 def smooth(side: int, seed: int) -> Tensor:
@@ -115,9 +115,9 @@ def smooth(side: int, seed: int) -> Tensor:
 
 
 def scene(side: int = 64) -> tuple[Tensor, Tensor]:
-    """Returns 16 frames `[3, F, H, W]` and the masks `[1, F, H, W]` of a textured ellipse in them.
+    """Returns 16 frames `[3, F, H, W]` of a textured ellipse, and the masks `[1, F, H, W]` of the ellipse.
 
-    The ellipse crosses a background of another texture on a wavy path.
+    The ellipse follows a wavy path across a background with another texture.
     """
     ground, skin = smooth(side, 1), smooth(side, 2)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -131,7 +131,7 @@ def scene(side: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def overlap(a: Tensor, b: Tensor) -> list[float]:
-    """Returns the intersection over union of two sequences of masks `[1, F, H, W]` in each frame."""
+    """Returns the intersection over union of two mask sequences `[1, F, H, W]`, one value per frame."""
     both, any_ = torch.minimum(a, b).sum((0, 2, 3)), torch.maximum(a, b).sum((0, 2, 3))
     return (both / any_).tolist()
 

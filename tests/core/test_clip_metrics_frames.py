@@ -1,4 +1,4 @@
-"""Metrics of the amount of motion, of consistency and of the frames' appearance match formulas written out in full."""
+"""The metrics of motion amount, consistency and frame appearance match formulas that are written out in full."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def fields_of(steps: list[float], share: float, side: int = 100, back: float = -
     return FlowFields(forward, back * forward, torch.zeros(len(steps), side, side), (side, side))
 
 
-def test_the_dynamic_degree_averages_the_longest_five_percent_of_the_flow() -> None:
+def test_the_dynamic_degree_averages_the_longest_five_percent_of_the_flow_vectors() -> None:
     looks = vectors(4, 6)
     assert dynamics(fields_of([2, 4, 6], 1.0), looks).degree == pytest.approx((2 + 4 + 6) / 3 / 100)
     assert dynamics(fields_of([2, 4, 6], 0.05), looks).degree == pytest.approx((2 + 4 + 6) / 3 / 100)
     assert dynamics(fields_of([2, 4, 6], 0.02), looks).degree == pytest.approx(0.4 * (2 + 4 + 6) / 3 / 100)
     assert dynamics(fields_of([2, 4, 6], 1.0, back=0.3), looks).degree == 0, (
-        "the backward flow contradicts the forward flow"
+        "flow that the backward flow contradicts was counted"
     )
 
 
@@ -60,7 +60,7 @@ def test_a_clip_is_dynamic_if_a_quarter_of_its_frames_exceed_the_threshold(
     assert dynamics(fields_of(steps, 1.0), vectors(frames, 6)).dynamic is expected
 
 
-def test_consistency_averages_the_cosines_of_neighbours_and_those_of_all_pairs() -> None:
+def test_consistency_averages_the_cosines_of_neighbouring_frames_or_of_all_pairs() -> None:
     looks = vectors(5, 7)
     moved = dynamics(fields_of([1] * 4, 1.0), looks)
 
@@ -76,7 +76,7 @@ def test_consistency_averages_the_cosines_of_neighbours_and_those_of_all_pairs()
             dynamics(fields_of([1.0] * (frames - 1), 1.0), vectors(count, 7))
 
 
-def test_the_dynamic_degree_of_real_frames_is_their_displacement() -> None:
+def test_the_dynamic_degree_of_a_panned_clip_is_its_displacement() -> None:
     for step in (1, 3):
         clip = panned(step)
         moved = dynamics(flow_fields(clip), PixelEncoder().images(clip.transpose(0, 1)))
@@ -91,7 +91,9 @@ def test_a_still_picture_is_frozen_even_if_it_flickers() -> None:
     assert frozen(still) and frozen(flicker) and frozen(glimmer) and frozen(still[:, :1])
     assert frozen(torch.zeros(3, 4, 32, 32))
     assert not frozen(moving_patch((1, 0))) and not frozen(panned(1))
-    assert not frozen(moving_patch((14, 0), frames=4, side=12)), "it moves faster than points can be tracked"
+    assert not frozen(moving_patch((14, 0), frames=4, side=12)), (
+        "a patch that moves too fast to be tracked is not frozen"
+    )
     moved = dynamics(flow_fields(still), PixelEncoder().images(still.transpose(0, 1)))
     assert moved.degree == 0 and moved.consistency == pytest.approx(1) and not moved.dynamic
 
@@ -113,13 +115,13 @@ def test_leakage_averages_the_best_match_of_each_frame() -> None:
     assert leakage(clips[1], clips) == pytest.approx(1)
     between = unrelated([frames, *clips])
     assert between[0] == pytest.approx(expected, abs=1e-12) and len(between) == 3
-    assert max(between) < 1, "a clip is not compared with itself"
+    assert max(between) < 1, "a clip was compared with itself"
     assert unrelated(clips[:1]) == []
     with pytest.raises(ValueError, match="but there are none"):
         leakage(frames, [])
 
 
-def test_the_spread_compares_seeds_of_one_prompt_at_the_same_frame() -> None:
+def test_the_seed_spread_compares_clips_of_the_same_prompt_frame_by_frame() -> None:
     looks = F.normalize(vectors(5, 3, 4).double(), dim=2)
     spread = seed_spread(looks, ["a", "b", "a", "a", "c"])
     pairs = [(0, 2), (0, 3), (2, 3)]
@@ -135,12 +137,12 @@ def test_the_pixel_encoder_can_replace_a_network() -> None:
     looks = PixelEncoder().images(torch.stack([one, one.mul(0.5).add(0.2), two, torch.zeros_like(one)]))
     assert torch.allclose(looks.norm(dim=1), torch.ones(4))
     between = looks @ looks.T
-    assert between[0, 1] > 0.999, "brightness and contrast make no difference"
+    assert between[0, 1] > 0.999, "brightness and contrast should make no difference"
     assert between[0, 2].abs() < 0.3 and between[0, 3] < 0.01 and between[3, 3] == pytest.approx(1)
 
 
 def test_masked_similarity_ignores_the_background() -> None:
-    """The same patch on another background is similar, and another patch on that background is not."""
+    """The same patch on another background is similar, but another patch on that other background is not."""
     same, other = moving_patch((3, 0), seed=0), moving_patch((3, 0), seed=7)
     elsewhere = same.clone()
     where = torch.zeros(5, 64, 64)

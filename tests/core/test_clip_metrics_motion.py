@@ -1,4 +1,4 @@
-"""Flow and tracks match known motion, and motion fidelity matches its formula and separates true clips."""
+"""Flow and tracks match known motion. Motion fidelity matches its formula and distinguishes clips by their motion."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_points_that_are_covered_or_leave_the_frame_stay_lost() -> None:
     seen = found.visible.int()
     assert (seen.diff(dim=1) <= 0).all() and seen[:, 0].all()
     x, y = found.points[:, 0].unbind(1)
-    # The left edge of the patch moves from x = 10 to 30 and its right edge from 34 to 54, so it covers x = 34 to 54.
+    # The right edge of the patch moves from x = 34 to 54, so the patch gradually covers the background between them.
     covered = (x > 40) & (x < 52) & (y > 24) & (y < 40)
     assert covered.any() and seen[covered, -1].double().mean() < 0.1
     far = (y < 10) | (y > 54)
@@ -69,7 +69,7 @@ def test_estimated_flow_matches_the_rendered_flow(right: Clip) -> None:
     assert (found - right.flow)[sure].norm(dim=1).median() < 0.3
 
 
-def test_masks_of_a_wrong_shape_are_refused() -> None:
+def test_unusable_masks_and_clips_are_refused() -> None:
     clip = moving_patch((1, 0))
     with pytest.raises(ValueError, match=r"a mask of shape \[1, 32, 32\] does not fit frames of 64x64"):
         track_points(clip, torch.ones(1, 32, 32))
@@ -84,7 +84,7 @@ def test_masks_of_a_wrong_shape_are_refused() -> None:
 def by_the_formula(a: list[list[list[float]]], b: list[list[list[float]]], e: float) -> float:
     """Evaluates equations 8 and 9 of Space-Time Features, with e² added to each inner product.
 
-    Takes displacements `[N][F-1][2]` and returns the mean of both directions.
+    Takes displacements `[N][F-1][2]` and returns the mean over both directions.
     """
 
     def match(one: list[list[float]], two: list[list[float]]) -> float:
@@ -105,20 +105,20 @@ def test_fidelity_averages_the_published_formula_over_both_directions() -> None:
     assert motion_fidelity(tracks_of(a), tracks_of(b)) == pytest.approx(expected, abs=1e-12)
     assert motion_fidelity(tracks_of(b), tracks_of(a)) == pytest.approx(expected, abs=1e-12)
     assert motion_fidelity(tracks_of(a), tracks_of(a)) == 1.0
-    # Relative to the frame, the same clip at twice the size has the same motion.
+    # At twice the size, the clip has the same motion relative to the frame.
     assert motion_fidelity(tracks_of(2 * a, side=200), tracks_of(b)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_fidelity_of_simple_movements() -> None:
+def test_fidelity_is_one_for_the_same_movement_and_minus_one_for_the_opposite() -> None:
     right, still = along((5, 0), (4, 0)), along((0, 0), (0, 0))
     assert motion_fidelity(right, right) == motion_fidelity(still, still) == 1.0
     assert motion_fidelity(right, still) == motion_fidelity(still, right) == 0.0
     assert motion_fidelity(right, along((-5, 0))) == pytest.approx(-1, abs=0.02)
     assert motion_fidelity(right, along((0, 5))) == pytest.approx(0, abs=0.02)
-    # Points that do not move are not counted; otherwise a still background alone would make any two clips alike.
+    # Points that do not move are not counted. Otherwise, a still background alone would make any two clips alike.
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), along((-5, 0), *[(0, 0)] * 50)) < -0.95
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), still) == 0.0
-    # Both directions count. Here one clip has a movement that the other lacks.
+    # Each clip is compared with the other, and the mean is taken. Here, one clip has a movement that the other lacks.
     both = along((5, 0), (-5, 0))
     assert motion_fidelity(both, along((5, 0))) == pytest.approx((0 + 1) / 2, abs=0.02)
 
@@ -145,14 +145,18 @@ def test_fidelity_uses_only_frames_where_both_tracks_are_visible() -> None:
 
 def test_camera_movement_can_be_subtracted() -> None:
     ground = [(-6.0, 0.0)] * 8
-    seen = along(*ground, (-1, 0))  # an object that moves right by 5, while the camera follows too fast
+    seen = along(*ground, (-1, 0))  # the object moves right by 5 pixels per frame, and the camera by 6
     fixed = along(*[(0.0, 0.0)] * 8, (5, 0))
     assert motion_fidelity(seen, fixed, compensate_camera=True) == pytest.approx(1)
     assert motion_fidelity(seen, fixed) < 0
 
 
-def test_fidelity_separates_true_clips_by_their_motion(right: Clip) -> None:
-    """Compares a clip with another object's same motion, the opposite motion, its own reverse, and its frozen frame."""
+def test_fidelity_distinguishes_rendered_clips_by_their_motion(right: Clip) -> None:
+    """Compares a clip with four others.
+
+    The others show another object with the same motion, the opposite motion, the reversed clip and its frozen first
+    frame.
+    """
     clip = pixels(right)
     again, left = (pixels(drawn(name, seed)) for name, seed in (("slide right", 3), ("slide left", 1)))
     one, two, other, back, still = (

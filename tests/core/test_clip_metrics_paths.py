@@ -1,4 +1,4 @@
-"""Held-out motions are recognised by their paths and told apart from look-alikes, and path errors are measured."""
+"""Held-out motions are recognised by their paths and told apart from look-alikes. Path errors are measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN = {name: KnownMotion(name, motion) for name, motion in motion_names().item
 
 
 def noisy(path: Array, seed: int, amount: float = 0.3) -> Array:
-    """Returns the path as an estimator would report it, off by a fraction of a unit in every frame."""
+    """Returns the path as an estimator would report it, with an error of a fraction of a unit in every frame."""
     rng = np.random.default_rng(seed)
     return path + amount * rng.normal(0, 1, path.shape) * list(UNITS.values())
 
@@ -39,7 +39,7 @@ def test_a_motion_is_recognised_from_any_starting_point_and_its_look_alikes_are_
             assert not hit and found.name == other.name and found.margin > 0
 
 
-def test_the_candidates_are_look_alikes_the_other_motions_of_the_split_and_stillness() -> None:
+def test_the_candidates_include_look_alikes_and_stillness_and_the_other_motions_of_the_split() -> None:
     for known in KNOWN.values():
         names = list(known.candidates(16))
         others = [m.motion.name for n, m in KNOWN.items() if m.split == known.split and n != known.name]
@@ -62,7 +62,8 @@ def test_path_errors_are_in_pixels_and_degrees_and_ignore_constant_shifts() -> N
     assert vars(error) == pytest.approx(
         {"position_px": 5, "scale": 0.1, "azimuth_deg": 2, "elevation_deg": 3, "roll_deg": 5}, rel=1e-6
     )
-    assert path_error(truth[::3], truth, 64).position_px < 1e-6  # 6 of 16 frames, at the same times
+    # Every third frame is compared with the truth at the same times.
+    assert path_error(truth[::3], truth, 64).position_px < 1e-6
 
 
 def test_clips_record_which_motion_they_show(tmp_path: Path) -> None:

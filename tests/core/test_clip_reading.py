@@ -85,7 +85,7 @@ def test_variable_frame_rates_are_sampled_by_time(tmp_path: Path, ending: str, f
     assert clip.picks == tuple(on_screen) and numbers(clip.frames) == on_screen and clip.fps == fps
 
 
-def test_millisecond_timestamps_repeat_and_drop_no_frame(tmp_path: Path) -> None:
+def test_frames_are_neither_repeated_nor_dropped_because_of_millisecond_timestamps(tmp_path: Path) -> None:
     """At 24 frames per second, the second frame is due at 41.67 ms, but WebM stores 42 ms."""
     path = video(tmp_path / "a.webm", greys(12, (16, 16)), "libvpx-vp9", fps=24, options={"deadline": "realtime"})
     assert read_clip(path, ClipWindow(fps=24, length=12)).picks == tuple(range(12))
@@ -115,9 +115,11 @@ def test_stride_start_and_windows_select_the_right_frames(tmp_path: Path) -> Non
         assert len(list(read_windows(path, ClipWindow(length=11, windows=5)))) == 2
 
 
-def test_any_frame_can_be_read_by_itself(tmp_path: Path) -> None:
-    """Seeking lands on key frames. This file has few of them, and with open groups of pictures, some frames are
-    displayed before the key frame that precedes them in the file."""
+def test_any_single_frame_can_be_read(tmp_path: Path) -> None:
+    """Seeking lands on key frames, and this file has only a few.
+
+    Its groups of pictures are open, so some frames are displayed before the key frame that precedes them in the file.
+    """
     frames = greys(12, (16, 16))
     path = video(tmp_path / "a.mp4", frames, options={"g": "5", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"})
     source = open_frames(path)
@@ -126,7 +128,7 @@ def test_any_frame_can_be_read_by_itself(tmp_path: Path) -> None:
         assert numbers(picture.pixels[:, None]) == [index]
 
 
-# --- as a player shows it ---------------------------------------------------------------------
+# --- display ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_non_square_pixels_are_made_square(tmp_path: Path) -> None:
 
 def test_transparency_becomes_a_mask_on_a_neutral_background(tmp_path: Path) -> None:
     frames = np.concatenate([greys(4), np.full((4, 32, 48, 1), 255, np.uint8)], -1)
-    frames[1:, :, :24, 3] = 0  # the first frame is opaque, the others only in one half
+    frames[1:, :, :24, 3] = 0  # the first frame is opaque, and the left half of all other frames is transparent
     vp9 = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0"}
     paths = [
         animation(tmp_path / "a.webp", frames, exact=True),
@@ -178,7 +180,7 @@ def test_transparency_becomes_a_mask_on_a_neutral_background(tmp_path: Path) -> 
         np.testing.assert_allclose(shown[2, :, 30:], 60, atol=4)
 
 
-def test_a_gif_that_stores_only_changes_is_composed(tmp_path: Path) -> None:
+def test_the_frames_of_a_gif_that_stores_only_changes_are_reconstructed(tmp_path: Path) -> None:
     frames = greys(1, (32, 32)).repeat(4, 0)
     for i in range(4):
         frames[i, 4:8, 4 + 6 * i : 8 + 6 * i] = (250, 10, 10)
@@ -215,7 +217,7 @@ def test_the_stated_matrix_and_range_are_used() -> None:
     red_709, red_601 = (63, 102, 240), (81, 90, 240)
     assert shown(plain("yuv420p", red_709, colorspace=1)) == pytest.approx([255, 0, 0], abs=2)
     assert shown(plain("yuv420p10le", tuple(4 * c for c in red_709), colorspace=1)) == pytest.approx([255, 0, 0], abs=2)
-    # A small frame that states no matrix uses BT.601.
+    # If a small frame does not state its matrix, BT.601 is used.
     assert shown(plain("yuv420p", red_601)) == pytest.approx([255, 0, 0], abs=2)
     assert shown(plain("yuv420p", (100, 128, 128), color_range=2)) == pytest.approx([100] * 3, abs=1)
 
@@ -225,7 +227,7 @@ def oetf(light: float) -> float:
 
 
 def test_hdr_is_tone_mapped_to_srgb() -> None:
-    """Diffuse white is 203 nits, which is a signal of 58.06 % in PQ and 75 % in HLG (ITU-R BT.2408)."""
+    """Diffuse white is 203 nits, which corresponds to a signal of 58.06 % in PQ and 75 % in HLG (ITU-R BT.2408)."""
     tags = {"colorspace": 9, "color_primaries": 9}
     white = oetf(0.75 + 0.25 * (1 - np.exp(-1)))
     pq, hlg = (64 + 876 * 0.5806, 512, 512), (64 + 876 * 0.75, 512, 512)
@@ -238,7 +240,7 @@ def test_hdr_is_tone_mapped_to_srgb() -> None:
 
 
 def test_wide_primaries_are_converted() -> None:
-    """Encodes the red primary of BT.709 in BT.2020."""
+    """The frame encodes the red primary of BT.709 in BT.2020."""
     r, g, b = (np.array([0.6274, 0.0691, 0.0164]) ** (1 / 2.4)).tolist()
     luma = 0.2627 * r + 0.6780 * g + 0.0593 * b
     codes = (64 + 876 * luma, 512 + 896 * (b - luma) / 1.8814, 512 + 896 * (r - luma) / 1.4746)
@@ -272,7 +274,7 @@ def test_cover_warns_once_about_the_loss_and_contain_keeps_everything(tmp_path: 
 
 
 def test_4k_clips_are_read_in_bounded_memory(tmp_path: Path) -> None:
-    """A frame takes 25 MB as RGB. Reading twelve more frames must cost less memory than six of them would take."""
+    """An RGB frame takes 25 MB. Twelve additional frames must add less to the peak memory than six frames take."""
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("mpeg4", rate=8)

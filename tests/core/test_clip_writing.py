@@ -1,4 +1,4 @@
-"""Written clips read back correctly with their metadata, and no partial file is ever left."""
+"""Written clips are read back correctly with their metadata. A failed write never leaves a partial clip."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_lossless_formats_are_exact(tmp_path: Path) -> None:
     assert (read_clip(tmp_path / "few.gif", ClipWindow(length=6)).frames - few).abs().max() < 1e-5
 
 
-def test_small_clips_are_enlarged_without_blur_and_odd_sizes_made_even(tmp_path: Path) -> None:
+def test_small_clips_are_enlarged_without_blur_and_odd_sizes_are_made_even(tmp_path: Path) -> None:
     checks = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
     write_clip(tmp_path / "a.mp4", checks.expand(3, 4, 64, 64), 8)
     large = read_clip(tmp_path / "a.mp4", ClipWindow(length=4)).frames
@@ -99,7 +99,7 @@ def test_small_clips_are_enlarged_without_blur_and_odd_sizes_made_even(tmp_path:
 def test_mp4_can_be_played_everywhere(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", moving(), 12.5, ABOUT)
     data = (tmp_path / "a.mp4").read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat")  # it plays while loading
+    assert data.index(b"moov") < data.index(b"mdat")  # playback can start while the file is loading
     with av.open(str(tmp_path / "a.mp4")) as file:
         stream = file.streams.video[0]
         context = stream.codec_context
@@ -130,7 +130,7 @@ def test_a_gif_does_not_flicker(tmp_path: Path) -> None:
     back = read_clip(tmp_path / "a.gif", ClipWindow(length=6)).frames
     assert bool((back[:, :, :12] == back[:, :1, :12]).all())
     bands = torch.nn.functional.avg_pool2d((back - clip).movedim(1, 0), 8)
-    assert bands.abs().max() < 0.05  # the mean over 8x8 pixels is right to within 6 of 255 levels
+    assert bands.abs().max() < 0.05  # the mean over 8x8 pixels is correct to within 6 of 255 levels
 
 
 def test_a_frozen_clip_keeps_its_duration(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_folder_that_pcs_did_not_write_is_not_replaced(tmp_path: Path) -> None
     assert len(list(theirs.iterdir())) == 3
 
 
-def test_reading_metadata_of_files_that_pcs_did_not_write(tmp_path: Path) -> None:
+def test_files_that_pcs_did_not_write_have_no_metadata_or_are_refused(tmp_path: Path) -> None:
     assert read_clip_metadata(video(tmp_path / "a.mp4", greys(2))) == {}
     write_picture(moving()[:, 0], tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png is not a clip in a format that pcs writes"):
@@ -217,7 +217,7 @@ write_clip(sys.argv[1], torch.rand(3, 150, 128, 128) * 2 - 1, 8, enlarge=1)
     assert path.read_bytes() == b"what was there"
     (left,) = (p.name for p in tmp_path.iterdir() if p != path)
     assert is_temporary(left) and not left.endswith(".mp4")  # no truncated file looks like a clip
-    write_clip(path, moving(2), 8)  # removes what the killed process left
+    write_clip(path, moving(2), 8)  # removes the file that the killed process left behind
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 

@@ -279,7 +279,7 @@ def _rebuilt(pipe: Any, **changes: Any) -> StableDiffusionBackbone:
     return StableDiffusionBackbone(pipe, "other")
 
 
-def test_another_family_or_shape_is_refused_with_the_reason(
+def test_a_model_of_another_family_or_shape_is_refused_with_the_reason(
     new_sd: Callable[..., Any], new_flux: Callable[..., Any], make_tiny_sd: Callable[..., Any]
 ) -> None:
     concept = learned(new_sd())
@@ -290,7 +290,7 @@ def test_another_family_or_shape_is_refused_with_the_reason(
             new_flux(),
             r"learned on stable_diffusion \(tiny\), but this backbone is flux \(tiny-flux\), which reads .* flux",
         ),
-        (small, r"its unet\.down_blocks\.0\.\S+to_k is \[16, 16\], but here it is \[8, 16\]"),
+        (small, r"its unet\.down_blocks\.0\.\S+to_k has shape \[16, 16\], but here the shape is \[8, 16\]"),
         (shallow, r"4 of the 28 layers of unet that it changes do not exist here, such as down_blocks\.0\.attentions"),
     ):
         assert re.search(reason, fits(concept, other) or "")
@@ -310,7 +310,7 @@ def test_word_embeddings_of_another_width_are_refused_with_the_reason(new_sd: Ca
         attach(concept, wide)
 
 
-def test_another_checkpoint_works_with_a_warning(new_sd: Callable[..., Any]) -> None:
+def test_another_checkpoint_of_the_same_shape_works_with_a_warning(new_sd: Callable[..., Any]) -> None:
     concept, other = learned(new_sd()), new_sd(seed=1)
     with pytest.warns(UserWarning, match="a checkpoint with different weights"):
         attach(concept, other)
@@ -364,7 +364,7 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
     ],
 )
-def test_a_concept_that_fits_only_in_part_is_refused_and_leaves_no_trace(
+def test_a_concept_that_fits_only_partly_is_refused_and_leaves_no_trace(
     new_sd: Callable[..., Any], change: Callable[[Concept], Concept], message: str
 ) -> None:
     concept, backbone = change(learned(new_sd())), new_sd()

@@ -1,4 +1,4 @@
-"""A concept's model is found again on this machine, and `pcs concept show` prints the concept's training steps."""
+"""The model that a concept was learned on is found again, and `pcs concept show` prints the training steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_moved_model_must_be_located_only_once(
     assert run(build(), arguments) == 2 and not (tmp_path / "out").exists()
     assert "the concept 'x' was learned on" in capsys.readouterr().err
     assert load_backbone_of(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
-    assert run(build(), arguments) == 0, "the new path is remembered"
+    assert run(build(), arguments) == 0, "the new path was not remembered"
 
 
 def test_a_damaged_or_unwritable_index_is_not_an_error(
@@ -103,7 +103,9 @@ def test_a_folder_with_only_half_precision_files_loads(tiny_sd: Any, tmp_path: P
     half, whole = load_backbone(tmp_path / "half"), load_backbone(tmp_path / "both")
     assert half.checkpoint == whole.checkpoint and half.dtype == torch.float32
     shutil.copytree(tmp_path / "both" / "vae", tmp_path / "half" / "vae", dirs_exist_ok=True)
-    assert load_backbone(tmp_path / "half").checkpoint == whole.checkpoint, "the VAE has files in both precisions"
+    assert load_backbone(tmp_path / "half").checkpoint == whole.checkpoint, (
+        "the additional full-precision files of the VAE changed the identity"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Concept folders are written completely or not at all, and reading even a hostile one executes nothing."""
+"""Concept folders are written completely or not at all. Reading one never executes code, even if it is malicious."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_damaged_tensors_are_refused(
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "model.ckpt", "x.pt", "sub/old.pkl", "setup.py", "recipe.yaml"])
-def test_files_that_can_contain_code_are_refused_unopened(saved: Path, tmp_path: Path, name: str) -> None:
+def test_files_that_can_contain_code_are_refused_without_being_opened(saved: Path, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "executed"
     file = saved / name
     file.parent.mkdir(exist_ok=True)
@@ -155,10 +155,16 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(saved: Path, tmp_pat
     [
         ({"name": "../../etc"}, "name"),
         ({"name": ""}, "name"),
-        ({"schema_version": 1}, r"concept\.json has schema 1: made by an older version; learn it again$"),
-        ({"schema_version": 3}, "has schema 3: made by a newer version; this one reads schema 2: update pcs"),
-        ({"schema_version": True}, "not made by this suite"),
-        ({"schema_version": None}, "not made by this suite"),
+        (
+            {"schema_version": 1},
+            r"concept\.json has schema 1: it was made by an older version of pcs; learn the concept again$",
+        ),
+        (
+            {"schema_version": 3},
+            "has schema 3: it was made by a newer version of pcs, and this version reads schema 2; update pcs",
+        ),
+        ({"schema_version": True}, "not made by pcs"),
+        ({"schema_version": None}, "not made by pcs"),
         ({"kind": "virus"}, "kind: unknown value 'virus'"),
         ({"colour": 1}, "unknown key 'colour'"),
         ({"files": {"../secret.safetensors": "0" * 64}}, "not a plain path"),

@@ -1,5 +1,7 @@
-"""Whether a concept fits a model depends only on the layers it touches, so a motion U-Net accepts concepts learned on
-its plain U-Net."""
+"""Whether a concept fits a model depends only on the layers that the concept changes.
+
+Therefore, a motion U-Net accepts concepts that were learned on the plain U-Net it is based on.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def clip(backbone: Any, prompt: str = "a photo of a mug") -> Tensor:
 
 @pytest.fixture(scope="module")
 def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Concept:
-    """A concept with a token and a LoRA, each trained for two steps on the plain U-Net, then saved and read back."""
+    """A saved and reloaded concept. Its token and its LoRA were each trained for two steps on the plain U-Net."""
     root, backbone = tmp_path_factory.mktemp("run"), StableDiffusionBackbone(make_tiny_sd(), "tiny")
     rates = ("trainable.tokens.lr=0.5", "phases.tune.trainable.lora.lr=0.05")
     recipe = small("pivotal_tuning", "phases.pivot.train.steps=2", "phases.tune.train.steps=2", *rates)
@@ -64,7 +66,7 @@ def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     return read(save(concept, root / "mug.concept").path or root)
 
 
-def test_a_motion_unet_accepts_concepts_of_its_plain_unet(
+def test_a_motion_unet_accepts_concepts_learned_on_its_plain_unet(
     concept: Concept, make_tiny_sd: Callable[..., Any], recwarn: pytest.WarningsRecorder
 ) -> None:
     backbone = clips(make_tiny_sd())
@@ -73,17 +75,17 @@ def test_a_motion_unet_accepts_concepts_of_its_plain_unet(
     assert fits(concept, backbone) is None
     attach(concept, backbone)
     assert not [w for w in recwarn if "checkpoint" in str(w.message)], (
-        "the layers have the weights that the concept was learned on"
+        "there was a warning, although the layers have the weights that the concept was learned on"
     )
     words = backbone.placeholders["mug"].words
     adapted, named = clip(backbone), clip(backbone, f"a photo of a {words}")
-    assert not torch.allclose(adapted, base, atol=1e-4), "the LoRA has an effect"
+    assert not torch.allclose(adapted, base, atol=1e-4), "the LoRA had no effect"
     with backbone.active({}):
         assert torch.equal(clip(backbone), base)
         learned = clip(backbone, f"a photo of a {words}")
     with backbone.active({"mug": 0.0}):
         assert not torch.allclose(clip(backbone, f"a photo of a {words}"), learned, atol=1e-5), (
-            "the token has an effect"
+            "the token had no effect"
         )
     assert not torch.allclose(named, adapted, atol=1e-5)
     for path in concept.meta.layers["unet"]:  # every layer of the concept is adapted, and none lies in a motion module
@@ -177,7 +179,7 @@ def test_a_package_can_add_a_family(
     )
     monkeypatch.syspath_prepend(str(package))
     assert "StableDiffusionImg2ImgPipeline" in families() and "a_family" not in sys.modules, (
-        "it must be imported only when it is used"
+        "the package must not be imported before it is used"
     )
     assert load_backbone(tmp_path / "model").family == "mine"
     sys.modules.pop("a_family", None)

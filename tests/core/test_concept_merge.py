@@ -1,4 +1,7 @@
-"""Concepts learned separately and merged in closed form (Custom Diffusion), compared with brute force in float64."""
+"""Separately learned concepts are merged in closed form (Custom Diffusion).
+
+The results are compared with brute-force solutions in float64.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def features(backbone: Any, prompt: str) -> Tensor:
 
 
 def words(backbone: Any, concept: Concept) -> Tensor:
-    """Returns the text features of "<name> noun" in "a photo of a <name> noun", which follow five other tokens."""
+    """Returns the text features of "<name> noun" in "a photo of a <name> noun", where they follow five other tokens."""
     attach(concept, backbone)
     vectors = features(backbone, f"a photo of a {backbone.placeholders[concept.name].words}")[5:7]
     backbone.remove(concept.name)
@@ -114,7 +117,8 @@ def test_concept_words_keep_their_meaning_with_the_least_change_to_other_text(sd
     assert [c.name for c in merged] == ["rex", "cup"] and not sd.adapters and not sd.placeholders
     word_features = [words(sd, c) for c in both]
     targets, regular = torch.cat(word_features), torch.cat([features(sd, c) for c in CAPTIONS])
-    # Layer norm confines the features to a hyperplane. Without a small penalty across it, rounding alone would decide.
+    # Layer norm confines the features to a hyperplane. Without a small penalty on changes perpendicular to it, rounding
+    # errors alone would determine them.
     spread = regular.square().sum(0).mean().sqrt()
     regular = torch.cat([regular, 1e-9**0.5 * spread * torch.eye(regular.shape[1])])
     free = torch.linalg.svd(targets).Vh[len(targets) :].T  # directions in which a change does not affect the words
@@ -134,7 +138,9 @@ def test_concept_words_keep_their_meaning_with_the_least_change_to_other_text(sd
 
 def test_the_merged_change_acts_once_and_its_sources_are_recorded(sd, both, tmp_path):
     merged = merge(both, sd, CAPTIONS)
-    assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, "the id is also set before saving"
+    assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, (
+        "the id must be set before the concepts are saved"
+    )
     for concept in merged:
         save(concept, tmp_path / f"{concept.name}.concept")
     again = [read(tmp_path / f"{c.name}.concept") for c in both]
@@ -144,7 +150,7 @@ def test_the_merged_change_acts_once_and_its_sources_are_recorded(sd, both, tmp_
     for concept in again:
         attach(concept, sd)
     assert torch.allclose(weight, start + changes(merged[0])[key].float(), atol=1e-6), (
-        "the merged change acts once, not twice"
+        "the merged change did not act exactly once"
     )
     assert again[0].meta.metrics == {"merged": "rex, cup", "merge_method": "closed_form"}
     assert again[0].meta.adapter_id == again[1].meta.adapter_id != both[0].meta.adapter_id
@@ -154,7 +160,7 @@ def test_the_merged_change_acts_once_and_its_sources_are_recorded(sd, both, tmp_
     assert torch.equal(weight, start)
 
 
-def test_the_method_sum_adds_up_the_changes(sd, both):
+def test_the_sum_method_adds_up_the_changes(sd, both):
     summed = changes(merge(both, sd, [], "sum")[0])
     a, b = (changes(c) for c in both)
     assert all(torch.allclose(v, a[k] + b[k], atol=1e-6) for k, v in summed.items())
@@ -180,14 +186,17 @@ def test_concepts_that_cannot_be_merged_are_refused_with_the_reason(sd, flux, bo
     cut = Concept(cup.meta, {**cup.tensors, "weights": {k: v[:-1] for k, v in cup.of("weights").items()}})
     for concepts, message in (
         ([rex], "two or more"),
-        ([cut, rex], r"is \[\d+, 16\] in the concepts, but \[\d+, 16\] here: merge on the model they were learned on"),
+        (
+            [cut, rex],
+            r"is \[\d+, 16\] in the concepts, but \[\d+, 16\] here: merge them on the model that they were learned on",
+        ),
         ([rex, learned(sd, "long", "cat", 4, vectors=40)], "the prompt is too long"),
-        ([rex, mixed], "'cup' has adapters: only changed keys and values of cross-attention can be merged"),
+        ([rex, mixed], "'cup' has adapters: only changes to the keys and values of cross-attention can be merged"),
         ([rex, cup, rex], "two of the concepts are called 'rex'"),
         ([rex, other], "'rex' was learned on stable_diffusion, but 'cup' on flux"),
-        ([rex, lora], "'lora' has adapters: only changed keys and values of cross-attention can be merged"),
-        ([rex, plain], "'plain' changes no weights: only changed keys and values"),
-        ([rex, wide], r"'wide' changes unet\..*to_(q|out\.0).*: only changed keys and values"),
+        ([rex, lora], "'lora' has adapters: only changes to the keys and values of cross-attention can be merged"),
+        ([rex, plain], "'plain' changes no weights: only changes to the keys and values"),
+        ([rex, wide], r"'wide' changes unet\..*to_(q|out\.0).*: only changes to the keys and values"),
         ([rex, half], r"'rex' and 'cup' change different layers \(\d+ in only one of them, for example unet\..*to_v"),
         ([rex, twin], "the words of 'rex', 'twin' cannot be told apart"),
     ):
@@ -220,7 +229,7 @@ def test_the_command_writes_one_folder_per_concept_or_nothing(sd, both, tmp_path
     assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in merged.items())
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "both" / f"{n}.concept") for n in ("rex", "cup")]
     assert run(build(), call) == 2 and "already exists" in capsys.readouterr().err
-    assert run(build(), [*call, "--overwrite"]) == 0, "without --captions, plain prompts are used"
+    assert run(build(), [*call, "--overwrite"]) == 0, "without --captions, plain prompts should be used"
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert run(build(), [*call[:-1], str(tmp_path / "new"), "--captions", str(empty)]) == 2

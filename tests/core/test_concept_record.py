@@ -1,4 +1,4 @@
-"""A concept's provenance record never prevents saving what was learned, and is checked when it is read."""
+"""A concept can be saved whatever its provenance record contains. The record is checked when a concept is read."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _types() -> list[str]:
 
 @pytest.mark.parametrize("kind", _types())
 def test_the_settings_of_every_adapter_type_are_accepted(kind: str) -> None:
-    """Tries only each type's plain fields. Settings that replace modules, load files or need data are refused."""
+    """Only plain fields are tried, because settings that replace modules, load files or need data are refused."""
     config = {getattr(k, "value", k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[kind]
     plain = {f.name: f.default for f in dataclasses.fields(config) if type(f.default) in (bool, int, float)}
     refused = {"use_qalora", "qalora_group_size", "ensure_weight_tying"}

@@ -1,4 +1,4 @@
-"""YAML layers and key=value overrides merge as documented, and errors explain what is wrong with them."""
+"""YAML layers and key=value overrides are merged as documented, and errors explain what is wrong."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_kind_implied_by_the_key_is_taken_into_account():
     assert merge(base, {"parts": {"wide": {"kind": "deep"}}}) == {"parts": {"wide": {"kind": "deep"}}}
 
 
-def test_an_omitted_kind_in_a_single_part_slot_is_the_default():
+def test_a_single_part_without_a_kind_has_the_default_kind():
     class Single(Part):
         slot: Annotated[Annotated[Wide | Deep, Field(discriminator="kind")], default_kind("wide")] = Wide()
         deep: Deep = Deep()

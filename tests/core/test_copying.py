@@ -29,7 +29,7 @@ def test_exact_noisy_shifted_and_mirrored_copies_are_found() -> None:
     assert copying.aligned_similarity(zoomed, references)[0, 1] > 0.97
 
 
-def test_new_pictures_are_not_copies_and_the_nearest_is_named() -> None:
+def test_new_pictures_are_not_copies_and_the_nearest_reference_is_reported() -> None:
     references = smooth_pictures(4)
     fresh = smooth_pictures(30, seed=7)
     assert not any(_copied(fresh, references))

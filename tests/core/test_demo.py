@@ -65,7 +65,7 @@ def test_unknown_names_are_refused_before_anything_is_deleted(tmp_path: Path, mo
     assert sorted(p.name for p in kept.iterdir()) == before
 
 
-def test_the_installed_packages_offer_their_parts() -> None:
+def test_every_installed_package_provides_a_part_of_the_demo() -> None:
     found: Any = demo.parts()
     assert [part.__name__ for part in found.values()] == ["pcs_image.demo", "pcs_video.demo", "pcs_3d.demo"]
     assert list(demo.parts(["video"])) == ["video"]

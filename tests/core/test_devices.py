@@ -1,5 +1,5 @@
-"""All tensors of a step are on one device. Without a GPU, `meta` tensors reveal most mixtures of devices. Tests that
-need a GPU are marked `cuda`."""
+"""All tensors in a step are on the same device. Without a GPU, tensors on the `meta` device reveal most cases of mixed
+devices. Tests that need a GPU are marked `cuda`."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def marked(function: Any) -> Any:
 
 @marked
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_training_step_on_a_gpu(on_gpu, photos, tmp_path, precision):
+def test_training_on_a_gpu_learns_finite_weights(on_gpu, photos, tmp_path, precision):
     learned = finish(session(on_gpu(), small("pivotal_tuning", f"train.mixed_precision={precision}"), photos, tmp_path))
     assert learned and all(t.isfinite().all() for t in learned.values())
 
 
 @marked
-def test_a_picture_from_a_gpu_matches_the_one_from_the_cpu(new, on_gpu):
+def test_pictures_from_the_gpu_and_the_cpu_match(new, on_gpu):
     seen = sample(on_gpu(), ["a mug"], seeds=[0], settings=SETTINGS).cpu()
     assert torch.allclose(seen, sample(new(), ["a mug"], seeds=[0], settings=SETTINGS), atol=2e-2)
 
@@ -109,9 +109,9 @@ def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu,
 
 
 @marked
-def test_networks_that_take_turns_on_a_gpu_generate_and_learn_the_same(new, on_gpu, photos, tmp_path):
-    """The memory limit is the size of the largest network, so the networks cannot all be on the GPU at once."""
-    make, whole = tmp_path / "model", on_gpu()  # the saved files have the same weights
+def test_networks_that_take_turns_on_a_gpu_give_the_same_pictures_and_weights(new, on_gpu, photos, tmp_path):
+    """The memory limit is the size of the largest network, so the networks cannot all be on the GPU together."""
+    make, whole = tmp_path / "model", on_gpu()  # the files saved here contain the same weights
     whole.pipeline().save_pretrained(make)
     limit = max(size_of(m) for m in (*whole.components.values(), whole.vae))
     parts = load_backbone(make, device="cuda", memory=limit)

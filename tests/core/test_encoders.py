@@ -94,7 +94,9 @@ def test_dino_returns_the_normalised_cls_embedding(dino_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("old", ["CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast"])
-def test_old_and_fast_processor_names_load_without_torchvision(clip_folder: Path, tmp_path: Path, old: str) -> None:
+def test_processors_with_old_or_fast_names_load_without_torchvision(
+    clip_folder: Path, tmp_path: Path, old: str
+) -> None:
     import shutil
 
     folder = tmp_path / "clip"
@@ -110,7 +112,9 @@ def test_old_and_fast_processor_names_load_without_torchvision(clip_folder: Path
     )
 
 
-def test_wrong_folders_are_refused_and_named(clip_folder: Path, dino_folder: Path, tmp_path: Path) -> None:
+def test_folders_of_other_models_and_unreadable_folders_are_refused(
+    clip_folder: Path, dino_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="not a model folder"):
         encoders.load_clip(tmp_path)
     with pytest.raises(ValueError, match="'dinov2'; expected clip"):

@@ -1,5 +1,5 @@
-"""On pictures with known ground truth, the shipped instruments must not be too generous with verified identity and
-freedom."""
+"""On pictures with known ground truth, the shipped instruments must recognise true pictures and must not overestimate
+identity or freedom."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def judge(through: Callable[[Tensor], Tensor]) -> Scorer:
 
 
 def _scenes(each: int, seed: int, camera: Callable[[int], Camera] | None = None) -> list[Scene]:
-    """Returns `each` ground-truth scenes for every prompt, one prompt after another."""
+    """Returns `each` ground-truth scenes per prompt, grouped by prompt."""
     asked = [p.expects for p in PROMPTS for _ in range(each)]
     scenes = asked_scenes(ROBOT.thing, asked, seed)
     return scenes if camera is None else [replace(s, cameras=(camera(i),)) for i, s in enumerate(scenes)]
@@ -82,7 +82,7 @@ def _drawn(scenes: Sequence[Scene]) -> Tensor:
 
 
 def _measured(judge: Scorer, pixels: Tensor, each: int) -> tuple[float, float | None, float]:
-    """Returns the verified share, the freedom (None if it cannot be measured) and the share of copies."""
+    """Returns the share of verified pictures, the freedom (None if it cannot be measured), and the share of copies."""
     of = [i for i in range(len(PROMPTS)) for _ in range(each)]
     expects: list[Mapping[str, str]] = [PROMPTS[i].expects for i in of]
     measured = judge.measure(pixels, [PROMPTS[i].plain("robot") for i in of], expects)
@@ -92,7 +92,7 @@ def _measured(judge: Scorer, pixels: Tensor, each: int) -> tuple[float, float | 
     return measured.mean("verified"), freedom, measured.mean("copied")
 
 
-def test_true_pictures_pass_and_are_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+def test_true_pictures_are_verified_and_have_high_freedom(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
     assert judge.figures is not None
     bar = judge.figures.bars[""]
     assert 0.5 <= bar.passed <= 1 and bar.pictures >= measuring.BEHIND
@@ -101,7 +101,9 @@ def test_true_pictures_pass_and_are_free(judge: Scorer, through: Callable[[Tenso
     assert freedom is not None and freedom >= 0.9
 
 
-def test_one_pose_is_not_free_wherever_it_is_placed(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+def test_a_single_pose_has_little_freedom_wherever_it_is_placed(
+    judge: Scorer, through: Callable[[Tensor], Tensor]
+) -> None:
     rng, found = np.random.default_rng(3), []
     for pose in (
         POSE,
@@ -118,20 +120,20 @@ def test_one_pose_is_not_free_wherever_it_is_placed(judge: Scorer, through: Call
     assert sum(found) / len(found) <= 0.1 and max(found) <= 0.2, found
 
 
-def test_one_picture_shifted_around_is_not_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+def test_shifted_copies_of_one_picture_have_little_freedom(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
     one = through(_drawn(_scenes(1, 7, lambda _: POSE)))
     _, freedom, _ = _measured(judge, shifted(one, np.random.default_rng(4)), 4)
     assert freedom is not None and freedom <= 0.1
 
 
-def test_the_single_pose_learned_by_pivotal_tuning_is_not_free(judge: Scorer) -> None:
+def test_the_single_pose_learned_by_pivotal_tuning_has_little_freedom(judge: Scorer) -> None:
     sheet = torch.from_numpy(np.array(Image.open(SHEET).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
     tiles = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
     _, freedom, _ = _measured(judge, tiles, 4)
     assert freedom is not None and freedom <= 0.2
 
 
-def test_freedom_is_not_measured_for_noise_or_if_half_the_pictures_show_another_subject(
+def test_freedom_is_not_measured_for_noise_or_when_half_the_pictures_show_another_subject(
     judge: Scorer, through: Callable[[Tensor], Tensor]
 ) -> None:
     noise = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -144,7 +146,9 @@ def test_freedom_is_not_measured_for_noise_or_if_half_the_pictures_show_another_
     assert freedom is None
 
 
-def test_cut_outs_of_the_references_are_copies(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+def test_cut_outs_of_the_references_are_recognised_as_copies(
+    judge: Scorer, through: Callable[[Tensor], Tensor]
+) -> None:
     rng = np.random.default_rng(5)
     empty = _drawn(_scenes(4, 9, lambda _: Camera(0, 15, 0, 0.45, 0.45, 0.05)))
     assert judge.masks is not None

@@ -1,4 +1,4 @@
-"""diffusers itself loads our exports and computes the same numbers from them."""
+"""diffusers itself loads our exports and gives the same results with them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def state(backbone: Any) -> Any:
     ],
     ids=["plain", "alpha", "convolutions", "text too", "text alone", "overlapping", "dora", "dora and text"],
 )
-def test_lora_exports_for_stable_diffusion(
+def test_lora_exports_for_stable_diffusion_match_the_concept(
     new_sd: Callable[..., Any], tmp_path: Path, slots: Any, request: Any
 ) -> None:
     backbone, strength = new_sd(), 1.0 if request.node.callspec.id == "plain" else 0.6
@@ -86,7 +86,7 @@ def test_lora_exports_for_stable_diffusion(
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_lora_exports_for_flux(new_flux: Callable[..., Any], tmp_path: Path, dora: bool) -> None:
+def test_lora_exports_for_flux_match_the_concept(new_flux: Callable[..., Any], tmp_path: Path, dora: bool) -> None:
     backbone = new_flux()
     learn(backbone, roles=("attention", "feed_forward", "proj", "text_encoder"), alpha=2.0, dora=dora)
     if not dora:
@@ -109,7 +109,7 @@ def test_exports_from_a_half_precision_backbone_are_also_checked(new_sd: Callabl
 
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("with_class_noun", [True, False])
-def test_token_exports_for_stable_diffusion(
+def test_token_exports_for_stable_diffusion_match_the_concept(
     new_sd: Callable[..., Any], tmp_path: Path, vectors: int, with_class_noun: bool
 ) -> None:
     backbone = new_sd()
@@ -125,7 +125,9 @@ def test_token_exports_for_stable_diffusion(
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
-def test_token_and_lora_exports_for_flux(new_flux: Callable[..., Any], tmp_path: Path, vectors: int) -> None:
+def test_token_and_lora_exports_for_flux_match_the_concept(
+    new_flux: Callable[..., Any], tmp_path: Path, vectors: int
+) -> None:
     backbone = new_flux()
     modifier = with_tokens(backbone, vectors, "Cup_2")
     learn(backbone, "Cup_2", roles=("attention",))
@@ -149,7 +151,7 @@ def test_the_readme_sets_the_end_token_of_an_old_clip(
     new_flux: Callable[..., Any], make_tiny_flux: Callable[..., Any], tmp_path: Path
 ) -> None:
     pipe = make_tiny_flux()
-    # As in FLUX.1, this makes CLIP pool at the highest id, which would be that of an added token.
+    # With this id, as in FLUX.1, CLIP pools at the highest token id, which would be the id of an added token.
     pipe.text_encoder.eos_token_id = 2
     pipe.tokenizer.add_tokens("not a token of CLIP's")
     backbone = FluxBackbone(pipe, "old")
@@ -173,7 +175,7 @@ def test_the_code_in_the_readme_works(new_sd: Callable[..., Any], tmp_path: Path
     export(concept, tmp_path / "out", strength=0.8)  # the backbone is found through the concept's record
     text = (tmp_path / "out/README.txt").read_text()
     code = "\n".join(re.findall(r"^    (.*)$", text, re.M)).replace("{folder}", str(tmp_path / "out"))
-    assert str(tmp_path) not in text and "{model} the path of model (weights " in text
+    assert str(tmp_path) not in text and "{model} with the path of model (weights " in text
     code = code.replace("{model}", str(model))
     *load, use = code.splitlines()
     names: dict[str, Any] = {}
@@ -222,7 +224,7 @@ def test_the_error_says_what_the_format_cannot_store(
     assert list(tmp_path.iterdir()) == [] and not backbone.adapters
 
 
-def test_the_error_names_a_text_encoder_that_diffusers_does_not_adapt(
+def test_the_error_names_a_text_encoder_that_diffusers_cannot_adapt(
     new_flux: Callable[..., Any], tmp_path: Path
 ) -> None:
     backbone = new_flux()
@@ -231,10 +233,10 @@ def test_the_error_names_a_text_encoder_that_diffusers_does_not_adapt(
         export(taken(backbone), tmp_path / "out", backbone=backbone)
 
 
-def test_plain_words_have_nothing_to_export(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_concept_of_plain_words_cannot_be_exported(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone, modifier = new_sd(), PlainText(words="shiny")
     modifier.attach(backbone, "my-mug", "mug")
-    with pytest.raises(ValueError, match=r"plain words \('shiny mug'\): there is nothing to export"):
+    with pytest.raises(ValueError, match=r"plain words \('shiny mug'\), so there is nothing to export"):
         export(taken(backbone, modifier), tmp_path / "out", backbone=backbone)
 
 

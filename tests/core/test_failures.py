@@ -1,4 +1,4 @@
-"""Failures of the machine, such as a full disk or too little memory, give a one-line error and leave nothing behind."""
+"""Machine failures, such as a full disk or too little memory, cause a one-line error and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LARGE = torch.zeros(50_000)
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """Limits files to 20 kB (`ulimit -f`), so that writing more fails as on a full disk."""
+    """Limits files to 20 kB (`ulimit -f`), so that writing more fails as it would on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield
@@ -50,7 +50,7 @@ def small_files() -> Iterator[None]:
 
 
 def told(capsys: Any, work: Callable[[], Any]) -> str:
-    """Returns the message that a command prints when `work` fails in it."""
+    """Returns what a command prints to stderr when `work` fails inside it."""
     app = typer.Typer()
     app.command()(lambda: work() and None)
     assert run(app, []) == 1
@@ -79,12 +79,12 @@ def test_a_full_disk_is_reported_in_one_line_that_names_the_output(
 ) -> None:
     said = told(capsys, lambda: work(tmp_path))
     assert said.startswith(
-        f"pcs: {tmp_path / 'x.concept'}: File too large; files cannot be this large here: raise the limit"
+        f"pcs: {tmp_path / 'x.concept'}: File too large; this exceeds the limit on file sizes: raise the limit"
     )
     assert len(said.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(small_files: None, capsys, tmp_path: Path) -> None:
+def test_the_previous_checkpoint_survives_a_full_disk(small_files: None, capsys, tmp_path: Path) -> None:
     before = checkpoint.save(tmp_path, checkpoint.State(0, 1, {"a": torch.ones(2)}))
     said = told(capsys, lambda: checkpoint.save(tmp_path, checkpoint.State(0, 2, {"a": LARGE})))
     assert said.startswith(f"pcs: {tmp_path / 'checkpoint-00-0000002'}: File too large;")
@@ -100,7 +100,7 @@ def test_the_error_for_a_full_disk_while_logging_names_the_log(small_files: None
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
-def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_behind(
     small_files: None, tiny: Any, photos: Path, tmp_path: Path, tensorboard: bool
 ) -> None:
     recipe = small("dreambooth_lora", "train.steps=2", "train.checkpoint_every=1")
@@ -114,7 +114,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(OSError, match="File too large"):
         list(session(tiny(), recipe, photos, folder, tensorboard=tensorboard).steps())
-    assert (folder / "notes.txt").read_text() == "mine", "a folder that existed before the run is kept"
+    assert (folder / "notes.txt").read_text() == "mine", "a folder that existed before the run must be kept"
 
 
 def logged(log: Log, draw: Callable[[Log, int], None]) -> bool:
@@ -177,11 +177,11 @@ def nested(depth: int) -> int:
         (Path("/proc/version/x").read_text, "/proc/version/x: Not a directory"),
     ],
 )
-def test_every_failure_of_the_machine_is_explained(capsys, work: Callable[[], Any], said: str) -> None:
+def test_every_machine_failure_is_explained(capsys, work: Callable[[], Any], said: str) -> None:
     assert told(capsys, work).startswith(f"pcs: {said}")
 
 
-def test_circular_links_are_reported(capsys, tmp_path: Path) -> None:
+def test_links_that_form_a_loop_are_reported(capsys, tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert f"pcs: {tmp_path / 'a'}: Too many levels of symbolic links; its symbolic links form a loop" in told(
@@ -192,7 +192,7 @@ def test_circular_links_are_reported(capsys, tmp_path: Path) -> None:
     )
 
 
-def test_inputs_whose_links_form_a_loop_are_not_called_missing(tmp_path: Path) -> None:
+def test_inputs_whose_links_form_a_loop_are_not_reported_as_missing(tmp_path: Path) -> None:
     loop = tmp_path / "f" / "l1"
     loop.parent.mkdir()
     loop.symlink_to("l2")
@@ -216,13 +216,13 @@ def test_inputs_whose_links_form_a_loop_are_not_called_missing(tmp_path: Path) -
             work()
 
 
-def test_a_file_is_not_called_damaged_when_memory_runs_out() -> None:
+def test_a_file_is_not_reported_as_damaged_when_memory_runs_out() -> None:
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         with pytest.raises(type(error)), named_errors(Path("a.png")):
             raise error
 
 
-def test_every_path_to_the_tokenizer_refuses_a_prompt_that_is_not_utf8() -> None:
+def test_every_method_that_tokenizes_refuses_a_prompt_that_is_not_utf8() -> None:
     overlay = TokenOverlay({"text_encoder": build_clip_tokenizer()}, {"text_encoder": 32})
     for way in (
         lambda text: overlay.tokenize("text_encoder", [text], torch.device("cpu")),
@@ -268,7 +268,7 @@ def test_a_comparison_stops_at_a_full_disk_but_not_when_one_cell_runs_out_of_mem
     assert ran == ["a", "a", "b"] and len(failures) == 2
 
 
-def test_an_output_belongs_to_one_command_until_it_ends_or_is_killed(tmp_path: Path) -> None:
+def test_an_output_stays_locked_until_its_command_ends_or_is_killed(tmp_path: Path) -> None:
     out, link = tmp_path / "x.concept", tmp_path / "link"
     out.mkdir()
     link.symlink_to(out)

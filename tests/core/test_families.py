@@ -26,7 +26,7 @@ def test_every_recipe_belongs_to_exactly_one_family(modality):
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "3d"])
-def test_the_settings_of_a_family_are_keys_of_its_recipes(modality):
+def test_each_setting_of_a_family_occurs_in_at_least_one_of_its_recipes(modality):
     for family in families(modality).values():
         recipes = [written(name, modality, model_of(modality)) for name in family.recipes]
         dumps = [dump(phase) for recipe in recipes for phase in (recipe, *(p for _, p in expand_phases(recipe)))]
@@ -44,7 +44,7 @@ def test_explanations_do_not_change_a_recipe(modality, name):
     assert yaml.safe_load(explained(recipe, dump(recipe))) == dump(recipe)
 
 
-def test_settings_are_explained_by_their_classes_docstrings():
+def test_settings_are_explained_by_the_docstrings_of_their_classes():
     recipe = load("t_lora", [], "image", model_of("image"))
     lines = explained(recipe, dump(recipe)).splitlines()
     (line,) = [line for line in lines if line.strip().startswith("min_rank:")]
@@ -65,7 +65,7 @@ def test_every_setting_of_every_recipe_is_explained(modality):
 
 
 def _unexplained(model, data):
-    """Yields `Class.setting` for each unexplained setting, and the names of part classes without a docstring.
+    """Yields `Class.setting` for each unexplained setting, and the name of each part class without a docstring.
 
     A setting is explained if it has a comment, or if the docstring mentions it in backticks or as "setting: …".
     """
@@ -84,7 +84,7 @@ def _unexplained(model, data):
             yield f"{type(model).__name__}.{key}"
 
 
-def test_explanations_use_yaml_values_instead_of_python_ones():
+def test_explanations_use_yaml_values_instead_of_python_values():
     for modality in ("image", "video", "3d"):
         for name in recipe_files(modality):
             recipe = load(name, [], modality, model_of(modality))

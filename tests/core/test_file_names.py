@@ -1,4 +1,4 @@
-"""Every file name that a system allows can be read, matched with captions and masks, printed and recorded."""
+"""Every file name that the file system allows can be read, matched with captions and masks, printed and recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.io.terminal import escaped_name
 from shared.sources.to_example import load
 from tests.core.scenes import save, scene
 
-#: Names found in practice: macOS screenshots, Japanese input, a web page, joined emoji, bytes in an old encoding.
+#: Names as they occur in practice, from macOS screenshots, Japanese input, web pages, joined emoji and old encodings.
 NAMES = (
     "Screenshot 2024-05-01 at 9.41.00\u202fAM",
     "写真\u3000一",
@@ -38,7 +38,7 @@ def test_an_escaped_name_is_printable_and_can_be_decoded(name: str) -> None:
     assert codecs.decode(escaped.encode("ascii", "backslashreplace").decode(), "unicode_escape") == name
 
 
-def test_plain_names_are_unchanged_and_others_stay_distinct() -> None:
+def test_escaping_leaves_plain_names_unchanged_and_keeps_names_distinct() -> None:
     assert escaped_name("写真 naïve 🚀.png") == "写真 naïve 🚀.png"
     assert escaped_name("a\u00a0b") == "a\\u00a0b" != escaped_name("a\\u00a0b")
     assert escaped_name("\U000e0041/") == "\\U000e0041\\u002f"
@@ -69,7 +69,7 @@ def test_any_prompt_can_be_recorded_in_a_png(tmp_path: Path, name: str) -> None:
     assert description == f"a {name}".encode(errors="backslashreplace").decode()
 
 
-def test_an_output_path_that_safetensors_cannot_write_is_refused(tmp_path: Path) -> None:
+def test_an_output_path_that_safetensors_cannot_write_to_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not UTF-8, and safetensors cannot write to such a path"):
         check_output(tmp_path / "caf\udce9" / "mug.concept")
 

@@ -1,4 +1,4 @@
-"""Behaviour specific to FLUX: defaults that depend on distillation, and two text encoders with different limits."""
+"""FLUX has defaults that depend on distillation, and two text encoders with different token limits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from shared.backbones.flux import FluxBackbone
 from shared.modifiers import LearnableToken, RareToken
 from tests.core.runs import sample
 
-LONG = "a photo of a mug on the beach " * 5  # 40 tokens for T5, which reads up to 48; CLIP reads only 32
+#: 40 tokens, which fit into the 48 that T5 reads but not into the 32 that CLIP reads.
+LONG = "a photo of a mug on the beach " * 5
 
 
 @pytest.mark.parametrize(("distilled", "steps"), [(True, 28), (False, 4)], ids=["dev", "schnell"])
-def test_the_defaults_match_diffusers_pipeline(make_tiny_flux: Any, distilled: bool, steps: int) -> None:
+def test_the_defaults_match_those_of_the_diffusers_pipeline(make_tiny_flux: Any, distilled: bool, steps: int) -> None:
     pipe = make_tiny_flux(guidance_embeds=distilled)
     backbone = FluxBackbone(pipe, "tiny")
     assert (backbone.default_guidance, backbone.default_steps) == ((3.5, 28) if distilled else (1.0, 4))

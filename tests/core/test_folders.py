@@ -1,4 +1,4 @@
-"""Pictures are resized, found in folders, and written."""
+"""Pictures can be resized, found in folders together with their captions and masks, and written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_cover_crops_to_the_middle_or_around_the_mask(tmp_path: Path) -> None:
     assert moved.mask[0].nonzero()[:, 1].float().mean() == pytest.approx(31.5)
 
 
-def test_contain_pads_and_marks_where_the_picture_is(tmp_path: Path) -> None:
+def test_contain_pads_and_marks_the_area_of_the_picture(tmp_path: Path) -> None:
     square = resize(read_picture(save(tmp_path / "a.png", scene(48, 24))), 32, "contain")
     assert square.size == (32, 32) and square.valid is not None
     assert square.valid[0, 8:24].min() == 1 and square.valid[0, :8].max() == 0 and square.valid[0, 24:].max() == 0
@@ -85,7 +85,7 @@ def test_stray_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
     assert "more (a folder)" in notes[0] and not notes[0].endswith("more")
     for name in ("x1.txt", "x2.txt"):
         (tmp_path / name).write_text("x")
-    with pytest.warns(UserWarning, match=r"x1\.txt \(a text file that matches no name here\) and 2 more$"):
+    with pytest.warns(UserWarning, match=r"x1\.txt \(a text file that matches no picture or clip\) and 2 more$"):
         list_pictures(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_captions_in_all_common_formats_are_read(tmp_path: Path) -> None:
     assert {p.name: text for p, text in subject.captions.items()} == {f"{n}.png": f"of {n}" for n in "abcdef"}
     (note,) = [str(w.message) for w in caught]
     assert "d.caption (d.txt is used as the caption)" in note and "metadata" not in note
-    assert "g.Caption (a text file that matches no name here)" in note
+    assert "g.Caption (a text file that matches no picture or clip)" in note
     words = tmp_path / "words"
     words.mkdir()
     (tmp_path / "metadata.jsonl").rename(words / "metadata.jsonl")
@@ -123,7 +123,7 @@ def test_captions_in_all_common_formats_are_read(tmp_path: Path) -> None:
         read_subject(tmp_path, captions=words)
 
 
-def test_caption_files_match_in_any_case_where_that_is_unambiguous(tmp_path: Path) -> None:
+def test_caption_files_match_in_any_case_unless_that_is_ambiguous(tmp_path: Path) -> None:
     folder(tmp_path, "f.png", "g.png", "h.png", "H.png")
     for name, text in (("F.txt", "of f"), ("g.PNG.txt", "of g"), ("h.txt", "of h"), ("H.txt", "of H")):
         (tmp_path / name).write_text(text)
@@ -144,7 +144,7 @@ def test_caption_files_match_in_any_case_where_that_is_unambiguous(tmp_path: Pat
         read_subject(tmp_path)
 
 
-def test_unused_rows_of_captions_are_named(tmp_path: Path) -> None:
+def test_unused_caption_rows_are_reported(tmp_path: Path) -> None:
     folder(tmp_path, "a.png", "b.png", "c.png")
     rows = [
         {"file_name": "A.png", "text": "of a"},
@@ -187,7 +187,7 @@ def test_captions_and_masks_are_not_stray_files(tmp_path: Path) -> None:
     }
 
 
-def test_unmatched_and_unusable_masks_are_named(tmp_path: Path) -> None:
+def test_unmatched_and_unusable_masks_are_reported(tmp_path: Path) -> None:
     folder(tmp_path, "a.jpg", "masks/other.png")
     (tmp_path / "masks/a.png").touch()
     with pytest.warns(UserWarning, match=r"masks/other\.png \(a mask without a picture\)") as caught:
@@ -264,7 +264,7 @@ def test_written_pictures_read_back_with_their_text(tmp_path: Path) -> None:
         write_picture(torch.full((3, 20, 20), torch.nan), path)
     with pytest.raises(ValueError, match=r"\[3, H, W\]; this one has \[1, 20, 20\]"):
         write_picture(torch.zeros(1, 20, 20), path)
-    np.testing.assert_allclose(levels(path), scene(), atol=1e-4)  # a failure keeps the old file
+    np.testing.assert_allclose(levels(path), scene(), atol=1e-4)  # a failed write leaves the old file in place
     (tmp_path / "x.png").write_text("no")
     with pytest.raises(ValueError, match=r"x\.png is not a readable PNG"):
         read_metadata(tmp_path / "x.png")
@@ -293,7 +293,7 @@ def test_a_contact_sheet_labels_pictures_and_enlarges_them_without_smoothing() -
     expected = np.kron(np.asarray(to_image(tiny[2])), np.ones((2, 2, 1), np.uint8))
     np.testing.assert_array_equal(cut, expected)
     left = np.asarray(sheet)[4:132, : sheet.width - 3 * 132 - 4]
-    assert left.min() < 100  # there is text
+    assert left.min() < 100  # the labels are visible
     assert contact_sheet({"a": torch.zeros(5, 3, 64, 64)}, columns=2).height > 3 * 128
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet({})

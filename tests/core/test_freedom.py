@@ -30,7 +30,7 @@ def test_placement_finds_the_centre_and_size_of_a_box() -> None:
     assert half == pytest.approx(12 / 32, rel=0.01)  # half the larger side, as a fraction of half the picture
     assert placements(torch.zeros(1, 8, 8))[0].tolist() == [0, 0, 1], "if nothing is found, the whole picture counts"
     assert torch.equal(placements(_box(8, 2, 2, 4, 4)), placements(_box(8, 2, 2, 4, 4) * 0.5)), (
-        "half the values give the same placement"
+        "halving the values does not change the placement"
     )
 
 
@@ -139,7 +139,7 @@ def test_identity_is_at_most_one_per_subject_and_subjects_have_equal_weight() ->
     assert measured_terms(tallies, {}).identity == pytest.approx((1 + 0.25) / 2)
 
 
-def test_freedom_that_cannot_be_measured_is_none_and_counts_as_zero() -> None:
+def test_freedom_that_cannot_be_measured_counts_as_zero_and_its_subject_is_reported() -> None:
     rare = [_tally("a", 0, 0.9, 1.0, Pairs(6, 1, 0.3))]
     terms = measured_terms(rare, {"a": Range(0.3, 0.1)})
     assert terms.trade_off == 0 and terms.unmeasured == ("a",)
@@ -147,7 +147,7 @@ def test_freedom_that_cannot_be_measured_is_none_and_counts_as_zero() -> None:
     assert both.freedom == pytest.approx(0.75 / 2) and both.unmeasured == ("a",)
 
 
-def test_intervals_of_the_terms_resample_prompts_and_contain_the_value() -> None:
+def test_the_intervals_of_the_terms_contain_the_values_and_shrink_with_more_prompts() -> None:
     rng = np.random.default_rng(0)
     tallies = [
         _tally(

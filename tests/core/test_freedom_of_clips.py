@@ -1,4 +1,4 @@
-"""The freedom of clips is how differently seeds show the subject at each moment, on the scale used for pictures."""
+"""The freedom of clips measures how differently seeds show the subject at each moment, on the scale for pictures."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SEEN = torch.ones(2, 4, dtype=torch.bool)
 
 
 def turned(degrees: float) -> Tensor:
-    """Returns embeddings `[4, 2]` of four frames whose crops turn by 20° per frame, starting at `degrees`."""
+    """Returns the embeddings (`[4, 2]`) of four frames that turn the subject by 20° each, starting at `degrees`."""
     angles = torch.deg2rad(degrees + 20 * torch.arange(4.0))
     return torch.stack([angles.cos(), angles.sin()], 1)
 
 
-def test_clips_that_turn_alike_have_no_freedom_and_distances_are_scaled_as_for_pictures() -> None:
+def test_clips_that_turn_in_the_same_way_have_no_freedom_and_distances_are_scaled_as_for_pictures() -> None:
     assert freedom_of_clips(torch.stack([turned(0), 3 * turned(0)]), SEEN, [0, 0], SCALE) == [0, 0]
     distance = 1 - math.cos(math.radians(60))
     apart = freedom_of_clips(torch.stack([turned(0), turned(60)]), SEEN, [0, 0], SCALE)
@@ -36,7 +36,7 @@ def test_only_clips_of_the_same_prompt_and_verified_frames_at_the_same_moment_ar
     verified = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
     found = freedom_of_clips(clips, verified, ["beach", "beach", "snow"], SCALE)
     assert found[:2] == pytest.approx([0.8, 0.8]) and math.isnan(found[2])
-    verified[1, 1] = False  # one moment of four is below `ENOUGH`
+    verified[1, 1] = False  # one of four moments is a smaller share than `ENOUGH`
     assert all(math.isnan(v) for v in freedom_of_clips(clips, verified, ["beach", "beach", "snow"], SCALE))
     clips[1, 0] = normalize(torch.randn(2), dim=0)
     verified[1] = torch.tensor([False, True, True, True])
@@ -45,7 +45,7 @@ def test_only_clips_of_the_same_prompt_and_verified_frames_at_the_same_moment_ar
         freedom_of_clips(clips, verified, [0, 1], SCALE)
 
 
-def test_batches_are_joined_and_have_no_subject_if_any_batch_lacks_one() -> None:
+def test_joined_batches_have_no_subject_if_any_of_them_lacks_one() -> None:
     def batch(*degrees: float, subject: bool = True, **scores: float) -> MeasuredClips:
         crops = torch.stack([turned(d) for d in degrees])
         seen = SubjectFrames(crops, torch.ones(len(degrees), 4, dtype=torch.bool)) if subject else None

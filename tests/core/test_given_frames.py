@@ -1,4 +1,4 @@
-"""Given regions of pictures are kept as in diffusers' inpainting with a plain U-Net."""
+"""Given regions of a picture are kept, and the results match diffusers' inpainting with a plain U-Net."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def given(tmp_path: Path) -> GivenFrames:
 
 
 class FromPureNoise(KeptLatents):
-    """Starts from noise everywhere in the first step, as diffusers does."""
+    """Starts from pure noise, also in the kept region, as diffusers does."""
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents if step.index == 0 else super().latents(step, latents)
@@ -55,7 +55,7 @@ def test_inpainting_matches_diffusers(tiny_sd: Any, given: GivenFrames) -> None:
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
 def test_the_kept_region_does_not_change(tiny_sd: Any, given: GivenFrames, scheduler: str) -> None:
-    """This holds in the units of every scheduler. The rest of the picture adapts to the kept region and to the seed."""
+    """Checks schedulers with different units. The rest of the picture adapts to the kept region and to the seed."""
     sd = StableDiffusionBackbone(tiny_sd)
     how: dict[str, Any] = {"seeds": [1, 2], "guidance": 1.0, "steps": 3, "scheduler": scheduler}
     settings = SamplingSettings(guidance=1.0, steps=3, scheduler=scheduler, hooks=(given,))

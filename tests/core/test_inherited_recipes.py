@@ -1,4 +1,4 @@
-"""Recipe files inherit from their `base:` in the right order, and shipped recipes resolve on the toybox as recorded."""
+"""Recipe files inherit from their `base:` in the right order, and three shipped recipes match recorded settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _differences(expected: Any, actual: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["textual_inversion", "dreambooth_lora", "pivotal_tuning"])
-def test_three_recipes_resolve_on_the_toybox_as_for_the_readme_figures(name: str) -> None:
+def test_three_recipes_resolve_to_the_toybox_settings_behind_the_readme_figures(name: str) -> None:
     expected = read_yaml(Path(__file__).parent / "toybox_recipes.yaml")[name]
     assert not _differences(expected, dump(load(name)))
 
@@ -91,14 +91,14 @@ def test_a_new_kind_drops_the_settings_of_the_old_one_and_null_removes_a_part(us
 
 
 def test_a_variant_overrides_the_phases_of_its_base(user_recipe: UserRecipe) -> None:
-    """A variant acts like the command line, so a setting that a phase also sets is not silently lost."""
+    """As on the command line, a setting also overrides those of the phases. It would otherwise be silently lost."""
     text = "base: pivotal_tuning\ntrain: {steps: 7}\ntrainable: {lora: {rank: 2}}\nphases: {tune: {train: {steps: 9}}}"
     pivot, tune = dict(expand_phases(user_recipe({"mine.yaml": text}, ELSEWHERE))).values()
     assert (pivot.train.steps, tune.train.steps) == (7, 9)
     assert set(pivot.trainable) == {"tokens"} and tune.trainable["lora"].rank == 2
 
 
-def test_the_overlay_comes_between_shipped_files_and_user_files(user_recipe: UserRecipe) -> None:
+def test_the_overlay_is_applied_between_shipped_files_and_user_files(user_recipe: UserRecipe) -> None:
     shipped = load("dreambooth_lora")
     variant = user_recipe(
         {"mine.yaml": "base: dreambooth_lora\ntrain: {batch_size: 2}\ntrainable: {more: {kind: lora}}"}
@@ -130,7 +130,7 @@ def test_the_overlay_comes_between_shipped_files_and_user_files(user_recipe: Use
         ({"a.yaml": "base: b.yaml", "b.yaml": "phases: {one: {train: {stps: 3}}}"}, "^b.yaml: phases.one: train: unk"),
     ],
 )
-def test_the_error_for_a_wrong_base_names_file_and_key(
+def test_the_error_for_a_wrong_base_names_the_file_and_the_key(
     user_recipe: UserRecipe, files: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Inversion matches diffusers' inverse scheduler, can be undone by sampling, and gives noise to start sampling from."""
+"""Inversion matches diffusers' inverse scheduler, can be undone by sampling, and provides noise from which to start."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def backbone_of(kind: str, request: Any) -> Any:
 
 
 def there_and_back(backbone: Any, clean: Tensor, steps: int, refine: int = 0) -> float:
-    """Inverts `clean` (`[2, C, h, w]`), samples back deterministically, and returns the relative error."""
+    """Inverts `clean` (`[2, C, h, w]`), samples back deterministically, and returns the result's relative error."""
     scheduler = "flow_euler" if backbone.prediction_type == "flow" else "ddim"
     inverted = invert(backbone, clean, ["a mug", "a dog"], steps=steps, refine=refine)
     start = MixedNoise(inverted=inverted, share=1.0)
@@ -48,7 +48,7 @@ def test_sampling_from_the_inverted_noise_returns_the_picture(kind: str, request
     backbone = backbone_of(kind, request)
     clean = 0.7 * noise(2, 4, 8, 8)
     coarse, fine = there_and_back(backbone, clean, 5), there_and_back(backbone, clean, 40)
-    assert fine < coarse / 2 and fine < 0.1  # more steps come closer to the picture
+    assert fine < coarse / 2 and fine < 0.1  # more steps bring the result closer to the picture
     assert there_and_back(backbone, clean, 5, refine=12) < 1e-5  # the fixed point is the exact inverse
 
 
@@ -84,10 +84,10 @@ class Kept(SamplingHookBase):
         return latents
 
 
-# Euler rounds its first noise level.
+# Euler rounds its first noise level, so its tolerance is larger.
 @pytest.mark.parametrize(("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)])
 def test_sampling_can_start_from_a_picture(tiny_sd: Any, scheduler: str, close: float, tmp_path: Path) -> None:
-    """The inverted noise is in the scheduler's units and computed once for all pictures generated together."""
+    """The inverted noise is in the scheduler's units, and is computed once for all pictures of a call."""
     sd = StableDiffusionBackbone(tiny_sd)
     photo = paint(tmp_path / "photos") / "0.png"
     prior, kept = NoisePrior(path=photo, share=1.0), Kept(seen=[])

@@ -27,7 +27,7 @@ def test_blocks_are_counted_in_the_order_of_the_forward_pass() -> None:
     flux = ["x_embedder", "transformer_blocks.0.attn.to_q", "transformer_blocks.10.ff", "single_transformer_blocks.0.a"]
     assert block_names(flux) == ["transformer_blocks.0", "transformer_blocks.10", "single_transformer_blocks.0"]
     unet = ["conv_in", "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"]
-    unet += ["up_blocks.0.resnets.0.conv1", "mid_block.attentions.0.proj_in"]  # modules list the middle last
+    unet += ["up_blocks.0.resnets.0.conv1", "mid_block.attentions.0.proj_in"]  # the U-Net lists its middle block last
     assert block_names(unet) == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0"]
     assert of_blocks([*flux, "transformer_blocks.1.x"], (0,), ["transformer_blocks.1"]) == ["transformer_blocks.1.x"]
     assert block_names(["encoder.block.3.layer.0.SelfAttention.q", "text_model.encoder.layers.2.mlp.fc1"]) == [
@@ -84,7 +84,7 @@ def test_blocks_and_projections_are_intersected(backbone: Any) -> None:
         ),
     ],
 )
-def test_an_empty_choice_is_refused(backbone: Any, settings: dict[str, Any], message: str) -> None:
+def test_an_empty_or_invalid_choice_is_refused(backbone: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Lora(**settings).inject(backbone, "mug", "lora", 0)
     assert not backbone.adapters

@@ -1,4 +1,4 @@
-"""Every number in a recipe has a limit, so that a typo is refused before it overflows or fills memory during a run."""
+"""Every number in a recipe is limited, so that a typo is refused before it causes an overflow or fills the memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.config import validate
 from shared.recipe.schema import Recipe
 
 RECIPES = (Recipe, VideoRecipe, Recipe3D)
-#: Values that every setting of a type must refuse.
+#: For each type, the values that every setting of that type must refuse.
 REFUSED = {
     "int": (10**12, -(10**12)),
     "float": (float("nan"), float("inf"), float("-inf"), 1e300, -1e300),
@@ -27,9 +27,9 @@ REFUSED = {
 def numbers(
     schema: Mapping[str, Any], key: str = "", config: Any = None
 ) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
-    """Yields the key, pydantic's schema and the model's configuration of every number in a schema.
+    """Yields the key, the pydantic schema and the model configuration of every number in a schema.
 
-    In a key, "*" stands for any name, and a part's kind is in brackets.
+    In a key, "*" stands for any name or index, and the kind of a part is in brackets.
     """
     if schema["type"] in REFUSED:
         yield key, schema, config

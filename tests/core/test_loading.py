@@ -1,4 +1,4 @@
-"""Models load from folders, single files and the hub's cache, and errors explain why others cannot be loaded."""
+"""Models can be loaded from folders, single files and the hub's cache. Errors explain why a model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_checkpoint_identifies_the_weights(make_tiny_sd: Any) -> None:
     assert StableDiffusionBackbone(half).checkpoint == one.checkpoint, "the precision makes no difference"
 
 
-def test_model_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
+def test_model_folders_can_be_loaded(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
     for pipe, kind in ((tiny_sd, StableDiffusionBackbone), (tiny_flux, FluxBackbone)):
         folder = tmp_path / kind.family
         pipe.save_pretrained(folder)
@@ -46,7 +46,7 @@ def test_model_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> Non
 
 
 def command_in(error: Any) -> list[str]:
-    """Returns what a shell reads from the command at the end of a message: python, -c, the code, and its arguments."""
+    """Returns the words that a shell reads from the command at the end of a message (python, -c, code, arguments)."""
     words = shlex.split(line := str(error.value)[str(error.value).index("python -c") :])
     subprocess.run(["bash", "-n", "-c", line], check=True)
     compile(words[2], "<command>", "exec")
@@ -89,7 +89,7 @@ def test_a_single_file_loads_offline_with_the_configuration_next_to_it(tiny_sd: 
     assert torch.allclose(predict(loaded), predict(direct), atol=1e-5)
 
 
-def test_weights_in_a_format_that_can_run_code_are_refused_with_the_reason(tiny_sd: Any, tmp_path: Path) -> None:
+def test_weights_in_a_format_that_can_run_code_are_refused_and_the_error_says_why(tiny_sd: Any, tmp_path: Path) -> None:
     tiny_sd.save_pretrained(tmp_path)
     (weights,) = (tmp_path / "unet").glob("*.safetensors")
     weights.rename(weights.with_suffix(".bin"))
@@ -135,7 +135,7 @@ def test_importing_the_package_loads_no_model_library() -> None:
 
 @pytest.fixture
 def hub(tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A hub cache with one model; any attempt to reach the hub fails the test."""
+    """A hub cache with one model. Any attempt to access the network fails the test."""
     import socket
 
     import huggingface_hub.constants

@@ -1,4 +1,4 @@
-"""The localisation loss matches Break-A-Scene's, moves attention, and counts only the right rows and concepts."""
+"""The localisation loss matches that of Break-A-Scene, moves attention, and covers only the right rows and concepts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def example_inputs(batch: int = 3) -> Any:
 
 
 def test_the_loss_matches_the_published_computation() -> None:
-    """The published script divides the map of each concept's single token by its maximum and sums over concepts."""
+    """The published script divides each concept's attention map by the map's maximum and sums over the concepts."""
     maps, positions, masks, rows = example_inputs()
     expected = torch.zeros(())
     for row in range(3):
@@ -52,7 +52,7 @@ def test_the_loss_matches_the_published_computation() -> None:
 
 
 def test_the_distance_can_be_cross_entropy() -> None:
-    """This distance, used by MotionBooth, matches torch's own binary cross-entropy."""
+    """The cross-entropy, which MotionBooth uses as the distance, matches torch's own binary cross-entropy."""
     maps, positions, masks, rows = example_inputs()
     only, target = {"mug": positions["mug"]}, F.adaptive_avg_pool2d(masks["mug"], (4, 4)).flatten(1)
     got = localisation_loss(maps, (4, 4), only, masks, rows, "none", "cross_entropy")
@@ -74,12 +74,12 @@ def test_the_maps_of_several_tokens_of_a_concept_are_averaged() -> None:
 def test_only_rows_that_both_show_and_name_a_concept_count() -> None:
     maps, positions, masks, rows = example_inputs()
     one = localisation_loss(maps[:1], (4, 4), {k: v[:1] for k, v in positions.items()}, masks_of(masks, [0]), rows[:1])
-    rows[1:] = False  # class pictures
+    rows[1:] = False  # the other rows are class pictures
     assert torch.allclose(localisation_loss(maps, (4, 4), positions, masks, rows), one, atol=1e-6)
     rows[:] = True
     for name in ("cat", "mug"):
-        positions[name][1] = False  # the caption does not name it
-        masks[name][2] = 0  # it is not in the picture, or has no mask
+        positions[name][1] = False  # the caption does not name the concept
+        masks[name][2] = 0  # the concept is not in the picture, or has no mask
     assert torch.allclose(localisation_loss(maps, (4, 4), positions, masks, rows), one / 3, atol=1e-6)
     assert localisation_loss(maps, (4, 4), positions, masks, torch.zeros(3, dtype=torch.bool)) == 0
 
@@ -105,7 +105,7 @@ def batch_of(**masks: Tensor) -> Batch:
 
 @contextmanager
 def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
-    """Yields a training step. As in the tuning task, the need stays open during the prediction and the loss."""
+    """Yields a training step. As in the tuning task, `need` stays open during the prediction and the loss."""
     t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
     with need.around(backbone, batch) as entered:
         prediction = backbone.predict(x_t, t, conditioning)
@@ -139,9 +139,9 @@ def test_training_moves_attention_onto_the_mask(named: Any) -> None:
 
 
 @pytest.mark.parametrize("named", ["sd"], indirect=True)
-def test_the_scale_nearest_to_sixteen_is_watched(named: Any) -> None:
+def test_attention_is_recorded_at_the_scale_nearest_to_a_resolution_of_sixteen(named: Any) -> None:
     (need,) = Localisation().provides
-    for size, scale in ((8, 1), (16, 1), (32, 2), (64, 4)):  # this network's text layers are at scales 1, 2 and 4
+    for size, scale in ((8, 1), (16, 1), (32, 2), (64, 4)):  # this network's cross-attention is at scales 1, 2 and 4
         batch = replace(batch_of(), latents=torch.zeros(2, 4, size, size))
         with need.around(named, batch) as record:
             at = {s.scale for s in record.sites.values()}

@@ -1,4 +1,5 @@
-"""Other programs' LoRA files for Stable Diffusion act as in diffusers, in peft, and as if merged into the weights."""
+"""Other programs' LoRA files for Stable Diffusion give the same results as in diffusers and peft, and as when they are
+merged into the weights."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from tests.core.lora_pairs import (
 
 @pytest.mark.parametrize("linear", [False, True], ids=["convolutions around attention", "linear layers"])
 @pytest.mark.parametrize("text", [(), TEXT], ids=["network", "text too"])
-def test_kohya_key_names(
+def test_files_with_kohya_key_names_are_read(
     new_sd: Callable[..., Any], make_tiny_sd: Any, tmp_path: Path, text: Any, linear: bool
 ) -> None:
     backbone, path = new_sd(linear=linear), tmp_path / "sks.safetensors"
@@ -40,7 +41,8 @@ def test_kohya_key_names(
     pairs = low_rank(backbone, roles)
     save_file(kohya(pairs, SD_KOHYA), path)
     same(imported(backbone, path), merged(backbone, pairs))
-    # diffusers looks for alphas that differ between layers under its old names and misses them, so all are equal here
+    # If the alphas differ between layers, diffusers looks for them under its old names and does not find them. All
+    # alphas are therefore equal here.
     pairs = {key: (down, up, 1.5) for key, (down, up, _) in low_rank(backbone, roles, ranks=(4,)).items()}
     save_file(kohya(pairs, SD_KOHYA), path)
     ours = imported(backbone, path)
@@ -48,8 +50,8 @@ def test_kohya_key_names(
     same(ours, by_diffusers(backbone, make_tiny_sd(linear=linear), path))
 
 
-def test_kohya_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
-    """Includes the first and last convolutions of the network, those between blocks, and LyCORIS' Tucker form."""
+def test_kohya_convolutions_of_every_kind_are_read(sd: Any, tmp_path: Path) -> None:
+    """Includes the network's first and last convolutions, those between blocks, and one in LyCORIS' Tucker form."""
     pairs = low_rank(sd, ("denoiser",))
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} < {path for _, path in pairs}
     tensors = kohya(pairs, SD_KOHYA)
@@ -67,7 +69,7 @@ def test_kohya_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
     convolve = torch.nn.functional.conv2d
     one = convolve(x, torch.einsum("abij,bc->acij", mid, outer[:, :, 0, 0]), padding=1)
     assert torch.allclose(one, convolve(convolve(x, outer), mid, padding=1), atol=1e-3), (
-        "the test's own composition of the kernels is right"
+        "this test must compose the kernels correctly"
     )
     pairs[key] = torch.einsum("abij,bc->acij", mid, outer[:, :, 0, 0]), up, 1.5
     same(imported(sd, tmp_path / "tucker.safetensors"), merged(sd, pairs))
@@ -84,13 +86,15 @@ def test_kohya_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
     ],
     ids=["diffusers", "an adapter's name", "older", "oldest", "without a prefix"],
 )
-def test_key_names_of_every_diffusers_version(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
+def test_key_names_of_every_diffusers_version_are_read(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
     pairs = low_rank(sd, (*SD_ROLES, *TEXT), scaled=False)
     save_file(spelled(pairs, prefixes, ends, flat=False, alphas=False), tmp_path / LORA)
     same(imported(sd, tmp_path / LORA), merged(sd, pairs))
 
 
-def test_attention_processor_names_of_the_first_training_scripts(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_attention_processor_names_of_the_first_training_scripts_are_read(
+    sd: Any, make_tiny_sd: Any, tmp_path: Path
+) -> None:
     pairs = low_rank(sd, ("attention",), ranks=(4,), scaled=False)
     tensors = {}
     for (_, path), (down, up, _) in pairs.items():
@@ -103,8 +107,8 @@ def test_attention_processor_names_of_the_first_training_scripts(sd: Any, make_t
     same(ours, by_diffusers(sd, make_tiny_sd(), tmp_path / LORA))
 
 
-def test_key_names_of_the_original_ldm_checkpoints(sd: Any, tmp_path: Path) -> None:
-    """The names of the tiny U-Net's blocks are written out as the original repository numbers them."""
+def test_key_names_of_the_original_ldm_checkpoints_are_read(sd: Any, tmp_path: Path) -> None:
+    """The block names of the tiny U-Net are written out with the numbers that the original repository would use."""
     pairs = low_rank(sd, ("attention",), ranks=(2,))
     theirs = {
         "down_blocks.0.attentions.0": "input_blocks.1.1",
@@ -137,8 +141,8 @@ def test_key_names_of_the_original_ldm_checkpoints(sd: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_files_saved_by_diffusers_itself(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
-    """The files include the text encoder, and their headers contain the settings, including alpha."""
+def test_files_saved_by_diffusers_itself_are_read(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
+    """The files also contain a LoRA for the text encoder, and their headers contain the settings, including alpha."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -165,7 +169,7 @@ def test_files_saved_by_diffusers_itself(sd: Any, make_tiny_sd: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_files_saved_by_peft_itself(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
+def test_files_saved_by_peft_itself_are_read(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     pipe = make_tiny_sd()
@@ -184,7 +188,7 @@ def test_files_saved_by_peft_itself(sd: Any, make_tiny_sd: Any, tmp_path: Path, 
         import_lora(tmp_path / "mug-lora", sd, "sks mug")
 
 
-def test_a_text_encoder_saved_by_peft(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_a_text_encoder_saved_by_peft_is_read(sd: Any, make_tiny_sd: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     pipe = make_tiny_sd()

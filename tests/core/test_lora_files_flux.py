@@ -1,4 +1,4 @@
-"""Other programs' LoRA files for FLUX, and DoRA files, act as in diffusers and as if merged into the weights."""
+"""Other programs' LoRA files for FLUX, and DoRA files, give the same results as when merged into the weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.core.lora_pairs import (
 )
 
 
-def test_flux_with_diffusers_key_names(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
+def test_flux_files_with_diffusers_key_names_are_read(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
     pairs = low_rank(flux, (*FLUX_ROLES, *TEXT), scaled=False)
     save_file(spelled(pairs, FLUX_DOTTED, ("lora_A", "lora_B"), flat=False, alphas=False), tmp_path / LORA)
     ours = imported(flux, tmp_path / LORA)
@@ -38,7 +38,7 @@ def test_flux_with_diffusers_key_names(flux: Any, make_tiny_flux: Any, tmp_path:
     same(ours, by_diffusers(flux, make_tiny_flux(), tmp_path / LORA))
 
 
-#: Black Forest Labs' name of each layer, or of several layers that share one matrix in their files.
+#: For each matrix in Black Forest Labs' files, its name in these files and the layers that share it in diffusers.
 BFL = {
     "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv"),
     "double_blocks.{i}.txt_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.add_{x}_proj" for x in "qkv"),
@@ -60,7 +60,7 @@ BFL = {
 
 
 def fused(flux: Any) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Pairs]:
-    """Returns pairs keyed by Black Forest Labs' names, and the same pairs keyed by layer."""
+    """Returns pairs keyed by Black Forest Labs' names, and the same pairs keyed by diffusers' layers."""
     draw = torch.Generator().manual_seed(6)
     theirs: dict[str, tuple[Tensor, Tensor, float]] = {}
     ours: Pairs = {}
@@ -80,14 +80,14 @@ def _rank(tensors: dict[str, Tensor], key: str) -> int:
     return len(tensors[key.partition(".")[0] + ".lora_down.weight"])
 
 
-def test_flux_with_kohya_key_names(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
+def test_flux_files_with_kohya_key_names_are_read(flux: Any, make_tiny_flux: Any, tmp_path: Path) -> None:
     theirs, pairs = fused(flux)
     clip = low_rank(flux, TEXT)
     prefixes = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
     tensors = kohya({("transformer", name): pair for name, pair in theirs.items()} | clip, prefixes)
     save_file(tensors, tmp_path / "sks.safetensors")
     same(imported(flux, tmp_path / "sks.safetensors"), merged(flux, pairs | clip))
-    # diffusers assumes FLUX.1's width for the single blocks' joint matrix, and one alpha for all of CLIP
+    # diffusers assumes FLUX.1's width for the joint matrix of a single block, and a single alpha for all of CLIP
     known = {key: tensor for key, tensor in tensors.items() if "linear1" not in key}
     known |= {key: torch.tensor(1.5) for key in known if key.endswith(".alpha")}
     known = {key: tensor for key, tensor in known.items() if "lora_te1" not in key or _rank(known, key) == 4}
@@ -96,7 +96,9 @@ def test_flux_with_kohya_key_names(flux: Any, make_tiny_flux: Any, tmp_path: Pat
     same(ours, by_diffusers(flux, make_tiny_flux(), tmp_path / "known.safetensors"))
 
 
-def test_flux_with_comfyui_key_names_including_t5_and_the_first_and_last_layers(flux: Any, tmp_path: Path) -> None:
+def test_flux_files_with_comfyui_key_names_are_read_including_t5_and_the_first_and_last_layers(
+    flux: Any, tmp_path: Path
+) -> None:
     theirs, pairs = fused(flux)
     t5, ends = (
         low_rank(flux, ("text_encoder_2",)),
@@ -107,7 +109,7 @@ def test_flux_with_comfyui_key_names_including_t5_and_the_first_and_last_layers(
         out, inputs = flux.transformer.get_submodule(path).weight.shape
         down, up = 0.3 * torch.randn(2, inputs, generator=draw), 0.3 * torch.randn(out, 2, generator=draw)
         theirs[name] = down, up, 2.0
-        # the original last layer returns shift and scale, and diffusers' returns scale and shift
+        # the last layer returns the shift before the scale in the original, but after the scale in diffusers
         pairs["transformer", path] = down, torch.cat([up[out // 2 :], up[: out // 2]]) if "final" in name else up, 2.0
     tensors = {}
     for name, (down, up, alpha) in theirs.items():
@@ -122,8 +124,8 @@ def test_flux_with_comfyui_key_names_including_t5_and_the_first_and_last_layers(
 
 
 @pytest.mark.parametrize("kind", ["sd", "flux"])
-def test_kohya_dora(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """W' = m (W + s B A) / |W + s B A|, normalised per output row (https://arxiv.org/abs/2402.09353, eq. 5)."""
+def test_kohya_dora_files_are_read(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Checks W' = m (W + s B A) / |W + s B A|, normalised per output row (https://arxiv.org/abs/2402.09353, eq. 5)."""
     backbone = request.getfixturevalue(kind)
     draw = torch.Generator().manual_seed(9)
     if kind == "flux":
@@ -155,7 +157,7 @@ def test_kohya_dora(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
-def test_dora_alongside_lora_in_one_network(sd: Any, tmp_path: Path) -> None:
+def test_dora_and_lora_in_one_network_become_two_slots(sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("cross_attention", "self_attention"), ranks=(2,))
     tensors = kohya(pairs, SD_KOHYA)
     dora = [path for _, path in pairs if "attn2" in path]

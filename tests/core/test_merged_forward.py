@@ -1,4 +1,4 @@
-"""LoRA layers that compute with W + s B A give the same results as peft's own forward."""
+"""LoRA layers that compute with the merged weight W + s B A give the same results as peft's own forward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXACT = {"atol": 1e-10, "rtol": 1e-8}
 
 
 def inject(backbone: Any, name: str, rank: int, roles: tuple[str, ...] = ROLES, **changes: Any) -> list[Tensor]:
-    """Injects an adapter with random weights in both factors."""
+    """Injects an adapter, sets both of its factors to random values, and returns its parameters."""
     group = Lora(roles=roles, rank=rank, **changes).inject(backbone, name, "lora", seed=rank)
     draw = torch.Generator().manual_seed(rank)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_the_output_matches_peft_and_training_uses_the_forward_of_peft(sd: Any, merges: list[Any]) -> None:
+def test_the_output_matches_peft_and_training_uses_the_peft_forward(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 4)
     found = sd_output(double(sd))
     assert {(len(s), s[-1]) for s in merges if len(s) == 4} == {(4, 1), (4, 3)} and any(len(s) == 2 for s in merges)
@@ -79,7 +79,7 @@ def test_the_output_matches_peft_and_training_uses_the_forward_of_peft(sd: Any, 
     assert not merges
 
 
-def test_several_adapters_act_with_their_strengths(sd: Any, merges: list[Any]) -> None:
+def test_several_adapters_are_merged_with_their_strengths(sd: Any, merges: list[Any]) -> None:
     inject(sd, "loaded", 3)
     inject(sd, "mug", 4, ("self_attention", "conv"), alpha=2.0)
     double(sd)
@@ -145,7 +145,7 @@ def test_small_inputs_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
     assert few < set(merges)
 
 
-def test_a_new_adapter_changes_no_bit_and_removing_it_leaves_no_trace(sd: Any) -> None:
+def test_a_new_adapter_changes_nothing_and_leaves_no_trace_when_it_is_removed(sd: Any) -> None:
     before = sd_output(sd, torch.float32)
     Lora(roles=ROLES, rank=4).inject(sd, "mug", "lora", seed=0)
     assert torch.equal(sd_output(sd, torch.float32), before)

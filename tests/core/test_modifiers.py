@@ -107,7 +107,7 @@ def test_a_name_becomes_one_token_per_vector(sd, vectors, noun, words):
     assert int(conditioning.token_positions["mug"].sum()) == vectors
 
 
-def test_rows_start_from_the_words_of_init_or_the_class_noun(sd):
+def test_rows_start_from_the_words_of_init_or_from_the_class_noun(sd):
     rows = table(sd)
     word = {w: rows[sd.tokens.word_ids("text_encoder", w)[0]] for w in ("mug", "red", "dog")}
     one = LearnableToken().attach(sd, "a", "mug").state_dict()["text_encoder"]
@@ -166,7 +166,7 @@ def test_a_token_without_a_word_to_start_from_is_an_error(sd):
     assert not sd.placeholders
 
 
-def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
+def test_a_name_that_is_already_taken_is_an_error_and_nothing_changes(sd):
     LearnableToken().attach(sd, "a", "mug")
     with pytest.raises(ValueError, match="'a' is already attached"):
         LearnableToken().attach(sd, "a", "mug")
@@ -175,7 +175,7 @@ def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
     assert list(sd.placeholders) == ["a"] and sd.tokens.tokens == ("<a>",)
 
 
-def test_every_other_row_is_unchanged_bit_for_bit_after_training(sd):
+def test_training_leaves_all_other_rows_unchanged_bit_for_bit(sd):
     before, size = table(sd).detach().clone(), len(table(sd))
     tokenizer = sd.tokens.base["text_encoder"]
     placeholder = LearnableToken(vectors=2).attach(sd, "mug", "mug")

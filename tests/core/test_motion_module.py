@@ -1,4 +1,4 @@
-"""How the motion module is trained: where it starts, what it changes, what it leaves alone, and what it ships."""
+"""Tests how the motion module starts, what its training changes and leaves unchanged, and which weights are shipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = motion_module.MotionTraining(batch=2, heads=2, most_frames=8, lr=2e-2
 
 @dataclass(frozen=True)
 class SlidingSquares:
-    """Six clips of 4 frames, 16×16 pixels each, in which a square slides left or right."""
+    """Six clips of four frames of 16×16 pixels, in which a square slides left or right."""
 
     def __len__(self) -> int:
         return 6
@@ -93,7 +93,7 @@ def test_motion_words_are_single_tokens_and_no_picture_word_changes(tiny_backbon
     assert add_words(pipe.tokenizer, pipe.text_encoder) == ids  # adding the words again changes nothing
 
 
-def test_an_untrained_motion_module_applies_the_picture_network_to_each_frame(
+def test_with_an_untrained_motion_module_each_frame_is_predicted_as_a_picture(
     tiny_backbone: Path, tmp_path: Path
 ) -> None:
     made = task(tiny_backbone, tmp_path)
@@ -113,7 +113,8 @@ def test_only_motion_modules_and_motion_words_are_trained(tiny_backbone: Path, t
     assert "words" in changed and any("attn" in name for name in changed)
     said = made.net.place[made.data.tokens[:, 0].astype(np.int64)]
     moved = (made.net.words - before["words"]).abs().amax(1) > 0
-    assert set(moved.nonzero()[:, 0].tolist()) == set(said[said >= 0].tolist())  # exactly the words that captions use
+    # Exactly the words used in the captions have moved.
+    assert set(moved.nonzero()[:, 0].tolist()) == set(said[said >= 0].tolist())
 
 
 def test_motion_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_new_words_are_trained_to_change_the_cross_attention_features(monkeypatc
 
 
 def test_captions_of_opposite_motions_are_often_compared() -> None:
-    """Such captions share most words, so they would be the last to differ if they were paired as rarely as others."""
+    """These captions share most of their words, so their features would otherwise be the last to become different."""
     meet = {0.0: 0, 1.0: 0}
     for opposite in meet:
         for step in range(20):
@@ -206,13 +207,13 @@ def test_an_interrupted_training_run_equals_an_uninterrupted_one(tiny_backbone: 
         assert torch.equal(a, b), name
 
 
-def test_the_losses_of_the_parts_of_a_batch_add_up_to_its_loss(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_splitting_a_batch_among_workers_does_not_change_its_loss(tiny_backbone: Path, tmp_path: Path) -> None:
     one, two = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b", workers=2)
     losses = [float(next(made.updates(0, 0)).loss) for made in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_shipped_weights_are_the_averaged_ones(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_the_shipped_weights_are_the_averaged_weights(tiny_backbone: Path, tmp_path: Path) -> None:
     import shutil
 
     from diffusers import MotionAdapter, UNetMotionModel
@@ -234,13 +235,13 @@ def test_the_shipped_weights_are_the_averaged_ones(tiny_backbone: Path, tmp_path
         context = after.text_encoder(ids).last_hidden_state
         shown = unet(noisy, 300, encoder_hidden_states=context.repeat_interleave(4, 0)).sample
         expected = made.net(noisy, torch.tensor([300]), ids)
-    torch.testing.assert_close(shown, expected, atol=5e-3, rtol=5e-2)  # half precision
+    torch.testing.assert_close(shown, expected, atol=5e-3, rtol=5e-2)  # the motion module is stored in half precision
     plain = torch.tensor([before.tokenizer("a photo of a red cat")["input_ids"]])
-    with torch.no_grad():  # pictures are predicted as before
+    with torch.no_grad():  # captions without motion words are encoded as before
         assert torch.equal(before.text_encoder(plain).last_hidden_state, after.text_encoder(plain).last_hidden_state)
 
 
-def test_clips_are_rendered_once_and_grow_by_whole_chunks(tmp_path: Path) -> None:
+def test_a_set_of_clips_is_rendered_once_and_grows_by_whole_chunks(tmp_path: Path) -> None:
     clips = clip_dataset.build(tmp_path / "clips", 3, seed=0)
     assert len(clips) == 3 and clips.frames([0, 2]).shape == (2, 16, 64, 64, 3)
     assert clips.motions.tolist() == [0, 1, 2] and next(iter(MOTIONS)) == "spin"

@@ -1,4 +1,5 @@
-"""The toybox's motions are functions of time and keep things in the picture. Held-out motions are never trained on."""
+"""The toybox's motions are functions of time and keep things in the picture. No training path comes near a held-out
+motion."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ DRAWN = 1000
 
 @pytest.fixture(scope="module")
 def training() -> dict[str, Array]:
-    """Draws 10,000 paths of training clips, grouped by motion."""
+    """Draws 10,000 training paths, grouped by motion."""
     rng = np.random.default_rng(0)
     return {name: sample_paths(rng, motion, DRAWN) for name, motion in MOTIONS.items()}
 
@@ -45,7 +46,9 @@ def test_a_motion_is_a_function_of_time_for_any_number_of_frames(name: str) -> N
     assert motion.offsets(drawn, 2).shape == (3, 2, 7)
     with pytest.raises(ValueError, match="at least 2 frames, not 1"):
         motion.offsets(drawn, 1)
-    assert (few[..., 6].any() and name in CAMERA_MOTIONS) or not few[..., 6].any(), "only a camera moves the background"
+    assert (few[..., 6].any() and name in CAMERA_MOTIONS) or not few[..., 6].any(), (
+        "only camera motions move the background"
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -54,18 +57,18 @@ def test_things_stay_in_the_picture_and_turn_slowly_enough_to_be_tracked(name: s
     scale, away = np.exp(paths[..., 2]), np.abs(paths[..., :2]).max(-1)
     assert scale.min() > 0.4 and scale.max() < 1.1 and (away <= room(scale) + 1e-9).all()
     assert np.abs(paths[..., 5]).max() < 40 and np.ptp(paths[..., 4], axis=1).max() == 0
-    assert np.abs(np.diff(paths[..., 3], axis=1)).max() < 90, "a quarter turn or more cannot be told from its opposite"
+    assert np.abs(np.diff(paths[..., 3], axis=1)).max() < 90, "a turn of 90° or more between frames is hard to track"
 
 
-def test_things_that_must_face_their_direction_do() -> None:
+def test_things_face_their_direction_of_motion_if_the_motion_requires_it() -> None:
     """A lap starts with the thing moving right and seen from its right side. At azimuth -90 its front points right."""
     lap = held_out_motion("reporting-lap")
     path = place(np.random.default_rng(0), lap.offsets(lap.draw(np.random.default_rng(0), 5), 41), lap.facing_deg)
     assert np.allclose(path[:, 0, 3], -90) and (np.diff(path[:, :2, 0], axis=1) > 0).all()
     assert np.allclose(views(path)[:, 10, :2] / np.cos(np.radians(path[:, 10, 4:5])), (-1, 0)), (
-        "a quarter through the lap it is seen from behind"
+        "a quarter of the way through the lap, the thing is seen from behind"
     )
-    assert (np.diff(path[:, 10:12, 2], axis=1) < 0).all(), "a quarter through the lap it moves away"
+    assert (np.diff(path[:, 10:12, 2], axis=1) < 0).all(), "a quarter of the way through the lap, the thing moves away"
 
 
 def test_views_are_unit_vectors_towards_the_camera() -> None:
@@ -75,9 +78,9 @@ def test_views_are_unit_vectors_towards_the_camera() -> None:
 
 
 def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array]) -> None:
-    """A training path's nearest neighbour within its motion is closer than `bar` in 99 % of cases.
+    """For 99 % of the training paths, the nearest other path of the same motion is closer than `bar`.
 
-    The training path nearest to a held-out motion is more than twice as far away.
+    Every training path is more than twice as far from every held-out motion.
     """
     within = []
     for paths in training.values():
@@ -97,7 +100,7 @@ def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array
 
 
 def test_captioned_motions_can_be_told_apart_by_their_paths(training: dict[str, Array]) -> None:
-    """Whatever their side, size, position and rhythm, paths of different training motions are over 0.4 apart."""
+    """Paths of different training motions are more than 0.4 apart, whatever their side, size, position and rhythm."""
     names, every = np.repeat(list(training), DRAWN), np.concatenate(list(training.values()))
     for name, paths in training.items():
         far = distances(paths[:40], every)
@@ -123,7 +126,7 @@ def test_a_held_out_motion_can_be_told_from_its_look_alikes(name: str) -> None:
     assert ranked(frozen, among)[0][0] == "still"
 
 
-def test_the_steady_look_alike_removes_the_stops() -> None:
+def test_the_steady_look_alike_of_a_motion_has_no_stops() -> None:
     motion = held_out_motion("development-stop-and-go")
     steady = next(other for other in look_alikes(motion) if other.name.endswith("steady"))
     x = steady.path(16)[:, 0]

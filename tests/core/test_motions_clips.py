@@ -1,4 +1,4 @@
-"""The frames, masks and flow of toybox clips, compared with closed forms, and the clips' captions."""
+"""The flow of toybox clips matches closed forms, their frames match rendered pictures, and captions name the motion."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_MOTION = Motion("made", lambda t, p: {})
 def clip(
     frames: int = 3, pan: float = 0.0, background: str = "gray studio", scale: float = 0.7, **moved: float
 ) -> Clip:
-    """Draws a clip of a car whose path parameters change linearly, by the amounts in `moved`."""
+    """Draws a clip of a car. The parameters of its path change linearly by the amounts in `moved`."""
     path = still(frames) + PLACED
     path[:, 2] = np.log(scale)
     for name, value in moved.items():
@@ -42,7 +42,7 @@ def clip(
 
 
 def centres(drawn: Clip) -> Tensor:
-    """Returns the position of each pixel relative to the thing's centre, in pixels, `[F-1, H, W, 2]`."""
+    """Returns the position of each pixel relative to the thing's centre, in pixels (`[F-1, H, W, 2]`)."""
     step = torch.arange(drawn.mask.shape[-1]) + 0.5
     y, x = torch.meshgrid(step, step, indexing="ij")
     middle = torch.tensor(drawn.path[:-1, :2]).float() * 64 + 32
@@ -72,7 +72,7 @@ def test_a_sliding_thing_has_the_same_flow_everywhere() -> None:
 def test_flow_of_scaling_and_rolling_matches_the_2d_formula() -> None:
     """A visible point is up to half a pixel from its pixel's centre.
 
-    The flow may therefore differ by that distance times the slope of the flow.
+    The flow may therefore deviate from the formula by that distance times the flow's slope.
     """
     grown, at = clip(log_scale=0.4), None
     at = centres(grown)
@@ -81,7 +81,9 @@ def test_flow_of_scaling_and_rolling_matches_the_2d_formula() -> None:
     rolled = clip(roll_deg=30.0)
     turn = np.radians(15)
     spin = torch.tensor([[np.cos(turn) - 1, np.sin(turn)], [-np.sin(turn), np.cos(turn) - 1]]).float()
-    assert (rolled.flow - at @ spin)[inside(rolled)].abs().max() < 0.9 * turn, "clockwise, as y points down"
+    assert (rolled.flow - at @ spin)[inside(rolled)].abs().max() < 0.9 * turn, (
+        "the rotation is clockwise, because y points down"
+    )
 
 
 def test_flow_of_a_turning_thing_leads_to_the_same_point_on_its_surface() -> None:
@@ -118,14 +120,14 @@ def test_flow_is_unknown_where_the_next_frame_hides_the_point() -> None:
     covered = (slid.mask[1] == 1) & (slid.mask[0] == 0)
     assert covered.any() and not slid.flow_known[0][covered].any(), "the car now covers the background there"
     edge = (slid.mask[0] > 0) & (slid.mask[0] < 1)
-    assert not slid.flow_known[0][edge].any(), "edge pixels mix thing and background"
+    assert not slid.flow_known[0][edge].any(), "edge pixels mix the thing and the background"
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_only_the_camera_moves_the_background(background: str) -> None:
-    """Far from the thing and its shadow nothing changes unless the camera pans.
+    """Far from the thing and its shadow, nothing changes unless the camera pans.
 
-    Then the whole background shifts by the same whole number of pixels.
+    If it pans, the whole background shifts by the same whole number of pixels.
     """
     kept = clip(frames=2, scale=0.35, background=background, azimuth_deg=50.0, roll_deg=10.0)
     assert torch.equal(kept.frames[0, :, :6], kept.frames[1, :, :6])
@@ -138,7 +140,7 @@ def test_only_the_camera_moves_the_background(background: str) -> None:
     assert not panned.flow_known[0, :, 56:].any(), "these pixels leave the picture"
 
 
-def test_a_sampled_clip_shows_one_thing_in_one_place() -> None:
+def test_a_sampled_clip_shows_one_thing_in_front_of_one_background() -> None:
     rng = np.random.default_rng(2)
     for name, motion in MOTIONS.items():
         moving = sample_moving(rng, motion, 8)
@@ -154,7 +156,9 @@ def test_a_sampled_clip_shows_one_thing_in_one_place() -> None:
     drawn = draw_clip(one)
     assert torch.equal(drawn.frames, draw_clip(other).frames)
     assert drawn.levels.dtype == torch.uint8 and drawn.levels.shape == (3, 64, 64, 3)
-    with pytest.raises(ValueError, match="cannot fix camera, view: the clip's motion decides"):
+    with pytest.raises(
+        ValueError, match="cannot fix camera, view: a clip has one thing, and its motion sets the camera"
+    ):
         sample_moving(rng, view="side", camera=None)
 
 
@@ -168,7 +172,7 @@ def test_captions_name_the_motion_and_fit_the_tokenizer() -> None:
         texts = [clip_caption(moving, rng, full=True), *(clip_caption(moving, rng) for _ in range(60))]
         assert max(len(shipped(text)["input_ids"]) for text in texts) <= MAX_LENGTH
         assert motion_phrase(name) in texts[0] and "mountain" in texts[0], (
-            "the full caption contains the canonical phrase and the place"
+            "the full caption contains the canonical phrase and the background"
         )
         for text in texts:
             said = {m for m, options in PHRASES.items() if any(re.search(rf"{o}\b(?! it)", text) for o in options)}
@@ -185,7 +189,7 @@ def test_captions_name_the_view_only_if_it_does_not_change() -> None:
     slid = replace(slid, scene=slid.scenes()[0])
     assert clip_caption(slid, rng, True) == (
         "a photo of a red car with a blue roof moving to the left on the water, side view"
-    ), "a moving thing is still described as on the water"
+    ), "a moving thing is also described as being on the water"
     path = path.copy()
     path[:, 3] += np.linspace(0, 300, 4)
     assert clip_caption(replace(slid, motion=MOTIONS["spin"], path=path), rng, True).endswith("spinning on the water")
@@ -196,4 +200,4 @@ def test_captions_of_held_out_motions_do_not_describe_the_motion() -> None:
     for motion in motion_names().values():
         moving = sample_moving(rng, motion, 4)
         for text in (clip_caption(moving, rng), clip_caption(moving, rng, True), plain_clip_caption(moving)):
-            assert set(text.replace(",", " ,").split()) <= words, "only the still-picture vocabulary is used"
+            assert set(text.replace(",", " ,").split()) <= words, "only the vocabulary of still pictures is used"

@@ -1,4 +1,4 @@
-"""The distance between paths, compared with a minimum found by search, and what it distinguishes and ignores."""
+"""The distance between paths matches a minimum found by search. It ignores where the paths begin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def paths(n: int, frames: int = 9, seed: int = 0) -> np.ndarray:
 
 
 def test_the_distance_is_the_smallest_difference_over_all_shifts() -> None:
-    """Each column is compared separately, with the best of 200,001 shifts."""
+    """For each column separately, the expected value is the best of 200,001 shifts."""
     a, b = paths(2)
     total = 0.0
     for i, (name, unit) in enumerate(UNITS.items()):

@@ -1,4 +1,4 @@
-"""Commands that write held-out motions as folders of clips, and sheets of motions."""
+"""Commands write held-out motions as folders of clips, and any toybox motions as a sheet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def toybox(*arguments: object) -> int:
     return run(build(), ["toybox", *map(str, arguments)])
 
 
-def test_a_motion_becomes_a_folder_of_clips_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_motion_is_written_as_a_folder_of_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, out = "development-zigzag", tmp_path / "zigzag"
     assert toybox("subjects", name, "--out", out, "--num", 3, "--frames", 4) == 0
     assert capsys.readouterr().out.split() == [f"{out}/{i:02d}" for i in range(3)]

@@ -1,4 +1,4 @@
-"""Optimizers of parameter groups: compared with the libraries' own, saved and resumed, each only on its own group."""
+"""Each group of parameters can have its own optimizer, which matches the library's and can be saved and resumed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_saved_and_resumed_run_equals_an_uninterrupted_one(kind):
 
 
 def test_each_group_uses_the_optimizer_it_was_given():
-    """Compares the optimizers with direct calls of the two libraries."""
+    """Compares the optimizers with direct calls to the two libraries."""
     from prodigyopt import Prodigy as Theirs
 
     task, plain = Bowl(), Bowl()

@@ -1,4 +1,4 @@
-"""Outputs are written completely or not at all, and replace only what pcs wrote itself."""
+"""Outputs are written completely or not at all, and replace only files that pcs itself wrote."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shared.train.log import Log
 
 
 def earlier(target: Path) -> Path:
-    """A folder with one file that pcs wrote before."""
+    """Makes a folder with one file, as an earlier call of pcs would, and returns it."""
     with atomic_folder(target) as folder:
         (folder / "old").write_text("old")
     return target
@@ -111,13 +111,13 @@ def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fails)
-    monkeypatch.setattr(outputs, "exchanged", lambda *_: False)  # a system that cannot exchange folders
+    monkeypatch.setattr(outputs, "exchanged", lambda *_: False)  # as on a system that cannot exchange folders
     with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and seen(target) == ["old"]
 
 
-def test_there_is_always_an_output_while_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_always_exists_while_it_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, rename = earlier(tmp_path / "x"), Path.rename
 
     def watched(self: Path, to: Path) -> Path:
@@ -163,14 +163,14 @@ def test_an_atomic_write_replaces_a_file_completely_or_not_at_all(tmp_path: Path
     assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # unlike a temporary file, readable not only by its owner
+    assert path.stat().st_mode == plain.stat().st_mode  # unlike most temporary files, it can be read by other users
 
 
 # --- what may be overwritten --------------------------------------------------------------------
 
 
 def photos(folder: Path) -> Path:
-    """A user's own pictures."""
+    """Makes a folder of the user's own pictures and returns it."""
     folder.mkdir(parents=True)
     for name in ("a.png", "b.jpg"):
         Image.new("RGB", (32, 32), "red").save(folder / name)
@@ -216,7 +216,7 @@ def test_folders_that_pcs_wrote_are_overwritten_unless_something_was_added(tmp_p
 
 
 def test_a_folder_that_contains_only_outputs_of_pcs_may_be_overwritten(tmp_path: Path) -> None:
-    """The folder contains what a demo leaves: an album, a concept, a training folder, a report and a page."""
+    """The folder contains the outputs of a demo, namely an album, a concept, a training folder, a report and a page."""
     demo = tmp_path / "demo"
     write_picture(torch.zeros(3, 20, 20), demo / "references/00.png", {"toybox-subject": "development-duck"})
     write_picture(torch.zeros(3, 20, 20), demo / "references/masks/00.png")
@@ -273,7 +273,7 @@ def test_an_output_must_not_overlap_with_an_input(tmp_path: Path) -> None:
     assert check_output(tmp_path / "mine" / "out", inputs=[user_photos]) == tmp_path / "mine" / "out"
 
 
-def test_files_added_while_the_folder_is_written_are_not_replaced(tmp_path: Path) -> None:
+def test_files_that_are_added_while_the_folder_is_written_are_not_replaced(tmp_path: Path) -> None:
     for overwrite in (False, True):
         target = tmp_path / f"x{overwrite}"
         with pytest.raises(ValueError, match="x(True|False) "), atomic_folder(target, overwrite) as folder:
@@ -290,7 +290,7 @@ def test_the_list_of_files_is_not_reported_as_a_stray_file(tmp_path: Path) -> No
     assert (tmp_path / "x" / MARK).is_file() and list_pictures(tmp_path / "x")[1] == []
 
 
-def test_a_folder_that_grows_must_be_empty_or_from_an_earlier_call(tmp_path: Path) -> None:
+def test_a_resumable_output_must_be_new_or_empty_or_from_an_earlier_call(tmp_path: Path) -> None:
     def check(name: str) -> Path:
         return check_resumable(tmp_path / name, "album", lambda folder: (folder / "album.json").is_file())
 
@@ -314,7 +314,7 @@ def test_a_folder_that_grows_must_be_empty_or_from_an_earlier_call(tmp_path: Pat
         check_resumable(tmp_path / "ours" / "x", "album", lambda _: True, [tmp_path / "ours"])
 
 
-def test_an_output_file_must_not_exist_or_be_a_folder(tmp_path: Path) -> None:
+def test_an_output_file_must_be_new_and_not_a_folder(tmp_path: Path) -> None:
     assert check_file(tmp_path / "a" / "b.png") == tmp_path / "a" / "b.png"
     (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match=r"a\.png already exists: choose another output"):
@@ -369,7 +369,7 @@ def test_leftovers_of_a_killed_process_are_removed_by_the_next_process(tmp_path:
     foreign.touch()
     with atomic_folder(tmp_path / "z") as folder:
         (folder / "a").touch()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, "y", "z"], "files of other machines are kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, "y", "z"], "files from other machines are kept"
 
 
 def test_an_output_that_was_moved_aside_is_restored(tmp_path: Path) -> None:

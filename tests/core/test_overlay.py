@@ -1,4 +1,4 @@
-"""The toybox overlay's rules by trained part, kind and modality, applied to shipped recipes and to users' own."""
+"""The toybox overlay's rules depend on trained parts, kinds and modality, and apply to shipped and user recipes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rules(data: dict[str, Any], modality: str = "image", **more: Any) -> dict[st
 
 def test_the_number_of_steps_depends_on_the_trained_parts() -> None:
     both = {"trainable": {"t": {"kind": "tokens"}, "lora": {}}}
-    assert rules(both)["train"]["steps"] == 10, "the kind that comes first in the overlay decides"
+    assert rules(both)["train"]["steps"] == 10, "the kind that comes first in the overlay determines the number"
     assert rules({"trainable": {"t": {"kind": "tokens"}}})["train"]["steps"] == 20
     assert "steps" not in rules({"trainable": {"x": {"kind": "svd"}}})["train"]
     laid = rules({"trainable": {"tokens": {}}, "phases": {"a": None, "b": {"trainable": {"lora": {}}}}})
@@ -70,7 +70,7 @@ def test_a_rule_for_a_method_does_not_restore_a_part_that_a_variant_removed() ->
         return Rules(file, "image", {}).of(data, ["a"])
 
     assert laid({"trainable": {"lora": None}})["trainable"] == {}
-    assert laid({})["train"] == {"steps": 7}, "all other rules apply"
+    assert laid({})["train"] == {"steps": 7}, "the rule's other settings still apply"
     assert laid({"trainable": {"lora": {"kind": "peft"}}})["trainable"] == {}, "the rule skips a part of another kind"
     assert laid({"trainable": {"lora": {}}})["trainable"] == {"lora": {"kind": "lora", "rank": 4}}
     phased = laid({"phases": {"p": {"trainable": {"tokens": {}}}}})
@@ -91,7 +91,7 @@ def test_a_rule_yields_to_settings_that_still_apply() -> None:
     stated = [{"x": {"a": 1, "b": 2}}]
     rule = {"x": {"a": 10, "b": 10, "c": 10}}
     assert unstated(rule, stated, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, (
-        "b was dropped with another kind, so the rule sets it"
+        "b was dropped when the kind changed, so the rule sets it"
     )
     assert unstated(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value is kept, so that validation refuses it"
     phased = {"phases": {"p": {"x": {"a": 10}}, "gone": {"x": {"a": 10}}}}

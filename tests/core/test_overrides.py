@@ -1,4 +1,4 @@
-"""`key=value` on the command line is read as text for text fields and as YAML elsewhere, and `~` is expanded once."""
+"""`key=value` on the command line is read as text for text fields and as YAML otherwise. `~` is expanded in paths."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_path_or_a_string_is_taken_as_typed(tmp_path, monkeypatch, key: str, n
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_recipe_learns_from_the_folder_that_was_named(tmp_path, monkeypatch, name: str) -> None:
+def test_a_recipe_uses_exactly_the_folder_that_was_typed(tmp_path, monkeypatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     save(tmp_path / name / "a.png", scene(32, 32))
@@ -92,7 +92,7 @@ def test_a_comma_separates_files_unless_a_file_has_that_name(tmp_path, monkeypat
     )
 
 
-def test_an_optional_field_is_unset_by_null_or_by_no_text() -> None:
+def test_an_optional_field_is_unset_by_null_or_by_an_empty_value() -> None:
     def one(text: str):
         return load("dreambooth_lora", ["subject.images=x", "output=y.concept", "name=z", "subject.masks=m", text])
 
@@ -122,7 +122,7 @@ class Settings(Part):
     parts: Slot[Annotated[One | Two, Field(discriminator="kind")]] = {}
 
 
-def test_values_of_fields_that_are_not_only_text_are_yaml() -> None:
+def test_values_of_fields_that_are_not_only_text_are_read_as_yaml() -> None:
     parsed = parse_overrides(
         ["parts.x.amount=1e-4", "parts.x.words=[a, 1]", "parts={y: {kind: two}}", "no.such=1"], Settings
     )

@@ -1,4 +1,4 @@
-"""The installed packages and data files, the pins for each Python version, and the error for a Python too old."""
+"""All packages and data files are shipped, all dependencies are pinned, and a Python that is too old is reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-tomllib = pytest.importorskip("tomllib")  # Python 3.11
+tomllib = pytest.importorskip("tomllib")  # in the standard library since Python 3.11
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PINS = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]

@@ -1,4 +1,4 @@
-"""Reads pictures and masks from real files of every kind."""
+"""Tests that pictures and masks are read correctly from real files of every supported format."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_plain_rgb_is_read_exactly(tmp_path: Path) -> None:
     np.testing.assert_allclose(levels(tmp_path / "a.png"), scene(), atol=1e-4)
 
 
-# how a viewer transforms the stored rows for each orientation, written in NumPy to be independent of Pillow
+# how a viewer transforms the stored pixels for each EXIF orientation, written in NumPy to be independent of Pillow
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -112,7 +112,7 @@ def test_float_and_32_bit_grey_are_scaled_to_8_bits(tmp_path: Path) -> None:
     )
 
 
-def test_12_bit_grey_in_16_bits_is_not_black(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_12_bit_grey_stored_in_16_bits_is_not_read_as_black(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     grey = np.linspace(0, 4095, 48 * 32).astype(np.uint16).reshape(32, 48)
     for top, about in ((4095, ""), (4095, "stated"), (16383, "stated")):  # tag 281: MaxSampleValue
         path = save(tmp_path / f"{top}{about}.tiff", grey, **({"tiffinfo": {281: top}} if about else {}))
@@ -127,14 +127,14 @@ def test_12_bit_grey_in_16_bits_is_not_black(tmp_path: Path, recwarn: pytest.War
     assert "reach only 16380 of 65535, which is dark" in str(recwarn.pop(UserWarning).message)
 
 
-def test_12_bit_colour_in_16_bits_causes_a_warning(tmp_path: Path) -> None:
+def test_12_bit_colour_stored_in_16_bits_causes_a_warning(tmp_path: Path) -> None:
     deep = (scene().astype(np.uint16) * 16).astype(">u2")
     (tmp_path / "rgb.png").write_bytes(png(48, 32, 16, 2, b"".join(b"\0" + row.tobytes() for row in deep)))
     with pytest.warns(UserWarning, match=r"rgb\.png is almost black: its 16-bit channels reach only \d+ of 255"):
         read_picture(tmp_path / "rgb.png")
 
 
-def test_palettes_are_read_with_and_without_transparency(tmp_path: Path) -> None:
+def test_palette_pictures_are_read_with_and_without_transparency(tmp_path: Path) -> None:
     flat = np.zeros((32, 48), np.uint8)
     flat[:, 24:] = 1
     image = Image.frombytes("P", (48, 32), flat.tobytes())
@@ -157,7 +157,7 @@ def test_palettes_are_read_with_and_without_transparency(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.uint16, np.float32])
-def test_eight_bit_values_in_a_wider_type_are_not_black(tmp_path: Path, kind: type) -> None:
+def test_8_bit_values_stored_in_a_wider_type_are_not_read_as_black(tmp_path: Path, kind: type) -> None:
     values = np.linspace(0, 255, 64 * 64).round().reshape(64, 64).astype(kind)
     Image.fromarray(values).save(tmp_path / "a.tiff")
     picture = np.asarray(read_picture(tmp_path / "a.tiff").image)
@@ -173,7 +173,7 @@ def test_deep_pixels_count_more_against_the_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "ending"), [(m, e) for m in ("RGBA", "LA") for e in ("png", "tiff", "webp")][:-1])
-def test_transparency_becomes_a_mask_on_a_neutral_background(tmp_path: Path, mode: str, ending: str) -> None:
+def test_transparency_becomes_a_mask_and_transparent_pixels_become_grey(tmp_path: Path, mode: str, ending: str) -> None:
     alpha = np.full((32, 48), 255, np.uint8)
     alpha[:, 30:] = 0
     image = Image.fromarray(scene()).convert(mode)
@@ -241,7 +241,7 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
 
 
 def test_ycck_jpeg_keeps_its_colours(tmp_path: Path) -> None:
-    """Photoshop writes Y, Cb and Cr of the inverted colours, K as brightness, and transform 2 in the Adobe marker."""
+    """Photoshop stores YCbCr of the inverted colours, and K as brightness. The transform in the Adobe marker is 2."""
     ycc = Image.fromarray(np.zeros((32, 48, 3), np.uint8) + np.array([15, 135, 235], np.uint8)).convert("YCbCr")
     planes = [*ycc.split(), Image.new("L", ycc.size, 255)]
     Image.merge("CMYK", [p.point(lambda v: 255 - v) for p in planes]).save(tmp_path / "a.jpg", quality=98)
@@ -258,7 +258,7 @@ def test_colour_profiles_are_applied(tmp_path: Path) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     lab.save(tmp_path / "srgb.png", icc_profile=srgb)
     np.testing.assert_allclose(levels(tmp_path / "srgb.png")[0, 0], (200, 60, 60), atol=1e-4)
-    # the same profile under another name, with the red and blue primaries exchanged, so red must become blue
+    # the same profile under another name, with the red and blue primaries swapped; red must become blue
     swapped = bytearray(srgb.replace(b"sRGB", b"test").replace(b"s\0R\0G\0B", b"t\0e\0s\0t"))
     red, blue = swapped.index(b"rXYZ", 128), swapped.index(b"bXYZ", 128)
     swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -279,8 +279,8 @@ def test_only_the_first_frame_of_an_animation_is_read_with_a_warning(tmp_path: P
     assert picture.pixels[:, 3, 3].tolist() == [1, -1, -1]
 
 
-def test_the_second_picture_in_an_mpo_file_is_not_an_animation(tmp_path: Path) -> None:
-    """In an MPO file, as phones write it, a JPEG is followed by a preview or by the picture for the other eye."""
+def test_an_mpo_file_with_a_second_picture_is_not_treated_as_an_animation(tmp_path: Path) -> None:
+    """In the MPO files that phones write, a JPEG is followed by a preview or by the picture for the other eye."""
     other = Image.new("RGB", (24, 24))
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[other])
     with warnings.catch_warnings():
@@ -288,7 +288,7 @@ def test_the_second_picture_in_an_mpo_file_is_not_an_animation(tmp_path: Path) -
         assert read_picture(tmp_path / "a.jpg").size == (48, 32)
 
 
-def test_the_content_of_a_file_decides_its_format_not_its_name(tmp_path: Path) -> None:
+def test_the_format_is_determined_by_the_content_of_a_file_and_not_by_its_name(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="PNG")
     np.testing.assert_allclose(levels(tmp_path / "a.jpg"), scene(), atol=1e-4)
     assert list_pictures(tmp_path)[0] == (tmp_path / "a.jpg",)
@@ -341,7 +341,7 @@ def test_truncated_files_are_refused(tmp_path: Path, ending: str, share: float) 
         read_picture(path)
 
 
-def test_random_damage_never_raises_anything_but_value_errors(tmp_path: Path) -> None:
+def test_randomly_damaged_files_raise_only_value_errors(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     noise = random.integers(0, 255, (40, 40, 3), dtype=np.uint8)
     for ending in ("jpg", "png", "gif", "webp", "tiff", "bmp", "avif", "jp2"):
@@ -359,7 +359,7 @@ def test_random_damage_never_raises_anything_but_value_errors(tmp_path: Path) ->
                     assert f"a.{ending}" in str(error)
 
 
-def test_files_of_unsupported_kinds_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_unsupported_files_are_refused_and_the_error_gives_the_reason(tmp_path: Path) -> None:
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     with pytest.raises(ValueError, match=r"a\.heic is HEIC, which .* save it as JPEG or PNG"):
         read_picture(tmp_path / "a.heic")

@@ -1,4 +1,4 @@
-"""Networks that do not fit on a device together take turns on it and compute the same results."""
+"""Tests that networks that do not fit on a device together take turns on it, without changing the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
 from tests.core.runs import finish, learned, same, session, small
 
-DEVICE = torch.device("cpu:0")  # the computing device, as opposed to "cpu", which is main memory
+DEVICE = torch.device("cpu:0")  # stands for the compute device, and "cpu" for main memory
 SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
 
 
@@ -32,7 +32,9 @@ SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
         (["vae", "text_encoder"], "transformer", 5, [], ["vae", "text_encoder"]),
     ],
 )
-def test_the_least_recently_used_networks_leave_but_no_more_than_necessary(present, needed, budget, pinned, leave):
+def test_the_least_recently_used_networks_leave_first_and_no_more_leave_than_necessary(
+    present, needed, budget, pinned, leave
+):
     assert to_evict(present, SIZES, needed, budget, pinned) == leave
 
 
@@ -54,7 +56,7 @@ class Recorded(Placement):
 
 
 def taking_turns(backbone: Any, budget: int) -> Recorded:
-    """Places the backbone on DEVICE with a memory budget of `budget` bytes."""
+    """Places the backbone on DEVICE with a memory budget of `budget` bytes. Returns the placement."""
     backbone.placement = Recorded({**backbone.components, "vae": backbone.vae}, DEVICE, budget)
     backbone.placement.moves = []
     backbone.placement.watch()
@@ -96,7 +98,9 @@ def test_a_network_moves_again_only_if_it_had_to_leave(new_sd):
 
 
 @pytest.mark.parametrize("recipe", ["dreambooth_lora", "textual_inversion"])
-def test_a_run_learns_the_same_and_trained_networks_stay_on_the_device(tiny, photos, tmp_path, recipe):
+def test_networks_that_take_turns_learn_the_same_and_trained_networks_stay_on_the_device(
+    tiny, photos, tmp_path, recipe
+):
     settings = small(recipe, "train.steps=3", "train.cache=false")  # each step encodes pictures and text anew
     expected = finish(session(tiny(), settings, photos, tmp_path / "a"))
     backbone = tiny()

@@ -1,4 +1,4 @@
-"""Missing files are reported before a model is loaded, not when the phase that reads them starts."""
+"""Tests that missing files are reported before a model is loaded, not when the phase that reads them starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.recipe.resolve import load
 from shared.runner.plan import plan
 from tests.core.runs import SMALL, finish, paint, session, small
 
-BARE = "no picture has one: put them in masks/"
+BARE = "no picture has one: put masks in masks/"
 LOCALISATION = "regularize.localisation.weight=0.1"
 
 
@@ -46,7 +46,9 @@ def test_missing_masks_that_a_penalty_needs_are_reported(recipe, setting, tiny, 
     refused(recipe, (setting,), tiny, bare, tmp_path, rf"regularize\.localisation .* {BARE}")
 
 
-def test_one_mask_is_enough_for_a_penalty_unless_every_picture_needs_one(tiny, photos, bare, tmp_path):
+def test_one_mask_is_enough_for_a_penalty_unless_the_recipe_requires_a_mask_for_every_picture(
+    tiny, photos, bare, tmp_path
+):
     folder = Path(shutil.copytree(bare, tmp_path / "some"))
     (folder / "masks").mkdir()
     shutil.copy(photos / "masks" / "0.png", folder / "masks" / "0.png")

@@ -1,4 +1,4 @@
-"""What the pretraining driver saves, resumes, skips and refuses, tested with a tiny network."""
+"""Tests what the pretraining driver saves, resumes, skips and refuses, using a tiny network."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_paused_run_equals_an_uninterrupted_one_even_if_rates_decay(tmp_path: Path) -> None:
+def test_a_paused_run_equals_an_uninterrupted_run_even_if_learning_rates_decay(tmp_path: Path) -> None:
     whole, first, second = LayerTask(), LayerTask(), LayerTask()
     assert train(whole, tmp_path / "whole", 8).step == 8
     assert train(first, tmp_path / "halves", 8, pause_at=5).taken == 5
@@ -71,7 +71,7 @@ def test_a_paused_run_equals_an_uninterrupted_one_even_if_rates_decay(tmp_path: 
     same(dict(a.optimizer), dict(b.optimizer))
 
 
-def test_the_log_contains_mean_losses_rates_and_measurements(tmp_path: Path) -> None:
+def test_the_log_contains_mean_losses_learning_rates_and_measurements(tmp_path: Path) -> None:
     train(LayerTask(), tmp_path, 6)
     rows = lines(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6, 6] and rows[-1] == {"step": 6, "measured": 2.0}
@@ -88,7 +88,7 @@ def test_ctrl_c_saves_the_last_completed_step(tmp_path: Path) -> None:
     same(resumed.state_dict(), whole.state_dict())
 
 
-def test_steps_without_a_finite_loss_are_skipped_but_too_many_end_the_run(tmp_path: Path) -> None:
+def test_steps_without_a_finite_loss_are_skipped_but_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     task = LayerTask(bad=range(2, 4))
     with pytest.warns(UserWarning, match="the loss at step 3 is nan: the step is skipped"):
         assert train(task, tmp_path / "two", 5).step == 5
@@ -132,7 +132,7 @@ def test_changed_settings_and_older_checkpoints_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_bf16_is_used_if_requested_or_if_the_processor_is_fast_at_it(
+def test_bf16_follows_the_setting_or_by_default_whether_the_processor_is_fast_at_it(
     fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
@@ -141,7 +141,7 @@ def test_bf16_is_used_if_requested_or_if_the_processor_is_fast_at_it(
     assert found == [fast, True, False]
 
 
-def test_a_time_limit_stops_a_run_with_or_without_a_number_of_steps(tmp_path: Path) -> None:
+def test_a_time_limit_stops_a_run_with_or_without_a_step_limit(tmp_path: Path) -> None:
     for name, settings in (("a", RunSettings(minutes=1e-9)), ("b", RunSettings(steps=9, minutes=0.0, device="cpu"))):
         assert run_task(LayerTask(), settings, tmp_path / name).step < 9
 
@@ -152,7 +152,7 @@ def test_weight_decay_excludes_biases_norms_and_embeddings() -> None:
     assert sorted(tuple(p.shape) for p in others.parameters) == [(3,), (3,), (3,), (5, 3)] and others.weight_decay == 0
 
 
-def test_rates_are_constant_until_they_decay_over_the_last_fraction() -> None:
+def test_learning_rates_are_constant_until_they_decay_over_the_last_fraction_of_the_run() -> None:
     linear = AdamW(schedule="linear", decay=0.2, warmup=10)
     assert [round(linear.factor(50, done), 3) for done in (0.0, 0.8, 0.9, 1.0, 1.1)] == [1, 1, 0.5, 0, 0]
     assert linear.factor(0, -0.1) == pytest.approx(1 / 11)

@@ -1,4 +1,4 @@
-"""How a user's prompt or a picture's caption becomes the text that the encoder reads."""
+"""Tests how a user's prompt or a picture's caption becomes the text that the encoder reads."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def captioned(part: Templates, before: Example, seed: int = 0, words: str = "sks
 # --- prompts ---------------------------------------------------------------------------------
 
 
-def test_each_name_in_a_prompt_is_returned_once_in_order():
+def test_each_name_in_a_prompt_is_returned_once_and_in_order():
     assert names_in("<b> and <my-mug> and <b>, 1 < 2 > 0, <lora:x:1>, < a >, <3>") == ("b", "my-mug", "3")
 
 
-def test_a_name_becomes_its_words_or_nothing_if_it_has_none():
+def test_a_name_is_replaced_by_its_words_or_removed_if_it_has_none():
     assert expand("a <my-mug> <spin> on  the beach", PLACEHOLDERS) == "a <my-mug> <my-mug>_1 mug on the beach"
     assert expand("two <my-mug>s", PLACEHOLDERS) == "two <my-mug> <my-mug>_1 mugs"
     assert expand("no name", {}) == "no name"
@@ -82,7 +82,7 @@ def test_a_name_becomes_its_words_or_nothing_if_it_has_none():
         ("a cat<|endoftext|> on a beach", "'<|endoftext|>' is not text but a control token of the text encoder; leave"),
     ],
 )
-def test_the_warning_for_foreign_prompt_syntax_shows_the_equivalent(prompt, said):
+def test_the_warning_about_foreign_prompt_syntax_shows_the_equivalent(prompt, said):
     with pytest.warns(UserWarning, match=re.escape(said)) as caught:
         expand(prompt, PLACEHOLDERS)
     assert len(caught) == 1
@@ -142,7 +142,7 @@ def test_the_concept_is_inserted_into_a_user_caption(caption, expected):
     assert captioned(Templates(set="subject"), example(caption)) == expected
 
 
-def test_the_concept_is_put_in_front_of_a_caption_without_a_class_noun():
+def test_a_concept_without_a_class_noun_is_put_in_front_of_the_caption():
     assert captioned(Templates(), example("by the sea"), words="sks", noun="") == "sks, by the sea"
 
 
@@ -152,7 +152,7 @@ def test_user_captions_can_be_ignored_but_captions_of_class_pictures_cannot():
     assert captioned(part, example("a photo of a mug", "prior")) == "a photo of a mug"
 
 
-def test_the_generator_draws_every_template_about_equally_often():
+def test_all_templates_are_drawn_about_equally_often():
     part = Templates(set="subject")
     drawn = Counter(captioned(part, example(), seed) for seed in range(300))
     assert set(drawn) == {t.replace("{concept}", "sks mug") for t in SETS["subject"]}
@@ -188,7 +188,7 @@ def test_class_pictures_keep_their_caption_or_are_captioned_with_their_class():
     assert captioned(Templates(set="subject"), example("", "prior"), 4).count("mug") == 1
 
 
-def test_the_picture_and_its_mask_are_not_changed():
+def test_the_original_example_and_its_pixels_are_not_changed():
     before = example("a mug")
     made = Templates()(before, torch.Generator().manual_seed(0), {before.owner: "sks mug"}, {before.owner: "mug"})
     assert made.pixels is before.pixels and made.owner == before.owner and before.caption == "a mug"

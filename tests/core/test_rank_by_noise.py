@@ -1,4 +1,4 @@
-"""T-LoRA, whose rank falls with the noise, compared with a plain LoRA in which the masked rows of A are zero."""
+"""Compares T-LoRA, whose rank decreases as the noise increases, with a plain LoRA whose masked rows of A are zero."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plain_with_rows(backbone: Any, state: dict[str, Tensor], rows: int, t: Tenso
     return out
 
 
-def test_the_rank_falls_with_the_noise_as_in_the_paper() -> None:
+def test_the_rank_follows_the_formula_in_the_paper() -> None:
     t = torch.tensor([0, 1, 125, 499, 500, 875, 999])
     assert rank_at(t, 16, 8).tolist() == [16, 15, 15, 12, 12, 9, 8]  # floor(8 (1000 - t) / 1000) + 8
     assert rank_at(torch.tensor([1000.0]), 64, 32).tolist() == [32] and rank_at(t, 4, 4).tolist() == [4] * 7
@@ -73,7 +73,7 @@ def test_each_picture_has_the_rank_of_its_own_timestep(backbone: Any) -> None:
         assert not torch.allclose(oracle, plain_with_rows(backbone, state, 4, TIMES[i : i + 1]), atol=1e-4)
 
 
-def test_the_rank_also_falls_under_guidance(sd: Any) -> None:
+def test_the_rank_also_depends_on_the_noise_under_guidance(sd: Any) -> None:
     (adapter,) = learned(sd)
     state, t = adapter.state_dict(), torch.tensor(700)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -86,7 +86,7 @@ def test_the_rank_also_falls_under_guidance(sd: Any) -> None:
         torch.testing.assert_close(sd.predict_guided(x, t, positive, negative, 5.0), guided, atol=1e-5, rtol=1e-4)
 
 
-def test_the_lora_starts_as_the_identity_and_is_removed_without_a_trace(backbone: Any) -> None:
+def test_the_lora_starts_without_an_effect_and_is_removed_without_a_trace(backbone: Any) -> None:
     with torch.no_grad():
         before, printed = predict(backbone), repr(backbone.denoiser)
         Lora(roles=ROLES, rank=4, min_rank=0, orthogonal=True).inject(backbone, "mug", "lora", 0)
@@ -130,7 +130,7 @@ def test_recomputed_layers_use_the_timesteps_of_their_own_prediction(backbone: A
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_a_saved_concept_keeps_the_falling_rank(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_saved_concept_keeps_the_noise_dependent_rank(new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone = new_sd()
     learned(backbone)
     with torch.no_grad():
@@ -147,7 +147,8 @@ def test_a_saved_concept_keeps_the_falling_rank(new_sd: Callable[..., Any], tmp_
     backbone.remove("mug")
     with pytest.raises(
         ValueError,
-        match="falls with the noise, down to 1, but diffusers' LoRA files have a fixed rank.*dreambooth_lora or trainable",
+        match="decreases as the noise increases, down to 1, but diffusers' LoRA files have a fixed rank.*dreambooth_lora or "
+        "trainable",
     ):
         export(loaded, tmp_path / "out", backbone=backbone)
     assert not (tmp_path / "out").exists()

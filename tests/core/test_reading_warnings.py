@@ -1,4 +1,4 @@
-"""Warnings about missing files and lossy crops of a user's pictures, and untrusted text on a terminal."""
+"""Tests warnings about missing captions and masks and about lossy crops, and how untrusted text is printed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def warned(folder: Path, **settings) -> list[str]:
     return [str(w.message) for w in caught]
 
 
-def test_pictures_without_a_caption_or_mask_that_others_have_are_named(tmp_path: Path) -> None:
+def test_a_warning_names_the_pictures_that_lack_a_caption_or_mask_if_other_pictures_have_one(tmp_path: Path) -> None:
     images = photos(tmp_path / "photos", (32, 32), (32, 32), (32, 32))
     assert warned(images) == []
     (tmp_path / "words").mkdir()
@@ -55,16 +55,18 @@ def test_pictures_without_a_caption_or_mask_that_others_have_are_named(tmp_path:
 
 
 @pytest.mark.parametrize(("size", "lost"), [((800, 40), 95), ((90, 160), 44), ((40, 62), 35)])
-def test_a_crop_that_loses_much_names_the_picture_and_the_remedy(tmp_path: Path, size, lost: int) -> None:
+def test_the_warning_about_a_lossy_crop_names_the_picture_and_the_remedy(tmp_path: Path, size, lost: int) -> None:
     picture = read_picture(save(tmp_path / "wide.png", scene(*size)))
     with pytest.warns(UserWarning, match=rf"wide\.png is {size[0]}x{size[1]}, and the crop loses {lost}% of it") as one:
         resize(picture, 32, "cover")
     assert "sources.references.fit=contain" in str(one[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resize(picture, 32, "contain")  # the remedy
-        resize(picture, 32)  # only for viewing
-        resize(read_picture(save(tmp_path / "photo.png", scene(60, 40))), 32, "cover")  # 2:3 loses only a third
+        resize(picture, 32, "contain")  # the remedy that the warning names
+        resize(picture, 32)  # without a mode, a crop causes no warning
+        resize(
+            read_picture(save(tmp_path / "photo.png", scene(60, 40))), 32, "cover"
+        )  # a 3:2 picture loses only a third
 
 
 def test_a_crop_that_keeps_the_whole_mask_causes_no_warning(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_a_crop_that_keeps_the_whole_mask_causes_no_warning(tmp_path: Path) -> N
         resize(read_picture(tmp_path / "cut.png"), 32, "cover")
 
 
-# --- the terminal --------------------------------------------------------------------------------
+# --- terminal output --------------------------------------------------------------------------------
 
 HOSTILE = "mug\x1b[2J\x1b]0;owned\x07\x9b31m\r\x08\x00\u202egpj.exe\u2066 é 猫 🦆\nnext\tline\ud800"
 
@@ -109,7 +111,7 @@ def test_errors_and_warnings_are_printed_without_control_characters(capsys: pyte
     err = capsys.readouterr().err
     assert err.startswith("warning: mug[2J") and "\x1b" not in err
     cli._warn(UserWarning(HOSTILE), UserWarning, "elsewhere", 3)
-    assert capsys.readouterr().err == "", "the same warning is printed once"
+    assert capsys.readouterr().err == "", "the same warning is printed only once"
 
 
 def test_a_hostile_concept_does_not_reach_the_terminal_through_an_error(tmp_path: Path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""The shipped recipes, the precedence of layers, and phases."""
+"""Tests the shipped recipes, the precedence of settings from different layers, and phases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def phases(recipe: Recipe) -> dict[str, Recipe]:
 
 @pytest.fixture
 def user_recipe(tmp_path):
-    """Writes a user's recipe file and loads it."""
+    """Returns a function that writes a user's recipe file and loads it."""
 
     def make(text: str, *overrides: str) -> Recipe:
         path = tmp_path / "mine.yaml"
@@ -101,7 +101,7 @@ phases:
     assert place.trains == "token embeddings, then DoRA on cross-attention K/V"
     assert place.prompt_engineering == "one template, some empty, template captions"
     assert (place.mask, place.regularization) == ("grown masks, masked loss", "prior prediction")
-    assert place.augmentation == "in my own words", "a file's own wording stays"
+    assert place.augmentation == "in my own words", "the wording in the file is kept"
 
 
 def test_the_shipped_recipes_have_the_parts_of_their_methods():
@@ -118,7 +118,7 @@ def test_the_shipped_recipes_have_the_parts_of_their_methods():
 # --- finding recipes ---------------------------------------------------------------------------------
 
 
-def test_the_error_for_an_unknown_recipe_lists_all_and_suggests_the_nearest():
+def test_the_error_for_an_unknown_recipe_lists_all_recipes_and_suggests_the_nearest_name():
     with pytest.raises(
         ValueError, match="unknown recipe 'dreambooth_lra'.*Did you mean 'dreambooth_lora'.*textual_inversion"
     ):
@@ -160,7 +160,7 @@ def test_the_error_for_a_wrong_setting_names_the_setting(user_recipe, text, mess
     assert message in str(error.value)
 
 
-def test_values_of_the_wrong_kind_on_the_command_line_are_refused():
+def test_wrong_missing_and_conflicting_settings_on_the_command_line_are_refused():
     with pytest.raises(ValueError, match=r"train\.steps = 'many'"):
         load("dreambooth_lora", ["train.steps=many"])
     with pytest.raises(ValueError, match=r"subject\.images is required"):
@@ -172,7 +172,7 @@ def test_values_of_the_wrong_kind_on_the_command_line_are_refused():
 # --- layers ----------------------------------------------------------------------------------
 
 
-def test_the_toybox_overlay_applies_only_on_the_toybox():
+def test_the_toybox_overlay_applies_only_to_the_toybox():
     on_toybox = load("dreambooth_lora")
     elsewhere = load("dreambooth_lora", [ELSEWHERE])
     plain = validate(Recipe, {**read_yaml(recipe_files("image")["dreambooth_lora"]), "method": "dreambooth_lora"})
@@ -204,7 +204,7 @@ def test_each_overlay_rule_applies_only_to_what_it_names(user_recipe, tmp_path, 
     }
     a, b = phases(recipe).values()
     assert a.trainable["t"].lr == 0.25 and set(b.trainable) == {"first", "lora"}
-    assert (a.train.steps, b.train.steps) == (7, 2), "a phase overrides common settings"
+    assert (a.train.steps, b.train.steps) == (7, 2), "a phase overrides the common settings"
     assert user_recipe(text, "backbone=toybox", "trainable.lora.lr=0.125").trainable["lora"].lr == 0.125
     assert user_recipe(text).train.batch_size == 1
 
@@ -229,12 +229,14 @@ phases:
     shipped = load("dreambooth_lora").trainable["lora"]
     assert recipe.trainable["second"].lr == shipped.lr and recipe.trainable["second"].roles == shipped.roles
     one, two = phases(recipe).values()
-    assert one.trainable["lora"].lr == 3e-4 and one.trainable["lora"].rank == 2, "the file's base overrides the overlay"
+    assert one.trainable["lora"].lr == 3e-4 and one.trainable["lora"].rank == 2, (
+        "the recipe's top-level settings override the overlay"
+    )
     assert two.trainable["more"].lr == 0.5 and two.trainable["last"].lr == shipped.lr
     assert user_recipe(text, "backbone=toybox", "trainable.second.lr=0.25").trainable["second"].lr == 0.25
 
 
-def test_the_overlay_reaches_parts_that_come_from_the_command_line(user_recipe):
+def test_the_overlay_applies_to_parts_that_come_from_the_command_line(user_recipe):
     shipped = load("dreambooth_lora").trainable["lora"]
     added = load("textual_inversion", ["trainable.lora.rank=4"]).trainable["lora"]
     assert (added.rank, added.lr, added.roles) == (4, shipped.lr, shipped.roles)
@@ -248,7 +250,7 @@ def test_the_overlay_reaches_parts_that_come_from_the_command_line(user_recipe):
 
 
 @pytest.mark.parametrize("turn", [1, -1], ids=["as given", "reversed"])
-def test_overrides_work_in_any_order_even_together_with_a_kind(user_recipe, turn):
+def test_overrides_work_in_any_order_even_if_one_of_them_sets_the_kind(user_recipe, turn):
     def loaded(*overrides: str) -> Recipe:
         return user_recipe("regularize: {prior: {kind: embedding_anchor}}", *overrides[::turn])
 
@@ -258,7 +260,7 @@ def test_overrides_work_in_any_order_even_together_with_a_kind(user_recipe, turn
     noise = loaded("noise.offset=0.1", "noise.kind=logit_normal", "noise.std=2").noise
     assert (noise.kind, noise.offset, noise.std) == ("logit_normal", 0.1, 2)
     assert user_recipe("noise: {offset: 0.2}", "noise.kind=uniform").noise.offset == 0.2, (
-        "with the same kind, nothing is dropped"
+        "an override that does not change the kind drops no settings"
     )
     assert user_recipe("prompts: {set: style}", "prompts.kind=templates").prompts.set == "style"
 
@@ -280,7 +282,7 @@ def test_the_command_line_overrides_the_file():
     assert other.regularize["prior"].kind == "prior_prediction" and set(other.sources) == {"references"}
 
 
-def test_a_slot_of_one_part_needs_no_kind(user_recipe):
+def test_a_slot_that_contains_a_single_part_needs_no_kind(user_recipe):
     noise = user_recipe("seed: 1", "noise.offset=0.1").noise
     assert noise == Uniform(offset=0.1)
     assert user_recipe("seed: 1", "modifier.token=ohwx").modifier.token == "ohwx"
@@ -327,7 +329,7 @@ def test_the_command_line_overrides_a_phase(user_recipe):
     assert (first.train.steps, second.train.steps) == (4, 1)
 
 
-def test_a_setting_of_a_part_that_only_one_phase_has_stays_in_that_phase(user_recipe):
+def test_a_setting_of_a_part_applies_only_to_the_phases_that_have_the_part(user_recipe):
     first, second = phases(user_recipe(TWO, "trainable.lora.rank=2", "regularize.prior.weight=0.5")).values()
     assert set(first.trainable) == {"tokens"} and second.trainable["lora"].rank == 2
     assert second.trainable["lora"].lr == 1e-4 and second.regularize["prior"].weight == 0.5
@@ -354,7 +356,7 @@ def test_a_new_part_is_added_to_every_phase(user_recipe):
     assert first.trainable["more"].rank == second.trainable["more"].rank == 2
 
 
-def test_a_wrong_setting_inside_a_phase_is_found_when_the_recipe_is_loaded(user_recipe):
+def test_a_wrong_setting_in_a_phase_is_reported_when_the_recipe_is_loaded(user_recipe):
     with pytest.raises(ValueError, match=r"phases\.second: trainable\.lora: unknown key 'rnk'. Did you mean 'rank'"):
         user_recipe(TWO.replace("rank: 16", "rnk: 16"))
     with pytest.raises(ValueError, match=r"phases\.first: train\.steps = -1"):
@@ -362,7 +364,7 @@ def test_a_wrong_setting_inside_a_phase_is_found_when_the_recipe_is_loaded(user_
 
 
 @pytest.mark.parametrize("key", ["modifier: {kind: plain_text}", "backbone: x", "phases: {}", "name: x"])
-def test_settings_shared_by_all_phases_cannot_be_set_in_one(user_recipe, key):
+def test_settings_shared_by_all_phases_cannot_be_set_in_a_single_phase(user_recipe, key):
     with pytest.raises(ValueError, match=r"phases\.a\." + key.split(":")[0] + ": all phases share this setting"):
         user_recipe(f"phases: {{a: {{{key}}}}}")
 
@@ -371,7 +373,7 @@ def test_slots_are_found_by_their_type():
     assert set(slots(Recipe)) == {"sources", "masks", "augment", "attention", "trainable", "regularize"}
 
 
-def test_paths_stay_paths():
+def test_paths_are_kept_as_paths():
     recipe = load("dreambooth_lora", ["subject.images=photos/", "output=a/b.concept", "subject.class_noun=mug"])
     assert recipe.subject is not None and recipe.subject.images == Path("photos")
     assert recipe.output == Path("a/b.concept")

@@ -1,4 +1,4 @@
-"""Roles and sites are exact, ported or refused, no matter what wraps the layers."""
+"""Tests which layers each role and attention site stands for, and that wrappers around layers do not change roles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
         return backbone.predict(x, torch.tensor(300), backbone.encode(prompts))
 
 
-def test_every_role_consists_of_leaf_modules(backbone: Any) -> None:
+def test_every_role_except_denoiser_all_consists_of_leaf_modules(backbone: Any) -> None:
     for role in backbone.roles():
         for group in backbone.group(role):
             assert group.modules and len(set(group.modules)) == len(group.modules)
@@ -112,7 +112,7 @@ def test_sites_of_motion_modules_are_temporal(tiny_sd: Any) -> None:
 DISJOINT = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
 _BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
 _UNET = rf"conv_(in|out)|time_embedding\.linear_[12]|{_BLOCK}(resnets\.\d+\.time_emb_proj|(down|up)samplers\.0\.conv)"
-_OTHERS = {  # leaf modules that no role except "denoiser" includes
+_OTHERS = {  # leaf modules that belong to no role except "denoiser" and "denoiser.all"
     "sd": _UNET,
     "sd_v": _UNET,
     "attention without text": _UNET,
@@ -141,10 +141,10 @@ def test_no_layer_has_two_roles_and_the_layers_without_a_role_are_listed(
     taken: dict[str, str] = {}
     for role in (r for r in DISJOINT if r in backbone.roles()):
         for name in (n for g in backbone.group(role) for n in g.modules):
-            assert name not in taken, f"{name} is {taken[name]} and {role}"
+            assert name not in taken, f"{name} has the roles {taken[name]} and {role}"
             taken[name] = role
             moves = "motion_modules" in name
-            assert moves == (role == "temporal_attention"), f"{name} is {role}"
+            assert moves == (role == "temporal_attention"), f"{name} has the role {role}"
     (everything,) = backbone.group("denoiser")
     assert everything.modules == leaf_names(backbone.denoiser)
     left = [n for n in everything.modules if n not in taken]
@@ -162,7 +162,7 @@ def test_the_error_for_a_model_without_motion_modules_lists_its_roles(sd: Stable
     assert "cross_attention.kv" in str(error.value) and str(error.value).count("temporal_attention") == 1
 
 
-def test_the_role_denoiser_covers_every_parameter_whatever_wraps_it(backbone: Any) -> None:
+def test_the_role_denoiser_all_covers_every_parameter_and_ignores_wrappers(backbone: Any) -> None:
     (group,) = backbone.group("denoiser.all")
     network, before = backbone.denoiser, backbone.group("denoiser.all")
     grouped = {f"{m}.{n}" for m in group.modules for n, _ in network.get_submodule(m).named_parameters(recurse=False)}
@@ -172,7 +172,7 @@ def test_the_role_denoiser_covers_every_parameter_whatever_wraps_it(backbone: An
     assert backbone.group("denoiser.all") == before
 
 
-def test_a_parameter_held_by_the_network_itself_belongs_to_a_module() -> None:
+def test_a_network_that_directly_holds_a_parameter_is_listed_as_a_holder() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.ReLU())
     network.register_parameter("scale", nn.Parameter(torch.ones(1)))
     assert parameter_holders(network) == ("", "0", "1")

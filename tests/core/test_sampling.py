@@ -1,4 +1,4 @@
-"""The sampler compared with diffusers' own pipelines, and settings that change between its steps."""
+"""Compares the sampler with diffusers' own pipelines, and tests settings that change between sampling steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 
 def diffusers_pixels(pipe: Any, **options: Any) -> Tensor:
-    """Returns the pixels of the family's own pipeline for the same seeds, in [-1, 1]."""
+    """Returns the pixels, in [-1, 1], that the family's own diffusers pipeline generates from the same seeds."""
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]
     options = {"prompt": PROMPTS, "num_inference_steps": 4, "height": 32, "width": 32, **options}
     return pipe(generator=generators, output_type="pt", **options).images * 2 - 1
@@ -81,7 +81,7 @@ def test_the_comparison_would_notice_a_difference(sd: StableDiffusionBackbone) -
 
 
 def test_pixels_equal_those_of_the_pipeline_with_a_loaded_concept(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
-    """A LoRA on the U-Net and text encoder has the same effect here as in a pipeline of the same networks."""
+    """A LoRA on the U-Net and text encoder has the same effect here as in a pipeline with the same networks."""
     before = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
     add_lora(sd, "my-mug", ["cross_attention", "text_encoder"])
     ours = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
@@ -105,9 +105,10 @@ def test_pixels_equal_those_of_the_flux_pipeline(
 
 
 class SeededSde(diffusers.FlowMatchEulerDiscreteScheduler):
-    """diffusers' own stochastic step, which draws the noise of each picture from that picture's generator.
+    """The stochastic step of diffusers, but the noise of each picture is drawn from that picture's generator.
 
-    `FluxPipeline` passes no generators. It also packs the latents into patches, where noise would land elsewhere.
+    `FluxPipeline` passes no generators to its scheduler. It also packs the latents into patches, so that the same noise
+    values would be added at other positions. The latents are therefore unpacked for the step.
     """
 
     generators: Sequence[torch.Generator] = ()
@@ -119,7 +120,7 @@ class SeededSde(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_the_flux_sde_scheduler_equals_that_of_diffusers(make_tiny_flux: Any, dynamic: bool) -> None:
+def test_the_flux_sde_scheduler_matches_that_of_diffusers(make_tiny_flux: Any, dynamic: bool) -> None:
     pipe = make_tiny_flux(dynamic=dynamic)
     options = {"seeds": SEEDS, "guidance": 3.5, "steps": 4, "height": 32, "width": 64}
     ours = sample(FluxBackbone(pipe), PROMPTS, scheduler="flow_euler_sde", **options)
@@ -186,7 +187,7 @@ def test_the_errors_for_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbo
     assert "dpm++" in scheduler_names(sd) and set(scheduler_names(flux)) == set(FLOW)
 
 
-def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
+def test_denoise_yields_one_state_per_step(sd: StableDiffusionBackbone) -> None:
     states = denoise(sd, PROMPTS, seeds=SEEDS, settings=SamplingSettings(steps=3))
     first = next(states)
     assert torch.is_grad_enabled()  # a paused sampler leaves gradients enabled
@@ -196,11 +197,11 @@ def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
     assert torch.equal(pixels, sample(sd, PROMPTS, seeds=SEEDS, steps=3))
 
 
-# --- names that vary, inside the sampler ------------------------------------------------------------------------
+# --- placeholders whose embeddings vary -----------------------------------------------------------------------
 
 
 class Varying:
-    """A placeholder with one token, whose embedding row is `row(t, site)`."""
+    """A placeholder with one token whose embedding is `row(t, site)`."""
 
     name, words, tokens, components = "x", "<x>", ("<x>",), ()
 
@@ -216,7 +217,7 @@ class Varying:
         return context
 
 
-def test_names_can_vary_by_time_and_site(sd: StableDiffusionBackbone) -> None:
+def test_the_embedding_of_a_name_can_vary_with_time_and_site(sd: StableDiffusionBackbone) -> None:
     row = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
     ask: dict[str, Any] = {"prompts": ["a <x>"], "seeds": [1], "steps": 4, "guidance": 5.0}
     pictures = {}
@@ -267,7 +268,7 @@ def test_a_strength_schedule_changes_a_concept_between_steps(sd: StableDiffusion
         sample(sd, PROMPTS, seeds=SEEDS, steps=2, hooks=[StrengthSchedule(strengths={"cup": {0: 1}})])
 
 
-def test_scheduled_strengths_match_the_closed_form() -> None:
+def test_scheduled_strengths_are_held_or_interpolated_between_the_given_points() -> None:
     held = StrengthSchedule(strengths={"a": {0.2: 0.5, 0.6: 1.0}})
     assert [held.at("a", f) for f in (0.0, 0.2, 0.5, 0.6, 0.9)] == [0.5, 0.5, 0.5, 1.0, 1.0]
     ramp = held.model_copy(update={"linear": True})
@@ -290,7 +291,7 @@ def test_strength_schedules_are_parsed_from_text() -> None:
 
 
 class Later(SamplingHookBase):
-    """A hook that uses other words in the first half of the steps."""
+    """A hook that replaces the prompts in the first half of the steps."""
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
         return ["a dog"] * len(prompts) if step.fraction < 0.5 else prompts
@@ -303,7 +304,7 @@ class Shift(SamplingHookBase):
         return latents + 1 if step.index == 0 else latents
 
 
-def test_hooks_can_change_words_and_latents(sd: StableDiffusionBackbone) -> None:
+def test_hooks_can_change_prompts_and_latents(sd: StableDiffusionBackbone) -> None:
     ask: dict[str, Any] = {"seeds": [1], "steps": 4, "guidance": 5.0}
     how = {k: v for k, v in ask.items() if k != "seeds"}
     mug, dog = sample(sd, ["a mug"], **ask), sample(sd, ["a dog"], **ask)

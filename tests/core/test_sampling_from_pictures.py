@@ -1,4 +1,4 @@
-"""Sampling that starts from pictures, compared with diffusers' own pipeline."""
+"""Tests sampling that starts from pictures, in part by comparison with diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_pixels_equal_those_of_the_img2img_pipeline(
 
 
 def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> None:
-    """At the first remaining timestep, x_t = (1 - t) x_0 + t noise. Half of the steps are taken."""
+    """With strength 0.5, half of the steps are taken. At the first of them, x_t = (1 - t) x_0 + t noise."""
     backbone = FluxBackbone(tiny_flux)
     start = Start(clean(backbone, 1), 0.5)
     seen: list[Any] = []
@@ -72,7 +72,7 @@ def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> 
 
 
 @pytest.mark.parametrize("name", [*sorted(DIFFUSION), *sorted(FLOW)])
-def test_exactly_the_schedulers_listed_as_adding_noise_draw_it(tiny_sd: Any, tiny_flux: Any, name: str) -> None:
+def test_adds_noise_is_true_for_exactly_the_schedulers_that_draw_noise(tiny_sd: Any, tiny_flux: Any, name: str) -> None:
     """A scheduler that draws noise changes the state of its generator."""
     solver = make_scheduler((FluxBackbone(tiny_flux) if name in FLOW else StableDiffusionBackbone(tiny_sd)), name)
     draw, x = torch.Generator().manual_seed(0), torch.randn(1, 4, 4, 4)
@@ -89,12 +89,13 @@ DETERMINISTIC = ["ddim", "deis", "dpm++", "euler", "heun", "pndm", "unipc"]
 
 @pytest.mark.parametrize("forgets", [True, False])
 @pytest.mark.parametrize("scheduler", [*DETERMINISTIC, "dpm++_karras", "euler_a", "ddpm", "dpm++_sde"])
-def test_sampling_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, scheduler: str, forgets: bool) -> None:
-    """Samples with a perfect model of one picture, which a hook replaces by a perfect model of another at the jump.
+def test_the_sampler_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, scheduler: str, forgets: bool) -> None:
+    """Samples with a model that predicts one picture perfectly. At the jump, a hook replaces this picture with another.
 
-    Hooks see the first picture as `clean` before the jump, and the second picture after it. With deterministic
-    schedulers, all later latents are the second picture noised to their level. Schedulers that remember earlier
-    predictions must forget them, or they still mix in the first picture.
+    Up to and including the jump, hooks see the first picture as `clean`. After the jump, they see the second picture.
+    With a deterministic scheduler, all later latents are the second picture with noise of the current level.
+    Schedulers that remember earlier predictions must forget them at the jump. Otherwise, they still mix in the first
+    picture.
     """
     backbone = StableDiffusionBackbone(tiny_sd)
     one, other = clean(backbone)[:1], clean(backbone)[1:]

@@ -1,4 +1,4 @@
-"""The scores that a scorer gives to pictures, and the accuracies that it states for its instruments."""
+"""Tests the scores that a scorer gives to pictures, and the accuracies that are read for its instruments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.metrics.verification import SUBJECT
 from tests.core.smooth_pictures import drawn, embed, smooth_pictures
 
 
-def test_accuracies_are_read_from_the_card_for_pictures_after_the_autoencoder(tmp_path: Path) -> None:
+def test_accuracies_on_vae_reconstructions_are_preferred_when_the_card_is_read(tmp_path: Path) -> None:
     assert toybox.toybox_accuracy(tmp_path / "none.json") == {}
     ways = {"clean": {"class": 0.99, "style_shown": 0.9}, "vae": {"class": 0.97, "style_shown": 0.8, "main": 0.5}}
     card = {"accuracies": {"recognizer": ways, "identity_reporting": {"clean": {"retrieval": 0.96}}}}
@@ -30,7 +30,7 @@ def test_accuracies_are_read_from_the_card_for_pictures_after_the_autoencoder(tm
 
 
 class _Pool:
-    """A tiny encoder with known behaviour: it returns the mean colours of a grid."""
+    """A tiny encoder with known behaviour. It represents a picture by the mean colours of the cells of a grid."""
 
     info = InstrumentInfo("pool", "test")
 
@@ -51,7 +51,7 @@ class _Reader:
         return {"background": ["beach"] * len(pixels), "view": ["front"] * len(pixels)}
 
 
-def test_the_scorer_counts_copies_as_failures_and_names_the_class() -> None:
+def test_the_scorer_counts_copies_as_failures_and_replaces_the_concept_with_its_class_in_prompts() -> None:
     references, text = smooth_pictures(4), _PoolText()
     gallery = {f"other {i}": smooth_pictures(3, seed=20 + i) for i in range(8)}
     scorer = Scorer(references, Instruments(text, _Pool()), "mug", "my-mug", gallery)

@@ -28,7 +28,7 @@ def _handlers():
 
 @pytest.mark.parametrize("first", NUMBERS)
 @pytest.mark.parametrize("second", NUMBERS)
-def test_the_first_signal_waits_and_the_second_acts_immediately(first, second) -> None:
+def test_the_first_signal_lets_the_step_finish_and_the_second_acts_immediately(first, second) -> None:
     with pytest.raises(KeyboardInterrupt), interruptible() as stop:
         os.kill(os.getpid(), first)
         assert stop.is_set() and exit_code() == 128 + first
@@ -56,8 +56,8 @@ def test_an_ignored_signal_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_as_a_library_pcs_restores_the_handlers_and_forgets_handled_stops() -> None:
-    """In a notebook, where no program handles stops, a stop that was dealt with does not stop the next run."""
+def test_handlers_are_restored_and_handled_stops_are_forgotten_when_pcs_is_used_as_a_library() -> None:
+    """In a notebook, for example, a stop that has already been handled does not stop the next run."""
     for number in NUMBERS:
         signal.signal(number, signal.default_int_handler)
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_as_a_library_pcs_restores_the_handlers_and_forgets_handled_stops() -> N
     assert [signal.getsignal(n) for n in NUMBERS] == [signal.default_int_handler] * 3
 
 
-def test_a_thread_runs_without_handlers() -> None:
+def test_a_run_in_a_thread_installs_no_handlers() -> None:
     seen: list[bool] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""The sources of training examples: references, folders and generated class pictures."""
+"""Tests the sources of training examples: references, folders and generated class pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shared.types import Subject
 
 
 class Recipe(Part):
-    """A recipe with only the slot for sources."""
+    """A recipe whose only field is the slot for sources."""
 
     sources: Slot[Source] = Field(default={})
 
@@ -36,7 +36,7 @@ def photos(folder: Path, *names: str, size: tuple[int, int] = (60, 40)) -> Path:
 
 
 class Painter:
-    """Replaces the sampler with random pictures that depend only on the seed. Records its calls."""
+    """A substitute for the sampler. It returns random pictures that depend only on the seed, and records its calls."""
 
     def __init__(self, side: int = 32) -> None:
         self.calls: list[tuple[list[str], list[int], float, int]] = []
@@ -67,7 +67,7 @@ def context(tmp_path: Path, painter: Painter | None = None, **changes: object) -
     return SourceContext(cache_dir=tmp_path / "cache", generate=painter, **settings)  # type: ignore[arg-type]
 
 
-def test_the_key_of_a_source_names_its_kind_and_mistakes_are_reported() -> None:
+def test_the_key_of_a_source_can_name_its_kind_and_mistakes_are_reported() -> None:
     data = {"sources": {"references": {}, "more": {"kind": "folder", "images": "x"}, "generated": {"num_images": 8}}}
     recipe = validate(Recipe, data)
     assert [type(s) for s in recipe.sources.values()] == [References, Folder, Generated]
@@ -82,7 +82,7 @@ def test_the_key_of_a_source_names_its_kind_and_mistakes_are_reported() -> None:
             validate(Recipe, {"sources": {"generated": {"prompt": prompt}}})
 
 
-def test_references_can_show_two_subjects(tmp_path: Path) -> None:
+def test_references_can_come_from_two_subjects(tmp_path: Path) -> None:
     one, two = photos(tmp_path / "one", "a.png", "b.png"), photos(tmp_path / "two", "c.jpg")
     (one / "a.txt").write_text("{concept} on a table")
     (one / "masks").mkdir()
@@ -112,7 +112,7 @@ def test_references_can_keep_the_whole_picture(tmp_path: Path) -> None:
     assert example.valid is not None and example.valid.mean() == pytest.approx(21 / 32)
 
 
-def test_the_errors_for_references_say_what_is_wrong(tmp_path: Path) -> None:
+def test_the_errors_for_unusable_references_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"subject.images=FOLDER"):
         list(References().examples(context(tmp_path, subjects={})))
     one = photos(tmp_path / "one", "a.png")
@@ -158,7 +158,7 @@ def test_class_pictures_can_come_from_a_folder(tmp_path: Path) -> None:
         list(Folder(images=str(tmp_path / "nowhere")).examples(context(tmp_path)))
 
 
-def test_class_pictures_are_generated_once_and_kept(tmp_path: Path) -> None:
+def test_class_pictures_are_generated_once_and_cached(tmp_path: Path) -> None:
     painter = Painter()
     part = Generated(num_images=5, batch_size=2, guidance=3.0, steps=7)
     first = list(part.examples(context(tmp_path, painter)))
@@ -190,7 +190,7 @@ def test_missing_pictures_are_added_and_damaged_pictures_are_generated_again(tmp
     damaged[len(damaged) // 2] ^= 255
     Path(more[3].source).write_bytes(bytes(damaged))
     with pytest.raises(
-        ValueError, match=r"4 class pictures of 'a photo of a mug' are missing in .*cannot generate pictures"
+        ValueError, match=r"lacks 4 class pictures of 'a photo of a mug' \(in .*cannot generate pictures"
     ):
         list(Generated(num_images=6).examples(context(tmp_path)))
     again = list(Generated(num_images=6).examples(context(tmp_path, painter)))
@@ -201,7 +201,9 @@ def test_missing_pictures_are_added_and_damaged_pictures_are_generated_again(tmp
 @pytest.mark.parametrize(
     "change", [{"guidance": 1.0}, {"steps": 3}, {"seed": 1}, {"prompt": "a {class_noun}"}, {"batch_size": 1}]
 )
-def test_the_cache_key_contains_everything_that_pictures_depend_on(tmp_path: Path, change: dict[str, object]) -> None:
+def test_class_pictures_are_generated_again_if_a_setting_that_affects_them_changes(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
     painter = Painter()
     list(Generated(num_images=2).examples(context(tmp_path, painter)))
     list(Generated.model_validate({"num_images": 2, **change}).examples(context(tmp_path, painter)))
@@ -220,7 +222,7 @@ def test_the_cache_key_contains_weights_and_size_but_not_the_seed_of_the_run(tmp
         list(Generated(num_images=2).examples(context(tmp_path, Painter(24), resolution=48)))
 
 
-def test_an_interrupted_run_keeps_complete_pictures(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_the_completed_pictures(tmp_path: Path) -> None:
     class Tired(Painter):
         def __call__(self, *args: object, **settings: object) -> torch.Tensor:
             if self.calls:

@@ -1,4 +1,4 @@
-"""The soft score that chooses the best checkpoint without look-alikes or true pictures, compared with closed forms."""
+"""Compares the score that selects the best checkpoint with closed forms."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def _made(look: Look, prompts: Sequence[str], expects: Sequence[Mapping[str, str
     return Previewed(torch.zeros(n, 3, 8, 8), prompts, expects or [{}] * n, look, {"identity_i": [0.3] * n})
 
 
-def test_soft_identity_is_0_for_a_stranger_and_1_for_the_thing_itself() -> None:
+def test_soft_identity_is_0_for_another_thing_and_1_for_the_thing_itself() -> None:
     look = _look([0.5, 0.7, 0.9, 0.99, 0.9], copied=[False, False, False, False, True])
     assert soft_identity(look, TYPICAL, {}).tolist() == pytest.approx([0, 0.5, 1, 1, 0])
     assert soft_identity(look, None, {"dino_i": [0.2] * 5}).tolist() == pytest.approx([0.2, 0.2, 0.2, 0.2, 0])
 
 
-def test_freedom_weights_pairs_by_how_clearly_both_show_the_thing() -> None:
+def test_soft_freedom_weights_each_pair_by_how_clearly_both_pictures_show_the_thing() -> None:
     axes = torch.eye(3)
     crops = torch.stack([axes[0], axes[0], axes[1]])
     made = _made(_look([0.9] * 3, crops), ["p"] * 3)
     every = soft_freedom(made, torch.ones(3).double(), TYPICAL)
     assert every == pytest.approx((2 / 3 - 0.1) / 0.3, abs=1e-4) or every == 1.0
     same = soft_freedom(made, torch.tensor([1.0, 1.0, 0.0]).double(), TYPICAL)
-    assert same == pytest.approx(0, abs=1e-3), "the third does not show the thing"
+    assert same == pytest.approx(0, abs=1e-3), "the third picture does not show the thing"
     near = F.normalize(torch.stack([axes[0], axes[0] + 0.8 * axes[1]]), dim=1)
     half = soft_freedom(_made(_look([0.9] * 2, near), ["p"] * 2), torch.ones(2).double(), TYPICAL)
     assert half == pytest.approx((1 - float(near[0] @ near[1]) - 0.1) / 0.3, abs=1e-5)
@@ -64,7 +64,7 @@ class _Sure:
         return [dict.fromkeys(of, 0.4) for of in asked]
 
 
-def test_the_score_is_the_harmonic_mean_of_the_soft_terms() -> None:
+def test_the_score_is_the_harmonic_mean_of_the_stand_ins() -> None:
     crops = torch.eye(2)[[0, 0]]
     made = _made(_look([0.7, 0.7], crops), ["p", "p"], [{"background": "beach"}] * 2)
     found = stand_ins(made, Instruments(attributes=_Sure(), typical=TYPICAL))
@@ -73,4 +73,4 @@ def test_the_score_is_the_harmonic_mean_of_the_soft_terms() -> None:
     better = stand_ins(
         _made(_look([0.8, 0.8], crops), ["p", "p"], made.expects), Instruments(attributes=_Sure(), typical=TYPICAL)
     )
-    assert better["score"] > found["score"], "two states without any freedom still differ in the other terms"
+    assert better["score"] > found["score"], "two checkpoints without any freedom still differ in the other stand-ins"

@@ -1,4 +1,4 @@
-"""Without attributes to check, the text score must still tell captions apart, even with the toybox's own CLIP."""
+"""Tests that the toybox's own CLIP lets the text score tell captions apart even if there are no attributes to check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.toybox.captions import caption
 
 @pytest.fixture(scope="module")
 def measured():
-    """Returns the scores of 64 new renders with their own full captions, and with those of other renders."""
+    """Returns the scores of 64 new renders with their own full captions, and with the captions of other renders."""
     tools = load_toybox()
     scenes = fresh_scenes(64, 5)
     pixels = torch.as_tensor(render_all(scenes)).float()
@@ -24,9 +24,9 @@ def measured():
     return scorer.measure(pixels, captions).scores, scorer.measure(pixels, captions[1:] + captions[:1]).scores
 
 
-def test_scores_of_the_toybox_clip_stay_below_one_and_identify_the_caption(measured):
+def test_scores_of_the_toybox_clip_stay_below_1_and_are_higher_for_the_matching_caption(measured):
     matching, other = (torch.tensor(scores["text"]) for scores in measured)
-    assert float(matching.max()) < 0.95, "no picture reaches the end of the scale"
+    assert float(matching.max()) < 0.95, "no picture reaches the top of the scale"
     assert float(matching.mean()) > float(other.mean()) + 0.15
     assert len(matching.unique()) > 40
 

@@ -1,4 +1,4 @@
-"""Learned tokens that vary with time and with the site that reads them."""
+"""Tests tokens whose embeddings vary with time and with the attention site that reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.types import SiteContext
 from tests.core.placeholders import WIDTH, FixedPlaceholder
 
-# --- per time ---------------------------------------------------------------------------------------------
+# --- embeddings that vary with time -------------------------------------------------------------------------
 
 
 def timed(c: str, t: Tensor | None, s: str | None) -> Tensor:
@@ -37,7 +37,7 @@ def test_a_name_can_vary_with_time(family: str, request: pytest.FixtureRequest) 
     assert torch.equal(backbone.encode(["a dog"]).context, backbone.encode(["a dog"], torch.tensor(3.0)).context)
 
 
-# --- per site ---------------------------------------------------------------------------------------------
+# --- embeddings that vary with the site ---------------------------------------------------------------------
 
 
 def by_site(backbone: StableDiffusionBackbone, equal: bool) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def count_runs(backbone: StableDiffusionBackbone) -> tuple[list[int], Any]:
     return runs, backbone.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
 
 
-def test_equal_rows_at_all_sites_equal_the_plain_path(sd: StableDiffusionBackbone) -> None:
+def test_equal_rows_at_all_sites_give_the_same_prediction_as_the_plain_path(sd: StableDiffusionBackbone) -> None:
     rows = by_site(sd, equal=True)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: next(iter(rows.values()))))
@@ -61,7 +61,7 @@ def test_equal_rows_at_all_sites_equal_the_plain_path(sd: StableDiffusionBackbon
     runs, handle = count_runs(sd)
     conditioning = sd.encode(["a <x>", "a dog"])
     handle.remove()
-    assert len(runs) == 1  # equal rows that are not trained need only one run
+    assert len(runs) == 1  # equal rows that are not trained need only one run of the text encoder
     assert set(conditioning.context) == set(sd.text_sites())
     assert torch.equal(sd.predict(x, t, conditioning), plain)
 
@@ -84,7 +84,7 @@ def test_each_site_reads_its_own_rows(sd: StableDiffusionBackbone) -> None:
     for handle in handles:
         handle.remove()
     for site in sd.text_sites():
-        sd.remove("x")  # oracle: the plain path with only this site's rows
+        sd.remove("x")  # the plain path with only this site's rows gives the expected values
         sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s, site=site: rows[site]))
         context = sd.encode(["a <x>"]).context
         for leaf in ("to_k", "to_v"):
@@ -95,7 +95,9 @@ def test_each_site_reads_its_own_rows(sd: StableDiffusionBackbone) -> None:
     assert not torch.allclose(sd.predict(x, t, sd.encode(["a <x>"])), first, atol=1e-5)
 
 
-def test_sites_that_start_equal_learn_separately(sd: StableDiffusionBackbone) -> None:
+def test_the_rows_of_different_sites_have_different_gradients_even_if_they_start_equal(
+    sd: StableDiffusionBackbone,
+) -> None:
     rows = {s: nn.Parameter(v) for s, v in by_site(sd, equal=True).items()}
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     sd.predict(torch.randn(1, 4, 8, 8), torch.tensor(10), sd.encode(["a <x>"])).square().mean().backward()
@@ -104,7 +106,7 @@ def test_sites_that_start_equal_learn_separately(sd: StableDiffusionBackbone) ->
     assert len({tuple(g.flatten().tolist()) for g in gradients if g is not None}) == len(rows)
 
 
-def test_gradient_checkpointing_uses_the_same_sites(sd: StableDiffusionBackbone) -> None:
+def test_gradient_checkpointing_does_not_change_the_gradient_of_any_site(sd: StableDiffusionBackbone) -> None:
     rows = {s: nn.Parameter(v) for s, v in by_site(sd, equal=False).items()}
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor(10)
@@ -135,7 +137,7 @@ def test_site_hooks_are_removed_with_the_last_placeholder_that_needs_them(sd: St
 
 
 def test_keys_and_values_can_differ(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
-    """An edit of V only, as in Perfusion, results in a context per site. A family with joint attention refuses it."""
+    """As in Perfusion, an edit of V alone gives each site its own context. Joint attention does not support it."""
 
     def edit(context: SiteContext, positions: Tensor, site: str | None) -> SiteContext:
         return SiteContext(context.key, context.value + positions[..., None].to(context.value))

@@ -1,4 +1,4 @@
-"""Added tokens, compared with embedding tables that transformers itself resizes."""
+"""Compares added tokens with embedding tables that are resized by transformers itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_the_overlay_equals_flux_encoders_with_resized_tables(tiny_flux: Any, le
     clip, tokenizer = resized(tiny_flux.text_encoder, tiny_flux.tokenizer, TOKENS, rows["text_encoder"])
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt").input_ids
     pooled = clip(ids).pooler_output
-    if legacy_eos:  # OpenAI's configuration pools at the largest id, which an added token would have
+    if (
+        legacy_eos
+    ):  # this value in OpenAI's configuration means pooling at the largest id, which an added token would have
         tiny_flux.text_encoder.eos_token_id = 2
     backbone = FluxBackbone(tiny_flux)
     backbone.add_placeholder(FixedPlaceholder("my-mug", TOKENS, lambda c, t, s: rows[c]))
@@ -72,7 +74,7 @@ def test_gradients_reach_the_rows_and_nothing_else(sd: StableDiffusionBackbone) 
     assert all(torch.equal(v, before[k]) for k, v in sd.components["text_encoder"].state_dict().items())
 
 
-def test_rows_can_differ_per_sample(sd: StableDiffusionBackbone) -> None:
+def test_rows_can_differ_between_the_prompts_of_a_batch(sd: StableDiffusionBackbone) -> None:
     rows = torch.randn(2, 1, 16)
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows))
     both = sd.encode(["a <x>", "a <x>"]).context
@@ -83,7 +85,7 @@ def test_rows_can_differ_per_sample(sd: StableDiffusionBackbone) -> None:
         sd.remove("x")
 
 
-def test_removing_restores_tokenizer_repr_and_outputs(sd: StableDiffusionBackbone) -> None:
+def test_removal_restores_the_tokenizer_the_repr_and_the_outputs(sd: StableDiffusionBackbone) -> None:
     prompts = ["a photo of a <my-mug> mug"]
     tokenizer, text = sd.tokens.current["text_encoder"], repr(sd.components["text_encoder"])
     vocabulary, before = len(tokenizer), sd.encode(prompts).context
@@ -136,7 +138,7 @@ def test_positions_of_plain_words_are_found(sd: StableDiffusionBackbone) -> None
     assert sd.encode(["a dog"]).token_positions == {}
 
 
-def test_wrong_rows_are_refused(sd: StableDiffusionBackbone) -> None:
+def test_rows_of_the_wrong_shape_are_refused(sd: StableDiffusionBackbone) -> None:
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: torch.zeros(2, 16)))
     with pytest.raises(ValueError, match=r"text_encoder vectors must be \[1, 16\]"):
         sd.encode(["<x>"])
@@ -180,7 +182,7 @@ def test_every_occurrence_of_a_whole_word_is_found(family: str, request: pytest.
         return [[t.replace("</w>", "").replace("▁", "") for t in tokens] for tokens in read]
 
     assert [[t.lower() for t in row if t] for row in words_at("mug")] == [
-        ["mug", "mug"] if family == "sd" else ["mug", "m", "u", "g"],  # T5's vocabulary has no capitals here
+        ["mug", "mug"] if family == "sd" else ["mug", "m", "u", "g"],  # this T5's vocabulary has no capital letters
         ["mug"],
         [],
     ]
@@ -198,6 +200,6 @@ def test_every_occurrence_of_a_whole_word_is_found(family: str, request: pytest.
 
 
 def test_truncated_words_are_not_found(sd: StableDiffusionBackbone) -> None:
-    prompts = ["dog " * 29 + "mug", "dog " * 30 + "mug"]  # 30 tokens fit between the special ones
+    prompts = ["dog " * 29 + "mug", "dog " * 30 + "mug"]  # 30 tokens fit between the two special tokens
     positions = sd.word_positions(prompts, "mug").nonzero().tolist()
     assert positions == [[0, 30]]

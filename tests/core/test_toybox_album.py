@@ -1,4 +1,7 @@
-"""Held-out things as a user would provide them: pictures with masks and captions that do not describe their looks."""
+"""Tests albums of held-out things. They have masks and captions, like a user's own pictures.
+
+The captions name neither colours nor patterns.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def test_an_album_has_a_caption_and_the_exact_mask_for_each_picture(tmp_path):
     assert album.shown_in(files).name == "development-mug"
 
 
-def test_a_plain_caption_names_the_side_only_if_it_is_clear():
+def test_a_plain_caption_names_the_view_only_if_it_is_clear():
     thing = Thing("car", "red", "blue", SEEDS["development"].start)
     clear, between = (Scene((thing,), "snow", (Camera(azimuth),)) for azimuth in (90.0, 45.0))
     assert plain_caption(clear) == "a photo of a car in the snow, side view"

@@ -1,4 +1,4 @@
-"""Training the toybox's networks at a tiny size, and the resulting pipeline folder."""
+"""Tests the training of the toybox's networks at a tiny size, and the pipeline folder that results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a small tokenizer, a briefly trained autoencoder and a U-Net trained for two steps."""
+    """Returns a run folder with a small tokenizer, a briefly trained autoencoder and a U-Net trained for two steps."""
     out = tmp_path_factory.mktemp("run")
     cached = tiny_run(out, Squares(40))
     _train(out, cached, 2, resume=False)
@@ -77,7 +77,7 @@ def _state(out: Path) -> checkpoint.State:
 # --- autoencoder and cache ---
 
 
-def test_normalising_keeps_the_pictures_and_gives_unit_latents(made: Path) -> None:
+def test_normalisation_keeps_the_pictures_and_standardises_the_latents(made: Path) -> None:
     torch.manual_seed(0)
     data, raw = Squares(40), models.build_vae(TINY_VAE.size).eval()
     x = vae.to_signed(data.pixels(slice(None)))
@@ -91,7 +91,7 @@ def test_normalising_keeps_the_pictures_and_gives_unit_latents(made: Path) -> No
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
-def test_the_latent_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, made: Path) -> None:
+def test_the_latent_cache_matches_the_autoencoder_and_can_be_extended(tmp_path: Path, made: Path) -> None:
     model, tokenizer = run_folder.frozen_vae(made), run_folder.tokenizer_of(made)
     few, all_ = Squares(10), Squares(25)
     all_._pixels[:10] = few._pixels
@@ -148,10 +148,10 @@ def test_training_continues_from_adopted_weights_with_a_new_optimizer(tmp_path: 
     _train(tmp_path, cache.load(made / "latents"), 3, resume=True)
     found = _state(tmp_path)
     assert (found.step, found.info["pictures"]) == (3, 12)
-    assert float(found.optimizer["main.0.step"]) == 1, "the optimizer began with the third step"
+    assert float(found.optimizer["main.0.step"]) == 1, "the optimizer started at the third step"
 
 
-def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_changes_the_text_model_and_the_unet(made: Path, tmp_path: Path) -> None:
     cached = cache.load(made / "latents")
     words.save(run_folder.tokenizer_of(made), tmp_path / run_folder.TOKENIZER_FOLDER)
     task = _task(tmp_path, cached, lr=3e-3, batch=16)
@@ -165,7 +165,7 @@ def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tm
 
 @torch.no_grad()
 def _held_loss(task: unet.UnetTask) -> float:
-    """Returns the summed loss on batches of steps that the run never reaches."""
+    """Returns the sum of the losses on eight batches. They belong to steps that the run never reaches."""
     batches = [denoising.draw_batch(task.data, task.empty, task.settings, 10_000 + i) for i in range(8)]
     return sum(float(task.loss(batch)) for batch in batches)
 
@@ -185,7 +185,7 @@ def test_gradients_of_parts_of_a_batch_add_up(made: Path) -> None:
         _task(made, cached, workers=3)
 
 
-def test_parameters_that_a_part_of_a_batch_does_not_use_have_no_gradient() -> None:
+def test_parameters_that_the_loss_does_not_use_have_no_gradient() -> None:
     used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     shares = BatchShares(2)
     loss = shares.mean_loss(lambda x: (used * x).sum(), [torch.ones(2), 3 * torch.ones(2)], [used, unused])
@@ -204,7 +204,7 @@ def test_timesteps_cover_the_range_and_favour_the_middle() -> None:
     assert not torch.equal(denoising.draw_times(8, 0.1, 0.0, g), denoising.draw_times(8, 0.1, 0.0, g))
 
 
-def test_the_v_target_equals_diffusers() -> None:
+def test_the_v_target_equals_that_of_diffusers() -> None:
     scheduler, bars = models.build_scheduler(), models.alphas_bar()
     g = torch.Generator().manual_seed(0)
     x, noise = torch.randn(8, 4, 4, 4, generator=g), torch.randn(8, 4, 4, 4, generator=g)
@@ -247,7 +247,7 @@ def test_plain_attention_equals_fused_attention() -> None:
 # --- averages ---
 
 
-def test_the_average_follows_its_closed_form() -> None:
+def test_the_average_matches_its_closed_form() -> None:
     module = torch.nn.Linear(2, 1, bias=False)
     averages, expected = Averages(dict(module.named_parameters()), cap=0.5), module.weight.detach().clone()
     for step in range(12):

@@ -1,4 +1,4 @@
-"""What `pcs toybox` refuses before it writes anything, and how it writes held-out styles as folders of pictures."""
+"""Tests what `pcs toybox` refuses before it writes anything, and how it writes pictures in held-out styles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def toybox(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 @pytest.fixture
 def refused(toybox, tmp_path: Path) -> Callable[..., str]:
-    """Returns a function that runs a command and returns its message. It must exit with code 2 and write nothing."""
+    """Returns a function that runs a command and returns its error message.
+
+    The command must exit with code 2 and write nothing.
+    """
 
     def call(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -64,7 +67,7 @@ def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sheet", "a.png", "--rows", 10_000, "--columns", 10_000), "these are 100,000,000 pictures"),
+        (("sheet", "a.png", "--rows", 10_000, "--columns", 10_000), "that makes 100,000,000 pictures"),
         (("motions", "a.png", "--rows", 10_000), "--rows 10000 --columns 8: "),
         (("sheet", "a.png", "--source", "model", "--guidance", "1e300"), "1e300 is not a number from -1000 to 1000"),
         (("evaluate", "--guidance", "nan"), "nan is not a number from -1000 to 1000"),
@@ -85,7 +88,7 @@ def test_numbers_out_of_range_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_guidance_zero_has_an_effect(toybox, tmp_path: Path) -> None:
+def test_guidance_0_is_not_replaced_by_the_default(toybox, tmp_path: Path) -> None:
     sheet = ("--source", "model", "--rows", 1, "--columns", 1, "--prompt", "a photo of a red duck on the beach")
     for name, guidance in (("stated", ()), ("none", ("--guidance", 0))):
         assert toybox("sheet", tmp_path / f"{name}.png", *sheet, *guidance)[0] == 0
@@ -107,7 +110,7 @@ def test_a_folder_that_is_not_a_backbone_is_refused(refused, tmp_path: Path) -> 
     assert "dpm++" in refused("evaluate", "--scheduler", "dpmpp")
 
 
-def test_training_writes_only_into_its_own_folder(refused, tmp_path: Path) -> None:
+def test_training_refuses_a_broken_link_and_a_folder_with_other_files(refused, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
     (tmp_path / "gone").symlink_to(tmp_path / "unplugged")
@@ -122,7 +125,7 @@ def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) ->
         assert f"--device '{device}' cannot be used here" in message and "Available: cpu" in message
 
 
-def test_the_list_contains_things_faces_and_styles(toybox, refused) -> None:
+def test_the_list_contains_things_faces_styles_and_motions(toybox, refused) -> None:
     listed = [line.split()[0] for line in toybox("subjects")[1].splitlines()]
     for split in ("development", "reporting"):
         held = {h.name for h in (*subjects.subjects(split), *subjects.faces(split))}
@@ -144,7 +147,7 @@ def test_a_style_is_shown_on_different_things_in_each_picture(name: str) -> None
     assert torch.isfinite(render(scenes).pixels).all()
 
 
-def test_a_style_becomes_a_folder_to_learn_from(toybox, refused, tmp_path: Path) -> None:
+def test_a_style_is_written_as_a_folder_of_captioned_pictures(toybox, refused, tmp_path: Path) -> None:
     out, name = tmp_path / "glass", "development-stained-glass"
     code, output, _ = toybox("subjects", name, "--out", out, "--num", 4)
     assert code == 0 and output.split() == [f"{out}/{i:02d}.png" for i in range(4)]

@@ -1,4 +1,4 @@
-"""What training the decoder against a discriminator changes and leaves alone, tested at a tiny size."""
+"""Tests, at a tiny size, what changes and what stays the same when the decoder is trained against a discriminator."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_each_loss_trains_its_own_network(run: tuple[Path, cache.Cache]) -> None
     assert trained == {id(p) for p in task.decoder.parameters()}
 
 
-def test_training_the_autoencoder_further_discards_the_trained_decoder(run: tuple[Path, cache.Cache]) -> None:
+def test_further_training_of_the_autoencoder_discards_the_trained_decoder(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
     train(_task(out, cached), _folder(out), 1)
     written = run_folder.frozen_vae(out).state_dict()
@@ -94,7 +94,7 @@ def test_training_the_autoencoder_further_discards_the_trained_decoder(run: tupl
     def retrain(steps: int) -> None:
         train(vae.VaeTask(TINY_VAE, Squares(40), out, Compute()), run_folder.training_folder(out, "vae"), steps)
 
-    retrain(3)  # already trained this far, so nothing happens and the decoder is kept
+    retrain(3)  # the autoencoder is already trained this far, so nothing happens and the decoder is kept
     assert checkpoint.load(_folder(out)) is not None
     same(run_folder.frozen_vae(out).state_dict(), written)
     retrain(4)
@@ -121,7 +121,7 @@ def test_the_discriminator_learns_to_recognise_blurred_pictures() -> None:
 def test_the_adversarial_gradient_is_a_fixed_share_of_the_reconstruction_gradient(
     run: tuple[Path, cache.Cache],
 ) -> None:
-    """The norms at the last layer have the ratio `adversarial` (arXiv 2012.09841, eq. 7)."""
+    """At the last layer, the ratio of the two gradient norms is `adversarial` (arXiv 2012.09841, eq. 7)."""
     out, cached = run
     data = Squares(40)
     real, thing = vae.to_signed(data.pixels(slice(8))), torch.from_numpy(data.masks(slice(8)))[:, None]

@@ -1,4 +1,4 @@
-"""A run in a new folder starts with the shipped weights."""
+"""Tests that a run in a new folder starts with the shipped weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     folder = tmp_path / run_folder.VAE_FOLDER
     models.build_vae(models.VaeSize((8, 8, 8), groups=4, latent_channels=4)).save_pretrained(str(folder))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=f"reads 8 latent channels, .* {folder} has 4: .*--fresh"):
+    with pytest.raises(ValueError, match=f"reads 8 latent channels, .* {folder} has 4; .*--fresh"):
         adopt_backbone(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 

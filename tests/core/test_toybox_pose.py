@@ -1,4 +1,4 @@
-"""The pose estimator's targets, the reading of its output, and the accuracy of its shipped weights."""
+"""Tests the pose estimator's targets, how its output is read, and the accuracy of its shipped weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared.toybox.motions.motion import PATH, still
 from shared.toybox.motions.placing import sample_paths
 
 
-def test_the_sequence_of_azimuths_is_the_most_probable_one():
+def test_the_most_probable_sequence_of_azimuths_is_found():
     chances = np.random.default_rng(0).dirichlet(np.ones(6), 4)
 
     def score(way: tuple[int, ...]) -> float:
@@ -32,7 +32,7 @@ def test_the_sequence_of_azimuths_is_the_most_probable_one():
     assert followed(chances, step_deg=60).tolist() == list(best)
 
 
-def test_encoded_azimuths_are_read_back():
+def test_encoded_azimuths_can_be_decoded():
     asked = torch.tensor([-180.0, -179.0, -7.0, 0.0, 33.3, 90.0, 171.0])
     poses = Poses(torch.zeros(7, 5), soft_azimuths(asked, 36))
     read = path_of(poses, follow=False)[:, PATH.index("azimuth_deg")]
@@ -64,7 +64,7 @@ def test_poses_in_a_data_set_match_its_scenes(tmp_path: Path):
     assert {len(s.things) for s in scenes} == {1, 2}
 
 
-def test_captioned_motions_can_be_told_apart_by_true_paths():
+def test_captioned_motions_can_be_told_apart_by_their_true_paths():
     rng = np.random.default_rng(9)
     found = {name: [nearest_captioned(p) for p in sample_paths(rng, m, 40)] for name, m in MOTIONS.items()}
     right = {name: np.mean([answer == name for answer in answers]) for name, answers in found.items()}

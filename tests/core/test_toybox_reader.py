@@ -1,4 +1,4 @@
-"""The reader of noisy latents, which teaches the toybox's denoiser the words for shapes."""
+"""Tests the reader of noisy latents. Its loss teaches the toybox's denoiser the attributes that captions name."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CPU = RunSettings(steps=1, device="cpu")
 
 @pytest.fixture
 def cached() -> cache.Cache:
-    """Latents with captions that name the class and the view, or only the class.
+    """Returns a cache of latents with two captions each. One names the class and the view, the other only the class.
 
-    The first channel of the latents encodes the class, the second channel the view.
+    The first channel of the latents encodes the class, and the second channel encodes the view.
     """
     rng, texts = np.random.default_rng(0), []
     latents = rng.normal(0, 0.3, (64, 4, 8, 8)).astype(np.float16)
@@ -81,11 +81,11 @@ def test_the_reader_learns_to_read_and_is_saved(cached: cache.Cache, tmp_path: P
     log = run_folder.log_of(tmp_path, "reader").read_text()
     again = _read(cached, tmp_path, 60)
     same(again.state_dict(), reads.state_dict())
-    assert run_folder.log_of(tmp_path, "reader").read_text() == log, "the reader was finished, so nothing is trained"
+    assert run_folder.log_of(tmp_path, "reader").read_text() == log, "a finished reader is not trained again"
     assert not any(p.requires_grad for p in again.parameters())
 
 
-def test_softening_blurs_about_half_of_the_latents_and_keeps_their_mean() -> None:
+def test_soften_blurs_about_half_of_the_latents_and_keeps_their_mean() -> None:
     flat = torch.full((8, 4, 8, 8), 0.7)
     torch.testing.assert_close(reader.soften(flat, torch.Generator().manual_seed(0)), flat)
     x = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -130,7 +130,7 @@ def test_the_reading_loss_ends_once_the_learning_rate_has_decayed(cached: cache.
     assert [round(task.reading(s), 3) for s in (0, 50, 75)] == [1, 1, round(0.2 / 0.7, 3)]
 
 
-def test_the_probe_reads_the_middle_block_and_resumes_bit_for_bit(cached: cache.Cache, tmp_path: Path) -> None:
+def test_the_probe_learns_to_read_the_middle_block_and_resumes_bit_for_bit(cached: cache.Cache, tmp_path: Path) -> None:
     words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
     settings = replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0), lr=3e-3, optimizer=AdamW(betas=(0.9, 0.99)))
     reads = reader.Reader(4).eval().requires_grad_(False)
@@ -162,7 +162,7 @@ def test_a_readable_prediction_has_a_lower_loss(cached: cache.Cache, tmp_path: P
     inputs = denoising.draw_batch(cached, torch.zeros(32, dtype=torch.long), settings, 0)
     bar = bars[inputs.t].view(-1, 1, 1, 1)
 
-    def knows(x: torch.Tensor) -> torch.nn.Module:  # the v prediction of a denoiser that predicts x
+    def knows(x: torch.Tensor) -> torch.nn.Module:  # returns a denoiser whose v prediction amounts to x
         def v(noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             return (bar.sqrt() * noisy - x) / (1 - bar).sqrt()
 

@@ -1,4 +1,4 @@
-"""The normals and part colours of the surfaces that a picture shows."""
+"""Tests the normals and the part colours of the surfaces that are visible in a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAMERA = world.Camera(35, 20, 0, 0, 0, 1.0)
 
 
 def hits(thing: world.Thing) -> tuple[world.Scene, HitImage, Tensor]:
-    """Returns a scene, its hits on 2 SIDE × 2 SIDE subpixels, and their normals in camera coordinates, `[M, 3]`."""
+    """Returns a scene, its hits at 2 SIDE × 2 SIDE subpixels, and their normals in camera coordinates (`[M, 3]`)."""
     scene, cpu = world.Scene((thing,), "gray studio", (CAMERA,)), torch.device("cpu")
     things = instances([scene], cpu)
     seen = visible(things, groups(things, SPACING * 64 / SIDE, cpu), 1, 2 * SIDE)
@@ -27,7 +27,7 @@ def hits(thing: world.Thing) -> tuple[world.Scene, HitImage, Tensor]:
 
 
 def inside(mask: Tensor, by: int) -> Tensor:
-    """Returns the pixels of a mask `[S, S]` around which everything within `by` pixels is set."""
+    """Erodes a mask (`[S, S]`) by `by` pixels. A pixel stays set only if every pixel within that distance is set."""
     return -F.max_pool2d(-mask.float()[None, None], 2 * by + 1, 1, by)[0, 0] == 1
 
 
@@ -36,7 +36,7 @@ def test_rendering_without_scenes_is_refused() -> None:
         render([])
 
 
-def test_parts_have_the_colors_that_are_visible() -> None:
+def test_parts_have_the_colors_that_the_picture_shows() -> None:
     scene, image, _ = hits(world.Thing("duck", "blue", "red"))
     pixels = render([scene], SIDE).pixels[0]
     slot = image.scatter(image.hits.slot[:, None], -1)[0, 0, ::2, ::2]
@@ -45,7 +45,7 @@ def test_parts_have_the_colors_that_are_visible() -> None:
     assert beak.any() and (pixels[0, beak].mean() > pixels[2, beak].mean() + 0.2)
 
 
-def test_normals_match_the_positions() -> None:
+def test_normals_match_the_surface_through_the_positions() -> None:
     _, image, normals = hits(world.Thing("bear", "blue", "red"))
     az, el = np.radians([CAMERA.azimuth_deg, CAMERA.elevation_deg])
     right = np.array([-np.sin(az), np.cos(az), 0])

@@ -1,4 +1,4 @@
-"""The toybox's tokenizer, and a text model that reads it."""
+"""Tests the toybox's tokenizer, alone and with a text model that reads its tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_captions_of_the_world_fit_without_splitting_a_word() -> None:
     assert captions.MAX_WORDS + 2 <= words.MAX_LENGTH
 
 
-def test_a_saved_tokenizer_loads_unchanged_even_from_vocab_and_merges(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_unchanged_even_from_the_vocabulary_and_merges_alone(tmp_path: Path) -> None:
     first, text = words.build(), "A photo of a zzqx red cat, 3 dogs ü"
     words.save(first, tmp_path)
     assert words.build().get_vocab() == first.get_vocab()

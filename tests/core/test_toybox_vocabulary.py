@@ -1,4 +1,4 @@
-"""How the tokenizer shipped with the toybox reads the words of the public DreamBench prompts."""
+"""Tests how the tokenizer shipped with the toybox reads the words of the public DreamBench prompts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from shared.toybox import captions, tokenizer
 from shared.toybox.weights import backbone_path
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
-# Words for what the toybox can neither show nor describe: professions, one sight, a crowd.
+# Words for things that the toybox can neither show nor describe: professions, a landmark, a crowd, a monocle.
 NEVER_SHOWN = {"chef", "crowded", "eiffel", "firefighter", "monocle", "police", "tower", "wizard"}
-# Phrases for what the toybox can show literally: places and accessories.
+# Phrases for the places and accessories that the toybox can show literally.
 SHOWN = {
     "dreambench_objects": (
         *("in the jungle", "in the snow", "on the beach", "on top of a wooden floor", "floating on top of water"),

@@ -1,4 +1,4 @@
-"""The toybox world's vocabularies, scenes and captions, and what is held out from training."""
+"""Tests the toybox world's vocabularies, scenes and captions, and what is held out from training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_positions_sizes_and_angles_cover_the_designed_range():
     off = np.maximum(abs(x), abs(y)) > 0.15
     assert 0.1 < off.mean() < 0.2, "off-centre positions are common, not just possible"
     assert np.mean(abs(roll) > 10) > 0.1
-    # Most of a thing stays in the picture: only small ones reach the border.
+    # Only small things reach the border, so most of each thing stays in the picture.
     assert scale[np.maximum(abs(x), abs(y)) > 0.3].max() < 0.7 and abs(x[scale > 0.8]).max() > 0.2
 
 
@@ -134,7 +134,7 @@ def test_captions_use_the_vocabulary_and_are_short():
     assert known == met
 
 
-def test_the_full_caption_names_everything():
+def test_the_full_caption_names_everything_except_the_pattern():
     s = Scene((Thing("duck", "red", "blue", 3),), "beach", (Camera(90, 10),))
     text = captions.caption(s, np.random.default_rng(0), full=True)
     assert text == "a photo of a red duck with blue wings on the beach, side view"
@@ -143,7 +143,7 @@ def test_the_full_caption_names_everything():
     assert text == "a pencil sketch of a red duck with blue wings wearing a red hat on the beach, side view"
 
 
-def test_captions_always_name_accessory_and_style_and_never_the_pattern():
+def test_captions_always_name_the_accessory_and_the_style_and_never_the_pattern():
     rng = np.random.default_rng(2)
     for s in scenes(500, seed=2):
         text = captions.caption(s, rng)
@@ -212,7 +212,7 @@ def test_held_out_seeds_and_styles_are_disjoint_from_training():
 
 
 def test_no_held_out_pattern_is_a_near_duplicate_of_a_training_pattern():
-    """Compares every held-out pattern with all that training can draw, by their parameters and not just their seeds."""
+    """Compares the parameters of the patterns, not just their seeds, for every held-out and every training pattern."""
     held = {t.pattern_seed for split in SPLITS for h in subjects.subjects(split) for t in (h.thing, *h.distractors)}
     inner = np.stack([patterns.fingerprint(s) for s in held if s is not None])
     train = np.stack([patterns.fingerprint(s) for s in world.SEEDS["train"]])

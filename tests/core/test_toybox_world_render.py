@@ -1,4 +1,4 @@
-"""The renderer's determinism, masks, positions, cameras, patterns and styles, and the data set on disk."""
+"""Tests the renderer (determinism, masks, positions, cameras, patterns and styles) and the data set on disk."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_masks_have_no_holes(name):
     depth = torch.where(drawn.mask > 0, drawn.depth, torch.full_like(drawn.depth, torch.nan)).nan_to_num(DISTANCE)
     pool = torch.nn.functional.max_pool2d
     flat = pool(depth, 3, 1, 1) + pool(-depth, 3, 1, 1) < 0.4
-    # Finds pixels that are not full although their neighbours on the same surface are. Gaps between parts do not count.
+    # A hole is a pixel that is not fully covered although its neighbours on the same surface are. Gaps between parts do
+    # not count.
     assert not ((drawn.mask < 1) & full & flat).any()
 
 
@@ -101,7 +102,7 @@ def test_the_background_does_not_turn_with_the_camera():
         turned = [one("mug", background, replace(CAMERA, azimuth_deg=a)) for a in (0, 40, 200)]
         drawn = render(turned)
         free = (torch.nn.functional.max_pool2d(drawn.mask, 21, 1, 10).amax(0) == 0)[0]
-        # The contact shadow turns with the thing. Far from the shadow nothing moves.
+        # The contact shadow turns with the thing. Far from the shadow, nothing changes.
         free[40:] = False
         assert free.sum() > 200
         assert (drawn.pixels[:, :, free] - drawn.pixels[:1, :, free]).abs().max() < 0.02, background
@@ -134,7 +135,7 @@ def test_the_main_color_dominates_even_with_patterns():
         assert plain.pixels.shape[0] == 2 and (hue == 0).float().mean() > 0.2, (name, seed)
 
 
-def test_patterns_show_from_every_view():
+def test_patterns_are_visible_from_every_view():
     views = [Camera(a, e, 0, 0, 0.02, 0.95) for a, e in ((0, 10), (90, 10), (180, 10), (270, 10), (20, 60))]
     for held in subjects.subjects("development") + subjects.subjects("reporting"):
         scenes = [Scene((held.thing,), "gray studio", (c,)) for c in views]
@@ -187,7 +188,7 @@ def test_a_gpu_renders_the_same_pictures():
     assert (on_cpu.mask - on_gpu.mask.cpu()).abs().mean() < 2e-3
 
 
-def test_building_the_data_set_can_resume_and_does_not_depend_on_chunks(tmp_path, monkeypatch):
+def test_missing_chunks_of_a_data_set_are_rebuilt_and_scenes_do_not_depend_on_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "CHUNK", 6)
     made = dataset.build(tmp_path / "a", 15, 3)
     assert len(made) == 15 and made.pixels([0, 14]).shape == (2, 64, 64, 3) and made.pixels([0]).dtype == np.uint8

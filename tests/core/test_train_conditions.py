@@ -1,4 +1,4 @@
-"""What affects a run besides its pictures: penalties, loaded concepts, several subjects, and compute options."""
+"""Tests what affects a run besides its pictures: penalties, loaded concepts, several subjects and compute options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.core.runs import finish, predicted, sample, session, small, tuning
 
 
 def with_old(backbone: Any, strength: float = 1.0) -> Any:
-    """Loads an earlier concept with an adapter that has an effect."""
+    """Loads an earlier concept whose adapter has an effect."""
     group = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def with_old(backbone: Any, strength: float = 1.0) -> Any:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
-def test_the_base_of_prior_prediction_includes_concepts_loaded_before(tiny, photos, tmp_path, strength):
+def test_the_base_of_prior_prediction_includes_the_concepts_that_were_already_loaded(tiny, photos, tmp_path, strength):
     recipe = small("pivotal_tuning", "phases=null", "trainable.lora.rank=2", "regularize.prior_prediction.weight=2")
     backbone = with_old(tiny(), strength)
     run = session(backbone, recipe, photos, tmp_path / "run", loaded_strengths={"old": strength})
@@ -77,7 +77,7 @@ def test_prior_preservation_weights_class_pictures_separately(tiny, photos, tmp_
 
 
 def test_class_pictures_are_generated_by_the_untrained_model_with_loaded_concepts(tiny, photos, tmp_path):
-    """They are generated once, reused by the next run, and not shared with runs that have other concepts loaded."""
+    """Later runs reuse the pictures only if they load the same concepts at the same strengths."""
     recipe = small("dreambooth_lora", "train.steps=1")
     made = []
 
@@ -97,7 +97,7 @@ def test_class_pictures_are_generated_by_the_untrained_model_with_loaded_concept
     run("five", with_old(tiny()), loaded_strengths={"old": 1.0})
     assert [name for name, _ in made] == ["one", "three", "four"]
     assert [on.get("old") for _, on in made] == [None, 1.0, 0.5]
-    assert all(on["mug"] == 0.0 for _, on in made), "the concept being trained is off"
+    assert all(on["mug"] == 0.0 for _, on in made), "the concept being trained is switched off"
 
 
 def test_the_anchor_pulls_every_row_towards_its_start(tiny, photos, tmp_path):
@@ -158,7 +158,7 @@ def test_several_subjects_in_one_run_each_have_their_own_token(tiny, photos, tmp
     assert list(backbone.adapters) == ["mug+rex"]
 
 
-def test_two_subjects_that_prompts_would_name_alike_are_refused(tiny, photos, tmp_path):
+def test_two_subjects_that_would_have_the_same_words_in_prompts_are_refused(tiny, photos, tmp_path):
     subjects = {"a": read_subject(photos, "mug"), "b": read_subject(photos, "mug")}
     with pytest.raises(ValueError, match="'b' and 'a' would be called 'sks mug' and 'sks mug'"):
         finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "run", subjects=subjects))
@@ -173,7 +173,7 @@ def test_two_subjects_that_prompts_would_name_alike_are_refused(tiny, photos, tm
 # --- compute options --------------------------------------------------------------------
 
 
-def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_again(tiny, photos, tmp_path):
+def test_gradient_checkpointing_does_not_change_what_is_learned_and_is_switched_off_again(tiny, photos, tmp_path):
     plain = finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "a"))
     backbone = tiny()
     saved = finish(

@@ -1,4 +1,4 @@
-"""The contexts in which a loss was computed stay open during its backward pass, even with recomputed activations."""
+"""Tests that the contexts of a loss stay open during its backward pass, because layers may be recomputed there."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def gradients(tiny: Callable[[], Any], checkpointing: bool, inside: bool = True)
         p.data = torch.randn(p.shape, generator=draw) * 0.3
     if checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()
-        backbone.denoiser.train()  # diffusers recomputes only then
+        backbone.denoiser.train()  # diffusers recomputes layers only in training mode
     task = UnderHalfStrength(backbone, group, inside)
     optimizers, accelerator = Optimizers(task.groups(), {}, Accelerator(cpu=True)), Accelerator(cpu=True)
     kept: list[Tensor] = []

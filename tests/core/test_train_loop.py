@@ -1,4 +1,4 @@
-"""The training loop, checkpoints and logs, and what an interruption leaves behind."""
+"""Tests the training loop, checkpoints and logs, and what an interruption leaves behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shared.trainable import TrainableGroup
 
 
 class Line:
-    """A task that fits a linear function to points, in one batch or in pieces."""
+    """A task that fits a linear function to points, which are given in one batch or in several smaller batches."""
 
     def __init__(self, pieces: int) -> None:
         # float64, because Adam divides gradients by their magnitude and so amplifies rounding errors in the sums
@@ -212,7 +212,7 @@ def test_tensorboard_events_are_written(tmp_path):
 
 def test_parameters_may_change_between_steps_and_kept_parameters_keep_their_moments():
     class Splits(Line):
-        """From step 3 on, a second parameter is added to the first and trained by another optimizer group."""
+        """A task whose weight is the sum of two parameters. The second is trained after step 3, in its own group."""
 
         def __init__(self) -> None:
             super().__init__(1)
@@ -248,8 +248,7 @@ def test_parameters_may_change_between_steps_and_kept_parameters_keep_their_mome
 
 
 def test_kept_rows_keep_their_moments_and_new_rows_start_from_zero():
-    """Needed to split Gaussians: each kept row must go on to learn exactly what it would have learned without the other
-    rows."""
+    """When Gaussians are split, each kept row must learn exactly what it would have learned without the other rows."""
 
     def steps(optimizers: Optimizers, parameter: nn.Parameter, pulls: torch.Tensor) -> None:
         for step, pull in enumerate(pulls):

@@ -1,4 +1,4 @@
-"""What parts need from a step, errors found before the first step, and the costs and memory of a run."""
+"""Tests what parts need from a step, which errors are found before the first step, and a run's costs and memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_need_that_only_other_parts_declared_is_an_error(tiny, photos, tmp_pat
 
 
 def test_class_prompts_for_the_base_model_are_encoded_once(tiny, photos, tmp_path):
-    """This holds even while tokens are trained, because what the base model reads never changes."""
+    """This is true even while tokens are trained, because the text that the base model reads never changes."""
     backbone, runs = tiny(), []
     prior = ("regularize.prior.kind=prior_prediction", "prompts.set=plain", "train.batch_size=1")
     kept, anew = (
@@ -85,7 +85,9 @@ def test_class_prompts_for_the_base_model_are_encoded_once(tiny, photos, tmp_pat
     backbone.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
     losses = [[float(next(t.updates(step, 0)).loss.detach()) for step in range(4)] for t in (kept, anew)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(runs) == 4 * 2 + 1, "two texts of the trained concept per step, and one text of the base in total"
+    assert len(runs) == 4 * 2 + 1, (
+        "two texts with the trained concept per step, and one text for the base model in total"
+    )
 
 
 # --- errors before the first step ----------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_costs_continue_to_add_up_after_an_interruption(tiny, photos, tmp_path):
 
 
 def test_the_autoencoder_processes_a_limited_number_of_pixels_at_a_time(tiny, photos, tmp_path, monkeypatch):
-    """The limit applies to encoding and decoding, and does not change the result."""
+    """The limit applies to both encoding and decoding. It does not change the result."""
     whole = finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "a"))
     pictures = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
     for limit in ("shared.train.batches._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):
@@ -201,7 +203,7 @@ def test_the_autoencoder_processes_a_limited_number_of_pixels_at_a_time(tiny, ph
 
 
 @pytest.mark.parametrize(("pixels", "limit", "rows"), [(64 * 64, 2**18, 8), (512 * 512, 2**18, 1), (2048**2, 2**20, 1)])
-def test_the_pixel_limit_decides_the_pictures_per_batch(pixels, limit, rows):
+def test_the_pixel_limit_determines_the_number_of_pictures_per_batch(pixels, limit, rows):
     assert sampler.images_per_batch(pixels, limit) == rows
 
 

@@ -1,4 +1,4 @@
-"""The building blocks of training: random draws, batches, caches and losses."""
+"""Tests the building blocks of training: random draws, batches, caches and losses."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_logit_normal_timesteps_have_the_expected_quantiles():
     draw = torch.Generator().manual_seed(0)
     for mean, shift in ((0.0, 1.0), (0.5, 1.0), (0.0, 3.0)):
         t = LogitNormal(mean=mean, shift=shift).draw_times(50_000, draw, discrete=False).double() / 1000
-        for z in (-1.0, 0.0, 1.0):  # the monotone map preserves the normal's quantiles
+        for z in (-1.0, 0.0, 1.0):  # a monotone map preserves the quantiles of the normal distribution
             u = 1 / (1 + math.exp(-(mean + z)))
             expected = shift * u / (1 + (shift - 1) * u)
             share = 0.5 * (1 + math.erf(z / math.sqrt(2)))
@@ -100,7 +100,7 @@ def test_the_noise_offset_is_one_shift_per_picture_and_channel():
 # --- batches and caches ----------------------------------------------------------------------
 
 
-def test_every_picture_comes_once_per_epoch_in_a_new_order(sd):
+def test_every_picture_appears_once_per_epoch_and_the_order_changes(sd):
     examples = pictures(4, caption="a")
     examples = [e.with_(caption=f"{i}") for i, e in enumerate(examples)]
     source = data(sd, examples)
@@ -117,7 +117,9 @@ def test_latents_and_captions_are_the_same_with_and_without_the_cache(sd):
         one, two = cached.batch(step, 0), fresh.batch(step, 0)
         assert one.captions == two.captions and one.owners == two.owners == (("mug",), ("mug",))
         assert torch.allclose(one.latents, two.latents, atol=1e-5) and torch.equal(one.mask, two.mask)
-    assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, "captions are drawn again"
+    assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, (
+        "captions are drawn anew at each step"
+    )
 
 
 def test_cached_latents_have_the_mean_and_spread_that_the_autoencoder_predicts(sd):
@@ -224,8 +226,8 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
     assert torch.allclose(plain.example_losses(prediction, target, None).double(), expected, rtol=1e-5)
 
 
-def test_the_loss_can_leave_the_subject_out():
-    """A motion is learned without the thing that moves. Examples without a mask (1 everywhere) count fully."""
+def test_the_loss_can_give_the_subject_a_lower_weight_than_the_rest():
+    """This lets a run learn a motion, not the thing that moves. An example whose mask is 1 everywhere counts fully."""
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 1, 5, 8, 8, generator=draw)
     mask[1] = 1.0
@@ -240,7 +242,7 @@ def test_the_loss_can_leave_the_subject_out():
         Denoising(inside=0)
 
 
-def test_leaving_out_the_subject_without_masks_causes_a_warning(sd):
+def test_a_lower_weight_for_the_subject_causes_a_warning_if_there_are_no_masks(sd):
     with pytest.warns(UserWarning, match="objective.inside is below objective.outside, but no picture has a mask"):
         data(sd, pictures(2), objective={"inside": 0.0, "outside": 1.0})
 
@@ -248,7 +250,7 @@ def test_leaving_out_the_subject_without_masks_causes_a_warning(sd):
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("family", ["epsilon", "v", "flow"])
 def test_min_snr_weights_the_loss_on_x0(request, family, gamma):
-    """Expects min(SNR, gamma) |x_0 - x_0'|^2 (arXiv 2303.09556), converted to the model's parameterization."""
+    """The loss must be min(SNR, gamma) |x_0 - x_0'|^2 (arXiv 2303.09556), converted to the model's parameterization."""
     if family == "flow":
         backbone = FluxBackbone(request.getfixturevalue("make_tiny_flux")(), "tiny")
         t = torch.tensor([1.0, 130.0, 500.0, 777.5, 999.0])
@@ -293,7 +295,7 @@ def test_text_that_does_not_change_is_encoded_once_and_gives_the_same_loss(sd):
         return [float(u.loss.detach()) for step in range(12) for u in task.updates(step, 0)]
 
     first = losses(kept)
-    assert 0 < len(runs) <= 11, "each of the eleven templates is encoded once"
+    assert 0 < len(runs) <= 11, "each of the eleven templates is encoded at most once"
     before = len(runs)
     assert losses(kept) == first and len(runs) == before
     assert torch.allclose(torch.tensor(losses(anew)), torch.tensor(first), rtol=1e-4) and len(runs) == before + 12

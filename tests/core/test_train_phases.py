@@ -1,4 +1,4 @@
-"""Phases that generate pictures with what was learned so far and choose those that the next phase learns from."""
+"""Phases that generate pictures from the state learned so far and select the ones that the next phase trains on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PHASES = {
 
 
 def feedback(**train: Any) -> Recipe:
-    """Returns a recipe that tunes, generates and chooses pictures, and tunes again on the chosen pictures."""
+    """Returns a recipe whose three phases train, generate and select pictures, and train again on the selected ones."""
     plain = dump(small("textual_inversion", "sampling.steps=1", "trainable.tokens.lr=0.1"))
     return validate(Recipe, {**plain, "phases": PHASES, "train": {**plain["train"], "steps": 3, **train}})
 
@@ -51,7 +51,7 @@ def run_of(tiny: Callable[[], Any], photos: Path, workdir: Path, **train: Any) -
     return session(tiny(), feedback(**train), photos, workdir, scorers={"mug": brightest})
 
 
-def test_the_next_phase_learns_from_the_generated_and_chosen_pictures(tiny, photos, tmp_path):
+def test_the_next_phase_learns_from_the_selected_generated_pictures(tiny, photos, tmp_path):
     run = run_of(tiny, photos, tmp_path / "run")
     finish(run)
     kept = read_kept(run.folder("look"))
@@ -59,7 +59,7 @@ def test_the_next_phase_learns_from_the_generated_and_chosen_pictures(tiny, phot
     assert len(made) == 5 and len(kept) == 2 and len({entry["file"] for entry in kept}) == 2
     scores = {entry["file"]: entry["score"] for entry in kept}
     rest = [brightest(picture(p)[None], ["x"])["score"] for p in made if p.name not in scores]
-    assert min(scores.values()) >= max(rest), "the pictures with the best scores are chosen"
+    assert min(scores.values()) >= max(rest), "the pictures with the best scores are selected"
     examples = list(run.examples(run.phases[2][1]))
     assert [Path(e.source).name for e in examples] == [entry["file"] for entry in kept]
     assert all(e.caption == "a photo of a {concept}" and e.role == "instance" for e in examples)
@@ -74,13 +74,13 @@ def picture(path: Path) -> Tensor:
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_a_run_killed_in_any_phase_resumes_bit_for_bit(tiny, photos, tmp_path, stop):
-    """Steps 1-2 tune, 3-5 generate pictures, 6-8 tune on them."""
+    """Steps 1 and 2 train, steps 3 to 5 generate pictures, and steps 6 to 8 train on the selected pictures."""
     whole = finish(run_of(tiny, photos, tmp_path / "whole", checkpoint_every=1))
     killed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     steps = killed.steps()
     for _ in range(stop):
         next(steps)
-    steps.close()  # as after kill -9, nothing is saved on exit
+    steps.close()  # as with kill -9, nothing is saved on exit
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "part" / "phases").rglob("*.png")}
     resumed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     assert same(finish(resumed, resume=True), whole)
@@ -100,19 +100,19 @@ def test_pictures_from_another_state_are_not_reused(tiny, photos, tmp_path):
     assert all(not torch.equal(picture(p), before[p.name]) for p in folder.glob("*.png"))
 
 
-def test_choosing_without_a_scorer_is_refused_before_the_first_phase(tiny, photos, tmp_path):
+def test_selecting_pictures_without_a_scorer_is_refused_before_the_first_phase(tiny, photos, tmp_path):
     with pytest.raises(ValueError, match=r"phases\.look\.task\.keep selects .* --clip FOLDER"):
         session(tiny(), feedback(), photos, tmp_path / "run")
 
 
-def test_pictures_of_a_phase_that_does_not_exist_are_an_error(tiny, photos, tmp_path):
+def test_a_source_that_reads_pictures_of_an_unknown_phase_is_an_error(tiny, photos, tmp_path):
     recipe = small("textual_inversion", "sources.made.kind=phase_pictures", "sources.made.phase=lok")
     with pytest.raises(ValueError, match=r"unknown earlier phase with pictures 'lok'"):
         finish(session(tiny(), recipe, photos, tmp_path / "run"))
 
 
-def test_pictures_left_by_a_later_phase_are_not_learned_from(tiny, photos, tmp_path):
-    """Such pictures belong to an earlier run."""
+def test_pictures_left_over_from_a_later_phase_are_not_used(tiny, photos, tmp_path):
+    """The pictures were left in the folder by an earlier run."""
     finish(run_of(tiny, photos, tmp_path / "run"))
     run = run_of(tiny, photos, tmp_path / "run")
     (_, first), _, (_, second) = run.phases
@@ -122,11 +122,11 @@ def test_pictures_left_by_a_later_phase_are_not_learned_from(tiny, photos, tmp_p
         list(run.examples(reads))
 
 
-# --- what a package may add ------------------------------------------------------------------
+# --- tasks of other packages -----------------------------------------------------------------
 
 
 class Count(torch.nn.Module):
-    """A task that a package adds. It trains a number, which grows by one per step."""
+    """A task added by a package. It trains a single number, which grows by 1 at each step."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Count(torch.nn.Module):
         return float(self.weight.detach())
 
 
-def test_a_package_adds_a_task(tiny, photos, tmp_path):
+def test_a_package_can_add_a_task(tiny, photos, tmp_path):
     from shared.recipe.tasks import TuneTask
 
     recipe = small("textual_inversion", "train.steps=3")
@@ -171,8 +171,8 @@ def run_again(tiny: Callable[[], Any], recipe: Recipe, photos: Path, folder: Pat
 
 
 @pytest.mark.parametrize("phases", [0, 2])
-def test_an_update_that_ends_a_phase_is_also_checked(tiny, photos, tmp_path, phases):
-    """Only finite values are saved, and a run that follows the advice in the message resumes."""
+def test_the_last_update_of_a_phase_is_also_checked(tiny, photos, tmp_path, phases):
+    """Only finite values are saved. The run can resume with a lower learning rate, as the message advises."""
     recipe = small("textual_inversion", "train.steps=1", "trainable.tokens.lr=0.1")
     if phases:
         recipe = validate(Recipe, {**dump(recipe), "phases": {"a": {}, "b": {}}})

@@ -1,4 +1,4 @@
-"""The precision that is used on each device, the scaler of fp16, and losses that update only their own groups."""
+"""The precision used on each device, the loss scaler for fp16, and losses that update only their own parameters."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def photos(tmp_path_factory) -> Path:
     return paint(tmp_path_factory.mktemp("given") / "photos")
 
 
-# --- which precision ---------------------------------------------------------------------------
+# --- choosing the precision --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("amx", "avx", "expected"), [(1, 0, "bf16"), (0, 1, "bf16"), (0, 0, "no"), (None, None, "no")])
-def test_auto_on_a_cpu_is_bf16_if_it_has_instructions_for_it(monkeypatch, amx, avx, expected):
+def test_auto_selects_bf16_on_a_cpu_that_has_instructions_for_it(monkeypatch, amx, avx, expected):
     for name, value in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx)):
         if value is None:
             monkeypatch.delattr(torch.cpu, name, raising=False)
@@ -43,7 +43,7 @@ def test_auto_on_a_cpu_is_bf16_if_it_has_instructions_for_it(monkeypatch, amx, a
     assert [resolve_precision(p, "cpu") for p in ("no", "bf16")] == ["no", "bf16"]
 
 
-def test_auto_on_a_gpu_is_bf16_if_it_is_not_emulated(monkeypatch):
+def test_auto_selects_bf16_on_a_gpu_that_does_not_emulate_it(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(
             torch.cuda,
@@ -58,7 +58,7 @@ def test_auto_on_a_gpu_is_bf16_if_it_is_not_emulated(monkeypatch):
         resolve_precision("fp8", "cpu")
 
 
-def test_resuming_where_auto_means_another_precision_causes_a_warning(make_tiny_sd, photos, tmp_path, monkeypatch):
+def test_resuming_warns_if_auto_now_selects_another_precision(make_tiny_sd, photos, tmp_path, monkeypatch):
     recipe = small("textual_inversion", "train.mixed_precision=auto", "train.checkpoint_every=1")
     for amx, resume in ((True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
@@ -109,7 +109,7 @@ def test_the_autoencoder_keeps_its_precision_under_autocast(make_tiny_sd):
     assert seen == [torch.float32]
 
 
-def test_a_phase_with_a_precision_of_its_own_is_refused(make_tiny_sd, photos, tmp_path):
+def test_a_phase_cannot_set_its_own_precision(make_tiny_sd, photos, tmp_path):
     """All phases share one precision, so the setting would otherwise be ignored."""
     with pytest.raises(
         ValueError, match=r"phases\.tune\.train\.mixed_precision = 'bf16': all phases share one precision"
@@ -118,7 +118,7 @@ def test_a_phase_with_a_precision_of_its_own_is_refused(make_tiny_sd, photos, tm
         session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), recipe, photos, tmp_path / "run")
 
 
-# --- the scaler of fp16 -----------------------------------------------------------------------------
+# --- the loss scaler for fp16 -----------------------------------------------------------------------
 
 
 class Line:
@@ -176,7 +176,7 @@ def test_steps_with_an_overflow_are_skipped_and_halve_the_scale():
     assert optimizers.skipped == 2 and accelerator.scaler.get_scale() == 2.0**8
 
 
-def test_twenty_overflows_in_a_row_end_the_run_with_the_last_good_state():
+def test_twenty_overflows_in_a_row_end_the_run_and_the_last_good_state_can_be_restored():
     task = Line(lambda step: step >= 3)
     optimizers, accelerator = scaled(task)
     good, states, steps = LastGood(optimizers), [], 0
@@ -187,7 +187,7 @@ def test_twenty_overflows_in_a_row_end_the_run_with_the_last_good_state():
     assert steps == 22 and good.put_back() == 2 and torch.equal(task.weight, states[1])
 
 
-def test_separate_series_of_overflows_are_not_added_up():
+def test_only_consecutive_overflows_count_toward_the_limit():
     records, optimizers, _ = trained(Line(lambda step: step % 4 != 3), 40)
     assert len(records) == 40 and optimizers.skipped == 0
 
@@ -230,7 +230,7 @@ class Two:
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_loss_changes_only_its_own_group(pieces):
-    """Compares the loop with the same steps of AdamW written out."""
+    """Compares the loop with the same AdamW steps written out by hand."""
     task = Two(pieces)
     accelerator = Accelerator(cpu=True)
     groups = {n: [TrainableGroup(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}

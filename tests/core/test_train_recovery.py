@@ -1,4 +1,4 @@
-"""What is kept after a NaN loss or an interruption, which settings may then change, and which must be the same."""
+"""What is kept after a NaN loss or an interruption, and which settings may change before the run is resumed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
 
 @pytest.mark.parametrize("every", [1, 200])
 def test_a_state_with_a_non_finite_loss_is_not_kept(tiny, photos, tmp_path, monkeypatch, every):
-    """The parameters after step 3 gave the bad loss. Those after step 2 are kept, whatever was saved in between."""
+    """The parameters after step 3 produced the bad loss, so the parameters after step 2 are kept instead."""
     recipe = small("textual_inversion", "train.steps=6", f"train.checkpoint_every={every}")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     states = []
@@ -62,7 +62,7 @@ def test_a_state_with_a_non_finite_loss_is_not_kept(tiny, photos, tmp_path, monk
     )
 
 
-def test_a_run_can_continue_with_a_lower_rate(tiny, photos, tmp_path):
+def test_a_run_can_continue_with_a_lower_learning_rate(tiny, photos, tmp_path):
     """The first update is far too large. The resumed run equals a run that never made that update."""
     lower = small("textual_inversion", "trainable.tokens.lr=0.005", "train.steps=5")
     with pytest.raises(NotFinite, match="the last good state, from step 0"):
@@ -124,7 +124,7 @@ def test_only_rates_optimizers_and_precision_may_change_after_a_non_finite_loss(
             same_recipe(old, changed(*path), after_not_finite=True)
 
 
-def test_settings_without_influence_on_the_result_may_change():
+def test_settings_that_do_not_affect_the_result_may_change():
     old = {
         "backbone": "/a/sd",
         "title": "x",
@@ -145,7 +145,7 @@ def test_settings_without_influence_on_the_result_may_change():
         "train": {"checkpoint_every": 1, "gradient_checkpointing": True, "steps": 5},
         "phases": {"a": {"train": {"checkpoint_every": 0, "steps": 5}}},
     }
-    same_recipe(old, new)  # the folders' contents are compared by hash
+    same_recipe(old, new)  # folders may move, because their contents are compared by hash
     for changed in (
         {"backbone": "toybox"},
         {"subject": {**new["subject"], "class_noun": "cup"}},
@@ -157,7 +157,7 @@ def test_settings_without_influence_on_the_result_may_change():
         same_recipe(old, new, finished=True)
 
 
-def test_previews_may_change_only_if_no_score_picks_the_best_state():
+def test_preview_settings_may_change_only_if_no_score_selects_the_best_state():
     old = {"train": {"validation": {"every": 5}}, "phases": {"a": {"train": {"validation": {"every": 5, "num": 2}}}}}
     new = {"train": {"validation": {"every": 0}}, "phases": {"a": {"train": {"validation": {"every": 1, "num": 4}}}}}
     same_recipe(old, new, scored=False)
@@ -191,7 +191,7 @@ class Standing:
 
 
 def test_a_diverging_state_is_not_a_good_state():
-    """If the loss has grown a thousandfold, the state is finite but not worth continuing from."""
+    """A state whose loss is a thousand times the lowest loss is finite, but not worth continuing from."""
     model: Any = Standing()
     good = LastGood(model)
     for step, (value, loss) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 3.0), (9.0, 1e7), (99.0, 1e20)]):
@@ -235,7 +235,7 @@ def cut(run: Any) -> None:
 RECIPE = ("textual_inversion", "train.steps=2", "train.checkpoint_every=1")
 
 
-def test_resuming_with_other_pictures_is_refused(tiny, photos, tmp_path):
+def test_resuming_with_different_pictures_is_refused(tiny, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     recipe, workdir = small(*RECIPE), tmp_path / "run"
@@ -283,7 +283,7 @@ def test_resuming_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_
 
 
 def test_a_run_that_starts_over_leaves_no_earlier_run_to_resume(tiny, photos, tmp_path):
-    """This holds even if the new run is killed before its first checkpoint. A run that is refused removes nothing."""
+    """This is true even if the new run is killed before its first checkpoint. A run that is refused removes nothing."""
     cut(session(tiny(), small(*RECIPE), photos, tmp_path / "run"))
     (tmp_path / "run" / "samples").mkdir()
     with pytest.raises(ValueError, match="trains nothing"):
@@ -310,7 +310,7 @@ def with_old(backbone: Any, seed: int = 9) -> Any:
     return backbone
 
 
-def test_resuming_with_other_concepts_is_refused(tiny, photos, tmp_path):
+def test_resuming_with_different_loaded_concepts_is_refused(tiny, photos, tmp_path):
     recipe, workdir = small(*RECIPE), tmp_path / "run"
     cut(session(with_old(tiny()), recipe, photos, workdir, loaded_strengths={"old": 1.0}))
 

@@ -1,4 +1,4 @@
-"""Which parameters LoRA, DoRA and token rows add and train, and how they are switched and removed again."""
+"""Which parameters LoRA, DoRA and learned tokens add and train, and how adapters are switched and removed."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_loaded_concept_stays_frozen_when_another_is_injected_and_trained(sd, 
     assert all(p.grad is None for p in old.parameters)
     assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
     sd.remove("new")
-    assert trained(sd) == set(), "removing one concept unfreezes nothing"
+    assert trained(sd) == set(), "removing one concept does not unfreeze another"
     assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
 
 
@@ -143,7 +143,7 @@ def test_an_adapter_injected_directly_is_frozen_and_leaves_other_adapters_traina
     assert trained(sd) == {id(p) for p in group.parameters}
 
 
-def test_dropout_is_on_only_for_the_trained_adapter(sd):
+def test_only_the_trained_adapter_applies_dropout(sd):
     old = Lora(rank=2, dropout=0.5).inject(sd, "old", "lora", seed=0)
     stir(old.parameters)
     sd.adapters["old"][0].train(False)
@@ -151,7 +151,7 @@ def test_dropout_is_on_only_for_the_trained_adapter(sd):
     stir(new.parameters)
     assert not torch.equal(output(sd), output(sd)), "the trained adapter applies dropout"
     with sd.active({"old": 1.0}):
-        assert torch.equal(output(sd), output(sd)), "the loaded adapter does not"
+        assert torch.equal(output(sd), output(sd)), "the loaded adapter applies no dropout"
     sd.adapters["new"][0].train(False)
     assert torch.equal(output(sd), output(sd))
 
@@ -180,7 +180,7 @@ def test_strength_scales_the_change_of_each_layer(sd):
         assert torch.equal(layer(x), plain)
     with sd.active({}):
         assert torch.equal(layer(x), plain)
-    assert torch.allclose(layer(x), plain + full, atol=1e-5), "afterwards the earlier strength is restored"
+    assert torch.allclose(layer(x), plain + full, atol=1e-5), "the previous strength is restored afterwards"
 
 
 @KINDS
@@ -196,7 +196,7 @@ def test_the_strength_scales_the_effect_on_the_whole_network(sd, dora):
     assert torch.equal(output(sd), full)
 
 
-# --- side by side ----------------------------------------------------------------------------
+# --- several adapters ------------------------------------------------------------------------
 
 
 def test_two_slots_with_different_roles_and_ranks_work_together(sd):
@@ -214,13 +214,13 @@ def test_two_slots_with_different_roles_and_ranks_work_together(sd):
     stir(two.parameters, seed=8)
     assert not torch.allclose(output(sd), alone, atol=1e-3) and not torch.allclose(alone, before, atol=1e-3)
     with sd.active({}):
-        assert torch.equal(output(sd), before), "the concept's name switches both"
+        assert torch.equal(output(sd), before), "switching the concept off switches off both adapters"
     sd.remove("mug")
     assert torch.equal(output(sd), before)
 
 
 @KINDS
-def test_the_state_recreates_the_same_adapter_elsewhere(make_tiny_sd, dora):
+def test_a_saved_state_recreates_the_same_adapter_on_another_model(make_tiny_sd, dora):
     one, two = (StableDiffusionBackbone(make_tiny_sd(), "tiny") for _ in range(2))
     part = Lora(roles=("attention", "text_encoder"), rank=3, alpha=6.0, dora=dora)
     stir(part.inject(one, "mug", "lora", seed=0).parameters)
@@ -234,7 +234,7 @@ def test_the_state_recreates_the_same_adapter_elsewhere(make_tiny_sd, dora):
     assert torch.equal(output(one), output(two))
 
 
-def test_a_state_that_does_not_fit_is_refused_completely(sd):
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(sd):
     Lora(rank=2).inject(sd, "mug", "lora", seed=0)
     adapter = sd.adapters["mug"][0]
     state = adapter.state_dict()

@@ -1,4 +1,4 @@
-"""Every peft method is offered and works, or is refused with a reason."""
+"""Every method of peft either works or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def trace(backbone: Any) -> Any:
     }
 
 
-def test_every_method_of_the_installed_peft_is_offered_or_refused():
+def test_every_method_of_the_installed_peft_is_either_offered_or_refused():
     known = {getattr(kind, "value", kind) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert ADAPTER_TYPES.keys() | UNSUPPORTED.keys() >= known and not ADAPTER_TYPES.keys() & UNSUPPORTED.keys()
     configs = {getattr(kind, "value", kind): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -85,7 +85,7 @@ def test_every_method_of_the_installed_peft_is_offered_or_refused():
     [(name, LINEAR) for name in sorted(ADAPTER_TYPES)] + [(name, ("conv", "proj")) for name in WITH_CONVOLUTIONS],
     ids=[*sorted(ADAPTER_TYPES), *(f"{name} on convolutions" for name in WITH_CONVOLUTIONS)],
 )
-def test_each_method_starts_trains_switches_saves_loads_and_ejects_correctly(new_sd, name, roles):
+def test_each_method_can_be_trained_switched_saved_loaded_and_removed(new_sd, name, roles):
     backbone = new_sd()
     before, look = output(backbone), trace(backbone)
     group = part(name, roles).inject(backbone, "mug", "x", seed=0)
@@ -141,7 +141,7 @@ def test_layers_that_a_method_does_not_adapt_are_refused(sd, name):
     assert trace(sd) == look and not sd.adapters
 
 
-def test_orthogonal_finetuning_of_1x1_convolutions_is_offered(sd):
+def test_orthogonal_finetuning_can_adapt_1x1_convolutions(sd):
     before = output(sd)
     group = part("OFT", ("proj",)).inject(sd, "mug", "x", seed=0)
     assert torch.equal(output(sd), before)

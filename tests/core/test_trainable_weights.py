@@ -1,4 +1,4 @@
-"""Training existing weights: gradients, switching to the base model and back, saved changes, and memory."""
+"""The model's own weights can be trained, switched back to those of the base model, saved and loaded."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def stir(parameters: Any, size: float = 0.3) -> None:
 
 
 @ROLES
-def test_training_weights_starts_from_the_base_changes_only_declared_weights_and_is_undone(sd, roles):
+def test_training_starts_from_the_base_changes_only_the_declared_weights_and_can_be_undone(sd, roles):
     before, look = output(sd), {c: repr(m) for c, m in sd.components.items()}
     values = {n: p.detach().clone() for n, p in everything(sd).items()}
     group = Weights(roles=roles).inject(sd, "mug", "weights", seed=0)
@@ -79,7 +79,7 @@ def test_training_weights_starts_from_the_base_changes_only_declared_weights_and
     if "denoiser.all" in roles:
         assert all(id(p) in declared for n, p in everything(sd).items() if n.startswith("unet."))
         names = {n for n, p in everything(sd).items() if id(p) in declared and "k_proj.bias" not in n}
-        assert moved >= names, "all change except biases of keys, on which no attention depends"
+        assert moved >= names, "all weights change except the key biases, which do not affect attention"
     else:
         assert moved == {n for n in values if ".attn2.to_k." in n or ".attn2.to_v." in n}
     assert all(id(everything(sd)[n]) in declared for n in moved)
@@ -93,7 +93,7 @@ def test_training_weights_starts_from_the_base_changes_only_declared_weights_and
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_equal_those_of_the_plain_weights_even_after_using_the_base(new_sd, checkpointing):
+def test_gradients_equal_those_of_plain_weights_even_if_the_base_is_used_before_backward(new_sd, checkpointing):
     plain = new_sd()
     for p in plain.unet.parameters():
         p.requires_grad_(True)
@@ -101,7 +101,7 @@ def test_gradients_equal_those_of_the_plain_weights_even_after_using_the_base(ne
     backbone = new_sd()
     group = Weights(roles=("denoiser.all",)).inject(backbone, "mug", "weights", seed=0)
     if checkpointing:
-        backbone.unet.train()  # diffusers recomputes only in training mode (there is no dropout here)
+        backbone.unet.train()  # diffusers applies checkpointing only in training mode; the model has no dropout
         backbone.unet.enable_gradient_checkpointing()
     prediction = predict(backbone)
     with torch.no_grad(), backbone.active({}):
@@ -137,8 +137,8 @@ def test_the_base_is_exact_during_training_and_the_trained_weights_are_restored(
     assert not torch.equal(trained, before)
 
 
-def test_the_base_is_exact_inside_one_autocast(sd):
-    """Autocast caches casts of weights that require a gradient, and would use them even after the weights change."""
+def test_the_base_is_exact_inside_an_autocast_context(sd):
+    """Autocast caches its casts of weights that require gradients, and would reuse them after the weights change."""
     group = Weights().inject(sd, "mug", "weights", seed=0)
     stir(group.parameters)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -173,7 +173,7 @@ def test_the_strength_scales_the_change(sd):
     assert all(torch.equal(p.double(), b) for p, b in zip(group.parameters, trained, strict=True))
 
 
-def test_weights_can_be_trained_on_layers_that_other_concepts_change_and_adapt(sd):
+def test_weights_can_be_trained_in_layers_that_other_concepts_also_change(sd):
     layer = "unet." + sd.group("cross_attention.kv")[0].modules[0]
     before = output(sd)
     delta = 0.3 * torch.randn(sd.unet.get_submodule(layer[5:]).weight.shape, generator=torch.Generator().manual_seed(2))
@@ -202,7 +202,7 @@ def test_weights_can_be_trained_on_layers_that_other_concepts_change_and_adapt(s
     assert torch.equal(output(sd), before)
 
 
-def test_two_slots_may_not_share_a_weight_but_a_second_concept_builds_on_the_first(sd):
+def test_two_slots_may_not_share_a_weight_but_a_second_concept_may_build_on_the_first(sd):
     group = Weights().inject(sd, "mug", "one", seed=0)
     with pytest.raises(ValueError, match=r"trainable\.two and trainable\.one train the same weights"):
         Weights(roles=("cross_attention",)).inject(sd, "mug", "two", seed=0)
@@ -217,11 +217,11 @@ def test_two_slots_may_not_share_a_weight_but_a_second_concept_builds_on_the_fir
     assert torch.equal(output(sd), both) and not torch.equal(both, first)
 
 
-# --- saved and loaded ------------------------------------------------------------------------
+# --- saving and loading ----------------------------------------------------------------------
 
 
 @ROLES
-@pytest.mark.parametrize("lr", [1e-3, 0.1], ids=["near", "far"])  # with "far", many weights even change their sign
+@pytest.mark.parametrize("lr", [1e-3, 0.1], ids=["near", "far"])  # with "far", many weights even change sign
 def test_saved_weights_equal_the_trained_weights_bit_for_bit(new_sd, roles, lr):
     backbone = new_sd()
     learn(backbone, Weights(roles=roles).inject(backbone, "mug", "weights", seed=0), lr=lr)
@@ -291,7 +291,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tiny, photos, tmp
 
 
 def held(like: set[tuple[int, ...]]) -> int:
-    """Returns the bytes of all live tensors with these shapes, counting each storage once."""
+    """Returns the size in bytes of all live tensors with these shapes, counting each storage once."""
     gc.collect()
     copies = [o for o in gc.get_objects() if isinstance(o, Tensor) and tuple(o.shape) in like]
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in copies}.values())

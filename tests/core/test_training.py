@@ -1,4 +1,4 @@
-"""Runs of tiny pipelines from pictures to learned tensors: what changes, what is kept, and how runs resume."""
+"""Runs of tiny pipelines, from pictures to learned tensors. The tests check what a run changes and how it resumes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_two_steps_change_the_declared_parameters_and_nothing_else(request, phot
     )
     learned = {k.split("/", 2)[2] for k in after if k.startswith("adapter/") and k.split("/")[1] in trained}
     assert same(left, {k: v for k, v in before.items() if k not in learned}), (
-        "all other weights are the same, bit for bit"
+        "all other weights are unchanged, bit for bit"
     )
     declared = {slot for _, phase in run.phases for slot in phase.trainable}
     assert {k.split("/")[1] for k in after if k.startswith("adapter/")} == declared - {"tokens"}
@@ -121,9 +121,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny, photos
 
 
 def test_a_killed_run_resumes_from_the_last_checkpoint_even_at_the_start_of_a_phase(tiny, photos, tmp_path):
-    """The runs are abandoned, as after kill -9, at several steps.
+    """The runs are abandoned at several steps, as kill -9 would do.
 
-    One stops in the second phase, whose only checkpoint is then its start.
+    One run stops at the first step of the second phase, whose only checkpoint so far is from the start of the phase.
     """
     recipe = small("pivotal_tuning", "train.steps=3", "train.checkpoint_every=2")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
@@ -161,7 +161,7 @@ def test_resuming_with_another_recipe_is_refused(tiny, photos, tmp_path):
 
 
 class Judge:
-    """A preview that returns blank pictures and the given score of each step."""
+    """A preview that returns blank pictures and the score given for each step."""
 
     def __init__(self, scores: Mapping[int, float]) -> None:
         self.scores, self.seen = scores, []

@@ -1,4 +1,4 @@
-"""What speeds up the training of the denoising networks: batches drawn ahead, larger batches and compiled blocks."""
+"""Prefetched batches, larger batches and compiled blocks, which speed up the training of the denoising networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.pretrain.toybox.denoising_loss import UnetTraining
 from shared.pretrain.toybox.motion_module import MotionTraining
 
 
-def test_batches_drawn_ahead_belong_to_the_right_steps() -> None:
+def test_prefetched_batches_belong_to_the_right_steps() -> None:
     drawn: list[tuple[int, bool]] = []
 
     def draw(step: int) -> int:
@@ -25,13 +25,13 @@ def test_batches_drawn_ahead_belong_to_the_right_steps() -> None:
         return 10 * step
 
     ahead = Prefetch(draw, torch.device("meta"))
-    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # the jump to 9 is what a resumed run does
+    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # a resumed run jumps ahead like this
     assert dict(drawn)[3] and not dict(drawn)[4] and dict(drawn)[9]
     assert ahead(6) == 60
     with pytest.raises(ValueError, match="no picture 7"):
         ahead(7)
     drawn.clear()
-    # on a CPU nothing is drawn ahead, because its cores are busy
+    # on a CPU nothing is prefetched, because the cores are busy with training
     assert Prefetch(draw, torch.device("cpu"))(1) == 10 and drawn == [(1, True)]
 
 

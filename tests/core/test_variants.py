@@ -36,7 +36,7 @@ def test_invalid_grids_are_refused(grid, reason):
         varied({"a": "a"}, (), grid)
 
 
-def test_subjects_are_given_by_number_or_by_name():
+def test_subjects_can_be_given_as_a_count_or_by_name():
     assert count_or_names("3") == 3 and count_or_names("x, y") == ("x", "y")
     assert chosen_things("development", ("development-mug", "development-mug")) == ["development-mug"]
     assert len(chosen_things("reporting", 2)) == 2

@@ -1,4 +1,4 @@
-"""Backbones and instruments refuse an incomplete model folder and name the file and the key."""
+"""An incomplete model folder of a backbone or instrument is refused. The error names the file and the key."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PARTS += [("flux", part) for part in ("transformer", "text_encoder", "text_encod
 
 
 def tail(key: str) -> str:
-    """Returns a pattern for the key as transformers names it, without the prefix that older files have."""
+    """Returns a pattern that matches the key as transformers names it, without the prefix found in older files."""
     return key.removeprefix("text_model.").replace(".", r"\.")
 
 
@@ -77,7 +77,7 @@ def test_a_key_that_is_missing_or_has_a_wrong_shape_is_named(folder, model, part
         load_backbone(root)
 
 
-def test_the_keys_of_another_network_are_not_filled_with_random_numbers(folder):
+def test_missing_weights_are_not_filled_with_random_numbers(folder):
     root = folder("sd")
     for part in ("text_encoder", "unet", "vae"):
         file = next((root / part).glob("*.safetensors"))
@@ -181,7 +181,7 @@ def test_an_incomplete_clip_is_refused(clip, load):
         load(clip)
 
 
-def test_a_dino_needs_everything_but_its_pooler(tmp_path):
+def test_a_dino_may_lack_only_its_pooler(tmp_path):
     from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
     sizes: dict[str, Any] = {
@@ -217,7 +217,7 @@ def test_toybox_instruments_refuse_incomplete_or_unexpected_weights(tmp_path, na
         load.__wrapped__(folder)
 
 
-def test_a_file_that_leaves_parameters_without_values_is_incomplete(tiny_sd):
+def test_a_file_that_leaves_parameters_without_values_is_reported_as_incomplete(tiny_sd):
     check_filled(tiny_sd.components, Path("model.safetensors"))
     tiny_sd.unet.conv_in.to("meta")
     with pytest.raises(

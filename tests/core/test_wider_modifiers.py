@@ -1,4 +1,4 @@
-"""A modifier that the core does not know, with rows per site and time, is trained, saved and loaded by its package."""
+"""An external modifier, whose rows depend on the attention site and the time, can be trained, saved and loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shared.train.training_run import TrainingRun
 
 
 class Spread(PlaceholderBase):
-    """A placeholder with one row per attention site and another row that is scaled with the timestep."""
+    """A placeholder with one row for each attention site and one more row, which is scaled by the timestep."""
 
     varies_with = frozenset({"time", "site"})
     components = ("text_encoder",)
@@ -73,7 +73,7 @@ def predicted(backbone: Any) -> Tensor:
 
 @pytest.fixture
 def trained(new_sd: Callable[..., Any], tmp_path: Path) -> Any:
-    """Returns a backbone and its recipe after two steps on one picture."""
+    """Trains for two steps on one picture. Returns the backbone and the recipe."""
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32), (200, 40, 40)).save(tmp_path / "photos/0.png")
     settings = ["backbone=tiny", "train.steps=2", "train.resolution=32", "modifier.kind=per_site_and_time"]
@@ -85,7 +85,7 @@ def trained(new_sd: Callable[..., Any], tmp_path: Path) -> Any:
     return backbone, recipe
 
 
-def test_a_foreign_modifier_is_trained_saved_and_loaded(
+def test_an_external_modifier_can_be_trained_saved_and_loaded(
     trained: Any, new_sd: Callable[..., Any], tmp_path: Path
 ) -> None:
     backbone, recipe = trained
@@ -100,11 +100,11 @@ def test_a_foreign_modifier_is_trained_saved_and_loaded(
     fresh.placeholders["mug"].load_state_dict(
         Spread("o", fresh.word_embeddings("text_encoder", "mug")[:1], fresh.text_sites()).state_dict()
     )
-    assert not torch.equal(predicted(fresh), learned), "two steps have changed the rows"
+    assert not torch.equal(predicted(fresh), learned), "the two steps changed the rows"
     assert any("rows.time: 1 × 16" in line for line in lines(loaded))
 
 
-def test_unsupported_uses_of_a_foreign_modifier_are_refused(
+def test_unsupported_uses_of_an_external_modifier_are_refused(
     trained: Any, new_sd: Callable[..., Any], tmp_path: Path
 ) -> None:
     backbone, recipe = trained

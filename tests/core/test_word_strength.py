@@ -1,4 +1,4 @@
-"""Learned words have a strength, as adapters do. At 0 they have their initial values, at 1 their learned values."""
+"""Like adapters, learned words have a strength. At 0 they have their initial values, and at 1 their learned values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.core.runs import sample
 
 
 def learned(backbone: Any, lora: bool = False, noun: str = "mug", **settings: Any) -> Concept:
-    """Returns a concept with learned tokens (and an adapter if `lora`), which is no longer attached to the backbone."""
+    """Returns a concept with learned tokens (and an adapter if `lora` is set), detached from the backbone."""
     modifier = LearnableToken(**settings)
     placeholder = modifier.attach(backbone, "x", noun, seed=5)
     for parameter in placeholder.parameters():
@@ -46,7 +46,7 @@ def at(backbone: Any, concept: Concept, strength: float) -> Tensor:
     return made
 
 
-def test_the_strength_leads_from_the_class_noun_to_the_learned_words(
+def test_the_strength_interpolates_between_the_class_noun_and_the_learned_words(
     new_sd: Callable[..., Any], tmp_path: Path
 ) -> None:
     backbone = new_sd()
@@ -81,7 +81,7 @@ def test_switching_concepts_sets_and_restores_the_strength_of_their_words(new_sd
             raise RuntimeError
         assert backbone.strengths == {"x": 0.0}
     with backbone.active({}):
-        assert torch.equal(picture(backbone), before), "words without a new strength keep their strength"
+        assert torch.equal(picture(backbone), before), "words that are not given a new strength keep their current one"
     assert torch.equal(picture(backbone), before)
 
 
@@ -95,13 +95,13 @@ def test_adapters_and_words_share_one_strength(new_sd: Callable[..., Any]) -> No
     assert not torch.equal(backbone.encode([backbone.placeholders["x"].words]).context, text)
 
 
-def test_an_older_concept_without_initial_rows_gets_them_from_the_model(new_sd: Callable[..., Any]) -> None:
+def test_the_missing_initial_rows_of_an_older_concept_are_computed_from_the_model(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     concept = learned(backbone, vectors=2)
     old = replace(concept, tensors={"embeddings": concept.learned_words})
     for strength in (0.0, 0.5, 1.0):
         assert torch.equal(at(backbone, old, strength), at(backbone, concept, strength)), (
-            "the initial rows are computed again from the run's seed"
+            "the initial rows are recomputed from the run's seed"
         )
 
 

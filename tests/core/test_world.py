@@ -1,4 +1,4 @@
-"""A backbone states the world that it was trained on. Nothing else depends on the backbone's name."""
+"""The synthetic world of a backbone determines its overlay, prompts, instruments and warning about other pictures."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def _cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture
 def interrupted(pcs, monkeypatch) -> Callable[..., Ran]:
-    """Returns a function like `pcs(…)` for a training run, which Ctrl-C stops after its first step."""
+    """Returns a function that starts a training run as `pcs(…)` does and presses Ctrl-C after the first step."""
 
     def call(*arguments: Any) -> Ran:
         import os
@@ -63,7 +63,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, make_tiny_sd) -> Path:
-    """Saves the tiny Stable Diffusion as a diffusers folder, to be given as `backbone=PATH`."""
+    """Saves the tiny Stable Diffusion as a diffusers folder, which can be given as `backbone=PATH`."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     make_tiny_sd().save_pretrained(folder)
     return folder
@@ -71,7 +71,7 @@ def tiny_folder(tmp_path_factory, make_tiny_sd) -> Path:
 
 @pytest.fixture(scope="session")
 def learn(tiny_folder, photos) -> Callable[..., list[str]]:
-    """Returns a function that makes the arguments of `pcs image personalize` for a run of two steps."""
+    """Returns a function that builds the arguments of `pcs image personalize` for a run of two steps."""
 
     def arguments(recipe: str, *settings: str, images: Path | None = photos, noun: str = "mug") -> list[str]:
         subject = [f"subject.images={images}", f"subject.class_noun={noun}"] if images else []

@@ -1,4 +1,4 @@
-"""`pcs concept evaluate` scores one concept in pictures, clips and an asset with one encoder."""
+"""`pcs concept evaluate` scores the same concept in pictures, clips and an asset with the same encoder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHEAP = (
 
 @pytest.fixture(scope="module")
 def duck(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A concept of a held-out toybox subject, barely trained."""
+    """Learns a concept of a held-out toybox subject in a single step. Returns the concept's folder."""
     from shared.cli import build, run
 
     folder = tmp_path_factory.mktemp("duck")
@@ -55,7 +55,7 @@ def duck(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
-    for name in ("BEHIND", "PER_PROMPT"):  # true pictures would take most of the time
+    for name in ("BEHIND", "PER_PROMPT"):  # the default number of true pictures would take most of the time
         monkeypatch.setattr(measure_true, name, 16)
     out = tmp_path / "report"
     ran = pcs("concept", "evaluate", duck, "--in", "3d,image,video", *CHEAP, "--out", out)
@@ -69,7 +69,7 @@ def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, t
         assert all(0 <= float(row[k]) <= 1 for k in ("identity", "identity.truth", "recognised", "class", "copied"))
         assert float(row["identity.truth"]) > 0.5 and float(row["identity_i"]) < 0.9
     assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], (
-        "the prompt of an asset sets no conditions that could be checked"
+        "an asset's prompt contains no condition that could be checked"
     )
     shots = list(csv.DictReader((out / "shots.csv").open()))
     assert [s["text"] for s in shots] == ["a photo of a <duck> on the beach"] * 2 + ["a photo of a <duck>"]
@@ -84,7 +84,7 @@ def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, t
     assert again.code == 2 and "already exists" in again.err
 
 
-def test_the_asset_can_be_reconstructed_from_the_pictures_of_its_concept(pcs, duck, tmp_path, monkeypatch):
+def test_the_asset_can_be_reconstructed_from_the_references_of_its_concept(pcs, duck, tmp_path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
     for name in ("BEHIND", "PER_PROMPT"):
         monkeypatch.setattr(measure_true, name, 16)
@@ -98,7 +98,7 @@ def test_the_asset_can_be_reconstructed_from_the_pictures_of_its_concept(pcs, du
     assert (tmp_path / "report" / "asset" / "asset.glb").is_file()
 
 
-def test_a_subject_without_true_pictures_has_likeness_but_no_identity(pcs, concepts, photos, dino, tmp_path: Path):
+def test_a_subject_without_true_pictures_is_scored_for_likeness_only(pcs, concepts, photos, dino, tmp_path: Path):
     how = ("--references", photos, "--dino", dino, "--floor", "--steps", "1", "--num", "1", "--limit", "2")
     ran = pcs("concept", "evaluate", concepts["mug"], "--in", "image", *how, "--out", tmp_path / "r")
     assert ran.code == 0, ran.err
@@ -151,7 +151,7 @@ def test_only_installed_modalities_are_listed():
 
 
 def known(shown: Sequence[torch.Tensor], true: tuple[torch.Tensor, torch.Tensor], texts: str) -> Made:
-    """Returns frames of a car as some modality would have made them."""
+    """Returns the given frames of a car as if a modality had generated them."""
     held = album.held_out("development-car")
     case = Case("car", "car", album.pictures(held.thing), gallery=album.gallery(held), fresh=album.fresh(held))
     shots = [Shot(text, "a photo of a car", 0, frames) for text, frames in zip(texts, shown, strict=True)]
@@ -163,7 +163,7 @@ def tools():
     return load_instruments(evaluators="toybox")
 
 
-def test_the_true_subject_is_verified_in_any_modality_and_its_lookalike_is_not(tools):
+def test_the_true_subject_is_verified_and_its_lookalike_is_not(tools):
     held = album.held_out("development-car")
     other, true = next(iter(album.gallery(held).values())), album.fresh(held)
     row, shots = scores_of("x", known([true, other], (true, true), "aa"), tools, Path())
@@ -175,7 +175,7 @@ def test_the_true_subject_is_verified_in_any_modality_and_its_lookalike_is_not(t
     assert row.frames == 12 and identity.low is None, "an interval needs more than one prompt"
 
 
-def test_intervals_are_clipped_to_the_range_of_a_share(tools):
+def test_intervals_are_clipped_to_the_unit_range(tools):
     true = album.fresh(album.held_out("development-car"))
     half = true[:6], torch.cat([true[:3], -true[:3]])  # at most half of these are verified
     row, _ = scores_of("x", known([true[:2], true[2:4]], half, "ab"), tools, Path())

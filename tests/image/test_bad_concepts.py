@@ -1,4 +1,4 @@
-"""A missing, damaged, hostile or unsuitable concept gives one clear message, and nothing in it is executed."""
+"""A missing, damaged, hostile or unsuitable concept causes one clear message, and nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def _described(concepts, tmp_path, change) -> Path:
         (lambda m: m["recipe"].update(sampling=True), "recipe.sampling"),
         (lambda m: m["recipe"]["sampling"].update(steps="x"), "recipe.sampling.steps = 'x'"),
         (lambda m: m["metrics"].update(training_seconds=float("nan")), "metrics.training_seconds = nan"),
-        (lambda m: m.update(schema_version=1), "has schema 1: made by an older version; learn it again"),
+        (
+            lambda m: m.update(schema_version=1),
+            "has schema 1: it was made by an older version of pcs; learn the concept again",
+        ),
     ],
     ids=["sampling", "steps", "metrics", "older"],
 )
@@ -81,7 +84,7 @@ def test_an_unusable_description_is_reported_before_anything_else(
         assert f"{folder / 'concept.json'}" in error and message in error
 
 
-def test_the_model_of_a_strangers_concept_is_not_downloaded(refused, concepts, tmp_path, monkeypatch):
+def test_the_model_that_an_untrusted_concept_names_is_not_downloaded(refused, concepts, tmp_path, monkeypatch):
     import huggingface_hub
 
     for call in ("hf_hub_download", "snapshot_download"):
@@ -91,7 +94,7 @@ def test_the_model_of_a_strangers_concept_is_not_downloaded(refused, concepts, t
     assert "'mug' was learned on owner/name" in message and "--backbone PATH" in message
 
 
-def test_two_concepts_that_share_their_words_are_refused(refused, concepts, tiny_folder, tmp_path):
+def test_two_concepts_that_use_the_same_words_are_refused(refused, concepts, tiny_folder, tmp_path):
     twin = tmp_path / "twin.concept"
     shutil.copytree(concepts["rex"], twin)
     meta = json.loads((twin / "concept.json").read_text())

@@ -1,4 +1,4 @@
-"""Every mistake of a user gives one clear message and exit code 2, with no traceback and no half-written output."""
+"""Every user error gives one clear message and exit code 2, without a traceback or half-written output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def refused(pcs, tmp_path) -> Callable[..., str]:
 
 @pytest.fixture
 def learning(refused, learn, tmp_path) -> Callable[..., str]:
-    """Returns a function that starts a run into `tmp_path`, which must be refused, and returns the message."""
+    """Returns a function that starts a run with its output in `tmp_path`.
+
+    The run must be refused. The function returns the error message.
+    """
 
     def call(*settings: str, images: Path | None = None, recipe: str = "textual_inversion", **options) -> str:
         images = {"images": images} if images else {}
@@ -107,7 +110,7 @@ def test_an_unknown_recipe_is_refused(learning):
     assert "recipe file mine.yaml does not exist" in learning(recipe="mine.yaml")
 
 
-def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
+def test_code_in_a_hostile_recipe_is_not_executed(learning, tmp_path):
     path, mark = tmp_path / "mine.yaml", tmp_path / "mark"
     path.write_text(f"seed: !!python/object/apply:os.system ['touch {mark}']")
     assert "mine.yaml is not readable YAML, line 1" in learning(recipe=str(path))
@@ -198,7 +201,7 @@ def test_unknown_values_of_options_are_refused(refused, concepts, photos, tmp_pa
     assert "exactly one --concept" in refused("image", "evaluate", "--out", tmp_path / "o")
 
 
-def test_wrong_arguments_are_refused_by_the_command_line_itself(pcs, tmp_path):
+def test_wrong_arguments_are_refused_by_the_command_line_parser(pcs, tmp_path):
     for arguments in (
         ("image", "generate"),
         ("image", "generate", "a", "--num", "0", "--out", tmp_path / "o"),
@@ -275,7 +278,7 @@ def test_overwrite_does_not_delete_files_that_pcs_did_not_write(refused, learn, 
 
 
 def test_an_output_must_not_lie_inside_an_input(refused, learn, painted, tiny_folder, concepts, tmp_path):
-    """The inputs are pictures, masks, other folders of a recipe, models and concepts. None of them is read first."""
+    """The inputs are pictures, masks, other folders named in a recipe, models and concepts."""
     mine, other = painted(tmp_path / "mine"), painted(tmp_path / "other")
     source = ("sources.more.kind=folder", f"sources.more.images={other}", "sources.more.prompt=a mug")
     for out, arguments in (

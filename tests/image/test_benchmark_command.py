@@ -1,4 +1,4 @@
-"""The cells, tables, resumed runs and failures of `pcs image benchmark` on the shipped toybox, with little training."""
+"""`pcs image benchmark` on the shipped toybox with very little training, including resumed and failed runs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def test_an_unknown_control_or_subject_is_refused(pcs, tmp_path):
         assert ran.code == 2 and named in ran.err and not (tmp_path / "table").exists()
 
 
-def test_a_folder_without_a_benchmark_is_refused_before_a_model_is_loaded(refused, painted, tmp_path, monkeypatch):
+def test_an_output_folder_without_a_benchmark_is_refused_before_a_model_is_loaded(
+    refused, painted, tmp_path, monkeypatch
+):
     monkeypatch.setattr("shared.benchmark.toybox.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
     photos, recipe = painted(tmp_path / "photos"), tmp_path / "own" / "mine.yaml"
     recipe.parent.mkdir()

@@ -1,4 +1,4 @@
-"""`pcs image evaluate` from a concept folder to the report, with a tiny DINO and the user's own pictures."""
+"""`pcs image evaluate`, from a concept folder to the report, with a tiny DINO and references given by the user."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_help_states_where_references_are_looked_for(pcs):
 
 
 def test_the_runner_gives_the_same_scores_as_the_command(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):
-    """The runner also evaluates one of several loaded concepts, and needs no references for a newly learned concept."""
+    """The runner can also evaluate one of several loaded concepts. A newly learned concept needs no `references`."""
     assert pcs(*arguments, "--out", tmp_path / "report").code == 0
     by_command = json.loads((tmp_path / "report" / "report.json").read_text())
     runner = ImageRunner(load_backbone(tiny_folder))

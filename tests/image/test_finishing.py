@@ -1,4 +1,4 @@
-"""Whatever interrupts the end of a run (its preview, its concept, its checkpoints), nothing learned is lost."""
+"""Nothing learned is lost if the end of a run fails or is interrupted, for example while its preview is generated."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_concept_is_saved_even_if_its_preview_fails(pcs, learn, tmp_path, mo
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(9)])
 def test_a_run_stopped_during_its_preview_is_completed_when_resumed(pcs, learn, photos, tmp_path, monkeypatch, error):
-    """This holds even if one of two concepts already exists, because the state is kept until both are complete."""
+    """This is true even if one of two concepts already exists, because the state is kept until both are complete."""
 
     def stop(*arguments: Any) -> Any:
         if arguments[1] == "b":
@@ -61,7 +61,7 @@ def test_a_run_stopped_during_its_preview_is_completed_when_resumed(pcs, learn, 
     resumed = pcs(*arguments, "--resume")
     assert resumed.code == 0, resumed.err
     assert (tmp_path / "both/b.concept/preview.png").is_file()
-    assert (tmp_path / "both.training/log.jsonl").read_text() == log, "nothing was trained"
+    assert (tmp_path / "both.training/log.jsonl").read_text() == log, "the resumed run trained nothing"
     assert not list((tmp_path / "both.training").glob("*checkpoint*"))
 
 

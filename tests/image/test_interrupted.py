@@ -1,4 +1,4 @@
-"""Runs in real processes that are killed or stopped during training, and the runs that resume them."""
+"""Training runs in real processes that are killed or stopped, and then resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=30", "train.chec
 
 @pytest.fixture(autouse=True)
 def sighup_is_not_ignored():
-    """Restores the default action of SIGHUP, because processes inherit ignored signals and nohup ignores SIGHUP."""
+    """Restores the default action of SIGHUP. Under nohup, tests and the processes they start would ignore it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -59,7 +59,7 @@ def in_second_phase(training: Path):
 
 @pytest.fixture(scope="module")
 def whole(learn, tmp_path_factory) -> Path:
-    """The concept of the same run without an interruption."""
+    """Returns the concept that the same run learns without an interruption."""
     concept = tmp_path_factory.mktemp("whole") / "mug.concept"
     assert run(build(), learn("pivotal_tuning", *STEPS, f"output={concept}")) == 0
     return concept
@@ -76,7 +76,7 @@ def test_a_run_killed_during_training_gives_the_same_tensors_when_resumed(pcs, l
     try:
         wait_for(in_second_phase(training), process, tmp_path)
     finally:
-        process.kill()  # SIGKILL, so that none of the program's code runs after this
+        process.kill()  # sends SIGKILL, after which the program runs no more code
     assert process.wait() == -signal.SIGKILL and not concept.exists()
     left = sorted(p.name for p in training.iterdir())
     refused = pcs(*arguments)

@@ -1,4 +1,7 @@
-"""`--lora FILE` uses another program's file like a concept, compared with the concept that it was exported from."""
+"""`--lora FILE` uses a file from another program like a concept.
+
+The results are compared with those of the concept that the file was exported from.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def test_a_lora_can_be_prompted_with_or_without_its_name(pcs, concepts, exported
     assert (off - ours).abs().max() > 0.1
 
 
-def test_an_imported_lora_becomes_a_concept_of_its_own(pcs, concepts, exported, tiny_folder, tmp_path):
+def test_a_lora_can_be_imported_as_a_concept(pcs, concepts, exported, tiny_folder, tmp_path):
     out = tmp_path / "buddy.concept"
     command = ("concept", "import", exported, "--token", "sks dog", "--backbone", tiny_folder, "--out", out)
     ran = pcs(*command)

@@ -1,4 +1,4 @@
-"""A run warns if nothing tells the model what the subject is, because nothing else would explain a worse result."""
+"""A run warns about a missing class noun, because the result may be worse for no other apparent reason."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def test_a_subject_without_a_class_noun_is_reported_with_the_key_to_set(photos, 
 
 
 @pytest.mark.parametrize(("recipe", "settings"), [("textual_inversion", ()), ("t_lora", ("kind=style",))])
-def test_recipes_that_do_not_say_the_class_noun_need_none(photos, tmp_path, recipe, settings):
+def test_recipes_that_do_not_put_the_class_noun_in_captions_give_no_warning(photos, tmp_path, recipe, settings):
     assert not warned(photos, tmp_path, recipe, *settings)

@@ -1,4 +1,4 @@
-"""Every command accepts pictures with any name that the file system allows, and no name makes a run lose its result."""
+"""Commands accept pictures with any name that the file system allows, and no file name makes a run lose its result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ shared.cli.main([])
 
 @pytest.fixture
 def odd(painted, tmp_path: Path) -> Path:
-    """An oddly named folder of oddly named pictures, one of them with a caption."""
+    """Returns an oddly named folder of oddly named pictures, one of which has a caption."""
     folder = painted(tmp_path / "caf\udce9 \u202f#1", n=len(NAMES))
     for i, name in enumerate(NAMES):
         (folder / f"{i}.png").rename(folder / f"{name}.png")
@@ -63,7 +63,7 @@ def test_a_run_with_odd_names_can_be_interrupted_and_resumed(pcs, interrupted, l
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_odd_text_can_be_printed_on_any_terminal(tmp_path: Path, encoding: str) -> None:
-    """Messages contain file names and prompts. A terminal that cannot show a character gets its escape sequence."""
+    """Messages contain file names and prompts. Characters that a terminal cannot show are escaped."""
     (tmp_path / "\udcff").mkdir()
     (tmp_path / "\udcff" / "\u202f写.txt").write_text("x")
     arguments = ("image", "personalize", "textual_inversion", f"subject.images={tmp_path / chr(0xDCFF)}")

@@ -1,4 +1,4 @@
-"""Pictures are generated with the steps, guidance and scheduler of the concept's recipe unless others are given."""
+"""By default, pictures are generated with the steps, guidance and scheduler of the concept's recipe."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ OWN = {"steps": 3, "guidance": 1.5, "scheduler": "dpm++"}
 
 @pytest.fixture(scope="module")
 def folder(learn, tmp_path_factory):
-    """Two concepts: the recipe of "rex" sets the steps, guidance and scheduler; the recipe of "max" sets only the
-    steps."""
+    """Learns two concepts. The recipe of "rex" sets all three settings; that of "max" sets only the steps.
+
+    Returns the folder that contains both.
+    """
     out = tmp_path_factory.mktemp("own")
     for name, more in (
         ("rex", [f"sampling.{key}={value}" for key, value in OWN.items()]),
@@ -33,12 +35,12 @@ def folder(learn, tmp_path_factory):
 
 
 def used(folder: Any) -> dict[str, Any]:
-    """What a picture's metadata says about sampling."""
+    """Returns the sampling settings stored in a picture's metadata."""
     text = json.loads(Image.open(folder / "000-seed0.png").text["pcs"])  # type: ignore[attr-defined]
     return {key: text.get(key) for key in OWN}
 
 
-def test_the_command_samples_as_the_recipe_says(pcs, folder, tmp_path):
+def test_the_command_uses_the_sampling_settings_of_the_recipe(pcs, folder, tmp_path):
     command = ("image", "generate", "a photo of a <rex>", "--concept", folder / "rex.concept")
     assert pcs(*command, "--out", tmp_path / "own").code == 0
     assert used(tmp_path / "own") == OWN
@@ -46,7 +48,7 @@ def test_the_command_samples_as_the_recipe_says(pcs, folder, tmp_path):
     assert used(tmp_path / "given") == {**OWN, "steps": 2, "guidance": 2.0}
 
 
-def test_the_first_of_several_concepts_decides_unless_a_motion_takes_precedence(folder, tiny_folder, tmp_path):
+def test_sampling_settings_come_from_the_first_concept_unless_a_motion_is_loaded(folder, tiny_folder, tmp_path):
     runner = ImageRunner(load_backbone(str(tiny_folder)))
     rex, max_ = (read(folder / f"{name}.concept") for name in ("rex", "max"))
     assert runner.with_own_sampling(SamplingSettings()) == SamplingSettings()

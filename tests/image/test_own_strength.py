@@ -20,7 +20,7 @@ PROMPT = "a photo of a <rex> on the beach"
 
 @pytest.fixture(scope="module")
 def late(learn, tmp_path_factory):
-    """A concept whose recipe switches it off in the first half of the sampling steps."""
+    """Learns a concept whose recipe switches it off during the first half of the sampling steps."""
     from shared.cli import build, run
 
     path = tmp_path_factory.mktemp("own") / "rex.concept"

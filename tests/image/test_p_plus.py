@@ -1,4 +1,4 @@
-"""P+ learns separate rows for each cross-attention layer. They can be saved, loaded and scaled, but not exported."""
+"""P+ learns separate rows for each cross-attention layer, which can be saved, loaded and scaled, but not exported."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ def new(make_tiny_sd: Callable[..., Any]) -> Callable[[], StableDiffusionBackbon
 
 @pytest.fixture(scope="module")
 def learned(new: Callable[[], StableDiffusionBackbone], photos: Path, tmp_path_factory: Any) -> tuple[Any, Concept]:
-    """Returns a backbone with an attached concept, and the concept, after two steps."""
+    """Trains for two steps. Returns the backbone, to which the concept is attached, and the concept."""
     runner, folder = ImageRunner(new()), tmp_path_factory.mktemp("p_plus")
     frozen = _weights(runner.backbone)
     subjects = {"mug": read_subject(photos, "mug")}
     concepts = runner.personalize(subjects, load("p_plus", SMALL), folder / "run", tensorboard=False)
     after = _weights(runner.backbone)
-    assert all(torch.equal(after[key], value) for key, value in frozen.items()), "training changes nothing but the rows"
+    assert all(torch.equal(after[key], value) for key, value in frozen.items()), (
+        "training changes none of the model's weights"
+    )
     return runner.backbone, save(concepts["mug"], folder / "mug.concept")
 
 
@@ -71,7 +73,7 @@ def test_after_two_steps_every_layer_has_different_rows(learned: tuple[Any, Conc
     assert not any(torch.equal(a, b) for a, b in pairwise(rows.values()))
 
 
-def test_a_saved_concept_loads_bit_for_bit_and_can_be_weakened(
+def test_a_saved_concept_loads_bit_for_bit_and_its_strength_can_be_lowered(
     learned: tuple[Any, Concept], new: Callable[[], StableDiffusionBackbone]
 ) -> None:
     backbone, concept = learned
@@ -95,7 +97,7 @@ def test_a_saved_concept_loads_bit_for_bit_and_can_be_weakened(
     assert runner.backbone.tokens.current["text_encoder"] is not before and not runner.backbone.placeholders
 
 
-def test_the_error_on_exporting_p_plus_states_the_reason(learned: tuple[Any, Concept], tmp_path: Path) -> None:
+def test_the_error_for_exporting_p_plus_states_the_reason(learned: tuple[Any, Concept], tmp_path: Path) -> None:
     backbone, concept = learned
     with pytest.raises(
         ValueError, match="'mug' learned text_encoder.*store only one table of vectors per text encoder"

@@ -1,4 +1,4 @@
-"""The shipped prompt sets and users' own."""
+"""Prompt sets, both those that are shipped and those that users write."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_bad_prompt_sets_are_refused(tmp_path: Path, name: str, text: str | byte
 
 def test_users_can_write_prompt_sets_as_text_or_yaml(tmp_path: Path) -> None:
     text = "# my prompts\na {concept} on the moon\n\na red {concept}\n"
-    for whole in (text, "\ufeff" + text, "\ufeff" + text.removeprefix("# my prompts\n")):  # with byte order marks too
+    for whole in (text, "\ufeff" + text, "\ufeff" + text.removeprefix("# my prompts\n")):  # also with a byte order mark
         (tmp_path / "mine.txt").write_text(whole, encoding="utf-8")
         assert load_prompts(tmp_path / "mine.txt").prompts[0].text == "a {concept} on the moon"
     assert [p.text for p in load_prompts(tmp_path / "mine.txt").prompts] == [

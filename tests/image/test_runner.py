@@ -1,4 +1,4 @@
-"""The public interface for training and generating, and saved concepts that reproduce their pictures."""
+"""The public interface for training and generation, and saved concepts that reproduce the same pictures."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_two_subjects_of_one_run_become_two_concepts(tiny_folder, photos, painte
     assert torch.equal(one, pictures(on(tiny_folder, (tmp_path / "mug.concept", 1.0))))
 
 
-def test_a_run_that_fails_leaves_the_backbone_as_it_was(tiny_folder, photos, tmp_path):
+def test_a_failed_run_leaves_the_backbone_unchanged(tiny_folder, photos, tmp_path):
     runner = on(tiny_folder)
     subject = {"mug": read_subject(photos, "mug")}
     look = {c: repr(m) for c, m in runner.backbone.components.items()}
@@ -351,7 +351,7 @@ def test_the_metadata_includes_the_defaults_of_the_backbone(tiny_folder):
     }
 
 
-def test_photos_on_the_toybox_are_accepted_with_one_plain_warning(make_tiny_sd, photos, painted, tmp_path):
+def test_photos_on_the_toybox_are_accepted_with_a_single_warning(make_tiny_sd, photos, painted, tmp_path):
     toybox = StableDiffusionBackbone(make_tiny_sd(), "toybox")
     toybox.world = WORLDS["toybox"]
     with pytest.warns(UserWarning, match="has never seen the real world") as caught:

@@ -1,4 +1,4 @@
-"""The PNG files of `pcs image generate`, compared with diffusers' own pipeline and the exported concept."""
+"""`pcs image generate` writes the same pixels as diffusers' own pipeline does with the exported concept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEED = 11
 
 
 def theirs(folder: Path, exported: Path, prompt: str, **how: Any) -> np.ndarray:
-    """Returns the picture that diffusers makes from the model's folder and the exported files, uint8 `[H, W, 3]`."""
+    """Returns the picture that diffusers generates with the model and the exported files, as uint8 `[H, W, 3]`."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)

@@ -112,7 +112,7 @@ PROMPTS = validate(
 
 
 class _Square:
-    """The real subject in the world of squares."""
+    """The true subject in the world of squares."""
 
     key = "square"
 
@@ -130,9 +130,9 @@ class _Square:
 
 
 def _paint(hue: float, turn: float | None = None, every_second: float | None = None):
-    """Returns a model that draws squares of `hue`, turned by the seed or always by `turn`.
+    """Returns a model that draws squares of the given hue. If `turn` is None, the seed sets the turn.
 
-    Odd seeds show the hue `every_second`, if it is given.
+    If `every_second` is given, odd seeds have that hue instead.
     """
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
@@ -228,7 +228,7 @@ def test_figures_of_true_pictures_are_cached_by_their_inputs(tmp_path: Path) -> 
     assert json.loads(kept.read_text())["bars"]
     third = _Square()
     _report(_paint(0.0), _case(true=third, cache=tmp_path, references=REFERENCES[:2]))
-    assert third.drawn > 0, "other references need new figures"
+    assert third.drawn > 0, "different references need new figures"
     kept.write_text("{")
     fourth = _Square()
     _report(_paint(0.0), _case(true=fourth, cache=tmp_path))

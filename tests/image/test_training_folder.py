@@ -1,4 +1,4 @@
-"""Files in the training folder that pcs did not write are kept, and are named before a run begins."""
+"""Files in the training folder that pcs did not write are kept. They are named before a run begins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_training_refuses_a_folder_with_files_that_pcs_did_not_write(pcs, learn,
     assert str(tmp_path / "toy.training") in message and ("checkpoint-00-1 is damaged" in message or mine in message)
 
 
-def test_a_second_run_deletes_the_files_of_the_first_and_nothing_else(pcs, learn, tmp_path: Path) -> None:
+def test_a_second_run_deletes_only_the_files_of_the_first_run(pcs, learn, tmp_path: Path) -> None:
     validated = ("train.validation.every=1", "train.validation.num=1")
     arguments = learn("textual_inversion", f"output={tmp_path / 'toy.concept'}", *validated)
     assert pcs(*arguments).code == 0
@@ -38,14 +38,16 @@ def test_a_second_run_deletes_the_files_of_the_first_and_nothing_else(pcs, learn
     assert "did not write (samples/mine.png)" in message
 
 
-def test_pictures_inside_the_training_folder_are_not_learned_from(pcs, learn, painted, tmp_path: Path) -> None:
+def test_pictures_inside_the_training_folder_are_refused(pcs, learn, painted, tmp_path: Path) -> None:
     painted(tmp_path / "toy.training" / "photos")
     images = tmp_path / "toy.training" / "photos"
     arguments = learn("textual_inversion", f"output={tmp_path / 'toy.concept'}", images=images)
     assert "toy.training" in refusing(pcs, tmp_path)(*arguments, "--overwrite")
 
 
-def test_a_resumed_run_keeps_other_files_and_refuses_to_overwrite_them(pcs, interrupted, learn, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_files_of_the_user_and_refuses_to_overwrite_them(
+    pcs, interrupted, learn, tmp_path: Path
+) -> None:
     arguments = learn("textual_inversion", f"output={tmp_path / 'toy.concept'}", "train.steps=3")
     training = tmp_path / "toy.training"
     assert interrupted(*arguments).code == 130 and list(training.glob("checkpoint-*"))

@@ -1,4 +1,4 @@
-"""Options and output of `pcs image personalize`: instruments, starting over, checks, random numbers and progress."""
+"""Tests options and output of `pcs image personalize`: instruments, new starts, checks, random numbers and progress."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def planned(photos: Path, out: Path, *settings: str) -> Plan:
 EVERY = "train.validation.every=1"
 
 
-def test_pictures_that_nothing_can_score_cause_a_warning(make_tiny_sd, photos, tmp_path):
+def test_pictures_without_an_instrument_to_score_them_cause_a_warning(make_tiny_sd, photos, tmp_path):
     backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     with pytest.warns(UserWarning, match=r"nothing can score them, so the last state is kept.*give --clip FOLDER"):
         assert training_scorers(planned(photos, tmp_path, EVERY), backbone, None, None) is None
@@ -88,8 +88,8 @@ def test_the_best_state_by_dino_score_is_kept(pcs, learn, dino, tmp_path):
 # --- starting over -------------------------------------------------------------------------------
 
 
-def test_overwrite_starts_over_after_an_interrupted_run(pcs, learn, tmp_path):
-    """This works even with another recipe and if the old state is damaged."""
+def test_overwrite_starts_over_after_a_failed_run(pcs, learn, tmp_path):
+    """This works even if the settings have changed and the saved state is damaged."""
     out, training = tmp_path / "x.concept", tmp_path / "x.training"
     wild = learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")
     assert pcs(*wild).code == 1 and list(training.glob("checkpoint-*"))
@@ -149,7 +149,7 @@ def test_the_random_state_of_the_caller_is_not_changed(tiny_folder, photos, tmp_
         ("phases.tune.train.mixed_precision=fp16", r"phases\.tune\.train\.mixed_precision = 'fp16'"),
     ],
 )
-def test_the_settings_of_every_phase_are_checked_before_the_first_begins(
+def test_the_settings_of_every_phase_are_checked_before_the_first_phase_begins(
     tiny_folder, photos, tmp_path, setting, message
 ):
     runner = ImageRunner(load_backbone(tiny_folder))
@@ -216,11 +216,11 @@ def test_generate_reports_every_denoising_step(pcs, concepts, tmp_path):
     assert re.findall(r"pictures, denoising steps: (\d+) of 20", ran.err)[-1] == "20" and len(ran.err.splitlines()) >= 4
 
 
-def test_training_speed_counts_only_steps_whose_time_is_known(capsys, monkeypatch):
+def test_the_training_speed_counts_only_steps_that_can_be_timed(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:
-        now[0] = 100.0  # class pictures
+        now[0] = 100.0  # the time spent on class pictures
         for step in range(1, 4):
             bar.step("tune", Record(step, 0.5, {}, {}, 1.0), 3)
             now[0] += 20.0
@@ -245,8 +245,8 @@ def test_a_step_without_a_loss_shows_the_last_loss(capsys, monkeypatch):
     ]
 
 
-def test_no_speed_is_shown_for_steps_whose_time_is_unknown(capsys, monkeypatch):
-    """The time is unknown for steps after class pictures or previews, and for steps without a loss."""
+def test_steps_that_follow_generated_pictures_do_not_affect_the_speed(capsys, monkeypatch):
+    """A step cannot be timed if it is the first one or if pictures were generated just before it."""
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:
@@ -261,7 +261,7 @@ def test_no_speed_is_shown_for_steps_whose_time_is_unknown(capsys, monkeypatch):
     assert lines == ["tune: step 1, 1 of 9 done", "tune: step 4, 4 of 9 done, loss 0.5000, 4.0 steps/s, about 2 s left"]
 
 
-def test_the_time_left_is_given_in_units_that_suit_it():
+def test_the_remaining_time_is_given_in_suitable_units():
     assert [_duration(s) for s in (0.2, 89.5, 90, 5399, 7500)] == ["1 s", "90 s", "2 min", "1 h 30 min", "2 h 5 min"]
 
 
@@ -273,7 +273,7 @@ def test_a_repeated_job_is_reported_again(capsys):
     assert capsys.readouterr().err.splitlines() == ["pictures: 1 of 2", "pictures: 2 of 2"] * 2
 
 
-def test_a_line_is_written_every_ten_percent_without_a_terminal(capsys):
+def test_without_a_terminal_a_line_is_written_every_ten_percent(capsys):
     with Lines() as counter:
         for done in range(1, 241):
             counter("pictures", done, 240)

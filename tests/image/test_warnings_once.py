@@ -1,4 +1,4 @@
-"""A real command that reads odd pictures prints each warning once, however often it reads a picture."""
+"""A command that reads unusual pictures prints each warning only once, however often it reads the pictures."""
 
 from __future__ import annotations
 

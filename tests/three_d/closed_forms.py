@@ -17,14 +17,18 @@ COLOR = (0.9, 0.2, 0.4)
 
 @dataclass(frozen=True)
 class Chords:
-    """Where the rays `[B, H, W]` enter an object, and their length inside the object (0 for rays that miss it)."""
+    """The intersections of rays with an object, `[B, H, W]`.
+
+    near: the distance at which each ray enters the object.
+    length: the length of each ray inside the object, which is 0 for rays that miss it.
+    """
 
     near: Tensor
     length: Tensor
 
 
 class Solid(BaseVolume):
-    """A ball of radius `size`, or a cube with that half side, with one density and one colour."""
+    """A ball of radius `size`, or a cube whose half side is `size`, with a uniform density and colour."""
 
     def __init__(self, size: float, density: float = 3.0, cube: bool = False, channels: int = 3) -> None:
         super().__init__(1.1, channels)

@@ -1,4 +1,4 @@
-"""Tiny backbones for the tests of assets."""
+"""Fixtures for the tests of assets: tiny backbones and the `threestudio` module."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def flux(tiny_flux: Any) -> FluxBackbone:
 
 @pytest.fixture(scope="module", params=["contract", "checkout"])
 def threestudio(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Yields threestudio's registry with the extension, from the documented contract or from a real checkout."""
+    """Yields the module `threestudio` of the contract or of a real checkout, with the extension registered."""
     if request.param == "checkout" and not CHECKOUT:
         pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR")
     with registry(str(CONTRACT if request.param == "contract" else CHECKOUT)) as found:

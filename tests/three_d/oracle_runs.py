@@ -1,4 +1,4 @@
-"""Runs the whole engine on a real field of density and colour, with a teacher that knows a solid object exactly."""
+"""Runs the whole engine on a real field of density and colour. The teacher knows a solid object exactly."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ COMMON = (
     "shading={lambertian: 0, textureless: 0, ambient: 1}",
     "cameras={elevation_deg: [-10, 50], fov_deg: [24.53, 24.53], distance: [5, 5], jitter: 0, roll_deg: 0, look_at: 0}",
 )
-#: Additional settings of each guidance. Guidances whose schedule expects thousands of steps skip pure noise, `sdi` uses
-#: the sum over a view instead of the mean, and `sjc` uses pixels, because any shape can reproduce latents.
+#: Additional settings for each guidance. Schedules of timesteps that assume thousands of steps are replaced with a
+#: constant range. `sdi` sums over a view instead of averaging. `sjc` uses pixels, because a field of latents can match
+#: the views with any shape.
 GUIDANCES: dict[str, tuple[str, ...]] = {
     "dreamfusion": (),
     "csd": (),
@@ -61,7 +62,10 @@ class Found:
 
 
 def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Found:
-    """Runs a shipped recipe's guidance without its penalties, because their weights suit a real model's scores."""
+    """Runs the guidance of a shipped recipe.
+
+    The recipe's penalties are left out, because their weights are tuned for the scores of a real model.
+    """
     how = load(name, [*COMMON, *GUIDANCES[name], *settings], "3d", Recipe3D)
     how = how.model_copy(update={"penalties": {}})
     seen = _remembered(lambda cameras: 2 * true_views(cameras, SIDE).pixels - 1)
@@ -83,7 +87,7 @@ def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Fou
 
 
 def _remembered(means: Callable[[Cameras], Tensor]) -> Callable[[Cameras], Tensor]:
-    """Caches the result for the last cameras, because a step needs it several times."""
+    """Caches the result for the most recent cameras, because each step needs it several times."""
     last: list[Any] = [None, None]
 
     def of(cameras: Cameras) -> Tensor:
@@ -96,7 +100,7 @@ def _remembered(means: Callable[[Cameras], Tensor]) -> Callable[[Cameras], Tenso
 
 
 def _oracle(seen: Callable[[Cameras], Tensor], **more: Any) -> OracleScores:
-    """Returns a teacher that knows each view with the prompt and is less certain without it."""
+    """Returns a teacher that is nearly certain of each view with the prompt, and less certain without the prompt."""
     scene = {"prompt": (seen, 0.05), "plain_prompt": (seen, 0.05)}
     scene |= {told: (seen, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]

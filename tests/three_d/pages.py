@@ -14,7 +14,7 @@ import trimesh
 def viewer_of(page: str) -> tuple[str, Any]:
     """Returns the page without its viewer, and the mesh in the viewer."""
     frame = re.search(r'srcdoc="([^"]*)"', page)
-    assert frame, "the viewer is a page within the page"
+    assert frame, "the page must contain a viewer in an iframe"
     shown = mesh_in(unescape(frame[1]))
     return page.replace(frame[0], ""), shown
 
@@ -27,5 +27,5 @@ def mesh_in(viewer: str) -> Any:
 def glb_in(viewer: str) -> bytes:
     """Returns the GLB file that a viewer's page contains."""
     held = re.search(r'base64_data="([A-Za-z0-9+/=]+)"', viewer)
-    assert held, "the mesh is in the page"
+    assert held, "the page must contain the mesh"
     return base64.b64decode(held[1])

@@ -1,4 +1,4 @@
-"""The simplest possible asset, which is a learnable picture for each of several views, and its ground truth."""
+"""Defines the simplest possible asset, which consists of one learnable picture per view, and its ground truth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VIEWS, SIDE = 4, 32
 
 
 def view_of(cameras: Cameras) -> Tensor:
-    """Returns the index of the view nearest to each camera's azimuth, `[B]`."""
+    """Returns the index of the view whose range of azimuths contains each camera, `[B]`."""
     return ((wrapped_deg(cameras.azimuth_deg) + 180) / 360 * VIEWS).long().clamp_max(VIEWS - 1)
 
 
@@ -49,9 +49,10 @@ def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> float:
 
 
 class PicturesField(nn.Module):
-    """A field that stores a picture for each view, `[VIEWS, K, S, S]`, before the sigmoid.
+    """A field that stores one picture per view, `[VIEWS, K, S, S]`. Colours are stored as logits.
 
-    With `grows`, the pictures begin at half the size and double halfway through the run, with new parameters.
+    If `grows` is set, the pictures start at half the size. Halfway through the run, they are enlarged to the full size
+    and become new parameters.
     """
 
     def __init__(self, side: int, channels: int, lr: float, seed: int, grows: bool) -> None:
@@ -110,7 +111,7 @@ class Slides(Part):
 
 
 class PictureRecipe(DistillRecipe):
-    """A recipe for an asset of pictures, without the penalties of shipped recipes, because pictures have no shape."""
+    """A recipe for an asset of pictures. Pictures have no shape, so the penalties of shipped recipes are left out."""
 
     field: Pictures = Pictures()
     renderer: Slides = Slides()

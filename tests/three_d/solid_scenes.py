@@ -1,4 +1,4 @@
-"""An object of coloured ellipsoids, whose views the oracle knows exactly because rays intersect it in closed form."""
+"""Defines an object made of coloured ellipsoids. Its views are exact, because rays intersect it in closed form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from pcs_3d.cameras import Cameras, turntable
 
-#: The centre, half axes and colour of a body, a head at its front (+x), a tail, and a hat on one side.
+#: The centre, half axes and colour of each part: a body, a head at the front (+x), a tail, and a hat on one side.
 PARTS = (
     ((0.0, 0.0, -0.15), (0.55, 0.42, 0.38), (0.85, 0.2, 0.2)),
     ((0.48, 0.0, 0.3), (0.27, 0.27, 0.27), (0.2, 0.35, 0.9)),
     ((-0.6, 0.0, 0.05), (0.22, 0.16, 0.2), (0.15, 0.7, 0.3)),
     ((0.0, 0.38, 0.2), (0.2, 0.2, 0.3), (0.95, 0.8, 0.15)),
 )
-_OVER = 3  # rays per pixel and axis
+_OVER = 3  # rays per pixel along each image axis
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,6 @@ def unseen_cameras() -> Cameras:
 
 
 def overlap(opacity: Tensor, coverage: Tensor) -> float:
-    """Returns the intersection over union of the pixels that are more than half covered, averaged over the views."""
+    """Returns the mean over the views of the intersection over union of the pixels that are more than half covered."""
     a, b = opacity > 0.5, coverage > 0.5
     return float(((a & b).sum((1, 2, 3)) / (a | b).sum((1, 2, 3))).mean())

@@ -1,4 +1,4 @@
-"""The cells, tables, resumed runs and refusals of `pcs 3d benchmark` on the toybox, with almost no training."""
+"""Tests the cells, tables, resumed runs and refusals of `pcs 3d benchmark` on the toybox with almost no training."""
 
 from __future__ import annotations
 
@@ -129,10 +129,10 @@ def test_an_asset_is_made_again_only_if_it_would_differ(sd, tmp_path: Path):
     before = log.read_text()
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert log.read_text() == before, "steps that were finished are not repeated"
+    assert log.read_text() == before, "finished steps are not repeated"
 
 
-def test_wrong_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
+def test_invalid_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     for recipe, more, why in (
         ("hifa", ("--set", "trian.steps=3"), "trian"),
         ("hifa", ("--set-learn", "trian.steps=3"), "trian"),
@@ -188,10 +188,10 @@ def test_every_subject_counts_equally_and_intervals_resample_subjects():
     assert row.sphere["iou"] == 0.4 and row.generic["iou"] == 0.5 and row.scores["iou"].truth == 1
     assert row.training_seconds == 10 and row.failed == {"c": "no"}
     one = aggregate_assets("r", {"a": cell(1.0, 0.8)}, {})
-    assert one.scores["iou"].low is None, "a single subject has no spread over subjects"
+    assert one.scores["iou"].low is None, "there is no interval over a single subject"
 
 
-def test_means_of_yes_or_no_scores_are_shares():
+def test_means_of_yes_or_no_scores_are_shown_as_percentages():
     def closed(value: float) -> AssetCell:
         made = report(0.5, 0.5)
         return cell(0.5, 0.5).model_copy(
@@ -210,12 +210,12 @@ def test_a_subject_whose_true_renders_are_not_verified_is_shown_separately():
     assert [line.split(",")[1] for line in table.csv().splitlines()[1:]] == ["", "a", "dark"]
 
 
-def test_a_goal_requires_every_score_and_more_than_the_baselines():
+def test_a_goal_requires_high_scores_that_also_beat_the_baselines():
     goal = AssetGoal(identity=0.5, view=0.65, iou=0.55)
     for made, met in (
         (cell(0.6, 0.7), True),
-        (cell(0.4, 0.7), False),  # too low an identity
-        (cell(0.6, 0.5), False),  # too low an overlap of silhouettes
+        (cell(0.4, 0.7), False),  # the identity is too low
+        (cell(0.6, 0.5), False),  # the overlap of the silhouettes is too low
         (cell(0.6, 0.7, base=0.6), False),  # no better than without the concept
         (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic object of the class
     ):

@@ -119,7 +119,7 @@ def test_the_page_shows_the_concept_the_prompt_and_the_costs(sd, tmp_path):
     assert "whole process" in page and "default-src 'none'" in page
 
 
-def test_a_field_without_a_surface_gives_no_asset_and_its_state_is_kept(sd, tmp_path):
+def test_a_field_without_a_surface_produces_no_asset_but_its_state_is_kept(sd, tmp_path):
     how = recipe("voxels", "train.steps=1", "field.start.density=0.001")
     with pytest.raises(ValueError, match="the field is empty"):
         create(Runner3D(sd), how, AssetFiles(tmp_path / "asset"))
@@ -164,8 +164,8 @@ def test_previews_do_not_affect_a_run_and_may_change_when_it_resumes(new_sd, tmp
     assert same(resumed.field.state_dict(), whole)
 
 
-def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
-    """In the first step after a split, Adam moves the old Gaussians with their moments and not as if they were new."""
+def test_gaussians_keep_their_adam_moments_when_other_gaussians_are_split(new_sd, tmp_path):
+    """In the first step after a split, Adam uses the moments of the existing Gaussians and does not start anew."""
     kept = []
 
     class Watched(GaussianField):
@@ -182,7 +182,7 @@ def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
     (found, at_split), *_ = kept
     rows = next(iter(found.values()))[1]
     moved = (after["field/raw_features"] - at_split["raw_features"])[rows >= 0].abs()
-    fresh = part.feature_rate  # the length of Adam's first step, whatever the gradient is
+    fresh = part.feature_rate  # Adam's first step has this length, whatever the gradient
     assert float(moved.max()) > 0 and float((moved - fresh).abs().median()) > 1e-3 * fresh
 
 
@@ -190,7 +190,7 @@ def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*FIELDS, "frequency_mlp", "hash_grid"])
-def test_a_recipe_renders_each_field_with_its_own_renderer_and_survives_a_round_trip(kind):
+def test_a_recipe_uses_the_renderer_for_its_kind_of_field_and_survives_a_round_trip(kind):
     how = recipe(kind)
     assert how.renderer.kind == how.field.drawn_by
     assert validate(Recipe3D, json.loads(json.dumps(dump(how)))) == how
@@ -222,7 +222,7 @@ def test_an_unsuitable_penalty_that_starts_late_is_refused_before_the_first_step
 
 
 def red_pictures(folder: Path) -> Path:
-    """Paints two pictures of a red square on green, with masks."""
+    """Paints two pictures of a red square on a green background, with masks."""
     for name in ("a", "b"):
         picture, mask = Image.new("RGB", (64, 64), (0, 200, 0)), Image.new("L", (64, 64))
         picture.paste((230, 0, 0), (20, 20, 44, 44))
@@ -233,7 +233,7 @@ def red_pictures(folder: Path) -> Path:
     return folder
 
 
-def test_the_field_learns_to_look_like_the_reference_pictures_from_their_cameras(sd, tmp_path):
+def test_the_field_learns_to_match_the_reference_pictures_from_their_cameras(sd, tmp_path):
     subject = read_subject(red_pictures(tmp_path / "photos"), "mug", masks=tmp_path / "photos" / "masks")
     references = ("references.azimuth_deg=[0, 90]", "penalties.reference_views={count: 2, weight: 100}",
                   "penalties.silhouette.weight=100", "guidance.weight=0.0")  # fmt: skip

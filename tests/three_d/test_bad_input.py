@@ -1,4 +1,4 @@
-"""Users' mistakes with assets are reported before anything begins, and nothing is left half-written."""
+"""Mistakes by users are reported before a run begins, and a full disk or a killed run leaves no half-written asset."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_cameras_that_see_nothing_are_refused_by_the_recipe(setting):
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """Yields a function that limits every file to a number of bytes, so that writes fail as on a full disk."""
+    """Yields a function that limits the size of files in bytes, so that writes fail as they would on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, usual)
 
 
-def test_a_full_disk_leaves_no_asset_and_a_state_to_resume_from(sd, tmp_path, full_disk):
+def test_a_full_disk_leaves_no_asset_but_a_state_to_resume_from(sd, tmp_path, full_disk):
     def full(field: Any, folder: Path, how: Any) -> Any:
         full_disk(4 << 10)
         return export_asset(field, folder, how)
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_no_asset_and_a_state_to_resume_from(sd, tmp_path, fu
 
 
 def test_a_run_that_is_killed_resumes_bit_for_bit(new_sd, tmp_path):
-    """The run gets SIGKILL at some point after its second checkpoint."""
+    """The run is sent SIGKILL some time after its second checkpoint."""
     how, folder = recipe("voxels", "train.steps=5", "train.checkpoint_every=1"), tmp_path / "run"
     whole = finish(run_of(new_sd(), how, tmp_path / "whole"))
     torch.set_num_threads(1)  # a fork keeps only the thread that forks

@@ -1,4 +1,7 @@
-"""An asset guided by DreamBooth weights of the whole network, by a LoRA, or by both in one prompt at any strength."""
+"""Tests assets guided by one concept or by two concepts in one prompt, at various strengths.
+
+One concept changes the weights of the whole network (DreamBooth). The other has a learned word and a LoRA.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ def concepts(new_sd) -> dict[str, Concept]:
 
 @pytest.fixture
 def guided(new_sd, concepts, tmp_path):
-    """Returns a function that loads concepts with strengths and returns the model and a task before its first step."""
+    """Returns a function that loads concepts at given strengths and prepares a run.
+
+    The function returns the model and the task of the run just before its first step.
+    """
 
     def begin(prompt: str, strengths: Mapping[str, float]):
         runner = Runner3D(new_sd())
@@ -79,7 +85,7 @@ def test_learned_weights_guide_like_a_model_that_has_these_weights(guided, new_s
 
 
 @pytest.mark.parametrize("strengths", [{"mug": 1.0, "dog": 1.0}, {"dog": 0.7, "mug": 0.4}])
-def test_two_concepts_guide_with_the_predictions_that_generate_pictures(guided, strengths):
+def test_two_concepts_guide_with_the_same_predictions_that_generate_pictures(guided, strengths):
     backbone, task = guided(BOTH, strengths)
     (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
     ((_, text),) = task.prompts.rows("prompt", VIEW)[0]
@@ -102,7 +108,7 @@ def test_each_strength_changes_the_gradient_and_strength_0_has_no_effect(guided,
     assert torch.equal(gradient(plain), grads[-1])
 
 
-def test_an_asset_of_two_concepts_leaves_the_model_as_it_was(new_sd, concepts, tmp_path):
+def test_the_model_is_unchanged_after_an_asset_of_two_concepts_is_made(new_sd, concepts, tmp_path):
     fields = []
     for number, strength in enumerate((1.0, 0.5)):
         runner = Runner3D(new_sd())

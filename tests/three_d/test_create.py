@@ -1,4 +1,4 @@
-"""The shipped recipes for assets, the files that the runner writes from a recipe and a prompt, and what it refuses."""
+"""Tests the shipped recipes for assets, the files that the runner writes, and the settings that it refuses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.three_d.picture_scenes import PictureRecipe
 
 SHIPPED = sorted(recipe_files("3d"))
 FEW = ("train.steps=2",)
-# in test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py, test_texture_refinement.py and
-# test_reference_cameras.py
+# These recipes are tested in test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py,
+# test_texture_refinement.py and test_reference_cameras.py.
 TESTED_ELSEWHERE = {
     "dream_gaussian",
     "dreambooth3d",
@@ -53,7 +53,7 @@ def wrote(field, folder: Path, settings) -> None:
 def test_every_shipped_recipe_resolves_and_survives_a_round_trip(name, place):
     found = load(name, place, "3d", Recipe3D)
     assert validate(Recipe3D, json.loads(json.dumps(dump(found)))) == found
-    assert (found.setting != "") == (not place), "the setting of the toybox's prompts is used only on the toybox"
+    assert (found.setting != "") == (not place), "the setting for toybox prompts is used only on the toybox"
     lines = recipe_files("3d")[name].read_text().splitlines()
     assert "https://" in lines[0] + lines[1]
     assert all(paper in "".join(lines[:6]) for paper in read_yaml(recipe_files("3d")[name])["papers"])
@@ -69,7 +69,7 @@ def test_the_field_is_previewed_during_training_but_not_too_often(name, place):
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in TESTED_ELSEWHERE])
-def test_every_shipped_recipe_takes_two_steps_on_a_tiny_model(sd, tmp_path, name):
+def test_shipped_recipes_take_two_steps_on_a_tiny_model(sd, tmp_path, name):
     size = ("train.resolution=null", "field.side=8") if name == "sjc" else ()
     run = session(sd, recipe(name, *FEW, *size), tmp_path / "run")
     before = run.recipe.field.build(4 if size else 3, 0).state_dict()["raw"]  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def test_every_shipped_recipe_takes_two_steps_on_a_tiny_model(sd, tmp_path, name
 # --- the runner and its files ----------------------------------------------------------------
 
 
-def test_the_folder_of_an_asset_states_how_it_was_made(sd, tmp_path, monkeypatch):
+def test_the_folder_of_an_asset_records_how_the_asset_was_made(sd, tmp_path, monkeypatch):
     monkeypatch.setattr(sd, "name", str(tmp_path / "sd"))
     how, runner = recipe("dreamfusion", *FEW, "train.validation.every=1"), Runner3D(sd)
     asset = create(runner, how, AssetFiles(tmp_path / "asset"), export=wrote)
@@ -152,7 +152,7 @@ def test_a_runner_can_replace_a_task(sd, tmp_path):
     assert seen == [0, 1]
 
 
-def test_the_command_refuses_the_output_setting_and_names_its_own_option(tmp_path):
+def test_the_command_refuses_the_output_setting_and_names_the_option_to_use_instead(tmp_path):
     from typer.testing import CliRunner
 
     from pcs_3d.commands.three_d import app

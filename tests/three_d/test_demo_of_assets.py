@@ -1,4 +1,4 @@
-"""The demo's part for assets turns a toybox subject into a mesh and its turntable clip."""
+"""The asset part of the demo turns a toybox subject into a mesh and a turntable clip."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ def test_a_subject_becomes_a_mesh_and_a_turntable_clip(tmp_path: Path) -> None:
     turn = read_clip(shown.file, ClipWindow(length=24)).frames
     assert turn.shape[1] == 24
     first, half, last = (turn[:, i] for i in (0, 12, 23))
-    assert (first - half).abs().mean() > (first - last).abs().mean()  # the last frame is one step before the first
+    assert (first - half).abs().mean() > (first - last).abs().mean()  # the last frame is one step short of a full turn

@@ -1,4 +1,4 @@
-"""Score distillation in the training loop: trained parameters, adapters of each prediction, interruptions and NaNs."""
+"""Tests score distillation in the training loop: adapters, trained parameters, interruptions and NaNs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("name", ["dreamfusion", "prolificdreamer"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, name, stop):
-    """The field, whose parameters are replaced at step 3, and the student are equal bit for bit."""
+    """The field and the student are equal bit for bit, although the parameters of the field are replaced at step 3."""
     whole = finish(session(new_sd(), recipe(name, *GROWS), tmp_path / "whole"))
     run = session(new_sd(), recipe(name, *GROWS, f"train.checkpoint_every={stop}"), tmp_path / "run")
     steps = run.steps()
@@ -119,7 +119,7 @@ def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
     assert state is not None and state.step == 2
 
 
-# --- which adapters predict, and what is trained ---------------------------------------------
+# --- adapters of each prediction, and trained parameters -------------------------------------
 
 
 def first_step(backbone, how, folder) -> Distill:
@@ -136,7 +136,7 @@ def gradient(task: Distill) -> torch.Tensor:
     return grad
 
 
-def test_a_concept_changes_the_gradient_only_while_it_is_on(new_sd, tmp_path):
+def test_a_concept_changes_the_gradient_only_while_it_is_active(new_sd, tmp_path):
     plain = gradient(first_step(new_sd(), recipe("dreamfusion"), tmp_path / "a"))
     backbone = new_sd()
     teach(backbone)
@@ -154,7 +154,7 @@ def test_a_concept_changes_the_gradient_only_while_it_is_on(new_sd, tmp_path):
     assert torch.equal(off, plain)
 
 
-def test_the_student_adds_adapters_to_those_of_the_teacher_and_starts_equal_to_it(new_sd, tmp_path):
+def test_the_student_adds_adapters_to_those_of_the_teacher_and_starts_equal_to_the_teacher(new_sd, tmp_path):
     backbone = new_sd()
     teach(backbone)
     task = first_step(backbone, recipe("prolificdreamer", "prompt=a photo of a <mug>"), tmp_path / "run")
@@ -202,14 +202,14 @@ def test_a_step_trains_the_field_and_the_student_with_separate_losses(new_sd, tm
         (["cameras.ring=4"], "must be a multiple of cameras.ring"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit_are_refused_before_the_first_step(new_sd, tmp_path, settings, why):
+def test_incompatible_settings_are_refused_before_the_first_step(new_sd, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         finish(session(new_sd(), recipe("prolificdreamer", *settings), tmp_path / "run"))
     assert checkpoint.load(tmp_path / "run") is None
 
 
 def test_teachers_of_every_parameterization_predict_the_noise(new_sd, make_tiny_sd_v, flux, tmp_path):
-    """The noise prediction follows from the formulas for epsilon, v and flow predictions."""
+    """Predictions of epsilon, v and flow are converted to noise predictions with their formulas."""
     for i, backbone in enumerate((new_sd(), StableDiffusionBackbone(make_tiny_sd_v(), "tiny"), flux)):
         side = f"train.resolution={32}"
         task = first_step(backbone, recipe("dreamfusion", side, "guidance.resolution=32"), tmp_path / str(i))

@@ -1,4 +1,4 @@
-"""In the evaluation of assets, only the real object matches perfectly, and nothing is rotated to fit."""
+"""In the evaluation of assets, only the true object gets perfect scores, and assets are not rotated to fit it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLAIN_CAR = TrueToy(HeldOut("plain", Thing("car", "red", "blue"), ()))  # the sh
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
-    """Writes a box that is long from front to back and has a different colour on each side."""
+    """Writes the mesh of a box that is longest from front to back and has a different colour on each side."""
     mesh = trimesh.creation.box((1, 1, 1)).apply_scale((0.4, 0.5, 1.4))  # in glTF, z is forward
     mesh.unmerge_vertices()
     side = np.asarray(mesh.face_normals).round() @ np.array([1, 2, 3]) + 3
@@ -66,8 +66,8 @@ def test_a_mesh_matches_itself_at_any_position_and_size(box, scale, offset):
 def test_a_rotated_mesh_is_not_rotated_back(box, tmp_path):
     truth, mesh = draw(painted_mesh(box), AROUND), painted_mesh(turned(box, tmp_path / "t.glb", 90))
     found = compared(mesh, truth, AROUND)
-    assert found.iou.mean() < 0.65  # the best that scaling and moving can reach
-    assert iou(draw(mesh, AROUND).masks, truth.masks.roll(4, 0)).min() > 0.97  # what a rotation would have reached
+    assert found.iou.mean() < 0.65  # the best that scale and translation can achieve
+    assert iou(draw(mesh, AROUND).masks, truth.masks.roll(4, 0)).min() > 0.97  # what a rotation would have achieved
 
 
 def test_an_empty_view_does_not_match_a_white_object():
@@ -75,7 +75,7 @@ def test_an_empty_view_does_not_match_a_white_object():
     assert compared(sphere(torch.ones(3)), white, AROUND[:2]).psnr_of_all == BEST_DB
     empty = Views(torch.ones_like(white.pixels), torch.zeros_like(white.masks))
     gone = compared(sphere(torch.ones(3)), empty, AROUND[:2])
-    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # half of the errors, those on a black background, are 1
+    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # all errors on a black background, half of the total, are 1
 
 
 def test_silhouettes_drawn_together_equal_those_drawn_one_by_one(box):
@@ -93,9 +93,9 @@ def test_true_views_of_the_toybox_match_the_cameras():
     for mask, x, y in zip(views.masks, column, row, strict=True):
         seen = torch.zeros_like(mask)
         seen[y, x] = True
-        assert mask[y, x].float().mean() > 0.99  # no point of the shape is outside its mask
+        assert mask[y, x].float().mean() > 0.99  # almost no point of the shape is outside its mask
         grown = torch.nn.functional.max_pool2d(seen[None].float(), 5, 1, 2)[0] > 0
-        assert grown[mask].float().mean() > 0.99  # nothing is drawn where there are no points
+        assert grown[mask].float().mean() > 0.99  # almost nothing is drawn where there are no points
 
 
 def test_an_object_with_four_fronts_is_detected():
@@ -125,7 +125,7 @@ def test_sectors_and_fronts_are_counted_around_the_circle():
 
 def test_the_geometry_of_closed_open_and_scattered_meshes_is_measured(tmp_path):
     cube = trimesh.creation.box((1, 1, 1))
-    cube.unmerge_vertices()  # as in files with texture seams
+    cube.unmerge_vertices()  # as they are in files with texture seams
     cube.export(tmp_path / "a.glb")
     found = geometry(painted_mesh(tmp_path / "a.glb"))
     assert (found.faces, found.vertices, found.components, found.watertight) == (12, 8, 1, True)
@@ -192,7 +192,7 @@ def test_the_command_writes_a_complete_report(box, tmp_path):
     assert isinstance(again.exception, ValueError) and "already exists" in str(again.exception)
 
 
-def test_the_report_on_a_bare_mesh_notes_what_was_not_measured(box, tmp_path):
+def test_the_report_on_a_bare_mesh_states_which_options_are_needed_for_more_scores(box, tmp_path):
     report = evaluate(box, Against())
     assert {s.key for s in report.scores} == {"faces", "watertight", "components", "volume", "share_of_box"}
     assert any("--truth" in n for n in report.notes) and any("--clip" in n for n in report.notes)
@@ -204,7 +204,7 @@ def test_learned_names_are_replaced_by_the_class_noun():
     assert plain("a <my-x> in the snow", "owl") == "an owl in the snow"
 
 
-def test_the_class_noun_of_a_concept_is_taken_from_the_asset(box, tmp_path):
+def test_the_class_noun_of_a_concept_is_read_from_the_folder_of_the_asset(box, tmp_path):
     folder = tmp_path / "asset"
     folder.mkdir()
     (folder / "asset.glb").write_bytes(box.read_bytes())

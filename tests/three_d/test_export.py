@@ -1,4 +1,4 @@
-"""Exported files of a ball have its volume, closed surface and colours, and unsuitable fields are refused."""
+"""The exported mesh of a ball is closed and has the right volume and colours, and unsuitable fields are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_ball_becomes_a_closed_mesh_with_its_volume_and_its_colours(tmp_path):
     for name in ("asset.glb", "asset.obj"):
         mesh = trimesh.load(tmp_path / name, force="mesh", process=False)
         colors = np.asarray(mesh.visual.to_color().vertex_colors)[:, :3] / 255
-        left = mesh.vertices[:, 0]  # y up, front towards z, left along x
+        left = mesh.vertices[:, 0]  # in the file, y points up, z to the front and x to the left
         assert (colors[left > 0.1, 0] > 0.9).mean() > 0.98 and (colors[left < -0.1, 2] > 0.9).mean() > 0.98
         assert np.abs(mesh.vertices).max(0) == pytest.approx([0.6] * 3, rel=0.05)
         outward = (mesh.face_normals * mesh.triangles_center).sum(1)
@@ -75,14 +75,14 @@ def test_disconnected_parts_are_left_out_with_a_note():
     assert np.abs(found.vertices).max() < 0.7 < np.abs(whole.vertices).max()
 
 
-def test_an_object_that_fills_the_bound_is_closed_there():
+def test_an_object_that_fills_the_bound_has_a_closed_mesh():
     found = extract(Solid(5.0, 30.0, cube=True), 24)
     mesh = trimesh.Trimesh(found.vertices, found.faces, process=False)
     assert mesh.is_watertight and mesh.volume == pytest.approx(2.2**3, rel=0.3)
 
 
 @pytest.mark.parametrize("density", [0.0, 1e-3])
-def test_exporting_an_empty_field_is_an_error_and_leaves_nothing_behind(tmp_path, density):
+def test_an_empty_field_is_refused_and_leaves_nothing_behind(tmp_path, density):
     with pytest.raises(ValueError, match="the field is empty: its largest density is"):
         export_asset(Solid(0.6, density), tmp_path, SMALL)
     with pytest.raises(ValueError, match="empty"):
@@ -90,7 +90,7 @@ def test_exporting_an_empty_field_is_an_error_and_leaves_nothing_behind(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_exporting_nans_or_latents_is_an_error(tmp_path):
+def test_fields_of_nans_or_latents_are_refused(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         export_asset(Solid(0.6, float("nan")), tmp_path, SMALL)
     with pytest.raises(ValueError, match="latents with 4 channels"):
@@ -126,7 +126,7 @@ def test_the_grid_is_evaluated_at_its_nodes():
     assert grid.shape == (23,) * 3 and int((grid > 0).sum()) in (11**3, 13**3)
 
 
-def test_simplifying_keeps_the_shape():
+def test_simplification_preserves_the_shape():
     pytest.importorskip("fast_simplification")
     found = extract(Striped(0.6), 28, 20.0)
     fewer = simplified(found, 300)
@@ -135,7 +135,7 @@ def test_simplifying_keeps_the_shape():
     assert "simplified" in fewer.notes[-1]
 
 
-def test_the_seams_of_a_texture_have_no_other_colour():
+def test_a_mesh_of_one_colour_has_a_texture_of_one_colour_even_at_seams():
     ball = trimesh.creation.icosphere(2)
     mesh = Extracted(np.asarray(ball.vertices), np.asarray(ball.faces))
     made = textured(mesh, lambda p: torch.full((len(p), 3), 0.6), 64)

@@ -1,4 +1,7 @@
-"""Every field saves and loads, trains all its parameters, and begins as its start. Single fields guarantee more."""
+"""Every kind of field can be saved and loaded, trains all its parameters and starts with the configured shape.
+
+More guarantees of single kinds are tested as well.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def draw(field, cameras, **settings):
 
 
 def stirred(field):
-    """Perturbs a field, because at the start the last layers of its networks are 0 and pass no gradient."""
+    """Perturbs a field. Without this, the last layers of its networks are 0 at the start and pass no gradient."""
     pull = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for group in field.groups()["main"]:
@@ -68,7 +71,7 @@ def test_every_parameter_gets_a_gradient_and_is_restored_from_the_state(kind, ch
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_every_field_begins_as_its_blob(kind):
+def test_every_field_starts_as_the_configured_blob(kind):
     field = build(kind, start={"kind": "blob", "radius": 0.6, "density": 30.0, "softness": 0.1})
     assert isinstance(field, VolumeField) != isinstance(field, SurfaceField)
     drawn = draw(field, Cameras.of([30.0], 10.0))
@@ -134,19 +137,17 @@ def test_gaussians_with_large_gradients_are_split_and_transparent_gaussians_are_
     assert torch.equal(same.means, field.means)
 
 
-def test_gaussians_are_split_only_once_at_a_step_even_if_a_run_resumes_there():
+def test_gaussians_are_split_only_once_at_a_step_even_if_a_run_resumes_from_it():
     part = Gaussians(count=30, every=5, threshold=0.5)
     field = part.build()
     field.means.sum().backward()
     field.advance(5, 100)
-    field.pull += 1  # left by the step that is repeated
+    field.pull += 1  # accumulated by the step that the resumed run repeats
     again = part.build()
     again.load_state_dict(field.state_dict())
     assert torch.equal(again.means, field.means)
     assert again.advance(5, 100) is None and len(again.means) == len(field.means) > 30
-    assert again.advance(0, 100) is None and again.advance(5, 100) is not None, (
-        "the field splits again in a later phase"
-    )
+    assert again.advance(0, 100) is None and again.advance(5, 100) is not None, "a later phase splits Gaussians again"
 
 
 def test_a_surface_is_closed_and_faces_outward_even_where_it_meets_the_bound():

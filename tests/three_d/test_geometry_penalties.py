@@ -1,4 +1,4 @@
-"""The values of penalties in closed form, the directions of their gradients, and their scheduled weights."""
+"""Compares penalties with closed forms, and tests their gradients and their scheduled weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_depth_varies_in_fog_but_not_on_a_surface():
         float(penalty("z_variance").value(Seen(None, CAMERAS, Rendering(one, one, one, None, w, distances))))
         for w in (fog, wall, 0.3 * fog)
     ]
-    assert values == pytest.approx([2 / 3, 0, 0])  # the rays of the last view hit too little
+    assert values == pytest.approx([2 / 3, 0, 0])  # the rays of the last view are too transparent to count
 
 
 @pytest.mark.parametrize("kind", ["orientation", "normal_smoothness", "normal_image_smoothness", "total_variation"])
@@ -110,7 +110,7 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
 
 
 def test_pixels_outside_the_masks_can_be_ignored():
-    """If the silhouette should not follow the pictures, anything may be visible outside the masks."""
+    """This lets a field show anything outside the masks if its silhouette need not match that of the pictures."""
     field = Voxels(resolution=12).build()
     field.raw_features.data += 3  # different from the grey background
     with torch.no_grad():

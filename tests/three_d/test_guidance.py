@@ -1,4 +1,4 @@
-"""The guidance methods, which are settings of one engine, compared with the formulas of their papers in float64."""
+"""Compares the guidance methods with the formulas in their papers, in float64. All methods use the same engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def means(seed: int):
-    """Returns a function that gives each camera a picture that depends only on its azimuth."""
+    """Returns a function that maps cameras to pictures. Each picture depends only on the azimuth of its camera."""
     wave = random(3, 4, 4, seed=seed)
     return lambda cameras: wave * (1 + torch.deg2rad(cameras.azimuth_deg.double()).cos())[:, None, None, None]
 
@@ -56,7 +56,7 @@ def guided(settings: Guidance, scores: OracleScores, moment: Moment = START, z=Z
 
 
 def parts(scores: OracleScores, made, views=VIEWS):
-    """Returns alpha, sigma, and a function for predictions at (z_t, t)."""
+    """Returns alpha, sigma, and a function that returns predictions at (z_t, t)."""
     alpha, sigma = coefficients(scores, made.noised.t, made.noised.z_t)
     ask = lambda told, adapters="teacher": scores.eps([Ask(told, adapters)], made.noised.z_t, made.noised.t, views)[0]  # noqa: E731
     return alpha, sigma, ask
@@ -81,7 +81,7 @@ def test_the_slope_of_the_surrogate_is_the_gradient_per_view():
     assert slope == pytest.approx(float((grad / 2 * direction).sum()), rel=1e-6)
 
 
-def test_guidance_scale_0_ignores_the_prompt_and_1_is_the_plain_prediction(scores):
+def test_guidance_scale_0_ignores_the_prompt_and_scale_1_gives_the_plain_prediction(scores):
     for scale, told in ((0.0, "negative"), (1.0, "prompt")):
         made = guided(shipped("dreamfusion", f"guidance.scale={scale}"), scores)
         _, _, ask = parts(scores, made)
@@ -107,7 +107,7 @@ def test_sds_equals_its_formula(scores):
     assert close(made.noised.z_t, alpha * Z + sigma * made.noised.target)
 
 
-def test_sjc_equals_the_gradient_of_its_paper_with_less_variance(scores):
+def test_sjc_equals_the_variance_reduced_gradient_of_its_paper(scores):
     """At noise level s = sigma / alpha, D = z + s noise - s eps(z_t), and the gradient is (z - D) / s."""
     made = guided(shipped("sjc", "guidance.scale=1"), scores)
     alpha, sigma, ask = parts(scores, made)
@@ -131,7 +131,7 @@ def test_csd_is_sds_at_an_infinite_scale(scores):
 
 
 @pytest.mark.parametrize(("t", "with_noise"), [(199, False), (200, True)])
-def test_nfsd_subtracts_the_noise_term_from_t_200_on(scores, t, with_noise):
+def test_nfsd_subtracts_the_negative_prediction_only_at_t_200_and_above(scores, t, with_noise):
     made = guided(shipped("nfsd", f"guidance.times.low={t / 1000}", f"guidance.times.high={t / 1000}"), scores)
     assert made.noised.t.tolist() == [t, t]
     _, sigma, ask = parts(scores, made)
@@ -185,7 +185,7 @@ def test_sdi_moves_towards_x0_and_has_no_gradient_where_the_teacher_agrees():
 
 
 def test_inversion_guides_away_from_the_prompt(scores):
-    """The scale is -6.5 in eps_u + s (eps_c - eps_u), because the paper's -7.5 is for eps_c + s (eps_c - eps_u)."""
+    """The scale is -6.5 in eps_u + s (eps_c - eps_u). The paper's scale of -7.5 is for eps_c + s (eps_c - eps_u)."""
     t = torch.tensor([500, 500])
     asked = Inversion()._eps(scores, Z, t, VIEWS)
     c, u = scores.eps([Ask("prompt"), Ask("negative")], Z, t, VIEWS)
@@ -195,7 +195,7 @@ def test_inversion_guides_away_from_the_prompt(scores):
 # --- rescaling, clipping, normalization -------------------------------------------------------
 
 
-def test_the_gradient_points_from_x0_which_can_be_rescaled(scores):
+def test_the_gradient_points_from_x0_to_z_and_x0_can_be_rescaled(scores):
     terms = {"guidance.weighting": "noise_to_signal", "guidance.scale": "50"}
     settings = [f"{k}={v}" for k, v in terms.items()]
     made = guided(shipped("dreamfusion", *settings), scores)

@@ -1,4 +1,4 @@
-"""Each phase starts from the field of the previous phase, whatever the kinds of the two fields."""
+"""A phase can start from the field of the previous phase, whatever the kinds of the two fields are."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _start():
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("name", ["magic3d", "dream_gaussian"])
 def test_a_run_resumed_after_the_hand_over_equals_an_uninterrupted_one(new_sd, tmp_path, name, every):
-    """The results are equal bit for bit, and only the later field remains in the end.
+    """The results are equal bit for bit, and only the later field remains at the end.
 
     The run resumes from the end of the first phase if `every` is 0, because nothing is saved within phases. If `every`
     is 1, it resumes one step later.
@@ -133,7 +133,7 @@ def test_a_run_resumed_after_the_hand_over_equals_an_uninterrupted_one(new_sd, t
 
 
 def first() -> torch.nn.Module:
-    """Returns a field with a ball above the middle, red on its left and blue on its right."""
+    """Returns a field with a ball above the middle. The ball is red on its left and blue on its right."""
     field = Voxels(resolution=24, start=Blob(radius=0.55, density=40)).build()
     with torch.no_grad():
         field.raw_density.copy_(field.raw_density.roll(3, 2))  # upwards
@@ -143,7 +143,7 @@ def first() -> torch.nn.Module:
 
 
 def solid(field, resolution: int = 32) -> Tensor:
-    """Returns which points of a grid are inside the surface that would be exported, as a bool for each point."""
+    """Returns, for each point of a grid, whether it is inside the surface that would be exported."""
     mesh = extract(field, 40)
     inside = trimesh.Trimesh(mesh.vertices, mesh.faces).voxelized(2.2 / resolution).fill()
     places = nodes(resolution, 1.05).reshape(-1, 3).numpy()
@@ -223,13 +223,13 @@ def test_starting_from_an_empty_field_is_refused():
         handed(empty, PhaseStart(resolution=12))
 
 
-def test_the_error_for_an_unsuitable_penalty_states_how_to_leave_it_out(sd, tmp_path):
+def test_the_error_for_an_unsuitable_penalty_explains_how_to_leave_it_out(sd, tmp_path):
     how = load("dreamfusion", [*TINY, "train.resolution=16", "field.kind=gaussians", "field.count=40"], "3d", Recipe3D)
     with pytest.raises(ValueError, match=r"orientation needs a field .* to leave it out: penalties.orientation=null"):
         finish(session(sd, how, tmp_path / "run"))  # type: ignore[arg-type]
 
 
-def test_overlay_rules_add_no_part_to_the_slots_of_a_package():
+def test_overlay_rules_add_no_parts_that_a_recipe_leaves_out():
     rules = Rules({"recipes": {"a": {"penalties": {"sparsity": {"weight": 1}, "opaque": {"weight": 2}}}}}, "3d", {},
                   ("penalties",))  # fmt: skip
     found = rules.of({"penalties": {"sparsity": {}, "opaque": None}}, ["a"])

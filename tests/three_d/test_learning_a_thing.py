@@ -1,4 +1,4 @@
-"""A field trained only on pictures takes the shape and colours of the object in them, even on unseen sides."""
+"""A field trained only on pictures takes on the shape and colours of the pictured object, even on unseen sides."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def learned(field, steps: int, side: int = 32):
 
 
 def agreement(field) -> tuple[float, float]:
-    """Returns the IoU of silhouettes and the PSNR in dB over views that were not used in training."""
+    """Returns the IoU of the silhouettes and the PSNR in dB, both over views that were not used in training."""
     cameras = Cameras.of([25.0, 115.0, 205.0, 310.0], [35.0, 0.0, 20.0, -10.0])
     truth, mine = seen(Doll(), cameras), seen(field, cameras)
     a, b = truth.opacity > 0.5, mine.opacity > 0.5

@@ -1,4 +1,4 @@
-"""A local edit turns a part of an asset into what the teacher knows and leaves the rest unchanged."""
+"""A local edit turns a region of an asset into the object that the teacher knows, and leaves the rest unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOX = Box(lo=(-0.4, -0.4, 0.3), hi=(0.4, 0.4, 0.9), softness=0.1)
 
 
 def edited(fill: float = 2.0) -> LocalEditField:
-    """Returns a ball whose region contains something completely different."""
+    """Returns a local edit of a ball. The region of the edit contains random values."""
     start = Blob(radius=0.5, density=40)
     field = LocalEdit(resolution=20, start=start, regions={"hat": BOX}, fill=fill).build()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def edited(fill: float = 2.0) -> LocalEditField:
 
 
 def places() -> tuple[Tensor, Tensor]:
-    """Returns random points, and the depth of each point in the box (negative outside)."""
+    """Returns random points and the depth of each point inside the box (negative outside the box)."""
     at = 2.2 * torch.rand(6000, 3, generator=torch.Generator().manual_seed(1)) - 1.1
     return at, torch.minimum(at - torch.tensor(BOX.lo), torch.tensor(BOX.hi) - at).amin(-1)
 
@@ -119,8 +119,8 @@ def recipe(*more: str) -> Recipe3D:
     return load("local_editing", [*SMALL, "field.start={kind: blob, radius: 0.5}", *more], "3d", Recipe3D)
 
 
-def test_the_region_becomes_what_its_own_teacher_knows(sd, tmp_path):
-    """The region's teacher knows a green block. That of the full view knows plain red, which the field cannot match."""
+def test_the_region_becomes_the_object_that_its_own_teacher_knows(sd, tmp_path):
+    """The region's teacher knows a green block. The teacher of the rest knows plain red, which no edit can match."""
     settings = ("train.steps=40", "field.lr=0.5", "field.lr_features=0.5", "guidance.scale=7.5",
                 "guidance.regions.hat.prompt=a photo of a green hat", "cameras.elevation_deg=[0, 40]", "penalties=null",
                 "background.random=0.0", "background.colors=[[1.0, 1.0, 1.0]]")  # fmt: skip
@@ -159,7 +159,7 @@ def shown(field: LocalEditField, cameras: Cameras) -> Tensor:
         return Volume(samples=32).render(field, cameras, view(len(cameras), 24, background=1.0)).pixels
 
 
-def test_the_concepts_of_a_region_are_active_only_there():
+def test_the_concepts_of_a_region_are_active_only_in_that_region():
     more = ("guidance.regions.hat.concepts=[b]", "guidance.regions.like={kind: sdf}", "negative=dull",
             "guidance.regions.bow={kind: sdf, prompt: a bow, negative: ugly}")  # fmt: skip
     asked: list[Any] = []
@@ -171,7 +171,7 @@ def test_the_concepts_of_a_region_are_active_only_there():
     scores: Any = regional_scores(recipe(*more), {}, {"a": 1.0, "b": 0.5}, opened)
     said = "a photo of a ball with a hat"
     assert asked == [(said, "dull", {"a": 1.0}), (said, "dull", {"b": 0.5}), ("a bow", "ugly", {"a": 1.0})]
-    assert set(scores.regions) == {"hat", "bow"}, "a region without its own prompt is treated like the rest"
+    assert set(scores.regions) == {"hat", "bow"}, "a region without its own prompt or concepts is guided like the rest"
     with pytest.raises(ValueError, match=r"regions.hat.concepts: .*'c'.* a, b"):
         regional_scores(recipe("guidance.regions.hat.concepts=[c]"), {}, {"a": 1.0, "b": 0.5}, opened)
 

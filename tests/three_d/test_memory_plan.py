@@ -1,4 +1,4 @@
-"""The estimate for a memory budget matches the memory that is used, and saving memory does not change the field."""
+"""The estimated memory matches the memory that a run uses, and settings that save memory do not change the field."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_peak_counts_only_tensors_that_exist_at_the_same_time():
 
 
 def actual(backbone, folder, *settings):
-    """Measures the bytes used by a step with all views."""
+    """Returns the peak memory of a complete step, in bytes."""
     run = run_of(backbone, recipe("voxels", *RENDERS, *settings), folder)
     task = Distill(run.context(0, run._unfreeze(run.phases[0][1])))
     step_once(run, task)
@@ -66,7 +66,7 @@ def test_the_estimate_matches_the_memory_of_a_step(sd, tmp_path):
 
 def test_idle_networks_are_offloaded_while_memory_is_measured_and_return_afterwards(sd, tmp_path):
     run = run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run")
-    run.offloaded.on = True  # as on a GPU; here networks move from the CPU to the CPU
+    run.offloaded.on = True  # as on a GPU, although networks only "move" from the CPU to the CPU here
     steps, moved = [], run.offloaded.offload
 
     def offload(*names: str) -> None:

@@ -1,4 +1,4 @@
-"""Silhouettes, depths, gradients and occlusion of rendered triangles and Gaussians, for any batch size."""
+"""Tests silhouettes, depths, gradients and occlusion of rendered triangles and Gaussians, for any batch size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_each_view_of_triangles_is_independent_of_the_others():
 
 
 def assert_each_is_as_if_alone(renderer, field, **how) -> None:
-    """Asserts that three cameras together draw what each draws alone, in every output, and that all differ."""
+    """Asserts that each camera of a batch renders as it does alone, in every output, and that the pictures differ."""
     three = renderer.render(field, CAMERAS, view(3, 24, normals=True, **how))
     for i in range(3):
         one = renderer.render(field, CAMERAS[i : i + 1], view(1, 24, normals=True, **how))
@@ -62,7 +62,7 @@ def test_the_nearest_triangle_is_visible_and_triangles_behind_the_camera_are_not
     depths = torch.tensor([[4.0] * 3, [2.0] * 3, [-1.0] * 3, [3.0] * 3, [1.0] * 3])
     face = nearest_faces(corners, depths, 10, 12)
     assert face[3, 3] == 1 and face[8, 8] == 0 and set(face.unique().tolist()) == {0, 1}
-    assert int((face == 1).sum()) in (6, 10)  # half of 16 pixels, except those whose centres lie on the edge
+    assert int((face == 1).sum()) in (6, 10)  # of 16 pixels, 6 are inside and 4 have their centres on the edge
 
 
 def lone(opacity: float = 0.8, size: float = 0.25):
@@ -142,13 +142,13 @@ def installed_gsplat(tmp_path, monkeypatch):
     ids=["library", "dependency", "build", "without-cuda"],
 )
 def test_a_broken_gsplat_is_not_used_and_the_reason_is_given(installed_gsplat, text, why):
-    """The kernels of gsplat are built when it is first used, so it may fail then rather than on import."""
+    """The kernels of gsplat are built on first use, so gsplat may fail then rather than on import."""
     installed_gsplat(text)
     with pytest.warns(UserWarning, match=f"gsplat is installed but does not work .*{why}.*rendered in PyTorch"):
         assert gsplat(torch.device("cpu")).rasterization is None
 
 
-def test_gaussians_are_drawn_in_torch_if_gsplat_is_broken_unless_it_was_requested(installed_gsplat):
+def test_a_broken_gsplat_is_replaced_with_torch_but_is_an_error_if_it_was_requested(installed_gsplat):
     installed_gsplat("raise OSError('libcudart.so.12')")
     with pytest.warns(UserWarning, match="libcudart"):
         assert not Splat().uses_gsplat(torch.device("cuda"))

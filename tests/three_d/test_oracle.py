@@ -1,4 +1,4 @@
-"""Every guidance, run through the complete task and loop, recovers the scene that a perfect teacher knows."""
+"""In the complete task and training loop, every guidance recovers the scene that a perfect teacher knows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def known(cameras: Cameras) -> Tensor:
 
 
 def oracle(**more) -> OracleScores:
-    """Returns a teacher that knows each view with the prompt and is less certain without it."""
+    """Returns a teacher that is nearly certain of each view with the prompt, and less certain without the prompt."""
     scene = {"prompt": (known, 0.05), "plain_prompt": (known, 0.05)}
     scene |= {told: (known, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_a_field_of_latents_also_recovers_the_scene(sd, tmp_path):
 
 
 class Taught(Distill):
-    """A task whose oracle has a student, which learns a picture for each view."""
+    """A task with a student that learns one picture per view."""
 
     def __init__(self, context, pictures: nn.Parameter) -> None:
         self.learned = pictures
@@ -98,7 +98,7 @@ def test_vsd_recovers_the_scene_with_a_student_trained_alongside_the_field(sd, t
 
 
 def test_a_3d_object_is_recovered_even_from_unseen_sides(sd, tmp_path):
-    """The field, the renderer and the cameras are those of real runs. `bench_oracle.py` does this for all guidances."""
+    """The field, the renderer and the cameras are those of real runs. `bench_oracle.py` runs this for all guidances."""
     found = reconstructed(sd, "dreamfusion", tmp_path)
     assert found.iou > 0.9
     assert found.psnr > 25

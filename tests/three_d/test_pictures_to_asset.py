@@ -1,4 +1,4 @@
-"""Recipes that learn a subject from pictures and make an asset of the subject in one run."""
+"""Tests recipes that learn a subject from pictures and make an asset of the subject in one run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dreambooth3d(*more: str) -> Recipe3D:
 
 
 class Watched(PseudoViews):
-    """A task that records what sampling started from."""
+    """A task that records the inputs of each call that generates pictures."""
 
     seen: list[Any] = []
 
@@ -70,7 +70,7 @@ class Watched(PseudoViews):
 
 
 def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]]:
-    """Returns a runner, and a table of the adapters that are active in each phase."""
+    """Returns a runner, and a dictionary that it fills with the active adapters of each phase and their strengths."""
     on: dict[str, dict[str, float]] = {}
 
     class Tuned(Tune):
@@ -90,9 +90,9 @@ def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]
 
 
 def test_the_phases_of_dreambooth3d_use_the_right_adapters_views_and_cameras(new_sd, tmp_path, subject):
-    """Views start from renders of the asset, and the last phase compares the asset with them from the same cameras.
+    """Views are generated from renders of the asset. The last phase compares the asset with them from the same cameras.
 
-    The fully trained adapter is on while the views are generated and off when the asset is finished.
+    The adapter `full` is active while the views are generated, but not in the phases after that.
     """
     how, backbone, Watched.seen = dreambooth3d(), new_sd(), []
     watched, on = watched_runner(backbone)
@@ -140,7 +140,7 @@ def run_of(backbone: Any, how: Recipe3D, folder: Path, subjects: dict[str, Any])
 
 
 def test_each_phase_can_be_resumed(new_sd, tmp_path, subject):
-    """A run interrupted among its views and in the following phase equals an uninterrupted one, bit for bit."""
+    """A run that is interrupted between views and again in the next phase equals an uninterrupted one bit for bit."""
     how = dreambooth3d("phases.views.task={num: 2, batch_size: 1}", "phases.final.train.steps=2", "sampling.steps=2",
                        "phases.views.train.checkpoint_every=1", "phases.final.train.checkpoint_every=1")  # fmt: skip
     whole = state_of(run_of(new_sd(), how, tmp_path / "whole", subject))
@@ -173,7 +173,7 @@ def test_phases_that_do_not_fit_together_are_refused(sd, tmp_path, subject, sett
 def test_a_field_is_compared_on_the_border_colour_of_pictures_without_masks():
     pictures = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     pictures[:, :, [0, -1]], pictures[:, :, :, [0, -1]] = 0.25, 0.25
-    pictures[1, :, 0, :6] = 0.9  # a part of the object may touch the border
+    pictures[1, :, 0, :6] = 0.9  # part of the object may touch the border
     assert torch.equal(border_color(pictures), torch.full((2, 3, 1, 1), 0.25))
 
 
@@ -181,7 +181,7 @@ def test_a_field_is_compared_on_the_border_colour_of_pictures_without_masks():
 
 
 def test_views_of_a_ring_attend_only_to_each_other(sd):
-    """A different view in the same ring changes the prediction. Equal views and views of other rings do not."""
+    """A different view in the same ring changes the prediction. Identical views and views of other rings do not."""
     prompts = ScenePrompts("a photo of a mug")
     plain, joint = BackboneScores(sd, prompts, {}), BackboneScores(sd, prompts, {}, joint_views=2)
     z = torch.randn(4, *sd.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
@@ -194,7 +194,7 @@ def test_views_of_a_ring_attend_only_to_each_other(sd):
     for a, b in zip(alone, together, strict=True):
         assert float((a - b).abs().max()) > 1e-3
     apart = [torch.cat(pair) for pair in zip(asked(joint, z[:2]), asked(joint, z[2:]), strict=True)]
-    # the prompts name other views for the second pair, so the predictions without a prompt are compared
+    # in `apart`, the prompts of the second pair name the wrong views, so only unconditional predictions are compared
     assert torch.allclose(apart[1], together[1], atol=1e-5)
     twice = z[[0, 0, 1, 1]]
     assert torch.allclose(asked(joint, twice)[1], asked(plain, twice)[1], atol=1e-5)

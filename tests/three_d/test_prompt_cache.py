@@ -1,4 +1,4 @@
-"""Text embeddings are cached by the content of concepts, and mixed row by row."""
+"""Cached text embeddings are reused only while concepts are unchanged, and embeddings are mixed row by row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def named(sd):
     return sd
 
 
-def test_a_text_is_encoded_once_and_again_after_its_concept_has_changed(named):
+def test_a_text_is_encoded_only_once_unless_its_concept_changes(named):
     cache = PromptCache(named)
     first = cache.encode(["a <mug>", "a dog", "a <mug>"], T.expand(3)).context
     assert len(cache) == 2 and torch.equal(first[0], first[2])
@@ -36,14 +36,14 @@ def test_a_text_is_encoded_once_and_again_after_its_concept_has_changed(named):
     assert len(cache) == 3
 
 
-def test_only_strengths_and_adapters_of_text_encoders_affect_the_cache(named):
+def test_only_adapters_of_text_encoders_and_their_strengths_affect_the_cache(named):
     Lora(rank=1).inject(named, "unet-only", "lora", 0)
     cache = PromptCache(named)
     cache.encode(["a dog"], T)
     with torch.no_grad():
         next(named.adapters["unet-only"][0].parameters()).add_(1.0)
     cache.encode(["a dog"], T)
-    assert len(cache) == 1, "adapters that are only in the denoiser change no text embedding"
+    assert len(cache) == 1, "adapters of the denoiser do not change text embeddings"
     Lora(rank=1, roles=("text_encoder",)).inject(named, "wordy", "lora", 0)
     cache.encode(["a dog"], T)
     assert len(cache) == 2
@@ -52,7 +52,7 @@ def test_only_strengths_and_adapters_of_text_encoders_affect_the_cache(named):
     assert len(cache) == 3
     with named.active({}):
         cache.encode(["a dog"], T)
-    assert len(cache) == 3, "an adapter that is off has no effect"
+    assert len(cache) == 3, "an inactive adapter has no effect"
 
 
 def test_rows_are_mixed_by_their_weights(sd):
@@ -62,7 +62,7 @@ def test_rows_are_mixed_by_their_weights(sd):
     assert torch.allclose(mixed[0], 0.25 * dog + 0.75 * cat, atol=1e-6) and torch.allclose(mixed[1], mug, atol=1e-6)
 
 
-def test_a_camera_embedding_starts_without_effect_and_is_removed_without_a_trace(sd):
+def test_a_camera_embedding_has_no_effect_at_first_and_can_be_removed_without_a_trace(sd):
     z, t, text = torch.randn(2, 4, 8, 8), torch.tensor([100, 500]), sd.encode(["a mug", "a dog"])
     with torch.no_grad():
         before = sd.predict(z, t, text)
@@ -76,7 +76,7 @@ def test_a_camera_embedding_starts_without_effect_and_is_removed_without_a_trace
         with adapter.seeing(looked(0.0, 90.0).cameras, blind=True):
             blind = sd.predict(z, t, text)
         assert not torch.allclose(seen, before) and not torch.allclose(seen, blind)
-        assert torch.equal(sd.predict(z, t, text), before), "there are no cameras outside the context"
+        assert torch.equal(sd.predict(z, t, text), before), "the embedding has no effect outside the context"
         state = adapter.state_dict()
         assert all(k.startswith("unet.camera_embedding.") for k in state)
         with pytest.raises(ValueError, match="differ from those of the 4 saved ones"):

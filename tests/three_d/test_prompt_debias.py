@@ -1,4 +1,4 @@
-"""Words that imply one view are left out of prompts for other views, as judged by a real masked language model."""
+"""Words that a masked language model associates with one view are left out of the prompts for other views."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "image", "is", "d
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Trains a tiny BERT on the fact that smiling things are seen from the front."""
+    """Trains a tiny BERT to expect smiling things in front views."""
     path = tmp_path_factory.mktemp("bert")
     (path / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizer(str(path / "vocab.txt"))
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_smile_is_prompted_only_from_the_front(folder):
+def test_only_the_prompt_for_the_front_view_mentions_a_smile(folder):
     likely = _Reader(folder).views("a smiling red dog")
     assert float(likely[0]) > 0.7 and float(likely.sum()) == pytest.approx(1)
     prompts = PromptDebias(model=folder).prompts("a smiling red dog", {})

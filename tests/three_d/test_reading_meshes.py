@@ -1,4 +1,4 @@
-"""Fields that start from untrusted mesh files, and files that are refused before they are decoded."""
+"""Tests fields that start from untrusted mesh files, and mesh files that are refused before they are decoded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_ball_of_any_size_is_scaled_to_radius_1(tmp_path, name, scale):
     shape = shape_of_file(tmp_path / name)
     points = 2.4 * torch.rand(1500, 3, generator=torch.Generator().manual_seed(0)) - 1.2
     assert (shape.distance(points) - (points.norm(dim=-1) - 1)).abs().max() < 0.06
-    left = 0 if name == "x.ply" else 1  # in PLY files z is up, as in the world; in others y is up and x is left
+    left = 0 if name == "x.ply" else 1  # in PLY files z is up, as in the world; in other formats y is up and x is left
     sides = torch.eye(3)[[left, left]] * torch.tensor([[1.0], [-1]])
     assert shape.colors(sides).argmax(-1).tolist() == [0, 2]
 
@@ -137,7 +137,7 @@ def textured_obj(folder, texture="t.png"):
     return folder / "x.obj"
 
 
-def test_textures_are_read_only_from_inside_the_folder(tmp_path):
+def test_textures_and_materials_outside_the_folder_of_the_mesh_are_not_read(tmp_path):
     file = textured_obj(tmp_path / "in")
     Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "in" / "t.png")
     points, colors = sampled(read_mesh(file), 50)

@@ -1,4 +1,4 @@
-"""The cameras of pictures are estimated by comparison with renders or with the toybox's pose estimator."""
+"""Tests camera estimates for pictures, made by comparing them with renders or with the toybox's pose estimator."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def renders(cameras: Cameras) -> Rendering:
 
 
 def elsewhere(pictures: Tensor, place: tuple[float, float], scale: float) -> Tensor:
-    """Returns pictures that show the object smaller and off-centre, which `Estimate.cut` undoes."""
+    """Returns pictures in which the object is smaller and off-centre. `Estimate.cut` undoes this change."""
     theta = torch.tensor([[1 / scale, 0, -place[0] / scale], [0, 1 / scale, -place[1] / scale]])
     where = F.affine_grid(theta.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, where, padding_mode="zeros", align_corners=False)
@@ -73,7 +73,7 @@ def test_a_rough_azimuth_narrows_the_search():
     assert found.agreement is not None and float(found.agreement[0]) > float(found.agreement[1])
 
 
-def test_another_object_has_a_lower_agreement():
+def test_an_object_with_other_colours_has_a_lower_agreement():
     true = FRAMING.cameras(torch.tensor([20.0]), torch.tensor([20.0]))
     seen = true_views(true, 48)
     right = from_renders(renders, FRAMING, seen.pixels, seen.coverage).agreement
@@ -81,9 +81,9 @@ def test_another_object_has_a_lower_agreement():
     assert right is not None and wrong is not None and float(right) > float(wrong) + 0.2
 
 
-def test_empty_masks_and_empty_assets_have_no_cameras():
+def test_empty_masks_and_empty_assets_are_refused():
     seen = true_views(turntable(2), 32)
-    with pytest.raises(ValueError, match="the mask of picture 2 shows nothing"):
+    with pytest.raises(ValueError, match="the mask of picture 2 is empty"):
         from_renders(renders, FRAMING, seen.pixels, seen.coverage * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
 
     def nothing(cameras: Cameras) -> Rendering:
@@ -130,7 +130,7 @@ def reconstruction(*more: str) -> Recipe3D:
 
 
 def test_the_field_is_fitted_to_pictures_whose_cameras_were_estimated(sd, subject, tmp_path):
-    """The subject is not learned, so it gets no name and the prompt need not name it."""
+    """The subject is not learned, so it has no name and the prompt does not mention it."""
     compared: dict[str, int] = {}
 
     class Watched(Distill):
@@ -157,7 +157,7 @@ def test_phases_that_use_pictures_of_earlier_phases_can_be_fitted_into_memory(sd
     assert set(plan.how) == {"form", "fit", "paint"} and plan.estimate > 0
 
 
-def test_a_missing_subject_or_missing_masks_are_reported_before_anything_runs(sd, subject, tmp_path):
+def test_a_missing_subject_and_missing_masks_are_reported_before_anything_runs(sd, subject, tmp_path):
     runner = Runner3D(sd)
     with pytest.raises(ValueError, match=r"need exactly one subject, but there are 0: give subject\.images"):
         runner.create(reconstruction(), tmp_path / "run", tensorboard=False)

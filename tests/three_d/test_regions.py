@@ -1,4 +1,4 @@
-"""The positions of regions, where views show them, and how they are guided."""
+"""Tests the positions of regions, the cells of views that show them, and their guidance."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_a_box_lies_between_its_corners_and_fades_in_at_its_faces():
         Box(lo=(0, 0, 1), hi=(1, 1, 1))
 
 
-def test_a_ball_has_its_centre_and_radius_and_can_be_grown():
+def test_a_ball_has_the_given_centre_and_radius_and_can_be_grown():
     ball = Sdf(center=(0.3, -0.2, 0.1), radius=0.4, softness=0.0, grown=0.2)
     away = (points() - torch.tensor(ball.center)).norm(dim=-1)
     assert torch.equal(ball.build()(points()) > 0, away < 0.6)
 
 
 def test_the_inside_of_a_mesh_is_a_region_at_the_given_position(tmp_path):
-    """A block of 4 by 2 by 2, wherever it is in its file, is scaled so that its corners lie on a ball of radius 0.5."""
+    """A block of 4 by 2 by 2 is centred and scaled so that its corners lie on a sphere of radius 0.5."""
     trimesh.creation.box((4, 2, 2)).apply_translation([3, 0, 0]).export(tmp_path / "block.ply")
     mesh = Sdf(path=tmp_path / "block.ply", center=(0.1, -0.1, 0.0), radius=0.5, softness=0.0)
     half = 0.5 * torch.tensor([2.0, 1, 1]) / 6**0.5
@@ -46,7 +46,7 @@ def test_the_inside_of_a_mesh_is_a_region_at_the_given_position(tmp_path):
 
 
 def test_a_drawn_mask_selects_what_lies_behind_it_in_its_view(tmp_path):
-    """The mask marks the left half of a view from the object's left, where the object's front is on the left."""
+    """The mask marks the left half of a view of the object's left side. The object's front is in that half."""
     drawn = np.zeros((40, 60), np.uint8)
     drawn[:, :30] = 255
     Image.fromarray(drawn).save(tmp_path / "mask.png")
@@ -74,7 +74,7 @@ def test_a_view_shows_a_region_where_rays_reach_it_before_the_object(azimuth):
     behind = torch.full((1, 1, 32, 32), float(along.max()) + 0.5)
     assert torch.equal(seen(ball.build(), cameras, behind, 1 - clear, cells, 1.1)[0, 0], shown)
     half = seen(ball.build(), cameras, wall, 0.5 * (1 - clear), cells, 1.1)[0, 0]
-    assert torch.allclose(half, 0.5 * shown), "half of the region is visible"
+    assert torch.allclose(half, 0.5 * shown), "a region behind a half-opaque object is half visible"
 
 
 def constant(value: float) -> OracleScores:
@@ -98,7 +98,7 @@ def test_each_cell_is_guided_by_the_region_that_it_shows():
         assert torch.allclose(found[i][:, :, 2, :2], b[i][:, :, 2, :2])
         assert torch.allclose(found[i][0, :, :2, 2:], c[i][0, :, :2, 2:])
         assert torch.allclose(found[i][0, :, :2, :2], (b[i] + c[i])[0, :, :2, :2] / 2), (
-            "overlapping regions share a cell equally"
+            "overlapping regions have equal shares of a cell"
         )
         assert torch.allclose(found[i][:, :, 3, 0], (0.75 * a[i] + 0.25 * b[i])[:, :, 3, 0])
     assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), (

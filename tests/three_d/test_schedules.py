@@ -1,4 +1,4 @@
-"""Settings that change over a run, and the timesteps drawn from them."""
+"""Tests settings that change over a run and the timesteps that are drawn from scheduled ranges."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def drawn(times: Times, step: int, steps: int = 100, count: int = 4, discrete: b
     return times.draw(count, Moment(step, steps), generator(0, step), discrete)
 
 
-def test_annealed_timesteps_fall_as_in_the_papers():
+def test_annealed_timesteps_decrease_as_in_the_papers():
     square_root, line = Times(low=0.3, high=0.98, anneal=0.5), Times(low=0.02, high=0.98, anneal=1.0)
     falling = [float(drawn(square_root, i)[0]) for i in range(100)]
     assert falling == sorted(falling, reverse=True) and falling[0] == 980

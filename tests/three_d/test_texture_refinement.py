@@ -1,4 +1,7 @@
-"""Texture refinement learns colours from pictures generated from renders, without a teacher in its last phase."""
+"""The last phase of texture refinement learns colours from generated pictures, without a teacher.
+
+The pictures are generated from renders of the asset.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SMALL = ("backbone=tiny", "prompt=a photo of a mug", "setting=", "train.mixed_pr
 
 
 def test_the_last_phase_paints_the_shape_from_pictures_without_a_teacher(sd, tmp_path):
-    """The recipe learns no subject. The words of the prompt or loaded concepts determine the pictures."""
+    """The recipe learns no subject. The generated pictures depend on the prompt and on loaded concepts."""
     asked: dict[str, list[int]] = {}
 
     class Counted(Distill):
@@ -43,7 +46,7 @@ def test_the_last_phase_paints_the_shape_from_pictures_without_a_teacher(sd, tmp
     assert {key.removeprefix(FIELD) for key in asset.field.state_dict()} == {"faces", "vertices", "raw_features"}
 
 
-def test_pixels_that_differ_from_the_border_colour_are_the_object(tmp_path):
+def test_pixels_that_differ_from_the_border_colour_count_as_the_object(tmp_path):
     pixels = torch.full((3, 16, 16), 0.8)
     pixels[:, 4:12, 6:10] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
     write_picture(pixels, tmp_path / "a.png", {})
@@ -65,7 +68,7 @@ def test_phases_that_use_views_of_earlier_phases_can_be_fitted_into_memory(sd, t
     [
         (
             ["phases.views.task.prompts=['a photo of a {concept}']"],
-            "stands for the learned subject, but none is learned",
+            "stands for the learned subject, but no subject is learned",
         ),
         (["phases.paint.penalties.reference_views=null"], "nothing trains the field"),
         (

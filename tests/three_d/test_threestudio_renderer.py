@@ -1,6 +1,6 @@
-"""The renderer and the exporter for threestudio, compared with closed forms.
+"""Compares the renderer and the exporter for threestudio with closed forms.
 
-They are tested on the documented contract and, if a checkout is given, on its own base classes.
+They are tested against the documented contract and, if a checkout is given, against the base classes of that checkout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ DENSITY, RADIUS = 3.0, 0.7
 
 
 class Ball(nn.Module):
-    """A geometry with a constant density inside a ball, red at +x and green at -x."""
+    """A ball that is red at +x and green at -x.
+
+    If `sharp` is set, the density is constant inside the ball. Otherwise, the ball is denser and has a soft edge.
+    """
 
     def __init__(self, sharp: bool = True) -> None:
         super().__init__()
@@ -112,7 +115,7 @@ def test_given_background_colours_replace_the_background(threestudio):
     torch.testing.assert_close(flat, made(**given, bg_color=blue)["comp_rgb"])
 
 
-def test_three_cameras_with_axes_crossed_along_the_wrong_dimension_are_refused(threestudio):
+def test_three_cameras_whose_axes_are_not_orthogonal_are_refused(threestudio):
     made, c2w = renderer(threestudio), torch.eye(4).repeat(3, 1, 1)
     made(**batch(3), c2w=c2w)
     c2w[0, :3, 0] = torch.tensor([0.6, 0.8, 0.0])

@@ -1,4 +1,4 @@
-"""The mesh on a page is complete, centred and seen from the front, and the page loads nothing else."""
+"""A page shows the complete mesh, centred and from the front, and loads no other files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_the_viewer_contains_the_mesh_and_looks_at_its_front():
     assert depth.min() > 0 and 0.5 < shown.max() < 0.95, "the whole mesh is in view and fills it"
     (nose,) = [g for name, g in scene.geometry.items() if kinds[name] == "vertex"]
     assert np.linalg.norm(nose.centroid - eye[:3, 3]) < np.linalg.norm(eye[:3, 3]) - 0.5, "the front faces the camera"
-    assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "up points upwards, and the camera is slightly above the mesh"
+    assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "the camera is upright and slightly above the mesh"
 
 
-def test_the_viewer_loads_nothing_and_draws_textures_with_ambient_light():
+def test_the_viewer_loads_no_files_and_draws_textures_with_ambient_light():
     page = viewer_html(pieces()[:1])
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page) and "import(" not in page
     script = page[page.rindex("init();") :]

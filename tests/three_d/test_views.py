@@ -1,4 +1,4 @@
-"""The cameras and backgrounds of views, and the teacher's prompts for the views."""
+"""Tests the cameras and backgrounds of views, and the prompts that the teacher gets for them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_azimuths_are_spread_over_the_batch():
     assert parts.tolist() == list(range(8))
 
 
-def test_elevations_are_half_uniform_in_the_angle_and_half_on_the_sphere():
+def test_half_of_the_elevations_are_uniform_in_angle_and_half_are_uniform_on_the_sphere():
     cameras = sampled(20_000, elevation_deg=(0.0, 90.0))
     above_60 = float((cameras.elevation_deg > 60).float().mean())
     on_sphere = 1 - torch.deg2rad(torch.tensor(60.0)).sin()
@@ -50,14 +50,14 @@ def test_the_distance_follows_from_the_share_of_the_view_that_the_object_fills()
     assert sampled(2, distance=(3.0, 3.0)).distance.tolist() == [3.0, 3.0]
 
 
-def test_ranges_grow_from_the_front():
+def test_camera_ranges_grow_from_the_front_view():
     how = {"grown": [0, 0.0, 1.0, 10], "elevation_deg": (0.0, 60.0)}
     first, half = sampled(4, Moment(0, 10), **how), sampled(512, Moment(5, 10), **how)
     assert first.azimuth_deg.abs().max() == 0 and first.elevation_deg.tolist() == pytest.approx([15.0] * 4)
     assert 85 < float(half.azimuth_deg.abs().max()) <= 90 and float(half.elevation_deg.max()) <= 15 + 22.5 + 1e-4
 
 
-def test_a_ring_shares_all_but_its_azimuths():
+def test_the_cameras_of_a_ring_differ_only_in_azimuth():
     cameras = sampled(8, ring=4, jitter=0.2, look_at=0.1)
     for ring in (cameras[:4], cameras[4:]):
         assert len(set(ring.elevation_deg.tolist())) == len(set(ring.distance.tolist())) == 1
@@ -89,7 +89,7 @@ def test_cameras_are_reproducible_and_degenerate_ranges_are_refused():
             CameraSampling(**wrong)
 
 
-def test_backgrounds_and_shadings_are_drawn_with_their_proportions():
+def test_backgrounds_and_shadings_are_drawn_in_the_given_proportions():
     colors = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
     drawn = Backgrounds(colors=colors, random=0.25).draw(4000, 3, generator(0, 0))
     stated = ((drawn == 1).all(1) | (drawn == 0).all(1)).float().mean()
@@ -108,7 +108,7 @@ def test_backgrounds_and_shadings_are_drawn_with_their_proportions():
 # --- the teacher's prompts -------------------------------------------------------------------
 
 
-def test_the_words_of_a_direction_follow_the_noun_that_the_camera_sees():
+def test_the_words_for_a_view_match_its_camera_and_follow_the_name_of_the_subject():
     words = ViewWords(back="seen from behind")
     cameras = Cameras.of([0.0, 44.0, 46.0, -134.0, 136.0, 180.0, 10.0], torch.tensor([0.0] * 6 + [61.0]))
     assert words.directions(cameras) == ["front", "front", "side", "side", "back", "back", "overhead"]
@@ -121,7 +121,7 @@ def test_the_words_of_a_direction_follow_the_noun_that_the_camera_sees():
     assert words.said("the {view} of a <mug>", None) == "the of a <mug>"
 
 
-def test_some_back_views_are_prompted_with_only_the_class():
+def test_the_prompts_for_some_back_views_name_only_the_class():
     words = ViewWords(drop_subject=0.5)
     prompts = ScenePrompts("a <my-mug>", words=words, class_nouns={"my-mug": "mug"})
     cameras = Cameras.of([0.0, 180.0] * 200, 0.0)
@@ -134,7 +134,7 @@ def test_some_back_views_are_prompted_with_only_the_class():
 # --- Perp-Neg --------------------------------------------------------------------------------
 
 
-def test_the_perpendicular_part_is_perpendicular():
+def test_the_perpendicular_component_is_perpendicular():
     e, to = random(3, 4, 5, 5, seed=1), random(3, 4, 5, 5, seed=2)
     left = perpendicular(e, to)
     assert (left * to).flatten(1).sum(1).abs().max() < 1e-12
@@ -142,7 +142,7 @@ def test_the_perpendicular_part_is_perpendicular():
 
 
 def perp_negs(settings: Guidance, moment: Moment):
-    """Returns a guided prediction, a function for its single predictions, and the sum of w_i perp(e_i, e_pos)."""
+    """Returns a guided prediction, a function that returns single predictions, and the sum of w_i perp(e_i, e_pos)."""
     scene = {
         "prompt": (means(1), 0.1),
         "negative": (means(3), 0.5),
@@ -170,14 +170,14 @@ def test_perp_neg_equals_its_formula_for_every_view():
     assert torch.allclose(made.eps, ask("null") + 7.5 * (ask("prompt") - ask("null") + away), rtol=1e-9)
 
 
-def test_perp_neg_scales_other_views_like_the_prompt():
+def test_perp_neg_scales_the_negatives_like_the_prompt():
     """The prompt of CSD has the coefficient 1, whatever the guidance scale is."""
     for settings, factor in (([], 1.0), (["guidance.terms.prompt.plain=2"], 2.0)):
         made, ask, away = perp_negs(shipped("csd", "guidance.perp_neg={}", *settings), Moment(0, 10))
         assert torch.allclose(made.eps, factor * (ask("prompt") + away) - ask("null"), rtol=1e-9)
     early = shipped("csd", "guidance.perp_neg={}", "guidance.terms.prompt.until_t=0.01")
     made, ask, _ = perp_negs(early, Moment(0, 10))
-    assert torch.allclose(made.eps, -ask("null"), rtol=1e-9), "other views are not evaluated if the prompt is not"
+    assert torch.allclose(made.eps, -ask("null"), rtol=1e-9), "the negatives are inactive while the prompt is inactive"
 
 
 def test_perp_neg_mixes_neighbouring_views_but_not_the_overhead_view():
@@ -216,7 +216,7 @@ def test_embeddings_are_mixed_near_the_border_between_two_views():
         assert sum(camera.values()) == pytest.approx(1.0)
 
 
-def test_each_camera_has_one_view_without_a_blend():
+def test_without_a_blend_each_camera_has_only_one_view_direction():
     words, cameras = ViewWords(), around(*range(-180, 181, 5))
     assert words.shares(cameras) == [{d: 1.0} for d in words.directions(cameras)]
 

@@ -1,5 +1,5 @@
-"""Rendered volumes match closed-form opacity, depth and colour, their gradients match finite differences, and neither
-the batch nor the chunk size matters."""
+"""Rendered volumes match closed-form opacity, depth and colour. Their gradients match finite differences, and a view
+does not depend on the rest of its batch or on the chunk size."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ CAMERAS = Cameras.of([0.0, 77.0, 200.0], [5.0, 30.0, -20.0])
 
 
 @pytest.mark.parametrize("cube", [False, True])
-def test_the_opacity_and_depth_of_a_solid_follow_from_its_chords(cube):
+def test_the_opacity_and_depth_of_a_solid_match_the_closed_form(cube):
     field = Solid(0.6, cube=cube)
     drawn = Volume(samples=400, hidden=0).render(field, CAMERAS, view(3))
     chords = field.chords(CAMERAS, 32)
     opacity = 1 - torch.exp(-3 * chords.length)
     assert (drawn.opacity[:, 0] - opacity).abs().max() < 0.03 and (drawn.opacity[:, 0] - opacity).abs().mean() < 2e-3
     t = chords.length
-    inside = 1 / 3 - t * torch.exp(-3 * t) / (1 - torch.exp(-3 * t)).clamp_min(
-        1e-6
-    )  # the mean of s over [0, t], weighted by e^{-3s}
+    # the mean of s over [0, t], weighted by e^{-3s}
+    inside = 1 / 3 - t * torch.exp(-3 * t) / (1 - torch.exp(-3 * t)).clamp_min(1e-6)
     hit = t > 0.3
     assert (drawn.depth[:, 0] - chords.near - inside)[hit].abs().max() < 0.01
     colors = opacity[:, None] * torch.tensor(COLOR).view(3, 1, 1) + 0.25 * (1 - opacity[:, None])
@@ -86,11 +85,11 @@ def test_densities_lie_between_the_bounds_of_their_cells():
     density = field.density(points)
     assert bool((least <= density + 1e-5).all() and (density <= most + 1e-5).all())
     field.raw_density.data.add_(5)
-    field.raw_density.data = field.raw_density.data.clone()  # a new tensor, like the one that `to` creates
+    field.raw_density.data = field.raw_density.data.clone()  # moving a field with `to` also creates a new tensor
     assert bool((field.density(points) <= field.between(*rays)[1][:, 0] + 1e-5).all())
 
 
-def test_importance_sampling_concentrates_edges_where_the_weights_are():
+def test_importance_sampling_concentrates_edges_where_the_weights_are_large():
     near, far = torch.zeros(2), torch.ones(2)
     edges = stratified(near, far, 10, None)
     weights = torch.zeros(2, 10)
@@ -102,7 +101,7 @@ def test_importance_sampling_concentrates_edges_where_the_weights_are():
     assert bool((jittered.diff(dim=1) > 0).all()) and not torch.equal(jittered, edges)
 
 
-def test_rays_enter_and_leave_the_cube():
+def test_rays_enter_and_leave_the_cube_at_the_right_distances():
     origins = torch.tensor([[3.0, 0, 0], [3.0, 0, 0], [0.0, 0, 0]])
     directions = torch.tensor([[-1.0, 0, 0], [0.0, 1, 0], [0.0, 0, 1]])
     near, far = through_cube(origins, directions, 1.0)
@@ -115,10 +114,11 @@ def test_shading_shows_the_normals_of_a_ball(shading):
     camera = Cameras.of([0.0], 0.0)
     drawn = Volume(samples=96).render(field, camera, view(1, shading=shading))
     middle = drawn.pixels[0, :, 15:17, 15:17].mean((1, 2))
-    expected = [1.0, 1.0, 1.0] if shading == "textureless" else [1.0, 0.5, 0.5]  # the middle faces +x and the light
+    # the point of the ball in the middle of the picture faces +x and the light
+    expected = [1.0, 1.0, 1.0] if shading == "textureless" else [1.0, 0.5, 0.5]
     assert torch.allclose(middle, torch.tensor(expected), atol=0.03)
     rim = drawn.pixels[0, :, 15, :][:, drawn.opacity[0, 0, 15] > 0.9][:, -1]
-    assert rim[0] < 0.75 and (shading != "normal" or rim[1] > 0.8)  # the right of the picture is +y
+    assert rim[0] < 0.75 and (shading != "normal" or rim[1] > 0.8)  # +y points to the right in the picture
 
 
 def test_latents_are_rendered_unchanged_and_without_shading():

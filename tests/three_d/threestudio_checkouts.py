@@ -1,4 +1,4 @@
-"""Checkouts of threestudio for tests, and a concept to use in them."""
+"""Imports threestudio from checkouts in tests, and saves a concept for use with them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def forget() -> None:
 
 @contextmanager
 def registry(folder: str) -> Iterator[Any]:
-    """Yields the module `threestudio` of a folder, with the extension registered."""
+    """Imports `threestudio` from a folder, registers the extension, and yields the `threestudio` module."""
     forget()
-    if find_spec("omegaconf"):  # a checkout registers resolver names in omegaconf, which works only once
+    if find_spec("omegaconf"):  # importing a checkout registers resolvers, and each name can be registered only once
         import_module("omegaconf").OmegaConf.clear_resolvers()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -46,7 +46,7 @@ def registry(folder: str) -> Iterator[Any]:
 
 
 def write_concept(backbone, path: Path, seed: int = 0) -> Path:
-    """Saves a concept with learned words and a LoRA, both with a visible effect."""
+    """Saves a concept with learned words and a LoRA, both of which have a visible effect."""
     modifier = LearnableToken(vectors=2, with_class_noun=True)
     modifier.attach(backbone, "my-mug", "mug")
     Lora(roles=("cross_attention",), rank=2).inject(backbone, "my-mug", "lora", 0)

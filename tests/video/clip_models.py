@@ -10,7 +10,10 @@ from pcs_video.backbones.animatediff import with_motion
 
 
 def motion_adapter(seed: int = 0, frames: int = 8, scale: float = 0.2) -> Any:
-    """Builds a `MotionAdapter` for the tiny U-Net. Its random output projections let frames attend to each other."""
+    """Builds a `MotionAdapter` for the tiny U-Net.
+
+    Its output projections are drawn with standard deviation `scale`, so that the frames visibly influence each other.
+    """
     from diffusers import MotionAdapter
 
     with torch.random.fork_rng():

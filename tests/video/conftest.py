@@ -1,4 +1,4 @@
-"""Fixtures for tests of clips, with tiny clips and models on disk."""
+"""Fixtures that write tiny clips and models to disk for tests of clips."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAST = ("train.steps=2", "train.resolution=32", "sampling.steps=2", "sources.cli
 
 
 def moving_square(seed: int = 0, frames: int = 6, side: int = 32) -> Tensor:
-    """Draws a coloured square that slides over smooth noise, `[3, F, S, S]` in [-1, 1]."""
+    """Returns a clip of a coloured square that slides over smooth noise, `[3, F, S, S]` in [-1, 1]."""
     draw = torch.Generator().manual_seed(seed)
     ground = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, generator=draw), (side, side), mode="bicubic")[0]
     clip = ground[:, None].repeat(1, frames, 1, 1)
@@ -30,7 +30,7 @@ def moving_square(seed: int = 0, frames: int = 6, side: int = 32) -> Tensor:
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes two clips of a sliding square with captions, one as an MP4 file and one as a folder of frames."""
+    """Writes two captioned clips of a sliding square, one as an MP4 file and the other as a folder of frames."""
     folder = tmp_path_factory.mktemp("clips")
     write_clip(folder / "a.mp4", moving_square(0), 8)
     write_clip(folder / "b", moving_square(1), 8)
@@ -49,7 +49,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[
 
 @pytest.fixture(scope="session")
 def picture_model(tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[..., Any]) -> Path:
-    """Saves the same model without motion modules, as the folder of a tiny StableDiffusionPipeline."""
+    """Saves a tiny StableDiffusionPipeline, which is the same model as `clip_model` without its motion modules."""
     folder = tmp_path_factory.mktemp("sd")
     make_tiny_sd().save_pretrained(folder)
     return folder
@@ -57,7 +57,7 @@ def picture_model(tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callab
 
 @pytest.fixture(scope="session")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saves only the motion modules, as the folder of a MotionAdapter."""
+    """Saves only the motion modules of `clip_model`, as a MotionAdapter."""
     folder = tmp_path_factory.mktemp("adapter")
     motion_adapter().save_pretrained(folder)
     return folder

@@ -1,4 +1,7 @@
-"""Training that alternates between a subject and clips of its class, and adapters that are used only in training."""
+"""Training can alternate between pictures of a subject and clips of its class, and can use temporary adapters.
+
+A temporary adapter is active only during training.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def run(backbone: Any, photos: Path, folder: Path, *settings: str) -> TrainingRu
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
-    """Records the number of axes of the latents and the active adapter sets for each prediction with a gradient."""
+    """Records the number of latent axes and the active adapter sets for each prediction with gradients enabled."""
     out: list[tuple[int, set[str]]] = []
     predict = AnimateDiffBackbone.predict
 
@@ -76,7 +79,7 @@ def test_pictures_and_clips_take_turns(clips: Any, photos: Path, tmp_path: Path,
 
 
 def test_subject_tokens_do_not_change_in_prior_preservation_steps(clips: Any, photos: Path, tmp_path: Path) -> None:
-    """The momentum of the optimizer does not change them either."""
+    """Even the momentum of the optimizer leaves the tokens unchanged in these steps."""
     words = ("modifier.kind=learnable_token", "trainable.words.kind=tokens", "trainable.words.group=words")
     started = run(clips, photos, tmp_path, *ALTERNATE, *words, "task.subject_only=[words]")
     values, loras = [], []
@@ -99,7 +102,7 @@ def test_a_temporary_adapter_is_off_between_steps_and_in_steps_that_disable_it(
     session = run(clips, photos, tmp_path, *ALTERNATE, *TEMPORARY, "task.rest=[frozen]")
     assert session.kept_sets == ("mug",) and "frozen" in session.sets_of_the_run
     for _ in session.steps():
-        assert clips.strengths["frozen"] == 0.0  # pictures are generated between steps
+        assert clips.strengths["frozen"] == 0.0  # because pictures can be generated between steps
     assert [sets for _, sets in seen] == [{"mug", "frozen"}, {"mug"}] * 2
 
 
@@ -114,7 +117,7 @@ def test_a_temporary_adapter_learns(clips: Any, photos: Path, tmp_path: Path) ->
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], photos: Path, tmp_path: Path
 ) -> None:
-    """The adapters are equal bit for bit, with alternating steps, a temporary adapter and branches."""
+    """The adapters are bit-identical in a run with alternating steps, a temporary adapter and branches."""
     settings = (*ALTERNATE, *TEMPORARY, "task.rest=[frozen]", "train.checkpoint_every=2")
     settings += ("trainable.side.kind=bottleneck", "trainable.side.width=2", "trainable.side.lr=0.01")
 
@@ -155,7 +158,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
         ),
     ],
 )
-def test_impossible_alternations_are_refused(
+def test_invalid_settings_for_alternating_training_are_refused(
     clips: Any, photos: Path, tmp_path: Path, settings: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

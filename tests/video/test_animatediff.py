@@ -1,4 +1,4 @@
-"""The AnimateDiff family compared with diffusers for clips, pictures, the autoencoder, and sampling."""
+"""Compares the AnimateDiff backbone with diffusers on clips, pictures, the autoencoder and sampling."""
 
 from __future__ import annotations
 
@@ -64,16 +64,18 @@ def test_pictures_go_through_the_image_network(clips: AnimateDiffBackbone, make_
     x, prompts = noise(2, 4, 8, 8), ("a mug", "a dog")
     assert torch.equal(ask(clips, x, prompts), ask(pictures, x, prompts))
     one_frame = ask(clips, x[:, :, None], prompts)[:, :, 0]
-    assert not torch.allclose(
-        one_frame, ask(pictures, x, prompts), atol=1e-3
-    )  # which is why pictures take the path of the image network
+    # motion modules change even a clip of one frame, so pictures go through the image network instead
+    assert not torch.allclose(one_frame, ask(pictures, x, prompts), atol=1e-3)
 
 
 @pytest.mark.parametrize("role", ["self_attention", "cross_attention", "denoiser", "conv"])
-def test_injected_adapters_act_on_clips_and_pictures_alike(
+def test_injected_adapters_act_on_both_clips_and_pictures(
     clips: AnimateDiffBackbone, make_tiny_sd: Make, role: str
 ) -> None:
-    """An adapter on image layers changes both paths just as it changes the image U-Net. Removing it restores both."""
+    """On pictures, an adapter acts exactly as it does on the image U-Net. On clips, it also changes the prediction.
+
+    Removing the adapter restores both predictions.
+    """
     x, prompts = noise(1, 4, 8, 8), ("a mug",)
     before_picture, before_clip = ask(clips, x, prompts), ask(clips, noise(1, 4, 3, 8, 8), prompts)
     Lora(roles=(role,), rank=2).inject(clips, "mug", "lora", 0)
@@ -84,7 +86,7 @@ def test_injected_adapters_act_on_clips_and_pictures_alike(
         for key, parameter in zip(each.state_dict(), each.parameters(), strict=True):
             seed = sum(key.replace("motion_modules", "").encode())
             parameter.data = 0.3 * noise(*parameter.shape, seed=seed)
-    if role == "denoiser":  # including the motion modules
+    if role == "denoiser":  # this role includes the motion modules
         assert any("motion_modules" in key for key in adapter.state_dict())
     else:
         assert adapter.state_dict().keys() == pictures.adapters["mug"][0].state_dict().keys()
@@ -104,8 +106,8 @@ def test_motion_adapters_do_not_change_pictures(clips: AnimateDiffBackbone) -> N
     assert not torch.allclose(ask(clips, noise(1, 4, 3, 8, 8), ("a mug",)), before[1], atol=1e-3)
 
 
-def test_recomputed_pictures_have_the_same_gradients(clips: AnimateDiffBackbone) -> None:
-    """Gradient checkpointing of the whole network also applies to the image path."""
+def test_gradient_checkpointing_does_not_change_the_gradients_of_pictures(clips: AnimateDiffBackbone) -> None:
+    """Gradient checkpointing is enabled for the whole network, and this also enables it for the image network."""
     group = Lora(rank=2).inject(clips, "mug", "lora", 0)
     scramble(clips.adapters["mug"][0])
     context = clips.encode(["a mug"])

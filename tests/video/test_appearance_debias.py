@@ -1,4 +1,4 @@
-"""The weights and random draws of MotionDirector's appearance-debiased loss, and the objective in closed form."""
+"""Tests the weights and random anchors of MotionDirector's appearance-debiased loss, and the complete objective."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ ROOT = 2**0.5  # sqrt(beta^2 + 1) at beta = 1
 
 
 def test_an_error_shared_by_all_frames_weighs_less_than_independent_errors() -> None:
-    """At 16 frames and beta = 1, the weights are 0.17 and 2.82, in closed form and from random samples."""
+    """With 16 frames and beta = 1, a shared error has the weight 0.17 and independent errors have the weight 2.82.
+
+    Random errors are weighted as the closed form predicts.
+    """
     draw = torch.Generator().manual_seed(0)
     anchors = torch.randint(16, (4096,), generator=draw)
     shared = torch.randn(4096, 2, 1, 2, 2, generator=draw).expand(-1, -1, 16, -1, -1)
     own = torch.randn(4096, 2, 16, 2, 2, generator=draw)
     assert debiased_error(shared, anchors, 1.0).mean() / shared.square().mean() == pytest.approx((ROOT - 1) ** 2)
-    expected = (
-        15 * (2 + 1) + (ROOT - 1) ** 2
-    ) / 16  # every frame but the anchor has its own error and that of the anchor
+    # the anchor contributes (sqrt(2) - 1)^2; every other frame contributes 2 for its error and 1 for the anchor's
+    expected = (15 * (2 + 1) + (ROOT - 1) ** 2) / 16
     assert expected == pytest.approx(2.82, abs=0.005)
     assert debiased_error(own, anchors, 1.0).mean() / own.square().mean() == pytest.approx(expected, rel=0.01)
     assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # with beta = 0, the loss is the plain one
 
 
 def test_the_debiased_loss_uses_the_weights_of_the_plain_loss() -> None:
-    """With inside=0 and outside=1, both losses ignore errors inside the subject in each frame."""
+    """With inside=0 and outside=1, both losses ignore errors inside the subject's mask in each frame."""
     objective, part = Denoising(inside=0, outside=1), AppearanceDebias(beta=1.0)
     draw = torch.Generator().manual_seed(0)
     target, error = torch.randn(2, 4, 6, 8, 8, generator=draw), torch.randn(2, 4, 6, 8, 8, generator=draw)
@@ -86,7 +88,7 @@ def longer_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings: str) -> Tune:
-    """Returns a plain tuning task with the penalty, before its first step."""
+    """Returns a `Tune` task that has the penalty and has not taken a step."""
     asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
     asked += [f"sources.clips.window.length={length}", "regularize.debias.kind=appearance_debias", *settings]
     planned = plan(load("animatediff_motion_lora", asked, "video", VideoRecipe))
@@ -99,7 +101,7 @@ def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings
 
 
 def of_each_anchor(error: Tensor) -> list[float]:
-    """Returns the penalty for an error `[C, F, h, w]` in float64, with each frame in turn as the anchor."""
+    """Returns the penalty with each frame in turn as the anchor, in float64. `error` has the shape `[C, F, h, w]`."""
     error = error.double()
     return [float((ROOT * error - error[:, a : a + 1]).square().mean()) for a in range(error.shape[1])]
 
@@ -121,7 +123,7 @@ def anchors(backbone: Any, folder: Path, tmp_path: Path, seed: int, micro: int) 
     return chosen
 
 
-def test_anchors_are_drawn_anew_for_each_seed_and_micro_batch(
+def test_anchors_depend_on_the_seed_and_the_micro_batch(
     make_tiny_sd: Callable[..., Any], longer_clips: Path, tmp_path: Path
 ) -> None:
     def drawn(seed: int, micro: int, number: int) -> list[int]:
@@ -175,7 +177,10 @@ def v_error(state: Step) -> Tensor:
 def test_the_objective_is_the_plain_loss_plus_the_debiased_loss(
     new: Callable[[], Any], error_of: Callable[[Step], Tensor], longer_clips: Path, tmp_path: Path
 ) -> None:
-    """In each update, L = |e|^2 + |sqrt(2) e - e_a|^2 (arXiv 2310.08465, eq. 8), where e is the prediction error."""
+    """In each update, L = |e|^2 + |sqrt(2) e - e_a|^2 (arXiv 2310.08465, eq. 8).
+
+    Here, e is the prediction error and e_a is the prediction error of the anchor frame.
+    """
     task = debiased(new(), longer_clips, tmp_path, 9)
     for step in range(3):
         (update,) = task.updates(step, 0)

@@ -1,4 +1,4 @@
-"""Every mistake with clips gives one clear message and exit code 2, with no traceback and no half-written output."""
+"""A mistake with clips causes one clear message and exit code 2, without a traceback or half-written output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Refused = Callable[..., str]
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
     """Returns a function that runs a command and returns its error message.
 
-    The command must fail before a network is loaded, and change nothing.
+    The command must fail before a network is loaded, and it must not change any files.
     """
 
     def unexpected(*_: Any, **__: Any) -> Any:
@@ -61,7 +61,7 @@ def learning(refused: Refused, clip_model: Path, tmp_path: Path) -> Refused:
 
 
 def test_clips_that_cannot_be_learned_from_are_refused(learning: Refused, tmp_path: Path) -> None:
-    """A run reports the errors that `tests/core/test_clip_bad_files.py` expects for each file at its start."""
+    """At its start, a run reports for each file the error that `tests/core/test_clip_bad_files.py` expects."""
     cases: dict[str, Callable[[Path], Any]] = {
         "found only a.mp4 (empty, 0 bytes)": lambda f: (f / "a.mp4").write_bytes(b""),
         "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
@@ -80,7 +80,7 @@ def test_clips_that_cannot_be_learned_from_are_refused(learning: Refused, tmp_pa
 
 
 def test_masks_that_do_not_match_the_frames_are_refused(learning: Refused, tmp_path: Path) -> None:
-    """Too few masks and masks of another size are reported immediately, before latents are computed."""
+    """A run reports too few masks, and masks of the wrong size, before it computes any latents."""
     folder = tmp_path / "clips"
     write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
@@ -115,7 +115,7 @@ def test_an_image_model_refuses_a_motion(
 def learned_on(
     tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
 ) -> Callable[[str], Path]:
-    """Returns a function that saves a LoRA for a tiny model of a family, named after the family."""
+    """Returns a function that saves a random LoRA for a tiny model of FAMILY, under the name on-FAMILY."""
     folder = tmp_path_factory.mktemp("families")
     models: dict[str, Callable[[], Any]] = {
         **FAMILIES,
@@ -148,7 +148,7 @@ def test_concepts_that_no_model_can_load_are_refused_before_a_model_is_loaded(
     assert "'on-sd' was learned on stable_diffusion, but 'on-flux' on flux" in message
 
 
-def test_the_families_of_the_runners_match_those_that_the_models_read(
+def test_each_runner_lists_the_families_that_its_models_can_read(
     make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
 ) -> None:
     clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")

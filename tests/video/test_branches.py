@@ -1,4 +1,4 @@
-"""Branches alongside layers start as the identity, match their formulas, can be saved, and leave no trace."""
+"""Branches start without effect, match their formulas, can be saved, and can be removed without a trace."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ask(backbone: Any, frames: int = 5, rows: int = 8, columns: int = 8) -> Tens
 
 
 def learn(backbone: Any, part: Any, training: bool = False) -> Any:
-    """Injects a part with random parameters."""
+    """Injects a part, gives its adapter random parameters, and returns the adapter."""
     part.inject(backbone, "m", "part", 0)
     (adapter,) = backbone.adapters["m"]
     for number, parameter in enumerate(adapter.parameters()):
@@ -95,8 +95,13 @@ def test_pictures_pass_through_the_same_bottlenecks(clips: AnimateDiffBackbone) 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_embeddings_enter_queries_keys_and_values_as_in_the_paper(clips: AnimateDiffBackbone, training: bool) -> None:
-    """The result equals that of an attention edit that adds W_q e, W_k e and W_v e' after the projections."""
+def test_embeddings_are_added_to_queries_keys_and_values_as_in_the_paper(
+    clips: AnimateDiffBackbone, training: bool
+) -> None:
+    """An attention edit that adds W_q e, W_k e and W_v e' after the projections gives the same result.
+
+    Here, e is the embedding for queries and keys, and e' is the embedding for values.
+    """
     _, *size = clips.latent_shape(clips.resolution, clips.resolution, clips.frames)
     plain = ask(clips, *size)
     adapter = learn(clips, MotionEmbeddings(coarsest=None), training)
@@ -123,7 +128,7 @@ def test_embeddings_enter_queries_keys_and_values_as_in_the_paper(clips: Animate
     assert not torch.allclose(made, plain, atol=1e-2)
 
 
-def test_embeddings_are_resized_for_other_frames_and_grids(clips: AnimateDiffBackbone) -> None:
+def test_embeddings_are_resized_for_other_frame_counts_and_grids(clips: AnimateDiffBackbone) -> None:
     learn(clips, MotionEmbeddings(frames=6, resolution=64))
     assert ask(clips, 5, 8, 16).shape == (2, 4, 5, 8, 16)
     ramp = torch.linspace(0, 1, 4)[:, None]
@@ -201,7 +206,7 @@ def test_a_bottleneck_learned_on_pictures_acts_in_clips(make_tiny_sd: Callable[.
     ("recipe", "setting"),
     [("motion_inversion", "trainable.embeddings.frames=4"), ("dreamvideo_motion", "trainable.temporal.width=4")],
 )
-def test_recomputed_activations_do_not_change_the_result(
+def test_gradient_checkpointing_does_not_change_the_result(
     recipe: str, setting: str, make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
     learned = []
@@ -240,7 +245,7 @@ def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_t
         Bottleneck(roles=("conv",)).inject(clips, "m", "part", 0)
 
 
-def test_motion_embeddings_are_refused_if_no_layer_attends_only_between_frames() -> None:
+def test_motion_embeddings_are_refused_if_no_layers_attend_only_between_frames() -> None:
     with pytest.raises(
         ValueError, match=r"layers that attend only between frames, and wan has none; .*motion_director_joint"
     ):

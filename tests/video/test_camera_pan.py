@@ -26,7 +26,7 @@ def run(pan: CameraPan, x: Tensor, steps: int = 20, seeds: tuple[int, ...] = (1,
 
 @pytest.mark.parametrize(("right", "down"), [(0.5, 0.0), (-0.25, 0.0), (0.0, 0.5), (0.25, -0.25)])
 def test_each_frame_is_shifted_by_its_share_of_the_pan(right: float, down: float) -> None:
-    """The latents are a ramp, so each value that was not filled in shows its original position."""
+    """Each latent value is the number of its position, so a value that was not filled in reveals where it came from."""
     side, frames = 16, 5
     place = torch.arange(side * side, dtype=torch.float32).view(1, 1, 1, side, side)
     made = run(CameraPan(right=right, down=down), place.repeat(2, 1, frames, 1, 1))
@@ -39,8 +39,8 @@ def test_each_frame_is_shifted_by_its_share_of_the_pan(right: float, down: float
                 assert made[0, 0, frame, y, x] == (y + dy) * side + x + dx
 
 
-def test_a_scheduler_with_two_calls_per_step_is_not_disturbed_between_them() -> None:
-    """The latents move only at the beginning of a step, where the scheduler's history is discarded."""
+def test_a_scheduler_with_two_calls_per_step_is_not_disturbed_between_the_calls() -> None:
+    """The latents move only at the beginning of a step, when the scheduler's history is discarded."""
     pan, x = CameraPan(right=0.5, start=0.1, end=0.5), torch.randn(1, 1, 5, 16, 16)
     backbone: Any = type("Frames", (), {"frame_factor": 1})()
     made, jumps = x, []

@@ -1,4 +1,4 @@
-"""Subjects and motions are used together, here and as files loaded into diffusers' AnimateDiffPipeline."""
+"""Subjects and motions act together, both in `VideoRunner` and as exports that diffusers' AnimateDiffPipeline loads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROLES = {
 
 
 def learned(backbone: Any, name: str, folder: Path, kind: str = "subject", recipe: Any = None) -> Concept:
-    """Returns a concept with a random LoRA that was saved, removed from the backbone and read again."""
+    """Saves a concept with a random LoRA, removes it from the backbone, and returns the concept read from disk."""
     noun = name if kind == "subject" else ""
     PlainText().attach(backbone, name, noun)
     group = Lora(roles=ROLES[name], rank=2, alpha=2).inject(backbone, name, "lora", 0)
@@ -76,14 +76,17 @@ def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept],
     for name in names:
         assert (ask(**{name: 0.0}) - together).abs().max() > 1e-3, name
     assert torch.equal(ask(), together)
-    with pytest.raises(ValueError, match="dog"):  # a loaded subject must be in the prompt, but a motion need not be
+    with pytest.raises(ValueError, match="dog"):  # the prompt must name a loaded subject, but not a motion
         runner.generate(["a <mug>"], [3], SETTINGS)
     two = {"spin": 0.5}
     assert (ask(**two) - together).abs().max() > 1e-3
 
 
 def test_two_motions_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
-    """Each acts with its own strength in any order, even if the prompt does not name it. A repeated name is refused."""
+    """Each motion acts with its own strength, in any order, even if the prompt does not name it.
+
+    A motion cannot be loaded twice.
+    """
 
     def made(**strengths: float) -> Tensor:
         runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
@@ -99,10 +102,10 @@ def test_two_motions_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> 
     assert (both - made(spin=0.0, hop=0.5)).abs().max() > 1e-3
 
 
-def test_a_subject_is_weaker_in_the_first_steps_which_decide_the_motion(
+def test_a_subject_is_weaker_in_the_first_steps_which_determine_the_motion(
     concepts: dict[str, Concept], make_tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The concept's own recipe has CustomCrafter's strengths by step, which explicit settings override."""
+    """The concept's recipe sets a strength for each step, as in CustomCrafter. An explicit schedule overrides it."""
     settings = ["sampling.strength=0.4@0,0.8@0.1", "subject.images=photos", "output=mug.concept", "backbone=tiny"]
     recipe = load("subject_lora", settings, "video", VideoRecipe)
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
@@ -173,13 +176,13 @@ def test_a_motion_is_exported_with_its_motion_adapter_and_the_code_in_the_readme
     added, out = ["--motion-adapter", str(adapter_folder)], tmp_path / "out"
     assert run(build(), [*command, *added, "--out", str(out)]) == 0
     text = (out / "README.txt").read_text()
-    assert "{motion_adapter} the folder of the MotionAdapter" in text and str(tmp_path) not in text
+    assert "{motion_adapter} with the folder of the MotionAdapter" in text and str(tmp_path) not in text
     code = "\n".join(re.findall(r"^    (.*)$", text, re.M))
     for name, folder in {"folder": out, "model": picture_model, "motion_adapter": adapter_folder}.items():
         code = code.replace(f"{{{name}}}", str(folder))
     *load, _, use = code.splitlines()
     names: dict[str, Any] = {}
-    exec("\n".join(load), names)  # the lines that we wrote ourselves
+    exec("\n".join(load), names)  # safe, because these lines come from our own template
     assert use == "export_to_video(pipe(\"a photo of a mug\").frames[0], 'clip.mp4')"
     (name,) = names["pipe"].unet.peft_config
     theirs = names["pipe"].unet.state_dict()
@@ -190,7 +193,7 @@ def test_a_motion_is_exported_with_its_motion_adapter_and_the_code_in_the_readme
     assert any(torch.equal(theirs[key], tensor) for tensor in ours.values())
 
 
-def test_a_concept_of_pictures_takes_no_motion_adapter(
+def test_a_concept_learned_on_pictures_cannot_be_exported_with_a_motion_adapter(
     concepts: dict[str, Concept], adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["concept", "export", str(concepts["mug"].path), "--motion-adapter", str(adapter_folder)]

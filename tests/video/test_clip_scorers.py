@@ -1,4 +1,4 @@
-"""Scores of clips generated during training, and a warning if training freezes clips that the base model animates."""
+"""Clips generated during training are scored, and a warning is given if training makes them stand still."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def no_alarm() -> Iterator[None]:
     [
         ((MOVING, MOVING), (MOVING, MOVING), False),
         ((MOVING, MOVING), (MOVING, STILL), True),
-        ((MOVING, STILL), (MOVING, STILL), False),  # clips are as still as before training
+        ((MOVING, STILL), (MOVING, STILL), False),  # as many clips stand still as before training
         ((MOVING, STILL), (STILL, STILL), True),
         ((STILL, STILL), (STILL, STILL), False),  # nothing moved before training either
     ],
@@ -76,7 +76,7 @@ def test_base_model_clips_are_generated_once_and_only_after_a_frozen_clip() -> N
     assert asked == [("a mug",)]
 
 
-def test_base_clips_come_from_the_model_without_the_concept_being_learned(
+def test_base_clips_are_generated_without_the_concept_that_is_being_learned(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     """This holds even after training has begun. Other loaded concepts stay active."""

@@ -1,4 +1,4 @@
-"""Evaluation of a motion in known clips, and from the command line with a tiny model."""
+"""Evaluates motions in synthetic clips, and runs `pcs video evaluate` with a tiny model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ PAGE_FILES = {"index.html", "report.json", "scores.csv", "clips.csv", "sheet.png
 
 
 def maker(step: tuple[int, int], look: int = 0, spread: bool = True) -> Callable[..., Tensor]:
-    """Returns a maker of clips in which a patch moves by `step`. Each prompt and seed has its own background."""
+    """Returns a function that makes clips in which a patch moves by `step` (right, down) pixels per frame.
+
+    Unless `spread` is False, the textures depend on the prompt and the seed.
+    """
 
     def make(prompts: Sequence[str], seeds: Sequence[int], progress: Any) -> Tensor:
         told = [sum(map(ord, p)) % 97 for p in prompts]
@@ -75,7 +78,7 @@ def judged(makers: Makers, scorer: ClipScorer | None = None, case: ClipCase | No
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipReport, Path]:
-    """Evaluates a model that shows the learned motion when prompted. In base-model clips, the patch moves down."""
+    """Evaluates a model that shows the learned motion when prompted. In other clips, the patch moves down."""
     out = tmp_path_factory.mktemp("judged") / "report"
     return judged(Makers(maker((3, 0)), maker((0, 3)), maker((0, 3))), out=out), out
 
@@ -95,9 +98,8 @@ def test_a_learned_motion_is_distinguished_from_that_of_the_base_model(good: tup
     )
     assert report.value("spread") and "clip_t" not in keys and "identity" not in keys
     assert any("No CLIP was given" in note for note in report.notes)
-    assert not any(
-        "whole frames" in note for note in report.notes
-    )  # without a subject there is no note about whole frames
+    # without a subject, there is no note about whole frames
+    assert not any("whole frames" in note for note in report.notes)
     rows = report.of_kind("concept")
     assert [(r.prompt, r.seed) for r in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert not any(r.failed for r in rows) and len(report.of_kind("base")) == len(report.of_kind("unnamed")) == 4
@@ -156,7 +158,7 @@ def test_flags_state_what_is_wrong_with_a_clip() -> None:
 
 
 class SeesPaths:
-    """A reader of paths that takes a horizontal move for the motion and anything else for standing still."""
+    """A path reader that reads horizontal movement as the known motion and everything else as standing still."""
 
     def __init__(self, known: KnownMotion) -> None:
         self.known = known
@@ -183,7 +185,7 @@ def test_a_motion_of_the_toybox_is_recognised() -> None:
     assert [r.flags for r in swapped.of_kind("concept")] == [["nearest to standing still"]] * 2
 
 
-def test_prompts_state_where_the_motion_and_the_thing_go(tmp_path: Path) -> None:
+def test_the_motion_and_the_subject_are_inserted_into_prompts(tmp_path: Path) -> None:
     assert clip_prompt_sets() == ("toybox_motion",) and "toybox_motion" not in prompt_sets()
     chosen = load_clip_prompts("toybox_motion")
     assert len(chosen.prompts) == 10
@@ -226,7 +228,7 @@ def test_prompts_state_where_the_motion_and_the_thing_go(tmp_path: Path) -> None
 def concepts(
     tmp_path_factory: pytest.TempPathFactory, clip_model: Path, clip_folder: Path, picture_model: Path
 ) -> Path:
-    """Returns a folder with slide.concept next to the clips that it was learned from."""
+    """Returns a folder that contains slide.concept and the clips from which the motion was learned."""
     folder = tmp_path_factory.mktemp("learned")
     clips = folder / "clips"
     for i in range(2):
@@ -266,7 +268,7 @@ def test_a_motion_is_evaluated_without_any_scoring_network(
     assert (report.motion, report.frames, report.seeds, report.recipes) == (
         "slide", 4, [0, 1], {"slide": "motion_director"},
     )  # fmt: skip
-    assert any("has no words of its own" in note for note in report.notes) and not report.of_kind("unnamed")
+    assert any("motion has no words" in note for note in report.notes) and not report.of_kind("unnamed")
     made, base = report.files[report.of_kind("concept")[0].file], report.files[report.of_kind("base")[0].file]
     assert made != base and report.costs.concept_bytes and report.costs.seconds_per_clip
     assert run(app, [str(a) for a in asked]) == 2

@@ -1,4 +1,7 @@
-"""Two steps of every shipped video recipe on a tiny model leave the model's weights unchanged and can be saved."""
+"""Every shipped video recipe learns a concept on a tiny model and saves it.
+
+The recipes are limited to two steps. They must leave the model's own weights unchanged.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from tests.core.runs import CLASS, paint
 SHORT = "sources.clips.window.length=4"
 _PICTURES = ("pictures.num_images=2", "pictures.steps=1")
 _CLIPS = ("num_images=2", "steps=1", "frames=4")
-#: Settings with which each recipe fits a tiny model.
+#: Settings that adapt each recipe to a tiny model.
 SMALL: dict[str, tuple[str, ...]] = {
     "animatediff_motion_lora": (SHORT,),
     "customcrafter": (
@@ -54,7 +57,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 }
 FOR_ALL = ("train.steps=2", "train.batch_size=1", "train.resolution=32", "sampling.steps=2", "preview.num=0")
 SETTINGS = SamplingSettings("", 3.0, 2, height=32, width=32, frames=4)
-#: The trained parts that a recipe keeps in the concept, for recipes that do not keep all parts.
+#: For recipes that discard some of their trained parts, the parts that remain in the concept.
 KEPT = {
     "still_moving": {"lora", "spatial"},
     "motion_director": {"temporal"},
@@ -81,11 +84,11 @@ def shown(runner: VideoRunner) -> Tensor:
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_two_steps_are_learned_and_saved(
+def test_a_recipe_learns_and_saves_a_concept(
     name: str, clip_model: Path, clip_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     takes_clips = SHORT in SMALL[name]
-    # next to the concept, where the concept's noise prior looks for the clips
+    # the noise prior looks for the clips next to the concept
     clips = shutil.copytree(clip_folder, tmp_path / "clips")
     given = f"subject.clips={clips}" if takes_clips else f"subject.images={photos}"
     settings = [f"backbone={clip_model}", f"output={tmp_path / 'thing.concept'}", given, "subject.class_noun=mug"]

@@ -1,4 +1,4 @@
-"""The subject of a clip follows a trajectory during sampling, and the background fills the gap behind it."""
+"""The subject of a clip follows a trajectory during sampling, and the background fills the gap that it leaves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.video.trajectories import arc, hook_of, path_of
 
 
 class Mixing:
-    """A backbone whose latents at time t contain a share t / 10 of noise."""
+    """A fake backbone. At time t, its latents are (1 - t / 10) x signal + (t / 10) x noise."""
 
     frame_factor = 1
 
@@ -49,7 +49,7 @@ def step_of(clean: Tensor | None, index: int, steps: int = 10, seeds: Sequence[i
 def scene(side: int = 16, frames: int = 2, clips: int = 1) -> tuple[Tensor, Tensor]:
     """Returns clean latents and unit noise, both `[B, 2, f, S, S]`.
 
-    The latents show a square with numbered cells on rows of one value each.
+    The latents contain a square with numbered cells. Outside the square, all cells in a row have the same value.
     """
     rows = torch.arange(side, dtype=torch.float32)[:, None].expand(side, side)
     clean = torch.stack([rows, -rows])
@@ -62,19 +62,22 @@ def scene(side: int = 16, frames: int = 2, clips: int = 1) -> tuple[Tensor, Tens
 def moved(
     trajectory: Trajectory, clean: Tensor, noise: Tensor, index: int = 4, seeds: Sequence[int] = (1,)
 ) -> tuple[Tensor, float, float]:
-    """Returns a clip's latents after the hook at step `index` of 10, and the shares of signal and noise in them."""
+    """Applies the hook at step `index` of 10. Returns the resulting latents and their shares of signal and noise."""
     signal, noisy = index / 10, 1 - index / 10
     step = step_of(clean, index, seeds=seeds)
     return Following(trajectory=trajectory).latents(step, signal * clean + noisy * noise), signal, noisy
 
 
 def test_the_subject_follows_the_trajectory_and_its_background_does_not_move() -> None:
-    """The cells of the square keep their noise. Behind it, each row continues with new noise. The rest is unchanged."""
+    """The cells of the square keep their noise.
+
+    In the area that the square has left, each row keeps its value and gets new noise. All other cells are unchanged.
+    """
     side, points = 16, [[-0.25, 0.0, 0.0], [0.25, -0.125, 0.0]]
     clean, noise = scene(side)
     made, signal, noisy = moved(path_of(points), clean, noise)
     found = subject_mask(clean[0])
-    assert found[6:10, 6:10].all() and found.sum() <= 36  # the smoothing may add a border of one cell
+    assert found[6:10, 6:10].all() and found.sum() <= 36  # smoothing may add a border of one cell
     hole = widened(found)
     for frame, (right, down, _) in enumerate(points):
         dx, dy = round(right * side), round(down * side)
@@ -88,14 +91,14 @@ def test_the_subject_follows_the_trajectory_and_its_background_does_not_move() -
         outside = ~hole & ~border
         torch.testing.assert_close(made[0, :, frame][:, outside], came[0, :, frame][:, outside], atol=1e-3, rtol=0)
         behind = hole & ~border
-        # every row continues with the value at its edge
+        # in the area that the square has left, every row has the value of its left edge
         left = (made[0, :, frame] - signal * clean[0, :, frame, :, :1]) / noisy
         assert behind.sum() > 10 and left[:, behind].abs().max() < 5
         assert (left - noise[0, :, frame])[:, behind].abs().min() > 1e-4
 
 
 def test_frames_need_not_be_square() -> None:
-    """Fractions refer to each side, so a fifth of the width is more cells than a fifth of the height."""
+    """Shifts are fractions of the width or the height, so 0.2 of the width covers more cells than 0.2 of the height."""
     clean, noise = torch.zeros(1, 1, 2, 10, 20), torch.ones(1, 1, 2, 10, 20)
     clean[..., 4:6, 9:11] = 100
     made, signal, _ = moved(path_of([[-0.2, 0, 0], [0, 0.2, 0]]), clean, noise)
@@ -105,16 +108,15 @@ def test_frames_need_not_be_square() -> None:
 
 def test_a_shift_by_half_a_cell_interpolates_clean_latents_but_not_noise() -> None:
     clean, noise = scene()
-    made, signal, noisy = moved(
-        path_of([[1 / 32, 0, 0], [0, 0, 0]]), clean, noise
-    )  # frame 0 by half a cell, frame 1 by none
+    # frame 0 is shifted by half a cell, and frame 1 is not shifted
+    made, signal, noisy = moved(path_of([[1 / 32, 0, 0], [0, 0, 0]]), clean, noise)
     torch.testing.assert_close(made[:, :, 1], (signal * clean + noisy * noise)[:, :, 1], atol=1e-3, rtol=0)
     mean = (clean[0, :, 0, 6:10, 6:9] + clean[0, :, 0, 6:10, 7:10]) / 2  # each value is the mean of two cells
     left = (made[0, :, 0, 6:10, 7:10] - signal * mean) / noisy
-    assert (left - noise[0, :, 0, 6:10, 7:10]).abs().max() < 1e-3  # the noise is that of the nearest cell
+    assert (left - noise[0, :, 0, 6:10, 7:10]).abs().max() < 1e-3  # each cell gets the noise of the nearest cell
 
 
-def test_a_size_change_is_centred_on_the_subject_and_noise_stays_noise() -> None:
+def test_a_size_change_is_centred_on_the_subject_and_does_not_stretch_its_noise() -> None:
     side = 48
     clean = torch.zeros(1, 2, 2, side, side)
     clean[..., 20:28, 12:20] = 1  # its centre is at (1/3, 1/2)
@@ -132,7 +134,7 @@ def test_a_size_change_is_centred_on_the_subject_and_noise_stays_noise() -> None
 
 @pytest.mark.parametrize(("start", "order", "at"), [(0.3, 1, 3), (0.0, 1, 0), (1.0, 1, 9), (0.3, 2, 4), (1.0, 2, 8)])
 def test_the_hook_acts_once_at_the_beginning_of_a_step(start: float, order: int, at: int) -> None:
-    """A scheduler of order 2 is called twice per step, and nothing may jump between the two calls."""
+    """A scheduler of order 2 is called twice per step, and the latents must not jump between the two calls."""
     clean, noise = scene(frames=5)
     following = Following(trajectory=path_of(arc(5), start=start))
     acts, jumps = [], []
@@ -144,7 +146,7 @@ def test_the_hook_acts_once_at_the_beginning_of_a_step(start: float, order: int,
     assert acts == jumps == [at]
 
 
-def test_a_clip_does_not_depend_on_its_batch_and_its_seed_decides_the_new_noise() -> None:
+def test_a_moved_clip_depends_on_its_seed_but_not_on_its_batch() -> None:
     clean, noise = scene(frames=5, clips=2)
     path = path_of(arc(5))
     both, *_ = moved(path, clean, noise, seeds=(1, 2))
@@ -153,7 +155,7 @@ def test_a_clip_does_not_depend_on_its_batch_and_its_seed_decides_the_new_noise(
     assert not hook_of(arc(5)).resting().trajectory.points
 
 
-def test_the_noise_itself_is_moved_if_there_is_no_earlier_step() -> None:
+def test_only_noise_is_moved_if_there_is_no_earlier_step() -> None:
     noise = torch.randn(1, 2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     path = path_of([[-0.125, 0, 0], [0.125, 0, 0]], start=0.0)
     made = Following(trajectory=path).latents(step_of(None, 0, seeds=(1,)), noise)
@@ -170,7 +172,10 @@ def test_clips_of_any_length_show_the_whole_trajectory() -> None:
 
 
 def test_a_subject_near_an_edge_is_kept_in_view() -> None:
-    """A bright square near the left edge would leave the frame, so it is shifted to the right as little as possible."""
+    """A bright square would come too close to the left edge of the frame.
+
+    Its trajectory is shifted to the right by the smallest sufficient distance.
+    """
     side, points = 20, np.array([[-0.2, 0, 0], [0.2, 0, 0]])
     clean = torch.zeros(1, 2, 2, side, side)
     clean[..., 8:12, 4:8] = 20  # its centre is at 0.3 of the width
@@ -181,10 +186,10 @@ def test_a_subject_near_an_edge_is_kept_in_view() -> None:
     assert places == pytest.approx([0.2, 0.6], abs=0.03)
 
 
-def test_the_subject_mask_selects_what_differs_from_its_row() -> None:
-    """The subject is found despite noise and rows of different values, and is at most half of the frame.
+def test_the_subject_mask_selects_cells_that_differ_from_their_row() -> None:
+    """The subject is found despite noise and although the rows have different values.
 
-    If nothing differs, the subject is the whole frame.
+    The mask covers at most half of the frame, or the whole frame if the latents are uniform.
     """
     side, draw = 32, torch.Generator().manual_seed(0)
     rows = torch.randn(4, 1, side, 1, generator=draw) * 3
@@ -200,8 +205,11 @@ def test_the_subject_mask_selects_what_differs_from_its_row() -> None:
     assert centre_of(truth) == pytest.approx([9 / side, 16 / side])
 
 
-def test_frames_of_the_image_layers_show_one_picture_whose_subject_moves(clip_model: Path) -> None:
-    """The image layers see each frame as a separate picture. All frames start from the same noise and see the first."""
+def test_frames_generated_with_image_layers_show_one_picture_whose_subject_moves(clip_model: Path) -> None:
+    """The image layers treat each frame as a separate picture.
+
+    During sampling, all frames start from the same noise and also attend to the first frame.
+    """
     backbone: Any = load_backbone(clip_model)
     shape = backbone.latent_shape(32, 32, 3)
     x, t = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 20.0])
@@ -228,7 +236,7 @@ def test_frames_of_the_image_layers_show_one_picture_whose_subject_moves(clip_mo
 
 
 def test_a_camera_pan_works_on_frames_that_show_one_picture(make_tiny_sd: Callable[..., Any]) -> None:
-    """Without motion modules, frames differ only because of hooks, and these differences are kept."""
+    """Without motion modules, only hooks cause differences between frames. These differences are kept."""
     runner = VideoRunner(PictureClipsBackbone(make_tiny_sd(), "tiny"))
     how = SamplingSettings("", 1.0, 5, height=64, width=64, frames=3, hooks=(CameraPan(right=0.5, start=0.2, end=0.6),))
     (made,) = runner.generate(["a cup"], [0], how)
@@ -240,7 +248,6 @@ def test_a_camera_pan_works_on_frames_that_show_one_picture(make_tiny_sd: Callab
 def test_the_shift_into_view_is_the_smallest_possible() -> None:
     path = np.array([[-0.2, -0.4], [0.2, 0.4]])
     assert into_view(np.array([0.5, 0.5]), path, 0.2) == pytest.approx([0, 0])
-    assert into_view(np.array([0.3, 0.9]), path, 0.2) == pytest.approx(
-        [0.1, -0.4]
-    )  # the vertical path is too long, so it is centred
+    # the path is too long vertically, so it is centred in this direction
+    assert into_view(np.array([0.3, 0.9]), path, 0.2) == pytest.approx([0.1, -0.4])
     assert into_view(np.array([0.7, 0.5]), path, 0.2) == pytest.approx([-0.1, 0])

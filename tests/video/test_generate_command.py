@@ -1,4 +1,4 @@
-"""`pcs video generate` accepts steering options and refuses wrong ones before a model is loaded."""
+"""`pcs video generate` accepts steering options and refuses invalid ones before it loads a model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes pictures, a clip of 6 frames with masks, and boxes."""
+    """Writes pictures, a clip of 6 frames, masks for the clip, and a file of boxes."""
     folder = tmp_path_factory.mktemp("given")
     paint(folder / "photos")
     write_clip(folder / "clip", moving_square(0, 6), 8)
@@ -68,7 +68,7 @@ def test_all_steering_options_can_be_combined(ask: Ask, given: Path, clip_model:
     assert read_clip(out, ClipWindow(length=4)).fps == 6
 
 
-def test_wrong_steering_options_are_refused_before_a_model_is_loaded(ask: Ask, given: Path, tmp_path: Path) -> None:
+def test_invalid_steering_options_are_refused_before_a_model_is_loaded(ask: Ask, given: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no clip")
     (tmp_path / "boxes.json").write_text('{"mug": [0, 0, 5, 1]}')
     clip, photo = given / "clip", given / "photos" / "0.png"
@@ -121,7 +121,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(ask: Callable[[int], Any], frames: int) -> str:
-    """Returns the error for this number of frames, or "" if there is none."""
+    """Returns the error message for this frame count, or "" if the count is accepted."""
     try:
         ask(frames)
     except ValueError as error:
@@ -129,10 +129,10 @@ def said(ask: Callable[[int], Any], frames: int) -> str:
     return ""
 
 
-def test_the_folder_of_a_model_tells_which_frame_counts_are_supported(
+def test_supported_frame_counts_are_determined_from_the_folder_of_a_model(
     folders: dict[str, Path], clip_model: Path, picture_model: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
-    """The check of a folder gives the same answers as the loaded model itself."""
+    """The check reads only the folder, but gives the same results as the loaded model."""
     cases = [(folders["wan"], None), (folders["ltx"], None), (clip_model, None), (picture_model, adapter_folder)]
     for source, adapter in cases:
         check = frame_check(source, adapter)

@@ -47,7 +47,7 @@ def latents(backbone: Any, settings: SamplingSettings, prompt: str = "a red mug"
 
 
 def test_ltx_gets_timestep_0_for_a_given_first_frame(photo: Path) -> None:
-    """Compares with `LTXImageToVideoPipeline`, started from the same latents."""
+    """The result equals that of `LTXImageToVideoPipeline` if the pipeline starts from the same latents."""
     ltx = LTXBackbone(build_ltx(), "tiny")
     given = GivenFrames(path=photo)
     ours = latents(ltx, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=9, hooks=(given,)))
@@ -82,11 +82,12 @@ def test_wan_with_a_timestep_per_token_gets_timestep_0_for_a_given_first_frame(p
     torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=0)
 
 
+#: For each family, the clip's frame count, the prefix's frame count, and the prefix's latent frame count.
 FRAMES = {
     "animatediff": (6, 3, 3),
     "wan": (9, 5, 2),
     "ltx": (17, 9, 2),
-}  # frames of the clip, frames of the prefix, latent frames of the prefix
+}
 
 
 def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
@@ -106,7 +107,7 @@ def test_a_prefix_is_kept_and_changes_the_frames_after_it(family: str, clip: Pat
 
 
 def test_a_region_of_a_clip_is_kept(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
-    """The region is the upper half of the second and third frame."""
+    """The region is the upper half of the second and third frames."""
     backbone = make("animatediff", make_tiny_sd)
     masks = torch.full((3, 9, 32, 32), -1.0)
     masks[:, 1:3, :16] = 1
@@ -137,7 +138,7 @@ def test_given_frames_that_do_not_fit_are_refused_with_their_file_name(photo: Pa
     write_clip(tmp_path / "short", moving_square(0, 3), 8)
     for given, message in [
         (GivenFrames(path=clip, frames=4), "a clip of 4 frames does not fit wan, .*nearest: 1 and 5"),
-        (GivenFrames(path=clip), "clip fills 9 of 9 frames"),
+        (GivenFrames(path=clip), "clip would keep 9 frames, which must be fewer than the 9 to generate"),
         (GivenFrames(path=clip, frames=12), "clip has only 9 frames, but its first 12 are requested"),
         (GivenFrames(path=tmp_path / "short", mask=photo), "short has 3 frames, but 9 are needed"),
         (GivenFrames(path=clip, mask=tmp_path / "short"), "short contains 3 masks, but .*clip has 9 frames"),
@@ -182,7 +183,7 @@ def test_a_network_with_one_timestep_per_clip_refuses_different_timesteps(make_t
 
 
 def test_a_first_frame_given_in_training_has_no_noise_and_no_loss(tmp_path: Path) -> None:
-    """This applies to the requested share of clips."""
+    """This applies to only the requested share of the clips."""
     part, x = Uniform(clean_first_frame=0.25), noise(400, 1, 3, 1, 1)
     t = part.draw_times(400, torch.Generator().manual_seed(0), False)
     each = part.of_frames(t, x, torch.Generator().manual_seed(1))
@@ -197,7 +198,10 @@ def test_a_first_frame_given_in_training_has_no_noise_and_no_loss(tmp_path: Path
 def test_the_loss_with_a_given_first_frame_is_that_of_the_noisy_frames(
     clip: Path, tmp_path: Path, make_tiny_sd: Any
 ) -> None:
-    """The loss is computed by hand on the one noisy frame. A network with one timestep per clip refuses the setting."""
+    """The loss equals one computed by hand from the only noisy latent frame.
+
+    A network with one timestep per clip refuses the setting.
+    """
     folder = tmp_path / "clips"
     folder.mkdir()
     clip.rename(folder / "a")

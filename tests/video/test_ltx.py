@@ -1,4 +1,4 @@
-"""Special features of LTX: masked padding, times in seconds, size-dependent noise, and a decoder that adds noise."""
+"""Tests what is specific to LTX: masked padding, times in seconds, its noise schedule and a decoder that adds noise."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_padding_is_ignored(ltx: LTXBackbone) -> None:
             assert torch.equal(ltx.predict(x, t, changed), plain) == at_padding
 
 
-def test_context_masks_are_stacked_and_are_refused_where_they_do_not_belong(ltx: LTXBackbone) -> None:
+def test_context_masks_are_concatenated_and_must_be_given_only_to_networks_that_need_them(ltx: LTXBackbone) -> None:
     a, b, together = (ltx.encode(prompts) for prompts in (["a mug"], ["a dog"], ["a mug", "a dog"]))
     both = Conditioning.cat([a, b])
     assert both.context_mask is not None and together.context_mask is not None
@@ -97,7 +97,7 @@ def test_the_noise_schedule_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone)
     assert bool((times[0][1:] < times[1][1:]).all())  # longer clips stay at high noise for longer
 
 
-def test_a_decoder_that_adds_noise_equals_that_of_the_pipeline_and_is_deterministic() -> None:
+def test_a_decoder_that_adds_noise_matches_the_pipeline_and_is_deterministic() -> None:
     ltx = LTXBackbone(build_ltx(timed_decoder=True), "tiny")
     for module in ltx.vae.decoder.modules():  # the noise scales are initialised to 0
         for key in ("per_channel_scale1", "per_channel_scale2"):

@@ -1,4 +1,7 @@
-"""Parts for learning motion: the active adapters of each prediction, and one random draw for an entire clip."""
+"""Tests parts that are used to learn motion.
+
+Each prediction uses the right adapters, and a random augmentation is drawn once for an entire clip.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,8 @@ def test_each_clip_has_its_own_spatial_adapters(
 ) -> None:
     """Each step trains the spatial adapters of one clip on one of its frames, while the temporal adapters are off.
 
-    It then trains the temporal adapters on the clip, while the spatial adapters are on but fixed. The spatial adapters
-    of the other clip do not change.
+    The step then trains the temporal adapters on the whole clip, while the spatial adapters are on but fixed. The
+    spatial adapters of the other clip do not change.
     """
     seen: list[tuple[int, dict[str, float]]] = []
     predict = AnimateDiffBackbone.predict
@@ -123,7 +126,7 @@ def test_the_spatial_path_is_skipped_as_often_as_requested(
         (("train.batch_size=2",), "a batch can hold only one picture or clip; set train.batch_size=1"),
     ],
 )
-def test_impossible_dual_paths_are_refused(
+def test_invalid_settings_for_the_dual_path_are_refused(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, settings: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -133,7 +136,7 @@ def test_impossible_dual_paths_are_refused(
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
-    """All adapters are equal bit for bit, including the spatial adapters of each clip."""
+    """All adapters are bit-identical, including the spatial adapters of each clip."""
 
     def fresh(folder: str, resume: bool = False) -> TrainingRun:
         backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")

@@ -58,9 +58,8 @@ def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
 def test_a_concept_stores_a_trajectory_and_only_clips_that_name_it_follow_it(learned: Path, clip_model: Path) -> None:
     concept = read(learned)
     points = np.array(concept.meta.recipe["sampling"]["trajectory"]["points"])
-    assert len(points) == 4 and bool(
-        (np.diff(points[:, 0]) > 0.03).all()
-    )  # the points slide to the right, like the square
+    # like the square, the points move to the right
+    assert len(points) == 4 and bool((np.diff(points[:, 0]) > 0.03).all())
     about = dict(described(concept))
     assert about["trajectory"].startswith("4 points over ")
     assert about["trajectory"].endswith("followed from 60% of the steps on, without a motion module")
@@ -73,13 +72,12 @@ def test_a_concept_stores_a_trajectory_and_only_clips_that_name_it_follow_it(lea
     made = runner.generate(prompts, [0, 0, 1], how, must_name=False)
     torch.testing.assert_close(made[:1], runner.generate(prompts[:1], [0], how), atol=1e-4, rtol=0)
     torch.testing.assert_close(made[2:], runner.generate(prompts[2:], [1], how), atol=1e-4, rtol=0)
-    assert (
-        (made[0] - made[1]).abs().max() > 0.01
-    )  # the trajectory makes the difference, because a motion without words leaves the encoded text unchanged
+    # a motion without words leaves the encoded text unchanged, so the difference comes from the trajectory
+    assert (made[0] - made[1]).abs().max() > 0.01
     given = replace(how, hooks=(hook_of(points).model_copy(update={"name": "another"}),))
     with pytest.raises(ValueError, match=r"names <another> and <slide>, but a clip can follow only one trajectory"):
         runner.generate(["a mug <slide>"], [0], given)
-    own = runner.with_own_sampling(how)  # as `pcs video generate` passes the settings
+    own = runner.with_own_sampling(how)  # the settings as `pcs video generate` passes them
     torch.testing.assert_close(runner.generate(["a mug <slide>"], [0], own, base=True), made[1:2], atol=1e-4, rtol=0)
     runner.unload("slide")
     plain = runner.generate(["a mug"], [0], how)
@@ -104,7 +102,7 @@ def test_a_concept_with_a_damaged_trajectory_is_refused(learned: Path, points: A
         read(learned)
 
 
-def test_progress_counts_all_clips_and_hooks_of_the_caller_run_last(learned: Path, clip_model: Path) -> None:
+def test_progress_covers_all_clips_and_hooks_from_the_caller_run_last(learned: Path, clip_model: Path) -> None:
     runner, seen, order = VideoRunner(load_backbone(clip_model)), [], []
     runner.load(read(learned))
 
@@ -123,9 +121,7 @@ def test_progress_counts_all_clips_and_hooks_of_the_caller_run_last(learned: Pat
     assert (following - resting).abs().max() > 0.1  # the subject has moved before the other hook runs
 
 
-def test_files_record_the_strength_and_exports_and_strength_schedules_are_refused(
-    learned: Path, clip_model: Path
-) -> None:
+def test_a_trajectory_has_one_recorded_strength_and_cannot_be_exported(learned: Path, clip_model: Path) -> None:
     concept, runner = read(learned), VideoRunner(load_backbone(clip_model))
     runner.load(concept, 0.5)
     how = runner.with_own_sampling(SamplingSettings("", 1.0, 2, frames=4))
@@ -140,7 +136,7 @@ def test_files_record_the_strength_and_exports_and_strength_schedules_are_refuse
 
 
 def test_other_recipes_can_also_use_a_trajectory(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
-    """A motion with a LoRA and a path uses both if the prompt names it, and otherwise only the LoRA."""
+    """If the prompt names a motion with a LoRA and a trajectory, both act. Otherwise, only the LoRA acts."""
     places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'both.concept'}"]
     asked = [
         "personalize",
@@ -160,10 +156,13 @@ def test_other_recipes_can_also_use_a_trajectory(clip_model: Path, clip_folder: 
     assert (lora - plain).abs().max() > 1e-3 and (both - lora).abs().max() > 0.01
 
 
-def test_layers_for_motion_cannot_be_left_out_if_they_contain_the_motion(
+def test_motion_layers_cannot_be_left_out_if_a_motion_was_learned_in_them(
     learned: Path, clip_folder: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A recipe that trains these layers is refused, and so is a prompt that also names a motion learned by them."""
+    """A recipe that leaves out motion layers is refused if it also trains them.
+
+    A prompt is refused if it names a trajectory that leaves out motion layers and a motion that was learned in them.
+    """
     asked = ["personalize", "motion_director", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     path = [f"output={tmp_path / 'lora.concept'}", "sampling.trajectory.layers=image"]
     assert run(app, [*asked, *path]) == 2
@@ -178,8 +177,10 @@ def test_layers_for_motion_cannot_be_left_out_if_they_contain_the_motion(
     assert runner.generate(["a <slide>", "a <lora>"], [0, 1], how, must_name=False).shape[0] == 2
 
 
-def test_a_motion_with_its_own_words_can_follow_a_path(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
-    """Words act on the image layers, so no learned part is left out. A pan and a path can also be combined."""
+def test_a_motion_with_its_own_words_can_follow_a_trajectory(
+    clip_model: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    """Words act on the image layers, so no learned part is left out. A camera pan can be added to the trajectory."""
     asked = ["personalize", "motion_trajectory", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     words = ["modifier={kind: learnable_token, init: moving}", "trainable.words={kind: tokens}", "train.steps=1"]
     assert run(app, [*asked, *words, f"output={tmp_path / 'said.concept'}"]) == 0
@@ -257,7 +258,7 @@ def test_a_motion_is_not_followed_if_it_is_unnamed_or_off(
     assert scores["false_motion"] != pytest.approx(scores["motion_fidelity"], abs=1e-6)
 
 
-def test_clips_without_the_motion_are_generated_once_for_many_motions(
+def test_clips_without_the_motion_are_generated_once_for_several_motions(
     learned: Path, clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     prompts, made = tmp_path / "mine.yaml", []
@@ -280,14 +281,13 @@ def test_clips_without_the_motion_are_generated_once_for_many_motions(
         files.append([report.files[report.of_kind(kind)[0].file] for kind in ("base", "unnamed")])
         runner.unload(concept.meta.name)
         costs.append(report.costs.base_seconds_per_clip)
-    assert (
-        files[0] == files[1] and costs[0] == costs[1]
-    )  # the cost is the time to generate the clips, not to look them up
+    # the cost is the time that it took to generate the clips, not to look them up
+    assert files[0] == files[1] and costs[0] == costs[1]
     a, b, plain = "a red mug <slide> on the beach", "a red mug <hop> on the beach", "a red mug on the beach"
     assert sorted(made) == sorted([(False, a), (False, b), (False, plain), (True, plain)])
 
 
-def test_an_image_model_alone_can_follow_a_trajectory_but_learn_no_other_motion(
+def test_an_image_model_alone_can_follow_a_trajectory_but_cannot_learn_another_motion(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
     """If the prompt does not name the motion, the clip stands still and a warning is given."""
@@ -298,7 +298,8 @@ def test_an_image_model_alone_can_follow_a_trajectory_but_learn_no_other_motion(
     made = ["generate", "a <slide>", "a cup", "--concept", tmp_path / "slide.concept", "--motion-adapter", "none"]
     size = ["--out", tmp_path / "clips", "--height", "32", "--width", "32", "--frames", "4", "--steps", "4"]
     with pytest.warns(
-        UserWarning, match="nothing will move in 'a cup', which names no trajectory, because there is no motion"
+        UserWarning,
+        match="nothing will move in the clips of 'a cup', because it names no trajectory and there is no motion",
     ):
         assert run(app, [str(a) for a in [*made, *size, "--format", "frames"]]) == 0
     moving, still = (

@@ -1,4 +1,7 @@
-"""Motions that start clips from the noise of a clip that they were learned from (Tune-A-Video, Motion Inversion)."""
+"""A motion can make clips start from the noise that is obtained by inverting one of its training clips.
+
+Tune-A-Video and Motion Inversion do this.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
     return personalize(plan(recipe), runner)["slide"]
 
 
-def test_only_clips_that_name_the_motion_start_from_the_noise_of_its_clip(learned: Path, clip_model: Path) -> None:
+def test_a_clip_starts_from_the_noise_of_a_training_clip_only_if_its_prompt_names_the_motion(
+    learned: Path, clip_model: Path
+) -> None:
     runner = VideoRunner(load_backbone(clip_model))
     runner.load(read(learned))
     prompts = ["a mug <slide>", "a mug"]
@@ -50,11 +55,10 @@ def test_only_clips_that_name_the_motion_start_from_the_noise_of_its_clip(learne
     by_hand = NoisePrior(path=learned.parent / "clips" / "a.mp4", share=0.8, refine=1)
     given = runner.generate(prompts, [0, 0], replace(HOW, hooks=(by_hand,)), must_name=False)
     torch.testing.assert_close(made[:1], given[:1], atol=1e-4, rtol=0)
-    assert (
-        (made[0] - made[1]).abs().max() > 0.01
-    )  # the noise makes the difference, because a motion without words leaves the encoded text unchanged
+    # a motion without words leaves the encoded text unchanged, so the difference comes from the noise
+    assert (made[0] - made[1]).abs().max() > 0.01
     assert (given[1] - made[1]).abs().max() > 0.01  # a prior from the caller acts even if the prompt does not name it
-    own = runner.with_own_sampling(HOW)  # as `pcs video generate` passes the settings
+    own = runner.with_own_sampling(HOW)  # the settings as `pcs video generate` passes them
     torch.testing.assert_close(runner.generate(prompts[:1], [0], own), made[:1], atol=1e-4, rtol=0)
     base = runner.generate(prompts[:1], [0], own, base=True)
     runner.unload("slide")
@@ -70,7 +74,7 @@ def test_metadata_names_the_clip_without_its_folders(learned: Path, clip_model: 
     assert hook["kind"] == "noise_prior" and hook["share"] == 0.8 and hook["path"] == "a.mp4"
 
 
-def test_a_concept_without_its_clips_warns_and_evaluation_uses_the_given_clips(learned: Path, clip_model: Path) -> None:
+def test_missing_clips_cause_a_warning_and_evaluation_uses_the_given_clips(learned: Path, clip_model: Path) -> None:
     (learned.parent / "elsewhere").mkdir()
     moved = learned.parent / "elsewhere"
     shutil.move(learned, moved / "slide.concept")
@@ -83,12 +87,13 @@ def test_a_concept_without_its_clips_warns_and_evaluation_uses_the_given_clips(l
     runner.load(read(moved / "slide.concept"))
     judged = ClipEvaluationSettings(seeds=(0,), limit=1, sampling=HOW, references=learned.parent / "clips")
     report = evaluate_clips_loaded(runner, judged)
-    assert any(
-        row.kind == "unnamed" for row in report.clips
-    )  # clips that do not name the motion differ, so they are generated too
+    # clips whose prompts do not name the motion differ from the others, so they are generated too
+    assert any(row.kind == "unnamed" for row in report.clips)
     (hook,) = runner.with_own_sampling(HOW).hooks
     assert isinstance(hook, NoisePrior) and hook.path.name == "a.mp4"
-    with pytest.warns(UserWarning, match=r"but a\.mp4 has only 6 of 8 frames. Clips start from random noise"):
+    with pytest.warns(
+        UserWarning, match=r"but a\.mp4 has only 6 of the 8 frames needed. Clips start from random noise"
+    ):
         assert not runner.with_own_sampling(replace(HOW, frames=8)).hooks
 
 

@@ -1,4 +1,4 @@
-"""Motions are learned from clips and subjects from pictures through the public interface, and used in clips."""
+"""Tests the public interface for learning motions and subjects, and for using both in clips."""
 
 from __future__ import annotations
 
@@ -65,9 +65,8 @@ def test_a_motion_is_learned_saved_and_reproduced(
     meta = read(out).meta
     assert meta.kind == "motion" and meta.backbone.family == "animatediff"
     touched = [layer for layers in meta.layers.values() for layer in layers]
-    assert touched and all(
-        "motion_modules" in layer for layer in touched
-    )  # the concept does not keep the appearance of the clips
+    # the concept changes only motion modules, so it does not contain the appearance of the clips
+    assert touched and all("motion_modules" in layer for layer in touched)
     assert sorted(r.file for r in meta.references) == ["a.mp4", "b"] and all(r.sha256 for r in meta.references)
 
 
@@ -96,7 +95,7 @@ def test_a_motion_and_a_subject_learned_from_pictures_act_together(
         open_runner(ImageRunner, str(picture_model), [str(tmp_path / "slide.concept")], "cpu")
 
 
-def test_an_image_model_gets_a_motion_module(
+def test_an_image_model_needs_a_motion_module(
     picture_model: Path, clip_model: Path, adapter_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     whole = VideoRunner(load_backbone(clip_model))
@@ -123,7 +122,7 @@ def test_clips_are_written_with_their_settings(clip_model: Path, tmp_path: Path)
     assert all(p.is_file() for p in many)
 
 
-def test_impossible_outputs_are_reported_before_anything_is_generated(tmp_path: Path) -> None:
+def test_invalid_outputs_are_reported_before_anything_is_generated(tmp_path: Path) -> None:
     (tmp_path / "there.mp4").write_text("mine")
     for files, count, message in (
         (ClipFiles(tmp_path / "x.avi"), 1, "use a file ending in .mp4, .gif or .webp"),

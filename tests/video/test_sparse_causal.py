@@ -1,4 +1,4 @@
-"""Attention to other frames matches its formula, is active only while its concept is, and is saved in the concept."""
+"""Sparse-causal attention matches its formula, is saved in its concept, and is active only while the concept is."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ask(backbone: Any, frames: int = 4) -> Tensor:
 
 
 def turn_on(backbone: Any, name: str, part: SparseCausal = SparseCausal()) -> None:
-    """Adds a concept that has learned nothing and uses this attention."""
+    """Adds an untrained concept that uses sparse-causal attention."""
     from shared.trainable import Lora
 
     Lora(roles=("cross_attention",), rank=2).inject(backbone, name, "lora", 0)
@@ -57,7 +57,10 @@ def turn_on(backbone: Any, name: str, part: SparseCausal = SparseCausal()) -> No
 @pytest.mark.parametrize("seen", [("first", "previous"), ("first",), ("own", "previous")])
 @torch.no_grad()
 def test_each_frame_attends_as_in_the_paper(seen: Any) -> None:
-    """Compares each frame with softmax(Q_i [K_first, K_previous]^T / sqrt(d)) [V_first, V_previous]."""
+    """The output for frame i equals softmax(Q_i [K_first, K_previous]^T / sqrt(d)) [V_first, V_previous].
+
+    Other choices of frames are tested as well.
+    """
     torch.manual_seed(0)
     grown: dict[str, Any] = {"heads": HEADS, "dim_head": WIDTH, "processor": AttnProcessor2_0()}
     layer = Attention(HEADS * WIDTH, **grown).eval().double()
@@ -91,7 +94,7 @@ def test_a_bias_on_the_scores_stays_with_its_keys() -> None:
     assert seen is not None and seen.tolist() == torch.cat([bias[:1]] * 2, -1).tolist()
 
 
-def test_the_attention_is_active_while_its_concept_is_and_is_removed_without_a_trace(
+def test_the_attention_is_active_only_with_its_concept_and_is_removed_without_a_trace(
     clips: AnimateDiffBackbone,
 ) -> None:
     before, pictures = ask(clips), ask(clips, 0)
@@ -103,7 +106,7 @@ def test_the_attention_is_active_while_its_concept_is_and_is_removed_without_a_t
     with clips.active({}):
         assert torch.equal(ask(clips), before)
     turn_on(clips, "b")
-    assert torch.equal(ask(clips), changed)  # two concepts that request the attention change it once
+    assert torch.equal(ask(clips), changed)  # if two concepts request the attention, it is applied only once
     clips.remove("a")
     assert torch.equal(ask(clips), changed)
     clips.set_strength("b", 0.0)
@@ -146,7 +149,7 @@ def test_a_concept_is_trained_and_sampled_with_its_attention(
     assert any(not torch.equal(t, concept.of("weights")[k]) for k, t in plain.of("weights").items())
 
 
-def test_recomputed_activations_do_not_change_the_result(
+def test_gradient_checkpointing_does_not_change_the_result(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
     learned = []

@@ -1,4 +1,4 @@
-"""The file format of boxes that place a subject, and the effect of boxes on attention."""
+"""Tests the file format of boxes that place a subject, and the effect of these boxes on attention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_boxes_are_interpolated_linearly() -> None:
     track = {2: (0.0, 0.0, 0.5, 0.5), 6: (0.4, 0.2, 0.9, 0.7)}
     assert at(track, 0) == at(track, 2) == track[2] and at(track, 9) == track[6]
     assert at(track, 3) == pytest.approx((0.1, 0.05, 0.6, 0.55))
-    assert latent_frame_times(3, 4) == [0, 2.5, 6.5]  # the middles of frames 1 to 4 and 5 to 8
+    assert latent_frame_times(3, 4) == [0, 2.5, 6.5]  # the midpoints of frames 1 to 4 and of frames 5 to 8
     masks = box_masks(track, [0, 6], 10, 10)
     assert masks.sum((1, 2)).tolist() == [25, 25] and bool(masks[1, 2:7, 4:9].all())
     assert box_masks({0: (0.41, 0.5, 0.44, 0.52)}, [0], 4, 4).sum() == 1  # a box narrower than a cell covers one cell
@@ -51,11 +51,12 @@ def test_boxes_are_read_from_a_file(tmp_path: Path) -> None:
         read_tracks(tmp_path / "gone.json")
 
 
+#: The number of latent frames that each family is tested with, or an empty tuple for pictures.
 BACKBONES: dict[str, tuple[int, ...]] = {
     "sd": (),
     "animatediff": (4,),
     "wan": (2,),
-}  # the number of latent frames, if any
+}
 BOXES = {"red mug": {0: (0.0, 0.0, 0.5, 0.5), 3: (0.5, 0.5, 1.0, 1.0)}}
 
 
@@ -69,7 +70,7 @@ def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("family", BACKBONES)
 @torch.no_grad()
 def test_words_are_attended_to_only_inside_the_box_of_each_frame(family: str, make_tiny_sd: Any) -> None:
-    """Compares the attention maps with the softmax of the logarithms of plain maps plus the bias."""
+    """The attention maps equal softmax(log(map without boxes) + bias)."""
     backbone, prompts = make(family, make_tiny_sd), ["a red mug on a table", "a dog and a red mug"]
     side = 4 if family == "wan" else 8
     x = torch.randn(2, 4, *BACKBONES[family], side, side, generator=torch.Generator().manual_seed(0))

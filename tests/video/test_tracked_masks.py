@@ -1,4 +1,4 @@
-"""A single mask of a clip's first frame is tracked wherever clips are read, and used like masks for all frames."""
+"""A single mask for a clip's first frame is tracked through the clip and then used like masks for all frames."""
 
 from __future__ import annotations
 
@@ -60,14 +60,13 @@ def test_every_frame_gets_a_mask_that_follows_the_subject(marked: Path) -> None:
     masks = whole.masks["mug"][0]
     both, either = torch.minimum(masks, truth()).sum((1, 2)), torch.maximum(masks, truth()).sum((1, 2))
     assert bool((both / either > 0.75).all())
-    assert (
-        float((truth()[0] * truth()[-1]).sum() / truth()[0].sum()) < 0.5
-    )  # a mask that did not move would miss the patch
+    # a mask that did not move would miss most of the patch in the last frame
+    assert float((truth()[0] * truth()[-1]).sum() / truth()[0].sum()) < 0.5
     apart = examples(marked, apart=True)
     assert torch.equal(torch.cat([frame.masks["mug"] for frame in apart]), masks)
 
 
-def test_a_path_is_measured_on_the_same_masks(marked: Path) -> None:
+def test_a_trajectory_is_measured_on_the_same_masks(marked: Path) -> None:
     path = measure(subject(marked), Clips(window=ClipWindow(length=FRAMES)), 64)
     assert path[-1][0] - path[0][0] == pytest.approx((FRAMES - 1) * STEP / 64, abs=0.02)
 
@@ -76,7 +75,7 @@ def test_a_path_is_measured_on_the_same_masks(marked: Path) -> None:
 def test_one_mask_restricts_the_loss_of_a_whole_run(
     recipe: str, pcs: Callable[..., Any], clip_model: Path, marked: Path, tmp_path: Path
 ) -> None:
-    """This holds for whole clips and for separate frames. Without masks, the run learns something else."""
+    """One recipe uses whole clips, and the other uses separate frames. Without masks, each learns different weights."""
     settings = [*FAST, "preview.num=0", "subject.class_noun=mug", f"backbone={clip_model}", f"subject.clips={marked}"]
     for name, masked in (("on", "true"), ("off", "false")):
         ran = pcs("video", "personalize", recipe, *settings, f"objective.masked={masked}", f"output={tmp_path / name}")

@@ -1,4 +1,4 @@
-"""What Wan (with one or two experts) and LTX have in common, tested on tiny networks of the real classes."""
+"""Tests the features that Wan (with one or two experts) and LTX share, on tiny networks of the real classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.video.transformer_runs import (
 
 @pytest.fixture(params=FAMILIES)
 def new(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """Returns a function that makes the tiny backbone of a family."""
+    """Returns a function that builds the tiny backbone of a family."""
     return FAMILIES[request.param]
 
 
@@ -69,7 +69,7 @@ def test_pictures_are_clips_of_one_frame(backbone: Any) -> None:
 
 
 def test_clips_are_encoded_and_decoded_as_by_the_bare_autoencoder(backbone: Any) -> None:
-    """The latents are also normalised with the mean and standard deviation of each channel in the tiny models."""
+    """In addition, the backbone normalises the latents with the mean and standard deviation of each channel."""
     frames, vae = frames_of(backbone), backbone.vae
     pixels = noise(2, 3, frames, 32, 32).clamp(-1, 1)
     mean = torch.tensor([0.3, -0.2, 0.1, 0.0]).view(1, -1, 1, 1, 1)
@@ -85,7 +85,8 @@ def test_clips_are_encoded_and_decoded_as_by_the_bare_autoencoder(backbone: Any)
         torch.testing.assert_close(backbone.decode(latents), vae.decode(posterior.mean).sample, atol=1e-4, rtol=0)
     pixels.requires_grad_(True)
     backbone.encode_pixels(pixels).square().sum().backward()
-    assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())  # for every frame
+    # every frame has a gradient
+    assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())
 
 
 def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
@@ -132,7 +133,7 @@ def test_a_saved_model_folder_is_loaded_completely(backbone: Any, tmp_path: Path
 EXCLUSIVE = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
 
 
-def test_roles_are_exact_and_disjoint_or_ports_that_name_their_source(backbone: Any) -> None:
+def test_each_role_is_either_exact_and_disjoint_or_a_port_that_names_its_source(backbone: Any) -> None:
     exact: dict[tuple[str, str], str] = {}
     ports: dict[str, set[tuple[str, str]]] = {}
     for role in (r for r in EXCLUSIVE if r in backbone.roles()):
@@ -174,7 +175,7 @@ def test_injected_adapters_act_and_leave_no_trace(backbone: Any, role: str) -> N
     assert torch.equal(ask(backbone), before) and {c: repr(m) for c, m in backbone.components.items()} == text
 
 
-def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(backbone: Any) -> None:
     learn(backbone, roles=("attention",), min_rank=1)  # the rank depends on the timestep of each row
     adapters = backbone.adapters["my-mug"]
     parameters = [p for a in adapters for p in a.parameters()]
@@ -196,7 +197,7 @@ def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
 def test_a_training_step_does_not_mix_devices() -> None:
     for family in ("wan", "ltx"):
         backbone = FAMILIES[family]()
-        # UMT5 reads the values of its mask, and meta tensors have no values
+        # UMT5 reads the values of its mask, but meta tensors have no values, so Wan's text is encoded beforehand
         text_roles = ("text_encoder",) if family == "ltx" else ()
         Lora(rank=2, roles=("attention", *text_roles)).inject(backbone, "thing", "lora", 0)
         told = backbone.encode(["a photo of a mug", "a dog"])

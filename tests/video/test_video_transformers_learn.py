@@ -28,7 +28,7 @@ from tests.video.transformer_runs import FAMILIES, ask, frames_of, learn, networ
 
 @pytest.fixture(params=FAMILIES)
 def new(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """Returns a function that makes the tiny backbone of a family."""
+    """Returns a function that builds the tiny backbone of a family."""
     return FAMILIES[request.param]
 
 
@@ -83,13 +83,13 @@ def test_a_step_on_clips_changes_only_the_adapter(backbone: Any, longer_clips: P
         assert torch.equal(after[name], value), key
 
 
-def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
+def test_a_motion_is_learned_in_the_queries_and_keys_of_joint_attention(
     backbone: Any, longer_clips: Path, tmp_path: Path
 ) -> None:
-    """MotionDirector's port works without temporal layers.
+    """MotionDirector has a port for networks without temporal layers.
 
     Adapters on Q and K of the chosen blocks learn the motion. Other adapters learn the appearance of the clips and are
-    not kept.
+    discarded.
     """
     settings = (
         "task.skip=0",
@@ -107,7 +107,7 @@ def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
     moved = {
         n for a in backbone.adapters["m"] for n, v in a.state_dict().items() if "lora_B" in n and v.abs().max() > 0
     }
-    assert moved and all(n.startswith(networks(backbone)[0] + ".") for n in moved)  # the expert for high noise
+    assert moved and all(n.startswith(networks(backbone)[0] + ".") for n in moved)  # only the high-noise expert learns
     assert any("self_attention" in note for note in run.ports)
 
 
@@ -117,10 +117,10 @@ def test_a_motion_can_be_limited_to_one_expert() -> None:
     assert {key.split(".")[0] for a in backbone.adapters["my-mug"] for key in a.state_dict()} == {"transformer"}
 
 
-def test_the_spatial_path_learns_from_the_latent_frame_of_a_single_picture(
+def test_the_spatial_path_learns_from_the_first_latent_frame(
     backbone: Any, longer_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the first latent frame stands for a single picture, so MotionDirector's spatial path always uses it."""
+    """Only the first latent frame encodes a single picture, so MotionDirector's spatial path always uses it."""
     shown: list[Tensor] = []
     add_noise = type(backbone).add_noise
 
@@ -129,7 +129,7 @@ def test_the_spatial_path_learns_from_the_latent_frame_of_a_single_picture(
         return add_noise(self, x0, noise, t)
 
     monkeypatch.setattr(type(backbone), "add_noise", watched)
-    all_blocks = ("trainable.temporal.roles=[temporal_attention]", "trainable.temporal.blocks=")  # there are two blocks
+    all_blocks = ("trainable.temporal.roles=[temporal_attention]", "trainable.temporal.blocks=")  # both blocks
     settings = (*all_blocks, "task.skip=0", "train.steps=3")
     finish(run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director", *settings))
     assert [x.ndim for x in shown] == [4, 5] * 3
@@ -140,7 +140,10 @@ def test_the_spatial_path_learns_from_the_latent_frame_of_a_single_picture(
 
 
 def test_clip_masks_are_averaged_over_the_frames_of_each_latent_frame(backbone: Any, tmp_path: Path) -> None:
-    """A mask of only the second frame covers nothing of the first latent frame and 1/r of the second latent frame."""
+    """The mask covers part of only the second frame.
+
+    In that part, the averaged mask is 0 in the first latent frame and 1/r in the second, which represents r frames.
+    """
     frames = frames_of(backbone)
     mask = torch.zeros(1, frames, 32, 32)
     mask[:, 1, :16] = 1
@@ -181,7 +184,7 @@ def test_a_concept_is_saved_and_loaded(new: Callable[[], Any], tmp_path: Path) -
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_diffusers_loads_the_exported_files(new: Callable[[], Any], tmp_path: Path, dora: bool) -> None:
-    """A pipeline that loads the files as the README describes makes the same clips as the concept does here."""
+    """A diffusers pipeline that loads the files as the README describes generates the same clip as our sampler."""
     backbone = new()
     modifier = LearnableToken(vectors=2)
     words = modifier.attach(backbone, "Cup_2", "mug").words

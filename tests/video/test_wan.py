@@ -1,4 +1,4 @@
-"""The special features of Wan: UMT5's zeroed padding, experts chosen by noise level, and a timestep per token."""
+"""Tests what is specific to Wan: UMT5's zeroed padding, experts for noise ranges, and a timestep for each token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wan() -> WanBackbone:
 
 @pytest.fixture
 def experts() -> WanBackbone:
-    """A backbone with two experts that switch at t = 700."""
+    """Returns a backbone with two experts. The boundary between them is at t = 700."""
     return WanBackbone(build_wan(experts=2), "tiny")
 
 
@@ -48,7 +48,7 @@ def test_the_encoding_and_the_network_equal_those_of_the_pipeline(wan: WanBackbo
     assert (wan.default_guidance, wan.default_steps, wan.frames) == (5.0, 50, 81)
 
 
-def test_the_timestep_decides_the_expert(experts: WanBackbone) -> None:
+def test_the_timestep_selects_the_expert(experts: WanBackbone) -> None:
     x, text = noise(2, 4, 2, 4, 4), experts.encode(["a mug", "a dog"])
     high, low = experts.experts["transformer"], experts.experts["transformer_2"]
     for t, network in ((999, high), (700, high), (699, low), (0, low)):
@@ -96,7 +96,7 @@ def test_the_second_expert_can_have_its_own_guidance(experts: WanBackbone) -> No
     assert not torch.allclose(ours, same, atol=1e-3)
 
 
-def test_editing_the_attention_of_both_experts_in_one_batch_is_refused(experts: WanBackbone) -> None:
+def test_attention_edits_are_refused_in_a_batch_that_uses_both_experts(experts: WanBackbone) -> None:
     mixed = [300, 900]
     with (
         experts.attending(nothing),
@@ -128,7 +128,7 @@ def test_each_expert_is_exported_to_its_own_file_with_loading_instructions(exper
 
 
 def test_another_scheduler_keeps_the_shift_of_the_family(wan: WanBackbone) -> None:
-    """The shift is called flow_shift by the family's scheduler and shift by the Euler scheduler."""
+    """The shift is called `flow_shift` in the family's scheduler and `shift` in the Euler scheduler."""
     assert make_scheduler(wan).config.flow_shift == make_scheduler(wan, "flow_euler").config.shift == 3.0
     settings = SamplingSettings("blurry", 4.0, 3, "flow_euler", height=32, width=32, frames=5)
     ours = sample(wan, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)

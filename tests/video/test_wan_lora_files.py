@@ -1,4 +1,4 @@
-"""LoRA files for Wan and LTX from other programs, compared with merged weights and with diffusers' own loader."""
+"""Compares imported LoRA files for Wan and LTX with merged weights and with diffusers' own loader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAN = (("attn1.to_", "self_attn."), ("attn2.to_", "cross_attn."), ("out.0", "o")
 
 
 def wan_names(pairs: Pairs) -> Pairs:
-    """Returns the pairs under the layer names of Wan's own checkpoints."""
+    """Renames the layers of the pairs as in Wan's own checkpoints."""
     out: Pairs = {}
     for (component, path), pair in pairs.items():
         for ours, theirs in WAN:

@@ -1,4 +1,4 @@
-"""Trajectories, and clips in which something moves along them."""
+"""Trajectories for tests, and clips of a square that moves along a trajectory."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def nothing(site: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, rows: Any) ->
 
 
 def pipeline_clips(pipe: Any, frames: int, **options: Any) -> Tensor:
-    """Samples clips `[2, 3, F, 32, 32]` in [-1, 1] with diffusers' own loop."""
+    """Samples two clips with a diffusers pipeline. Returns them as `[2, 3, F, 32, 32]` in [-1, 1]."""
     pipe.set_progress_bar_config(disable=True)
     asked: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 4, "negative_prompt": ["blurry"] * 2}
     made = pipe(

@@ -1,4 +1,7 @@
-"""Stands in for threestudio, with only what its documentation promises to extensions: a registry of classes by name."""
+"""Stands in for threestudio, but provides only the API that its documentation promises to extensions.
+
+This module is the registry of classes by name.
+"""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Base classes whose objects are built from arguments for `configure` and a mapping that `Config` parses strictly."""
+"""Base classes whose constructors take a mapping, which `Config` parses strictly, and arguments for `configure`."""
 
 from dataclasses import dataclass
 
