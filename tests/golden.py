@@ -1,7 +1,7 @@
 """Performs six golden runs on tiny models and hashes everything that they learn and generate.
 
     make golden                       runs this script
-    python tests/golden.py            compares the new hashes with the stored ones, or stores the new ones if none exist
+    python tests/golden.py            compares the new hashes with the stored ones, or stores them if there are no others
     python tests/golden.py --keep     stores the new hashes; use it after a change that is meant to change them
 
 A commit that only moves code must not change any hash. The hashes depend on the processor and on the version of
@@ -116,7 +116,7 @@ def main() -> int:
         hashes = dict(runs(Path(folder)))
     if "--keep" in sys.argv or not KEPT.is_file():
         KEPT.write_text(json.dumps(hashes, indent=1) + "\n")
-        print(f"kept {len(hashes)} hashes in {KEPT.name}")
+        print(f"stored {len(hashes)} hashes in {KEPT.name}")
         return 0
     kept = json.loads(KEPT.read_text())
     for name, value in hashes.items():

@@ -49,7 +49,7 @@ class AssetRow:
 
     scores: the mean scores by key. In each of them, `base` is the score of the same recipe without the concept, and
         `truth` is the score of the real object.
-    sphere, generic: the mean scores by key of a sphere and of a generic object of the class.
+    sphere, generic: the mean scores of a sphere and of a generic object of the class, by key.
     """
 
     recipe: str

@@ -44,7 +44,7 @@ class DenoisingStep:
 
     @property
     def levels(self) -> tuple[float, float]:
-        """The factors of clean latents and of unit noise in this step's latents, in the scheduler's units."""
+        """The coefficients of the clean latents and of the unit noise in this step's latents, in the scheduler's units."""
         alpha, sigma = self.backbone.alpha_sigma(self.t)
         return float(alpha / self.scale), float(sigma / self.scale)
 
@@ -127,7 +127,7 @@ def check_points(text: str) -> str:
     except ValueError:
         raise ValueError(
             f"{text!r} is not a strength schedule; write STRENGTH@FRACTION,…, such as 0@0,1@0.2, with strengths from "
-            f"-{MOST_STRENGTH} to {MOST_STRENGTH} at fractions of the steps in [0, 1]"
+            f"-{MOST_STRENGTH} to {MOST_STRENGTH}, and fractions of the steps from 0 to 1"
         ) from None
     return text
 
@@ -151,7 +151,7 @@ class StrengthSchedule(SamplingHookBase):
                 raise ValueError(f"{name}: strengths must be from -{MOST_STRENGTH} to {MOST_STRENGTH}")
             if not points or any(not 0 <= f <= 1 for f in points):
                 raise ValueError(
-                    f"{name}: give strengths at fractions of the steps in [0, 1], such as {{0: 0, 0.2: 1}}"
+                    f"{name}: map fractions of the steps (from 0 to 1) to strengths, such as {{0: 0, 0.2: 1}}"
                 )
         return value
 

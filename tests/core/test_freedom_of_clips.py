@@ -1,4 +1,4 @@
-"""The freedom of clips measures how differently seeds show the subject at each moment, on the scale for pictures."""
+"""The freedom of clips measures how much the subject's pose at each moment differs between clips of one prompt."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """Trains the autoencoder, which encodes 64×64 pictures as 16×16 latents.
 
-It is trained on whole pictures. Training on crops cost 3 dB in a measurement, because the group norms and the middle
-attention layer see different statistics there. The loss is a weighted sum of the L1 and squared errors of pixels, the
-L1 error of differences between neighbouring pixels, and a small KL term. Errors on the depicted thing count more,
-because the thing is identified by its pattern. When the budget is spent, the averaged weights are *normalised*. The two
-1×1 convolutions around the latents are changed so that all latent channels have zero mean and the same standard
-deviation. The inverse of this standard deviation is the ``scaling_factor``.
-"""
+It is trained on whole pictures. In one experiment, training on crops lowered the PSNR by 3 dB, because the group
+norms and the middle attention layer see different statistics on crops. The loss is a weighted sum of the L1 and
+squared errors of pixels, the L1 error of differences between neighbouring pixels, and a small KL term. Errors on the
+depicted thing count more, because the thing is identified by its pattern. When the budget is spent, the averaged
+weights are *normalised*. The two 1×1 convolutions around the latents are changed so that all latent channels have
+zero mean and the same standard deviation. The inverse of this standard deviation is the ``scaling_factor``."""
 
 from __future__ import annotations
 
