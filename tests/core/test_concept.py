@@ -396,5 +396,5 @@ def test_capturing_requires_an_attached_concept_and_its_modifier(new_sd: Callabl
     with pytest.raises(ValueError, match="nothing is attached under 'x'"):
         capture(backbone, "x")
     RareToken().attach(backbone, "x", "mug")
-    with pytest.raises(ValueError, match="give its modifier"):
+    with pytest.raises(ValueError, match="give the modifier"):
         capture(backbone, "x", Provenance(class_noun="mug"))

@@ -95,7 +95,7 @@ def test_explanations_use_yaml_values_instead_of_python_values():
 def test_a_comment_above_a_setting_explains_it():
     assert (
         comments(Trajectory)["points"]
-        == "one per frame, relative to their mean; if empty, they are measured from the clips"
+        == "one per frame, relative to their mean; if empty, the points are measured from the clips"
     )
     prompts = ["a {concept} " * 9, "b {concept} " * 9]
     lines = explained(Validation(prompts=tuple(prompts)), {"prompts": prompts}).splitlines()

@@ -204,7 +204,7 @@ def test_a_layer_that_occurs_twice_is_an_error(sd: Any, tmp_path: Path) -> None:
     pairs = low_rank(sd, ("cross_attention.q",))
     both = kohya(pairs, SD_KOHYA) | spelled(pairs, SD_DOTTED, ("lora_A", "lora_B"), flat=False, alphas=False)
     save_file({key: tensor.clone() for key, tensor in both.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"has unet\.\S+ twice, as '\S+' and as '\S+'"):
+    with pytest.raises(ValueError, match=r"contains unet\.\S+ twice, as '\S+' and as '\S+'"):
         import_lora(tmp_path / "x.safetensors", sd)
 
 
