@@ -15,10 +15,10 @@ from shared.metrics.true_thing import TrueFigures
 
 SCHEMA_VERSION = 2  # since version 2, identity means verification, and freedom is the third term
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
-# "freedom" pictures show the concept too. They add seeds to the prompts that leave the pose open, and count only for
-# freedom.
+# "freedom" pictures show the concept too. They are generated from additional seeds for the prompts that leave the pose
+# open, and count only towards freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = 0.5  # if fewer true pictures than this share pass verification, the thing is reported separately
+APART = 0.5  # if less than this share of the true pictures passes verification, the thing is reported separately
 
 
 class Row(BaseModel):

@@ -104,7 +104,7 @@ def localisation_loss(
 
 
 def _cross_entropy(chance: Tensor, target: Tensor) -> Tensor:
-    """Returns -target log(chance) - (1 - target) log(1 - chance) for two tensors in [0, 1] of the same shape. The
-    equivalent function of torch does not work under autocast."""
+    """Returns -target log(chance) - (1 - target) log(1 - chance) for two tensors in [0, 1] of the same shape. Torch's
+    equivalent function does not work under autocast."""
     chance = chance.float().clamp(1e-6, 1 - 1e-6)
     return -(target * chance.log() + (1 - target) * (1 - chance).log())

@@ -26,7 +26,8 @@ def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Su
 def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
     """Returns the adapter sets of temporary parts.
 
-    Raises ValueError when a permanent part uses one of these sets, because it would be dropped with them.
+    Raises ValueError when a permanent part uses one of these sets, because the part would be
+    dropped along with the temporary ones.
     """
     parts = [(slot, part) for _, phase in phases for slot, part in phase.trainable.items() if part.adapter_set]
     sets = dict.fromkeys(part.adapter_set for _, part in parts if part.temporary)

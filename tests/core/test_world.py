@@ -20,10 +20,10 @@ from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.runner.plan import warn_unseen
 
-SMALL = replace(WORLDS["toybox"], side=16, unseen="are of elsewhere.")
+SMALL = replace(WORLDS["toybox"], side=16, unseen="are from elsewhere.")
 
 
-def test_the_files_that_a_world_names_exist() -> None:
+def test_the_files_named_by_a_world_exist() -> None:
     for world in WORLDS.values():
         assert (config_folder() / "overlays" / f"{world.overlay}.yaml").is_file()
         assert (config_folder() / "prompts" / f"{world.prompts}.yaml").is_file()
@@ -49,7 +49,7 @@ def test_only_a_model_with_its_own_world_warns_about_other_pictures(new_sd: Call
         backbone.world = SMALL
         warn_unseen(backbone, subjects)
     backbone.world = replace(SMALL, side=32)
-    with pytest.warns(UserWarning, match=r"the pictures of 'mug' are of elsewhere\."):
+    with pytest.warns(UserWarning, match=r"the pictures of 'mug' are from elsewhere\."):
         warn_unseen(backbone, subjects)
 
 
