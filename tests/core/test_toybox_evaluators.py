@@ -330,9 +330,8 @@ def test_the_curve_evaluates_only_missing_points_and_the_card_prints_the_curve(t
     from shared.pretrain.toybox.initial_weights import adopt_backbone
     from shared.pretrain.toybox.run_folder import denoiser_average, save_snapshot, training_folder
 
-    monkeypatch.setattr(
-        curve, "judge_backbone", partial(judge.judge_backbone, steps=3)
-    )  # the values of the scores do not matter here
+    # Three steps are enough, because the values of the scores do not matter here.
+    monkeypatch.setattr(curve, "judge_backbone", partial(judge.judge_backbone, steps=3))
     work, kept = tmp_path / "work", tmp_path / "weights"
     kept.mkdir()
     with pytest.raises(ValueError, match="pcs toybox train unet"):

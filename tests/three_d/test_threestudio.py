@@ -53,9 +53,8 @@ def looked(count: int) -> dict[str, Tensor]:
 
 
 def test_without_a_backbone_the_model_of_the_first_concept_is_opened(folders):
-    open_teacher(
-        Asked.of(folders.backbone, {folders.concept: 0.8}, "csd", (), "cpu", "auto")
-    )  # its path is known from now on
+    # Opening a model makes its path known.
+    open_teacher(Asked.of(folders.backbone, {folders.concept: 0.8}, "csd", (), "cpu", "auto"))
     teacher = open_teacher(Asked.of("", {folders.concept: 0.8}, "csd", (), "cpu", "auto"))
     assert teacher.recipe.backbone == folders.backbone and teacher.concepts == {"my-mug": 0.8}
 
