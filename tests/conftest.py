@@ -201,6 +201,17 @@ def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PCS_CACHE"] = str(tmp_path_factory.getbasetemp() / "pcs-cache")
 
 
+@pytest.fixture
+def few_true_pictures(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures a subject's true figures on 16 true pictures per set instead of 120, which would take most of the time of
+    a small evaluation. These figures have their own cache."""
+    from shared.metrics import measure_true
+
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path_factory.getbasetemp() / "pcs-cache-few"))
+    monkeypatch.setattr(measure_true, "BEHIND", 16)
+    monkeypatch.setattr(measure_true, "PER_PROMPT", 4)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -268,7 +268,8 @@ def _case(runner: Painter, judged: _Judged, scorer: ClipScorer, frames: int) -> 
 def _ceiling(backbone: Backbone, known: KnownMotion | None, reader: PathReader | None, frames: int) -> float | None:
     if known is None or reader is None:
         return None
-    return recognition_ceiling(reader, known, frames, through=lambda pixels: round_trip(backbone, pixels))
+    through, key = (lambda pixels: round_trip(backbone, pixels)), backbone.autoencoder
+    return recognition_ceiling(reader, known, frames, through=through, through_key=key)
 
 
 def _makers(runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, case: ClipCase) -> Makers:

@@ -99,6 +99,18 @@ def test_the_recognition_ceiling_is_the_share_of_true_clips_recognised() -> None
     assert torch.equal(right.seen[0], wrong.seen[0] / 2) and not torch.equal(wrong.seen[0], wrong.seen[1])
 
 
+def test_a_ceiling_is_measured_once_per_autoencoder_motion_and_reader() -> None:
+    known, other = KNOWN["development-zigzag"], KNOWN["development-spiral"]
+    right, wrong = Says(known.motion.path(3)), Says(still(3))
+    measured = [
+        recognition_ceiling(reader, motion, 3, clips=2, through_key=autoencoder)
+        for reader, motion, autoencoder in (
+            (right, known, "a"), (right, known, "a"), (right, known, "b"), (right, other, "a"), (wrong, known, "a"),
+        )
+    ]  # fmt: skip
+    assert measured == [1, 1, 1, 0, 0] and (len(right.seen), len(wrong.seen)) == (6, 2)
+
+
 def test_a_clip_is_scored_by_the_path_read_from_it() -> None:
     known = KNOWN["development-zigzag"]
     clip = torch.rand(1, 3, 6, 32, 32, generator=torch.Generator().manual_seed(0))

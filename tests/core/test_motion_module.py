@@ -119,7 +119,7 @@ def test_only_motion_modules_and_motion_words_are_trained(tiny_backbone: Path, t
 
 def test_motion_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, short=0.0, caption_dropout=0.0)
-    made = task(tiny_backbone, tmp_path, steps=60, settings=settings)
+    made = task(tiny_backbone, tmp_path, steps=24, settings=settings)
     probe = [made.draw(1000 + i) for i in range(8)]
 
     def error() -> float:
@@ -127,7 +127,7 @@ def test_motion_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
             return float(torch.stack([made._loss(batch) for batch in probe]).mean())
 
     before = error()
-    train(made, tmp_path, 60)
+    train(made, tmp_path, 24)
     assert error() < 0.8 * before
 
 

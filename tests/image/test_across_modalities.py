@@ -19,7 +19,6 @@ from shared.benchmark.cross_modal_scores import scores_of
 from shared.benchmark.modality import Made, Shot
 from shared.evaluation.report_facts import Case
 from shared.io.read_subject import read_subject
-from shared.metrics import measure_true
 from shared.metrics.instruments import load_instruments
 from shared.toybox import reference_sets as album
 
@@ -53,10 +52,8 @@ def duck(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "duck.concept"
 
 
-def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
-    for name in ("BEHIND", "PER_PROMPT"):  # the default number of true pictures would take most of the time
-        monkeypatch.setattr(measure_true, name, 16)
+@pytest.mark.usefixtures("few_true_pictures")
+def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: Path):
     out = tmp_path / "report"
     ran = pcs("concept", "evaluate", duck, "--in", "3d,image,video", *CHEAP, "--out", out)
     assert ran.code == 0, ran.err
@@ -84,10 +81,8 @@ def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, t
     assert again.code == 2 and "already exists" in again.err
 
 
-def test_the_asset_can_be_reconstructed_from_the_references_of_its_concept(pcs, duck, tmp_path, monkeypatch):
-    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
-    for name in ("BEHIND", "PER_PROMPT"):
-        monkeypatch.setattr(measure_true, name, 16)
+@pytest.mark.usefixtures("few_true_pictures")
+def test_the_asset_can_be_reconstructed_from_the_references_of_its_concept(pcs, duck, tmp_path):
     small = ("phases.form.train.steps=1", "phases.fit.train.steps=2", "phases.paint.train.steps=1", "train.batch_size=1",
              "phases.paint.field={resolution: 8, start: {resolution: 16, faces: 100}}", *ASSET[2:])  # fmt: skip
     how = ("--asset-recipe", "reference_reconstruction", *(part for s in small for part in ("--set-asset", s)))

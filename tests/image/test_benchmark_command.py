@@ -11,7 +11,12 @@ import pytest
 from shared.toybox.weights import backbone_path
 from tests.image.refusing import refusing
 
-SMALL = ("--subjects", "1", "--limit", "1", "--num", "1", "--set", "train.steps=2", "--set", "sampling.steps=2")
+pytestmark = pytest.mark.usefixtures("few_true_pictures")
+
+SMALL = (
+    "--subjects", "1", "--limit", "1", "--num", "1", "--set", "train.steps=2", "--set", "sampling.steps=1",
+    "--set", "train.validation.every=0", "--set", "preview.num=0",
+)  # fmt: skip
 
 
 @pytest.fixture

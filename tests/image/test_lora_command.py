@@ -106,6 +106,7 @@ def test_a_lora_for_another_model_is_refused_with_one_message(judged, tiny_folde
     assert "was made for another architecture (apparently FLUX" in said and "Traceback" not in said
 
 
+@pytest.mark.usefixtures("few_true_pictures")
 def test_a_lora_exported_on_the_toybox_scores_like_its_concept(pcs, tmp_path):
     pictures, concept, files = tmp_path / "mug", tmp_path / "my-mug.concept", tmp_path / "files"
     assert pcs("toybox", "subjects", "development-mug", "--num", 2, "--out", pictures).code == 0

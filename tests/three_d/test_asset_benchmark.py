@@ -19,6 +19,8 @@ from pcs_3d.runner import Runner3D
 from shared.metrics.report import Instrument, Score
 from shared.recipe.resolve import load
 
+pytestmark = pytest.mark.usefixtures("few_true_pictures")
+
 SETTINGS = (
     "train.steps=1", "train.batch_size=1", "field.resolution=12", "export.resolution=16", "export.faces=100",
     "export.picture=32", "export.frames=8", "export.texture=64",

@@ -14,6 +14,8 @@ from shared.benchmark.toybox_clips import ClipBenchmarkSettings, cells_of
 from shared.metrics.clips.report import ClipReport, ClipRow
 from shared.metrics.report import Score
 
+pytestmark = pytest.mark.usefixtures("few_true_pictures")
+
 SMALL = (
     "--motions", "1", "--subjects", "1", "--limit", "1", "--num", "1", "--steps", "1",
     "--set", "train.steps=1", "--set", "preview.num=0", "--subject-recipe", "textual_inversion",
