@@ -14,7 +14,7 @@ import pytest
 
 from shared.cli import build, run
 
-STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=30", "train.checkpoint_every=1", "train.batch_size=1")
+STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=20", "train.checkpoint_every=1", "train.batch_size=1")
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_a_run_killed_during_training_gives_the_same_tensors_when_resumed(pcs, l
     assert set(tensors(concept)) == {"adapter.safetensors", "embeddings.safetensors"}
     assert tensors(concept) == tensors(whole)
     steps = [line.split('"step": ')[1].split(",")[0] for line in (training / "log.jsonl").read_text().splitlines()]
-    assert steps == [str(i) for i in range(1, 33)]
+    assert steps == [str(i) for i in range(1, 23)]
     assert not list(training.glob("*checkpoint*"))
 
 
