@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DISTANCE, FOV_DEG = 5.0, 24.53
-"""Distance and field of view of the toybox's cameras, at which an object of radius 1 fills 92 % of the picture's
+"""Distance and field of view of the toybox's cameras, at which an object of radius 1 fills 92% of the picture's
 side."""
 
 

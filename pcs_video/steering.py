@@ -57,5 +57,5 @@ def parse_pan(text: str, boxes: Any = None) -> CameraPan:
         return validate(CameraPan, {"right": right, "down": down, "boxes": boxes or {}})
     except ValueError:
         raise ValueError(
-            f"--pan {text!r}: write RIGHT,DOWN, in fractions of width and height between -1 and 1, such as 0.25,0"
+            f"--pan {text!r}: give RIGHT,DOWN as fractions of the width and height, each between -1 and 1, such as 0.25,0"
         ) from None

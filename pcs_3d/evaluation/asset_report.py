@@ -57,7 +57,7 @@ class AssetReport(BaseModel):
     medium: Literal["asset"] = "asset"
     name: str
     file: str  # the evaluated mesh
-    prompt: str = ""  # as given to the instruments, in plain words
+    prompt: str = ""  # as given to the instruments, with the class noun in place of the concept
     truth: str = ""
     backbone: str = ""
     created: str = ""  # UTC, ISO 8601

@@ -62,7 +62,7 @@ _COLORS = (
     f"{BEST_DB:.0f}. The asset's colours are unlit; the toybox's real objects are lit."
 )
 _VERIFIED = (
-    "Share of views that are recognised among look-alikes and reach the similarity to the references that 95 % of the "
+    "Share of views that are recognised among look-alikes and reach the similarity to the references that 95% of the "
     "true renders reach."
 )
 _RETRIEVED = (
@@ -71,7 +71,7 @@ _RETRIEVED = (
 )
 _JANUS = (
     "Janus score: share of views in which the pose estimator sees the side that the camera looks at (front, side, "
-    "back). Always guessing “front” scores 31 %, and always guessing “side” scores 62 %."
+    "back). Always guessing “front” scores 31%, and always guessing “side” scores 62%."
 )
 _ERROR = "Difference between the camera's azimuth and the pose estimator's reading."
 _FRONTS = "Number of quarters around the object in which most views look like its front; 1 is correct."
@@ -85,7 +85,11 @@ MEASURES: Mapping[str, Measure] = {
         "Likeness to references", "cosine", explanation="Mean cosine with the two most similar pictures."
     ),
     "likeness_true": Measure("Likeness to the truth from the same side", "cosine"),
-    "clip_t": Measure("Prompt (CLIP-T)", "cosine", explanation="Cosine of a render with the prompt in plain words."),
+    "clip_t": Measure(
+        "Prompt (CLIP-T)",
+        "cosine",
+        explanation="Cosine of a render with the prompt, which has the class noun in place of the concept.",
+    ),
     "clip_i": Measure("References (CLIP-I)", "cosine"),
     "dino_i": Measure("References (DINO-I)", "cosine"),
     "identity_i": Measure("References (identity encoder)", "cosine"),

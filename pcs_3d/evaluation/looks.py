@@ -41,7 +41,7 @@ class Judge:
     Args:
         instruments: the available instruments
         around: the cameras of all renders
-        prompt: the prompt in plain words, or "" if unknown
+        prompt: the prompt with the class noun in place of the concept, or "" if unknown
         references: the reference pictures ([R, 3, H, W] in [-1, 1]), or None
         toy: the real object, if it is a toybox subject; it determines the look-alikes with which identity is verified
     """
@@ -58,7 +58,7 @@ class Judge:
 
     def _know(self, toy: TrueToy) -> None:
         """Prepares the look-alikes and the threshold for verification. The threshold is the similarity to the
-        references that 95 % of the true renders reach."""
+        references that 95% of the true renders reach."""
         held = toy.held
         shown = reference_sets.pictures(held.thing, split=held.name.split("-")[0])
         shown = shown if self.references is None else self.references

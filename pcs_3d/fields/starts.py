@@ -45,7 +45,7 @@ class StartPart(KindPart):
     def values(self, places: Tensor, channels: int) -> Tensor:
         """Returns the initial values at points (`[N, 3]`), as `[N, 1 + K]`. Each row contains the density before
         softplus, followed by the features (see `features`)."""
-        solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # 2 % at the surface
+        solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # 2% at the surface
         raw = inverse_softplus((self.density * solid).clamp_min(1e-4))
         return torch.cat([raw[:, None], self.features(places, channels)], 1)
 

@@ -25,7 +25,7 @@ class RegionalScores:
     student always use the scores of the whole scene.
 
     Args:
-        regions: for each region, by name, the scores of the same model with the region's own prompt and concepts
+        regions: maps each region's name to the same model's scores for that region's prompt and concepts
     """
 
     def __init__(self, whole: Scores, regions: Mapping[str, Scores]) -> None:

@@ -149,7 +149,7 @@ def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
 def interval(
     values: Sequence[float], unit: str, clusters: Sequence[Hashable] | None = None
 ) -> tuple[float | None, float | None]:
-    """Returns the 95 % interval of a mean, ignoring NaNs.
+    """Returns the 95% interval of a mean, ignoring NaNs.
 
     `clusters` gives the cluster of each value, and whole clusters are resampled. If None, each value is its own cluster.
     Returns (None, None) for fewer than two clusters, because a single cluster does not show how much clusters vary.

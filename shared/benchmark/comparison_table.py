@@ -113,7 +113,7 @@ class Comparison:
         return sorted({s for _, s in [*self.reports, *self.failures]})
 
     def ahead(self, recipe: str) -> Score | None:
-        """Returns the recipe's trade-off minus the control's, averaged over the subjects that both have, with a 95 %
+        """Returns the recipe's trade-off minus the control's, averaged over the subjects that both have, with a 95%
         interval over subjects. Returns None for the control itself, or if the two have no subject in common."""
         if self.control is None or recipe == self.control:
             return None

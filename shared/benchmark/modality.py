@@ -31,7 +31,7 @@ class Asked:
 
     concept: str  # PATH or PATH:STRENGTH
     out: Path
-    prompts: str = ""  # a prompt set or a file; if empty, the first plain prompts of the model's default set
+    prompts: str = ""  # a prompt set or a file; if empty, the first prompts of the default set of the model
     limit: int = 4  # number of prompts
     seeds: tuple[int, ...] = (0, 1)
     steps: int | None = None  # denoising steps; if None, as in the concept's recipe

@@ -43,7 +43,7 @@ def export(
     ),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
     motion_adapter: Path = typer.Option(
-        None, help="a folder with a diffusers MotionAdapter, for a motion; default: the backbone's own", **PATH
+        None, help="folder of a diffusers MotionAdapter, for motion concepts; default: the backbone's own", **PATH
     ),
     download: bool = typer.Option(
         False, "--download", help="download files from the hub if they are not in the local cache"
@@ -64,7 +64,7 @@ def export(
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
     for name, check in result["checks"].items():
         found, limit = check["max_abs_difference"], check["limit"]
-        print(f"{name}: the same results up to rounding (largest difference {found:.2g}, limit {limit:.2g})")
+        print(f"{name}: results agree to within rounding error (largest difference {found:.2g}, limit {limit:.2g})")
     print(out)
 
 
@@ -76,7 +76,8 @@ def import_(
     out: Path = typer.Option(help="the concept folder to write; the concept is named after it", **PATH),
     token: str = typer.Option(
         "",
-        help='words for the subject in training prompts ("sks mug"); default: none, so the LoRA acts on every prompt',
+        help='words that stood for the subject in the training prompts ("sks mug"); default: none, so the LoRA applies to '
+        "every prompt",
     ),
     class_noun: str = typer.Option("", help="the subject's class; default: the token without its first word"),
     backbone: str = typer.Option(None, help="the LoRA's base model (folder, file or hub id); default: the toybox"),
@@ -101,14 +102,15 @@ def import_(
 @app.command()
 def merge(
     paths: list[Path] = typer.Argument(
-        help="two or more concept folders, learned with recipes that change keys and values (custom_diffusion)",
+        help="two or more concept folders, learned with recipes that train cross-attention keys and values (custom_diffusion)",
         **PATH,
     ),
     out: Path = typer.Option(help="output folder; it will contain NAME.concept for each merged concept", **PATH),
     method: str = typer.Option("closed_form", help="closed_form or sum"),
     captions: Path = typer.Option(
         None,
-        help="text file with one caption per line; the merge preserves their meaning; default: plain prompts",
+        help="text file with one caption per line; the merge preserves their meaning; default: the evaluation prompts, with "
+        "the class noun in place of the concept",
         **PATH,
     ),
     backbone: str = typer.Option(
@@ -146,11 +148,9 @@ def evaluate(
     out: Path = typer.Option(
         Path("report"), help="folder for index.html, report.json, CSV tables and generated files", **PATH
     ),
-    prompts: str = typer.Option(
-        "", help="a prompt set or a file; default: the first plain prompts of the model's own set"
-    ),
-    limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts, for pictures and for clips"),
-    num: int = typer.Option(2, min=1, max=10_000, help="number of pictures and clips per prompt"),
+    prompts: str = typer.Option("", help="a prompt set or a file; default: the model's own set"),
+    limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts, counted from the start of the set"),
+    num: int = typer.Option(2, min=1, max=10_000, help="number of pictures and of clips per prompt"),
     seed: int = typer.Option(0, min=0, max=2**62),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the concept's recipe"),
     motion: str = typer.Option(None, help="a motion concept for the clips, PATH or PATH:STRENGTH"),
@@ -162,14 +162,14 @@ def evaluate(
     floor: bool = typer.Option(False, help="also generate everything without the concept"),
     references: Path = typer.Option(
         None,
-        help="the subject's pictures; default: a folder next to the concept, named like the training folder",
+        help="the subject's pictures; default: the folder next to the concept that has the training folder's name",
         **PATH,
     ),
     gallery: Path = typer.Option(
         None, help="a folder with one subfolder for each look-alike of the same class", **PATH
     ),
     clip: Path = typer.Option(
-        None, help="a local CLIP folder to score with (the toybox has its own by default)", **PATH
+        None, help="a local CLIP folder to score with (the toybox uses its own by default)", **PATH
     ),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
@@ -179,7 +179,7 @@ def evaluate(
     ),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Score one concept in pictures, clips and an asset with the same instruments, and print one table."""
+    """Score one concept in pictures, clips and an asset with the same metrics, and print one table."""
     from shared.benchmark.cross_modal import evaluate_across, failures_told
     from shared.benchmark.modality import Asked
     from shared.commands.progress import Bar, Lines
@@ -212,7 +212,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _plain(model: Any, nouns: list[str]) -> list[str]:
-    """Returns the evaluation prompts and the drift prompts for each class, in plain words."""
+    """Returns the evaluation prompts and the drift prompts for each class, with the class noun in place of the concept."""
     from shared.evaluation.prompt_sets import REAL, load_prompts
 
     out = []

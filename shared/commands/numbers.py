@@ -16,7 +16,7 @@ def number(low: float, high: float) -> dict[str, Any]:
         except ValueError:
             raise typer.BadParameter(f"{text!r} is not a number") from None
         if not low <= value <= high:
-            raise typer.BadParameter(f"{text} is not a number from {low:g} to {high:g}")
+            raise typer.BadParameter(f"{text} is not a number between {low:g} and {high:g}")
         return value
 
     return {"parser": parsed, "metavar": f"NUMBER [{low:g}<=x<={high:g}]"}

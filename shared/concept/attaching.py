@@ -52,7 +52,9 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
             f"a concept named {name!r} is already attached: remove it first, or save this one under another name"
         )
     if not abs(strength) <= MOST_STRENGTH:
-        raise ValueError(f"the strength of {name!r} must be from -{MOST_STRENGTH} to {MOST_STRENGTH}, not {strength}")
+        raise ValueError(
+            f"the strength of {name!r} must be between -{MOST_STRENGTH} and {MOST_STRENGTH}, not {strength}"
+        )
     _check_fit(concept, backbone)
     twin = _twin(concept, backbone, strength)
     try:

@@ -60,7 +60,7 @@ class Prompt(Part):
         return fill(self.text, f"<{name}>", class_noun)
 
     def plain(self, class_noun: str) -> str:
-        """Returns the prompt in plain words, in which `{concept}` becomes the class noun."""
+        """Returns the prompt with the class noun in place of `{concept}`."""
         return fill(self.text, class_noun, class_noun)
 
 

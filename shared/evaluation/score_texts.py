@@ -27,7 +27,7 @@ ABOUT = {
         "Identity",
         "How often a picture shows this exact subject, relative to how often true pictures of it pass the same test. A picture "
         "passes if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to the "
-        "references as 95 % of true pictures are.",
+        "references as 95% of true pictures are.",
     ),
     "text": About(
         "Prompt followed",

@@ -146,7 +146,7 @@ def prompt_rows(
     """Returns one row per prompt, with mean scores for the concept and (as `base_…`) for the base model. A row also has
     `diversity` if there are several seeds, and the pairs of pictures if the prompt leaves the pose open.
 
-    texts: the prompts with the concept's name, and the prompts in plain words
+    texts: the prompts with the concept's name, and the same prompts with the class noun in place of the concept
     """
     varied, base_varied = (diversity(m.embeddings, prompts) for m in (measured, floor))
     out = []

@@ -52,7 +52,7 @@ def is_temporary(name: str) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Removes half-written outputs that dead processes of this machine left directly in a folder.
+    """Removes half-written outputs that dead processes on this machine left directly in a folder.
 
     If a process was killed after moving the old output aside and before putting the new one in place, the old output is
     restored.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from shared.metrics.scores import cosine
 
 GRID = 32  # pictures are compared at this size
-MARGIN = 5  # the largest shift at which a copy is found, in cells of the grid (16 % of the picture)
+MARGIN = 5  # the largest shift at which a copy is found, in cells of the grid (16% of the picture)
 ZOOMS = (0.87, 1.0, 1.15)
 PIXEL_FLOOR, EMBED_FLOOR = 0.85, 0.9  # limits never go below these
 SAME = 0.995  # at this similarity or above, two references count as duplicates

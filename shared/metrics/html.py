@@ -157,12 +157,12 @@ def formatted(value: float | None, unit: str = "score") -> str:
     if value is None:
         return "–"
     if unit == "share":
-        return f"{100 * value:.1f}\u00a0%"
+        return f"{100 * value:.1f}%"
     return percent(value) if unit == "rate" else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f}\u00a0%"
+    return "–" if value is None else f"{100 * value:.0f}%"
 
 
 def seconds(value: float | None) -> str:

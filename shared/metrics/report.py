@@ -33,7 +33,7 @@ class Score(Row):
     key: str
     title: str
     value: float | None
-    low: float | None = None  # 95 % interval
+    low: float | None = None  # 95% interval
     high: float | None = None
     unit: Literal["rate", "score", "cosine", "count", "share"] = "score"  # "share": a small fraction
     better: Literal["higher", "lower"] = "higher"

@@ -53,7 +53,7 @@ class _Kept(BaseModel):
 class Bar(_Kept):
     """The bar for verification in one style of picture."""
 
-    least: float  # likeness to the references that 95 % of the true pictures reach
+    least: float  # likeness to the references that 95% of the true pictures reach
     # T, the share of other true pictures that pass all three conditions (if the thing is a face: of those that show it)
     passed: float
     pictures: int  # number of pictures on which each of these two figures was measured

@@ -21,7 +21,7 @@ from shared.types import Subject
 
 ALARM = 0.5  # a warning is issued if this fraction of the clips that would otherwise move stand still
 
-Make = Callable[[Sequence[str]], Tensor]  # prompts in plain words -> clips [N, 3, F, H, W] in [-1, 1]
+Make = Callable[[Sequence[str]], Tensor]  # prompts without the concept's name -> clips [N, 3, F, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def parse_concept(text: str, option: str = "--concept") -> tuple[Path, float]:
                 f"{option} {text!r}: {strength!r} is not a strength; write PATH:0.8, for example"
             ) from None
         if not abs(value) <= MOST_STRENGTH:
-            raise ValueError(f"{option} {text!r}: the strength must be from -{MOST_STRENGTH} to {MOST_STRENGTH}")
+            raise ValueError(f"{option} {text!r}: the strength must be between -{MOST_STRENGTH} and {MOST_STRENGTH}")
         return expanded(path), value
     return expanded(text), 1.0
 

@@ -148,7 +148,7 @@ class StrengthSchedule(SamplingHookBase):
     def _fractions(cls, value: Mapping[str, Mapping[float, float]]) -> Mapping[str, Mapping[float, float]]:
         for name, points in value.items():
             if any(not abs(s) <= MOST_STRENGTH for s in points.values()):
-                raise ValueError(f"{name}: strengths must be from -{MOST_STRENGTH} to {MOST_STRENGTH}")
+                raise ValueError(f"{name}: strengths must be between -{MOST_STRENGTH} and {MOST_STRENGTH}")
             if not points or any(not 0 <= f <= 1 for f in points):
                 raise ValueError(
                     f"{name}: map fractions of the steps (from 0 to 1) to strengths, such as {{0: 0, 0.2: 1}}"

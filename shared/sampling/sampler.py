@@ -132,7 +132,7 @@ def check_guidance(guidance: float | None, where: str = "guidance") -> None:
     if guidance is not None and not abs(guidance) <= MOST_GUIDANCE:
         most = MOST_GUIDANCE
         raise ValueError(
-            f"{where} = {guidance} is out of range; give a number from -{most} to {most}, such as 7.5 (1 means no guidance)"
+            f"{where} = {guidance} is out of range; give a number between -{most} and {most}, such as 7.5 (1 means no guidance)"
         )
 
 

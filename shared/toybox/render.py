@@ -36,7 +36,7 @@ class Rendered:
 
     All fields except `pixels` are the same as for a photo, whatever the style. A style may colour pixels slightly
     outside the mask, or leave pixels inside it as background. For example, a watercolour runs and a neon drawing glows.
-    Pixel art is 3 % larger than the photo, because its 3-pixel squares do not fit evenly into 64 pixels. This shifts
+    Pixel art is 3% larger than the photo, because its 3-pixel squares do not fit evenly into 64 pixels. This shifts
     the picture by up to two pixels at the right and lower borders.
     """
 

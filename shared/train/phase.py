@@ -132,7 +132,7 @@ class Phase:
         self._dropout(True)
 
     def _keep_good(self) -> str:
-        """Saves the state before the update that led to a non-finite loss. Returns advice for the user."""
+        """Saves the state from before the update that led to a non-finite loss. Returns advice for the user."""
         owner = self.owner
         before = self.good.put_back()
         if before is not None or (self.step == self.start and checkpoint.load(owner.workdir) is None):
@@ -142,14 +142,14 @@ class Phase:
             self.step = newest.step
             checkpoint.amend(owner.workdir, not_finite=True)
         else:
-            return f"no good state is left. Lower the learning rate ({self.task.rate_key}) and start over."
+            return f"there is no earlier state to return to. Lower the learning rate ({self.task.rate_key}) and start over."
         return (
             f"the last good state, from step {self.step}, is kept in {owner.workdir}. Lower the learning rate "
             f"({self.task.rate_key}) or set train.mixed_precision=no, then continue with --resume."
         )
 
     def _finish(self) -> None:
-        """Ends the phase. If its best state was kept, restores that state, from which the next phase starts."""
+        """Ends the phase. If its best state was kept, restores it, so that the next phase starts from it."""
         owner = self.owner
         self.optimizers.average(True)
         if owner.best:

@@ -284,7 +284,7 @@ def cells(row: Row) -> tuple[str, ...]:
     if row.error:
         return (*first, row.error)
     trained = "n/a" if row.trained is None else f"{row.trained / 1e6:.2f} M"
-    busy = "n/a" if row.utilisation is None else f"{row.utilisation:.0f} %"
+    busy = "n/a" if row.utilisation is None else f"{row.utilisation:.0f}%"
     numbers = (shown(row.seconds, ".3f"), shown(row.steps_per_second, ".3f"), shown(row.peak_gib, ".2f"))
     return (*first, trained, *numbers, busy)
 

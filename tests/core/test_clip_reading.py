@@ -227,7 +227,7 @@ def oetf(light: float) -> float:
 
 
 def test_hdr_is_tone_mapped_to_srgb() -> None:
-    """Diffuse white is 203 nits, which corresponds to a signal of 58.06 % in PQ and 75 % in HLG (ITU-R BT.2408)."""
+    """Diffuse white is 203 nits, which corresponds to a signal of 58.06% in PQ and 75% in HLG (ITU-R BT.2408)."""
     tags = {"colorspace": 9, "color_primaries": 9}
     white = oetf(0.75 + 0.25 * (1 - np.exp(-1)))
     pq, hlg = (64 + 876 * 0.5806, 512, 512), (64 + 876 * 0.75, 512, 512)

@@ -145,6 +145,6 @@ def test_bootstrap_handles_empty_nan_and_equal_values() -> None:
 
 
 def test_wilson_intervals_match_published_examples() -> None:
-    # Table I of Newcombe (1998) gives these 95 % intervals for 81 of 263 and for 1 of 29.
+    # Table I of Newcombe (1998) gives these 95% intervals for 81 of 263 and for 1 of 29.
     assert scores.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert scores.wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=1e-4)

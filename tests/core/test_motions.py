@@ -78,7 +78,7 @@ def test_views_are_unit_vectors_towards_the_camera() -> None:
 
 
 def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array]) -> None:
-    """For 99 % of the training paths, the nearest other path of the same motion is closer than `bar`.
+    """For 99% of the training paths, the nearest other path of the same motion is closer than `bar`.
 
     Every training path is more than twice as far from every held-out motion.
     """

@@ -69,14 +69,14 @@ def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused
     [
         (("sheet", "a.png", "--rows", 10_000, "--columns", 10_000), "that makes 100,000,000 pictures"),
         (("motions", "a.png", "--rows", 10_000), "--rows 10000 --columns 8: "),
-        (("sheet", "a.png", "--source", "model", "--guidance", "1e300"), "1e300 is not a number from -1000 to 1000"),
-        (("evaluate", "--guidance", "nan"), "nan is not a number from -1000 to 1000"),
-        (("evaluate-clips", "--guidance", "inf"), "inf is not a number from -1000 to 1000"),
-        (("curve", "--guidance", "1e300"), "1e300 is not a number from -1000 to 1000"),
-        (("train", "unet", "--lr", "1e300"), "1e300 is not a number from 0 to 100"),
-        (("train", "unet", "--lr", "nan"), "nan is not a number from 0 to 100"),
-        (("train", "unet", "--minutes", "nan"), "nan is not a number from 0 to 1e+06"),
-        (("train", "unet", "--minutes", "-1"), "-1 is not a number from 0"),
+        (("sheet", "a.png", "--source", "model", "--guidance", "1e300"), "1e300 is not a number between -1000 and 1000"),
+        (("evaluate", "--guidance", "nan"), "nan is not a number between -1000 and 1000"),
+        (("evaluate-clips", "--guidance", "inf"), "inf is not a number between -1000 and 1000"),
+        (("curve", "--guidance", "1e300"), "1e300 is not a number between -1000 and 1000"),
+        (("train", "unet", "--lr", "1e300"), "1e300 is not a number between 0 and 100"),
+        (("train", "unet", "--lr", "nan"), "nan is not a number between 0 and 100"),
+        (("train", "unet", "--minutes", "nan"), "nan is not a number between 0 and 1e+06"),
+        (("train", "unet", "--minutes", "-1"), "-1 is not a number between 0"),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused_before_any_work(

@@ -307,7 +307,7 @@ def test_the_card_states_how_often_clips_show_the_requested_motion():
     judged = {"n": 8, "guidance": 4.0, "steps": 5, "seed": 0, "bars": bars, "scores": scores, "instrument": true}
     text = _motion_module({"clips": 211200}, {**judged, "confusions": ["spin as wobble 3"]})
     assert "trained on 211,200 captioned clips" in text and "spin as wobble 3" in text
-    assert "| motion | 25.0 % | 75.0 % | **no** | 50.0 % |" in text and "| still | 25.0 % |  |  | 50.0 % |" in text
+    assert "| motion | 25.0% | 75.0% | **no** | 50.0% |" in text and "| still | 25.0% |  |  | 50.0% |" in text
 
 
 def test_the_shipped_backbone_generates_what_captions_describe():

@@ -51,7 +51,7 @@ def test_the_distribution_follows_the_design():
 
 
 def test_positions_sizes_and_angles_cover_the_designed_range():
-    """Positions cover ±35 % of both axes, scales 0.4 to 1.1, rolls ±25 degrees, and azimuths the full circle."""
+    """Positions cover ±35% of both axes, scales 0.4 to 1.1, rolls ±25 degrees, and azimuths the full circle."""
     cameras = [s.cameras[0] for s in scenes(20_000, seed=8) if len(s.things) == 1]
     x, y, scale, roll, azimuth = np.array([(c.x, c.y, c.scale, c.roll_deg, c.azimuth_deg) for c in cameras]).T
     for values, limit in ((x, 0.35), (y, 0.35), (roll, 25.0)):

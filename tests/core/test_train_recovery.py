@@ -214,7 +214,7 @@ def test_states_too_large_to_copy_are_not_copied(monkeypatch):
 def test_without_a_copy_a_run_falls_back_to_the_last_checkpoint(tiny, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.last_good_state.MOST", 0)
     broken_at(monkeypatch, 3)
-    for every, message in ((2, "the last good state, from step 2"), (0, "no good state is left")):
+    for every, message in ((2, "the last good state, from step 2"), (0, "there is no earlier state to return to")):
         recipe = small("textual_inversion", "train.steps=5", f"train.checkpoint_every={every}")
         with pytest.raises(NotFinite, match=message):
             finish(session(tiny(), recipe, photos, tmp_path / f"{every}"))

@@ -164,7 +164,7 @@ def test_a_non_finite_guidance_is_an_error(pcs, concepts, photos, tmp_path, guid
     for arguments in (("generate", "a <mug>"), ("evaluate", "--references", photos)):
         out = ("--concept", concepts["mug"], "--out", tmp_path / "o", "--guidance", guidance)
         ran = pcs("image", *arguments, *out)
-        assert ran.code == 2 and f"'--guidance': {guidance} is not a number from -1000 to 1000" in ran.err
+        assert ran.code == 2 and f"'--guidance': {guidance} is not a number between -1000 and 1000" in ran.err
         assert list(tmp_path.iterdir()) == []
 
 

@@ -201,7 +201,7 @@ def test_means_of_yes_or_no_scores_are_shown_as_percentages():
         )
 
     table = compare_assets({("r", "a"): closed(1.0), ("r", "b"): closed(0.0)}, {}, Path())
-    assert "| 50\u00a0% (0\u00a0% to 100\u00a0%) |" in table.markdown()
+    assert "| 50% (0% to 100%) |" in table.markdown()
 
 
 def test_a_subject_whose_true_renders_are_not_verified_is_shown_separately():

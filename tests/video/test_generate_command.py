@@ -69,7 +69,7 @@ def test_all_steering_options_can_be_combined(ask: Ask, given: Path, clip_model:
 
 
 def test_invalid_steering_options_are_refused_before_a_model_is_loaded(ask: Ask, given: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("no clip")
+    (tmp_path / "text.txt").write_text("not a clip")
     (tmp_path / "boxes.json").write_text('{"mug": [0, 0, 5, 1]}')
     clip, photo = given / "clip", given / "photos" / "0.png"
     for options, message in [
@@ -78,18 +78,18 @@ def test_invalid_steering_options_are_refused_before_a_model_is_loaded(ask: Ask,
         (("--keep", tmp_path / "text.txt", "--keep-mask", clip), "--keep: .*text.txt is not a clip"),
         (("--keep", clip, "--keep-mask", tmp_path / "gone"), "--keep: .*gone does not exist"),
         (("--boxes", tmp_path / "boxes.json"), "--boxes: .* is not a box"),
-        (("--pan", "a,b"), "--pan 'a,b': write RIGHT,DOWN"),
-        (("--pan", "2,0"), "--pan '2,0': write RIGHT,DOWN, in fractions of width and height between -1 and 1"),
+        (("--pan", "a,b"), "--pan 'a,b': give RIGHT,DOWN"),
+        (("--pan", "2,0"), "--pan '2,0': give RIGHT,DOWN as fractions of the width and height, each between -1 and 1"),
         (("--first-frame", clip), "--first-frame: .*clip is a clip; give it as --prefix"),
         (("--prefix", photo), "--prefix: .*0.png is a picture; use --first-frame"),
         (("--prefix", clip, "--first-frame", photo), "both set how the clip begins"),
         (("--prefix-frames", 2), "--prefix-frames sets how much of --prefix is used"),
-        (("--fps", "1e300"), "--fps.* 1e300 is not a number from 0.1 to 1000"),
-        (("--fps", "nan"), "--fps.* nan is not a number from 0.1 to 1000"),
-        (("--guidance", "1e300"), "--guidance.* 1e300 is not a number from -1000 to 1000"),
-        (("--concept", "a.concept:1e300"), r"--concept 'a.concept:1e300': the strength must be from -100 to 100"),
-        (("--concept", "a.concept:nan"), r"--concept 'a.concept:nan': the strength must be from -100 to 100"),
-        (("--strength", "a=1e300@0"), "--strength: .*a: strengths must be from -100 to 100"),
+        (("--fps", "1e300"), "--fps.* 1e300 is not a number between 0.1 and 1000"),
+        (("--fps", "nan"), "--fps.* nan is not a number between 0.1 and 1000"),
+        (("--guidance", "1e300"), "--guidance.* 1e300 is not a number between -1000 and 1000"),
+        (("--concept", "a.concept:1e300"), r"--concept 'a.concept:1e300': the strength must be between -100 and 100"),
+        (("--concept", "a.concept:nan"), r"--concept 'a.concept:nan': the strength must be between -100 and 100"),
+        (("--strength", "a=1e300@0"), "--strength: .*a: strengths must be between -100 and 100"),
         (("--prefix", clip, "--prefix-frames", 9), "--prefix: .*clip has only 6 frames, but its first 9"),
         (("--out", given / "clip", "--invert", given / "clip" / "0.png", "--overwrite"), "clip"),
     ]:
@@ -129,7 +129,7 @@ def said(ask: Callable[[int], Any], frames: int) -> str:
     return ""
 
 
-def test_supported_frame_counts_are_determined_from_the_folder_of_a_model(
+def test_supported_frame_counts_are_determined_from_the_model_folder(
     folders: dict[str, Path], clip_model: Path, picture_model: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
     """The check reads only the folder, but gives the same results as the loaded model."""

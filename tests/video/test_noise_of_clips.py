@@ -36,7 +36,7 @@ HOW = SamplingSettings("", 1.0, 2, height=32, width=32, frames=4)
 
 @pytest.fixture
 def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
-    """Learns a concept next to its clips, as users do."""
+    """Learns a concept and saves it next to its training clips, as users do."""
     clips = shutil.copytree(clip_folder, tmp_path / "clips")
     places = [f"backbone={clip_model}", f"subject.clips={clips}", f"output={tmp_path / 'slide.concept'}"]
     settings = [*places, *FAST, "train.steps=0", "sampling.noise_prior={share: 0.8, refine: 1}", "sampling.frames=4"]
@@ -45,7 +45,7 @@ def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
     return personalize(plan(recipe), runner)["slide"]
 
 
-def test_a_clip_starts_from_the_noise_of_a_training_clip_only_if_its_prompt_names_the_motion(
+def test_a_prompt_that_names_the_motion_starts_from_the_noise_of_a_training_clip_and_no_other_prompt_does(
     learned: Path, clip_model: Path
 ) -> None:
     runner = VideoRunner(load_backbone(clip_model))
@@ -55,10 +55,10 @@ def test_a_clip_starts_from_the_noise_of_a_training_clip_only_if_its_prompt_name
     by_hand = NoisePrior(path=learned.parent / "clips" / "a.mp4", share=0.8, refine=1)
     given = runner.generate(prompts, [0, 0], replace(HOW, hooks=(by_hand,)), must_name=False)
     torch.testing.assert_close(made[:1], given[:1], atol=1e-4, rtol=0)
-    # a motion without words leaves the encoded text unchanged, so the difference comes from the noise
+    # a motion without learned tokens leaves the encoded text unchanged, so the difference comes from the noise
     assert (made[0] - made[1]).abs().max() > 0.01
-    assert (given[1] - made[1]).abs().max() > 0.01  # a prior from the caller acts even if the prompt does not name it
-    own = runner.with_own_sampling(HOW)  # the settings as `pcs video generate` passes them
+    assert (given[1] - made[1]).abs().max() > 0.01  # a prior that the caller passes applies to every prompt
+    own = runner.with_own_sampling(HOW)  # the settings that `pcs video generate` passes
     torch.testing.assert_close(runner.generate(prompts[:1], [0], own), made[:1], atol=1e-4, rtol=0)
     base = runner.generate(prompts[:1], [0], own, base=True)
     runner.unload("slide")

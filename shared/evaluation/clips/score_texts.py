@@ -47,13 +47,13 @@ ABOUT = {
         "Freedom",
         "How much the subject's pose differs between seeds at the same moment: 0 means as little as in true pictures "
         "in one pose, and 1 means as much as in true pictures from random views. Only crops of verified frames are "
-        "compared. Freedom is not measured if fewer than 30 % of the pairs of frames are verified. A motion that turns the "
+        "compared. Freedom is not measured if fewer than 30% of the pairs of frames are verified. A motion that turns the "
         "subject the same way every time lowers freedom.",
         "score",
     ),
     "dynamic_degree": About(
         "Dynamic degree",
-        "How much moves from frame to frame: the mean length of the longest 5 % of the optical-flow vectors, as a "
+        "How much moves from frame to frame: the mean length of the longest 5% of the optical-flow vectors, as a "
         "share of the frame's shorter side. Read it together with the temporal consistency.",
         "share",
     ),
@@ -79,7 +79,7 @@ ABOUT = {
     ),
     "error_position_px": About("Path error: place", "Root mean square over the clip, in pixels.", "count", "lower"),
     "error_scale": About(
-        "Path error: size", "Root mean square error of the log size. A value of 0.1 means about 10 %.", "count", "lower"
+        "Path error: size", "Root mean square error of the log size. A value of 0.1 means about 10%.", "count", "lower"
     ),
     "error_azimuth_deg": About("Path error: azimuth", "In degrees.", "count", "lower"),
     "error_elevation_deg": About("Path error: elevation", "In degrees.", "count", "lower"),

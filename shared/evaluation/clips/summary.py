@@ -108,7 +108,7 @@ def _false_motion(arms: Arms) -> list[Score]:
 
 
 def _span(key: str, values: Sequence[float], prompts: Sequence[int]) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean. For a constant score that is not a rate, both ends equal the constant,
+    """Returns the 95% interval of the mean. For a constant score that is not a rate, both ends equal the constant,
     because `bootstrap` would mistake zeros and ones for a rate."""
     known = {v for v in values if not math.isnan(v)}
     if ABOUT[key].unit != "rate" and len(known) == 1:

@@ -26,7 +26,7 @@ CHANGE = 0.1  # fraction of the brightness range per frame; flicker stays below 
 class Dynamics:
     """The dynamic degree and temporal consistency of one clip, which trade off against each other."""
 
-    degree: float  # mean length of the longest 5 % of the flow vectors, as a fraction of the shorter side per frame
+    degree: float  # mean length of the longest 5% of the flow vectors, as a fraction of the shorter side per frame
     dynamic: bool  # whether enough frame pairs exceed VBench's threshold
     consistency: float  # mean cosine of consecutive frames' embeddings
     consistency_all_pairs: float  # mean cosine of all pairs of frames
@@ -36,7 +36,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     """Measures dynamic degree and temporal consistency.
 
     The degree follows VBench (arXiv 2311.17982, supplement, "dynamic degree"): for each pair of consecutive frames, it
-    is the mean length of the longest 5 % of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the
+    is the mean length of the longest 5% of the flow vectors. The clip is dynamic when this mean exceeds 6/256 of the
     shorter side in at least F/4 of the F - 1 pairs. Only vectors confirmed by the backward flow count, so that flicker
     is not mistaken for motion. The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5),
     the mean cosine of consecutive frames. Some papers average over all pairs of frames, so that mean is returned too.
@@ -68,7 +68,7 @@ def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
     """Returns whether nothing moves in a clip, even if the clip flickers.
 
     In a frozen clip, almost no tracked point moves away from its start. Points that move too fast to be tracked also
-    seem still, so the flow must also be below the threshold for "dynamic", and the 5 % of cells that change most must
+    seem still, so the flow must also be below the threshold for "dynamic", and the 5% of cells that change most must
     change little. A clip of one frame is frozen.
 
     Args:
@@ -84,7 +84,7 @@ def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
 
 
 def _longest(values: Tensor) -> Tensor:
-    """Returns, for each step of `values` (`[F-1, h, w]`), the mean of the largest 5 % of its values, as float64
+    """Returns, for each step of `values` (`[F-1, h, w]`), the mean of the largest 5% of its values, as float64
     `[F-1]`."""
     each = values.flatten(1).double()
     return each.topk(max(1, int(TOP * each.shape[1])), dim=1).values.mean(1)

@@ -59,7 +59,7 @@ class PathError:
     not part of a motion."""
 
     position_px: float  # of the thing's centre
-    scale: float  # of the natural logarithm of its size: 0.1 is about 10 %
+    scale: float  # of the natural logarithm of its size: 0.1 is about 10%
     azimuth_deg: float
     elevation_deg: float
     roll_deg: float

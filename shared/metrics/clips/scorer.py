@@ -125,8 +125,8 @@ class ClipScorer:
         return unrelated(self.motion_looks)
 
     def measure(self, clips: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> MeasuredClips:
-        """Computes all scores of N clips `[N, 3, F, H, W]` in [-1, 1], given their prompts in plain words. Raises
-        ValueError if the numbers of clips, prompts and expectations differ."""
+        """Computes all scores of N clips `[N, 3, F, H, W]` in [-1, 1], given their prompts with the class noun in place of
+        the concept. Raises ValueError if the numbers of clips, prompts and expectations differ."""
         expected = [{}] * len(prompts) if expects is None else list(expects)
         if not len(clips) == len(prompts) == len(expected):
             raise ValueError(f"{len(clips)} clips, {len(prompts)} prompts and {len(expected)} expectations")

@@ -35,7 +35,7 @@ def judge_clips(
     The captions cycle through the motions. Class and background are read from the recognizer's probabilities, averaged
     over frames. The motion is read from the estimated path. The true clips are renders of the same scenes, encoded and
     decoded by the autoencoder. The ends of a clip agree if the identity encoder's similarity between the first and the
-    last frame reaches the level that 95 % of the true clips reach. `still` is the share of clips in which nothing
+    last frame reaches the level that 95% of the true clips reach. `still` is the share of clips in which nothing
     moves.
 
     Returns:

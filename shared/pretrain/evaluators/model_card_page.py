@@ -27,12 +27,12 @@ reconstructions for `--reconstructions FILE` are written by
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE ROWS`.
 """
 SWAPS = """`swap` is the share of pictures that are closer to their own caption than to the caption of the same scene
-with a different value of the attribute (chance 50 %). For `swap binding`, the two colours are exchanged instead.
-`caption of 64` is the share of pictures whose own caption is the closest of 64 captions (chance 1.6 %).
+with a different value of the attribute (chance 50%). For `swap binding`, the two colours are exchanged instead.
+`caption of 64` is the share of pictures whose own caption is the closest of 64 captions (chance 1.6%).
 """
 POSE = {
     "azimuth_near": ("azimuth within 30°", ""),
-    "captioned": ("captioned motions recognised", "95.0 % clean, 90.0 % reconstructed"),
+    "captioned": ("captioned motions recognised", "95.0% clean, 90.0% reconstructed"),
     "held_out_development": ("held-out motions recognised, development", ""),
     "held_out_reporting": ("held-out motions recognised, reporting", ""),
 }
@@ -75,7 +75,7 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+    return "" if value is None else f"{100 * value:.1f}%"
 
 
 def _ways(found: dict[str, Any]) -> list[str]:
@@ -157,7 +157,7 @@ def _motion_module(training: dict[str, Any] | None, judge: dict[str, Any] | None
         f"{made}{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, seed "
         f"{judge['seed']}, one clip of 16 frames per caption, without selection\n(`pcs toybox evaluate-clips`). "
         "`motion` means that the caption's motion was recognised. `ends agree` means that the first and last frames\n"
-        "are at least as similar as in 95 % of true clips. `still` means that nothing moves. The last column is for "
+        "are at least as similar as in 95% of true clips. `still` means that nothing moves. The last column is for "
         "renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
         + f"\nThe most common errors: {', '.join(judge['confusions']) or 'none'}.\n"

@@ -2,7 +2,7 @@
 
 The modules read a caption only through the cross-attention of the layers before them. This cross-attention was trained
 on pictures and ignores words that it has never seen. Replacing "to the right" with "to the left" changes its output
-features by 1 %, whereas replacing "blue" with "red" changes them by 30 %. If the features do not differ, the modules
+features by 1%, whereas replacing "blue" with "red" changes them by 30%. If the features do not differ, the modules
 cannot learn to distinguish motions, and the embeddings of motion words get no gradient. Before the modules are trained,
 these embeddings are therefore trained to change the features that the modules read, but to change the picture as little
 as possible.
@@ -42,8 +42,8 @@ class WordTraining:
     differ: the target for the relative difference between the features of two motions after each cross-attention
     opposite: the probability that a motion with an opposite is compared with this opposite rather than with another
         motion at random. The shipped words were trained only on random pairs. At timestep 600, their features differ by
-        1 % between "left" and "right", and by 45 % between "wobbling" and "moving camera". With the current default,
-        the differences are 30 % and 38 %.
+        1% between "left" and "right", and by 45% between "wobbling" and "moving camera". With the current default,
+        the differences are 30% and 38%.
     seen: the loss weight of the squared relative change that motion words cause in the prediction
     times: the range from which timesteps are drawn
     """

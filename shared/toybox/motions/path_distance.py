@@ -35,7 +35,7 @@ UNITS: dict[str, float] = {
     "elevation_deg": 30.0,
     "roll_deg": 15.0,
 }
-"""The unit of each column. It is a tenth of the picture for the position, growth by about 28 % for the scale, half the
+"""The unit of each column. It is a tenth of the picture for the position, growth by about 28% for the scale, half the
 angle between neighbouring views for the azimuth, 30 degrees for the elevation, and 15 degrees for the roll."""
 
 _TURN = PATH.index("azimuth_deg")
