@@ -1,4 +1,4 @@
-"""The recipe of an asset. It determines how renders are guided, which field is optimised, and how the field is
+"""The recipe of an asset. It determines how renders are guided, which field is optimized, and how the field is
 rendered."""
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def _clips_of(recipe: Recipe) -> Clips:
     sources = clip_sources(recipe)
     if not sources:
         raise ValueError(
-            "sampling.trajectory is measured on clips, but no source of the recipe reads any (kind: clips)"
+            "sampling.trajectory is measured on clips, but no source in the recipe reads any (kind: clips)"
         )
     return sources[0]
 

@@ -1,4 +1,4 @@
-"""Runs the demo, which learns a held-out thing of the toybox once and shows it in every installed modality.
+"""Runs the demo, which learns a held-out toybox subject once and shows it in every installed modality.
 
 A package adds its part of the demo through an entry point in the group `pcs.demo`. The entry point is named after the
 modality, and its value is a module with two functions. `check(asked)` rejects invalid requests before any work is done.

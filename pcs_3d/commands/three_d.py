@@ -155,8 +155,8 @@ def benchmark(
     subjects: str = typer.Option("4", help="how many of the split's subjects to use, or their names as NAME,NAME"),
     learn: str = typer.Option(
         "t_lora",
-        help="recipe that learns each subject from pictures; its concept is shared by all asset recipes that do not "
-        "learn the subject themselves",
+        help="recipe that learns each subject from pictures; the resulting concept is shared by all asset recipes that do "
+        "not learn the subject themselves",
     ),
     prompt: str = typer.Option("a photo of a {concept}", help="what to make; {concept} stands for the subject"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),

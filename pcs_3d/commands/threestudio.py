@@ -18,7 +18,7 @@ _CHECKOUT = typer.Argument(help="the folder of a threestudio checkout", **PATH)
 @app.command()
 def install(
     checkout: Path = _CHECKOUT,
-    overwrite: bool = typer.Option(False, help="replace files of an earlier installation even if they were changed"),
+    overwrite: bool = typer.Option(False, help="replace files from an earlier installation, even if they were changed"),
 ) -> None:
     """Write an extension and a configuration into a checkout, so that its launch.py can use pcs-guidance and related
     classes."""

@@ -20,7 +20,7 @@ _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto (half precision on a GPU, else float32)")
 _DOWNLOAD = typer.Option(False, "--download", help="download files from the hub if they are not in the local cache")
-_CLIP = typer.Option(None, help="a local CLIP folder to score with; the toybox has its own by default", **PATH)
+_CLIP = typer.Option(None, help="a local CLIP folder to score with; the toybox uses its own by default", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
 
@@ -130,7 +130,7 @@ def evaluate(
     ),
     references: Path = typer.Option(
         None,
-        help="the subject's pictures; default: a folder next to the concept, named like the training folder",
+        help="the subject's pictures; default: a folder next to the concept, with the same name as the training folder",
         **PATH,
     ),
     gallery: Path = typer.Option(
@@ -138,7 +138,7 @@ def evaluate(
     ),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
-    limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
+    limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts from the set"),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the concept's recipe"),
     guidance: float = typer.Option(
         None, help="classifier-free guidance scale; default: as in the concept's recipe", **numbers.GUIDANCE
@@ -206,7 +206,7 @@ def benchmark(
     grid: list[str] = typer.Option(
         [], "--grid", help="key=value,value for one row per value; repeat the option for one row per combination"
     ),
-    control: str = typer.Option(None, help="the row with which the others are compared, subject by subject"),
+    control: str = typer.Option(None, help="the row to compare the others with, subject by subject"),
     device: str = _DEVICE,
 ) -> None:
     """Compare recipes on the toybox's held-out subjects, by identity among look-alikes, prompt following, copying and time."""

@@ -64,8 +64,8 @@ def generate(
     strength: list[str] = typer.Option(
         [], help="a concept's strength schedule; my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
     ),
-    first_frame: Path = typer.Option(None, help="a picture with which the clip begins", **PATH),
-    prefix: Path = typer.Option(None, help="a clip with which the new clip begins, and which it continues", **PATH),
+    first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
+    prefix: Path = typer.Option(None, help="a clip that the new clip begins with and continues", **PATH),
     prefix_frames: int = typer.Option(None, min=1, max=10_000, help="frames of --prefix to use; default: all"),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, help=steering.SHARE, **numbers.SHARE),
@@ -135,13 +135,17 @@ def evaluate(
     ),
     out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and clips", **PATH),
     references: Path = typer.Option(
-        None, help="the motion's clips; default: a folder next to the concept, named like the training folder", **PATH
+        None,
+        help="the motion's clips; default: a folder next to the concept, with the same name as the training folder",
+        **PATH,
     ),
-    pictures: Path = typer.Option(None, help="the subject's pictures; default: found like --references", **PATH),
+    pictures: Path = typer.Option(
+        None, help="the subject's pictures; default: found in the same way as --references", **PATH
+    ),
     gallery: Path = typer.Option(None, help="a folder with a subfolder for each look-alike of the subject", **PATH),
     num: int = typer.Option(2, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
-    limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
+    limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts from the set"),
     false_motion: str = typer.Option(
         "unnamed",
         help="clips to compare with: unnamed (prompts do not name the loaded motion), off (its strength is 0) or none",
@@ -157,7 +161,7 @@ def evaluate(
     height: int = typer.Option(None, min=1, max=8192, help="pixels"),
     width: int = typer.Option(None, min=1, max=8192, help="pixels"),
     clip: Path = typer.Option(
-        None, help="a local CLIP folder to score with; the toybox has its own by default", **PATH
+        None, help="a local CLIP folder to score with; the toybox uses its own by default", **PATH
     ),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     backbone: str = typer.Option(
@@ -218,7 +222,7 @@ def benchmark(
     ),
     motions: str = typer.Option("6", help="how many of the split's motions to use, or their names as NAME,NAME"),
     subjects: str = typer.Option(
-        "4", help="how many of the split's subjects to show each motion on, or their names; 0 for none"
+        "4", help="how many of the split's subjects to combine each motion with, or their names; 0 for none"
     ),
     subject_recipe: str = typer.Option("dreambooth_lora", help="recipe that learns the subjects from pictures"),
     limit: int = typer.Option(1, min=1, max=10_000, help="number of prompts"),

@@ -162,7 +162,7 @@ def evaluate(
     floor: bool = typer.Option(False, help="also generate everything without the concept"),
     references: Path = typer.Option(
         None,
-        help="the subject's pictures; default: the folder next to the concept that has the training folder's name",
+        help="the subject's pictures; default: a folder next to the concept, with the same name as the training folder",
         **PATH,
     ),
     gallery: Path = typer.Option(

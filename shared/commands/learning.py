@@ -65,7 +65,7 @@ def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning)
             made = personalize(planned, runner, scorers=scorers, progress=bar, **options)
         except KeyboardInterrupt:
             if checkpoint.load(planned.workdir) is not None:
-                print(f"the state is in {planned.workdir}: continue with --resume", file=sys.stderr)
+                print(f"progress is saved in {planned.workdir}; continue with --resume", file=sys.stderr)
             raise
     for name, path in made.items():
         print(f"<{name}> is in {path}")

@@ -1,11 +1,11 @@
-"""The command `pcs methods`, which lists the available recipes by family, in the taxonomy of a survey (arXiv 2405.05538)."""
+"""The command `pcs methods`, which lists the available recipes by family, using a survey's taxonomy (arXiv 2405.05538)."""
 
 from __future__ import annotations
 
 import typer
 
 app = typer.Typer(
-    help="List the available recipes by family, in the taxonomy of arXiv 2405.05538.", invoke_without_command=True
+    help="List the available recipes by family, using the taxonomy from arXiv 2405.05538.", invoke_without_command=True
 )
 _COLUMNS = {
     "modifier": "modifier",
@@ -78,7 +78,7 @@ def show(
     recipe = load(name, settings or [], modality, model_of(modality))
     place = taxonomy_of(recipe)
     if str(recipe.backbone) in WORLDS:
-        print("# values for the toybox, a small model; add backbone=PATH for the values of full-size models")
+        print("# values for the toybox, a small model; add backbone=PATH for the values used on full-size models")
     for key, words in _COLUMNS.items():
         if getattr(place, key):
             print(f"# {words}: {getattr(place, key)}")

@@ -12,7 +12,8 @@ PROMPT = "prompt for the inversion; usually empty"
 KEEP = "a clip (or picture) with a region to keep unchanged; mark the region with --keep-mask"
 MASK = "a mask whose white area stays as in --keep: one mask per frame, or one picture for all frames"
 BOXES = (
-    'JSON file with a box for each subject, {"my-mug": [left, top, right, bottom]} in fractions, or with boxes by frame'
+    'JSON file with one box per subject, {"my-mug": [left, top, right, bottom]}, as fractions of width and height; '
+    "a subject can also have a list of boxes (one per frame) or a map from frame numbers to boxes"
 )
 
 

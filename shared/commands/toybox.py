@@ -1,5 +1,5 @@
 """The commands `pcs toybox train | evaluate | evaluate-clips | calibrate | curve | sheet | motions | subjects`, for the
-embedded world and its model."""
+built-in world and its model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.commands import numbers
 from shared.commands.paths import PATH
 from shared.pretrain.toybox import stages as pipeline
 
-app = typer.Typer(help="Train, evaluate and look at the embedded toy world and its model.", no_args_is_help=True)
+app = typer.Typer(help="Train, evaluate and look at the built-in toy world and its model.", no_args_is_help=True)
 
 _WORK = typer.Option(
     Path(".toybox"), help="folder for rendered pictures and checkpoints; training resumes from it", **PATH
@@ -175,7 +175,8 @@ def subjects(
     frames: int = typer.Option(None, min=2, max=10_000, help="for motions: number of frames per clip; default: 16"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """List the subjects, styles and motions that no caption can describe, or write reference pictures or clips of one."""
+    """List the subjects, styles and motions that no caption can describe, or write reference pictures or clips of one
+    of them."""
     from shared.config import unknown
     from shared.toybox import reference_sets as album
     from shared.toybox.motions.held_out import motion_names

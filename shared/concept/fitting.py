@@ -25,7 +25,7 @@ def fits(concept: Concept, backbone: Backbone) -> str | None:
         reads = ", ".join(sorted({backbone.family, *backbone.reads}))
         return (
             f"it was learned on {info.family} ({info.name}), but this backbone is {backbone.family} "
-            f"({backbone.name}), which reads concepts of {reads}"
+            f"({backbone.name}), which can load concepts learned on {reads}"
         )
     texts = {c for c in backbone.components if c.startswith("text_encoder")}
     missing = sorted({*meta.layers} - set(backbone.components)) + sorted({*meta.embeddings} - texts)

@@ -65,7 +65,7 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where} has the adapter setting {key!r}, which is not accepted from a file")
         if not (_names(value) if key in ("target_modules", "feedforward_modules") else _plain(key, value)):
             raise ValueError(
-                f"{where}.{key} must be a number, a switch, or a list of names of modules; got {str(value)[:80]!r}"
+                f"{where}.{key} must be a number, a switch, or a list of module names; got {str(value)[:80]!r}"
             )
         if key.startswith(("init", "ab_svd")) and isinstance(value, str) and _CHANGES_BASE.search(value):
             raise ValueError(f"{where}.{key}={value!r} rewrites the base model's weights, which a concept cannot store")

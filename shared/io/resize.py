@@ -38,7 +38,7 @@ def resize(
     if mode == "contain":
         return _contain(picture, width, height)
     if mode not in ("cover", None):
-        raise ValueError(f"unknown way to resize {mode!r}. Available: contain, cover.")
+        raise ValueError(f"unknown resize mode {mode!r}. Available: contain, cover.")
     full_w, full_h = picture.size
     scale = max(width / full_w, height / full_h)
     cut_w, cut_h = min(full_w, width / scale), min(full_h, height / scale)

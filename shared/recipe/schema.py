@@ -59,8 +59,8 @@ class SubjectSettings(Part):
 
     images: PathText | tuple[PathText, ...]
     class_noun: str = ""
-    masks: PathText | None = None  # a folder with masks named like the pictures
-    captions: PathText | None = None  # a folder with captions named like the pictures
+    masks: PathText | None = None  # a folder of masks with the same names as the pictures
+    captions: PathText | None = None  # a folder of captions with the same names as the pictures
 
     def read(self) -> Subject:
         """Finds the files on disk. Raises ValueError in the same cases as `shared.io.read_subject.read_subject`."""
@@ -85,7 +85,9 @@ class Train(Part):
     gradient_accumulation: Many = 1  # micro-batches per step
     # whether to recompute activations in the backward pass, which saves memory at the cost of time
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast in it
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 if it is fast on the device, fp16 on older GPUs, no on others
+    )
     resolution: Side | None = None  # pixels; null: the backbone's default
     cache: bool = True  # whether to cache latents and text embeddings that do not vary
     # augmented versions of each picture, computed once and cached; 0: a new version in each step

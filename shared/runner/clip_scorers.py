@@ -47,8 +47,8 @@ class Watched:
         before = self._still_before(prompts) if now >= ALARM else 0.0
         if before < 1 and (now - before) / (1 - before) >= ALARM:
             warnings.warn(
-                f"nothing moves in {now:.0%} of the clips generated while {self.name} is learned, but only {before:.0%} of "
-                f"those generated without {self.name}; training may be too long, or its learning rate "
+                f"nothing moves in {now:.0%} of the clips generated while {self.name} is learned, compared with only "
+                f"{before:.0%} of those generated without {self.name}; training may be too long, or its learning rate "
                 "may be too high",
                 stacklevel=2,
             )

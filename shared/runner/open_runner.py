@@ -146,7 +146,8 @@ def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
         if not reading:
             choices = ", ".join(sorted(frozenset[str]().union(*kind.families)))
             raise ValueError(
-                f"{name!r} was learned on {family}, whose models make no {kind.makes}: give concepts learned on {choices}"
+                f"{name!r} was learned on {family}, whose models do not generate {kind.makes}: give concepts learned on "
+                f"{choices}"
             )
         for other, its in families.items():
             if not any(its in some for some in reading):

@@ -288,7 +288,7 @@ def test_a_model_of_another_family_or_shape_is_refused_with_the_reason(
     for other, reason in (
         (
             new_flux(),
-            r"learned on stable_diffusion \(tiny\), but this backbone is flux \(tiny-flux\), which reads .* flux",
+            r"learned on stable_diffusion \(tiny\), but this backbone is flux \(tiny-flux\), which can load .* flux",
         ),
         (small, r"its unet\.down_blocks\.0\.\S+to_k has shape \[16, 16\], but here the shape is \[8, 16\]"),
         (shallow, r"4 of the 28 layers of unet that it changes do not exist here, such as down_blocks\.0\.attentions"),

@@ -176,7 +176,7 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(saved: Path, tmp_pat
             "'megatron_core', which is not accepted",
         ),
         ({"adapters": {"l": {"unet": {"peft_type": "LORA", "r": 10**9, "target_modules": ["a"]}}}}, "ranks must be"),
-        ({"adapters": {"l": {"unet": {"peft_type": "LORA", "target_modules": "(a+)+$"}}}}, "names of modules"),
+        ({"adapters": {"l": {"unet": {"peft_type": "LORA", "target_modules": "(a+)+$"}}}}, "module names"),
         ({"adapters": {"../x": {"unet": {}}}}, "adapters"),
         (
             {"adapters": {"l": {"unet": {"peft_type": "LORA", "r": 2, "bias": "all", "target_modules": ["a"]}}}},

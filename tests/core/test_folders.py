@@ -55,7 +55,7 @@ def test_resizing_is_deterministic_and_sharp_and_keeps_mask_and_picture_aligned(
     assert torch.equal(one.mask, two.mask) and one.mask.shape == (1, 40, 56)
     red = (one.pixels[0] + 1) / 2 * one.mask[0]
     assert red[one.mask[0] == 1].min() > 0.45  # inside the mask, the picture is bright
-    with pytest.raises(ValueError, match=r"unknown way to resize 'stretch'. Available: contain, cover"):
+    with pytest.raises(ValueError, match=r"unknown resize mode 'stretch'. Available: contain, cover"):
         resize(one, 32, "stretch")  # type: ignore[arg-type]
 
 

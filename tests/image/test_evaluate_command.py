@@ -93,7 +93,7 @@ def test_options_override_the_sampling_settings_of_the_recipe(pcs, arguments, co
 
 def test_the_help_states_where_references_are_looked_for(pcs):
     text = " ".join(pcs("image", "evaluate", "--help").out.replace("│", " ").split())
-    assert "a folder next to the concept, named like the training folder" in text
+    assert "a folder next to the concept, with the same name as the training folder" in text
 
 
 def test_the_runner_gives_the_same_scores_as_the_command(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):

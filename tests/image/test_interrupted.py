@@ -107,7 +107,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_and_reports_where(pcs, lear
     finally:
         process.kill()
     stderr = (tmp_path / "stderr").read_text()
-    assert code == expected and f"the state is in {training}: continue with --resume\nstopped\n" in stderr
+    assert code == expected and f"progress is saved in {training}; continue with --resume\nstopped\n" in stderr
     assert "Traceback" not in stderr and not concept.exists()
     assert len(list(training.glob("checkpoint-*"))) == 1
     assert pcs(*arguments, "--resume").code == 0 and tensors(concept) == tensors(whole)

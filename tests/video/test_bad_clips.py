@@ -142,7 +142,7 @@ def test_concepts_that_no_model_can_load_are_refused_before_a_model_is_loaded(
     )
     assert "'on-wan' was learned on wan, but 'slide' on animatediff" in message
     message = refused("video", "generate", "a <on-flux>", "--concept", flux)
-    assert "'on-flux' was learned on flux, whose models make no clips" in message
+    assert "'on-flux' was learned on flux, whose models do not generate clips" in message
     assert "animatediff, ltx, stable_diffusion, wan" in message
     message = refused("image", "generate", "a <on-sd> and a <on-flux>", "--concept", thing, "--concept", flux)
     assert "'on-sd' was learned on stable_diffusion, but 'on-flux' on flux" in message
