@@ -85,9 +85,8 @@ class Train(Part):
     gradient_accumulation: Many = 1  # micro-batches per step
     # whether to recompute activations in the backward pass, which saves memory at the cost of time
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 if it is fast on the device, fp16 on older GPUs, no on others
-    )
+    # auto: bf16 if it is fast on the device, otherwise fp16 on a GPU and no on a CPU
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     resolution: Side | None = None  # pixels; null: the backbone's default
     cache: bool = True  # whether to cache latents and text embeddings that do not vary
     # augmented versions of each picture, computed once and cached; 0: a new version in each step

@@ -11,6 +11,7 @@ from torch import Tensor
 from shared.recipe.schema import Recipe
 from shared.train import checkpoint
 from shared.train.budget import Budget
+from shared.train.frozen_layers import lean
 from shared.train.last_good_state import LastGood
 from shared.train.learned_state import adapters_in, gather
 from shared.train.log import Log, flat
@@ -82,6 +83,7 @@ class Phase:
         off = dict.fromkeys((name for name in self.recipe.task.off if name in backbone.adapters), 0.0)
         if off:
             stack.enter_context(backbone.active({**backbone.strengths, **off}))
+        stack.enter_context(lean((*backbone.components.values(), backbone.vae)))
         stack.enter_context(recomputed(backbone, self.recipe.train.gradient_checkpointing))
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)

@@ -108,7 +108,7 @@ def _rank(a: Any) -> int | None:
 def _plain(base: Any) -> bool:
     if _hooked(base):
         return False
-    if type(base) is nn.Conv2d:
+    if isinstance(base, nn.Conv2d):
         usual = base.groups == 1 and base.padding_mode == "zeros" and set(base.dilation) == {1}
         return usual and isinstance(base.padding, tuple)
     return type(base) is nn.Linear
