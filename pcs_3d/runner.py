@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pcs_3d.fields.field import Field
 from pcs_3d.regions import RegionPart
 from pcs_3d.renderers.rendering import Rendering
 from shared.backbones import Backbone
-from shared.prompts import check_named, expand, names_in
+from shared.prompts import check_known, check_named, expand, names_in
 from shared.recipe.phases import expand_phases, learns_subjects
 from shared.runner.base import Progress, Runner, attached, own_randomness
 from shared.train.phase_context import PhaseContext
@@ -141,6 +141,7 @@ class Runner3D(Runner):
         - a phase would perform none of its denoising steps
         """
         check_fields(recipe)
+        check_asked(recipe, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()}, subjects)
         phases = list(expand_phases(recipe))
         views: dict[str, bool] = {}  # the phases that write pictures with cameras, and whether they also write masks
         # If no phase learns the subject, its pictures are used only for comparison, and prompts refer to a loaded
@@ -155,21 +156,37 @@ class Runner3D(Runner):
                 views[name] = isinstance(phase.task, ReferenceCamerasTask)
             if not isinstance(phase.task, DistillTask | PseudoViewsTask):
                 continue
-            if not phase.prompt.strip():
-                raise ValueError('prompt is empty: describe what to make, as in prompt="a photo of a <my-mug>"')
             if phase.references is not None and isinstance(phase.task, DistillTask):
                 masks = any(p.needs_masks for p in phase.penalties.values())
                 phase.references.check(subjects, masks, views)
             regions: Mapping[str, RegionPart] = phase.guidance.regions
-            said = " / ".join(dict.fromkeys([phase.prompt, *(r.prompt for r in regions.values() if r.prompt)]))
-            check_named(said, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()})
-            check_named(said, dict.fromkeys(learned, "subject"))
             for region in (None, *regions.values()):
                 if region is not None:
                     region.check()
                 for text in scene_prompts(phase, self.class_nouns, region).all_texts():
                     if not set(names_in(text)) & set(learned):  # names that are still to be learned have no words yet
                         self.backbone.check_prompt(expand(text, self.backbone.placeholders))
+
+
+def check_asked(recipe: DistillRecipe, kinds: Mapping[str, str], subjects: Collection[str]) -> None:
+    """Checks the prompts of a recipe and of its regions. This check loads no model.
+
+    Raises ValueError if a prompt is empty, leaves out a subject, or names a concept that is not given.
+
+    Args:
+        kinds: the kind of each given concept, by name
+        subjects: the names of the subjects whose pictures are given
+    """
+    learned = dict.fromkeys(subjects if learns_subjects(recipe) else (), "subject")
+    for _, phase in expand_phases(recipe):
+        if isinstance(phase.task, DistillTask | PseudoViewsTask):
+            if not phase.prompt.strip():
+                raise ValueError('prompt is empty: describe what to make, as in prompt="a photo of a <my-mug>"')
+            regions: Mapping[str, RegionPart] = phase.guidance.regions
+            said = " / ".join(dict.fromkeys([phase.prompt, *(r.prompt for r in regions.values() if r.prompt)]))
+            check_named(said, kinds)
+            check_named(said, learned)
+            check_known(said, {**kinds, **learned})
 
 
 def _check_strength(phase: str, strength: float, steps: int | None) -> None:

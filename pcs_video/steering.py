@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ class ClipSteering(Steering):
             raise ValueError("--first-frame and --prefix both set how the clip begins; give only one of them")
         if self.prefix_frames is not None and self.prefix is None:
             raise ValueError("--prefix-frames sets how much of --prefix is used; also give --prefix")
+        if self.first_frame is not None and self.keep is not None:
+            warnings.warn(
+                "--first-frame sets the whole first frame, so --keep applies only to the later frames", stacklevel=2
+            )
         made, boxes = super().hooks(), {}
         for hook in made:
             boxes = dict(hook.boxes) if isinstance(hook, SubjectBoxes) else boxes

@@ -118,8 +118,16 @@ def _path(value: Any) -> Any:
 
 #: The path of a file or folder, as the user wrote it.
 PathText = Annotated[Path, BeforeValidator(_path)]
+
+
+def _name_or_path(value: Any) -> Any:
+    if value == "":
+        raise ValueError("is empty (perhaps it was given as a shell variable that is not set)")
+    return str(expanded(value)) if isinstance(value, str) and value[:1] == "~" else value
+
+
 #: A name, or the path of a file or folder.
-NameOrPath = Annotated[str, BeforeValidator(lambda v: str(expanded(v)) if isinstance(v, str) and v[:1] == "~" else v)]
+NameOrPath = Annotated[str, BeforeValidator(_name_or_path)]
 
 
 T = TypeVar("T")

@@ -47,14 +47,14 @@ def create(
     from pcs_3d.export.page import PAGE
     from pcs_3d.extra import check_installed
     from pcs_3d.recipe import Recipe3D
-    from pcs_3d.runner import Runner3D
+    from pcs_3d.runner import Runner3D, check_asked
     from shared.commands.progress import Bar
     from shared.io.outputs import check_output
     from shared.metrics.html import size
     from shared.recipe.phases import expand_phases
     from shared.recipe.reads import paths_read
     from shared.recipe.resolve import load
-    from shared.runner.open_runner import model_asked_for, open_runner, read_by
+    from shared.runner.open_runner import kinds_of, model_asked_for, open_runner, read_by
     from shared.train import checkpoint
     from shared.train.measure_memory import parse_bytes
 
@@ -72,6 +72,9 @@ def create(
     subjects = {name: subject.read() for name, subject in resolved.subjects.items()}
     if resolved.subject is not None:
         subjects = {resolved.name or "subject": resolved.subject.read()}
+    kinds = kinds_of(concept)
+    if kinds is not None:
+        check_asked(resolved, kinds, subjects)
     precision = resolved.train.mixed_precision
     runner = open_runner(Runner3D, resolved.backbone, concept, device, precision, download, **resolved.opening())
     plan = None

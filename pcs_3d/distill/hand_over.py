@@ -20,6 +20,7 @@ from pcs_3d.fields.grids import by_chunks
 from pcs_3d.fields.starts import Handed, PhaseStart
 from pcs_3d.fields.textured_mesh import TexturedMesh
 from pcs_3d.meshes.shape import BallShape, SampledShape
+from pcs_3d.regions.box import Box
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 
@@ -31,8 +32,8 @@ def check_fields(recipe: DistillRecipe) -> None:
     """Checks that every phase's field can be built as configured.
 
     Raises ValueError if a field's file cannot be read, if a field should start from an earlier phase but no earlier
-    phase makes an asset, or if a field's kind or space differs from that of the earlier phase's field. A different kind
-    is allowed if the field starts from the earlier phase (`start.kind` is phase).
+    phase makes an asset, if a box region lies outside the field, or if a field's kind or space differs from that of the
+    earlier phase's field. A different kind is allowed if the field starts from the earlier phase (`start.kind` is phase).
     """
     earlier: DistillRecipe | None = None
     for name, phase in expand_phases(recipe):
@@ -40,6 +41,12 @@ def check_fields(recipe: DistillRecipe) -> None:
             where = f"phases.{name}.field" if recipe.phases else "field"
             _check_start(where, phase, earlier)
             phase.made.check()
+            for key, region in phase.guidance.regions.items():
+                if isinstance(region, Box) and region.is_outside(phase.made.bound):
+                    raise ValueError(
+                        f"guidance.regions.{key}: the box lies outside the field, which reaches from -{phase.made.bound:g} to "
+                        f"{phase.made.bound:g} on each axis. Coordinates are in radii of the object"
+                    )
             earlier = phase
 
 

@@ -28,6 +28,10 @@ class Box(RegionPart):
             raise ValueError(f"lo = {list(self.lo)} must be below hi = {list(self.hi)} along every axis")
         return self
 
+    def is_outside(self, bound: float) -> bool:
+        """Whether the box has no part within the cube from -`bound` to `bound`."""
+        return any(low >= bound or high <= -bound for low, high in zip(self.lo, self.hi, strict=True))
+
     def build(self) -> Inside:
         def inside(points: Tensor) -> Tensor:
             lo, hi = (torch.tensor(c, device=points.device, dtype=points.dtype) for c in (self.lo, self.hi))

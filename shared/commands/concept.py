@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,16 @@ def import_(
     """Import a LoRA from another training program as a concept. Names in the file that match no layer are reported."""
     from shared.backbones import load_backbone
     from shared.concept import import_lora, save
+    from shared.config import NAME
     from shared.io.outputs import check_output
     from shared.runner.open_runner import read_by
 
     check_output(out, overwrite, [file, *read_by([], backbone)])
+    name = out.name.removesuffix(".concept")
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"--out {out}: a concept cannot be called {name!r} (use only letters, digits, - and _)")
     model = load_backbone(backbone, download=download)
-    concept = import_lora(file, model, token, class_noun, name=out.name.removesuffix(".concept"))
+    concept = import_lora(file, model, token, class_noun, name=name)
     save(concept, out, overwrite=overwrite)
     print(out)
 

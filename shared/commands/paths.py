@@ -7,8 +7,12 @@ from typing import Any
 
 
 def _path(text: Any) -> Path:
+    import typer
+
     from shared.config import expanded  # slow to import
 
+    if text == "":
+        raise typer.BadParameter("is empty (perhaps it was given as a shell variable that is not set)")
     return expanded(text)
 
 

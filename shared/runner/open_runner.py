@@ -106,6 +106,7 @@ def open_runner(
         how: arguments for the `prepared` method of `kind`
     """
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
+    check_names(concepts, [concept for concept, _ in opened])
     check_families(kind, [concept for concept, _ in opened])
     where = pick_device(device)
     if precision == "auto":  # on a CPU, the weights stay in fp32, and only computations use lower precision
@@ -122,18 +123,39 @@ def open_runner(
     return runner
 
 
-def check_prompts(prompts: Sequence[str], concepts: Sequence[str], loras: Sequence[AskedLora] = ()) -> None:
-    """Raises ValueError if a prompt names a concept that is not given, or does not name a subject that is given. This
-    check loads no model. Concepts that cannot be read are ignored here and reported when they are opened."""
+def kinds_of(concepts: Sequence[str]) -> dict[str, str] | None:
+    """Returns the kind of each concept (`PATH[:STRENGTH]`), by name. Returns None if a concept cannot be read, which is
+    reported when it is opened."""
     try:
         metas = [read_meta(parse_concept(c)[0] / META) for c in concepts]
     except (OSError, ValueError):
+        return None
+    return {meta.name: meta.kind for meta in metas}
+
+
+def check_prompts(prompts: Sequence[str], concepts: Sequence[str], loras: Sequence[AskedLora] = ()) -> None:
+    """Raises ValueError if a prompt names a concept that is not given, or does not name a subject that is given. This
+    check loads no model. Concepts that cannot be read are ignored here and reported when they are opened."""
+    kinds = kinds_of(concepts)
+    if kinds is None:
         return
-    kinds = {meta.name: meta.kind for meta in metas}
     for prompt in prompts:
         check_named(prompt, kinds)
         if not loras:  # the names of LoRAs are not known until they are imported
             check_known(prompt, kinds)
+
+
+def check_names(given: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Raises ValueError if two of the concepts, which were given as `PATH[:STRENGTH]`, have the same name."""
+    first: dict[str, str] = {}
+    for text, concept in zip(given, concepts, strict=True):
+        name = concept.meta.name
+        if name in first:
+            raise ValueError(
+                f"{first[name]} and {text} are both called {name!r}: give only one of them. A copied or renamed folder keeps "
+                "the name under which its concept was learned"
+            )
+        first[name] = text
 
 
 def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
@@ -170,7 +192,11 @@ def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
 
     Args:
         concepts: `PATH[:STRENGTH]`, or folders
+
+    Raises ValueError if `backbone` is empty text.
     """
+    if backbone == "":
+        raise ValueError("the backbone is empty (perhaps it was given as a shell variable that is not set)")
     folders = [c if isinstance(c, Path) else parse_concept(c)[0] for c in concepts]
     model = expanded(backbone) if backbone else known_model(folders[0]) if folders else None
     return [*folders, *([model] if model and model.exists() else [])]

@@ -74,7 +74,7 @@ def test_masks_that_do_not_match_the_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is 32x32 pixels, but its clip .* is 48x32"):
         read_clip(clip, ALL, mask=small)
     empty = folder(tmp_path / "empty", 0 * boxes(), "{}.png")
-    with pytest.raises(ValueError, match="the masks are empty in every frame that is used"):
+    with pytest.raises(ValueError, match="the masks are black in every frame that is used"):
         read_clip(clip, ALL, mask=empty)
 
 

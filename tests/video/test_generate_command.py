@@ -14,6 +14,7 @@ import pytest
 from pcs_video.backbones.frame_grid import frame_check
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
+from pcs_video.steering import ClipSteering
 from shared.backbones import load as loading
 from shared.backbones import load_backbone
 from shared.cli import build, run
@@ -66,6 +67,13 @@ def test_all_steering_options_can_be_combined(ask: Ask, given: Path, clip_model:
     assert [hook["kind"] for hook in about["hooks"]] == ["noise_prior", "subject_boxes", "camera_pan", "given_frames"]
     assert about["hooks"][0]["share"] == 0.5 and about["hooks"][2]["boxes"]["red mug"]["3"] == [0.5, 0.5, 1.0, 1.0]
     assert read_clip(out, ClipWindow(length=4)).fps == 6
+
+
+def test_a_first_frame_also_replaces_the_kept_region_and_says_so(given: Path) -> None:
+    clip, photo = given / "clip", given / "photos" / "0.png"
+    with pytest.warns(UserWarning, match="--keep applies only to the later frames"):
+        hooks = ClipSteering(first_frame=photo, keep=clip, keep_mask=clip).hooks()
+    assert [hook.path for hook in hooks] == [clip, photo]
 
 
 def test_invalid_steering_options_are_refused_before_a_model_is_loaded(ask: Ask, given: Path, tmp_path: Path) -> None:

@@ -117,8 +117,8 @@ def _masks_of(
         return None
     if not any(bool(plane.any()) for plane in planes):
         raise ValueError(
-            f"{given.path if given else source.path}: after cropping, the masks are empty in every frame that is used; "
-            "choose another window, or fit=contain"
+            f"{given.path if given else source.path}: after cropping, the masks are black in every frame that is used, but "
+            "white must mark the region; in a recipe, another window or fit=contain may help"
         )
     return planes[0][:, None] if given is not None and given.first_only else _spread(planes, indices, picks)
 
