@@ -78,8 +78,8 @@ def _noise_priors(painter: Painter, settings: SamplingSettings) -> list[NoisePri
             own.append(NoisePrior(path=clip, name=name, **how.model_dump()))
             continue
         warnings.warn(
-            f"clips of {name!r} should start from the noise of its first clip, but {why}. Clips start from random "
-            "noise unless you give --invert CLIP.",
+            f"clips that name <{name}> should start from the noise of the first clip it was learned from, but {why}. They "
+            "will start from random noise unless you give --invert CLIP.",
             stacklevel=3,
         )
     return own
@@ -121,7 +121,7 @@ def hooks_for_prompt(
     idle = [f"<{name}>" for name in others if _moves(painter.loaded[name].concept)]
     if idle and painter.backbone.frames_apart and any(hook.trajectory.layers == "image" for hook in followed):
         raise ValueError(
-            f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> leaves out the layers for motion; learn "
+            f"{prompt!r} names {' and '.join(idle)}, but <{followed[0].name}> skips the motion layers; learn "
             f"<{followed[0].name}> with sampling.trajectory.layers=all"
         )
     return own

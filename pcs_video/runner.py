@@ -140,7 +140,7 @@ class VideoRunner(Runner):
                 )
                 if moves and not part.temporary:
                     raise ValueError(
-                        "sampling.trajectory.layers: 'image' leaves out the layers for motion, which "
+                        "sampling.trajectory.layers: 'image' skips the motion layers, which "
                         f"trainable.{slot} trains; use 'all'"
                     )
 

@@ -45,7 +45,7 @@ class TetrahedraField(BaseField):
 
     distances: [R³], in cells, negative inside.
     moves: [R³, 3], the shift of each node before tanh.
-    raw_features: [R', R', R', K]; colours are before the sigmoid.
+    raw_features: [R', R', R', K]; colours are stored before the sigmoid is applied.
     """
 
     tets: Tensor
@@ -86,15 +86,16 @@ class TetrahedraField(BaseField):
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:
-        """Returns the gradient of the signed distance per radius, `[R, R, R, 3]`. The gradient has length 1 where the
-        distance is exact."""
+        """Returns the gradient of the signed distance, `[R, R, R, 3]`, with lengths in radii of the object. It has length 1
+        where the distance is exact."""
         size = self.part.resolution
         return grids.slopes((self.distances * self.cell).view(size, size, size), self.bound)
 
 
 def tetrahedra(resolution: int) -> Tensor:
-    """Splits each cell of a grid of R³ nodes into six tetrahedra around its diagonal (Kuhn). Returns the nodes of each
-    tetrahedron, int64 `[6 (R-1)³, 4]`. All tetrahedra have positive volume, and neighbouring cells share triangles."""
+    """Splits each cell of a grid of R³ nodes into six tetrahedra around its diagonal (Kuhn's subdivision). Returns the
+    nodes of each tetrahedron, int64 `[6 (R-1)³, 4]`. All tetrahedra have positive volume, and neighbouring cells share
+    triangles."""
     strides = torch.tensor([resolution**2, resolution, 1])
     line = torch.arange(resolution - 1)
     first = (torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3) * strides).sum(-1)

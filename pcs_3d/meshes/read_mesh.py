@@ -50,7 +50,7 @@ def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg
     """
     path = expanded(path)
     if path.suffix.lower() not in _CHECKS:
-        raise ValueError(f"{path}: " + unknown(path.suffix, _CHECKS, "format of a mesh"))
+        raise ValueError(f"{path}: " + unknown(path.suffix, _CHECKS, "mesh format"))
     file_checks.check_size_of(path)
     _CHECKS[path.suffix.lower()](path)
     pieces = [p for p in map(_cleaned, _loaded(path)) if len(p.vertices)]

@@ -25,9 +25,9 @@ ABOUT = {
     ),
     "identity": About(
         "Identity",
-        "How often a picture shows this exact subject, relative to how often true pictures of it pass the same test. A picture "
-        "passes if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to the "
-        "references as 95% of true pictures are.",
+        "How often a picture shows this exact subject, relative to how often true renders of it pass the same test. A picture "
+        "passes if it is recognised among look-alikes, is not a copy of a reference, and reaches the similarity to the "
+        "references that 95% of the true renders reach.",
     ),
     "text": About(
         "Prompt followed",
@@ -35,9 +35,9 @@ ABOUT = {
     ),
     "freedom": About(
         "Freedom",
-        "How much of the subject's true variation in pose the pictures of one prompt keep: 0 means one pose for every seed, "
-        "and 1 means as many poses as true pictures from random views. It is measured on crops of "
-        "pictures that show the subject.",
+        "How much of the subject's true pose variation is preserved among pictures from the same prompt: 0 means one pose "
+        "for every seed, and 1 means as many poses as true renders from random views. It is measured on crops of pictures "
+        "that show the subject.",
         "score",
     ),
     "recognised": About(
@@ -50,29 +50,30 @@ ABOUT = {
         better="lower",
     ),
     "place": About(
-        "Spread of place",
-        "How much the subject's position varies within a prompt: the standard deviation of its centre, in half-pictures.",
+        "Position spread",
+        "How much the subject's position varies within a prompt: the standard deviation of its centre, as a fraction "
+        "of half the picture's side.",
         "count",
     ),
     "size": About(
-        "Spread of size",
-        "How much the subject's size varies within a prompt: the standard deviation of half its longer side, in "
-        "half-pictures.",
+        "Size spread",
+        "How much the subject's size varies within a prompt: the standard deviation of half its longer side, as a "
+        "fraction of half the picture's side.",
         "count",
     ),
     "views": About(
         "Effective views",
-        "The number of sides from which the subject is seen if the prompt leaves the view open: exp(entropy) of the "
+        "The number of sides from which the subject is seen when the prompt leaves the view open: exp(entropy) of the "
         "views that the recognizer finds in the verified pictures.",
         "count",
     ),
     "background": About("Background", "How often the background matches the prompt."),
-    "view": About("View", "How often the subject is seen from the side that the prompt states."),
+    "view": About("View", "How often the subject is seen from the viewpoint that the prompt asks for."),
     "accessory": About("Accessory", "How often the subject wears the accessory in the prompt."),
     "style": About("Style", "How often the picture is in the style that the prompt states."),
     "copied": About(
         "Copies",
-        "How many pictures repeat a reference instead of showing the subject anew. They count as identity failures.",
+        "How many pictures repeat a reference instead of showing the subject in a new way. They count as identity failures.",
         better="lower",
     ),
     "clip_t": About(
@@ -85,13 +86,13 @@ ABOUT = {
     ),
     "dino_i": About(
         "DINO-I",
-        "Mean cosine between picture and references in DINO, which is stricter on details than CLIP-I.",
+        "Mean cosine between picture and references in DINO, which is stricter about details than CLIP.",
         "cosine",
     ),
     "identity_i": About("Likeness", "Mean cosine between picture and references in the identity encoder.", "cosine"),
     "diversity": About(
         "Diversity",
-        "How different the pictures of one prompt are: 1 minus their mean cosine. "
+        "How different pictures from the same prompt are: 1 minus their mean cosine. "
         "Zero means that every seed gives the same picture.",
         "score",
     ),
@@ -106,7 +107,7 @@ ABOUT = {
 WITHOUT_GALLERY = "Likeness to the references, with copies counted as 0 (no gallery of look-alikes was given)."
 WITHOUT_TRUTH = (
     "How often a picture is recognised among look-alikes and is not a copy of a reference. Whether it shows this exact "
-    "subject is not verified, because there are no true pictures of it to set a threshold."
+    "subject is not verified, because there are no true renders of it from which to set a threshold."
 )
 TWO_TERMS = (
     "One number for two competing goals: the harmonic mean of identity and prompt following. Freedom is not included, "

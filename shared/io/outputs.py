@@ -112,7 +112,7 @@ def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
 
 def _check_there(path: Path, overwrite: bool) -> None:
     if not path.is_dir():
-        raise ValueError(f"{path} already exists and is a file, but the output is a folder: choose another output")
+        raise ValueError(f"{path} is an existing file, but the output must be a folder: choose another output")
     inside = sum(1 for _ in path.iterdir())
     if inside and not overwrite:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from shared.config import Part
 
-_SIDE = 256  # pixels; frames with a shorter side below this are enlarged before flow is estimated
+_SIDE = 256  # pixels; frames whose shorter side is below this are enlarged before flow is estimated
 
 
 class Track(Part):
@@ -26,7 +26,7 @@ class Track(Part):
     """
 
     flow: Literal["dis", "farneback"] = "dis"
-    # values above it become 1, all others 0; null keeps soft edges
+    # mask values above the threshold become 1, all others 0; null keeps soft edges
     threshold: float | None = Field(default=0.5, gt=0, lt=1)
 
     def __call__(self, frames: Tensor, masks: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Track(Part):
 
 def grey_levels(frames: Tensor) -> np.ndarray:
     """Converts frames to grey levels, uint8 [F, h, w]. Small clips are enlarged, because the patches
-    that are matched to estimate flow are too coarse for frames of 64 pixels, for example."""
+    that are matched to estimate flow are too large for frames of, say, 64 by 64 pixels."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
     if factor > 1:

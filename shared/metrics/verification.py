@@ -1,8 +1,8 @@
 """Verifies that pictures show the subject itself, using its references and a bar set by true pictures.
 
-A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to
-the references as 95% of true pictures of the thing. The first condition alone would accept a picture of the thing with
-arms of the wrong colour, because the picture only has to be nearer to this thing than to eight others.
+A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and reaches the similarity
+to the references that 95% of true pictures of the thing reach. The first condition alone would accept a picture of the
+thing with arms of the wrong colour, because the picture only has to be nearer to this thing than to eight others.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from shared.train.log import Log
 
 
 def earlier(target: Path) -> Path:
-    """Makes a folder with one file, as an earlier call of pcs would, and returns it."""
+    """Makes a folder with one file, as an earlier run of pcs would have, and returns it."""
     with atomic_folder(target) as folder:
         (folder / "old").write_text("old")
     return target
@@ -43,14 +43,14 @@ def test_an_output_must_be_a_new_or_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=rf"{tmp_path} already exists and contains 1 file"):
         check_output(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.txt already exists and is a file"):
+    with pytest.raises(ValueError, match=r"a\.txt is an existing file"):
         check_output(tmp_path / "a.txt")
     with pytest.raises(
         ValueError, match=r"it contains files that pcs did not write \(a\.txt\), which would be deleted"
     ):
         check_output(tmp_path, overwrite=True)
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is a file, but the output is a folder"):
+        with pytest.raises(ValueError, match="is an existing file, but the output must be a folder"):
             check_output(tmp_path / "a.txt", overwrite)
     with pytest.raises(ValueError, match=r"cannot be written: .*a\.txt is a file, not a folder"):
         check_output(tmp_path / "a.txt/out")
@@ -328,7 +328,7 @@ def test_an_output_file_must_be_new_and_not_a_folder(tmp_path: Path) -> None:
         check_file(tmp_path / "a.png" / "b.png")
 
 
-# --- file modes, and what killed processes leave behind -------------------------------------------------
+# --- file modes, and leftovers from killed processes ----------------------------------------------------
 
 
 def test_every_file_has_the_mode_set_by_the_umask(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_an_output_folder_without_a_benchmark_is_refused_before_a_model_is_loade
     for out, why in (
         (photos, f"{photos} already exists and contains 3 files, but no benchmark: choose another output"),
         (tmp_path / "gone", f"leads nowhere: {tmp_path / 'gone'} is a link to {tmp_path / 'unplugged'}"),
-        (tmp_path / "file", "already exists and is a file"),
+        (tmp_path / "file", "is an existing file"),
         (recipe.parent, f"contains {recipe}, which is an input"),
         (backbone_path() / "table", f"lies inside {backbone_path()}, which is an input"),
     ):

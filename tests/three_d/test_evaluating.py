@@ -234,7 +234,7 @@ def test_folders_and_files_that_cannot_be_evaluated_are_refused(box, tmp_path):
         ("meshless", "without a mesh"),
         ("torn", "cannot be read"),
         ("no.glb", "no.glb"),
-        ("no.txt", "format of a mesh"),
+        ("no.txt", "unknown mesh format"),
         ("points.ply", "no faces"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -277,7 +277,7 @@ def test_a_texture_is_counted_once_per_material(tmp_path, monkeypatch):
         ("x.obj", b"v 0 0 0\n\0\0", "not an OBJ"),
         ("x.obj", b"", "x.obj is empty"),
         ("x.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 99\n", "no triangles|cannot be read|coordinates"),
-        ("x.stl", b"solid", "format of a mesh"),
+        ("x.stl", b"solid", "unknown mesh format"),
     ],
 )
 def test_other_bad_files_are_refused(tmp_path, name, content, why):

@@ -166,13 +166,13 @@ def test_motion_layers_cannot_be_left_out_if_a_motion_was_learned_in_them(
     asked = ["personalize", "motion_director", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     path = [f"output={tmp_path / 'lora.concept'}", "sampling.trajectory.layers=image"]
     assert run(app, [*asked, *path]) == 2
-    assert "'image' leaves out the layers for motion, which trainable.temporal trains" in capsys.readouterr().err
+    assert "'image' skips the motion layers, which trainable.temporal trains" in capsys.readouterr().err
     assert run(app, [*asked, path[0]]) == 0
     runner = VideoRunner(load_backbone(clip_model))
     for concept in (read(learned), read(tmp_path / "lora.concept")):
         runner.load(concept)
     how = SamplingSettings("", 1.0, 2, height=32, width=32, frames=4)
-    with pytest.raises(ValueError, match=r"names <lora>, but <slide> leaves out the layers for motion"):
+    with pytest.raises(ValueError, match=r"names <lora>, but <slide> skips the motion"):
         runner.generate(["a <slide> <lora>"], [0], how)
     assert runner.generate(["a <slide>", "a <lora>"], [0, 1], how, must_name=False).shape[0] == 2
 
