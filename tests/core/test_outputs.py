@@ -304,7 +304,7 @@ def test_a_resumable_output_must_be_new_or_empty_or_from_an_earlier_call(tmp_pat
         assert check(name) == tmp_path / name
     for name, why in (
         ("photos", "contains 1 file, but no album"),
-        ("photos/a.jpg", "is a file"),
+        ("photos/a.jpg", "is an existing file"),
         ("gone", "leads nowhere"),
         ("gone/x", "leads nowhere"),
     ):

@@ -249,7 +249,7 @@ def test_an_existing_output_is_not_changed(refused, pcs, learn, concepts, photos
         assert f"{out} already exists and contains 1 file" in refused(*arguments)
     assert (out / "mine.txt").read_text() == "keep me"
     (tmp_path / "file").write_text("x")
-    assert "is a file" in refused(*learn("textual_inversion", f"output={tmp_path / 'file'}"))
+    assert "is an existing file" in refused(*learn("textual_inversion", f"output={tmp_path / 'file'}"))
     assert "is a file, not a folder" in refused(*learn("textual_inversion", f"output={tmp_path / 'file' / 'x'}"))
     assert "contains files that pcs did not write (mine.txt)" in refused(
         *learn("textual_inversion", f"output={out}"), "--overwrite"

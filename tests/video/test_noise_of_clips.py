@@ -80,7 +80,9 @@ def test_missing_clips_cause_a_warning_and_evaluation_uses_the_given_clips(learn
     shutil.move(learned, moved / "slide.concept")
     runner = VideoRunner(load_backbone(clip_model))
     runner.load(read(moved / "slide.concept"))
-    with pytest.warns(UserWarning, match="from the noise of its first clip, but that clip was not found next"):
+    with pytest.warns(
+        UserWarning, match="from the noise of the first clip it was learned from, but that clip was not found next"
+    ):
         plain = runner.generate(["a mug <slide>"], [0], HOW)
     runner.unload("slide")
     torch.testing.assert_close(plain, runner.generate(["a mug"], [0], HOW), atol=1e-4, rtol=0)
@@ -92,7 +94,7 @@ def test_missing_clips_cause_a_warning_and_evaluation_uses_the_given_clips(learn
     (hook,) = runner.with_own_sampling(HOW).hooks
     assert isinstance(hook, NoisePrior) and hook.path.name == "a.mp4"
     with pytest.warns(
-        UserWarning, match=r"but a\.mp4 has only 6 of the 8 frames needed. Clips start from random noise"
+        UserWarning, match=r"but a\.mp4 has only 6 of the 8 frames needed. They will start from random noise"
     ):
         assert not runner.with_own_sampling(replace(HOW, frames=8)).hooks
 
