@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -102,31 +102,31 @@ class _Gated(torch.autograd.Function):
         return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], -1)
 
 
-class _GEGLU(GEGLU):
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(hidden_states, *args, **kwargs)
-        return _Gated.apply(self.proj(hidden_states))  # pyright: ignore[reportReturnType]
+@cache
+def _lean_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Returns the class that replaces each class of layers."""
+    from diffusers.models.activations import GEGLU  # slow to import
 
+    class Lean(GEGLU):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return super().forward(hidden_states, *args, **kwargs)
+            return _Gated.apply(self.proj(hidden_states))  # pyright: ignore[reportReturnType]
 
-_LEAN: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: _FrozenConv2d,
-    nn.GroupNorm: _GroupNorm,
-    nn.SiLU: _SiLU,
-    GEGLU: _GEGLU,
-}
+    return {nn.Conv2d: _FrozenConv2d, nn.GroupNorm: _GroupNorm, nn.SiLU: _SiLU, GEGLU: Lean}
 
 
 @contextmanager
 def lean(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the context, the layers of these networks store less for the backward pass; see the module's docstring."""
     # Changing the class keeps hooks, parameters and names, and a copy of the network stays independent of the original.
-    layers = [m for network in networks for m in network.modules() if type(m) in _LEAN]
+    classes = _lean_classes()
+    layers = [m for network in networks for m in network.modules() if type(m) in classes]
     for layer in layers:
-        layer.__class__ = _LEAN[type(layer)]
+        layer.__class__ = classes[type(layer)]
     try:
         yield
     finally:
-        before = {new: old for old, new in _LEAN.items()}
+        before = {new: old for old, new in classes.items()}
         for layer in layers:
             layer.__class__ = before.get(type(layer), type(layer))
