@@ -7,9 +7,6 @@ bit:
 - a convolution with frozen weights stores only these weights, not its input;
 - a SiLU that follows a group norm stores the norm's input, which the norm stores anyway, and computes the norm again;
 - a GEGLU stores its projection, and computes the GELU again.
-
-For LoRA on the attention layers of a U-Net of SD 1.5's size at 512 by 512 pixels, this saves 23% of the stored bytes,
-not counting the attention maps, which fused attention does not store either.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from shared.backbones import load_backbone
 from shared.train.frozen_layers import lean
+from tests.core.runs import paint, session, small
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -97,3 +99,16 @@ def test_an_autoencoder_passes_the_same_gradient_to_the_picture(make_tiny_sd):
     expected = gradient()
     with lean([vae]):
         assert torch.equal(gradient(), expected)
+
+
+def test_layers_are_lean_during_a_phase_and_ordinary_afterwards(make_tiny_sd, tmp_path):
+    make_tiny_sd().save_pretrained(tmp_path / "model")
+    backbone = load_backbone(tmp_path / "model")
+    networks = (backbone.denoiser, backbone.vae)
+    before = [[type(m) for m in network.modules()] for network in networks]
+    run = session(backbone, small("textual_inversion"), paint(tmp_path / "photos"), tmp_path / "run")
+    steps = run.steps()
+    next(steps)
+    assert all({"_FrozenConv2d", "_GroupNorm"} <= {type(m).__name__ for m in n.modules()} for n in networks)
+    list(steps)
+    assert [[type(m) for m in network.modules()] for network in networks] == before
