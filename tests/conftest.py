@@ -1,7 +1,7 @@
-"""Fixtures that build tiny pipelines of the real diffusers classes with random weights. Nothing is downloaded.
+"""Fixtures that build tiny pipelines from the real diffusers classes with random weights. Nothing is downloaded.
 
 Each session-scoped fixture `make_tiny_*` is a factory that returns a new pipeline on every call. Equal seeds give equal
-weights. Each fixture `tiny_*` provides a new pipeline for every test. Pictures have 32×32 pixels, and their latents
+weights. Each fixture `tiny_*` provides a new pipeline for every test. Pictures are 32×32 pixels, and their latents
 have the shape 4×8×8.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-# The libraries create half a million objects. With Python's default, garbage collection traverses them so often that it takes
-# a tenth of the tests' time.
+# The libraries create half a million objects. With Python's default thresholds, garbage collection traverses them so
+# often that it takes a tenth of the tests' time.
 gc.set_threshold(20_000, 20, 20)
 
 #: Words that are one token each in the tiny tokenizers. All other text is split into smaller pieces.
@@ -154,7 +154,7 @@ def build_sd(seed: int = 0, *, prediction_type: str = "epsilon", linear: bool = 
 
 
 def build_sd_v(seed: int = 0) -> Any:
-    """Builds a pipeline like SD 2.x, with v-prediction and linear projections."""
+    """Builds a pipeline like that of SD 2.x, with v-prediction and linear projections."""
     return build_sd(seed, prediction_type="v_prediction", linear=True)
 
 
@@ -208,8 +208,8 @@ def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def few_true_pictures(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures a subject's true figures on 16 true pictures per set instead of 120, which would take most of the time of
-    a small evaluation. These figures have their own cache."""
+    """Measures a subject's true figures on 16 true pictures per set instead of 120, which would take most of a small
+    evaluation's time. These figures have their own cache."""
     from shared.metrics import measure_true
 
     monkeypatch.setenv("PCS_CACHE", str(tmp_path_factory.getbasetemp() / "pcs-cache-few"))

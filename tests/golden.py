@@ -1,11 +1,11 @@
 """Performs six golden runs on tiny models and hashes everything that they learn and generate.
 
     make golden                       runs this script
-    python tests/golden.py            compares the new hashes with the stored ones, or stores them if there are no others
-    python tests/golden.py --keep     stores the new hashes; use it after a change that is meant to change them
+    python tests/golden.py            compares the new hashes with the stored ones, or stores them if there are none yet
+    python tests/golden.py --keep     stores the new hashes; use it after a change that is meant to alter them
 
-A commit that only moves code must not change any hash. The hashes depend on the processor and on the version of
-torch, so each checkout stores its own in `.golden.json`, which git ignores.
+A commit that only moves code must not change any hash. The hashes depend on the processor and on the torch
+version, so each checkout stores its own in `.golden.json`, which git ignores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _tiny() -> Any:
 
 
 def _photos(folder: Path) -> Path:
-    """Writes three pictures with masks, the first with a caption, to a folder. Returns the folder."""
+    """Writes three pictures with masks, and a caption for the first, to a folder. Returns the folder."""
     import numpy as np
     from PIL import Image
 
@@ -57,7 +57,7 @@ def _pcs(*arguments: object) -> None:
 
 
 def _hash(folder: Path) -> str:
-    """Returns the SHA-256 of the tensors and the pixels of all files in a folder, ordered by relative path."""
+    """Returns the SHA-256 hash of the tensors and pixels in all files in a folder, ordered by relative path."""
     import numpy as np
     from PIL import Image
     from safetensors.numpy import load_file
@@ -107,7 +107,7 @@ def runs(work: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
-    """Returns 1 if a hash differs from the stored one, and 0 if none does or if the hashes were just stored."""
+    """Returns 0 if the hashes equal the stored ones or were just stored, and 1 otherwise."""
     import torch
 
     torch.set_num_threads(1)

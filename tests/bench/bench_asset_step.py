@@ -3,7 +3,7 @@
     python tests/bench/bench_asset_step.py [--recipe dreamfusion] [--steps 20] [--backbone PATH] [--side 64] [--set key=value]
 
 Prints how the time of an iteration is split (render, encode, teacher, backward, optimizer, the rest) and the number of
-rendered views per second of optimisation. The run has a loaded concept, which consists of a learned word and a LoRA on
+rendered views per second of optimization. The run has a loaded concept, which consists of a learned word and a LoRA on
 all attention layers. The weights of both are random, because their values do not affect the cost. The rate is given per
 second of wall-clock time and per second of processor time. The latter is the rate of one core, even if other programs
 share that core.
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--backbone")
-    parser.add_argument("--set", action="append", default=[], help="a recipe setting, key=value; can be repeated")
+    parser.add_argument("--set", action="append", default=[], help="a recipe setting as key=value; can be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         stepping = Stepping(options, Path(temporary))
@@ -114,7 +114,7 @@ def main() -> None:
     )
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
-    print(f"rendered views per second of optimisation: {statistics.median(rates):.2f}")
+    print(f"rendered views per second of optimization: {statistics.median(rates):.2f}")
     print(f"  per second of processor time: {1 / busy:.2f}")
 
 

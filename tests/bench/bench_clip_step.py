@@ -4,7 +4,7 @@
 
 Prints how the time of a step is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer), the
 steps per second of the suite and of a plain loop without caches, the time that all steps of the recipe would take, and
-the peak memory of both loops. The two loops take turns, so a drifting machine speed favours neither. Each memory peak
+the peak memory of both loops. The two loops take turns, so drift in machine speed favours neither. Each memory peak
 is measured in a separate process. On a GPU, it counts only tensors. On a CPU, all times are CPU times of the process,
 so other work on the machine does not count.
 """
@@ -140,7 +140,7 @@ def report(options: argparse.Namespace, folder: Path) -> None:
         f"  a plain loop without caches: {statistics.median(rates['plain']):.2f}; the suite is {ratio:.2f} times as fast"
     )
     ours, theirs = (memory(options, folder, name) for name in ("suite", "plain"))
-    print(f"peak memory: {ours / 2**20:.0f} MB; without caches {theirs / 2**20:.0f} MB (ratio {ours / theirs:.2f})")
+    print(f"peak memory: {ours / 2**20:.0f} MB; without caches, {theirs / 2**20:.0f} MB (ratio {ours / theirs:.2f})")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 Prints the device and the versions of torch and diffusers, then a table with one line per measurement. Each line gives
 the model, the clip's size (frames x pixels), whether layers are recomputed in the backward pass (checkpointing), the
 number of trained parameters, the median step time in seconds, the steps per second, the peak GPU memory allocated
-during the steps, and the mean GPU utilisation. If a measurement fails, its line gives the reason, and the script moves
+during the steps, and the mean GPU utilization. If a measurement fails, its line gives the reason, and the script moves
 on to the next one. No files are downloaded or read.
 
 Only the denoiser is measured. Its inputs (latents and text embeddings) are random tensors that stand in for cached
@@ -47,7 +47,7 @@ WEIGHT_STD = 0.02  # small enough that activations stay finite through all layer
 
 
 class Network:
-    """A denoiser and its table of roles, the only parts of a backbone that a LoRA needs."""
+    """A denoiser and its role table, the only parts of a backbone that a LoRA needs."""
 
     def __init__(self, name: str, model: nn.Module, role_table: Mapping[str, Sequence[RoleSpec]]) -> None:
         self.components = {name: model}
@@ -151,7 +151,7 @@ def wan(tiny: bool) -> Case:
 
 @contextmanager
 def half_precision() -> Iterator[None]:
-    """Makes bfloat16 the default dtype within the context."""
+    """Inside the context, bfloat16 is the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -175,7 +175,7 @@ def random_model(case: Case, device: torch.device) -> Any:
 
 
 class Utilisation:
-    """Samples the GPU utilisation from NVML in a thread. `mean` is None if NVML is unavailable."""
+    """Samples the GPU utilization from NVML in a thread. `mean` is None if NVML is unavailable."""
 
     def __init__(self, device: torch.device, every: float = 0.1) -> None:
         self._device, self._every = device, every
@@ -297,7 +297,7 @@ def line(texts: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long to time each measurement, in seconds")
+    parser.add_argument("--seconds", type=float, default=30.0, help="the duration of each measurement, in seconds")
     parser.add_argument("--tiny", action="store_true", help="use tiny sizes, to test this script")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="JSON file to write the rows to")

@@ -2,8 +2,8 @@
 
     python tests/bench/bench_oracle.py [GUIDANCE …]
 
-Each guidance is run with the whole engine. Prints the overlap of the silhouettes (IoU) and the PSNR of the renders over
-16 unseen views. The targets are 0.9 and 25 dB. The script takes a few minutes on one core.
+Each guidance is run through the whole engine. Prints the overlap of the silhouettes (IoU) and the PSNR of the renders
+over 16 unseen views. The targets are 0.9 and 25 dB. The script takes a few minutes on one core.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
     python tests/bench/bench_script.py [--script PATH] [--steps 12] [--rounds 3] [--backbone PATH] [--roles attention|all]
 
 `--script` is the path to diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, a plain loop in this file
-takes the script's place. Like the script, each step of the loop reads and resizes pictures, runs the autoencoder and
+takes the script's place. As in the script, each step of the loop reads and resizes pictures, runs the autoencoder and
 the text encoder, makes one forward pass over the instance and class rows, computes both losses, clips the gradients and
 takes an AdamW step. With `--roles all`, the suite and the plain loop adapt all modules that the toybox's recipe adapts.
 The script always adapts only the attention modules.
 
-Prints ratios of steps per CPU second and of peak memory. Each arm runs in its own process, and the arms alternate, so a
-drifting machine speed favours neither. Seconds are CPU seconds (user and system). For the script, they are the
-difference between two runs of different lengths.
+Prints ratios of steps per CPU second and of peak memory. The two arms (the suite and what it is compared with) run in
+separate processes and alternate, so drift in machine speed favours neither. Seconds are CPU seconds (user and system).
+For the script, they are the difference between two runs of different lengths.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def of_a_process(command: list[str]) -> tuple[float, int]:
 
 
 class ScriptArm:
-    """The given script. Each turn runs it twice with different step counts and takes the difference of the times."""
+    """The given script. Each turn runs it twice with different step counts and takes the difference in time."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -212,7 +212,7 @@ class ScriptArm:
 
 
 def pictures(folder: Path) -> None:
-    """Writes pictures of the subject and its class to two folders without other files, as the script requires."""
+    """Writes pictures of the subject and of its class to two folders without other files, as the script requires."""
     import shutil
 
     from shared.toybox.reference_sets import write_album
@@ -244,7 +244,7 @@ def report(options: argparse.Namespace) -> None:
             arm.end()
     what = "the public script" if options.script else "a plain loop like the public script's"
     ratios = sorted(b / a for a, b in zip(seconds["suite"], seconds[other], strict=True))
-    print(f"LoRA on {options.roles}, rank {RANK}, {ROWS} + {ROWS} pictures of {SIDE}x{SIDE}; against {what}:")
+    print(f"LoRA on {options.roles}, rank {RANK}, {ROWS} + {ROWS} pictures of {SIDE}x{SIDE}; compared with {what}:")
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds"
     print(f"steps per CPU second: {statistics.median(ratios):.2f} times as many ({spread})")
     print(f"peak memory: {statistics.median(memory['suite']) / statistics.median(memory[other]):.2f} times as much")
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--backbone", help="a diffusers folder (default: the toybox)")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument(
-        "--set", action="append", default=[], help="a setting of the suite's recipe, key=value; can be repeated"
+        "--set", action="append", default=[], help="a setting of the suite's recipe as key=value; can be repeated"
     )
     parser.add_argument("--arm", choices=("plain", "suite"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -3,7 +3,7 @@
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
 Prints how the time of a step is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and the
-steps per second of the suite and of a plain loop without caches. The two loops take turns, so a drifting machine speed
+steps per second of the suite and of a plain loop without caches. The two loops take turns, so drift in machine speed
 favours neither.
 """
 

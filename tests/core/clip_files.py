@@ -93,7 +93,7 @@ def folder(path: Path, frames: np.ndarray, name: str = "frame_{}.png") -> Path:
 
 
 def remuxed(source: Path, path: Path, matrix: list[int]) -> Path:
-    """Copies a video and sets the display matrix of the copy to (a, b, c, d), as phones do."""
+    """Copies a video and sets the copy's display matrix to (a, b, c, d), as phones do."""
     a, b, c, d = (v << 16 for v in matrix)
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream: Any = new.add_stream_from_template(old.streams.video[0])

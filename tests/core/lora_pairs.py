@@ -19,7 +19,7 @@ from shared.concept.lora_import import import_lora
 LORA = "pytorch_lora_weights.safetensors"
 PROMPT = "a photo of a sks mug"
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-#: Roles that together contain every kind of layer.
+#: Roles that together cover every kind of layer.
 SD_ROLES = ("attention", "feed_forward", "proj", "conv")
 FLUX_ROLES = ("attention", "feed_forward", "proj")
 TEXT = ("text_encoder", "text_encoder.mlp")
@@ -28,7 +28,7 @@ Pairs = dict[tuple[str, str], tuple[Tensor, Tensor, float]]  # (component, path)
 
 
 def low_rank(backbone: Any, roles: tuple[str, ...], ranks: tuple[int, ...] = (4, 2, 3), scaled: bool = True) -> Pairs:
-    """Returns random pairs for every layer of the roles, with ranks that cycle through `ranks`.
+    """Returns random pairs for every layer of the given roles, with ranks that cycle through `ranks`.
 
     If `scaled`, the alphas vary from layer to layer. Otherwise, each alpha equals the rank, which gives a scale of 1.
     """
@@ -54,7 +54,7 @@ def output(backbone: Any) -> tuple[Tensor, Tensor]:
 
 
 def merged(backbone: Any, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Returns the outputs after adding each pair's product to the weight of its layer, the closed form of a LoRA."""
+    """Returns the outputs after adding each pair's product to its layer's weight, which is what a LoRA amounts to."""
     weights = {key: backbone.components[key[0]].get_submodule(key[1]).weight for key in pairs}
     before = {key: weight.data.clone() for key, weight in weights.items()}
     for key, (down, up, alpha) in pairs.items():
@@ -98,7 +98,7 @@ def same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
 def spelled(
     pairs: Pairs, prefixes: Mapping[str, str], ends: tuple[str, str], flat: bool, alphas: bool
 ) -> dict[str, Tensor]:
-    """Returns the tensors of the pairs by key. Keys of CLIP layers have the prefix `text_model.`, as in real files."""
+    """Returns the pairs' tensors by key. Keys of CLIP layers have the prefix `text_model.`, as in real files."""
     out: dict[str, Tensor] = {}
     for (component, path), (down, up, alpha) in pairs.items():
         clip = component == "text_encoder" and not path.startswith("text_model.")

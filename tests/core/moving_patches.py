@@ -35,7 +35,7 @@ def moving_patch(
 
 
 def panned(step: int, frames: int = 5, side: int = 64, seed: int = 0) -> Tensor:
-    """Returns a clip `[3, F, S, S]` that moves left by `step` pixels per frame, as if the camera moved right."""
+    """Returns a clip `[3, F, S, S]` that shifts left by `step` pixels per frame, as if the camera moved right."""
     wide = texture((side, side + step * frames), seed)
     return torch.stack([wide[:, :, i * step : i * step + side] for i in range(frames)], 1)
 
@@ -48,5 +48,5 @@ def tracks_of(steps: Tensor, visible: Tensor | None = None, side: int = 100) -> 
 
 
 def along(*directions: Sequence[float], frames: int = 5) -> Tracks:
-    """Builds one straight track for each direction, which is given as (right, down) in pixels per frame."""
+    """Builds one straight track for each direction, given as (right, down) in pixels per frame."""
     return tracks_of(torch.tensor(directions, dtype=torch.float64)[:, None].repeat(1, frames - 1, 1))

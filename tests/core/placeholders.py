@@ -1,4 +1,4 @@
-"""A placeholder whose embedding rows can be chosen by a test."""
+"""A placeholder whose embedding rows a test can choose."""
 
 from __future__ import annotations
 

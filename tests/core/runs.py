@@ -25,7 +25,7 @@ CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1"
 
 
 def paint(folder: Path) -> Path:
-    """Writes three 32×32 pictures with masks to `folder`, and three of another subject to `other` in the same parent."""
+    """Writes three 32×32 pictures with masks to `folder`, and three of another subject to its sibling `other`."""
     (folder / "masks").mkdir(parents=True)
     other = folder.parent / "other"
     other.mkdir()
@@ -46,7 +46,7 @@ def sample(backbone: Any, prompts: Any, *, seeds: Any, **settings: Any) -> Tenso
 
 
 def small(name: str, *settings: str) -> Recipe:
-    """Loads a shipped recipe, shortened to two steps on tiny pictures."""
+    """Loads a shipped recipe, cut down to two steps on tiny pictures."""
     return load(name, [*SMALL, *(CLASS if "class_pictures" in load(name).sources else ()), *settings])
 
 

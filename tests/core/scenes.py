@@ -11,7 +11,7 @@ from shared.io.decode import read_picture
 
 
 def scene(width: int = 48, height: int = 32) -> np.ndarray:
-    """Returns a uint8 picture `[H, W, 3]` without any symmetry."""
+    """Returns a uint8 picture `[H, W, 3]` with no symmetry."""
     y, x = np.mgrid[:height, :width]
     rgb = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 60)], -1).astype(np.uint8)
     rgb[:8, :8] = (250, 10, 10)

@@ -1,4 +1,4 @@
-"""Pictures that are small enough to train the toybox's networks on within seconds, and helpers for such training."""
+"""Pictures small enough for the toybox's networks to train on within seconds, and helpers for such training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Squares:
 
 
 def train(task: PretrainTask, folder: Path, steps: int, resume: bool = True, pause_at: int | None = None) -> Outcome:
-    """Trains on the CPU in fp32 until step `steps`, or only until step `pause_at` if it is given."""
+    """Trains on the CPU in fp32 until step `steps`, or only until step `pause_at` if that is given."""
     return run_task(task, RunSettings(steps, pause_at=pause_at, resume=resume, device="cpu", log_every=2), folder)
 
 

@@ -61,8 +61,8 @@ def test_adapters_in_another_set_survive_an_interruption(tiny, photos, tmp_path)
     assert same(finish(two_sets(tiny(), photos, tmp_path / "run"), resume=True), whole)
 
 
-def test_a_set_with_the_name_of_a_loaded_concept_is_refused(tiny, photos, tmp_path):
-    """Without this check, the run would train the loaded concept further and remove it at the end."""
+def test_an_adapter_set_with_the_same_name_as_a_loaded_concept_is_refused(tiny, photos, tmp_path):
+    """Without this check, the run would go on training the loaded concept and remove it at the end."""
     backbone = tiny()
     Lora(rank=2).inject(backbone, "far", "lora", seed=0)
     with pytest.raises(ValueError, match=r"trainable\.far\.adapter_set = 'far': a loaded concept has this name"):

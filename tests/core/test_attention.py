@@ -1,4 +1,4 @@
-"""Our attention processors give the same results as diffusers', apply edits in order and record the attention maps."""
+"""Our attention processors give the same results as diffusers', apply edits in order and record attention maps."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def processors(backbone: Any) -> list[Any]:
 
 
 def nothing(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-    """Changes nothing. However, any edit, including this one, makes the layer use our processor."""
+    """Changes nothing but, like any edit, makes the layer use our processor."""
     return q, k, v, bias
 
 
 def with_gradients(backbone: Any) -> tuple[Tensor, list[Tensor]]:
     backbone.denoiser.zero_grad()
-    prediction = ask(backbone.to(dtype=torch.float64))  # in float32, rounding errors add up over the layers
+    prediction = ask(backbone.to(dtype=torch.float64))  # in float32, rounding errors add up across the layers
     prediction.square().mean().backward()
     return prediction.detach(), [p.grad.clone() for p in backbone.denoiser.parameters() if p.grad is not None]
 
@@ -73,7 +73,7 @@ def test_our_processors_match_diffusers(backbone: Any, adapted: bool, mode: str)
         assert (a - b).abs().max() <= (0 if mode == "edit" else 1e-12)
 
 
-def test_an_edit_without_effect_leaves_the_output_bit_identical(backbone: Any) -> None:
+def test_an_edit_that_changes_nothing_leaves_the_output_bit_identical(backbone: Any) -> None:
     with torch.no_grad():
         expected = ask(backbone)
         with backbone.attending(nothing):
@@ -201,7 +201,7 @@ def test_the_maps_of_the_first_prediction_can_be_kept(backbone: Any) -> None:
             other[backbone.sites()[0].name]
 
 
-def test_edits_act_in_order_at_the_sites_they_were_requested_for(sd: StableDiffusionBackbone) -> None:
+def test_edits_are_applied_in_order_at_the_sites_they_were_requested_for(sd: StableDiffusionBackbone) -> None:
     calls: list[tuple[str, str]] = []
 
     def edit(name: str) -> Callable[..., Any]:
@@ -224,7 +224,7 @@ def test_edits_act_in_order_at_the_sites_they_were_requested_for(sd: StableDiffu
 
 def test_an_edit_changes_the_output_and_the_recorded_maps(backbone: Any) -> None:
     def only_first(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-        """Appends a copy of the first key and lets every query attend only to the first key."""
+        """Appends a copy of the first key, but lets every query attend only to the original."""
         k, v = (torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v))
         away = torch.zeros(1, 1, 1, k.shape[2])
         away[..., 1:] = -torch.inf
@@ -305,7 +305,7 @@ def test_a_nested_edit_does_not_stop_recording(backbone: Any) -> None:
     assert set(record) == {s.name for s in backbone.sites()}
 
 
-def test_a_foreign_processor_is_refused_or_left_alone(sd: StableDiffusionBackbone) -> None:
+def test_a_foreign_processor_is_refused_at_requested_sites_and_otherwise_kept(sd: StableDiffusionBackbone) -> None:
     names = [s.name for s in sd.sites()]
     odd: Any = sd.unet.get_submodule(names[3])
     odd.processor = strange = AttnProcessor()

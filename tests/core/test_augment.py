@@ -1,6 +1,6 @@
 """Augmentations change the picture, its mask and its valid area together. Mask parts change only the mask.
 
-Neither of them uses global state.
+Neither kind of part uses global state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared.types import Example
 
 
 class Recipe(Part):
-    """A recipe with only the slots `augment` and `masks`."""
+    """A recipe with only the `augment` and `masks` slots."""
 
     augment: Slot[Augment] = Field(default={})
     masks: Slot[Mask] = Field(default={})
@@ -102,7 +102,7 @@ def test_flip_mirrors_everything_unless_the_caption_names_a_side() -> None:
     assert 0.43 < share < 0.57
 
 
-def test_random_resize_adapts_the_mask_the_valid_area_and_the_caption() -> None:
+def test_random_resize_also_updates_the_mask_the_valid_area_and_the_caption() -> None:
     start, captions = example(64), set()
     generator = seeded()
     for _ in range(200):
@@ -128,7 +128,7 @@ def test_random_resize_with_a_fixed_factor_is_a_plain_resize() -> None:
     half = RandomResize(scale=(0.5, 0.5), margin=4)(start, seeded())
     assert half.caption == "" and half.valid is not None
     ys, xs = half.valid[0].nonzero(as_tuple=True)
-    # 32 pixels minus a border of 4 on each side are 24 pixels, whose indices differ by at most 23.
+    # A border of 4 on each side leaves 24 of the 32 pixels, and their indices differ by at most 23.
     assert (int(ys.max() - ys.min()), int(xs.max() - xs.min())) == (23, 23)
     top, left = int(ys.min()) - 4, int(xs.min()) - 4
     expected = F.interpolate(start.pixels[None], size=32, mode="bicubic", antialias=True).clamp(-1, 1)[0]
@@ -195,7 +195,7 @@ def test_mask_parts_are_deterministic_and_change_only_the_mask(part: MaskPart) -
 
 
 def test_given_masks_can_be_required_and_binarized() -> None:
-    with pytest.raises(ValueError, match=r"a\.png has no mask, but this recipe requires one. Put it in masks/"):
+    with pytest.raises(ValueError, match=r"a\.png has no mask, but this recipe requires one. Put a mask with"):
         Given(require=True)(example(mask=None))
     prior = example(mask=None, role="prior")
     assert Given(require=True)(prior) is prior
@@ -222,7 +222,7 @@ def test_grow_can_also_shrink_and_soften() -> None:
     assert small is not None and small.sum() == (12 - 6) * (18 - 6)
     soft = Grow(soften=2.0)(start).mask
     assert soft is not None and soft.sum() == pytest.approx(float(start.mask.sum()), rel=1e-4)
-    # This pixel is half a pixel outside the mask, where the blur gives 1 - Phi(0.25).
+    # The centre of this pixel is half a pixel outside the mask, where the blur gives 1 - Phi(0.25).
     assert soft[0, 24, 24] == pytest.approx(0.5 - 0.5 * 0.19741, abs=0.02)
     whole = Grow(soften=3.0)(example(mask=torch.ones(1, 48, 48))).mask
     assert whole is not None

@@ -47,7 +47,7 @@ def test_both_families_implement_the_protocol(backbone: Any) -> None:
 
 
 class Exact(ForwardProcess):
-    """A forward process with coefficients in float64, defined at any time."""
+    """A forward process whose coefficients are in float64 and defined at any time."""
 
     def __init__(self, kind: Any) -> None:
         self.prediction_type = kind
@@ -58,7 +58,7 @@ class Exact(ForwardProcess):
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_parametrisations_can_be_inverted_exactly(kind: str) -> None:
+def test_parametrizations_can_be_inverted_exactly(kind: str) -> None:
     process, t = Exact(kind), torch.tensor([10.0, 500.0, 990.0])
     x0, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     x_t, prediction = process.add_noise(x0, noise, t), process.target(x0, noise, t)
@@ -97,14 +97,14 @@ _TAKE_TIMES = {
 
 @pytest.mark.parametrize("name", _TAKE_TIMES)
 @torch.no_grad()
-def test_times_with_a_wrong_shape_are_refused(backbone: Any, name: str) -> None:
+def test_times_of_the_wrong_shape_are_refused(backbone: Any, name: str) -> None:
     take, x, conditioning = _TAKE_TIMES[name], torch.randn(3, 4, 8, 8), backbone.encode(["a mug"] * 3)
     for fine in (torch.tensor(300), torch.tensor([1, 300, 999]), torch.tensor([1.5, 300.0, 999.0])):
         take(backbone, x, conditioning, fine)
     take(backbone, x, conditioning, 300)
     for shape in ([1, 3], [3, 1], [2], [1], [3, 4, 8, 8]):
         if name == "alpha_sigma" and len(shape) <= 2:
-            continue  # it sees neither a batch nor frames, so it accepts these shapes
+            continue  # it is given no batch or frames to compare with, so it accepts these shapes
         with pytest.raises(ValueError, match=re.escape(f"t has shape {shape}, but must be a scalar")):
             take(backbone, x, conditioning, torch.full(shape, 300))
 
@@ -249,7 +249,7 @@ def test_only_the_named_adapters_are_active(backbone: Any) -> None:
             return predict(backbone)
 
     assert torch.equal(with_({}), base) and torch.equal(with_({"mug": 1, "student": 1}), both)
-    # The teacher is the base model with the concept, not the base model alone.
+    # The teacher of the "student" adapters is the base model with the concept, not the base model alone.
     assert torch.equal(with_({"mug": 1.0}), mug)
     assert not torch.allclose(mug, base, atol=1e-4)
     halves = [with_({"mug": s}) for s in (0.25, 0.5)]
@@ -278,7 +278,7 @@ def test_strengths_are_restored_when_the_context_ends(sd: StableDiffusionBackbon
 
 @pytest.mark.parametrize("on", [{"b": 1.0}, {"c": 1.0}, {}, {"a": 0.5, "c": 1.0}])
 def test_reactivated_adapters_give_the_same_output_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
-    """Several adapters act on each layer. Adding their outputs in a different order would change the rounding."""
+    """Each layer has several adapters. Adding their outputs in a different order would change the rounding."""
     for i, name in enumerate("abc"):
         add_lora(backbone, name, "attention", i)
     before = predict(backbone)

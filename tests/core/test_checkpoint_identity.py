@@ -60,7 +60,7 @@ def low_rank(weight: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("share", [1e-1, 1e-2])
 @pytest.mark.parametrize("role", ["cross_attention.kv", "attention"])
-def test_a_low_rank_change_of_some_layers_changes_the_identity(new_sd, share, role):
+def test_a_low_rank_change_to_some_layers_changes_the_identity(new_sd, share, role):
     for seed in range(5):
         one, other = new_sd(seed), new_sd(seed)
         assert one.checkpoint == other.checkpoint

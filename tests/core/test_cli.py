@@ -30,7 +30,7 @@ def ran(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_sleep_while_they_wait_unless_the_user_chooses_otherwise(monkeypatch, given, used):
+def test_threads_sleep_while_waiting_unless_the_user_chooses_otherwise(monkeypatch, given, used):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
@@ -175,7 +175,7 @@ def test_every_count_in_a_recipe_has_an_upper_limit(setting):
 def test_a_huge_or_deeply_nested_recipe_file_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("title: " + 1_100_000 * "x")
-    with pytest.raises(ValueError, match=r"mine\.yaml has 1,100,007 bytes, and the limit is 1,000,000"):
+    with pytest.raises(ValueError, match=r"mine\.yaml is 1,100,007 bytes, and the limit is 1,000,000"):
         load(str(path), [])
     path.write_text("title: " + 1000 * "[")
     with pytest.raises(ValueError, match=r"mine\.yaml is not readable YAML: it is nested too deeply"):

@@ -43,7 +43,7 @@ def test_files_that_are_not_clips_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video at all")
     refused(tmp_path / "a.mp4", "is not a clip", "mp4, mov, webm")
     (tmp_path / "b.mp4").touch()
-    refused(tmp_path / "b.mp4", "is empty, 0 bytes")
+    refused(tmp_path / "b.mp4", "is empty (0 bytes)")
     refused(tmp_path / "c.mp4", "does not exist")
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")  # a playlist must not open other files
     refused(tmp_path / "list.m3u8", "is not a clip")
@@ -69,7 +69,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, ending: str) -> None:
         path = tmp_path / f"cut.{ending}"
         path.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(ValueError, match="truncated") as error:
-            read_clip(path, ClipWindow(length=1))  # refused although the intact frames would suffice
+            read_clip(path, ClipWindow(length=1))  # refused even though the intact frames would suffice
         assert str(path) in str(error.value)
 
 
@@ -139,7 +139,7 @@ def test_a_folder_without_frames_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "a", "")
 
 
-def test_a_start_in_seconds_requires_a_frame_rate_for_a_folder(tmp_path: Path) -> None:
+def test_a_start_in_seconds_in_a_folder_of_frames_requires_a_frame_rate(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(8))
     refused(path, "without a rate", "set fps", start=0.25, length=2)
     assert read_clip(path, ClipWindow(start=0.25, fps=8, length=2)).picks == (2, 3)

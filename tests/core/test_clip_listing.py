@@ -53,7 +53,7 @@ def test_a_folder_of_frames_is_one_clip(tmp_path: Path) -> None:
     assert found.clips == (frames,) and found.captions == {frames: "a ball"} and found.masks == {frames: frames}
 
 
-def test_skipped_files_are_listed_with_the_reasons(tmp_path: Path, mp4: bytes) -> None:
+def test_skipped_files_are_listed_with_reasons(tmp_path: Path, mp4: bytes) -> None:
     (tmp_path / "a.mp4").write_bytes(mp4)
     (tmp_path / "b.mp4").write_bytes(mp4[:100])
     (tmp_path / "empty.mov").touch()

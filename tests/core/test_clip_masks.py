@@ -1,4 +1,4 @@
-"""Masks of clips are read from files, pooled to the latent grid, and tracked from the first frame."""
+"""Clip masks are read from files, pooled to the latent grid, and tracked from the first frame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = ClipWindow(length=8)
 
 
 def boxes(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """Returns masks `[F, H, W, 3]` of a white box that moves by 4 pixels per frame and is missing in the last one."""
+    """Returns masks `[F, H, W, 3]` of a white box that moves by 4 pixels per frame and is missing from the last."""
     out = np.zeros((count, size[1], size[0], 3), np.uint8)
     for i in range(count - 1):
         out[i, 8:24, 4 * i : 4 * i + 16] = 255
@@ -71,10 +71,10 @@ def test_masks_that_do_not_match_the_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{re.escape(str(few))} contains 6 masks, but .* 8 frames"):
         read_clip(clip, ALL, mask=few)
     small = folder(tmp_path / "small", boxes(8, (32, 32)), "{}.png")
-    with pytest.raises(ValueError, match="is 32x32 pixels, but its clip .* is 48x32"):
+    with pytest.raises(ValueError, match="is 32x32 pixels, but .* is 48x32"):
         read_clip(clip, ALL, mask=small)
     empty = folder(tmp_path / "empty", 0 * boxes(), "{}.png")
-    with pytest.raises(ValueError, match="the masks are black in every frame that is used"):
+    with pytest.raises(ValueError, match="the masks are black in every frame used"):
         read_clip(clip, ALL, mask=empty)
 
 
@@ -109,15 +109,15 @@ def test_pooling_refuses_shapes_that_no_autoencoder_produces() -> None:
 
 
 def smooth(side: int, seed: int) -> Tensor:
-    """Returns a texture `[3, side, side]` with details about a tenth of the side in size."""
+    """Returns a texture `[3, side, side]` with details about a tenth as wide as the texture."""
     coarse = torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)[0].clamp(0, 1) * 2 - 1
 
 
 def scene(side: int = 64) -> tuple[Tensor, Tensor]:
-    """Returns 16 frames `[3, F, H, W]` of a textured ellipse, and the masks `[1, F, H, W]` of the ellipse.
+    """Returns 16 frames `[3, F, H, W]` of a textured ellipse, and the ellipse's masks `[1, F, H, W]`.
 
-    The ellipse follows a wavy path across a background with another texture.
+    The ellipse follows a wavy path across a background with a different texture.
     """
     ground, skin = smooth(side, 1), smooth(side, 2)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")

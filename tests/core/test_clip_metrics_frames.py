@@ -1,4 +1,4 @@
-"""The metrics of motion amount, consistency and frame appearance match formulas that are written out in full."""
+"""The metrics for the amount of motion, consistency and frame appearance match formulas written out in full."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_still_picture_is_frozen_even_if_it_flickers() -> None:
     assert frozen(torch.zeros(3, 4, 32, 32))
     assert not frozen(moving_patch((1, 0))) and not frozen(panned(1))
     assert not frozen(moving_patch((14, 0), frames=4, side=12)), (
-        "a patch that moves too fast to be tracked is not frozen"
+        "a clip whose patch moves too fast to be tracked was counted as frozen"
     )
     moved = dynamics(flow_fields(still), PixelEncoder().images(still.transpose(0, 1)))
     assert moved.degree == 0 and moved.consistency == pytest.approx(1) and not moved.dynamic
@@ -132,7 +132,7 @@ def test_the_seed_spread_compares_clips_of_the_same_prompt_frame_by_frame() -> N
         seed_spread(looks, [0, 1])
 
 
-def test_the_pixel_encoder_can_replace_a_network() -> None:
+def test_the_pixel_encoder_can_stand_in_for_a_network() -> None:
     one, two = texture((48, 64), 0), texture((48, 64), 9)
     looks = PixelEncoder().images(torch.stack([one, one.mul(0.5).add(0.2), two, torch.zeros_like(one)]))
     assert torch.allclose(looks.norm(dim=1), torch.ones(4))
@@ -142,7 +142,7 @@ def test_the_pixel_encoder_can_replace_a_network() -> None:
 
 
 def test_masked_similarity_ignores_the_background() -> None:
-    """The same patch on another background is similar, but another patch on that other background is not."""
+    """The same patch is similar on a different background, but a different patch on that background is not."""
     same, other = moving_patch((3, 0), seed=0), moving_patch((3, 0), seed=7)
     elsewhere = same.clone()
     where = torch.zeros(5, 64, 64)

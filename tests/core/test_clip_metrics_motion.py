@@ -71,7 +71,7 @@ def test_estimated_flow_matches_the_rendered_flow(right: Clip) -> None:
 
 def test_unusable_masks_and_clips_are_refused() -> None:
     clip = moving_patch((1, 0))
-    with pytest.raises(ValueError, match=r"a mask of shape \[1, 32, 32\] does not fit frames of 64x64"):
+    with pytest.raises(ValueError, match=r"a mask of shape \[1, 32, 32\] does not match frames of 64x64"):
         track_points(clip, torch.ones(1, 32, 32))
     with pytest.raises(ValueError, match="the mask of the first frame is empty"):
         track_points(clip, torch.zeros(64, 64))
@@ -82,7 +82,7 @@ def test_unusable_masks_and_clips_are_refused() -> None:
 
 
 def by_the_formula(a: list[list[list[float]]], b: list[list[list[float]]], e: float) -> float:
-    """Evaluates equations 8 and 9 of Space-Time Features, with e² added to each inner product.
+    """Evaluates equations 8 and 9 of the Space-Time Features paper, with e² added to each inner product.
 
     Takes displacements `[N][F-1][2]` and returns the mean over both directions.
     """
@@ -118,7 +118,7 @@ def test_fidelity_is_one_for_the_same_movement_and_minus_one_for_the_opposite() 
     # Points that do not move are not counted. Otherwise, a still background alone would make any two clips alike.
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), along((-5, 0), *[(0, 0)] * 50)) < -0.95
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), still) == 0.0
-    # Each clip is compared with the other, and the mean is taken. Here, one clip has a movement that the other lacks.
+    # The result is the mean over both directions of comparison. Here, one clip has a movement that the other lacks.
     both = along((5, 0), (-5, 0))
     assert motion_fidelity(both, along((5, 0))) == pytest.approx((0 + 1) / 2, abs=0.02)
 
@@ -154,8 +154,8 @@ def test_camera_movement_can_be_subtracted() -> None:
 def test_fidelity_distinguishes_rendered_clips_by_their_motion(right: Clip) -> None:
     """Compares a clip with four others.
 
-    The others show another object with the same motion, the opposite motion, the reversed clip and its frozen first
-    frame.
+    The others are a clip of another object with the same motion, a clip with the opposite motion, the same clip
+    reversed, and its first frame frozen.
     """
     clip = pixels(right)
     again, left = (pixels(drawn(name, seed)) for name, seed in (("slide right", 3), ("slide left", 1)))
@@ -168,7 +168,7 @@ def test_fidelity_distinguishes_rendered_clips_by_their_motion(right: Clip) -> N
     assert motion_fidelity(one, still) == 0.0
 
 
-def test_tracks_of_wrong_shapes_are_refused() -> None:
+def test_tracks_with_mismatched_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected points \[N, F, 2\]"):
         Tracks(torch.zeros(3, 4, 2), torch.ones(3, 5, dtype=torch.bool), (8, 8))
     flat = follow(flow_fields(texture((32, 32), 0)[:, None]))

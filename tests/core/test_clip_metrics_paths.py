@@ -1,4 +1,4 @@
-"""Held-out motions are recognised by their paths and told apart from look-alikes. Path errors are measured."""
+"""Held-out motions are recognized by their paths and told apart from look-alikes. Path errors are measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def noisy(path: Array, seed: int, amount: float = 0.3) -> Array:
 
 
 @pytest.mark.parametrize("name", list(KNOWN))
-def test_a_motion_is_recognised_from_any_starting_point_and_its_look_alikes_are_not(name: str) -> None:
+def test_a_motion_is_recognized_from_any_starting_point_and_its_look_alikes_are_not(name: str) -> None:
     known, rng = KNOWN[name], np.random.default_rng(0)
     for frames in (16, 12):
         for i, path in enumerate(sample_paths(rng, known.motion, 2, frames)):
@@ -39,7 +39,7 @@ def test_a_motion_is_recognised_from_any_starting_point_and_its_look_alikes_are_
             assert not hit and found.name == other.name and found.margin > 0
 
 
-def test_the_candidates_include_look_alikes_and_stillness_and_the_other_motions_of_the_split() -> None:
+def test_the_candidates_include_look_alikes_stillness_and_the_other_motions_of_the_split() -> None:
     for known in KNOWN.values():
         names = list(known.candidates(16))
         others = [m.motion.name for n, m in KNOWN.items() if m.split == known.split and n != known.name]
@@ -90,7 +90,7 @@ class Says:
         return self.path
 
 
-def test_the_recognition_ceiling_is_the_share_of_true_clips_recognised() -> None:
+def test_the_recognition_ceiling_is_the_share_of_true_clips_that_are_recognized() -> None:
     known = KNOWN["development-zigzag"]
     right, wrong = Says(known.motion.path(3)), Says(still(3))
     assert recognition_ceiling(right, known, 3, clips=2, through=lambda pixels: pixels / 2) == 1

@@ -44,7 +44,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_every_kind_of_clip_returns_its_frames_in_order(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_clip_is_read_with_its_frames_in_order(tmp_path: Path, kind: str) -> None:
     clip = read_clip(MAKERS[kind](tmp_path), ALL)
     assert clip.frames.shape == (3, 8, 32, 48) and clip.frames.dtype == torch.float32
     assert numbers(clip.frames) == list(range(8)) and clip.picks == tuple(range(8))
@@ -274,7 +274,7 @@ def test_cover_warns_once_about_the_loss_and_contain_keeps_everything(tmp_path: 
 
 
 def test_4k_clips_are_read_in_bounded_memory(tmp_path: Path) -> None:
-    """An RGB frame takes 25 MB. Twelve additional frames must add less to the peak memory than six frames take."""
+    """An RGB frame takes 25 MB. Twelve more frames must raise the peak memory by less than six frames' worth."""
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("mpeg4", rate=8)

@@ -96,7 +96,7 @@ def test_small_clips_are_enlarged_without_blur_and_odd_sizes_are_made_even(tmp_p
     )
 
 
-def test_mp4_can_be_played_everywhere(tmp_path: Path) -> None:
+def test_an_mp4_file_can_be_played_everywhere(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", moving(), 12.5, ABOUT)
     data = (tmp_path / "a.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")  # playback can start while the file is loading
@@ -134,7 +134,7 @@ def test_a_gif_does_not_flicker(tmp_path: Path) -> None:
 
 
 def test_a_frozen_clip_keeps_its_duration(tmp_path: Path) -> None:
-    """Identical frames are merged into one frame that is shown longer."""
+    """Identical frames are merged into one frame that is shown for longer."""
     for name in ("a.gif", "a.webp"):
         write_clip(tmp_path / name, moving(1).expand(-1, 8, -1, -1), 8)
         assert read_clip(tmp_path / name, ClipWindow(fps=8, length=8)).frames.shape[1] == 8
@@ -147,7 +147,7 @@ def test_clips_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         ("a.mp4", moving() * float("nan"), 8, "NaN or Inf"),
         ("a.mp4", moving(), 0, "fps = 0"),
         ("a.mp4", moving(), float("inf"), "fps = inf"),
-        ("a.gif", moving(), 60, "60 frames per second exceed a GIF's limit of 50"),
+        ("a.gif", moving(), 60, "60 frames per second exceeds a GIF's limit of 50"),
     ]:
         with pytest.raises(ValueError, match=words):
             write_clip(tmp_path / path, clip, fps)
@@ -173,12 +173,12 @@ def test_files_that_pcs_did_not_write_have_no_metadata_or_are_refused(tmp_path: 
         read_clip_metadata(tmp_path / "b.mp4")
 
 
-# --- complete or not at all ----------------------------------------------------------------------
+# --- all or nothing ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """Limits files to 16 KiB, so that writing more fails as on a full disk."""
+    """Limits files to 16 KiB, so that writing more fails, as it would on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, before[1]))
     yield
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, name: str) -> None:
     assert "." not in name or (tmp_path / name).read_bytes() == b"what was there"
 
 
-def test_a_killed_write_keeps_the_old_file(tmp_path: Path) -> None:
+def test_a_killed_write_leaves_the_old_file_intact(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"what was there")
     code = """
@@ -224,7 +224,7 @@ write_clip(sys.argv[1], torch.rand(3, 150, 128, 128) * 2 - 1, 8, enlarge=1)
 # --- contact sheets -----------------------------------------------------------------------------
 
 
-def test_a_sheet_spreads_the_frames_over_the_clip(tmp_path: Path) -> None:
+def test_the_frames_on_a_sheet_are_spread_over_the_whole_clip(tmp_path: Path) -> None:
     clip = torch.arange(16.0).view(1, 16, 1, 1).expand(3, 16, 32, 32) / 16
     assert (spread(clip, 4)[:, 0, 0, 0] * 16).tolist() == [0, 5, 10, 15]
     assert (spread(clip, 99)[:, 0, 0, 0] * 16).tolist() == list(range(16)) and len(spread(clip, 1)) == 1

@@ -1,4 +1,4 @@
-"""Concepts load exactly as they were saved, and concepts that do not fit a model are refused."""
+"""Concepts load exactly as they were saved, and concepts that are incompatible with a model are refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def traces(backbone: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_save_and_load_give_the_same_outputs_bit_for_bit(family: str, request: Any, tmp_path: Path) -> None:
+def test_a_reloaded_concept_gives_the_same_outputs_bit_for_bit(family: str, request: Any, tmp_path: Path) -> None:
     make = request.getfixturevalue(f"new_{family}")
     backbone = make()
     roles = ROLES if family == "sd" else ("attention", "text_encoder")
@@ -167,7 +167,9 @@ def test_dora_adapters_convolutions_and_several_slots_survive_saving(
     assert torch.equal(output(fresh), output(backbone))
 
 
-def test_changed_weights_follow_the_strength_and_leave_no_trace(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_changed_weights_follow_the_strength_and_leave_no_trace_when_removed(
+    new_sd: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone = new_sd()
     before = traces(backbone)
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
@@ -220,7 +222,7 @@ def test_two_adapters_of_one_kind_stay_separate(new_sd: Callable[..., Any], tmp_
 # --- several concepts
 
 
-def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> None:
+def test_concepts_from_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     for name in ("cup", "pot"):
         LearnableToken().attach(backbone, name, "mug")
@@ -236,7 +238,7 @@ def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> 
     for concept in both:
         attach(concept, fresh, 0.7)
     with fresh.active({"cup": 1.0, "pot": 1.0}):
-        assert torch.equal(output(fresh), expected)  # the shared adapter acts once, not twice
+        assert torch.equal(output(fresh), expected)  # the shared adapter is applied once, not twice
     with fresh.active({"pot": 1.0}):
         assert torch.equal(output(fresh), expected)
     with fresh.active({}):
@@ -271,7 +273,7 @@ def test_attaching_a_concept_twice_is_refused(new_sd: Callable[..., Any]) -> Non
         attach(concept, backbone)
 
 
-# --- concepts that do not fit
+# --- incompatible concepts
 
 
 def _rebuilt(pipe: Any, **changes: Any) -> StableDiffusionBackbone:
@@ -291,7 +293,10 @@ def test_a_model_of_another_family_or_shape_is_refused_with_the_reason(
             r"learned on stable_diffusion \(tiny\), but this backbone is flux \(tiny-flux\), which can load .* flux",
         ),
         (small, r"its unet\.down_blocks\.0\.\S+to_k has shape \[16, 16\], but here the shape is \[8, 16\]"),
-        (shallow, r"4 of the 28 layers of unet that it changes do not exist here, such as down_blocks\.0\.attentions"),
+        (
+            shallow,
+            r"4 of the 28 layers of unet that it changes do not exist here \(for example, down_blocks\.0\.attentions",
+        ),
     ):
         assert re.search(reason, fits(concept, other) or "")
         before = traces(other)
@@ -360,11 +365,11 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
                 with_fields(c.meta, adapters={"lora": {"unet": {**c.meta.adapters["lora"]["unet"], "r": 4096}}}),
                 c.tensors,
             ),
-            r"rank 4096 does not fit",
+            r"rank 4096 is too large for its",
         ),
     ],
 )
-def test_a_concept_that_fits_only_partly_is_refused_and_leaves_no_trace(
+def test_a_partly_incompatible_concept_is_refused_and_leaves_no_trace(
     new_sd: Callable[..., Any], change: Callable[[Concept], Concept], message: str
 ) -> None:
     concept, backbone = change(learned(new_sd())), new_sd()
@@ -385,7 +390,7 @@ def test_target_modules_that_do_not_exist_are_refused(new_sd: Callable[..., Any]
     meta = with_fields(concept.meta, adapters=adapters, layers=layers)
     before = traces(backbone)
     with pytest.raises(
-        ValueError, match=r"1 of the 29 layers of unet that it changes do not exist here, such as nowhere\.to_q"
+        ValueError, match=r"1 of the 29 layers of unet that it changes do not exist here \(for example, nowhere\.to_q"
     ):
         attach(Concept(meta, concept.tensors), backbone)
     assert traces(backbone) == before

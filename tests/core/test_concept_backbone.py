@@ -46,7 +46,7 @@ def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
     assert load_backbone_of(concept).checkpoint == concept.meta.backbone.checkpoint
 
 
-def test_a_moved_model_must_be_located_only_once(
+def test_a_moved_model_needs_to_be_located_only_once(
     tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: Path
 ) -> None:
     tiny_sd.save_pretrained(tmp_path / "sd")

@@ -1,4 +1,4 @@
-"""Concept folders are written completely or not at all. Reading one never executes code, even if it is malicious."""
+"""Concept folders are written completely or not at all. Reading even a malicious one never executes code."""
 
 from __future__ import annotations
 
@@ -142,11 +142,11 @@ def test_harmless_extra_files_are_ignored(saved: Path) -> None:
     assert read(saved).name == "my-mug"
 
 
-def test_links_that_lead_out_of_the_folder_are_not_followed(saved: Path, tmp_path: Path) -> None:
+def test_links_that_point_outside_the_folder_are_not_followed(saved: Path, tmp_path: Path) -> None:
     outside = tmp_path / "adapter.safetensors"
     shutil.move(saved / "adapter.safetensors", outside)
     (saved / "adapter.safetensors").symlink_to(outside)
-    with pytest.raises(ValueError, match="link that leads out"):
+    with pytest.raises(ValueError, match="link that points outside"):
         read(saved)
 
 

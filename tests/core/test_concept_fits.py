@@ -75,7 +75,7 @@ def test_a_motion_unet_accepts_concepts_learned_on_its_plain_unet(
     assert fits(concept, backbone) is None
     attach(concept, backbone)
     assert not [w for w in recwarn if "checkpoint" in str(w.message)], (
-        "there was a warning, although the layers have the weights that the concept was learned on"
+        "there was a warning, even though the layers still have the weights the concept was learned with"
     )
     words = backbone.placeholders["mug"].words
     adapted, named = clip(backbone), clip(backbone, f"a photo of a {words}")
@@ -88,14 +88,14 @@ def test_a_motion_unet_accepts_concepts_learned_on_its_plain_unet(
             "the token had no effect"
         )
     assert not torch.allclose(named, adapted, atol=1e-5)
-    for path in concept.meta.layers["unet"]:  # every layer of the concept is adapted, and none lies in a motion module
+    for path in concept.meta.layers["unet"]:  # the concept's layers are all adapted and outside the motion modules
         layer = backbone.unet.get_submodule(path)
         assert isinstance(layer, nn.Module) and hasattr(layer, "lora_A") and "motion_modules" not in path
     backbone.remove("mug")
     assert torch.equal(clip(backbone), base)
 
 
-def test_the_concept_makes_the_same_change_in_both_models(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
+def test_the_concept_changes_both_models_in_the_same_way(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
     plain, motion = StableDiffusionBackbone(make_tiny_sd(), "tiny"), clips(make_tiny_sd())
     attach(concept, plain)
     attach(concept, motion)
@@ -106,7 +106,9 @@ def test_the_concept_makes_the_same_change_in_both_models(concept: Concept, make
             assert torch.equal(a(x), b(x))
 
 
-def test_other_weights_in_the_same_layers_cause_a_warning(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
+def test_different_weights_in_the_same_layers_cause_a_warning(
+    concept: Concept, make_tiny_sd: Callable[..., Any]
+) -> None:
     with pytest.warns(UserWarning, match="a checkpoint with different weights"):
         attach(concept, clips(make_tiny_sd(1)))
 
@@ -116,7 +118,7 @@ def test_one_missing_layer_is_named_as_the_reason(concept: Concept, make_tiny_sd
     block = backbone.unet.mid_block.attentions[0].transformer_blocks[0]
     block.attn2.to_v = nn.Identity()
     before = clip(backbone)
-    gone = r"1 of the \d+ layers of unet that it changes do not exist here, such as mid_block\.attentions\.0\.\S+attn2\.to_v"
+    gone = r"1 of the \d+ layers of unet that it changes do not exist here \(for example, mid_block\.attentions\.0\.\S+to_v"
     with pytest.raises(ValueError, match=rf"'mug' does not fit tiny-clips: {gone}"):
         attach(concept, backbone)
     assert torch.equal(clip(backbone), before) and not backbone.adapters and not backbone.placeholders
@@ -134,7 +136,7 @@ def test_a_family_reads_only_its_own_concepts_unless_it_declares_more(
     assert "learned on stable_diffusion (tiny), but this backbone is tiny_clips" in (fits(concept, backbone) or "")
 
 
-def test_whether_a_concept_fits_does_not_depend_on_attached_concepts(
+def test_whether_a_concept_fits_does_not_depend_on_other_attached_concepts(
     new_sd: Callable[..., Any], concept: Concept
 ) -> None:
     from shared.trainable import Lora

@@ -56,7 +56,10 @@ def features(backbone: Any, prompt: str) -> Tensor:
 
 
 def words(backbone: Any, concept: Concept) -> Tensor:
-    """Returns the text features of "<name> noun" in "a photo of a <name> noun", where they follow five other tokens."""
+    """Returns the text features of the words "<name> noun" in "a photo of a <name> noun".
+
+    In that prompt, they follow five other tokens.
+    """
     attach(concept, backbone)
     vectors = features(backbone, f"a photo of a {backbone.placeholders[concept.name].words}")[5:7]
     backbone.remove(concept.name)
@@ -117,8 +120,8 @@ def test_concept_words_keep_their_meaning_with_the_least_change_to_other_text(sd
     assert [c.name for c in merged] == ["rex", "cup"] and not sd.adapters and not sd.placeholders
     word_features = [words(sd, c) for c in both]
     targets, regular = torch.cat(word_features), torch.cat([features(sd, c) for c in CAPTIONS])
-    # Layer norm confines the features to a hyperplane. Without a small penalty on changes perpendicular to it, rounding
-    # errors alone would determine them.
+    # Layer norm confines the features to a hyperplane. Without a small penalty, changes perpendicular to it would be
+    # determined by rounding errors alone.
     spread = regular.square().sum(0).mean().sqrt()
     regular = torch.cat([regular, 1e-9**0.5 * spread * torch.eye(regular.shape[1])])
     free = torch.linalg.svd(targets).Vh[len(targets) :].T  # directions in which a change does not affect the words
@@ -136,7 +139,7 @@ def test_concept_words_keep_their_meaning_with_the_least_change_to_other_text(sd
         assert (regular @ delta.T).square().sum() <= least * (1 + 1e-5) + 1e-12
 
 
-def test_the_merged_change_acts_once_and_its_sources_are_recorded(sd, both, tmp_path):
+def test_the_merged_change_is_applied_once_and_its_sources_are_recorded(sd, both, tmp_path):
     merged = merge(both, sd, CAPTIONS)
     assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, (
         "the id must be set before the concepts are saved"
@@ -150,7 +153,7 @@ def test_the_merged_change_acts_once_and_its_sources_are_recorded(sd, both, tmp_
     for concept in again:
         attach(concept, sd)
     assert torch.allclose(weight, start + changes(merged[0])[key].float(), atol=1e-6), (
-        "the merged change did not act exactly once"
+        "the merged change was not applied exactly once"
     )
     assert again[0].meta.metrics == {"merged": "rex, cup", "merge_method": "closed_form"}
     assert again[0].meta.adapter_id == again[1].meta.adapter_id != both[0].meta.adapter_id
@@ -188,7 +191,7 @@ def test_concepts_that_cannot_be_merged_are_refused_with_the_reason(sd, flux, bo
         ([rex], "two or more"),
         (
             [cut, rex],
-            r"is \[\d+, 16\] in the concepts, but \[\d+, 16\] here: merge them on the model that they were learned on",
+            r"has shape \[\d+, 16\] in the concepts, but \[\d+, 16\] here: merge them on the model that they were learned on",
         ),
         ([rex, learned(sd, "long", "cat", 4, vectors=40)], "the prompt is too long"),
         ([rex, mixed], "'cup' has adapters: only changes to the keys and values of cross-attention can be merged"),

@@ -1,4 +1,4 @@
-"""A concept can be saved whatever its provenance record contains. The record is checked when a concept is read."""
+"""A concept can be saved whatever its provenance record contains. The record is checked when the concept is read."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_missing_picture_has_no_hash(backbone: Any, tmp_path: Path) -> None:
     assert [(r.file, r.sha256) for r in concept.meta.references] == [("gone.png", None)]
 
 
-def test_any_metrics_and_settings_of_a_run_are_written(backbone: Any, tmp_path: Path) -> None:
+def test_metrics_and_settings_of_any_type_are_written(backbone: Any, tmp_path: Path) -> None:
     metrics = {
         **{"nan": float("nan"), "inf": float("-inf"), "tensor": torch.tensor(0.5), "numpy": np.float32(0.25)},
         **{"none": None, "text": "bf16", "inner": {"a": 1, "b": np.nan}, "list": [1, 2], "many": torch.ones(2)},
@@ -263,7 +263,7 @@ def test_adapter_settings_that_a_concept_cannot_store_are_refused_before_trainin
         ({"references": [{"file": "a\u202fb", "sha256": None}]}, r"references\.0\.file"),
     ],
 )
-def test_fields_that_are_used_again_are_checked_when_read(
+def test_fields_that_pcs_uses_are_checked_when_read(
     backbone: Any, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     folder = kept(backbone, tmp_path / "c").path or tmp_path
@@ -273,7 +273,7 @@ def test_fields_that_are_used_again_are_checked_when_read(
         read(folder)
 
 
-def test_fields_that_are_not_used_may_contain_anything(backbone: Any, tmp_path: Path) -> None:
+def test_fields_that_pcs_does_not_use_may_contain_anything(backbone: Any, tmp_path: Path) -> None:
     recipe = {"sampling": None, "train": {"steps": 3, "pace": "slow"}, "phases": {"a": None}, "fields": {"grid": 3}}
     learned = kept(backbone, tmp_path / "c", recipe=recipe).meta.learned_with
     assert (learned.train.steps, learned.sampling.steps, list(learned.phases)) == (3, None, ["a"])

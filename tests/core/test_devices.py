@@ -1,5 +1,8 @@
-"""All tensors in a step are on the same device. Without a GPU, tensors on the `meta` device reveal most cases of mixed
-devices. Tests that need a GPU are marked `cuda`."""
+"""All tensors in a step are on the same device.
+
+Without a GPU, tensors on the `meta` device reveal most places where devices are mixed. Tests that need a GPU are marked
+`cuda`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reas
 
 @pytest.fixture(params=FAMILIES)
 def new(request: pytest.FixtureRequest) -> Any:
-    """A function that makes the tiny backbone of one family."""
+    """A function that makes one family's tiny backbone."""
     make, kind = FAMILIES[request.param]
     return lambda: kind(request.getfixturevalue(make)(), request.param)
 
@@ -54,8 +57,10 @@ def one_step(backbone: Any) -> tuple[Conditioning, Tensor]:
 
 
 def test_a_training_step_does_not_mix_devices(new):
-    """`meta` tensors have no values, so the position of a learned word cannot be found. The test therefore trains a
-    LoRA in the text encoder and the denoiser."""
+    """The step trains a LoRA in the text encoder and the denoiser.
+
+    It cannot train a word, because `meta` tensors have no values, so the word could not be found in the prompt.
+    """
     backbone = new()
     Lora(rank=2, roles=("attention", "text_encoder")).inject(backbone, "thing", "lora", 0)
     backbone.to("meta")
@@ -95,7 +100,7 @@ def test_pictures_from_the_gpu_and_the_cpu_match(new, on_gpu):
 
 
 @marked
-def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu, photos, tmp_path):
+def test_a_concept_learned_on_a_gpu_gives_the_same_pictures_after_saving_and_loading(on_gpu, photos, tmp_path):
     backbone = on_gpu()
     recipe = small("pivotal_tuning")
     run = session(backbone, recipe, photos, tmp_path / "run")
@@ -110,8 +115,8 @@ def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu,
 
 @marked
 def test_networks_that_take_turns_on_a_gpu_give_the_same_pictures_and_weights(new, on_gpu, photos, tmp_path):
-    """The memory limit is the size of the largest network, so the networks cannot all be on the GPU together."""
-    make, whole = tmp_path / "model", on_gpu()  # the files saved here contain the same weights
+    """The memory limit is the size of the largest network, so the networks cannot all be on the GPU at once."""
+    make, whole = tmp_path / "model", on_gpu()  # `make` is the folder that `whole` is saved to
     whole.pipeline().save_pretrained(make)
     limit = max(size_of(m) for m in (*whole.components.values(), whole.vae))
     parts = load_backbone(make, device="cuda", memory=limit)

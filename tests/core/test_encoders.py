@@ -82,7 +82,7 @@ def test_clip_warns_when_a_text_is_truncated(clip_folder: Path) -> None:
         encoders.load_clip(clip_folder).texts(["a very long prompt indeed"])
 
 
-def test_dino_returns_the_normalised_cls_embedding(dino_folder: Path) -> None:
+def test_dino_returns_the_normalized_cls_embedding(dino_folder: Path) -> None:
     from transformers import BitImageProcessorPil, Dinov2Model
 
     pixels = smooth_pictures(2, 50)

@@ -1,5 +1,7 @@
-"""On pictures with known ground truth, the shipped instruments must recognise true pictures and must not overestimate
-identity or freedom."""
+"""The shipped instruments recognize true pictures, and overestimate neither identity nor freedom (how much poses vary).
+
+They are tested on pictures whose ground truth is known.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,7 @@ def test_true_pictures_are_verified_and_have_high_freedom(judge: Scorer, through
     assert freedom is not None and freedom >= 0.9
 
 
-def test_a_single_pose_has_little_freedom_wherever_it_is_placed(
+def test_pictures_in_one_pose_have_little_freedom_wherever_the_subject_is_placed(
     judge: Scorer, through: Callable[[Tensor], Tensor]
 ) -> None:
     rng, found = np.random.default_rng(3), []
@@ -126,7 +128,7 @@ def test_shifted_copies_of_one_picture_have_little_freedom(judge: Scorer, throug
     assert freedom is not None and freedom <= 0.1
 
 
-def test_the_single_pose_learned_by_pivotal_tuning_has_little_freedom(judge: Scorer) -> None:
+def test_pictures_in_the_one_pose_that_pivotal_tuning_learned_have_little_freedom(judge: Scorer) -> None:
     sheet = torch.from_numpy(np.array(Image.open(SHEET).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
     tiles = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
     _, freedom, _ = _measured(judge, tiles, 4)
@@ -146,9 +148,7 @@ def test_freedom_is_not_measured_for_noise_or_when_half_the_pictures_show_anothe
     assert freedom is None
 
 
-def test_cut_outs_of_the_references_are_recognised_as_copies(
-    judge: Scorer, through: Callable[[Tensor], Tensor]
-) -> None:
+def test_cutouts_of_the_references_are_recognized_as_copies(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
     rng = np.random.default_rng(5)
     empty = _drawn(_scenes(4, 9, lambda _: Camera(0, 15, 0, 0.45, 0.45, 0.05)))
     assert judge.masks is not None

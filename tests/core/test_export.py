@@ -188,7 +188,7 @@ def test_the_code_in_the_readme_works(new_sd: Callable[..., Any], tmp_path: Path
     assert torch.allclose(theirs, ours, atol=1e-4)
 
 
-# --- exports that are refused
+# --- refused exports
 
 
 def _dora_on_part(backbone: Any) -> None:
@@ -211,7 +211,7 @@ def _weights(backbone: Any) -> None:
     [
         (_dora_on_part, r"unet has DoRA on \d+ layers and plain LoRA on \d+"),
         (_dora_shared, "DoRA and another slot are both on"),
-        (_weights, "has changed weights"),
+        (_weights, "contains changed weights"),
     ],
 )
 def test_the_error_says_what_the_format_cannot_store(

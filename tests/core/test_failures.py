@@ -157,7 +157,7 @@ def nested(depth: int) -> int:
     [
         (
             lambda: raised(MemoryError()),
-            "out of memory: this machine does not have enough for this. To continue, use less",
+            "out of memory: this machine does not have enough for this. To continue, choose a smaller",
         ),
         (lambda: np.ones(2**55), "out of memory: this machine does not have enough for this"),
         (
@@ -236,7 +236,7 @@ def test_every_method_that_tokenizes_refuses_a_prompt_that_is_not_utf8() -> None
             way("caf\udce9")
 
 
-# --- two commands that write the same output --------------------------------------------------
+# --- comparisons, and two commands that write to the same output ------------------------------
 
 HOLDS = """
 import sys, time

@@ -1,4 +1,4 @@
-"""The method families cover every shipped recipe, and every setting of a recipe is explained."""
+"""The method families cover every shipped recipe, and every recipe setting is explained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_recipe_belongs_to_exactly_one_family(modality):
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "3d"])
-def test_each_setting_of_a_family_occurs_in_at_least_one_of_its_recipes(modality):
+def test_each_setting_that_a_family_lists_occurs_in_at_least_one_of_its_recipes(modality):
     for family in families(modality).values():
         recipes = [written(name, modality, model_of(modality)) for name in family.recipes]
         dumps = [dump(phase) for recipe in recipes for phase in (recipe, *(p for _, p in expand_phases(recipe)))]
@@ -67,7 +67,7 @@ def test_every_setting_of_every_recipe_is_explained(modality):
 def _unexplained(model, data):
     """Yields `Class.setting` for each unexplained setting, and the name of each part class without a docstring.
 
-    A setting is explained if it has a comment, or if the docstring mentions it in backticks or as "setting: …".
+    A setting is explained if it has a comment, or if its class's docstring mentions it in backticks or as "setting: …".
     """
     own = isinstance(model, BaseModel)
     notes = comments(type(model)) if own else {}
@@ -99,4 +99,4 @@ def test_a_comment_above_a_setting_explains_it():
     )
     prompts = ["a {concept} " * 9, "b {concept} " * 9]
     lines = explained(Validation(prompts=tuple(prompts)), {"prompts": prompts}).splitlines()
-    assert lines[0] == "# prompts to score; {concept}: the concept's words"
+    assert lines[0] == "# prompts to generate from; {concept} stands for the concept's words"

@@ -17,7 +17,7 @@ from shared.io.terminal import escaped_name
 from shared.sources.to_example import load
 from tests.core.scenes import save, scene
 
-#: Names as they occur in practice, from macOS screenshots, Japanese input, web pages, joined emoji and old encodings.
+#: Names that occur in practice: from macOS screenshots, Japanese input and web pages, and with emoji or old encodings.
 NAMES = (
     "Screenshot 2024-05-01 at 9.41.00\u202fAM",
     "写真\u3000一",
@@ -74,6 +74,6 @@ def test_an_output_path_that_safetensors_cannot_write_to_is_refused(tmp_path: Pa
         check_output(tmp_path / "caf\udce9" / "mug.concept")
 
 
-def test_json_that_is_not_valid_utf_8_survives_writing(tmp_path: Path) -> None:
+def test_json_that_is_not_valid_utf8_survives_a_round_trip(tmp_path: Path) -> None:
     text = json.dumps({"file": "caf\udce9 写"}, ensure_ascii=False)
     assert json.loads(write_text(tmp_path / "a.json", text).read_text(encoding="utf-8")) == {"file": "caf\udce9 写"}

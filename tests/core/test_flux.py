@@ -1,4 +1,4 @@
-"""FLUX has defaults that depend on distillation, and two text encoders with different token limits."""
+"""FLUX's defaults depend on distillation, and its two text encoders have different token limits."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def test_a_concept_name_that_clip_would_truncate_is_an_error(flux: FluxBackbone,
     for refuses in (flux.check_prompt, lambda prompt: flux.encode([prompt])):
         for _ in range(2):
             with pytest.raises(
-                ValueError, match=r"text_encoder of tiny reads 32 tokens, and would cut .*which includes 'my-mug'"
+                ValueError, match=r"text_encoder of tiny reads 32 tokens and would cut off .*which includes 'my-mug'"
             ):
                 refuses(LONG + words)

@@ -36,7 +36,7 @@ def test_cover_crops_to_the_middle_or_around_the_mask(tmp_path: Path) -> None:
     assert moved.mask[0].nonzero()[:, 1].float().mean() == pytest.approx(31.5)
 
 
-def test_contain_pads_and_marks_the_area_of_the_picture(tmp_path: Path) -> None:
+def test_contain_pads_the_picture_and_marks_the_area_that_it_covers(tmp_path: Path) -> None:
     square = resize(read_picture(save(tmp_path / "a.png", scene(48, 24))), 32, "contain")
     assert square.size == (32, 32) and square.valid is not None
     assert square.valid[0, 8:24].min() == 1 and square.valid[0, :8].max() == 0 and square.valid[0, 24:].max() == 0
@@ -44,7 +44,7 @@ def test_contain_pads_and_marks_the_area_of_the_picture(tmp_path: Path) -> None:
     assert resize(read_picture(save(tmp_path / "b.png", scene(40, 40))), 32, "contain").valid is None
 
 
-def test_resizing_is_deterministic_and_sharp_and_keeps_mask_and_picture_aligned(tmp_path: Path) -> None:
+def test_resizing_is_deterministic_and_sharp_and_keeps_the_mask_aligned(tmp_path: Path) -> None:
     big = np.kron(scene(48, 48), np.ones((7, 7, 1), np.uint8))
     image = Image.fromarray(big)
     image.putalpha(Image.fromarray((big[..., 0] > 128).astype(np.uint8) * 255))
@@ -118,12 +118,12 @@ def test_captions_in_all_common_formats_are_read(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="4 of 6 pictures have no caption"):
         assert len(read_subject(tmp_path, captions=words).captions) == 2
     (words / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"a.png"}')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: write"), warnings.catch_warnings():
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2 must look like"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read_subject(tmp_path, captions=words)
 
 
-def test_caption_files_match_in_any_case_unless_that_is_ambiguous(tmp_path: Path) -> None:
+def test_caption_file_names_match_regardless_of_case_unless_that_is_ambiguous(tmp_path: Path) -> None:
     folder(tmp_path, "f.png", "g.png", "h.png", "H.png")
     for name, text in (("F.txt", "of f"), ("g.PNG.txt", "of g"), ("h.txt", "of h"), ("H.txt", "of H")):
         (tmp_path / name).write_text(text)
@@ -169,7 +169,7 @@ def test_a_class_noun_loses_its_article_or_possessive(tmp_path: Path) -> None:
         assert read_subject(tmp_path, said).class_noun == noun
 
 
-def test_captions_and_masks_are_not_stray_files(tmp_path: Path) -> None:
+def test_captions_and_masks_are_not_reported_as_stray_files(tmp_path: Path) -> None:
     folder(tmp_path, "a.jpg", "b.jpg", "c.jpg", "masks/a.png", "b.mask.png", "c-mask.png", "wolf-mask.png")
     (tmp_path / "a.txt").write_text("a {concept}\non a table\n", encoding="utf-8")
     with warnings.catch_warnings():
@@ -219,7 +219,7 @@ def test_single_files_and_lists_are_accepted(tmp_path: Path) -> None:
     assert read_subject([tmp_path / "b.png"]).masks == {tmp_path / "b.png": tmp_path / "masks/b.png"}
 
 
-def test_masks_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_a_mask_that_differs_in_size_from_its_picture_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, "a.png")
     (tmp_path / "masks").mkdir()
     Image.new("L", (10, 20), 255).save(tmp_path / "masks/a.png")
@@ -240,7 +240,7 @@ def test_masks_and_captions_may_be_given_separately(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"captions: 'q\.png' matches no picture. The pictures are: a\.png, b\.png"):
         read_subject(photos, captions={"q.png": "x"})
     with pytest.raises(
-        ValueError, match=r"masks: no file in .*words has a picture's name; the folder contains b\.txt, .* a\.png"
+        ValueError, match=r"masks: no file in .*words is named after a picture; the folder contains b\.txt, .* a\.png"
     ):
         read_subject(folder(tmp_path / "one", "a.png"), masks=tmp_path / "words")
     (photos / "a.txt").write_bytes(b"\xff\xfe\xfa")
@@ -251,7 +251,7 @@ def test_masks_and_captions_may_be_given_separately(tmp_path: Path) -> None:
 # --- writing --------------------------------------------------------------------------------
 
 
-def test_written_pictures_read_back_with_their_text(tmp_path: Path) -> None:
+def test_written_pictures_can_be_read_back_with_their_text(tmp_path: Path) -> None:
     path = write_picture(
         read_picture(save(tmp_path / "a.png", scene())).pixels, tmp_path / "new/b.png", {"prompt": "é 猫"}
     )

@@ -1,4 +1,4 @@
-"""Freedom and its components match closed forms and plain loops."""
+"""Freedom, which measures how much poses vary, and its components match closed forms and plain loops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_placement_finds_the_centre_and_size_of_a_box() -> None:
     x, y, half = placements(_box(32, 4, 10, 8, 12))[0].tolist()
     assert (x, y) == pytest.approx((16 / 16 - 1, 8 / 16 - 1))
     assert half == pytest.approx(12 / 32, rel=0.01)  # half the larger side, as a fraction of half the picture
-    assert placements(torch.zeros(1, 8, 8))[0].tolist() == [0, 0, 1], "if nothing is found, the whole picture counts"
+    assert placements(torch.zeros(1, 8, 8))[0].tolist() == [0, 0, 1], "if nothing is found, the whole picture is used"
     assert torch.equal(placements(_box(8, 2, 2, 4, 4)), placements(_box(8, 2, 2, 4, 4) * 0.5)), (
         "halving the values does not change the placement"
     )
@@ -75,7 +75,7 @@ def test_freedom_is_scaled_between_one_pose_and_random_views() -> None:
     assert Range(0.1, 0.1).freedom(Pairs(10, 10, 2.0)) is None and known.freedom(Pairs(0, 0, 0)) is None
 
 
-def test_effective_views_are_the_exponential_of_the_entropy() -> None:
+def test_the_number_of_effective_views_is_the_exponential_of_the_entropy() -> None:
     assert freedom.effective_views(["front"] * 5) == pytest.approx(1)
     assert freedom.effective_views(["front", "side", "back", "above"]) == pytest.approx(4)
     p = np.array([0.75, 0.25])
@@ -147,7 +147,7 @@ def test_freedom_that_cannot_be_measured_counts_as_zero_and_its_subject_is_repor
     assert both.freedom == pytest.approx(0.75 / 2) and both.unmeasured == ("a",)
 
 
-def test_the_intervals_of_the_terms_contain_the_values_and_shrink_with_more_prompts() -> None:
+def test_the_terms_intervals_contain_their_values_and_shrink_with_more_prompts() -> None:
     rng = np.random.default_rng(0)
     tallies = [
         _tally(
@@ -163,7 +163,7 @@ def test_the_intervals_of_the_terms_contain_the_values_and_shrink_with_more_prom
     assert more["trade_off"][1] - more["trade_off"][0] < 0.6 * (spans["trade_off"][1] - spans["trade_off"][0])
 
 
-def test_extreme_results_of_few_prompts_still_have_wide_intervals() -> None:
+def test_extreme_results_from_few_prompts_still_have_wide_intervals() -> None:
     low, high = bootstrap_terms([_tally("a", i, 0.0, 1.0) for i in range(10)], {}, rounds=50)["trade_off"]
     assert low == 0 and 0.2 < high < 0.7
     assert all(math.isnan(v) for span in bootstrap_terms([], {}).values() for v in span)

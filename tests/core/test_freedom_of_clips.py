@@ -1,4 +1,4 @@
-"""The freedom of clips measures how much the subject's pose at each moment differs between clips of one prompt."""
+"""The freedom of clips measures how much the subject's pose at each moment differs between clips of the same prompt."""
 
 from __future__ import annotations
 

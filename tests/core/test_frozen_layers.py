@@ -26,7 +26,7 @@ def adapted(make_tiny_sd, targets: list[str]) -> Any:
 
 
 def backward(unet: Any, half: bool = False) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Returns the gradients of the parameters and of the input, and how many bytes are stored for the backward pass."""
+    """Returns the parameters' and the input's gradients, and the number of bytes stored for the backward pass."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=draw).requires_grad_()
     words, t = torch.randn(2, 5, 16, generator=draw), torch.tensor([3, 700])
@@ -50,7 +50,7 @@ def backward(unet: Any, half: bool = False) -> tuple[dict[str, Tensor], Tensor, 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("targets", [ATTENTION, ["conv1", "conv_shortcut", "ff.net.0.proj", "to_v"]])
-def test_gradients_are_the_same_and_less_is_stored(make_tiny_sd, targets, half):
+def test_lean_layers_give_the_same_gradients_and_store_less(make_tiny_sd, targets, half):
     unet = adapted(make_tiny_sd, targets)
     expected, of_x, whole = backward(unet, half)
     with lean([unet]):
@@ -61,7 +61,7 @@ def test_gradients_are_the_same_and_less_is_stored(make_tiny_sd, targets, half):
     assert backward(unet, half)[2] == whole
 
 
-def test_trained_weights_of_the_layers_themselves_have_the_same_gradients(make_tiny_sd):
+def test_the_layers_own_trainable_weights_have_the_same_gradients(make_tiny_sd):
     unet = make_tiny_sd().unet.train().requires_grad_(True)
     expected, _, _ = backward(unet)
     with lean([unet]):

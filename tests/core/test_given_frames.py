@@ -30,7 +30,7 @@ def given(tmp_path: Path) -> GivenFrames:
 
 
 class FromPureNoise(KeptLatents):
-    """Starts from pure noise, also in the kept region, as diffusers does."""
+    """Starts from pure noise, even in the kept region, as diffusers does."""
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents if step.index == 0 else super().latents(step, latents)
@@ -55,7 +55,7 @@ def test_inpainting_matches_diffusers(tiny_sd: Any, given: GivenFrames) -> None:
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
 def test_the_kept_region_does_not_change(tiny_sd: Any, given: GivenFrames, scheduler: str) -> None:
-    """Checks schedulers with different units. The rest of the picture adapts to the kept region and to the seed."""
+    """Checks schedulers that use different units. The rest of the picture adapts to the kept region and to the seed."""
     sd = StableDiffusionBackbone(tiny_sd)
     how: dict[str, Any] = {"seeds": [1, 2], "guidance": 1.0, "steps": 3, "scheduler": scheduler}
     settings = SamplingSettings(guidance=1.0, steps=3, scheduler=scheduler, hooks=(given,))
@@ -67,12 +67,12 @@ def test_the_kept_region_does_not_change(tiny_sd: Any, given: GivenFrames, sched
     assert (kept - plain)[..., 20:].abs().max() > 0.01 and (kept[0] - kept[1])[..., 20:].abs().max() > 0.01
 
 
-def test_given_pictures_that_do_not_fit_are_refused(tiny_sd: Any, given: GivenFrames, tmp_path: Path) -> None:
+def test_unusable_given_pictures_and_masks_are_refused(tiny_sd: Any, given: GivenFrames, tmp_path: Path) -> None:
     sd = StableDiffusionBackbone(tiny_sd)
     Image.new("L", (16, 16), 255).save(tmp_path / "small.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "all.png")
     for wrong, message in [
-        (GivenFrames(path=given.path), "would be kept as the whole picture; use a mask"),
+        (GivenFrames(path=given.path), "would be kept whole; use a mask"),
         (GivenFrames(path=given.path, mask=tmp_path / "all.png"), "nothing is left to generate"),
         (GivenFrames(path=given.path, mask=tmp_path / "small.png"), "small.png is 16x16 pixels, but its picture"),
         (GivenFrames(path=given.path, mask=tmp_path / "gone.png"), "gone.png does not exist"),

@@ -91,7 +91,7 @@ def test_a_new_kind_drops_the_settings_of_the_old_one_and_null_removes_a_part(us
 
 
 def test_a_variant_overrides_the_phases_of_its_base(user_recipe: UserRecipe) -> None:
-    """As on the command line, a setting also overrides those of the phases. It would otherwise be silently lost."""
+    """As on the command line, a setting also overrides the phases' settings. Otherwise, it would be silently lost."""
     text = "base: pivotal_tuning\ntrain: {steps: 7}\ntrainable: {lora: {rank: 2}}\nphases: {tune: {train: {steps: 9}}}"
     pivot, tune = dict(expand_phases(user_recipe({"mine.yaml": text}, ELSEWHERE))).values()
     assert (pivot.train.steps, tune.train.steps) == (7, 9)
@@ -130,7 +130,7 @@ def test_the_overlay_is_applied_between_shipped_files_and_user_files(user_recipe
         ({"a.yaml": "base: b.yaml", "b.yaml": "phases: {one: {train: {stps: 3}}}"}, "^b.yaml: phases.one: train: unk"),
     ],
 )
-def test_the_error_for_a_wrong_base_names_the_file_and_the_key(
+def test_the_error_for_an_invalid_base_names_the_file_and_the_key(
     user_recipe: UserRecipe, files: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -155,7 +155,7 @@ def test_the_command_line_may_name_only_existing_phases(user_recipe: UserRecipe)
     assert dict(expand_phases(load("pivotal_tuning", ["phases.tune.train.steps=5"])))["tune"].train.steps == 5
 
 
-def test_a_variant_may_add_phases_that_define_what_they_do(user_recipe: UserRecipe) -> None:
+def test_a_variant_may_add_phases_that_set_trainable_or_task(user_recipe: UserRecipe) -> None:
     more = "base: pivotal_tuning\nphases: {last: {trainable: {lora: {rank: 2}}, train: {steps: 1}}}"
     assert list(dict(expand_phases(user_recipe({"mine.yaml": more})))) == ["pivot", "tune", "last"]
     with pytest.raises(ValueError, match=r"mine\.yaml: phases\.tun: unknown phase 'tun'\. Did you mean 'tune'"):

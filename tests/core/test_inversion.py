@@ -1,4 +1,4 @@
-"""Inversion matches diffusers' inverse scheduler, can be undone by sampling, and provides noise from which to start."""
+"""Inversion matches diffusers' inverse scheduler, can be undone by sampling, and provides noise to start from."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Kept(SamplingHookBase):
 # Euler rounds its first noise level, so its tolerance is larger.
 @pytest.mark.parametrize(("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)])
 def test_sampling_can_start_from_a_picture(tiny_sd: Any, scheduler: str, close: float, tmp_path: Path) -> None:
-    """The inverted noise is in the scheduler's units, and is computed once for all pictures of a call."""
+    """The inverted noise is in the scheduler's units, and is computed once for all the pictures in a call."""
     sd = StableDiffusionBackbone(tiny_sd)
     photo = paint(tmp_path / "photos") / "0.png"
     prior, kept = NoisePrior(path=photo, share=1.0), Kept(seen=[])

@@ -1,4 +1,4 @@
-"""True clips meet the acceptance thresholds of the motion module, and clips from an untrained motion module do not."""
+"""True clips meet the motion module's acceptance thresholds, but clips from an untrained motion module do not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def untrained():
     )
 
 
-def test_true_clips_meet_the_thresholds_and_clips_of_an_untrained_module_do_not(untrained):
+def test_true_clips_meet_the_thresholds_but_clips_from_an_untrained_module_do_not(untrained):
     found = judge_clips(untrained, 10, guidance=1.0, steps=1)
     assert all(found["instrument"][name] >= bar for name, bar in BARS.items()), found["instrument"]
     assert found["scores"]["motion"] <= 0.4 and not found["bars"]["motion"]["met"] and not found["met"], found

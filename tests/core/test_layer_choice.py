@@ -17,7 +17,7 @@ WORDS = [
 ]
 
 
-def test_projections_are_recognised_in_every_family() -> None:
+def test_projections_are_recognized_in_every_family() -> None:
     assert of_projections(WORDS, ("q",)) == ["a.to_q", "b.add_q_proj", "c.q_proj", "d.SelfAttention.q"]
     assert of_projections(WORDS, ("out",)) == ["a.to_out.0", "b.to_add_out", "c.out_proj", "d.SelfAttention.o"]
     assert of_projections(WORDS, ("k", "v")) == ["a.to_k", "a.to_v"]

@@ -1,4 +1,4 @@
-"""Every number in a recipe is limited, so that a typo is refused before it causes an overflow or fills the memory."""
+"""Every number in a recipe or on the command line is limited, so that typos cannot cause an overflow or fill memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def numbers(
 ) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
     """Yields the key, the pydantic schema and the model configuration of every number in a schema.
 
-    In a key, "*" stands for any name or index, and the kind of a part is in brackets.
+    In a key, "*" stands for any name or index, and a part's kind is in brackets.
     """
     if schema["type"] in REFUSED:
         yield key, schema, config

@@ -160,7 +160,7 @@ def test_no_model_is_downloaded_unless_the_user_allows_it(hub: str, tiny_sd: Any
         load_backbone("someone/other", download=True)
 
 
-def test_a_single_file_does_not_access_the_network(hub: str, tmp_path: Path) -> None:
+def test_loading_a_single_file_does_not_access_the_network(hub: str, tmp_path: Path) -> None:
     import safetensors.torch
 
     safetensors.torch.save_file(

@@ -61,7 +61,7 @@ def test_the_distance_can_be_cross_entropy() -> None:
     assert torch.isfinite(sure), "a map divided by its maximum contains a 1, but the loss must stay finite"
 
 
-def test_the_maps_of_several_tokens_of_a_concept_are_averaged() -> None:
+def test_the_maps_of_a_concepts_tokens_are_averaged() -> None:
     maps, positions, masks, rows = example_inputs()
     positions["mug"][:, 3] = True
     together = maps.clone()
@@ -105,7 +105,7 @@ def batch_of(**masks: Tensor) -> Batch:
 
 @contextmanager
 def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
-    """Yields a training step. As in the tuning task, `need` stays open during the prediction and the loss."""
+    """Yields a training step. As in the tuning task, `need` stays open while prediction and loss are computed."""
     t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
     with need.around(backbone, batch) as entered:
         prediction = backbone.predict(x_t, t, conditioning)

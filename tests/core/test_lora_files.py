@@ -1,5 +1,4 @@
-"""Other programs' LoRA files for Stable Diffusion give the same results as in diffusers and peft, and as when they are
-merged into the weights."""
+"""Other programs' LoRA files for Stable Diffusion give the same results as diffusers, peft and merged weights."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ def test_files_with_kohya_key_names_are_read(
     pairs = low_rank(backbone, roles)
     save_file(kohya(pairs, SD_KOHYA), path)
     same(imported(backbone, path), merged(backbone, pairs))
-    # If the alphas differ between layers, diffusers looks for them under its old names and does not find them. All
-    # alphas are therefore equal here.
+    # If the alphas differ between layers, diffusers looks for them under its old names and does not find them, so
+    # all alphas are equal here.
     pairs = {key: (down, up, 1.5) for key, (down, up, _) in low_rank(backbone, roles, ranks=(4,)).items()}
     save_file(kohya(pairs, SD_KOHYA), path)
     ours = imported(backbone, path)
@@ -86,13 +85,13 @@ def test_kohya_convolutions_of_every_kind_are_read(sd: Any, tmp_path: Path) -> N
     ],
     ids=["diffusers", "an adapter's name", "older", "oldest", "without a prefix"],
 )
-def test_key_names_of_every_diffusers_version_are_read(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
+def test_key_names_from_every_diffusers_version_are_read(sd: Any, tmp_path: Path, ends: Any, prefixes: Any) -> None:
     pairs = low_rank(sd, (*SD_ROLES, *TEXT), scaled=False)
     save_file(spelled(pairs, prefixes, ends, flat=False, alphas=False), tmp_path / LORA)
     same(imported(sd, tmp_path / LORA), merged(sd, pairs))
 
 
-def test_attention_processor_names_of_the_first_training_scripts_are_read(
+def test_attention_processor_names_from_the_first_training_scripts_are_read(
     sd: Any, make_tiny_sd: Any, tmp_path: Path
 ) -> None:
     pairs = low_rank(sd, ("attention",), ranks=(4,), scaled=False)
@@ -107,8 +106,8 @@ def test_attention_processor_names_of_the_first_training_scripts_are_read(
     same(ours, by_diffusers(sd, make_tiny_sd(), tmp_path / LORA))
 
 
-def test_key_names_of_the_original_ldm_checkpoints_are_read(sd: Any, tmp_path: Path) -> None:
-    """The block names of the tiny U-Net are written out with the numbers that the original repository would use."""
+def test_key_names_from_the_original_ldm_checkpoints_are_read(sd: Any, tmp_path: Path) -> None:
+    """The tiny U-Net's block names are written out with the numbers that the original repository would use."""
     pairs = low_rank(sd, ("attention",), ranks=(2,))
     theirs = {
         "down_blocks.0.attentions.0": "input_blocks.1.1",

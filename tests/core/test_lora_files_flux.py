@@ -1,4 +1,4 @@
-"""Other programs' LoRA files for FLUX, and DoRA files, give the same results as when merged into the weights."""
+"""Other programs' LoRA files for FLUX, and DoRA files, give the same results as merged weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_flux_files_with_diffusers_key_names_are_read(flux: Any, make_tiny_flux:
     same(ours, by_diffusers(flux, make_tiny_flux(), tmp_path / LORA))
 
 
-#: For each matrix in Black Forest Labs' files, its name in these files and the layers that share it in diffusers.
+#: The name of each matrix in Black Forest Labs' files, and the diffusers layers that share the matrix.
 BFL = {
     "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv"),
     "double_blocks.{i}.txt_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.add_{x}_proj" for x in "qkv"),
@@ -87,7 +87,7 @@ def test_flux_files_with_kohya_key_names_are_read(flux: Any, make_tiny_flux: Any
     tensors = kohya({("transformer", name): pair for name, pair in theirs.items()} | clip, prefixes)
     save_file(tensors, tmp_path / "sks.safetensors")
     same(imported(flux, tmp_path / "sks.safetensors"), merged(flux, pairs | clip))
-    # diffusers assumes FLUX.1's width for the joint matrix of a single block, and a single alpha for all of CLIP
+    # diffusers assumes FLUX.1's width for the joint matrix of a single-stream block, and one alpha for all of CLIP
     known = {key: tensor for key, tensor in tensors.items() if "linear1" not in key}
     known |= {key: torch.tensor(1.5) for key in known if key.endswith(".alpha")}
     known = {key: tensor for key, tensor in known.items() if "lora_te1" not in key or _rank(known, key) == 4}
@@ -125,7 +125,7 @@ def test_flux_files_with_comfyui_key_names_are_read_including_t5_and_the_first_a
 
 @pytest.mark.parametrize("kind", ["sd", "flux"])
 def test_kohya_dora_files_are_read(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Checks W' = m (W + s B A) / |W + s B A|, normalised per output row (https://arxiv.org/abs/2402.09353, eq. 5)."""
+    """Checks W' = m (W + s B A) / |W + s B A|, normalized per output row (https://arxiv.org/abs/2402.09353, eq. 5)."""
     backbone = request.getfixturevalue(kind)
     draw = torch.Generator().manual_seed(9)
     if kind == "flux":

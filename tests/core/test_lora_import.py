@@ -1,4 +1,4 @@
-"""LoRA files are imported as concepts. Our own exports are restored, and files that do not fit are reported."""
+"""LoRA files are imported as concepts. Our own exports are restored, and unusable files are reported."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_concept_is_named_after_the_file_or_its_folder(tmp_path: Path) -> No
         assert concept_name(tmp_path / "my mug" / file) == name
 
 
-# --- files that do not fit
+# --- files that do not match the model or cannot be read
 
 
 def test_every_name_without_a_matching_layer_is_reported(sd: Any, tmp_path: Path) -> None:
@@ -137,11 +137,11 @@ def _flux(sd: Any) -> dict[str, Tensor]:
         ),
         (
             _sdxl,
-            r"\(apparently Stable Diffusion XL\): in tiny .* of another shape, such as lora_unet_\w+ \(\[1280, 640\] in",
+            r"\(apparently Stable Diffusion XL\): in tiny .* of a different shape, such as lora_unet_\w+ \(\[1280, 640\] in",
         ),
     ],
 )
-def test_another_architecture_is_reported_in_a_single_error(sd: Any, tmp_path: Path, build: Any, message: str) -> None:
+def test_a_file_for_another_architecture_causes_one_error(sd: Any, tmp_path: Path, build: Any, message: str) -> None:
     save_file(build(sd), tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         import_lora(tmp_path / "x.safetensors", sd, "sks mug")
@@ -180,7 +180,7 @@ def test_a_file_that_is_not_safetensors_is_refused_without_running_its_code(
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 4, 3, 3)}, "half a pair: its up matrix is missing"),
+        ({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 4, 3, 3)}, r"half a pair \(the up matrix is missing\)"),
         ({"lora_unet_conv_in.hada_w1_a": torch.ones(1, 1)}, "contains LoHa .*only LoRA and DoRA are supported"),
         ({"lora_unet_conv_in.lokr_w1": torch.ones(1, 1)}, "contains LoKr"),
         ({"lora_unet_conv_in.diff": torch.ones(1, 1)}, "contains full weights"),

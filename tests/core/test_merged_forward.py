@@ -1,4 +1,4 @@
-"""LoRA layers that compute with the merged weight W + s B A give the same results as peft's own forward."""
+"""LoRA layers that compute with the merged weight W + s B A give the same results as peft's own forward pass."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def inside() -> Iterator[None]:
 
 @contextmanager
 def unmerged_peft(backbone: Any) -> Iterator[None]:
-    """A context in which layers compute with peft's own forward."""
+    """A context in which layers use peft's own forward pass."""
     ours = {
         m: vars(m).pop("forward") for c in backbone.components.values() for m in c.modules() if "forward" in vars(m)
     }
@@ -56,7 +56,7 @@ def unmerged_peft(backbone: Any) -> Iterator[None]:
 
 @pytest.fixture
 def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """A list that records the shapes of the weights that are merged."""
+    """A list that records the shapes of merged weights."""
     seen: list[tuple[int, ...]] = []
     plain: Callable[..., Tensor] = merging._merged
 
@@ -68,7 +68,7 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_the_output_matches_peft_and_training_uses_the_peft_forward(sd: Any, merges: list[Any]) -> None:
+def test_the_output_matches_peft_and_training_uses_peft_itself(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 4)
     found = sd_output(double(sd))
     assert {(len(s), s[-1]) for s in merges if len(s) == 4} == {(4, 1), (4, 3)} and any(len(s) == 2 for s in merges)
@@ -106,7 +106,7 @@ def test_dropout_and_dora_are_left_to_peft(sd: Any, merges: list[Any]) -> None:
         sd.remove("mug")
 
 
-def test_a_noise_dependent_rank_is_merged_if_all_rows_have_the_same_time(sd: Any, merges: list[Any]) -> None:
+def test_an_adapter_with_noise_dependent_rank_is_merged_if_all_rows_share_one_time(sd: Any, merges: list[Any]) -> None:
     inject(sd, "mug", 8, ROLES[:-1], min_rank=0)
     double(sd)
     seen = []
@@ -155,7 +155,7 @@ def test_a_new_adapter_changes_nothing_and_leaves_no_trace_when_it_is_removed(sd
 
 
 def test_layers_are_merged_only_for_sampling(new_sd: Any, merges: list[Any]) -> None:
-    """Outside `merged_layers`, predictions equal those of peft's own forward bit for bit."""
+    """Outside `merged_layers`, predictions equal those of peft's own forward pass bit for bit."""
     backbone = new_sd()
     inject(backbone, "mug", 4)
 

@@ -41,7 +41,7 @@ def test_the_text_score_is_clipscore() -> None:
     assert scores.text_score(torch.tensor([-0.2, 0.0, 0.2, 0.3, 0.9])).tolist() == pytest.approx([0, 0, 0.5, 0.75, 1])
 
 
-def test_retrieval_ranks_synthetic_embeddings() -> None:
+def test_retrieval_ranks_synthetic_embeddings_correctly() -> None:
     axes = torch.eye(5, dtype=torch.float64)
     gallery = {"me": torch.stack([axes[0], axes[0] + 0.1 * axes[4]]), **{f"d{i}": axes[i : i + 1] for i in (1, 2, 3)}}
     outputs = torch.stack([axes[0], axes[0] + 0.5 * axes[1], axes[1] + 0.5 * axes[0], axes[3]])

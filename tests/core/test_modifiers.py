@@ -43,7 +43,7 @@ def expanded(backbone, prompt="a photo of a <mug>"):
         (RareToken(with_class_noun=False), "sks"),
     ],
 )
-def test_words_of_the_vocabulary_add_nothing_to_learn(sd, part, words):
+def test_words_from_the_vocabulary_add_nothing_to_learn(sd, part, words):
     placeholder = part.attach(sd, "mug", "mug")
     assert placeholder.words == words and expanded(sd) == f"a photo of a {words}".strip()
     assert placeholder.tokens == () and not list(placeholder.parameters()) and placeholder.state_dict() == {}
@@ -53,7 +53,7 @@ def test_words_of_the_vocabulary_add_nothing_to_learn(sd, part, words):
     assert len(table(sd)) == len(sd.tokens.base["text_encoder"]), "no row was added"
 
 
-def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(sd, make_tiny_flux):
+def test_a_token_that_splits_into_several_pieces_is_accepted_with_one_warning_that_lists_them(sd, make_tiny_flux):
     with pytest.warns(UserWarning) as caught:
         placeholder = RareToken(token="qzw").attach(sd, "mug", "mug")
     assert [str(w.message).split(":")[0] for w in caught] == [
@@ -107,7 +107,7 @@ def test_a_name_becomes_one_token_per_vector(sd, vectors, noun, words):
     assert int(conditioning.token_positions["mug"].sum()) == vectors
 
 
-def test_rows_start_from_the_words_of_init_or_from_the_class_noun(sd):
+def test_rows_start_from_the_words_in_init_or_from_the_class_noun(sd):
     rows = table(sd)
     word = {w: rows[sd.tokens.word_ids("text_encoder", w)[0]] for w in ("mug", "red", "dog")}
     one = LearnableToken().attach(sd, "a", "mug").state_dict()["text_encoder"]
@@ -130,7 +130,7 @@ def test_a_token_for_a_class_noun_of_several_pieces_starts_as_their_mean(sd):
     assert torch.equal(rows, pieces.mean(0, keepdim=True))
 
 
-def test_a_token_that_starts_from_one_word_acts_like_that_word(sd):
+def test_a_token_that_starts_from_one_word_is_encoded_like_that_word(sd):
     LearnableToken().attach(sd, "a", "mug")
     same = sd.encode([expanded(sd, "a photo of a <a>")]).context
     assert torch.equal(same, sd.encode(["a photo of a mug"]).context)
@@ -144,7 +144,7 @@ def test_additional_vectors_start_near_the_words_and_differ_from_each_other(sd):
         assert 0 < (far - near).norm() < 0.5 * words.std() * far.numel() ** 0.5
 
 
-def test_a_random_start_has_the_spread_of_the_table_and_depends_on_the_seed(sd):
+def test_a_random_start_has_the_same_spread_as_the_table_and_depends_on_the_seed(sd):
     part = LearnableToken(vectors=64, init="<rand>")
     first = part.attach(sd, "a", "", seed=3).state_dict()["text_encoder"]
     again = part.attach(sd, "b", "", seed=3).state_dict()["text_encoder"]

@@ -27,7 +27,7 @@ SETTINGS = motion_module.MotionTraining(batch=2, heads=2, most_frames=8, lr=2e-2
 
 @dataclass(frozen=True)
 class SlidingSquares:
-    """Six clips of four frames of 16×16 pixels, in which a square slides left or right."""
+    """Six clips, each of four 16×16 frames, in which a square slides left or right."""
 
     def __len__(self) -> int:
         return 6

@@ -61,7 +61,7 @@ def test_things_stay_in_the_picture_and_turn_slowly_enough_to_be_tracked(name: s
 
 
 def test_things_face_their_direction_of_motion_if_the_motion_requires_it() -> None:
-    """A lap starts with the thing moving right and seen from its right side. At azimuth -90 its front points right."""
+    """A lap starts with the thing moving right, seen from its right side. At azimuth -90°, its front points right."""
     lap = held_out_motion("reporting-lap")
     path = place(np.random.default_rng(0), lap.offsets(lap.draw(np.random.default_rng(0), 5), 41), lap.facing_deg)
     assert np.allclose(path[:, 0, 3], -90) and (np.diff(path[:, :2, 0], axis=1) > 0).all()
@@ -80,7 +80,7 @@ def test_views_are_unit_vectors_towards_the_camera() -> None:
 def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array]) -> None:
     """For 99% of the training paths, the nearest other path of the same motion is closer than `bar`.
 
-    Every training path is more than twice as far from every held-out motion.
+    Every training path is more than twice that distance from every held-out motion.
     """
     within = []
     for paths in training.values():
@@ -100,7 +100,7 @@ def test_no_training_path_comes_near_a_held_out_motion(training: dict[str, Array
 
 
 def test_captioned_motions_can_be_told_apart_by_their_paths(training: dict[str, Array]) -> None:
-    """Paths of different training motions are more than 0.4 apart, whatever their side, size, position and rhythm."""
+    """Paths of different training motions are more than 0.4 apart, whatever their side, size, position or rhythm."""
     names, every = np.repeat(list(training), DRAWN), np.concatenate(list(training.values()))
     for name, paths in training.items():
         far = distances(paths[:40], every)
@@ -109,7 +109,7 @@ def test_captioned_motions_can_be_told_apart_by_their_paths(training: dict[str, 
 
 
 @pytest.mark.parametrize("name", motion_names())
-def test_a_held_out_motion_can_be_told_from_its_look_alikes(name: str) -> None:
+def test_a_held_out_motion_can_be_told_apart_from_its_look_alikes(name: str) -> None:
     motion, split = held_out_motion(name), name.split("-")[0]
     known = {other.name: other.path() for other in look_alikes(motion)}
     assert len(known) >= 4
@@ -126,7 +126,7 @@ def test_a_held_out_motion_can_be_told_from_its_look_alikes(name: str) -> None:
     assert ranked(frozen, among)[0][0] == "still"
 
 
-def test_the_steady_look_alike_of_a_motion_has_no_stops() -> None:
+def test_the_steady_look_alike_of_a_motion_never_stops() -> None:
     motion = held_out_motion("development-stop-and-go")
     steady = next(other for other in look_alikes(motion) if other.name.endswith("steady"))
     x = steady.path(16)[:, 0]

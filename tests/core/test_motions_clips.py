@@ -30,7 +30,7 @@ NO_MOTION = Motion("made", lambda t, p: {})
 def clip(
     frames: int = 3, pan: float = 0.0, background: str = "gray studio", scale: float = 0.7, **moved: float
 ) -> Clip:
-    """Draws a clip of a car. The parameters of its path change linearly by the amounts in `moved`."""
+    """Draws a clip of a car. The path's parameters change linearly by the amounts in `moved`."""
     path = still(frames) + PLACED
     path[:, 2] = np.log(scale)
     for name, value in moved.items():
@@ -127,7 +127,7 @@ def test_flow_is_unknown_where_the_next_frame_hides_the_point() -> None:
 def test_only_the_camera_moves_the_background(background: str) -> None:
     """Far from the thing and its shadow, nothing changes unless the camera pans.
 
-    If it pans, the whole background shifts by the same whole number of pixels.
+    If it pans, all of the background shifts by the same whole number of pixels.
     """
     kept = clip(frames=2, scale=0.35, background=background, azimuth_deg=50.0, roll_deg=10.0)
     assert torch.equal(kept.frames[0, :, :6], kept.frames[1, :, :6])
@@ -162,7 +162,7 @@ def test_a_sampled_clip_shows_one_thing_in_front_of_one_background() -> None:
         sample_moving(rng, view="side", camera=None)
 
 
-def test_captions_name_the_motion_and_fit_the_tokenizer() -> None:
+def test_captions_name_the_motion_and_stay_within_the_token_limit() -> None:
     shipped = CLIPTokenizer.from_pretrained(str(backbone_path() / "tokenizer"))
     rng = np.random.default_rng(6)
     long = Thing("face", "purple", "yellow", None, "rainbow scarf", tuple([0.0] * 16))

@@ -1,4 +1,4 @@
-"""The distance between paths matches a minimum found by search. It ignores where the paths begin."""
+"""The distance between paths matches a minimum found by search, and ignores where the paths begin."""
 
 from __future__ import annotations
 

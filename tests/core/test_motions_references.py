@@ -1,4 +1,4 @@
-"""Commands write held-out motions as folders of clips, and any toybox motions as a sheet."""
+"""Commands write held-out motions as folders of clips, and any of the toybox's motions as a sheet."""
 
 from __future__ import annotations
 

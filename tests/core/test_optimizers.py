@@ -1,4 +1,4 @@
-"""Each group of parameters can have its own optimizer, which matches the library's and can be saved and resumed."""
+"""Each group of parameters can have its own optimizer, which matches the library's and can be saved and restored."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_each_group_uses_the_optimizer_it_was_given():
     assert torch.allclose(task.a, plain.a, rtol=1e-6) and torch.allclose(task.b, plain.b, rtol=1e-6)
 
 
-def test_lbfgs_sees_the_same_noise_at_each_evaluation():
+def test_lbfgs_sees_the_same_noise_at_every_evaluation_in_a_step():
     task, looks = Bowl(), []
     original = task.updates
 
@@ -115,7 +115,7 @@ def test_training_continues_from_the_unaveraged_point_after_an_evaluation():
     assert torch.allclose(task.a, going, atol=1e-6)
 
 
-def test_settings_are_read_per_group_and_wrong_settings_are_refused():
+def test_settings_are_read_per_group_and_invalid_settings_are_refused():
     train = validate(Train, {"optimizers": {"main": {"eps": 1e-6}, "words": {"kind": "prodigy", "d_coef": 2}}})
     assert train.optimizers == {"main": AdamW(eps=1e-6), "words": Prodigy(d_coef=2)}
     with pytest.raises(ValueError, match=r"optimizers\.main.*unknown kind 'adam'.*adamw"):

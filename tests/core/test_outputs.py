@@ -117,7 +117,7 @@ def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and seen(target) == ["old"]
 
 
-def test_the_output_always_exists_while_it_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_always_exists_while_it_is_being_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, rename = earlier(tmp_path / "x"), Path.rename
 
     def watched(self: Path, to: Path) -> Path:
@@ -215,8 +215,8 @@ def test_folders_that_pcs_wrote_are_overwritten_unless_something_was_added(tmp_p
             check_output(folder, overwrite=True)
 
 
-def test_a_folder_that_contains_only_outputs_of_pcs_may_be_overwritten(tmp_path: Path) -> None:
-    """The folder contains the outputs of a demo, namely an album, a concept, a training folder, a report and a page."""
+def test_a_folder_that_contains_only_pcs_outputs_may_be_overwritten(tmp_path: Path) -> None:
+    """The folder contains a demo's outputs, namely an album, a concept, a training folder, a report and a page."""
     demo = tmp_path / "demo"
     write_picture(torch.zeros(3, 20, 20), demo / "references/00.png", {"toybox-subject": "development-duck"})
     write_picture(torch.zeros(3, 20, 20), demo / "references/masks/00.png")
@@ -273,7 +273,7 @@ def test_an_output_must_not_overlap_with_an_input(tmp_path: Path) -> None:
     assert check_output(tmp_path / "mine" / "out", inputs=[user_photos]) == tmp_path / "mine" / "out"
 
 
-def test_files_that_are_added_while_the_folder_is_written_are_not_replaced(tmp_path: Path) -> None:
+def test_files_added_while_the_folder_is_being_written_are_not_replaced(tmp_path: Path) -> None:
     for overwrite in (False, True):
         target = tmp_path / f"x{overwrite}"
         with pytest.raises(ValueError, match="x(True|False) "), atomic_folder(target, overwrite) as folder:
@@ -284,7 +284,7 @@ def test_files_that_are_added_while_the_folder_is_written_are_not_replaced(tmp_p
     assert seen(tmp_path) == ["xFalse", "xTrue"]
 
 
-def test_the_list_of_files_is_not_reported_as_a_stray_file(tmp_path: Path) -> None:
+def test_the_list_of_files_that_pcs_wrote_is_not_reported_as_a_stray_file(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "x") as folder:
         Image.new("RGB", (32, 32)).save(folder / "a.png")
     assert (tmp_path / "x" / MARK).is_file() and list_pictures(tmp_path / "x")[1] == []
@@ -356,7 +356,7 @@ with atomic_folder(sys.argv[1]) as folder:
 """
 
 
-def test_leftovers_of_a_killed_process_are_removed_by_the_next_process(tmp_path: Path) -> None:
+def test_leftovers_from_a_killed_process_are_removed_by_the_next_process(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WAITS, tmp_path / "x"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     with atomic_folder(tmp_path / "y") as folder:

@@ -1,4 +1,4 @@
-"""The toybox overlay's rules depend on trained parts, kinds and modality, and apply to shipped and user recipes."""
+"""The toybox overlay's rules depend on the trained parts, kinds and modality, and apply to shipped and user recipes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_number_of_steps_depends_on_the_trained_parts() -> None:
     assert [laid["phases"][name]["train"]["steps"] for name in "ab"] == [2, 5]
 
 
-def test_the_overlay_sets_no_steps_for_a_phase_that_does_not_tune() -> None:
+def test_the_overlay_sets_no_number_of_steps_for_a_phase_that_does_not_tune() -> None:
     laid = rules({"trainable": {"lora": {}}, "phases": {"a": {"task": "generate"}, "b": {"task": {"kind": "tune"}}}})
     assert "train" not in laid["phases"]["a"] and laid["phases"]["b"]["train"] == {"steps": 5}
 
@@ -99,7 +99,7 @@ def test_a_rule_yields_to_settings_that_still_apply() -> None:
     assert unstated(phased, stated, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
 
 
-def test_a_user_recipe_gets_the_toybox_steps_and_rates(user_recipe: Callable[..., Recipe]) -> None:
+def test_a_user_recipe_gets_the_toybox_training_settings(user_recipe: Callable[..., Recipe]) -> None:
     shipped = {name: load(name) for name in ("dreambooth_lora", "textual_inversion", "pivotal_tuning")}
     lora, tokens = (
         user_recipe("trainable: {lora: {rank: 2}}"),

@@ -53,7 +53,7 @@ ODD = (
         *("modifier.token", "sampling.scheduler", "phases.tune.sources.mine.prompt"),
     ],
 )
-def test_a_path_or_a_string_is_taken_as_typed(tmp_path, monkeypatch, key: str, name: str) -> None:
+def test_a_path_or_a_string_is_read_exactly_as_typed(tmp_path, monkeypatch, key: str, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     value = parse_overrides([f"{key}={name}"], Recipe)
@@ -75,7 +75,7 @@ def test_a_recipe_uses_exactly_the_folder_that_was_typed(tmp_path, monkeypatch, 
     assert check_output(recipe.output).parent.samefile(tmp_path / name)
 
 
-def test_a_comma_separates_files_unless_a_file_has_that_name(tmp_path, monkeypatch) -> None:
+def test_a_bracketed_list_names_several_files_unless_it_is_itself_a_file_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def images(text: str):
@@ -122,7 +122,7 @@ class Settings(Part):
     parts: Slot[Annotated[One | Two, Field(discriminator="kind")]] = {}
 
 
-def test_values_of_fields_that_are_not_only_text_are_read_as_yaml() -> None:
+def test_values_of_fields_that_accept_more_than_text_are_read_as_yaml() -> None:
     parsed = parse_overrides(
         ["parts.x.amount=1e-4", "parts.x.words=[a, 1]", "parts={y: {kind: two}}", "no.such=1"], Settings
     )
@@ -147,14 +147,14 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path / "home"
 
 
-def test_a_path_is_expanded_once(home) -> None:
+def test_a_path_is_expanded_only_once(home) -> None:
     assert expanded("~/x") == home / "x" and expanded("~") == home and expanded(Path("~/x")) == home / "x"
     for folder in ("./~", "./~/x", "~no-such-user/x"):
         path = expanded(folder)
         assert path == Path.cwd() / folder and expanded(path) == path == path.expanduser()
 
 
-def test_every_path_of_a_recipe_is_expanded(home) -> None:
+def test_every_path_in_a_recipe_is_expanded(home) -> None:
     (home / "own.yaml").write_text("trainable: {tokens: {lr: 0.1}}\nsubject: {masks: ~/masks}\n")
     keys = ("subject.images", "subject.captions", "output", "backbone", "sources.mine.images")
     recipe = load(

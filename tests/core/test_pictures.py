@@ -1,4 +1,4 @@
-"""Tests that pictures and masks are read correctly from real files of every supported format."""
+"""Tests that pictures and masks are read correctly from real files in every supported format."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
-def test_16_bit_grey_is_scaled_by_257(tmp_path: Path, ending: str) -> None:
+def test_16_bit_grey_is_divided_by_257(tmp_path: Path, ending: str) -> None:
     grey = np.linspace(0, 65535, 48 * 32).astype(np.uint16).reshape(32, 48)
     path = tmp_path / f"a.{ending}"
     if ending == "pgm":
@@ -241,7 +241,7 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
 
 
 def test_ycck_jpeg_keeps_its_colours(tmp_path: Path) -> None:
-    """Photoshop stores YCbCr of the inverted colours, and K as brightness. The transform in the Adobe marker is 2."""
+    """Photoshop stores the inverted colours as YCbCr, and K as brightness. The transform in the Adobe marker is 2."""
     ycc = Image.fromarray(np.zeros((32, 48, 3), np.uint8) + np.array([15, 135, 235], np.uint8)).convert("YCbCr")
     planes = [*ycc.split(), Image.new("L", ycc.size, 255)]
     Image.merge("CMYK", [p.point(lambda v: 255 - v) for p in planes]).save(tmp_path / "a.jpg", quality=98)
@@ -271,7 +271,7 @@ def test_colour_profiles_are_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "tiff"])
-def test_only_the_first_frame_of_an_animation_is_read_with_a_warning(tmp_path: Path, ending: str) -> None:
+def test_only_the_first_frame_of_an_animation_is_read_and_a_warning_says_so(tmp_path: Path, ending: str) -> None:
     frames = [Image.new("RGB", (32, 32), c) for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **LOSSLESS.get(ending, {}))
     with pytest.warns(UserWarning, match=rf"a\.{ending} has 3 frames: only the first is used"):
@@ -288,7 +288,7 @@ def test_an_mpo_file_with_a_second_picture_is_not_treated_as_an_animation(tmp_pa
         assert read_picture(tmp_path / "a.jpg").size == (48, 32)
 
 
-def test_the_format_is_determined_by_the_content_of_a_file_and_not_by_its_name(tmp_path: Path) -> None:
+def test_the_format_is_determined_by_a_files_contents_and_not_by_its_name(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="PNG")
     np.testing.assert_allclose(levels(tmp_path / "a.jpg"), scene(), atol=1e-4)
     assert list_pictures(tmp_path)[0] == (tmp_path / "a.jpg",)
@@ -341,7 +341,7 @@ def test_truncated_files_are_refused(tmp_path: Path, ending: str, share: float) 
         read_picture(path)
 
 
-def test_randomly_damaged_files_raise_only_value_errors(tmp_path: Path) -> None:
+def test_reading_randomly_damaged_files_raises_only_value_errors(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     noise = random.integers(0, 255, (40, 40, 3), dtype=np.uint8)
     for ending in ("jpg", "png", "gif", "webp", "tiff", "bmp", "avif", "jp2"):

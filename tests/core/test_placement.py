@@ -1,4 +1,4 @@
-"""Tests that networks that do not fit on a device together take turns on it, without changing the results."""
+"""Networks that do not all fit on a device take turns on it, which does not change the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
 from tests.core.runs import finish, learned, same, session, small
 
-DEVICE = torch.device("cpu:0")  # stands for the compute device, and "cpu" for main memory
+DEVICE = torch.device("cpu:0")  # stands in for the compute device, as "cpu" does for main memory
 SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
 
 
@@ -38,7 +38,7 @@ def test_the_least_recently_used_networks_leave_first_and_no_more_leave_than_nec
     assert to_evict(present, SIZES, needed, budget, pinned) == leave
 
 
-def test_a_network_larger_than_the_device_is_refused_with_both_sizes():
+def test_the_error_for_a_network_larger_than_the_device_states_both_sizes():
     sizes = {"transformer": 24 * 2**30, "vae": 2**28}
     check_budget(sizes, 24 * 2**30, "cuda:0")
     with pytest.raises(ValueError, match=r"the transformer takes 24\.0 GiB, but cuda:0 has only 15\.5 GiB free"):
@@ -98,10 +98,10 @@ def test_a_network_moves_again_only_if_it_had_to_leave(new_sd):
 
 
 @pytest.mark.parametrize("recipe", ["dreambooth_lora", "textual_inversion"])
-def test_networks_that_take_turns_learn_the_same_and_trained_networks_stay_on_the_device(
+def test_networks_that_take_turns_learn_the_same_weights_and_trained_networks_stay_on_the_device(
     tiny, photos, tmp_path, recipe
 ):
-    settings = small(recipe, "train.steps=3", "train.cache=false")  # each step encodes pictures and text anew
+    settings = small(recipe, "train.steps=3", "train.cache=false")  # each step encodes pictures and text again
     expected = finish(session(tiny(), settings, photos, tmp_path / "a"))
     backbone = tiny()
     placement = taking_turns(backbone, largest(backbone))
@@ -115,7 +115,7 @@ def test_networks_that_take_turns_learn_the_same_and_trained_networks_stay_on_th
     assert same(expected, learned(run))
 
 
-def test_networks_take_turns_only_if_they_do_not_fit_together(new_sd, saved_sd):
+def test_networks_take_turns_only_if_they_do_not_all_fit_on_the_device(new_sd, saved_sd):
     backbone = new_sd()
     total = sum(size_of(m) for m in (*backbone.components.values(), backbone.vae))
     place(backbone, DEVICE)

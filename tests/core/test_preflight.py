@@ -77,7 +77,7 @@ def test_pictures_from_a_phase_that_does_not_come_earlier_are_refused(tiny, phot
     refused("pivotal_tuning", settings, tiny, photos, tmp_path, r"sources\.made: .*'tune'.* Available: pivot")
 
 
-def test_a_picture_of_two_subjects_needs_a_mask_from_each(tiny, photos, bare, tmp_path):
+def test_a_picture_of_two_subjects_needs_a_mask_for_each(tiny, photos, bare, tmp_path):
     scene = bare / "0.png"
     masked = read_subject(scene, "mug", masks={scene: photos / "masks" / "0.png"})
     subjects = {"mug": masked, "rex": read_subject(scene, "dog")}

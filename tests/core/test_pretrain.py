@@ -25,7 +25,7 @@ from tests.core.squares import same, train
 
 
 class LayerTask(PretrainTask):
-    """A task that trains an embedding, a linear layer and a norm on random ids."""
+    """A task that trains an embedding, a linear layer and a layer norm on random ids."""
 
     batch_size = 4
 
@@ -132,7 +132,7 @@ def test_changed_settings_and_older_checkpoints_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_bf16_follows_the_setting_or_by_default_whether_the_processor_is_fast_at_it(
+def test_bf16_follows_the_setting_and_if_unset_is_used_only_if_the_processor_is_fast_at_it(
     fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
@@ -157,5 +157,5 @@ def test_learning_rates_are_constant_until_they_decay_over_the_last_fraction_of_
     assert [round(linear.factor(50, done), 3) for done in (0.0, 0.8, 0.9, 1.0, 1.1)] == [1, 1, 0.5, 0, 0]
     assert linear.factor(0, -0.1) == pytest.approx(1 / 11)
     assert AdamW(schedule="cosine", decay=0.5).factor(0, 0.75) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="decay = 0.3 has no effect with schedule: constant"):
+    with pytest.raises(ValueError, match="decay = 0.3 has no effect with a constant schedule"):
         validate(AdamW, {"decay": 0.3})

@@ -33,7 +33,7 @@ def test_each_name_in_a_prompt_is_returned_once_and_in_order():
     assert names_in("<b> and <my-mug> and <b>, 1 < 2 > 0, <lora:x:1>, < a >, <3>") == ("b", "my-mug", "3")
 
 
-def test_a_name_is_replaced_by_its_words_or_removed_if_it_has_none():
+def test_a_name_is_replaced_by_its_words_or_removed_if_it_has_no_words():
     assert expand("a <my-mug> <spin> on  the beach", PLACEHOLDERS) == "a <my-mug> <my-mug>_1 mug on the beach"
     assert expand("two <my-mug>s", PLACEHOLDERS) == "two <my-mug> <my-mug>_1 mugs"
     assert expand("no name", {}) == "no name"
@@ -46,7 +46,7 @@ def test_a_name_is_replaced_by_its_words_or_removed_if_it_has_none():
             "a <lora:my-mug:0.8> mug",
             "load it with --concept my-mug.concept:0.8 (or --lora FILE:0.8), and write <my-mug>",
         ),
-        ("a <lyco:cat> mug", "load it with --concept cat.concept (or --lora FILE), and write <cat> for it"),
+        ("a <lyco:cat> mug", "load it with --concept cat.concept (or --lora FILE), and write <cat> in the prompt"),
         ("a (<my-mug>:1.4)", "words have no weights here, but a concept has a strength (--concept PATH:0.8)"),
         ("a [mug:dog:0.5]", "words cannot change between steps"),
         ("a [mug|dog]", "words cannot change between steps"),
@@ -56,9 +56,9 @@ def test_a_name_is_replaced_by_its_words_or_removed_if_it_has_none():
             "a <My Mug>",
             "is not a concept's name and is read as plain words; write <my-mug> (loaded concepts: <my-mug>",
         ),
-        ("a <My-Mug:0.5>", "set the strength in the option --concept my-mug.concept:0.5, and write <my-mug> in the"),
-        ("a <cat:1,2>", "set the strength in the option --concept cat.concept:1.2, and write <cat> in the prompt"),
-        ("a <loha:Émile:1>", "load it with --concept Emile.concept:1 (or --lora FILE:1), and write <Emile> for it"),
+        ("a <My-Mug:0.5>", "set the strength with the option --concept my-mug.concept:0.5, and write <my-mug> in the"),
+        ("a <cat:1,2>", "set the strength with the option --concept cat.concept:1.2, and write <cat> in the prompt"),
+        ("a <loha:Émile:1>", "load it with --concept Emile.concept:1 (or --lora FILE:1), and write <Emile> in the"),
         ("a <lora:猫:1>", "load it with --concept NAME.concept:1 (or --lora FILE:1)"),
         ("a <émile>", "is read as plain words; leave the brackets out (loaded concepts: <my-mug>, <spin>)"),
         ("a <red hat>", "is read as plain words; leave the brackets out"),
@@ -78,11 +78,11 @@ def test_a_name_is_replaced_by_its_words_or_removed_if_it_has_none():
         ),
         ("a cat, BREAK a dog", "'BREAK' is read as plain words; a prompt is a single text here"),
         ('("a", "b").blend(1, 2)', "'.blend(' is read as plain words; a prompt is a single text here"),
-        ("a cat --ar 16:9", "'--ar 16:9' is read as plain words; options go outside the prompt, such as --width"),
+        ("a cat --ar 16:9", "'--ar 16:9' is read as plain words; options such as --width, --seed and"),
         ("a cat<|endoftext|> on a beach", "'<|endoftext|>' is not text but a control token of the text encoder; leave"),
     ],
 )
-def test_the_warning_about_foreign_prompt_syntax_shows_the_equivalent(prompt, said):
+def test_the_warning_about_foreign_prompt_syntax_says_what_to_do_instead(prompt, said):
     with pytest.warns(UserWarning, match=re.escape(said)) as caught:
         expand(prompt, PLACEHOLDERS)
     assert len(caught) == 1
@@ -168,7 +168,7 @@ def test_user_templates_replace_the_set():
 
 
 @pytest.mark.parametrize("name", sorted(SETS))
-def test_every_shipped_template_has_the_placeholder_once(name):
+def test_every_shipped_template_contains_the_placeholder_exactly_once(name):
     assert all(t.count("{concept}") == 1 for t in SETS[name])
     assert len(set(SETS[name])) == len(SETS[name])
 
@@ -180,7 +180,7 @@ def test_captions_are_dropped_at_the_given_rate():
     assert captioned(Templates(drop=1.0), example("a mug")) == ""
 
 
-def test_class_pictures_keep_their_caption_or_are_captioned_with_their_class():
+def test_class_pictures_keep_their_captions_or_are_captioned_with_their_class():
     drop = Templates(drop=1.0, set="plain")
     assert captioned(drop, example("a photo of a {class_noun}", "prior")) == "a photo of a mug"
     assert captioned(drop, example("a mug on a table", "prior")) == "a mug on a table"

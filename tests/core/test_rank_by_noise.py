@@ -1,4 +1,4 @@
-"""Compares T-LoRA, whose rank decreases as the noise increases, with a plain LoRA whose masked rows of A are zero."""
+"""Compares T-LoRA, whose rank decreases as the noise increases, with a plain LoRA that has rows of A set to 0."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMES = torch.tensor([990, 250])
 
 
 def learned(backbone: Any, name: str = "mug", **settings: Any) -> list[Any]:
-    """Injects a LoRA of rank 4 with random values, as if it were trained. Returns its adapters."""
+    """Injects a LoRA of rank 4, gives it random values as if it had been trained, and returns its adapters."""
     roles = (*ROLES, "conv") if "conv" in backbone.roles() else ROLES
     group = Lora(**{"roles": roles, "rank": 4, "min_rank": 1, **settings}).inject(backbone, name, "lora", 0)
     draw = torch.Generator().manual_seed(7)
@@ -57,7 +57,7 @@ def test_the_rank_follows_the_formula_in_the_paper() -> None:
     assert rank_at(torch.tensor([1000.0]), 64, 32).tolist() == [32] and rank_at(t, 4, 4).tolist() == [4] * 7
 
 
-def test_each_picture_has_the_rank_of_its_own_timestep(backbone: Any) -> None:
+def test_each_picture_uses_the_rank_for_its_own_timestep(backbone: Any) -> None:
     (adapter,) = learned(backbone)
     state = adapter.state_dict()
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_rank_also_depends_on_the_noise_under_guidance(sd: Any) -> None:
         torch.testing.assert_close(sd.predict_guided(x, t, positive, negative, 5.0), guided, atol=1e-5, rtol=1e-4)
 
 
-def test_the_lora_starts_without_an_effect_and_is_removed_without_a_trace(backbone: Any) -> None:
+def test_the_lora_starts_without_an_effect_and_leaves_no_trace_when_removed(backbone: Any) -> None:
     with torch.no_grad():
         before, printed = predict(backbone), repr(backbone.denoiser)
         Lora(roles=ROLES, rank=4, min_rank=0, orthogonal=True).inject(backbone, "mug", "lora", 0)
@@ -178,7 +178,7 @@ def test_impossible_settings_are_refused(sd: Any) -> None:
     assert not sd.adapters and not hasattr(sd.unet, "peft_config")
 
 
-def test_orthogonal_rows_are_orthonormal(sd: Any) -> None:
+def test_an_orthogonal_lora_starts_with_orthonormal_rows(sd: Any) -> None:
     Lora(roles=("attention", "conv"), rank=4, orthogonal=True).inject(sd, "mug", "lora", 3)
     state: dict[str, Tensor] = sd.adapters["mug"][0].state_dict()
     downs = [v.flatten(1) for k, v in state.items() if "lora_A" in k]

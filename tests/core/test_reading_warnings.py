@@ -1,4 +1,4 @@
-"""Tests warnings about missing captions and masks and about lossy crops, and how untrusted text is printed."""
+"""Tests the warnings about missing captions, missing masks and lossy crops, and the printing of untrusted text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_warning_names_the_pictures_that_lack_a_caption_or_mask_if_other_pictu
     (images / "2.txt").write_text("  ")
     (images / "0.txt").write_text("in the snow")
     assert warned(images)[0].startswith("2 of 3 pictures have no caption: 1.png, 2.png; "), (
-        "an empty caption counts as none"
+        "an empty caption counts as missing"
     )
 
 
@@ -114,7 +114,7 @@ def test_errors_and_warnings_are_printed_without_control_characters(capsys: pyte
     assert capsys.readouterr().err == "", "the same warning is printed only once"
 
 
-def test_a_hostile_concept_does_not_reach_the_terminal_through_an_error(tmp_path: Path, capsys) -> None:
+def test_an_error_about_a_hostile_concept_is_printed_without_control_characters(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "x.concept"
     folder.mkdir()
     (folder / "concept.json").write_text(json.dumps({"schema_version": 1, HOSTILE.replace("\ud800", ""): 1}))

@@ -1,4 +1,4 @@
-"""The README's recipe is T-LoRA, and the links of all pages lead somewhere."""
+"""Tests that the README's recipe is T-LoRA and that no page has a broken link to a file or heading."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_recipe_in_the_readme_is_t_lora(tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_to_a_file_or_heading_leads_there(page):
+def test_every_link_to_a_file_or_heading_has_an_existing_target(page):
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text("utf-8"))
     assert links
     for link in links:

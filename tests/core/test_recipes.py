@@ -71,7 +71,7 @@ def test_every_shipped_recipe_resolves_and_can_be_dumped_and_read_again(name, pl
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_links_its_papers_at_the_top_and_has_a_taxonomy(name):
+def test_every_shipped_recipe_links_to_its_papers_at_the_top_and_has_a_taxonomy(name):
     lines = recipe_files("image")[name].read_text().splitlines()
     head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
     data, recipe = read_yaml(recipe_files("image")[name]), written(name)
@@ -104,7 +104,7 @@ phases:
     assert place.augmentation == "in my own words", "the wording in the file is kept"
 
 
-def test_the_shipped_recipes_have_the_parts_of_their_methods():
+def test_the_classic_recipes_contain_the_parts_that_define_their_methods():
     inversion, dreambooth, pivotal = (
         load(n, [ELSEWHERE]) for n in ("textual_inversion", "dreambooth_lora", "pivotal_tuning")
     )
@@ -236,7 +236,7 @@ phases:
     assert user_recipe(text, "backbone=toybox", "trainable.second.lr=0.25").trainable["second"].lr == 0.25
 
 
-def test_the_overlay_applies_to_parts_that_come_from_the_command_line(user_recipe):
+def test_the_overlay_applies_to_parts_set_on_the_command_line(user_recipe):
     shipped = load("dreambooth_lora").trainable["lora"]
     added = load("textual_inversion", ["trainable.lora.rank=4"]).trainable["lora"]
     assert (added.rank, added.lr, added.roles) == (4, shipped.lr, shipped.roles)
@@ -265,7 +265,7 @@ def test_overrides_work_in_any_order_even_if_one_of_them_sets_the_kind(user_reci
     assert user_recipe("prompts: {set: style}", "prompts.kind=templates").prompts.set == "style"
 
 
-def test_a_part_can_change_its_kind_in_a_phase_and_on_the_command_line(user_recipe):
+def test_the_kind_of_a_part_can_be_changed_in_a_phase_and_on_the_command_line(user_recipe):
     text = "noise: {offset: 0.2}\nphases: {a: {noise: {kind: uniform}}, b: {noise: {kind: logit_normal, std: 2}}}"
     a, b = phases(user_recipe(text)).values()
     assert a.noise.offset == 0.2 and b.noise.std == 2
@@ -339,7 +339,7 @@ def test_a_setting_of_a_part_applies_only_to_the_phases_that_have_the_part(user_
     assert set(shipped["pivot"].trainable) == {"tokens"}
 
 
-def test_a_part_that_a_phase_removed_is_not_restored(user_recipe):
+def test_an_override_does_not_restore_a_part_that_a_phase_removes(user_recipe):
     first, second = phases(user_recipe(TWO, "regularize.anchor.weight=0.7")).values()
     assert first.regularize["anchor"].weight == 0.7 and "anchor" not in second.regularize
 
@@ -373,7 +373,7 @@ def test_slots_are_found_by_their_type():
     assert set(slots(Recipe)) == {"sources", "masks", "augment", "attention", "trainable", "regularize"}
 
 
-def test_paths_are_kept_as_paths():
+def test_path_settings_are_loaded_as_path_objects():
     recipe = load("dreambooth_lora", ["subject.images=photos/", "output=a/b.concept", "subject.class_noun=mug"])
     assert recipe.subject is not None and recipe.subject.images == Path("photos")
     assert recipe.output == Path("a/b.concept")

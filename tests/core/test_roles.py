@@ -1,4 +1,4 @@
-"""Tests which layers each role and attention site stands for, and that wrappers around layers do not change roles."""
+"""Tests which layers each role and attention site refers to, and that wrapping layers does not change the roles."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_role_except_denoiser_all_consists_of_leaf_modules(backbone: Any) 
                 assert isinstance(module, LEAVES) or role == "denoiser.all"
 
 
-def test_roles_of_stable_diffusion_have_the_expected_layers(sd: StableDiffusionBackbone) -> None:
+def test_roles_of_stable_diffusion_contain_the_expected_layers(sd: StableDiffusionBackbone) -> None:
     size = {role: sum(len(g.modules) for g in sd.group(role)) for role in sd.roles()}
     blocks = 7  # 2 down, 1 in the middle, 4 up
     assert size["cross_attention"] == size["self_attention"] == 4 * blocks and size["attention"] == 8 * blocks
@@ -156,7 +156,7 @@ def test_no_layer_has_two_roles_and_the_layers_without_a_role_are_listed(
     assert ("temporal_attention" in names) == (kind == "motion")
 
 
-def test_the_error_for_a_model_without_motion_modules_lists_its_roles(sd: StableDiffusionBackbone) -> None:
+def test_the_error_for_a_model_without_motion_modules_lists_the_available_roles(sd: StableDiffusionBackbone) -> None:
     with pytest.raises(ValueError, match="'temporal_attention' matches no layer of this unet. Available: ") as error:
         sd.group("temporal_attention")
     assert "cross_attention.kv" in str(error.value) and str(error.value).count("temporal_attention") == 1

@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 
 def diffusers_pixels(pipe: Any, **options: Any) -> Tensor:
-    """Returns the pixels, in [-1, 1], that the family's own diffusers pipeline generates from the same seeds."""
+    """Returns the pixels, in [-1, 1], that the model family's own diffusers pipeline generates from the same seeds."""
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]
     options = {"prompt": PROMPTS, "num_inference_steps": 4, "height": 32, "width": 32, **options}
     return pipe(generator=generators, output_type="pt", **options).images * 2 - 1
@@ -67,7 +67,7 @@ def test_pixels_equal_those_of_the_pipeline_without_guidance(tiny_sd: Any, sd: S
     assert (ours - diffusers_pixels(tiny_sd, guidance_scale=1.0)).abs().max() < TOLERANCE
 
 
-def test_the_comparison_would_notice_a_difference(sd: StableDiffusionBackbone) -> None:
+def test_the_comparison_would_detect_a_difference(sd: StableDiffusionBackbone) -> None:
     """Prompt, seed, negative prompt and guidance all change these pixels by far more than the tolerance."""
     options: dict[str, Any] = {"seeds": [1], "guidance": 5.0, "steps": 4}
     plain = sample(sd, ["a mug"], **options)
@@ -105,10 +105,10 @@ def test_pixels_equal_those_of_the_flux_pipeline(
 
 
 class SeededSde(diffusers.FlowMatchEulerDiscreteScheduler):
-    """The stochastic step of diffusers, but the noise of each picture is drawn from that picture's generator.
+    """A diffusers scheduler whose stochastic step draws each picture's noise from that picture's own generator.
 
-    `FluxPipeline` passes no generators to its scheduler. It also packs the latents into patches, so that the same noise
-    values would be added at other positions. The latents are therefore unpacked for the step.
+    `FluxPipeline` passes no generators to its scheduler. It also packs the latents into patches, so the same noise
+    values would be added at different positions. The latents are therefore unpacked for the step.
     """
 
     generators: Sequence[torch.Generator] = ()
@@ -139,14 +139,14 @@ def test_the_flux_sde_scheduler_matches_that_of_diffusers(make_tiny_flux: Any, d
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "euler_a", "dpm++_sde"])
-def test_a_picture_does_not_depend_on_its_neighbours(sd: StableDiffusionBackbone, scheduler: str) -> None:
+def test_a_picture_does_not_depend_on_the_rest_of_its_batch(sd: StableDiffusionBackbone, scheduler: str) -> None:
     options = {"guidance": 4.0, "steps": 3, "scheduler": scheduler}
     both = sample(sd, PROMPTS, seeds=SEEDS, **options)
     alone = sample(sd, PROMPTS[1:], seeds=SEEDS[1:], **options)
     assert torch.allclose(both[1:], alone, atol=TOLERANCE)
 
 
-def test_the_same_seed_gives_the_same_bits(sd: StableDiffusionBackbone) -> None:
+def test_the_same_seed_gives_bit_identical_pictures(sd: StableDiffusionBackbone) -> None:
     one, two = (sample(sd, PROMPTS, seeds=SEEDS, steps=3, scheduler="euler_a") for _ in range(2))
     assert torch.equal(one, two)
 
@@ -173,7 +173,7 @@ def test_the_errors_for_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbo
         (ask(height=30), "multiples of 4"),
         (
             ask(height=8192, width=8192),
-            r"8192x8192 pixels need latents of 2048x2048, more than the limit of 1,048,576 cells",
+            r"8192x8192 pixels need latents of 2048x2048, above the limit of 1,048,576 cells",
         ),
         (ask(guidance=1.0, negative="bad"), "ignores negative prompts at guidance=1.0"),
     ]:
@@ -217,7 +217,7 @@ class Varying:
         return context
 
 
-def test_the_embedding_of_a_name_can_vary_with_time_and_site(sd: StableDiffusionBackbone) -> None:
+def test_the_embedding_of_a_placeholder_can_vary_with_time_and_site(sd: StableDiffusionBackbone) -> None:
     row = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
     ask: dict[str, Any] = {"prompts": ["a <x>"], "seeds": [1], "steps": 4, "guidance": 5.0}
     pictures = {}
@@ -245,7 +245,7 @@ def test_the_embedding_of_a_name_can_vary_with_time_and_site(sd: StableDiffusion
 # --- changes between steps ------------------------------------------------------------------------------------
 
 
-def test_a_strength_schedule_changes_a_concept_between_steps(sd: StableDiffusionBackbone) -> None:
+def test_a_strength_schedule_changes_the_strength_of_a_concept_between_steps(sd: StableDiffusionBackbone) -> None:
     add_lora(sd, "mug", ["cross_attention", "text_encoder"], seed=1)
     add_lora(sd, "style", ["self_attention"], seed=2)
 
@@ -291,7 +291,7 @@ def test_strength_schedules_are_parsed_from_text() -> None:
 
 
 class Later(SamplingHookBase):
-    """A hook that replaces the prompts in the first half of the steps."""
+    """A hook that replaces the prompts during the first half of the steps."""
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
         return ["a dog"] * len(prompts) if step.fraction < 0.5 else prompts

@@ -1,4 +1,4 @@
-"""Tests sampling that starts from pictures, in part by comparison with diffusers' own pipeline."""
+"""Tests sampling that starts from pictures, partly by comparing it with diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_the_sampler_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, sche
     """Samples with a model that predicts one picture perfectly. At the jump, a hook replaces this picture with another.
 
     Up to and including the jump, hooks see the first picture as `clean`. After the jump, they see the second picture.
-    With a deterministic scheduler, all later latents are the second picture with noise of the current level.
-    Schedulers that remember earlier predictions must forget them at the jump. Otherwise, they still mix in the first
-    picture.
+    With a deterministic scheduler, all later latents are the second picture plus noise at the current level.
+    Schedulers that remember earlier predictions must forget them at the jump. Otherwise, they would still mix in the
+    first picture.
     """
     backbone = StableDiffusionBackbone(tiny_sd)
     one, other = clean(backbone)[:1], clean(backbone)[1:]
@@ -138,11 +138,11 @@ def test_the_sampler_reaches_the_picture_that_a_hook_jumps_to(tiny_sd: Any, sche
         assert (max(errors) < 2e-2) is (forgets or not remembers), errors
 
 
-def test_a_start_that_does_not_fit_is_refused(tiny_sd: Any) -> None:
+def test_an_invalid_start_is_refused(tiny_sd: Any) -> None:
     backbone = StableDiffusionBackbone(tiny_sd)
     for latents, strength, why in (
         (clean(backbone, 1), 0.5, "start.latents has shape"),
-        (clean(backbone), 0.1, "strength = 0.1 of 4 steps leaves nothing to sample"),
+        (clean(backbone), 0.1, "strength = 0.1 with 4 steps leaves nothing to sample"),
     ):
         how = SamplingSettings("", 5.0, 4, height=32, width=32, start=Start(latents, strength))
         with pytest.raises(ValueError, match=why):

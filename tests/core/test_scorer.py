@@ -1,4 +1,4 @@
-"""Tests the scores that a scorer gives to pictures, and the accuracies that are read for its instruments."""
+"""Tests how a scorer scores pictures, and which accuracies are read for its instruments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_accuracies_on_vae_reconstructions_are_preferred_when_the_card_is_read(t
 
 
 class _Pool:
-    """A tiny encoder with known behaviour. It represents a picture by the mean colours of the cells of a grid."""
+    """A tiny encoder with known behaviour. It represents a picture by the mean colour of each cell in a grid."""
 
     info = InstrumentInfo("pool", "test")
 
@@ -71,7 +71,7 @@ def test_the_scorer_counts_copies_as_failures_and_replaces_the_concept_with_its_
     ]
 
 
-def test_the_score_prefers_the_right_subject_and_prompt() -> None:
+def test_the_score_is_higher_for_the_right_subject_and_prompt() -> None:
     references = smooth_pictures(4)
     near = (0.5 * references[:1] + 0.5 * references[1:2]).clamp(-1, 1)
     tools = Instruments(_PoolText(), _Pool(), _Reader())

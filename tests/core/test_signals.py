@@ -1,4 +1,4 @@
-"""The first signal stops training after the step, the second stops it immediately, and ignored signals stay ignored."""
+"""Tests that a first signal stops training after the step, a second one immediately, and an ignored one not at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _handlers():
 
 @pytest.mark.parametrize("first", NUMBERS)
 @pytest.mark.parametrize("second", NUMBERS)
-def test_the_first_signal_lets_the_step_finish_and_the_second_acts_immediately(first, second) -> None:
+def test_the_first_signal_lets_the_step_finish_and_the_second_stops_it_immediately(first, second) -> None:
     with pytest.raises(KeyboardInterrupt), interruptible() as stop:
         os.kill(os.getpid(), first)
         assert stop.is_set() and exit_code() == 128 + first

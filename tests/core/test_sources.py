@@ -36,7 +36,7 @@ def photos(folder: Path, *names: str, size: tuple[int, int] = (60, 40)) -> Path:
 
 
 class Painter:
-    """A substitute for the sampler. It returns random pictures that depend only on the seed, and records its calls."""
+    """A substitute for the sampler. It returns random pictures that depend only on their seeds, and records its calls."""
 
     def __init__(self, side: int = 32) -> None:
         self.calls: list[tuple[list[str], list[int], float, int]] = []
@@ -210,7 +210,7 @@ def test_class_pictures_are_generated_again_if_a_setting_that_affects_them_chang
     assert painter.made == (2 if "batch_size" in change else 4)
 
 
-def test_the_cache_key_contains_weights_and_size_but_not_the_seed_of_the_run(tmp_path: Path) -> None:
+def test_the_cache_key_depends_on_weights_and_size_but_not_on_the_run_seed(tmp_path: Path) -> None:
     painter = Painter()
     list(Generated(num_images=2).examples(context(tmp_path, painter)))
     list(Generated(num_images=2).examples(context(tmp_path, painter, seed=7)))
@@ -238,7 +238,7 @@ def test_an_interrupted_run_keeps_the_completed_pictures(tmp_path: Path) -> None
     assert len(list(Generated(num_images=4).examples(context(tmp_path, rest)))) == 4 and rest.made == 2
 
 
-def test_two_subjects_of_one_class_share_pictures_and_a_class_noun_is_required(tmp_path: Path) -> None:
+def test_subjects_of_the_same_class_share_pictures_and_a_class_noun_is_required(tmp_path: Path) -> None:
     painter = Painter()
     subjects = {"a": Subject((), "mug"), "b": Subject((), "mug"), "c": Subject((), "cat")}
     examples = list(Generated(num_images=2).examples(context(tmp_path, painter, subjects=subjects)))

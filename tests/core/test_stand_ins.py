@@ -1,4 +1,4 @@
-"""Compares the score that selects the best checkpoint with closed forms."""
+"""Checks the score that selects the best checkpoint against closed forms."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_the_score_is_the_harmonic_mean_of_the_stand_ins() -> None:
     crops = torch.eye(2)[[0, 0]]
     made = _made(_look([0.7, 0.7], crops), ["p", "p"], [{"background": "beach"}] * 2)
     found = stand_ins(made, Instruments(attributes=_Sure(), typical=TYPICAL))
-    assert found["stand_in_text"] == pytest.approx(0.4), "the reading is wrong, but by a small margin"
+    assert found["stand_in_text"] == pytest.approx(0.4), "the reading is wrong, but only by a small margin"
     assert found["stand_in_freedom"] == 0 and found["score"] == pytest.approx(trade_off(0.5, 0.4, FLOOR))
     better = stand_ins(
         _made(_look([0.8, 0.8], crops), ["p", "p"], made.expects), Instruments(attributes=_Sure(), typical=TYPICAL)
     )
-    assert better["score"] > found["score"], "two checkpoints without any freedom still differ in the other stand-ins"
+    assert better["score"] > found["score"], "two checkpoints with no freedom still differ in the other stand-ins"

@@ -24,14 +24,14 @@ def measured():
     return scorer.measure(pixels, captions).scores, scorer.measure(pixels, captions[1:] + captions[:1]).scores
 
 
-def test_scores_of_the_toybox_clip_stay_below_1_and_are_higher_for_the_matching_caption(measured):
+def test_text_scores_from_the_toybox_clip_stay_below_1_and_are_higher_for_matching_captions(measured):
     matching, other = (torch.tensor(scores["text"]) for scores in measured)
     assert float(matching.max()) < 0.95, "no picture reaches the top of the scale"
     assert float(matching.mean()) > float(other.mean()) + 0.15
     assert len(matching.unique()) > 40
 
 
-def test_the_text_score_is_the_cosine_or_zero_if_it_is_negative(measured):
+def test_the_text_score_is_the_cosine_or_zero_if_the_cosine_is_negative(measured):
     for scores in measured:
         cosines = torch.tensor(scores["clip_t"])
         assert torch.allclose(torch.tensor(scores["text"]), cosines.clamp_min(0))

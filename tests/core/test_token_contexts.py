@@ -22,7 +22,7 @@ def timed(c: str, t: Tensor | None, s: str | None) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_a_name_can_vary_with_time(family: str, request: pytest.FixtureRequest) -> None:
+def test_embeddings_can_vary_with_time(family: str, request: pytest.FixtureRequest) -> None:
     backbone = request.getfixturevalue(family)
     backbone.add_placeholder(FixedPlaceholder("x", ("<x>",), timed, ("time",)))
     assert backbone.varies_with(["a <x>"]) == {"time"} and backbone.varies_with(["a dog"]) == frozenset()
@@ -95,7 +95,7 @@ def test_each_site_reads_its_own_rows(sd: StableDiffusionBackbone) -> None:
     assert not torch.allclose(sd.predict(x, t, sd.encode(["a <x>"])), first, atol=1e-5)
 
 
-def test_the_rows_of_different_sites_have_different_gradients_even_if_they_start_equal(
+def test_the_rows_of_different_sites_have_different_gradients_even_if_they_start_out_equal(
     sd: StableDiffusionBackbone,
 ) -> None:
     rows = {s: nn.Parameter(v) for s, v in by_site(sd, equal=True).items()}
@@ -137,7 +137,7 @@ def test_site_hooks_are_removed_with_the_last_placeholder_that_needs_them(sd: St
 
 
 def test_keys_and_values_can_differ(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
-    """As in Perfusion, an edit of V alone gives each site its own context. Joint attention does not support it."""
+    """As in Perfusion, an edit of V alone gives each site its own context. Joint attention does not support this."""
 
     def edit(context: SiteContext, positions: Tensor, site: str | None) -> SiteContext:
         return SiteContext(context.key, context.value + positions[..., None].to(context.value))
@@ -157,7 +157,7 @@ def test_keys_and_values_can_differ(sd: StableDiffusionBackbone, flux: FluxBackb
         flux.encode(["a sks mug"])
 
 
-def test_rows_can_vary_with_site_and_time_together(sd: StableDiffusionBackbone) -> None:
+def test_rows_can_vary_with_both_site_and_time(sd: StableDiffusionBackbone) -> None:
     rows = by_site(sd, equal=False)
 
     def both(c: str, t: Tensor | None, s: str | None) -> Tensor:
@@ -170,7 +170,7 @@ def test_rows_can_vary_with_site_and_time_together(sd: StableDiffusionBackbone) 
     assert not torch.allclose(a[sites[0]].key, b[sites[0]].key) and not torch.allclose(a[sites[0]].key, a[sites[1]].key)
 
 
-def test_flux_refuses_a_name_that_varies_with_site(flux: FluxBackbone) -> None:
+def test_flux_refuses_embeddings_that_vary_with_the_site(flux: FluxBackbone) -> None:
     flux.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: torch.zeros(1, WIDTH[c]), ("site",)))
     with pytest.raises(ValueError, match=r"'x'.*flux has none"):
         flux.encode(["a <x>"])

@@ -1,4 +1,4 @@
-"""Compares added tokens with embedding tables that are resized by transformers itself."""
+"""Compares added tokens with embedding tables resized by transformers itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENS = ("<my-mug>", "<my-mug>_1", "<my-mug>_2")
 PROMPTS = ["a photo of a <my-mug> <my-mug>_1 <my-mug>_2 mug on the beach", "a dog"]
 
 
-def test_the_overlay_equals_a_clip_with_a_resized_table(tiny_sd: Any) -> None:
+def test_the_overlay_matches_a_clip_with_a_resized_table(tiny_sd: Any) -> None:
     rows = fixed(3)
     model, tokenizer = resized(tiny_sd.text_encoder, tiny_sd.tokenizer, TOKENS, rows["text_encoder"])
     text = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
@@ -43,7 +43,7 @@ def test_the_overlay_equals_a_clip_with_a_resized_table(tiny_sd: Any) -> None:
 
 
 @pytest.mark.parametrize("legacy_eos", [False, True])
-def test_the_overlay_equals_flux_encoders_with_resized_tables(tiny_flux: Any, legacy_eos: bool) -> None:
+def test_the_overlay_matches_flux_encoders_with_resized_tables(tiny_flux: Any, legacy_eos: bool) -> None:
     rows = fixed(3)
     t5, tokenizer_2 = resized(tiny_flux.text_encoder_2, tiny_flux.tokenizer_2, TOKENS, rows["text_encoder_2"])
     text = tokenizer_2(PROMPTS, padding="max_length", truncation=True, max_length=48, return_tensors="pt")
@@ -53,7 +53,7 @@ def test_the_overlay_equals_flux_encoders_with_resized_tables(tiny_flux: Any, le
     pooled = clip(ids).pooler_output
     if (
         legacy_eos
-    ):  # this value in OpenAI's configuration means pooling at the largest id, which an added token would have
+    ):  # with this value, found in OpenAI's configuration, CLIP pools at the largest id: that of an added token
         tiny_flux.text_encoder.eos_token_id = 2
     backbone = FluxBackbone(tiny_flux)
     backbone.add_placeholder(FixedPlaceholder("my-mug", TOKENS, lambda c, t, s: rows[c]))
@@ -144,12 +144,12 @@ def test_rows_of_the_wrong_shape_are_refused(sd: StableDiffusionBackbone) -> Non
         sd.encode(["<x>"])
 
 
-def test_the_error_for_prompts_past_the_limit_names_the_text_that_would_be_cut(
+def test_the_error_for_an_overlong_prompt_names_the_text_that_would_be_cut(
     sd: StableDiffusionBackbone, flux: FluxBackbone
 ) -> None:
     long = "a photo of a mug " * 5 + "a mug on the snow and the beach with a dog"
     sd.check_prompt("a photo of a mug")
-    with pytest.raises(ValueError, match="reads 32 tokens, and would cut 'and the beach with a dog'"):
+    with pytest.raises(ValueError, match="reads 32 tokens and would cut off 'and the beach with a dog'"):
         sd.check_prompt(long)
     flux.check_prompt(long)  # FLUX takes its context from T5, which reads 48 tokens
     with pytest.raises(ValueError, match="reads 48 tokens"):

@@ -1,4 +1,4 @@
-"""Tests albums of held-out things. They have masks and captions, like a user's own pictures.
+"""Tests albums of held-out things, which come with masks and captions like a user's own pictures.
 
 The captions name neither colours nor patterns.
 """
@@ -41,7 +41,7 @@ def test_a_plain_caption_names_the_view_only_if_it_is_clear():
 
 
 def test_the_identity_encoder_crops_pictures_to_the_thing():
-    """A small thing in a corner is found and cut out. The thing then fills most of the picture and is centred in it."""
+    """A small thing in a corner is located. The crop is centred on the thing, which then fills most of the picture."""
     thing = album.held_out("development-duck").thing
     corners = ((-0.25, 0.2), (0.25, -0.2))
     scenes = [Scene((thing,), "gray studio", (Camera(90.0, 15.0, 0.0, x, y, 0.5),)) for x, y in corners]

@@ -1,4 +1,4 @@
-"""Tests the training of the toybox's networks at a tiny size, and the pipeline folder that results."""
+"""Tests the training of the toybox's networks at a tiny size, and the resulting pipeline folder."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _state(out: Path) -> checkpoint.State:
 # --- autoencoder and cache ---
 
 
-def test_normalisation_keeps_the_pictures_and_standardises_the_latents(made: Path) -> None:
+def test_normalization_preserves_the_pictures_and_standardizes_the_latents(made: Path) -> None:
     torch.manual_seed(0)
     data, raw = Squares(40), models.build_vae(TINY_VAE.size).eval()
     x = vae.to_signed(data.pixels(slice(None)))
@@ -109,7 +109,7 @@ def test_the_latent_cache_matches_the_autoencoder_and_can_be_extended(tmp_path: 
     assert not np.array_equal(cache.build(tmp_path, all_, model, tokenizer).latents[:10], stamp)
 
 
-def test_the_vae_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_vae_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     def task(name: str) -> vae.VaeTask:
         return vae.VaeTask(TINY_VAE, Squares(40), tmp_path / name, Compute())
 
@@ -126,7 +126,7 @@ def test_the_vae_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_unet_resumes_bit_for_bit(tmp_path: Path, made: Path, workers: int) -> None:
+def test_unet_training_resumes_bit_for_bit(tmp_path: Path, made: Path, workers: int) -> None:
     cached = cache.load(made / "latents")
     for name in ("a", "b"):
         words.save(run_folder.tokenizer_of(made), tmp_path / name / run_folder.TOKENIZER_FOLDER)
@@ -148,7 +148,7 @@ def test_training_continues_from_adopted_weights_with_a_new_optimizer(tmp_path: 
     _train(tmp_path, cache.load(made / "latents"), 3, resume=True)
     found = _state(tmp_path)
     assert (found.step, found.info["pictures"]) == (3, 12)
-    assert float(found.optimizer["main.0.step"]) == 1, "the optimizer started at the third step"
+    assert float(found.optimizer["main.0.step"]) == 1, "the new optimizer has taken only the third step"
 
 
 def test_training_lowers_the_loss_and_changes_the_text_model_and_the_unet(made: Path, tmp_path: Path) -> None:
@@ -165,12 +165,12 @@ def test_training_lowers_the_loss_and_changes_the_text_model_and_the_unet(made: 
 
 @torch.no_grad()
 def _held_loss(task: unet.UnetTask) -> float:
-    """Returns the sum of the losses on eight batches. They belong to steps that the run never reaches."""
+    """Returns the sum of the losses on eight batches from steps that the run never reaches."""
     batches = [denoising.draw_batch(task.data, task.empty, task.settings, 10_000 + i) for i in range(8)]
     return sum(float(task.loss(batch)) for batch in batches)
 
 
-def test_gradients_of_parts_of_a_batch_add_up(made: Path) -> None:
+def test_gradients_of_the_parts_of_a_batch_add_up_to_those_of_the_whole(made: Path) -> None:
     cached = cache.load(made / "latents")
     one, two = (_task(made, cached, workers=n) for n in (1, 2))
     batch = denoising.draw_batch(cached, one.empty, TINY_UNET, 0)
@@ -204,7 +204,7 @@ def test_timesteps_cover_the_range_and_favour_the_middle() -> None:
     assert not torch.equal(denoising.draw_times(8, 0.1, 0.0, g), denoising.draw_times(8, 0.1, 0.0, g))
 
 
-def test_the_v_target_equals_that_of_diffusers() -> None:
+def test_the_v_target_matches_that_of_diffusers() -> None:
     scheduler, bars = models.build_scheduler(), models.alphas_bar()
     g = torch.Generator().manual_seed(0)
     x, noise = torch.randn(8, 4, 4, 4, generator=g), torch.randn(8, 4, 4, 4, generator=g)
@@ -224,7 +224,7 @@ def test_the_v_target_equals_that_of_diffusers() -> None:
     assert float(bars[-1]) < 1e-3, "sampling starts from pure noise, so training must include it"
 
 
-def test_the_loss_weights_things_more_than_the_background(made: Path) -> None:
+def test_the_loss_weights_things_more_heavily_than_the_background(made: Path) -> None:
     cached, empty = cache.load(made / "latents"), torch.zeros(32, dtype=torch.long)
     inputs = denoising.draw_batch(cached, empty, replace(TINY_UNET, thing_weight=3.0, batch=16), 0)
     assert float(inputs.weight.mean()) == pytest.approx(1, rel=1e-5)
@@ -235,7 +235,7 @@ def test_the_loss_weights_things_more_than_the_background(made: Path) -> None:
     assert np.array_equal(cache.cover(np.eye(4, dtype=bool)[None], 2), [[[128, 0], [0, 128]]])
 
 
-def test_plain_attention_equals_fused_attention() -> None:
+def test_plain_attention_matches_fused_attention() -> None:
     net = models.build_unet(16, TINY_UNET.unet).eval()
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([3, 900]), torch.randn(2, 7, 16)
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_the_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Pat
         assert tensor.dtype == torch.float16 and torch.equal(tensor, average[f"unet.{name}"].half()), name
 
 
-def test_the_shipped_backbone_is_small_and_generates_pictures_of_64_pixels(tmp_path: Path) -> None:
+def test_the_shipped_backbone_is_small_and_generates_64_pixel_pictures(tmp_path: Path) -> None:
     folder = weights.backbone_path()
     assert sum(p.stat().st_size for p in folder.glob("**/*") if p.is_file()) < 40e6
     assert _load_elsewhere(folder, tmp_path)["size"] == [64, 64]

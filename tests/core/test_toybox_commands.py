@@ -61,7 +61,7 @@ def test_a_sheet_does_not_replace_a_file_by_default(toybox, refused, tmp_path: P
 def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused, tmp_path: Path) -> None:
     for source in ("world", "vae"):
         message = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
-        assert f"--prompt and --guidance with --source {source}: only supported with --source model" in message
+        assert f"--prompt and --guidance cannot be used with --source {source}, only with --source model" in message
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused
         (("train", "unet", "--minutes", "-1"), "-1 is not a number between 0"),
     ],
 )  # fmt: skip
-def test_numbers_out_of_range_are_refused_before_any_work(
+def test_numbers_out_of_range_are_refused_before_any_work_is_done(
     toybox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -119,13 +119,13 @@ def test_training_refuses_a_broken_link_and_a_folder_with_other_files(refused, t
     assert "photos already exists and contains 1 file, but no training" in refused(*train, tmp_path / "photos")
 
 
-def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:
+def test_training_checks_the_device_before_it_writes_anything(refused, tmp_path: Path) -> None:
     for device in ("gpu", "tpu7", "cuda:99"):
         message = refused("train", "vae", "--work", tmp_path / "work", "--device", device)
         assert f"--device '{device}' cannot be used here" in message and "Available: cpu" in message
 
 
-def test_the_list_contains_things_faces_styles_and_motions(toybox, refused) -> None:
+def test_the_list_of_subjects_contains_things_faces_styles_and_motions(toybox, refused) -> None:
     listed = [line.split()[0] for line in toybox("subjects")[1].splitlines()]
     for split in ("development", "reporting"):
         held = {h.name for h in (*subjects.subjects(split), *subjects.faces(split))}
@@ -138,7 +138,7 @@ def test_the_list_contains_things_faces_styles_and_motions(toybox, refused) -> N
 
 
 @pytest.mark.parametrize("name", list(subjects.style_names()))
-def test_a_style_is_shown_on_different_things_in_each_picture(name: str) -> None:
+def test_a_style_is_shown_on_a_different_thing_in_each_picture(name: str) -> None:
     scenes = subjects.style_scenes(name, 8, 3)
     assert scenes == subjects.style_scenes(name, 8, 3) != subjects.style_scenes(name, 8, 4)
     assert {s.style for s in scenes} == {subjects.style_names()[name]}

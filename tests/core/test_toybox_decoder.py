@@ -64,7 +64,7 @@ def test_the_training_task_decodes_like_the_autoencoder(run: tuple[Path, cache.C
         torch.testing.assert_close(trained.decode(latents), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_decoder_resumes_bit_for_bit(run: tuple[Path, cache.Cache], tmp_path: Path) -> None:
+def test_decoder_training_resumes_bit_for_bit(run: tuple[Path, cache.Cache], tmp_path: Path) -> None:
     out, cached = run
     shutil.copytree(out, tmp_path / "other")
     train(_task(out, cached), tmp_path / "halves", 6, pause_at=3)
@@ -94,7 +94,7 @@ def test_further_training_of_the_autoencoder_discards_the_trained_decoder(run: t
     def retrain(steps: int) -> None:
         train(vae.VaeTask(TINY_VAE, Squares(40), out, Compute()), run_folder.training_folder(out, "vae"), steps)
 
-    retrain(3)  # the autoencoder is already trained this far, so nothing happens and the decoder is kept
+    retrain(3)  # the autoencoder has already been trained this far, so nothing happens and the decoder is kept
     assert checkpoint.load(_folder(out)) is not None
     same(run_folder.frozen_vae(out).state_dict(), written)
     retrain(4)
@@ -103,7 +103,7 @@ def test_further_training_of_the_autoencoder_discards_the_trained_decoder(run: t
     )
 
 
-def test_the_discriminator_learns_to_recognise_blurred_pictures() -> None:
+def test_the_discriminator_learns_to_recognize_blurred_pictures() -> None:
     torch.manual_seed(0)
     real = vae.to_signed(Squares(64).pixels(slice(None)))
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(real, (1, 1, 1, 1), mode="replicate"), 3, 1)

@@ -28,7 +28,7 @@ from shared.toybox.weights import WEIGHTS as BACKBONES
 from shared.toybox.weights import sampling_defaults
 
 TINY = TrunkConfig(widths=(4, 8), blocks=(1, 1))
-BF16 = Compute(bf16=True)  # in fp32, torch 2.13 crashes in the backward pass with this few channels on some CPUs
+BF16 = Compute(bf16=True)  # in fp32, torch 2.13 crashes in the backward pass with so few channels on some CPUs
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def tiny_task(name: str, seed: int = 0) -> tasks.EvaluatorTask:
     return tasks.ClipTask(fake_pictures(), settings, BF16, tokenizer.build(["red", "duck", "beach"]), config)
 
 
-def test_all_pictures_of_a_group_are_varied_in_the_same_way():
+def test_all_pictures_in_a_group_are_varied_in_the_same_way():
     pixels, faces = torch.rand(6 * 5, 3, 4, 4), torch.tensor([False] * 5 + [True])
     seen = set()
     for seed in range(40):
@@ -129,7 +129,7 @@ def test_training_continues_from_finished_weights_with_a_new_optimizer(name: str
     assert all(torch.equal(getattr(adopted, state).state_dict()[k], v) for k, v in written.items())
     assert fit(name, tmp_path / "second", 3)[1] == 3
     assert fit(name, tmp_path / "third", 3, pause_at=2, resume=False)[1] == 2
-    assert not adopt_state(torch.nn.Linear(2, 2), out), "weights of another architecture are not used"
+    assert not adopt_state(torch.nn.Linear(2, 2), out), "weights for another architecture are not used"
 
 
 def test_a_resumed_run_writes_the_files_that_a_killed_run_did_not_write(tmp_path: Path):
@@ -201,7 +201,7 @@ def test_only_visible_faces_are_judged_and_hidden_faces_are_counted():
     assert things["no_face"] == 0 and things["queries"] == 12 * things["gallery"]
 
 
-def test_calibration_tells_free_from_fixed_pictures_and_saves_its_choice(
+def test_calibration_tells_free_pictures_from_fixed_ones_and_saves_its_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from shared.pretrain.evaluators import calibrate
@@ -242,7 +242,7 @@ def test_entries_are_compared_by_their_two_closest_pictures_and_cut_to_the_size_
     front, side, other = torch.eye(3)
     query = torch.tensor([[0.0, 1.0, 0.2]])
     views = torch.stack([front, front, side, side])
-    assert similarities(query, [views, other.expand(4, 3)]).argmax() == 0, "two pictures from the right side are enough"
+    assert similarities(query, [views, other.expand(4, 3)]).argmax() == 0, "two pictures from the same side are enough"
     one = similarities(query, [views, other])
     assert one[0, 0] == 0, "if an entry has only one picture, only the first picture of each entry counts"
     cosine = (query / query.norm()) @ other
@@ -257,7 +257,7 @@ def test_retrieval_accepts_one_or_several_embeddings_per_entry():
         retrieve(torch.ones(1, 2), [])
 
 
-def test_the_contrastive_loss_equals_its_formula():
+def test_the_contrastive_loss_matches_its_formula():
     torch.manual_seed(0)
     z, y = torch.nn.functional.normalize(torch.randn(6, 4), dim=1), torch.tensor([0, 0, 1, 1, 1, 2])
     expected = []
@@ -310,13 +310,13 @@ def test_the_card_states_how_often_clips_show_the_requested_motion():
     assert "| motion | 25.0% | 75.0% | **no** | 50.0% |" in text and "| still | 25.0% |  |  | 50.0% |" in text
 
 
-def test_the_shipped_backbone_generates_what_captions_describe():
+def test_the_shipped_backbone_generates_what_the_captions_describe():
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(str(BACKBONES / "backbone"), local_files_only=True)
-    found = judge.judge_backbone(pipeline, n=24, guidance=sampling_defaults()["guidance"], steps=12)
+    found = judge.judge_backbone(pipeline, n=16, guidance=sampling_defaults()["guidance"], steps=10)
     assert set(found["bars"]) == set(judge.BARS) and found["met"] in (True, False)
-    scores = found["scores"]  # bounds for 24 pictures and half the steps, far above chance and well below the card
+    scores = found["scores"]  # loose bounds for few pictures and steps, far above chance and well below the card
     assert min(scores["class"], scores["background"], scores["both_colors"]) >= 0.7, scores
     assert scores["vae_psnr_db"] >= 26 and scores["view"] >= 0.4, scores
     assert found["scores"]["accessory_captions"] >= 2 and found["scores"]["style_captions"] >= 2
@@ -341,7 +341,7 @@ def test_the_curve_evaluates_only_missing_points_and_the_card_prints_the_curve(t
     save_snapshot(training_folder(work / "run", "unet"), average, {**facts, "step": 7, "pictures": 224})
     points = list(curve.extend(work, 8, 4.0, weights=kept))
     assert [p["pictures"] for p in points] == [224, facts["pictures"]]
-    assert points[0]["class"] == points[1]["class"], "both points were made with the same weights"
+    assert points[0]["class"] == points[1]["class"], "both points come from the same weights"
     assert list(curve.extend(work, 8, 4.0, weights=kept)) == []
     with pytest.raises(ValueError, match="other settings"):
         list(curve.extend(work, 8, 5.0, weights=kept))

@@ -1,4 +1,4 @@
-"""Tests that a run in a new folder starts with the shipped weights."""
+"""Tests that a run in a new folder starts from the shipped weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_new_folder_inherits_the_training_facts_of_the_shipped_weights(tmp_pat
     assert assemble.training_facts(tmp_path) == shipped and set(shipped["last"]) == {"vae", "decoder", "unet"}
 
 
-def test_a_new_folder_starts_with_the_shipped_unet(tmp_path: Path) -> None:
+def test_a_run_in_a_new_folder_starts_from_the_shipped_unet(tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     assert adopt_backbone(tmp_path)
@@ -57,7 +57,7 @@ def test_a_new_folder_starts_with_the_shipped_unet(tmp_path: Path) -> None:
     same(task.denoiser.unet.state_dict(), shipped.state_dict())
 
 
-def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_incompatible_weights_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers_per_block=2.* requires .*layers_per_block=1.*--fresh"):
         adopt_backbone(tmp_path / "run", models.UnetSize(layers_per_block=1))
     assert list(tmp_path.iterdir()) == []

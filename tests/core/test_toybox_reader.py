@@ -1,4 +1,4 @@
-"""Tests the reader of noisy latents. Its loss teaches the toybox's denoiser the attributes that captions name."""
+"""Tests the reader of noisy latents, whose loss teaches the toybox's denoiser the attributes that captions name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _read(cached: cache.Cache, out: Path, steps: int) -> reader.Reader:
     return reader.train_reader(cached, out, CPU, reader.ReaderTraining(steps=steps))
 
 
-def test_the_reader_learns_to_read_and_is_saved(cached: cache.Cache, tmp_path: Path) -> None:
+def test_the_reader_learns_to_read_attributes_and_is_saved(cached: cache.Cache, tmp_path: Path) -> None:
     reads = _read(cached, tmp_path, 60)
     clean = torch.from_numpy(cached.latents.astype(np.float32))
     attributes = torch.from_numpy(cached.caption_attributes[:, 0].astype(np.int64))
@@ -85,7 +85,7 @@ def test_the_reader_learns_to_read_and_is_saved(cached: cache.Cache, tmp_path: P
     assert not any(p.requires_grad for p in again.parameters())
 
 
-def test_soften_blurs_about_half_of_the_latents_and_keeps_their_mean() -> None:
+def test_soften_blurs_about_half_of_the_latents_and_preserves_their_mean() -> None:
     flat = torch.full((8, 4, 8, 8), 0.7)
     torch.testing.assert_close(reader.soften(flat, torch.Generator().manual_seed(0)), flat)
     x = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -110,7 +110,7 @@ def test_dropped_captions_name_no_attributes(cached: cache.Cache) -> None:
     assert int(inputs.level.max()) < 600
 
 
-def test_the_reading_loss_ends_once_the_learning_rate_has_decayed(cached: cache.Cache, tmp_path: Path) -> None:
+def test_the_reading_loss_ends_once_the_learning_rate_is_low_enough(cached: cache.Cache, tmp_path: Path) -> None:
     words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
     reads = _read(cached, tmp_path, 30)
     falling = AdamW(schedule="linear", decay=0.5)
@@ -162,7 +162,7 @@ def test_a_readable_prediction_has_a_lower_loss(cached: cache.Cache, tmp_path: P
     inputs = denoising.draw_batch(cached, torch.zeros(32, dtype=torch.long), settings, 0)
     bar = bars[inputs.t].view(-1, 1, 1, 1)
 
-    def knows(x: torch.Tensor) -> torch.nn.Module:  # returns a denoiser whose v prediction amounts to x
+    def knows(x: torch.Tensor) -> torch.nn.Module:  # returns a denoiser whose v prediction implies the clean latents x
         def v(noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             return (bar.sqrt() * noisy - x) / (1 - bar).sqrt()
 

@@ -1,4 +1,4 @@
-"""Tests the normals and the part colours of the surfaces that are visible in a picture."""
+"""Tests the normals and part colours of the surfaces visible in a picture."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_rendering_without_scenes_is_refused() -> None:
         render([])
 
 
-def test_parts_have_the_colors_that_the_picture_shows() -> None:
+def test_parts_have_the_colours_that_the_picture_shows() -> None:
     scene, image, _ = hits(world.Thing("duck", "blue", "red"))
     pixels = render([scene], SIDE).pixels[0]
     slot = image.scatter(image.hits.slot[:, None], -1)[0, 0, ::2, ::2]
@@ -45,7 +45,7 @@ def test_parts_have_the_colors_that_the_picture_shows() -> None:
     assert beak.any() and (pixels[0, beak].mean() > pixels[2, beak].mean() + 0.2)
 
 
-def test_normals_match_the_surface_through_the_positions() -> None:
+def test_normals_match_the_surface_formed_by_the_positions() -> None:
     _, image, normals = hits(world.Thing("bear", "blue", "red"))
     az, el = np.radians([CAMERA.azimuth_deg, CAMERA.elevation_deg])
     right = np.array([-np.sin(az), np.cos(az), 0])

@@ -20,7 +20,7 @@ def test_each_word_of_the_world_is_one_token_and_other_words_are_split() -> None
     assert len(odd) > 5 and tokenizer.decode(odd, skip_special_tokens=True) == "qzjxk 7 ü"
 
 
-def test_the_captions_of_the_world_fit_without_splitting_a_word() -> None:
+def test_captions_fit_the_token_limit_without_splitting_any_word() -> None:
     from shared.toybox import captions
 
     tokenizer, text = words.build(), captions.example()

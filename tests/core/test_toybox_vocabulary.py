@@ -62,7 +62,7 @@ def test_each_dreambench_word_that_the_toybox_can_show_is_one_token(shipped: CLI
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN))
-def test_toybox_captions_use_the_phrases_of_dreambench(name: str) -> None:
+def test_toybox_captions_use_the_dreambench_phrases(name: str) -> None:
     phrases = {p for options in captions.PLACES.values() for p in options} | {
         f"wearing {worn}" for worn in captions.WORN.values()
     }

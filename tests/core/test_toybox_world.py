@@ -27,7 +27,7 @@ def test_the_same_seed_gives_the_same_scenes():
     assert scenes(50) != scenes(50, seed=1)
 
 
-def test_the_distribution_follows_the_design():
+def test_the_distribution_of_scenes_follows_the_design():
     drawn = scenes(3000)
     share = {
         "pattern": np.mean([s.things[0].pattern_seed is not None for s in drawn]),
@@ -50,7 +50,7 @@ def test_the_distribution_follows_the_design():
         assert set(got) == set(values)
 
 
-def test_positions_sizes_and_angles_cover_the_designed_range():
+def test_positions_sizes_and_angles_cover_their_designed_ranges():
     """Positions cover ±35% of both axes, scales 0.4 to 1.1, rolls ±25 degrees, and azimuths the full circle."""
     cameras = [s.cameras[0] for s in scenes(20_000, seed=8) if len(s.things) == 1]
     x, y, scale, roll, azimuth = np.array([(c.x, c.y, c.scale, c.roll_deg, c.azimuth_deg) for c in cameras]).T
@@ -180,7 +180,7 @@ def test_captions_match_their_scenes():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_subjects_have_distractors_of_their_class_and_palette(split):
+def test_subjects_have_distractors_with_the_same_class_and_palette(split):
     held_out = subjects.subjects(split)
     assert sorted(h.thing.class_name for h in held_out) == sorted(c for c in world.CLASSES if c != "face")
     for h in held_out:
@@ -194,7 +194,7 @@ def test_subjects_have_distractors_of_their_class_and_palette(split):
     assert all(len(h.distractors) >= 8 for h in subjects.faces(split))
 
 
-def test_held_out_seeds_and_styles_are_disjoint_from_training():
+def test_held_out_seeds_and_styles_are_disjoint_from_those_used_in_training():
     ranges = list(world.SEEDS.values())
     for i, a in enumerate(ranges):
         for b in ranges[i + 1 :]:
@@ -212,12 +212,12 @@ def test_held_out_seeds_and_styles_are_disjoint_from_training():
 
 
 def test_no_held_out_pattern_is_a_near_duplicate_of_a_training_pattern():
-    """Compares the parameters of the patterns, not just their seeds, for every held-out and every training pattern."""
+    """Compares every held-out pattern with every training pattern by their parameters, not just their seeds."""
     held = {t.pattern_seed for split in SPLITS for h in subjects.subjects(split) for t in (h.thing, *h.distractors)}
     inner = np.stack([patterns.fingerprint(s) for s in held if s is not None])
     train = np.stack([patterns.fingerprint(s) for s in world.SEEDS["train"]])
     nearest = np.array([np.sqrt(((train - row) ** 2).sum(1)).min() for row in inner])
-    # Two patterns of the same kind are about 4 apart. A difference of 0.3 is hard to see.
+    # Two patterns of the same kind are about 4 apart. A distance of 0.3 is hard to see.
     assert nearest.min() > 0.5
 
 

@@ -29,7 +29,7 @@ def some(n: int, seed: int = 0, **fixed) -> list[Scene]:
     return [world.sample_scene(rng, **fixed) for _ in range(n)]
 
 
-def test_shapes_and_ranges_are_right_and_renders_are_deterministic():
+def test_shapes_and_ranges_are_correct_and_renders_are_deterministic():
     scenes = some(40)
     first, again = render(scenes), render(scenes)
     assert first.pixels.shape == (40, 3, 64, 64) and first.pixels.dtype == torch.float32
@@ -43,7 +43,7 @@ def test_shapes_and_ranges_are_right_and_renders_are_deterministic():
     assert set(first.thing_mask.unique().tolist()) == {0, 1, 2}
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_a_picture_does_not_depend_on_the_rest_of_its_batch():
     scenes = some(7, seed=3)
     together = render(scenes).pixels
     assert torch.equal(together, torch.cat([render([s]).pixels for s in scenes]))
@@ -108,7 +108,7 @@ def test_the_background_does_not_turn_with_the_camera():
         assert (drawn.pixels[:, :, free] - drawn.pixels[:1, :, free]).abs().max() < 0.02, background
 
 
-def test_backgrounds_and_colors_differ():
+def test_all_backgrounds_look_different():
     empty = [one("rocket", b, replace(CAMERA, scale=0.4)) for b in world.BACKGROUNDS]
     means = torch.nn.functional.avg_pool2d(render(empty).pixels, 16).flatten(1)
     gaps = torch.cdist(means, means) + 10 * torch.eye(len(means))
@@ -116,7 +116,7 @@ def test_backgrounds_and_colors_differ():
 
 
 @pytest.mark.parametrize("background", ["white studio", "black studio", "snow", "night sky"])
-def test_things_stand_out_from_a_background_of_their_color(background):
+def test_things_stand_out_from_a_background_of_a_similar_colour(background):
     color = "black" if background in ("black studio", "night sky") else "white"
     other = "white" if color == "black" else "black"
     for name in ("duck", "mug", "cat", "boot"):
@@ -127,7 +127,7 @@ def test_things_stand_out_from_a_background_of_their_color(background):
         assert (drawn.pixels - bare.pixels).abs().mean(1)[0][inside].mean() > 0.04, name
 
 
-def test_the_main_color_dominates_even_with_patterns():
+def test_the_main_colour_dominates_even_with_patterns():
     for seed in range(24):
         name = [c for c in world.CLASSES if c != "face"][seed % 12]
         plain, patterned = render([one(name), one(name, pattern_seed=None)]), render([one(name, pattern_seed=seed)])
@@ -188,7 +188,7 @@ def test_a_gpu_renders_the_same_pictures():
     assert (on_cpu.mask - on_gpu.mask.cpu()).abs().mean() < 2e-3
 
 
-def test_missing_chunks_of_a_data_set_are_rebuilt_and_scenes_do_not_depend_on_chunks(tmp_path, monkeypatch):
+def test_missing_chunks_of_a_data_set_are_rebuilt_and_scenes_do_not_depend_on_the_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "CHUNK", 6)
     made = dataset.build(tmp_path / "a", 15, 3)
     assert len(made) == 15 and made.pixels([0, 14]).shape == (2, 64, 64, 3) and made.pixels([0]).dtype == np.uint8

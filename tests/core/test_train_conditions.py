@@ -38,7 +38,7 @@ def test_the_base_of_prior_prediction_includes_the_concepts_that_were_already_lo
     draw = torch.Generator().manual_seed(4)
     task = tuning(run)
     step = predicted(task)
-    assert torch.equal(step.need("class_prediction"), step.need("base_class_prediction")), "nothing is learned yet"
+    assert torch.equal(step.need("class_prediction"), step.need("base_class_prediction")), "both agree before training"
     with torch.no_grad():
         for p in run.trained["lora"].parameters:
             p.add_(0.3 * torch.randn(p.shape, generator=draw))
@@ -49,7 +49,7 @@ def test_the_base_of_prior_prediction_includes_the_concepts_that_were_already_lo
     assert backbone.strengths == {"old": strength, "mug": 1.0}, "the strengths are restored"
 
     def elsewhere(other: Any) -> Tensor:
-        """Returns the same prediction by a backbone on which the concept was never trained."""
+        """Returns the prediction of a backbone on which the concept was never trained, for the same inputs."""
         prompts = [c.replace(backbone.placeholders["mug"].words, "mug") for c in step.batch.captions]
         with torch.no_grad():
             return other.predict(step.x_t, step.t, other.encode(prompts))
@@ -76,7 +76,7 @@ def test_prior_preservation_weights_class_pictures_separately(tiny, photos, tmp_
     assert float(update.loss) == pytest.approx(float(rows[:2].mean() + 0.25 * rows[2:].mean()), rel=1e-5)
 
 
-def test_class_pictures_are_generated_by_the_untrained_model_with_loaded_concepts(tiny, photos, tmp_path):
+def test_class_pictures_are_generated_by_the_untrained_model_with_the_loaded_concepts(tiny, photos, tmp_path):
     """Later runs reuse the pictures only if they load the same concepts at the same strengths."""
     recipe = small("dreambooth_lora", "train.steps=1")
     made = []
@@ -100,7 +100,7 @@ def test_class_pictures_are_generated_by_the_untrained_model_with_loaded_concept
     assert all(on["mug"] == 0.0 for _, on in made), "the concept being trained is switched off"
 
 
-def test_the_anchor_pulls_every_row_towards_its_start(tiny, photos, tmp_path):
+def test_the_anchor_pulls_every_row_towards_its_starting_value(tiny, photos, tmp_path):
     settings = ("train.steps=3", "modifier.vectors=2", "trainable.tokens.lr=0.1")
     anchor = ("regularize.anchor.kind=embedding_anchor", "regularize.anchor.weight=1e4")
     start, free, held = (
@@ -173,7 +173,7 @@ def test_two_subjects_that_would_have_the_same_words_in_prompts_are_refused(tiny
 # --- compute options --------------------------------------------------------------------
 
 
-def test_gradient_checkpointing_does_not_change_what_is_learned_and_is_switched_off_again(tiny, photos, tmp_path):
+def test_gradient_checkpointing_does_not_change_what_is_learned_and_is_switched_off_afterwards(tiny, photos, tmp_path):
     plain = finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "a"))
     backbone = tiny()
     saved = finish(

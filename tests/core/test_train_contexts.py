@@ -1,4 +1,4 @@
-"""Tests that the contexts of a loss stay open during its backward pass, because layers may be recomputed there."""
+"""Tests that the contexts of a loss stay open during its backward pass, which may recompute layers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def gradients(tiny: Callable[[], Any], checkpointing: bool, inside: bool = True)
 
     optimizers.step = spy  # type: ignore[method-assign]
     list(Loop(task, optimizers, Budget(steps=1), 0, accelerator).run())  # type: ignore[arg-type]
-    assert backbone.strengths == {"mug": 1.0}, "the context was left after the step"
+    assert backbone.strengths == {"mug": 1.0}, "the context was exited after the step"
     return torch.cat(kept)
 
 
@@ -76,7 +76,7 @@ def test_a_loss_yielded_inside_its_context_has_the_right_gradient(tiny):
     assert torch.allclose(gradients(tiny, checkpointing=True), right, atol=1e-6)
     wrong = gradients(tiny, checkpointing=True, inside=False)
     assert (wrong - right).norm() > 0.05 * right.norm(), (
-        "outside the context, recomputed layers would run at another strength"
+        "outside the context, recomputed layers would run at a different strength"
     )
 
 
@@ -84,7 +84,7 @@ def test_a_loss_yielded_inside_its_context_has_the_right_gradient(tiny):
 
 
 class Watch:
-    """A need that records the batch size of every run of the denoiser inside its context."""
+    """A need that records the batch size of every run of the denoiser while the need's context is open."""
 
     name = "runs"
 
@@ -131,7 +131,7 @@ def watching(tiny: Callable[[], Any], photos: Any, folder: Any) -> Any:
     return tuning(session(tiny(), recipe, photos, folder))
 
 
-def test_a_part_may_provide_a_need_that_stays_open_during_the_backward_pass(tiny, photos, tmp_path):
+def test_a_part_may_provide_a_need_whose_context_stays_open_during_the_backward_pass(tiny, photos, tmp_path):
     task = watching(tiny, photos, tmp_path)
     WATCH.open.clear()
     updates = task.updates(0, 0)

@@ -27,7 +27,7 @@ from shared.trainable import TrainableGroup
 
 
 class Line:
-    """A task that fits a linear function to points, which are given in one batch or in several smaller batches."""
+    """A task that fits a linear function to points given in one batch or in several smaller ones."""
 
     def __init__(self, pieces: int) -> None:
         # float64, because Adam divides gradients by their magnitude and so amplifies rounding errors in the sums
@@ -98,7 +98,7 @@ def test_learning_rate_schedules_match_their_formulas():
     assert [r.lr["line"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
-def test_the_optimizer_state_survives_a_round_trip_and_is_refused_if_it_does_not_fit():
+def test_the_optimizer_state_survives_a_round_trip_and_an_incompatible_state_is_refused():
     task = Line(1)
     _, optimizers = trained(task, 1, steps=2)
     state = optimizers.state_dict()
@@ -106,9 +106,9 @@ def test_the_optimizer_state_survives_a_round_trip_and_is_refused_if_it_does_not
     _, other = trained(Line(1), 1, steps=0)
     other.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
-    with pytest.raises(ValueError, match="does not fit this recipe"):
+    with pytest.raises(ValueError, match="does not match this recipe"):
         other.load_state_dict({**state, "main.0.exp_avg": torch.zeros(3)})
-    with pytest.raises(ValueError, match="does not fit this recipe"):
+    with pytest.raises(ValueError, match="does not match this recipe"):
         other.load_state_dict({k.replace("main.0", "main.5"): v for k, v in state.items()})
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_survives_a_round_trip_and_replaces_the_older_one(tmp_path)
     assert state.optimizer["main.0.step"].shape == ()
 
 
-def test_there_is_always_a_checkpoint_while_a_step_is_saved_again(tmp_path, monkeypatch):
+def test_a_checkpoint_always_exists_while_a_step_is_saved_again(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, a_state())
     seen = []
     rename = checkpoint.os.rename
@@ -142,7 +142,7 @@ def test_there_is_always_a_checkpoint_while_a_step_is_saved_again(tmp_path, monk
     assert seen[0] is not None and checkpoint.load(tmp_path) is not None and len(list(tmp_path.iterdir())) == 1
 
 
-def test_leftovers_of_a_killed_run_are_ignored_and_removed(tmp_path):
+def test_leftovers_from_a_killed_run_are_ignored_and_removed(tmp_path):
     checkpoint.save(tmp_path, a_state(3))
     half = beside(tmp_path / "checkpoint-01-0000004")
     half = half.with_name(half.name.replace(f"-{os.getpid()}-", "-999999999-"))

@@ -1,4 +1,4 @@
-"""Tests what parts need from a step, which errors are found before the first step, and a run's costs and memory."""
+"""Tests what parts need from a step, which errors are found before the first step, and a run's costs and memory use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.core.runs import CLASS, finish, learned, predicted, same, sample, ses
 
 
 class Asks(Penalty):
-    """A penalty that uses the need `asks`, which a subclass may or may not declare."""
+    """A penalty that uses the need named by `asks`, which a subclass may or may not declare."""
 
     kind: str = "asks"
     asks: str = "example_loss"
@@ -66,7 +66,7 @@ def test_a_need_that_nothing_provides_is_an_error_when_the_task_is_built(tiny, p
 
 
 @pytest.mark.parametrize("asks", ["example_loss", "token_drift"])
-def test_a_need_that_only_other_parts_declared_is_an_error(tiny, photos, tmp_path, asks):
+def test_using_a_need_that_only_other_parts_declare_is_an_error(tiny, photos, tmp_path, asks):
     anchor = ("regularize.anchor.kind=embedding_anchor",)
     tuned = task(tiny(), photos, tmp_path, *anchor, mine=Declares(asks=asks))
     with pytest.raises(AssertionError, match=f"did not declare the need '{asks}'"):
@@ -111,7 +111,7 @@ def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_
     finish(session(tiny(), small("pivotal_tuning", *off), photos, tmp_path / "off"))
 
 
-def test_each_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
+def test_class_pictures_match_the_resolution_of_each_phase(tiny, photos, tmp_path):
     """If a phase changes the resolution, its class pictures have the new size."""
     settings = ("phases.a.train.resolution=16", "phases.b.train.steps=1", "phases.a.train.steps=1")
     (tmp_path / "own.yaml").write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}, b: {trainable: {}}}")
@@ -125,7 +125,7 @@ def test_each_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
 # --- costs ---------------------------------------------------------------------------------------
 
 
-def test_a_clock_counts_each_kind_of_work_separately(monkeypatch):
+def test_a_clock_times_each_kind_of_work_separately(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("shared.train.costs.time.perf_counter", lambda: now[0])
     clock = Clock({"a": 100.0})
@@ -234,7 +234,7 @@ def test_offloaded_networks_return_to_the_device():
     assert len(one.where) == 5 and not idle.on
 
 
-def test_a_run_that_offloads_networks_learns_the_same(tiny, photos, tmp_path):
+def test_a_run_that_offloads_networks_learns_the_same_weights(tiny, photos, tmp_path):
     recipe = small("dreambooth_lora", "train.steps=3", "train.validation.every=2")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "a"))
     backbone = tiny()

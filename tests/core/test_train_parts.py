@@ -118,7 +118,7 @@ def test_latents_and_captions_are_the_same_with_and_without_the_cache(sd):
         assert one.captions == two.captions and one.owners == two.owners == (("mug",), ("mug",))
         assert torch.allclose(one.latents, two.latents, atol=1e-5) and torch.equal(one.mask, two.mask)
     assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, (
-        "captions are drawn anew at each step"
+        "captions are drawn again at each step"
     )
 
 
@@ -130,7 +130,7 @@ def test_cached_latents_have_the_mean_and_spread_that_the_autoencoder_predicts(s
     assert abs(float(latents.std(0).mean() / std.mean()) - 1) < 0.1
 
 
-def test_an_augmentation_that_is_not_random_also_works_with_the_cache(sd):
+def test_a_deterministic_augmentation_also_works_with_the_cache(sd):
     flip = {"flip": {"p": 1.0}}
     plain, cached, fresh = (
         data(sd, pictures(), **k)
@@ -205,7 +205,7 @@ def test_a_caption_may_name_another_concept(sd):
 # --- losses ----------------------------------------------------------------------------------
 
 
-def test_the_masked_loss_is_normalised_by_area_in_closed_form():
+def test_the_area_normalized_masked_loss_matches_its_closed_form():
     draw = torch.Generator().manual_seed(0)
     prediction, target = (torch.randn(3, 4, 8, 8, generator=draw) for _ in range(2))
     mask = torch.rand(3, 1, 8, 8, generator=draw)

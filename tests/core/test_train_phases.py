@@ -1,4 +1,4 @@
-"""Phases that generate pictures from the state learned so far and select the ones that the next phase trains on."""
+"""Tests phases that generate pictures from the state learned so far and select those that the next phase trains on."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_selecting_pictures_without_a_scorer_is_refused_before_the_first_phase(t
         session(tiny(), feedback(), photos, tmp_path / "run")
 
 
-def test_a_source_that_reads_pictures_of_an_unknown_phase_is_an_error(tiny, photos, tmp_path):
+def test_a_source_that_reads_pictures_from_an_unknown_phase_is_an_error(tiny, photos, tmp_path):
     recipe = small("textual_inversion", "sources.made.kind=phase_pictures", "sources.made.phase=lok")
     with pytest.raises(ValueError, match=r"unknown earlier phase with pictures 'lok'"):
         finish(session(tiny(), recipe, photos, tmp_path / "run"))
@@ -122,7 +122,7 @@ def test_pictures_left_over_from_a_later_phase_are_not_used(tiny, photos, tmp_pa
         list(run.examples(reads))
 
 
-# --- tasks of other packages -----------------------------------------------------------------
+# --- tasks from other packages ---------------------------------------------------------------
 
 
 class Count(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""The precision used on each device, the loss scaler for fp16, and losses that update only their own parameters."""
+"""Tests the precision used on each device, the fp16 loss scaler, and losses that update only their own parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_auto_selects_bf16_on_a_cpu_that_has_instructions_for_it(monkeypatch, am
     assert [resolve_precision(p, "cpu") for p in ("no", "bf16")] == ["no", "bf16"]
 
 
-def test_auto_selects_bf16_on_a_gpu_that_does_not_emulate_it(monkeypatch):
+def test_auto_selects_bf16_only_on_a_gpu_that_supports_it_natively(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(
             torch.cuda,
@@ -54,11 +54,11 @@ def test_auto_selects_bf16_on_a_gpu_that_does_not_emulate_it(monkeypatch):
     assert resolve_precision("fp16", "cuda") == "fp16" and resolve_precision("auto", "meta") == "no"
     with pytest.raises(ValueError, match="fp16 needs a GPU; use bf16, auto or no"):
         resolve_precision("fp16", "cpu")
-    with pytest.raises(ValueError, match="'fp8': choose auto, no, bf16, fp16"):
+    with pytest.raises(ValueError, match="'fp8': choose auto, no, bf16 or fp16"):
         resolve_precision("fp8", "cpu")
 
 
-def test_resuming_warns_if_auto_now_selects_another_precision(make_tiny_sd, photos, tmp_path, monkeypatch):
+def test_resuming_warns_if_auto_now_selects_a_different_precision(make_tiny_sd, photos, tmp_path, monkeypatch):
     recipe = small("textual_inversion", "train.mixed_precision=auto", "train.checkpoint_every=1")
     for amx, resume in ((True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
@@ -187,7 +187,7 @@ def test_twenty_overflows_in_a_row_end_the_run_and_the_last_good_state_can_be_re
     assert steps == 22 and good.put_back() == 2 and torch.equal(task.weight, states[1])
 
 
-def test_only_consecutive_overflows_count_toward_the_limit():
+def test_only_consecutive_overflows_count_towards_the_limit():
     records, optimizers, _ = trained(Line(lambda step: step % 4 != 3), 40)
     assert len(records) == 40 and optimizers.skipped == 0
 

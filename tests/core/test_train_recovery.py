@@ -1,4 +1,4 @@
-"""What is kept after a NaN loss or an interruption, and which settings may change before the run is resumed."""
+"""Tests what is kept after a NaN loss or an interruption, and which settings may change before the run is resumed."""
 
 from __future__ import annotations
 
@@ -63,16 +63,16 @@ def test_a_state_with_a_non_finite_loss_is_not_kept(tiny, photos, tmp_path, monk
 
 
 def test_a_run_can_continue_with_a_lower_learning_rate(tiny, photos, tmp_path):
-    """The first update is far too large. The resumed run equals a run that never made that update."""
+    """The first update is far too large. The resumed run matches one that never made that update."""
     lower = small("textual_inversion", "trainable.tokens.lr=0.005", "train.steps=5")
     with pytest.raises(NotFinite, match="the last good state, from step 0"):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1e30"), photos, tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"had train\.steps = 2, this one has 5"):
+    with pytest.raises(ValueError, match=r"had train\.steps = 2, but this one has 5"):
         finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
     short = small("textual_inversion", "trainable.tokens.lr=0.005")
     resumed = finish(session(tiny(), short, photos, tmp_path / "run"), resume=True)
     assert same(resumed, finish(session(tiny(), short, photos, tmp_path / "fresh")))
-    with pytest.raises(ValueError, match=r"had trainable\.tokens\.lr = 0\.005, this one has 1\.0"):
+    with pytest.raises(ValueError, match=r"had trainable\.tokens\.lr = 0\.005, but this one has 1\.0"):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1"), photos, tmp_path / "run"), True)
 
 
@@ -93,7 +93,7 @@ def test_a_checkpoint_is_kept_if_the_first_step_after_it_fails(tiny, photos, tmp
     finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
 
 
-def test_only_rates_optimizers_and_precision_may_change_after_a_non_finite_loss():
+def test_only_learning_rates_optimizers_and_precision_may_change_after_a_non_finite_loss():
     old = {
         "train": {"steps": 5, "mixed_precision": "fp16", "optimizers": {"main": {"eps": 1e-8, "betas": [0.9, 0.99]}}},
         "trainable": {"lora": {"kind": "lora", "lr": 1.0, "rank": 4}},
@@ -162,13 +162,13 @@ def test_preview_settings_may_change_only_if_no_score_selects_the_best_state():
     new = {"train": {"validation": {"every": 0}}, "phases": {"a": {"train": {"validation": {"every": 1, "num": 4}}}}}
     same_recipe(old, new, scored=False)
     with pytest.raises(
-        ValueError, match=r"the interrupted run had phases\.a\.train\.validation\.every = 5, this one has 1"
+        ValueError, match=r"the interrupted run had phases\.a\.train\.validation\.every = 5, but this one has 1"
     ):
         same_recipe(old, new)
 
 
 class Standing:
-    """Stands in for the optimizers of a run, with one parameter and its moments."""
+    """Stands in for a run's optimizers, with one parameter and its moments."""
 
     def __init__(self, numbers: int = 2) -> None:
         self.weight = torch.nn.Parameter(torch.zeros(numbers))
@@ -226,7 +226,7 @@ def test_without_a_copy_a_run_falls_back_to_the_last_checkpoint(tiny, photos, tm
 
 
 def cut(run: Any) -> None:
-    """Takes one step of a run and closes the run."""
+    """Takes one step of a run, then closes the run."""
     steps = run.steps()
     next(steps)
     steps.close()
@@ -253,7 +253,7 @@ def test_resuming_with_different_pictures_is_refused(tiny, photos, tmp_path):
         (
             lambda: (folder / "2.png").rename(tmp_path / "2.png"),
             lambda: (tmp_path / "2.png").rename(folder / "2.png"),
-            r"the picture 2\.png of 'mug' .* is missing",
+            r"the picture 2\.png of 'mug' .* has been removed",
         ),
         (
             lambda: (folder / "0.txt").write_text("a mug"),
@@ -318,7 +318,7 @@ def test_resuming_with_different_loaded_concepts_is_refused(tiny, photos, tmp_pa
         finish(session(backbone, recipe, photos, workdir, **changes), resume=True)
 
     for backbone, others, message in (
-        (tiny(), {}, "the loaded concept 'old' is missing"),
+        (tiny(), {}, "the loaded concept 'old' has been removed"),
         (with_old(tiny()), {"old": 0.5}, "at strength 1 is now .* at strength 0.5"),
         (with_old(tiny(), seed=1), {"old": 1.0}, "the loaded concept 'old' has changed"),
     ):

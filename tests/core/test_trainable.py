@@ -165,7 +165,7 @@ def layer_of(backbone: Any, role: str = "cross_attention.kv") -> nn.Module:
 
 
 @torch.no_grad()
-def test_strength_scales_the_change_of_each_layer(sd):
+def test_strength_scales_the_change_to_each_layer(sd):
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
     plain = layer_of(sd)(x)
     group = Lora(roles=("cross_attention.kv",), rank=4, alpha=2.0).inject(sd, "mug", "lora", seed=0)
@@ -184,7 +184,7 @@ def test_strength_scales_the_change_of_each_layer(sd):
 
 
 @KINDS
-def test_the_strength_scales_the_effect_on_the_whole_network(sd, dora):
+def test_strength_scales_the_effect_on_the_whole_network(sd, dora):
     before = output(sd)
     stir(Lora(rank=2, dora=dora).inject(sd, "mug", "lora", seed=0).parameters, size=0.05)
     full = output(sd)
@@ -234,7 +234,7 @@ def test_a_saved_state_recreates_the_same_adapter_on_another_model(make_tiny_sd,
     assert torch.equal(output(one), output(two))
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(sd):
+def test_an_incompatible_state_is_refused_and_changes_nothing(sd):
     Lora(rank=2).inject(sd, "mug", "lora", seed=0)
     adapter = sd.adapters["mug"][0]
     state = adapter.state_dict()
@@ -265,7 +265,7 @@ def test_ported_roles_are_noted_and_exact_roles_are_not(sd, flux):
     assert group.ports[0].startswith("cross_attention: ") and "text stream" in group.ports[0]
 
 
-def test_adapting_a_text_encoder_is_marked_as_changing_the_text(sd):
+def test_adapting_a_text_encoder_is_marked_as_changing_the_text_context(sd):
     before = output(sd)
     group = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "lora", seed=0)
     assert group.touches_text and not Lora(roles=("cross_attention",)).inject(sd, "mug", "net", seed=0).touches_text

@@ -1,4 +1,4 @@
-"""Every method of peft either works or is refused with a reason."""
+"""Every peft method either works or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED
 
 PROMPT = "a photo of a mug on the beach"
 LINEAR = ("self_attention", "cross_attention", "feed_forward", "text_encoder")
-#: Settings that fit layers with 16 to 80 columns. All other settings are peft's defaults.
+#: Settings suitable for layers with 16 to 80 columns. All other settings keep peft's defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "BOFT": {"boft_dropout": 0.2},
     "C3A": {"block_size": 8},
@@ -85,7 +85,7 @@ def test_every_method_of_the_installed_peft_is_either_offered_or_refused():
     [(name, LINEAR) for name in sorted(ADAPTER_TYPES)] + [(name, ("conv", "proj")) for name in WITH_CONVOLUTIONS],
     ids=[*sorted(ADAPTER_TYPES), *(f"{name} on convolutions" for name in WITH_CONVOLUTIONS)],
 )
-def test_each_method_can_be_trained_switched_saved_loaded_and_removed(new_sd, name, roles):
+def test_each_method_can_be_trained_switched_off_saved_loaded_and_removed(new_sd, name, roles):
     backbone = new_sd()
     before, look = output(backbone), trace(backbone)
     group = part(name, roles).inject(backbone, "mug", "x", seed=0)
@@ -120,7 +120,7 @@ def test_each_method_can_be_trained_switched_saved_loaded_and_removed(new_sd, na
 
 
 @pytest.mark.parametrize("name", sorted(ADAPTER_TYPES))
-def test_half_precision_networks_can_be_trained_and_used(new_sd, name):
+def test_each_method_can_be_trained_and_used_on_half_precision_networks(new_sd, name):
     backbone = new_sd().to(dtype=torch.bfloat16)
     group = part(name).inject(backbone, "mug", "x", seed=0)
     assert all(p.dtype == torch.float32 for p in group.parameters)
@@ -132,7 +132,7 @@ def test_half_precision_networks_can_be_trained_and_used(new_sd, name):
 
 
 @pytest.mark.parametrize("name", sorted({*ADAPTER_TYPES} - {*WITH_CONVOLUTIONS}))
-def test_layers_that_a_method_does_not_adapt_are_refused(sd, name):
+def test_layers_that_a_method_cannot_adapt_are_refused(sd, name):
     look = trace(sd)
     with pytest.raises(
         ValueError, match=rf"trainable\.x: {name} adapts only linear.*2[29] of the 57 .* for example .*conv"
@@ -164,10 +164,13 @@ class Holder(Part):
         ({"type": "OSF"}, "'OSF' cannot be used: .*it trains nothing on convolutions"),
         ({"type": "LOKR", "settings": {"rank": 4}}, r"settings of LOKR: unknown key 'rank'.*Available: alpha, .*\br\b"),
         ({"type": "LORA", "settings": {"bias": "all"}}, "settings of LORA: unknown key 'bias'"),
-        ({"type": "LOKR", "settings": {"r": "four"}}, r"settings\.r = 'four' must have the type of peft's default, 8"),
+        (
+            {"type": "LOKR", "settings": {"r": "four"}},
+            r"settings\.r = 'four' must be of the same type as peft's default, 8",
+        ),
         (
             {"type": "LOKR", "settings": {"decompose_both": 1}},
-            "decompose_both = 1 must have the type of peft's default, False",
+            "decompose_both = 1 must be of the same type as peft's default, False",
         ),
         (
             {"type": "HRA", "settings": {"r": 3}},
@@ -180,8 +183,8 @@ def test_errors_are_reported_before_anything_is_injected(parts, message):
         validate(Holder, {"trainable": parts})
 
 
-def test_settings_that_do_not_fit_the_layers_leave_nothing_behind(sd):
+def test_settings_incompatible_with_the_layers_are_refused_and_leave_nothing_behind(sd):
     look = trace(sd)
-    with pytest.raises(ValueError, match=r"trainable\.x: cannot put .*ROAD on unet: .*divisible"):
+    with pytest.raises(ValueError, match=r"trainable\.x: cannot add .*ROAD to unet: .*divisible"):
         part("ROAD", group_size=64).inject(sd, "mug", "x", seed=0)
     assert trace(sd) == look and not any(sd.adapters.values())

@@ -1,4 +1,4 @@
-"""The model's own weights can be trained, switched back to those of the base model, saved and loaded."""
+"""The model's own weights can be trained, switched off to restore the base model, saved and loaded."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def stir(parameters: Any, size: float = 0.3) -> None:
 
 
 @ROLES
-def test_training_starts_from_the_base_changes_only_the_declared_weights_and_can_be_undone(sd, roles):
+def test_training_starts_from_the_base_model_and_reversibly_changes_only_the_declared_weights(sd, roles):
     before, look = output(sd), {c: repr(m) for c, m in sd.components.items()}
     values = {n: p.detach().clone() for n, p in everything(sd).items()}
     group = Weights(roles=roles).inject(sd, "mug", "weights", seed=0)
@@ -113,7 +113,7 @@ def test_gradients_equal_those_of_plain_weights_even_if_the_base_is_used_before_
         assert torch.allclose(parameter.grad, originals[name].grad, atol=1e-6), name
 
 
-def test_weights_that_are_switched_off_have_no_gradient(sd):
+def test_weights_that_are_switched_off_receive_no_gradient(sd):
     group = Weights().inject(sd, "mug", "weights", seed=0)
     x_t = noise().requires_grad_(True)
     with sd.active({}):
@@ -161,7 +161,7 @@ def test_the_base_is_exact_inside_an_autocast_context(sd):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in group.parameters)
 
 
-def test_the_strength_scales_the_change(sd):
+def test_strength_scales_the_change_in_the_weights(sd):
     group = Weights().inject(sd, "mug", "weights", seed=0)
     start = [p.detach().double() for p in group.parameters]
     stir(group.parameters)
@@ -291,13 +291,13 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tiny, photos, tmp
 
 
 def held(like: set[tuple[int, ...]]) -> int:
-    """Returns the size in bytes of all live tensors with these shapes, counting each storage once."""
+    """Returns the total size in bytes of all live tensors with these shapes, counting each storage once."""
     gc.collect()
     copies = [o for o in gc.get_objects() if isinstance(o, Tensor) and tuple(o.shape) in like]
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in copies}.values())
 
 
-def test_only_one_additional_copy_is_in_memory_even_while_the_base_is_used(sd):
+def test_only_one_additional_copy_of_the_weights_is_in_memory_even_while_the_base_is_used(sd):
     keys = [p for n, p in everything(sd).items() if ".attn2.to_k." in n or ".attn2.to_v." in n]
     shapes, size = {tuple(p.shape) for p in keys}, sum(p.numel() * 4 for p in keys)
     before = held(shapes)

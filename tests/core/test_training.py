@@ -1,4 +1,4 @@
-"""Runs of tiny pipelines, from pictures to learned tensors. The tests check what a run changes and how it resumes."""
+"""Complete runs on tiny pipelines, from pictures to learned tensors: what a run changes and how it resumes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_run_is_reproducible_and_depends_on_the_seed(tiny, photos, tmp_path):
     assert same(one, two) and not same(one, other)
 
 
-def test_a_recipe_that_trains_nothing_is_an_error(tiny, photos, tmp_path):
+def test_a_recipe_that_trains_nothing_is_refused(tiny, photos, tmp_path):
     with pytest.raises(ValueError, match=r"trains nothing: add a part under trainable"):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens=null"), photos, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -121,9 +121,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny, photos
 
 
 def test_a_killed_run_resumes_from_the_last_checkpoint_even_at_the_start_of_a_phase(tiny, photos, tmp_path):
-    """The runs are abandoned at several steps, as kill -9 would do.
+    """Each run is abandoned at a different step, as if by kill -9.
 
-    One run stops at the first step of the second phase, whose only checkpoint so far is from the start of the phase.
+    One run stops at the first step of the second phase, whose only checkpoint so far was saved as the phase began.
     """
     recipe = small("pivotal_tuning", "train.steps=3", "train.checkpoint_every=2")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
@@ -147,11 +147,11 @@ def test_a_finished_run_is_not_trained_again(tiny, photos, tmp_path):
     assert list(again.steps(resume=True)) == [] and same(learned(again), whole)
 
 
-def test_resuming_with_another_recipe_is_refused(tiny, photos, tmp_path):
+def test_resuming_with_a_different_recipe_is_refused(tiny, photos, tmp_path):
     finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "run"))
     with pytest.raises(
         ValueError,
-        match=r"the interrupted run had trainable\.tokens\.lr = 0\.005, this one has 1\.0: resume with the same recipe",
+        match=r"the interrupted run had trainable\.tokens\.lr = 0\.005, but this one has 1\.0: resume with the same recipe",
     ):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1"), photos, tmp_path / "run"), True)
     finish(session(tiny(), small("textual_inversion", "output=elsewhere"), photos, tmp_path / "run"), resume=True)

@@ -31,7 +31,7 @@ def test_prefetched_batches_belong_to_the_right_steps() -> None:
     with pytest.raises(ValueError, match="no picture 7"):
         ahead(7)
     drawn.clear()
-    # on a CPU nothing is prefetched, because the cores are busy with training
+    # on a CPU, nothing is prefetched, because the cores are busy training
     assert Prefetch(draw, torch.device("cpu"))(1) == 10 and drawn == [(1, True)]
 
 

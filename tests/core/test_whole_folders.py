@@ -1,4 +1,4 @@
-"""An incomplete model folder of a backbone or instrument is refused. The error names the file and the key."""
+"""Incomplete model folders of backbones and instruments are refused. The error names the file and the key."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(saved, tmp_path) -> Callable[[str], Path]:
 
 
 def edit(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> str:
-    """Changes the tensors of a file. Returns the alphabetically first key that the file had before."""
+    """Changes a file's tensors. Returns the key that came first alphabetically before the change."""
     tensors = load_file(file)
     first = min(tensors)
     change(tensors)
@@ -66,7 +66,7 @@ def tail(key: str) -> str:
 
 
 @pytest.mark.parametrize(("model", "part"), PARTS)
-def test_a_key_that_is_missing_or_has_a_wrong_shape_is_named(folder, model, part):
+def test_a_key_that_is_missing_or_has_the_wrong_shape_is_named(folder, model, part):
     root = folder(model)
     file = next((root / part).glob("*.safetensors"))
     key = edit(file, reshape)
@@ -128,7 +128,7 @@ def test_a_tokenizer_without_its_files_is_refused(folder, model, part, kept):
         load_backbone(root)
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder):
+def test_a_tokenizer_from_another_model_is_refused(folder):
     from shared.toybox.tokenizer import build
 
     root = folder("sd")
@@ -167,7 +167,7 @@ def clip(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("load", [load_clip, load_toybox_clip.__wrapped__])
-def test_an_incomplete_clip_is_refused(clip, load):
+def test_an_incomplete_clip_model_is_refused(clip, load):
     load(clip)
     file = clip / "model.safetensors"
     kept = file.read_bytes()
@@ -181,7 +181,7 @@ def test_an_incomplete_clip_is_refused(clip, load):
         load(clip)
 
 
-def test_a_dino_may_lack_only_its_pooler(tmp_path):
+def test_a_dino_model_may_lack_only_its_pooler(tmp_path):
     from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
     sizes: dict[str, Any] = {

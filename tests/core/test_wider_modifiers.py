@@ -1,4 +1,4 @@
-"""An external modifier, whose rows depend on the attention site and the time, can be trained, saved and loaded."""
+"""An external modifier whose rows depend on the attention site and the timestep can be trained, saved and loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shared.train.training_run import TrainingRun
 
 
 class Spread(PlaceholderBase):
-    """A placeholder with one row for each attention site and one more row, which is scaled by the timestep."""
+    """A placeholder with one row for each attention site and an extra row that is scaled by the timestep."""
 
     varies_with = frozenset({"time", "site"})
     components = ("text_encoder",)

@@ -1,4 +1,4 @@
-"""Like adapters, learned words have a strength. At 0 they have their initial values, and at 1 their learned values."""
+"""Like adapters, learned words have a strength. At 0, they have their initial values; at 1, their learned values."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_words_without_learned_rows_have_no_strength(new_sd: Callable[..., Any],
     attach(concept, backbone)
 
 
-def test_a_placeholder_without_interpolation_refuses_other_strengths(new_sd: Callable[..., Any]) -> None:
+def test_a_placeholder_without_interpolation_refuses_strengths_other_than_1(new_sd: Callable[..., Any]) -> None:
     class Learned(PlaceholderBase):
         components = ("text_encoder",)
 

@@ -1,4 +1,4 @@
-"""The synthetic world of a backbone determines its overlay, prompts, instruments and warning about other pictures."""
+"""A backbone's synthetic world determines its overlay, prompts, instruments and warning about unseen pictures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_the_world_determines_the_overlay(monkeypatch: pytest.MonkeyPatch) -> No
     assert load("pivotal_tuning", ["backbone=elsewhere"]).train.resolution is None
 
 
-def test_only_a_model_with_its_own_world_warns_about_other_pictures(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_only_a_model_with_its_own_world_warns_about_unseen_pictures(
+    new_sd: Callable[..., Any], tmp_path: Path
+) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "small.png")
     subjects, backbone = {"mug": read_subject(tmp_path, "mug")}, new_sd()
     with warnings.catch_warnings():

@@ -42,7 +42,7 @@ def interrupted(pcs, monkeypatch) -> Callable[..., Ran]:
 
 
 def paint(folder: Path, n: int = 3, side: int = 32, seed: int = 0) -> Path:
-    """Paints `n` smooth random pictures into a folder."""
+    """Saves `n` smooth random pictures to a folder. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         noise = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(100 * seed + i))
@@ -63,7 +63,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, make_tiny_sd) -> Path:
-    """Saves the tiny Stable Diffusion as a diffusers folder, which can be given as `backbone=PATH`."""
+    """Saves the tiny Stable Diffusion model as a diffusers folder that can be given as `backbone=PATH`."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     make_tiny_sd().save_pretrained(folder)
     return folder
@@ -83,7 +83,7 @@ def learn(tiny_folder, photos) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def concepts(tmp_path_factory, learn) -> dict[str, Path]:
-    """Learns two concepts through the command line, `mug` (tokens and LoRA) and `rex` (a rare token and LoRA)."""
+    """Learns two concepts through the command line: `mug` (tokens and LoRA) and `rex` (a rare token and LoRA)."""
     import os
 
     from shared.cli import build, run
@@ -103,7 +103,7 @@ def concepts(tmp_path_factory, learn) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def dino(tmp_path_factory) -> Path:
-    """Saves a tiny DINOv2 as a transformers folder."""
+    """Saves a tiny DINOv2 model as a transformers folder."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("models") / "tiny-dino"

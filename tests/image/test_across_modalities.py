@@ -62,7 +62,7 @@ def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, t
     assert [(r["modality"], r["made"], r["frames"]) for r in rows] == [
         ("image", "1", "1"), ("video", "1", "16"), ("3d", "1", "16"),
     ]  # fmt: skip
-    for row in rows:  # every modality has the same metrics, each with its value for true pictures or renders
+    for row in rows:  # every modality has the same metrics, each with a value for true pictures or renders
         assert all(0 <= float(row[k]) <= 1 for k in ("identity", "identity.truth", "recognised", "class", "copied"))
         assert float(row["identity.truth"]) > 0.5 and float(row["identity_i"]) < 0.9
     assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], (
@@ -82,7 +82,7 @@ def test_one_concept_is_scored_in_pictures_clips_and_an_asset(pcs, duck: Path, t
 
 
 @pytest.mark.usefixtures("few_true_pictures")
-def test_the_asset_can_be_reconstructed_from_the_references_of_its_concept(pcs, duck, tmp_path):
+def test_an_asset_can_be_reconstructed_from_the_concepts_references(pcs, duck, tmp_path):
     small = ("phases.form.train.steps=1", "phases.fit.train.steps=2", "phases.paint.train.steps=1", "train.batch_size=1",
              "phases.paint.field={resolution: 8, start: {resolution: 16, faces: 100}}", *ASSET[2:])  # fmt: skip
     how = ("--asset-recipe", "reference_reconstruction", *(part for s in small for part in ("--set-asset", s)))
@@ -172,7 +172,7 @@ def test_the_true_subject_is_verified_and_its_lookalike_is_not(tools):
 
 def test_intervals_are_clipped_to_the_unit_range(tools):
     true = album.fresh(album.held_out("development-car"))
-    half = true[:6], torch.cat([true[:3], -true[:3]])  # at most half of these are verified
+    half = true[:6], torch.cat([true[:3], -true[:3]])  # at most half of these can be verified
     row, _ = scores_of("x", known([true[:2], true[2:4]], half, "ab"), tools, Path())
     identity = row.score("identity")
     assert identity and identity.truth and identity.truth <= 0.5 and identity.value == 1

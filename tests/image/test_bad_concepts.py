@@ -1,4 +1,4 @@
-"""A missing, damaged, hostile or unsuitable concept causes one clear message, and nothing in it is executed."""
+"""A missing, damaged, hostile or unsuitable concept gives one clear error message, and nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_folder_without_a_concept_is_refused(refused, tmp_path):
     assert "is not a concept" in refused("concept", "show", tmp_path / "x.concept")
 
 
-def test_a_concept_for_other_layers_is_refused(refused, concepts, make_tiny_sd, make_tiny_flux, tmp_path):
+def test_a_concept_from_an_incompatible_model_is_refused(refused, concepts, make_tiny_sd, make_tiny_flux, tmp_path):
     from diffusers import UNet2DConditionModel
 
     pipe = make_tiny_sd()
@@ -43,7 +43,7 @@ def test_a_concept_for_other_layers_is_refused(refused, concepts, make_tiny_sd, 
     message = refused(*generate, tmp_path / "other")
     assert (
         "'mug' does not fit" in message
-        and "layers of unet that it changes do not exist here, such as down_blocks.0" in message
+        and "layers of unet that it changes do not exist here (for example, down_blocks.0" in message
     )
     message = refused(*generate, tmp_path / "flux")
     assert "learned on stable_diffusion" in message and "this backbone is flux" in message
@@ -84,7 +84,7 @@ def test_an_unusable_description_is_reported_before_anything_else(
         assert f"{folder / 'concept.json'}" in error and message in error
 
 
-def test_the_model_that_an_untrusted_concept_names_is_not_downloaded(refused, concepts, tmp_path, monkeypatch):
+def test_a_model_named_by_an_untrusted_concept_is_not_downloaded(refused, concepts, tmp_path, monkeypatch):
     import huggingface_hub
 
     for call in ("hf_hub_download", "snapshot_download"):

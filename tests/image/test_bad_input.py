@@ -23,9 +23,9 @@ def refused(pcs, tmp_path) -> Callable[..., str]:
 
 @pytest.fixture
 def learning(refused, learn, tmp_path) -> Callable[..., str]:
-    """Returns a function that starts a run with its output in `tmp_path`.
+    """Returns a function that starts a run with its output in `tmp_path` and returns its error message.
 
-    The run must be refused. The function returns the error message.
+    The run must be refused.
     """
 
     def call(*settings: str, images: Path | None = None, recipe: str = "textual_inversion", **options) -> str:
@@ -68,14 +68,14 @@ def test_a_truncated_jpeg_is_refused(learning, painted, tmp_path):
     assert str(folder / "cut.jpg") in message and "damaged or truncated" in message
 
 
-def test_a_picture_of_one_pixel_is_refused(learning, painted, tmp_path):
+def test_a_one_pixel_picture_is_refused(learning, painted, tmp_path):
     folder = painted(tmp_path / "photos")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     assert "dot.png is 1x1 pixels: each side must be at least 16" in learning(images=folder)
 
 
 def test_a_picture_of_30000_by_30000_pixels_is_refused(learning, painted, tmp_path):
-    """The header is enough to refuse the picture. The file has almost no other data."""
+    """The header alone is enough to refuse the picture. The file contains almost no other data."""
     folder = painted(tmp_path / "photos")
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -88,7 +88,7 @@ def test_a_picture_of_30000_by_30000_pixels_is_refused(learning, painted, tmp_pa
     assert "huge.png is 30000x30000 = 900,000,000 pixels, above the limit of" in message
 
 
-def test_a_mask_of_another_size_is_refused(learning, painted, tmp_path):
+def test_a_mask_that_differs_in_size_from_its_picture_is_refused(learning, painted, tmp_path):
     folder = painted(tmp_path / "photos")
     (folder / "masks").mkdir()
     Image.new("L", (30, 32), 255).save(folder / "masks" / "1.png")
@@ -138,12 +138,12 @@ def test_an_unknown_key_or_value_is_refused(learning, setting, message):
     assert message in learning(setting)
 
 
-def test_an_output_that_is_not_a_valid_concept_name_is_refused(refused, learn, tmp_path):
+def test_an_output_whose_name_is_not_a_valid_concept_name_is_refused(refused, learn, tmp_path):
     message = refused(*learn("textual_inversion", f"output={tmp_path / 'my mug.concept'}"))
     assert "a concept cannot be called 'my mug'" in message and "name=" in message
 
 
-def test_an_unknown_role_scheduler_or_precision_is_refused(learning):
+def test_an_unknown_role_or_scheduler_and_an_unsupported_precision_are_refused(learning):
     roles = ("trainable.lora.kind=lora", "trainable.lora.roles=[cros_attention]")
     message = learning(*roles)
     assert "unknown role 'cros_attention'. Did you mean 'cross_attention'?" in message and "text_encoder" in message
@@ -171,7 +171,7 @@ def test_an_unusable_backbone_is_refused(learning, tiny_folder, tmp_path):
     assert f"cannot load {tmp_path / 'broken'}" in learning(f"backbone={tmp_path / 'broken'}")
 
 
-def test_unknown_values_of_options_are_refused(refused, concepts, photos, tmp_path):
+def test_invalid_option_values_are_refused(refused, concepts, photos, tmp_path):
     mug = concepts["mug"]
     assert "unknown format 'kohyaa'" in refused("concept", "export", mug, "--out", tmp_path / "o", "--format", "kohyaa")
     message = refused(
@@ -201,7 +201,7 @@ def test_unknown_values_of_options_are_refused(refused, concepts, photos, tmp_pa
     assert "exactly one --concept" in refused("image", "evaluate", "--out", tmp_path / "o")
 
 
-def test_wrong_arguments_are_refused_by_the_command_line_parser(pcs, tmp_path):
+def test_invalid_arguments_are_refused_by_the_command_line_parser(pcs, tmp_path):
     for arguments in (
         ("image", "generate"),
         ("image", "generate", "a", "--num", "0", "--out", tmp_path / "o"),

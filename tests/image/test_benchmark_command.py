@@ -55,7 +55,7 @@ def test_a_failed_run_is_named_and_makes_the_command_fail(pcs, tmp_path):
     assert "1 of 1 cells failed" in ran.err and "textual_inversion on" in ran.err
 
 
-def test_a_wrong_setting_is_reported_before_anything_runs(pcs, tmp_path):
+def test_an_unknown_setting_is_reported_before_anything_runs(pcs, tmp_path):
     ran = pcs("image", "benchmark", "textual_inversion", *SMALL, "--set", "trian.steps=3", "--out", tmp_path / "table")
     assert ran.code != 0 and "trian" in ran.err and not (tmp_path / "table").exists()
 

@@ -32,7 +32,7 @@ def unloaded(monkeypatch) -> None:
         ("3d", "create", "dreamfusion", "prompt=a mug", "backbone=", "--out", "x"),
     ],
 )
-def test_an_empty_model_is_reported_as_empty(pcs, arguments, photos, tmp_path, monkeypatch):
+def test_an_empty_model_name_is_reported_as_empty(pcs, arguments, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photos, tmp_path / "photos")
     ran = pcs(*arguments)

@@ -1,4 +1,4 @@
-"""`pcs image evaluate`, from a concept folder to the report, with a tiny DINO and references given by the user."""
+"""`pcs image evaluate`, from a concept folder to the report, with a tiny DINO model and user-supplied references."""
 
 from __future__ import annotations
 

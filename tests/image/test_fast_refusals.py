@@ -18,7 +18,7 @@ print(code, *({slow} & sys.modules.keys()))
 
 
 def ran(*arguments: str | Path) -> tuple[str, str]:
-    """Runs `pcs` in its own process. Returns its exit code with the slow libraries it imported, and its stderr."""
+    """Runs `pcs` in its own process. Returns the exit code followed by the slow libraries imported, and stderr."""
     code = CODE.format(slow=set(SLOW))
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
@@ -49,7 +49,7 @@ def rex(learn, tmp_path_factory):
         (("3d", "create", "dreamfusion", "prompt=a mug", "train.stps=1", "--out", "out"), "Did you mean 'steps'?"),
     ],
 )
-def test_wrong_names_paths_and_keys_are_reported_before_slow_imports(tmp_path, monkeypatch, arguments, message):
+def test_invalid_names_paths_and_keys_are_reported_before_slow_imports(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, error = ran(*arguments)
     assert code == "2" and message in error
@@ -62,7 +62,7 @@ def test_wrong_names_paths_and_keys_are_reported_before_slow_imports(tmp_path, m
         ("a <rex> and a <dog>", "the prompt names <dog>, which is not loaded; loaded concepts: <rex>"),
     ],
 )
-def test_prompts_that_do_not_fit_the_concepts_are_reported_before_slow_imports(rex, tmp_path, prompt, message):
+def test_prompts_that_do_not_match_the_concepts_are_reported_before_slow_imports(rex, tmp_path, prompt, message):
     code, error = ran("image", "generate", prompt, "--concept", rex, "--out", tmp_path / "out")
     assert code == "2" and message in error and not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Nothing learned is lost if the end of a run fails or is interrupted, for example while its preview is generated."""
+"""No learned state is lost if a run fails or is interrupted near its end, for example while generating its preview."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_concept_is_saved_even_if_its_preview_fails(pcs, learn, tmp_path, mo
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(9)])
 def test_a_run_stopped_during_its_preview_is_completed_when_resumed(pcs, learn, photos, tmp_path, monkeypatch, error):
-    """This is true even if one of two concepts already exists, because the state is kept until both are complete."""
+    """Resuming works even if one of two concepts already exists, because the state is kept until both are complete."""
 
     def stop(*arguments: Any) -> Any:
         if arguments[1] == "b":
@@ -74,7 +74,7 @@ def test_resuming_a_finished_run_reports_it_and_trains_nothing(pcs, learn, paint
     again = pcs(*arguments, "--resume", "preview.num=1")
     assert (again.code, again.out) == (0, f"already finished: <x> is in {out}\n")
     other = pcs(*arguments, "--resume", "train.steps=9")
-    assert other.code == 2 and "the finished run had train.steps = 2, this one has 9" in other.err
+    assert other.code == 2 and "the finished run had train.steps = 2, but this one has 9" in other.err
     (photos / "9.png").write_bytes((photos / "0.png").read_bytes())
     more = pcs(*arguments, "--resume")
     assert more.code == 2 and "is finished, but was learned from other pictures" in more.err

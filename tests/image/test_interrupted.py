@@ -19,7 +19,7 @@ STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=20", "train.chec
 
 @pytest.fixture(autouse=True)
 def sighup_is_not_ignored():
-    """Restores the default action of SIGHUP. Under nohup, tests and the processes they start would ignore it."""
+    """Restores SIGHUP's default action. Under nohup, tests and the processes they start would otherwise ignore it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -59,7 +59,7 @@ def in_second_phase(training: Path):
 
 @pytest.fixture(scope="module")
 def whole(learn, tmp_path_factory) -> Path:
-    """Returns the concept that the same run learns without an interruption."""
+    """Returns the concept that the same run learns if it is not interrupted."""
     concept = tmp_path_factory.mktemp("whole") / "mug.concept"
     assert run(build(), learn("pivotal_tuning", *STEPS, f"output={concept}")) == 0
     return concept
@@ -83,7 +83,8 @@ def test_a_run_killed_during_training_gives_the_same_tensors_when_resumed(pcs, l
     assert refused.code == 2 and "holds an interrupted run: continue it with --resume" in refused.err
     other = pcs(*arguments, "train.optimizers.main.eps=1e-6", "--resume")
     assert (
-        other.code == 2 and "the interrupted run had train.optimizers.main.eps = 1e-08, this one has 1e-06" in other.err
+        other.code == 2
+        and "the interrupted run had train.optimizers.main.eps = 1e-08, but this one has 1e-06" in other.err
     )
     assert sorted(p.name for p in training.iterdir()) == left
     resumed = pcs(*arguments, "--resume")
@@ -146,7 +147,7 @@ def test_nohup_keeps_a_run_going_when_the_terminal_is_closed(learn, whole, tmp_p
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("library", ["importlib.metadata", "typer", "torch"])
 def test_a_signal_while_libraries_are_imported_ends_a_command_immediately(learn, tmp_path, number, expected, library):
-    """The signal arrives in the first second of a process, just before `library` is imported."""
+    """The signal arrives within the first second of the process, just before `library` is imported."""
     code = IMPORTS.format(library=library, number=int(number))
     arguments = learn("pivotal_tuning", f"output={tmp_path / 'mug.concept'}")
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
@@ -167,7 +168,7 @@ def test_the_error_for_a_damaged_checkpoint_states_what_to_do(pcs, learn, tmp_pa
     assert ran.code == 2 and "checkpoint-00-0000001 is damaged" in ran.err and "delete it to start over" in ran.err
 
 
-def test_a_non_finite_loss_exits_with_1_and_keeps_the_state(pcs, learn, tmp_path):
+def test_a_run_with_a_non_finite_loss_exits_with_1_and_keeps_its_state(pcs, learn, tmp_path):
     settings = ("trainable.tokens.lr=1e30", "train.steps=5", f"output={tmp_path / 'mug.concept'}")
     ran = pcs(*learn("textual_inversion", *settings))
     assert ran.code == 1 and "Lower the learning rate" in ran.err

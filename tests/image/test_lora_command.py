@@ -1,4 +1,4 @@
-"""`--lora FILE` uses a file from another program like a concept.
+"""`--lora FILE` uses a file from another program as if it were a concept.
 
 The results are compared with those of the concept that the file was exported from.
 """
@@ -39,7 +39,7 @@ def judged(pcs, photos, dino, tmp_path):
     return report
 
 
-def test_a_lora_scores_like_the_concept_it_was_exported_from(judged, concepts, exported, tiny_folder):
+def test_a_lora_scores_the_same_as_the_concept_it_was_exported_from(judged, concepts, exported, tiny_folder):
     ours = judged("a", "--concept", concepts["rex"], "--backbone", tiny_folder)
     theirs = judged("b", "--lora", exported, "--token", "sks dog", "--backbone", tiny_folder)
     assert theirs["class_noun"] == ours["class_noun"] == "dog"
@@ -87,7 +87,7 @@ def test_missing_options_are_reported_before_anything_is_loaded(judged, concepts
     both = judged("a", "--lora", exported, "--token", "sks dog", "--concept", concepts["rex"], code=2)
     assert "exactly one --concept or --lora, got 1 --concept and 1 --lora" in both
     assert '--token "sks mug"' in judged("a", "--lora", exported, code=2)
-    assert "has no class noun after it" in judged("a", "--lora", exported, "--token", "sks", code=2)
+    assert "does not end in a class noun" in judged("a", "--lora", exported, "--token", "sks", code=2)
     assert "2 --token for 1 --lora" in judged("a", "--lora", exported, "--token", "a b", "--token", "c d", code=2)
     assert "nothing does not exist" in judged("a", "--lora", tmp_path / "nothing", "--token", "sks dog", code=2)
     assert "--class-noun is only for" in judged("a", "--concept", concepts["rex"], "--class-noun", "dog", code=2)
@@ -107,7 +107,7 @@ def test_a_lora_for_another_model_is_refused_with_one_message(judged, tiny_folde
 
 
 @pytest.mark.usefixtures("few_true_pictures")
-def test_a_lora_exported_on_the_toybox_scores_like_its_concept(pcs, tmp_path):
+def test_a_lora_exported_on_the_toybox_scores_the_same_as_its_concept(pcs, tmp_path):
     pictures, concept, files = tmp_path / "mug", tmp_path / "my-mug.concept", tmp_path / "files"
     assert pcs("toybox", "subjects", "development-mug", "--num", 2, "--out", pictures).code == 0
     subject = (f"subject.images={pictures}", "subject.class_noun=mug", f"output={concept}", "preview.num=0")

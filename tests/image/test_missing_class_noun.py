@@ -1,4 +1,4 @@
-"""A run warns about a missing class noun, because the result may be worse for no other apparent reason."""
+"""A run warns about a missing class noun, which could otherwise worsen the result for no apparent reason."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ def odd(painted, tmp_path: Path) -> Path:
     return folder
 
 
-def test_pictures_with_any_name_can_be_learned_from_shown_and_evaluated(pcs, learn, odd, dino, tmp_path: Path) -> None:
+def test_a_concept_learned_from_pictures_with_any_name_can_be_shown_and_evaluated(
+    pcs, learn, odd, dino, tmp_path: Path
+) -> None:
     concept = tmp_path / "mug.concept"
     arguments = learn("pivotal_tuning", f"output={concept}", "train.validation.every=1", images=odd)
     ran = pcs(*arguments, "--dino", dino)

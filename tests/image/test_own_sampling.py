@@ -20,9 +20,9 @@ OWN = {"steps": 3, "guidance": 1.5, "scheduler": "dpm++"}
 
 @pytest.fixture(scope="module")
 def folder(learn, tmp_path_factory):
-    """Learns two concepts. The recipe of "rex" sets all three settings; that of "max" sets only the steps.
+    """Learns two concepts. Returns the folder that contains both.
 
-    Returns the folder that contains both.
+    The recipe of "rex" sets all three sampling settings; that of "max" sets only the steps.
     """
     out = tmp_path_factory.mktemp("own")
     for name, more in (

@@ -1,4 +1,4 @@
-"""P+ learns separate rows for each cross-attention layer, which can be saved, loaded and scaled, but not exported."""
+"""P+ learns separate rows for each cross-attention layer. They can be saved, loaded and scaled, but not exported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def new(make_tiny_sd: Callable[..., Any]) -> Callable[[], StableDiffusionBackbon
 
 @pytest.fixture(scope="module")
 def learned(new: Callable[[], StableDiffusionBackbone], photos: Path, tmp_path_factory: Any) -> tuple[Any, Concept]:
-    """Trains for two steps. Returns the backbone, to which the concept is attached, and the concept."""
+    """Trains for two steps. Returns the backbone, with the concept attached, and the concept itself."""
     runner, folder = ImageRunner(new()), tmp_path_factory.mktemp("p_plus")
     frozen = _weights(runner.backbone)
     subjects = {"mug": read_subject(photos, "mug")}
@@ -51,7 +51,7 @@ def predicted(backbone: Any) -> Tensor:
         return backbone.predict(noise, t, backbone.encode(["a photo of a <mug>"]))
 
 
-def test_p_plus_equals_textual_inversion_before_training(new: Callable[[], StableDiffusionBackbone]) -> None:
+def test_p_plus_matches_textual_inversion_before_training(new: Callable[[], StableDiffusionBackbone]) -> None:
     one, apart = new(), new()
     LearnableToken().attach(one, "mug", "mug")
     placeholder = LearnableToken(per="layer").attach(apart, "mug", "mug")
@@ -100,7 +100,7 @@ def test_a_saved_concept_loads_bit_for_bit_and_its_strength_can_be_lowered(
 def test_the_error_for_exporting_p_plus_states_the_reason(learned: tuple[Any, Concept], tmp_path: Path) -> None:
     backbone, concept = learned
     with pytest.raises(
-        ValueError, match="'mug' learned text_encoder.*store only one table of vectors per text encoder"
+        ValueError, match="'mug' learned the tensors text_encoder.*store only one table of vectors per text encoder"
     ):
         export(concept, tmp_path / "out", backbone=backbone)
     assert not (tmp_path / "out").exists()
@@ -120,7 +120,7 @@ def test_a_model_without_cross_attention_refuses_p_plus(make_tiny_flux: Callable
         LearnableToken(per="layer").attach(FluxBackbone(make_tiny_flux(), "tiny"), "mug", "mug")
 
 
-def test_p_plus_has_the_training_settings_of_textual_inversion_on_the_toybox() -> None:
+def test_p_plus_has_the_same_training_settings_as_textual_inversion_on_the_toybox() -> None:
     on_toybox, elsewhere = load("p_plus"), load("p_plus", ["backbone=x"])
     inversion = load("textual_inversion")
     assert on_toybox.train == inversion.train and on_toybox.trainable == inversion.trainable

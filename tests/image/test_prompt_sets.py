@@ -1,4 +1,4 @@
-"""Prompt sets, both those that are shipped and those that users write."""
+"""Prompt sets, both shipped and user-written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_shipped_sets_load_and_have_the_expected_prompts() -> None:
     assert load_prompts("dreambench_live").prompts[-1].text == "a cube shaped {concept}"
 
 
-def test_toybox_prompts_use_only_the_phrases_of_toybox_captions() -> None:
+def test_toybox_prompts_use_only_phrases_from_toybox_captions() -> None:
     from shared.toybox import captions
 
     texts = {
@@ -66,7 +66,7 @@ def test_prompts_name_the_concept_or_its_class() -> None:
         ("bytes.txt", b"\xff\xfe\x00", r"not UTF-8"),
     ],
 )
-def test_bad_prompt_sets_are_refused(tmp_path: Path, name: str, text: str | bytes | None, message: str) -> None:
+def test_invalid_prompt_sets_are_refused(tmp_path: Path, name: str, text: str | bytes | None, message: str) -> None:
     path: Path | str = name
     if text is not None:
         path = tmp_path / name

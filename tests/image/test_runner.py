@@ -89,7 +89,7 @@ def test_a_saved_concept_reproduces_its_pictures_elsewhere_bit_for_bit(request, 
 
 
 @pytest.mark.parametrize("family", ["sd", "sd_v"])
-def test_pixels_equal_those_of_diffusers_with_the_exported_concept(request, photos, tmp_path, family):
+def test_pixels_equal_those_that_diffusers_generates_with_the_exported_concept(request, photos, tmp_path, family):
     make = request.getfixturevalue(f"make_tiny_{family}")
     runner = ImageRunner(StableDiffusionBackbone(make(), "tiny"))
     recipe = load("pivotal_tuning", [*TINY, *STRONG])
@@ -114,7 +114,7 @@ def test_pixels_equal_those_of_diffusers_with_the_exported_concept(request, phot
     assert not torch.allclose(ours, pictures(runner, seeds=[5], negative="blurry", base=True), atol=1e-2)
 
 
-def test_flux_pixels_equal_those_of_diffusers_with_the_exported_lora(make_tiny_flux, photos, tmp_path):
+def test_flux_pixels_equal_those_that_diffusers_generates_with_the_exported_lora(make_tiny_flux, photos, tmp_path):
     runner = ImageRunner(FluxBackbone(make_tiny_flux(), "tiny"))
     recipe = load("dreambooth_lora", [*TINY, LORA, "regularize=null", "sources.class_pictures=null"])
     made = runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
@@ -160,7 +160,7 @@ def test_several_concepts_can_be_loaded_each_with_its_own_strength(tiny_folder, 
     alone = on(tiny_folder, (concepts["mug"], 1.0)).generate(
         ["a photo of a <mug> and a sks dog"] * 2, [0, 1], SamplingSettings(**FAST)
     )
-    assert torch.equal(none, alone), "at strength 0 an adapter has no effect"
+    assert torch.equal(none, alone), "at strength 0, an adapter has no effect"
     turned = pictures(on(tiny_folder, (concepts["rex"], 1.0), (concepts["mug"], 1.0)), prompt)
     assert torch.allclose(full, turned, atol=1e-4), "the order of loading does not matter"
     both.unload("rex")
@@ -170,7 +170,7 @@ def test_several_concepts_can_be_loaded_each_with_its_own_strength(tiny_folder, 
     )
 
 
-def test_attached_concepts_are_removed_again(tiny_folder, concepts):
+def test_attached_concepts_are_removed_afterwards(tiny_folder, concepts):
     runner = on(tiny_folder)
     with pytest.raises(ValueError, match="already"), attached(runner, [(read(concepts["mug"]), 1.0)] * 2):
         pass
@@ -205,7 +205,7 @@ def test_a_new_concept_can_be_learned_alongside_a_loaded_one(tiny_folder, concep
     assert torch.equal(runner.generate(["a photo of a <rex>"], [0], SamplingSettings(**FAST)), before)
 
 
-def test_two_subjects_of_one_run_become_two_concepts(tiny_folder, photos, painted, tmp_path):
+def test_two_subjects_in_one_run_become_two_concepts(tiny_folder, photos, painted, tmp_path):
     runner = on(tiny_folder)
     subjects = {"mug": read_subject(photos, "mug"), "rex": read_subject(painted(tmp_path / "dogs", seed=1), "dog")}
     made = runner.personalize(subjects, load("pivotal_tuning", [*TINY, *STRONG]), tmp_path / "run", tensorboard=False)
@@ -306,7 +306,7 @@ def test_a_picture_contains_all_settings_needed_to_reproduce_it(pcs, concepts, t
     assert about["checkpoint"] == runner.backbone.checkpoint
     steered = SamplingSettings(hooks=(NoisePrior(path=tiny_folder / "clip.mp4"),))
     told = json.loads(metadata("a <mug> and a <rex>", 0, runner, steered)["pcs"])
-    assert told["hooks"][0]["path"] == "clip.mp4", "metadata must not contain local folders"
+    assert told["hooks"][0]["path"] == "clip.mp4", "metadata must not contain local paths"
     settings = {k: about[k] for k in ("steps", "guidance", "negative", "height", "width")}
     again = runner.generate([about["prompt"]], [about["seed"]], SamplingSettings(**settings))
     assert torch.equal(read_picture(path).pixels, torch.as_tensor(_bytes(again[0])))
@@ -344,14 +344,14 @@ def _bytes(pixels: Tensor) -> Tensor:
     return to_pixels(to_image(pixels))
 
 
-def test_the_metadata_includes_the_defaults_of_the_backbone(tiny_folder):
+def test_the_metadata_includes_the_backbones_defaults(tiny_folder):
     about = json.loads(metadata("a mug", 3, on(tiny_folder), SamplingSettings(guidance=2.0))["pcs"])
     assert {k: about[k] for k in ("steps", "guidance", "height", "width", "seed")} == {
         **{"steps": 50, "guidance": 2.0, "height": 32, "width": 32, "seed": 3}
     }
 
 
-def test_photos_on_the_toybox_are_accepted_with_a_single_warning(make_tiny_sd, photos, painted, tmp_path):
+def test_the_toybox_accepts_photos_with_a_single_warning(make_tiny_sd, photos, painted, tmp_path):
     toybox = StableDiffusionBackbone(make_tiny_sd(), "toybox")
     toybox.world = WORLDS["toybox"]
     with pytest.warns(UserWarning, match="has never seen the real world") as caught:

@@ -1,4 +1,4 @@
-"""Verified identity, freedom and the three-term trade-off of a subject whose true pictures are known."""
+"""Verified identity, freedom and the three-term trade-off for a subject whose true pictures are known."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BEYOND = 0.55  # distance from the background's colour beyond which a pixel belo
 def _draw(hue: float, turn: float, background: str, seed: int) -> Tensor:
     """Draws a picture `[3, 32, 32]` with values in [-1, 1].
 
-    `turn` counts quarter turns. The square is bright at the top for 0, on the right for 1, and at the bottom for 2.
+    `turn` counts quarter turns. The square is brightest at the top for 0, on the right for 1, and at the bottom for 2.
     """
     rng = np.random.default_rng([seed, 5])
     picture = torch.tensor(BACK[background]).view(3, 1, 1).expand(3, 32, 32).clone()
@@ -72,7 +72,7 @@ class _Grid:
 
 
 def _lighter_half(grey: Tensor, mask: Tensor) -> str:
-    """Returns "front" if the subject is brighter above its middle than below, and otherwise "back"."""
+    """Returns "front" if the subject is brighter above its middle than below it, and "back" otherwise."""
     rows = mask.any(1).nonzero()[:, 0]
     middle = int(rows.float().mean()) if len(rows) else 16
     above, below = (
@@ -130,9 +130,9 @@ class _Square:
 
 
 def _paint(hue: float, turn: float | None = None, every_second: float | None = None):
-    """Returns a model that draws squares of the given hue. If `turn` is None, the seed sets the turn.
+    """Returns a model that draws squares of the given hue. If `turn` is None, the seed determines it.
 
-    If `every_second` is given, odd seeds have that hue instead.
+    If `every_second` is given, pictures with odd seeds have that hue instead.
     """
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
@@ -220,7 +220,7 @@ def test_a_copied_subject_on_another_background_counts_as_a_copy() -> None:
     assert all((p.scores["copy_thing"] or 0) > 0.95 for p in made)
 
 
-def test_figures_of_true_pictures_are_cached_by_their_inputs(tmp_path: Path) -> None:
+def test_figures_for_true_pictures_are_cached_by_their_inputs(tmp_path: Path) -> None:
     first, second = _Square(), _Square()
     reports = [_report(_paint(0.0), _case(true=thing, cache=tmp_path)) for thing in (first, second)]
     assert first.drawn >= 80 and second.drawn == 0 and reports[0].truth == reports[1].truth
@@ -232,7 +232,7 @@ def test_figures_of_true_pictures_are_cached_by_their_inputs(tmp_path: Path) -> 
     kept.write_text("{")
     fourth = _Square()
     _report(_paint(0.0), _case(true=fourth, cache=tmp_path))
-    assert fourth.drawn > 0, "figures in a damaged file are measured again"
+    assert fourth.drawn > 0, "figures from a damaged file are measured again"
 
 
 def test_the_trade_off_has_two_terms_for_a_style_or_without_true_pictures() -> None:

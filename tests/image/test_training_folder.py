@@ -45,7 +45,7 @@ def test_pictures_inside_the_training_folder_are_refused(pcs, learn, painted, tm
     assert "toy.training" in refusing(pcs, tmp_path)(*arguments, "--overwrite")
 
 
-def test_a_resumed_run_keeps_files_of_the_user_and_refuses_to_overwrite_them(
+def test_a_resumed_run_keeps_the_users_files_and_refuses_to_overwrite_them(
     pcs, interrupted, learn, tmp_path: Path
 ) -> None:
     arguments = learn("textual_inversion", f"output={tmp_path / 'toy.concept'}", "train.steps=3")

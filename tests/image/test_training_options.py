@@ -1,4 +1,4 @@
-"""Tests options and output of `pcs image personalize`: instruments, new starts, checks, random numbers and progress."""
+"""The options and output of `pcs image personalize`: instruments, fresh starts, checks, random numbers and progress."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_instruments_without_pictures_to_score_cause_a_warning(make_tiny_sd, pho
 
 
 @pytest.mark.parametrize("option", ["--clip", "--dino"])
-def test_missing_instruments_are_an_error(pcs, learn, tmp_path, option):
+def test_missing_instruments_are_reported(pcs, learn, tmp_path, option):
     for settings in ((), (EVERY,)):
         ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'x.concept'}", *settings), option, tmp_path / "gone")
         assert ran.code == 2 and f"{option} {tmp_path / 'gone'}: no such folder" in ran.err
@@ -89,7 +89,7 @@ def test_the_best_state_by_dino_score_is_kept(pcs, learn, dino, tmp_path):
 
 
 def test_overwrite_starts_over_after_a_failed_run(pcs, learn, tmp_path):
-    """This works even if the settings have changed and the saved state is damaged."""
+    """The option works even if the settings have changed and the saved state is damaged."""
     out, training = tmp_path / "x.concept", tmp_path / "x.training"
     wild = learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")
     assert pcs(*wild).code == 1 and list(training.glob("checkpoint-*"))
@@ -121,7 +121,7 @@ def test_a_failed_run_can_be_resumed_with_a_lower_learning_rate(pcs, learn, tmp_
 # --- random numbers --------------------------------------------------------------------------------
 
 
-def test_the_random_state_of_the_caller_is_not_changed(tiny_folder, photos, tmp_path):
+def test_the_callers_random_state_is_not_changed(tiny_folder, photos, tmp_path):
     runner = ImageRunner(load_backbone(tiny_folder))
     subject = {"mug": read_subject(photos, "mug")}
     torch.manual_seed(7)
@@ -160,7 +160,7 @@ def test_the_settings_of_every_phase_are_checked_before_the_first_phase_begins(
 
 
 @pytest.mark.parametrize("guidance", ["nan", "inf"])
-def test_a_non_finite_guidance_is_an_error(pcs, concepts, photos, tmp_path, guidance):
+def test_a_non_finite_guidance_scale_is_refused(pcs, concepts, photos, tmp_path, guidance):
     for arguments in (("generate", "a <mug>"), ("evaluate", "--references", photos)):
         out = ("--concept", concepts["mug"], "--out", tmp_path / "o", "--guidance", guidance)
         ran = pcs("image", *arguments, *out)
@@ -168,7 +168,7 @@ def test_a_non_finite_guidance_is_an_error(pcs, concepts, photos, tmp_path, guid
         assert list(tmp_path.iterdir()) == []
 
 
-def test_the_runner_makes_class_pictures_at_the_resolution_of_their_phase(tiny_folder, photos, tmp_path):
+def test_the_runner_generates_class_pictures_at_the_resolution_of_their_phase(tiny_folder, photos, tmp_path):
     small = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
     file = tmp_path / "own.yaml"
     file.write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}}")

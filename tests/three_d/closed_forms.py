@@ -28,7 +28,7 @@ class Chords:
 
 
 class Solid(BaseVolume):
-    """A ball of radius `size`, or a cube whose half side is `size`, with a uniform density and colour."""
+    """A ball of radius `size`, or a cube of side length `2 * size`, with a uniform density and colour."""
 
     def __init__(self, size: float, density: float = 3.0, cube: bool = False, channels: int = 3) -> None:
         super().__init__(1.1, channels)

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of assets: tiny backbones and the `threestudio` module."""
+"""Fixtures for the asset tests: tiny backbones and the `threestudio` module."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def flux(tiny_flux: Any) -> FluxBackbone:
 
 @pytest.fixture(scope="module", params=["contract", "checkout"])
 def threestudio(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Yields the module `threestudio` of the contract or of a real checkout, with the extension registered."""
+    """Yields the `threestudio` module of the stand-in or of a real checkout, with the extension registered."""
     if request.param == "checkout" and not CHECKOUT:
         pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR")
     with registry(str(CONTRACT if request.param == "contract" else CHECKOUT)) as found:

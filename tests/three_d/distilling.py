@@ -19,14 +19,14 @@ SMALL = ("backbone=tiny", "prompt=a photo of a mug", "train.steps=6", "train.bat
 
 
 def recipe(name: str, *settings: str) -> PictureRecipe:
-    """Loads a shipped recipe and sets it to take a few steps on small pictures."""
+    """Loads a shipped recipe and configures it to take a few steps on small pictures."""
     return load(name, [*SMALL, *settings], "3d", PictureRecipe)
 
 
 def session(
     backbone: Any, how: PictureRecipe, folder: Path, scores: Scores | None = None, **changes: Any
 ) -> TrainingRun:
-    """Returns a run of the recipe. If `scores` is given, it guides the run instead of the backbone."""
+    """Returns a run of the recipe. If `scores` is given, it guides the run in place of the backbone."""
 
     def distill(context: Any) -> Distill:
         return Distill(context) if scores is None else Distill(context, lambda *_: scores)
@@ -36,7 +36,7 @@ def session(
 
 
 def finish(run: TrainingRun, resume: bool = False) -> dict[str, Tensor]:
-    """Takes all remaining steps of a run. Returns the tensors of the field and of the student."""
+    """Takes all remaining steps of a run. Returns the tensors of the field and the student."""
     for _ in run.steps(resume):
         pass
     student = {f"{a.slot}/{k}": v for a in run.backbone.adapters.get("student", []) for k, v in a.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Runs the whole engine on a real field of density and colour. The teacher knows a solid object exactly."""
+"""Runs the whole engine on a real field of density and colour, with a teacher that knows a solid object exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COMMON = (
     "shading={lambertian: 0, textureless: 0, ambient: 1}",
     "cameras={elevation_deg: [-10, 50], fov_deg: [24.53, 24.53], distance: [5, 5], jitter: 0, roll_deg: 0, look_at: 0}",
 )
-#: Additional settings for each guidance. Schedules of timesteps that assume thousands of steps are replaced with a
+#: Additional settings for each guidance method. Timestep schedules that assume thousands of steps are replaced with a
 #: constant range. `sdi` sums over a view instead of averaging. `sjc` uses pixels, because a field of latents can match
 #: the views with any shape.
 GUIDANCES: dict[str, tuple[str, ...]] = {
@@ -62,7 +62,7 @@ class Found:
 
 
 def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Found:
-    """Runs the guidance of a shipped recipe.
+    """Runs the guidance of a shipped recipe and measures how well it recovers the object.
 
     The recipe's penalties are left out, because their weights are tuned for the scores of a real model.
     """
@@ -100,7 +100,7 @@ def _remembered(means: Callable[[Cameras], Tensor]) -> Callable[[Cameras], Tenso
 
 
 def _oracle(seen: Callable[[Cameras], Tensor], **more: Any) -> OracleScores:
-    """Returns a teacher that is nearly certain of each view with the prompt, and less certain without the prompt."""
+    """Returns a teacher that is nearly certain of each view with the prompt, and less certain without it."""
     scene = {"prompt": (seen, 0.05), "plain_prompt": (seen, 0.05)}
     scene |= {told: (seen, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Defines the simplest possible asset, which consists of one learnable picture per view, and its ground truth."""
+"""Defines the simplest possible asset (one learnable picture per view) and its ground truth."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ VIEWS, SIDE = 4, 32
 
 
 def view_of(cameras: Cameras) -> Tensor:
-    """Returns the index of the view whose range of azimuths contains each camera, `[B]`."""
+    """Returns, for each camera, the index of the view whose azimuth range contains it, `[B]`."""
     return ((wrapped_deg(cameras.azimuth_deg) + 180) / 360 * VIEWS).long().clamp_max(VIEWS - 1)
 
 
 @cache
 def true_pictures(side: int = SIDE) -> Tensor:
-    """Returns pictures with smooth colours and a square at a different position in each view.
+    """Returns one smoothly coloured picture per view, each with a square in a different position.
 
     Their shape is `[VIEWS, 3, S, S]` and their values are in [-1, 1].
     """
@@ -88,7 +88,7 @@ class PicturesField(nn.Module):
 
 
 class Pictures(FieldPart):
-    """The settings of a field of pictures."""
+    """The settings of a `PicturesField`."""
 
     kind: Literal["pictures"] = "pictures"
     side: int = SIDE
@@ -111,7 +111,7 @@ class Slides(Part):
 
 
 class PictureRecipe(DistillRecipe):
-    """A recipe for an asset of pictures. Pictures have no shape, so the penalties of shipped recipes are left out."""
+    """A recipe for an asset made of pictures. Pictures have no shape, so the recipe's penalties are left out."""
 
     field: Pictures = Pictures()
     renderer: Slides = Slides()

@@ -1,4 +1,4 @@
-"""Defines an object made of coloured ellipsoids. Its views are exact, because rays intersect it in closed form."""
+"""Defines an object made of coloured ellipsoids. Its views are exact, because ray intersections have a closed form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pcs_3d.cameras import Cameras, turntable
 
-#: The centre, half axes and colour of each part: a body, a head at the front (+x), a tail, and a hat on one side.
+#: The centre, semi-axes and colour of each part: a body, a head at the front (+x), a tail, and a hat on one side.
 PARTS = (
     ((0.0, 0.0, -0.15), (0.55, 0.42, 0.38), (0.85, 0.2, 0.2)),
     ((0.48, 0.0, 0.3), (0.27, 0.27, 0.27), (0.2, 0.35, 0.9)),
@@ -58,6 +58,6 @@ def unseen_cameras() -> Cameras:
 
 
 def overlap(opacity: Tensor, coverage: Tensor) -> float:
-    """Returns the mean over the views of the intersection over union of the pixels that are more than half covered."""
+    """Returns the intersection over union of the pixels that are more than half covered, averaged over the views."""
     a, b = opacity > 0.5, coverage > 0.5
     return float(((a & b).sum((1, 2, 3)) / (a | b).sum((1, 2, 3))).mean())

@@ -145,7 +145,7 @@ def test_invalid_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
             ("--subjects", "development-duck,reporting-duck"),
             "unknown subject of the development split 'reporting-duck'",
         ),
-        ("hifa", ("--subjects", "0"), "--subjects 0: give 1 to 10,000, or names"),
+        ("hifa", ("--subjects", "0"), "--subjects 0: give a number from 1 to 10,000, or names"),
         ("hifa", ("--prompt", "a photo of a duck"), "{concept}"),
         ("hfia", (), "hifa"),
         ("realfusion", (), "realfusion: references.azimuth_deg must have one azimuth per picture (5), but has 1"),
@@ -190,7 +190,7 @@ def test_every_subject_counts_equally_and_intervals_resample_subjects():
     assert row.sphere["iou"] == 0.4 and row.generic["iou"] == 0.5 and row.scores["iou"].truth == 1
     assert row.training_seconds == 10 and row.failed == {"c": "no"}
     one = aggregate_assets("r", {"a": cell(1.0, 0.8)}, {})
-    assert one.scores["iou"].low is None, "there is no interval over a single subject"
+    assert one.scores["iou"].low is None, "there is no interval for a single subject"
 
 
 def test_means_of_yes_or_no_scores_are_shown_as_percentages():

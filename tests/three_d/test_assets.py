@@ -1,4 +1,4 @@
-"""Assets with every kind of field are optimised, interrupted, and written as files that other programs can open."""
+"""Assets with every kind of field are optimized, interrupted, and written as files that other programs can open."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_previews_do_not_affect_a_run_and_may_change_when_it_resumes(new_sd, tmp
 
 
 def test_gaussians_keep_their_adam_moments_when_other_gaussians_are_split(new_sd, tmp_path):
-    """In the first step after a split, Adam uses the moments of the existing Gaussians and does not start anew."""
+    """At the first step after a split, Adam uses the existing Gaussians' moments and does not start from scratch."""
     kept = []
 
     class Watched(GaussianField):
@@ -242,7 +242,7 @@ def test_the_field_learns_to_match_the_reference_pictures_from_their_cameras(sd,
     assert how.references is not None
     seen = asset.views(how.references.cameras())
     middle = seen.pixels[:, :, 6:10, 6:10].mean((0, 2, 3))
-    assert float(middle[0]) > 0.6 > 0.4 > float(middle[1]), "the middle is red and not green like the background"
+    assert float(middle[0]) > 0.6 > 0.4 > float(middle[1]), "the middle is red, not green like the background"
     with pytest.raises(
         ValueError, match=r"references.azimuth_deg must have one azimuth per picture \(2\), but has 3.* a.png, b.png"
     ):

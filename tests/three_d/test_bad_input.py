@@ -1,4 +1,4 @@
-"""Mistakes by users are reported before a run begins, and a full disk or a killed run leaves no half-written asset."""
+"""User mistakes are reported before a run begins, and a full disk or a killed run leaves no half-written asset."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_concept_for_another_architecture_is_refused(sd, flux):
     ["fov_deg=[0, 0]", "fov_deg=[170, 190]", "fov_deg=[60, 40]", "elevation_deg=[80, 100]", "fill=[0, 0.5]",
      "distance=[0, 2]", "distance=[.nan, .nan]", "fill=[0.5, .inf]", "azimuth_deg=[.nan, 3]", "look_at=.inf", "roll_deg=-1"],
 )  # fmt: skip
-def test_cameras_that_see_nothing_are_refused_by_the_recipe(setting):
+def test_invalid_cameras_are_refused_by_the_recipe(setting):
     with pytest.raises(ValueError, match=rf"cameras.*{setting.partition('=')[0]}|cameras.*above"):
         recipe("voxels", f"cameras.{setting}")
 
@@ -67,14 +67,14 @@ def test_cameras_that_see_nothing_are_refused_by_the_recipe(setting):
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """Yields a function that limits the size of files in bytes, so that writes fail as they would on a full disk."""
+    """Yields a function that limits file sizes (in bytes), so that writes fail as they would on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, usual)
 
 
-def test_a_full_disk_leaves_no_asset_but_a_state_to_resume_from(sd, tmp_path, full_disk):
+def test_a_full_disk_leaves_a_state_to_resume_from_but_no_asset(sd, tmp_path, full_disk):
     def full(field: Any, folder: Path, how: Any) -> Any:
         full_disk(4 << 10)
         return export_asset(field, folder, how)
@@ -91,11 +91,11 @@ def test_a_full_disk_leaves_no_asset_but_a_state_to_resume_from(sd, tmp_path, fu
 # --- killed runs ----------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_killed_resumes_bit_for_bit(new_sd, tmp_path):
+def test_a_killed_run_resumes_to_the_same_result_bit_for_bit(new_sd, tmp_path):
     """The run is sent SIGKILL some time after its second checkpoint."""
     how, folder = recipe("voxels", "train.steps=5", "train.checkpoint_every=1"), tmp_path / "run"
     whole = finish(run_of(new_sd(), how, tmp_path / "whole"))
-    torch.set_num_threads(1)  # a fork keeps only the thread that forks
+    torch.set_num_threads(1)  # a forked process keeps only the thread that forked it
     child = multiprocessing.get_context("fork").Process(target=_begun, args=(run_of(new_sd(), how, folder),))
     child.start()
     end = time.monotonic() + 120

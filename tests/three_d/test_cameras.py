@@ -1,4 +1,4 @@
-"""Cameras have the right positions, axes and rays for any batch size, and match the cameras of the toybox."""
+"""Cameras have the right positions, axes and rays for any batch size, and match the toybox's cameras."""
 
 from __future__ import annotations
 

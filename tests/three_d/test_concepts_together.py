@@ -1,4 +1,4 @@
-"""Tests assets guided by one concept or by two concepts in one prompt, at various strengths.
+"""Tests assets guided by one concept, or by two in one prompt, at various strengths.
 
 One concept changes the weights of the whole network (DreamBooth). The other has a learned word and a LoRA.
 """
@@ -21,7 +21,7 @@ from tests.three_d.distilling import recipe
 from tests.three_d.test_distill import first_step, gradient
 from tests.three_d.test_guidance import looked
 
-#: The class noun, the modifier and the trained part of each concept.
+#: Each concept's class noun, modifier and trained part.
 PARTS = {
     "mug": ("mug", RareToken(token="sks"), Weights(roles=("denoiser.all",))),
     "dog": ("dog", LearnableToken(vectors=1), Lora(rank=2)),
@@ -59,7 +59,7 @@ def concepts(new_sd) -> dict[str, Concept]:
 def guided(new_sd, concepts, tmp_path):
     """Returns a function that loads concepts at given strengths and prepares a run.
 
-    The function returns the model and the task of the run just before its first step.
+    The function returns the model, and the run's task just before its first step.
     """
 
     def begin(prompt: str, strengths: Mapping[str, float]):
@@ -72,7 +72,7 @@ def guided(new_sd, concepts, tmp_path):
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
-def test_learned_weights_guide_like_a_model_that_has_these_weights(guided, new_sd, concepts, strength):
+def test_learned_weights_guide_like_a_model_with_those_weights(guided, new_sd, concepts, strength):
     _, task = guided("a photo of a <mug>", {"mug": strength})
     (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
     model = new_sd()
@@ -85,7 +85,7 @@ def test_learned_weights_guide_like_a_model_that_has_these_weights(guided, new_s
 
 
 @pytest.mark.parametrize("strengths", [{"mug": 1.0, "dog": 1.0}, {"dog": 0.7, "mug": 0.4}])
-def test_two_concepts_guide_with_the_same_predictions_that_generate_pictures(guided, strengths):
+def test_two_concepts_guide_with_the_predictions_that_generate_pictures(guided, strengths):
     backbone, task = guided(BOTH, strengths)
     (eps,) = task.scores.eps([Ask("prompt")], noisy(), T, VIEW)
     ((_, text),) = task.prompts.rows("prompt", VIEW)[0]
@@ -108,7 +108,7 @@ def test_each_strength_changes_the_gradient_and_strength_0_has_no_effect(guided,
     assert torch.equal(gradient(plain), grads[-1])
 
 
-def test_the_model_is_unchanged_after_an_asset_of_two_concepts_is_made(new_sd, concepts, tmp_path):
+def test_the_model_is_unchanged_after_an_asset_is_made_with_two_concepts(new_sd, concepts, tmp_path):
     fields = []
     for number, strength in enumerate((1.0, 0.5)):
         runner = Runner3D(new_sd())

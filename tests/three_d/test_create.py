@@ -1,4 +1,4 @@
-"""Tests the shipped recipes for assets, the files that the runner writes, and the settings that it refuses."""
+"""Tests the shipped asset recipes, the files that the runner writes, and the settings that it refuses."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_shipped_recipes_take_two_steps_on_a_tiny_model(sd, tmp_path, name):
 # --- the runner and its files ----------------------------------------------------------------
 
 
-def test_the_folder_of_an_asset_records_how_the_asset_was_made(sd, tmp_path, monkeypatch):
+def test_an_asset_folder_records_how_the_asset_was_made(sd, tmp_path, monkeypatch):
     monkeypatch.setattr(sd, "name", str(tmp_path / "sd"))
     how, runner = recipe("dreamfusion", *FEW, "train.validation.every=1"), Runner3D(sd)
     asset = create(runner, how, AssetFiles(tmp_path / "asset"), export=wrote)
@@ -93,7 +93,7 @@ def test_the_folder_of_an_asset_records_how_the_asset_was_made(sd, tmp_path, mon
     assert checkpoint.load(tmp_path / "asset.training") is None and not sd.adapters
     assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "previews are rendered during training"
     assert about["backbone"] == "sd" and str(tmp_path) not in json.dumps(about), (
-        "asset.json must not contain local folders"
+        "asset.json must not contain local paths"
     )
     with pytest.raises(ValueError, match="exists"):
         AssetFiles(tmp_path / "asset").check()
@@ -131,7 +131,7 @@ def test_a_failed_export_leaves_a_state_to_resume_from(sd, tmp_path):
         (["task=tune"], "no phase of the recipe makes an asset"),
     ],
 )
-def test_an_impossible_prompt_is_refused_before_anything_begins(sd, tmp_path, settings, why):
+def test_impossible_prompts_and_tasks_are_refused_before_anything_begins(sd, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         Runner3D(sd).create(recipe("dreamfusion", *FEW, *settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()

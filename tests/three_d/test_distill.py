@@ -28,7 +28,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
-    """Attaches a concept `mug` with a token and a LoRA that has an effect."""
+    """Attaches a concept named `mug`, with a token and a LoRA that has an effect."""
     LearnableToken(vectors=1).attach(backbone, "mug", "mug", 0)
     Lora(rank=2).inject(backbone, "mug", "lora", 0)
     draw = torch.Generator().manual_seed(1)
@@ -47,7 +47,7 @@ def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("name", ["dreamfusion", "prolificdreamer"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(new_sd, tmp_path, name, stop):
-    """The field and the student are equal bit for bit, although the parameters of the field are replaced at step 3."""
+    """The field and the student are equal bit for bit, although the field's parameters are replaced at step 3."""
     whole = finish(session(new_sd(), recipe(name, *GROWS), tmp_path / "whole"))
     run = session(new_sd(), recipe(name, *GROWS, f"train.checkpoint_every={stop}"), tmp_path / "run")
     steps = run.steps()
@@ -103,10 +103,10 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(new_sd, t
     assert same(
         finish(session(new_sd(), how, tmp_path / "run"), resume=True),
         finish(session(new_sd(), how, tmp_path / "other")),
-    ), "the resumed run equals a run that did not fail"
+    ), "the resumed run equals a run that never failed"
 
 
-def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_after_the_step(new_sd, tmp_path):
     import os
     import signal
 
@@ -119,7 +119,7 @@ def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
     assert state is not None and state.step == 2
 
 
-# --- adapters of each prediction, and trained parameters -------------------------------------
+# --- the adapters behind each prediction, and trained parameters -----------------------------
 
 
 def first_step(backbone, how, folder) -> Distill:
@@ -154,7 +154,7 @@ def test_a_concept_changes_the_gradient_only_while_it_is_active(new_sd, tmp_path
     assert torch.equal(off, plain)
 
 
-def test_the_student_adds_adapters_to_those_of_the_teacher_and_starts_equal_to_the_teacher(new_sd, tmp_path):
+def test_the_student_adds_adapters_to_the_teachers_and_starts_with_the_same_predictions(new_sd, tmp_path):
     backbone = new_sd()
     teach(backbone)
     task = first_step(backbone, recipe("prolificdreamer", "prompt=a photo of a <mug>"), tmp_path / "run")
@@ -209,7 +209,7 @@ def test_incompatible_settings_are_refused_before_the_first_step(new_sd, tmp_pat
 
 
 def test_teachers_of_every_parameterization_predict_the_noise(new_sd, make_tiny_sd_v, flux, tmp_path):
-    """Predictions of epsilon, v and flow are converted to noise predictions with their formulas."""
+    """Epsilon, v and flow predictions are converted to noise predictions, each with its own formula."""
     for i, backbone in enumerate((new_sd(), StableDiffusionBackbone(make_tiny_sd_v(), "tiny"), flux)):
         side = f"train.resolution={32}"
         task = first_step(backbone, recipe("dreamfusion", side, "guidance.resolution=32"), tmp_path / str(i))

@@ -1,4 +1,4 @@
-"""In the evaluation of assets, only the true object gets perfect scores, and assets are not rotated to fit it."""
+"""In asset evaluation, only the true object gets perfect scores, and assets are not rotated to fit it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_empty_view_does_not_match_a_white_object():
     assert compared(sphere(torch.ones(3)), white, AROUND[:2]).psnr_of_all == BEST_DB
     empty = Views(torch.ones_like(white.pixels), torch.zeros_like(white.masks))
     gone = compared(sphere(torch.ones(3)), empty, AROUND[:2])
-    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # all errors on a black background, half of the total, are 1
+    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # the errors on a black background, half of all errors, are 1
 
 
 def test_silhouettes_drawn_together_equal_those_drawn_one_by_one(box):
@@ -204,7 +204,7 @@ def test_learned_names_are_replaced_by_the_class_noun():
     assert plain("a <my-x> in the snow", "owl") == "an owl in the snow"
 
 
-def test_the_class_noun_of_a_concept_is_read_from_the_folder_of_the_asset(box, tmp_path):
+def test_the_class_noun_of_a_concept_is_read_from_the_asset_folder(box, tmp_path):
     folder = tmp_path / "asset"
     folder.mkdir()
     (folder / "asset.glb").write_bytes(box.read_bytes())

@@ -1,6 +1,6 @@
 """Every kind of field can be saved and loaded, trains all its parameters and starts with the configured shape.
 
-More guarantees of single kinds are tested as well.
+Guarantees specific to one kind are tested as well.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def draw(field, cameras, **settings):
 
 
 def stirred(field):
-    """Perturbs a field. Without this, the last layers of its networks are 0 at the start and pass no gradient."""
+    """Perturbs a field. Otherwise, the last layers of its networks would start at 0 and pass no gradient."""
     pull = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for group in field.groups()["main"]:
@@ -133,7 +133,7 @@ def test_gaussians_with_large_gradients_are_split_and_transparent_gaussians_are_
     old = rows >= 0
     assert torch.equal(field.means[old], before[rows[old]]) and not bool((rows >= 28).any())
     assert [len(p) for group in field.groups()["main"] for p in group.parameters] == [33] * 5
-    same.advance(5, 100)  # as in a run that is resumed here
+    same.advance(5, 100)  # as in a run that resumes at this step
     assert torch.equal(same.means, field.means)
 
 

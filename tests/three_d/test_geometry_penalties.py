@@ -74,7 +74,7 @@ def test_a_rough_ball_has_a_higher_penalty_than_a_smooth_one_and_gradient_descen
 
 
 @pytest.mark.parametrize("kind", ["eikonal", "laplacian", "normal_consistency"])
-def test_penalties_on_surfaces_prefer_a_ball_with_true_distances(kind):
+def test_surface_penalties_prefer_a_ball_with_true_distances(kind):
     ball = Tetrahedra(resolution=14, color_resolution=4, start=Blob(radius=0.7)).build()
     bent = Tetrahedra(resolution=14, color_resolution=4, start=Blob(radius=0.7)).build()
     bent.distances.data += 0.4 * torch.randn(bent.distances.shape, generator=torch.Generator().manual_seed(2))
@@ -110,7 +110,7 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
 
 
 def test_pixels_outside_the_masks_can_be_ignored():
-    """This lets a field show anything outside the masks if its silhouette need not match that of the pictures."""
+    """This lets a field show anything outside the masks, unless its silhouette must match the masks."""
     field = Voxels(resolution=12).build()
     field.raw_features.data += 3  # different from the grey background
     with torch.no_grad():

@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def means(seed: int):
-    """Returns a function that maps cameras to pictures. Each picture depends only on the azimuth of its camera."""
+    """Returns a function that maps cameras to pictures. Each picture depends only on its camera's azimuth."""
     wave = random(3, 4, 4, seed=seed)
     return lambda cameras: wave * (1 + torch.deg2rad(cameras.azimuth_deg.double()).cos())[:, None, None, None]
 
@@ -69,7 +69,7 @@ def close(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-10) -> bool:
 # --- the surrogate loss and conventions --------------------------------------------------------
 
 
-def test_the_slope_of_the_surrogate_is_the_gradient_per_view():
+def test_the_slope_of_the_surrogate_is_the_gradient_divided_by_the_number_of_views():
     grad = random(2, 3, 4, 4, seed=2)
     z = Z.clone().requires_grad_(True)
     surrogate(z, grad).backward()
@@ -107,8 +107,11 @@ def test_sds_equals_its_formula(scores):
     assert close(made.noised.z_t, alpha * Z + sigma * made.noised.target)
 
 
-def test_sjc_equals_the_variance_reduced_gradient_of_its_paper(scores):
-    """At noise level s = sigma / alpha, D = z + s noise - s eps(z_t), and the gradient is (z - D) / s."""
+def test_sjc_equals_the_variance_reduced_gradient_in_its_paper(scores):
+    """At noise level s = sigma / alpha, the denoised view is D = z + s noise - s eps(z_t).
+
+    The gradient is (z - D) / s.
+    """
     made = guided(shipped("sjc", "guidance.scale=1"), scores)
     alpha, sigma, ask = parts(scores, made)
     level = sigma / alpha
@@ -139,7 +142,7 @@ def test_nfsd_subtracts_the_negative_prediction_only_at_t_200_and_above(scores, 
     assert close(made.grad, sigma**2 * (domain + 7.5 * (ask("prompt") - ask("null"))))
 
 
-def test_vsd_subtracts_the_prediction_of_the_student(scores):
+def test_vsd_subtracts_the_students_prediction(scores):
     made = guided(shipped("prolificdreamer"), scores)
     _, sigma, ask = parts(scores, made)
     teacher = ask("negative") + 7.5 * (ask("prompt") - ask("negative"))
@@ -242,7 +245,7 @@ def test_a_term_with_weight_0_is_not_evaluated(scores):
 
 
 @pytest.mark.parametrize("name", ["dreamfusion", "sdi"])
-def test_a_batch_of_views_equals_each_view_alone(scores, name):
+def test_a_view_gets_the_same_gradient_in_a_batch_as_alone(scores, name):
     settings = shipped(name, "guidance.times.low=0.4", "guidance.times.high=0.4", "guidance.times.anneal=1")
     fixed = {"noiser": settings.noiser.model_copy(update={"eta": 0.0, "jitter": 0.0})} if name == "sdi" else {}
     settings = settings.model_copy(update=fixed)
@@ -271,12 +274,12 @@ def _no_noise():
     ("settings", "why"),
     [
         (["guidance.terms.student={kind: plain_prompt, adapters: student, plain: -1}"], "nothing trains the student"),
-        (["guidance.terms.start={kind: negative, at: s}"], "at: s needs the earlier point"),
+        (["guidance.terms.start={kind: negative, at: s}"], "at=s needs the earlier point"),
         (["guidance.perp_neg={}"], "needs a term of kind null"),
         (["guidance.space=latents", "guidance.pixel_weight=1"], "have no pixels"),
         (["guidance.terms.prompt=null", "guidance.terms.negative=null"], "nothing guides"),
     ],
 )
-def test_settings_that_do_not_fit_together_are_refused(settings, why):
+def test_incompatible_settings_are_refused(settings, why):
     with pytest.raises(ValueError, match=why):
         shipped("dreamfusion", *settings)

@@ -1,4 +1,4 @@
-"""A phase can start from the field of the previous phase, whatever the kinds of the two fields are."""
+"""A phase can start from the previous phase's field, even if the two fields are of different kinds."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def _start():
 def test_a_run_resumed_after_the_hand_over_equals_an_uninterrupted_one(new_sd, tmp_path, name, every):
     """The results are equal bit for bit, and only the later field remains at the end.
 
-    The run resumes from the end of the first phase if `every` is 0, because nothing is saved within phases. If `every`
-    is 1, it resumes one step later.
+    With `every` 0, nothing is saved within phases, so the run resumes from the end of the first phase. With `every` 1,
+    it resumes one step later.
     """
 
     def run(folder: str):
@@ -225,7 +225,9 @@ def test_starting_from_an_empty_field_is_refused():
 
 def test_the_error_for_an_unsuitable_penalty_explains_how_to_leave_it_out(sd, tmp_path):
     how = load("dreamfusion", [*TINY, "train.resolution=16", "field.kind=gaussians", "field.count=40"], "3d", Recipe3D)
-    with pytest.raises(ValueError, match=r"orientation needs a field .* to leave it out: penalties.orientation=null"):
+    with pytest.raises(
+        ValueError, match=r"orientation needs a field .* to leave this penalty out, set penalties.orientation=null"
+    ):
         finish(session(sd, how, tmp_path / "run"))  # type: ignore[arg-type]
 
 

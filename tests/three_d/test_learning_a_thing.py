@@ -19,7 +19,7 @@ from tests.three_d.closed_forms import view
 
 
 class Doll(BaseVolume):
-    """A body with a nose at its front, coloured so that no two sides look alike."""
+    """A body with a nose at the front, coloured so that no two sides look alike."""
 
     def __init__(self) -> None:
         super().__init__(1.1, 3)

@@ -32,7 +32,7 @@ BOX = Box(lo=(-0.4, -0.4, 0.3), hi=(0.4, 0.4, 0.9), softness=0.1)
 
 
 def edited(fill: float = 2.0) -> LocalEditField:
-    """Returns a local edit of a ball. The region of the edit contains random values."""
+    """Returns a local edit of a ball. The edited region contains random values."""
     start = Blob(radius=0.5, density=40)
     field = LocalEdit(resolution=20, start=start, regions={"hat": BOX}, fill=fill).build()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def edited(fill: float = 2.0) -> LocalEditField:
 
 
 def places() -> tuple[Tensor, Tensor]:
-    """Returns random points and the depth of each point inside the box (negative outside the box)."""
+    """Returns random points and each point's depth inside the box (negative outside it)."""
     at = 2.2 * torch.rand(6000, 3, generator=torch.Generator().manual_seed(1)) - 1.1
     return at, torch.minimum(at - torch.tensor(BOX.lo), torch.tensor(BOX.hi) - at).amin(-1)
 
@@ -69,7 +69,7 @@ def test_a_field_equals_its_start_bit_for_bit_outside_its_regions():
 
 
 def test_the_surface_outside_the_region_does_not_move():
-    """Compares the vertices of marching cubes on the same grid and at the same density."""
+    """Compares the vertices that marching cubes finds on the same grid and at the same density."""
     before = extract(edited().kept, 40, 5.0, all_parts=True).vertices
     after = extract(edited(), 40, 5.0, all_parts=True).vertices
 
@@ -120,7 +120,7 @@ def recipe(*more: str) -> Recipe3D:
 
 
 def test_the_region_becomes_the_object_that_its_own_teacher_knows(sd, tmp_path):
-    """The region's teacher knows a green block. The teacher of the rest knows plain red, which no edit can match."""
+    """The region's teacher knows a green block. The teacher for the rest knows plain red, which no edit can match."""
     settings = ("train.steps=40", "field.lr=0.5", "field.lr_features=0.5", "guidance.scale=7.5",
                 "guidance.regions.hat.prompt=a photo of a green hat", "cameras.elevation_deg=[0, 40]", "penalties=null",
                 "background.random=0.0", "background.colors=[[1.0, 1.0, 1.0]]")  # fmt: skip
@@ -159,7 +159,7 @@ def shown(field: LocalEditField, cameras: Cameras) -> Tensor:
         return Volume(samples=32).render(field, cameras, view(len(cameras), 24, background=1.0)).pixels
 
 
-def test_the_concepts_of_a_region_are_active_only_in_that_region():
+def test_a_regions_concepts_are_active_only_in_that_region():
     more = ("guidance.regions.hat.concepts=[b]", "guidance.regions.like={kind: sdf}", "negative=dull",
             "guidance.regions.bow={kind: sdf, prompt: a bow, negative: ugly}")  # fmt: skip
     asked: list[Any] = []

@@ -1,4 +1,4 @@
-"""The estimated memory matches the memory that a run uses, and settings that save memory do not change the field."""
+"""The estimated memory matches what a run uses, and memory-saving settings do not change the field."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AGAIN = ("train.gradient_checkpointing=true", "renderer.recompute=true", "render
 @pytest.mark.parametrize(
     ("text", "size"), [("8G", 8 * 2**30), ("1.5 GiB", 3 * 2**29), ("512m", 2**29), ("64KB", 2**16), ("77", 77)]
 )
-def test_sizes_are_parsed_in_common_notations(text, size):
+def test_sizes_in_common_notations_are_parsed(text, size):
     assert parse_bytes(text, "--vram") == size
 
 
@@ -87,7 +87,7 @@ def test_recomputation_gives_the_same_field(new_sd, tmp_path):
     assert same(plain, less)
 
 
-def test_views_are_processed_in_smaller_batches_if_they_do_not_fit_together(sd, tmp_path):
+def test_views_are_processed_in_smaller_batches_if_they_do_not_all_fit_in_memory(sd, tmp_path):
     tries = Tries(run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run"), 0, [])
     fixed, one_more = tries.costs(Levers(8, 8))
     assert fitting(tries, fixed + 8 * one_more, True) == (Levers(8, 8), fixed + 8 * one_more)

@@ -1,4 +1,4 @@
-"""Tests silhouettes, depths, gradients and occlusion of rendered triangles and Gaussians, for any batch size."""
+"""Tests the silhouettes, depths, gradients and occlusion of rendered triangles and Gaussians, for any batch size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_each_view_of_triangles_is_independent_of_the_others():
 
 
 def assert_each_is_as_if_alone(renderer, field, **how) -> None:
-    """Asserts that each camera of a batch renders as it does alone, in every output, and that the pictures differ."""
+    """Asserts that each camera's outputs are the same in a batch as alone, and that the cameras' pictures differ."""
     three = renderer.render(field, CAMERAS, view(3, 24, normals=True, **how))
     for i in range(3):
         one = renderer.render(field, CAMERAS[i : i + 1], view(1, 24, normals=True, **how))
@@ -142,7 +142,7 @@ def installed_gsplat(tmp_path, monkeypatch):
     ids=["library", "dependency", "build", "without-cuda"],
 )
 def test_a_broken_gsplat_is_not_used_and_the_reason_is_given(installed_gsplat, text, why):
-    """The kernels of gsplat are built on first use, so gsplat may fail then rather than on import."""
+    """gsplat builds its kernels on first use, so it may fail then rather than on import."""
     installed_gsplat(text)
     with pytest.warns(UserWarning, match=f"gsplat is installed but does not work .*{why}.*rendered in PyTorch"):
         assert gsplat(torch.device("cpu")).rasterization is None

@@ -1,4 +1,4 @@
-"""In the complete task and training loop, every guidance recovers the scene that a perfect teacher knows."""
+"""In the complete task and training loop, every guidance method recovers the scene that a perfect teacher knows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def known(cameras: Cameras) -> Tensor:
 
 
 def oracle(**more) -> OracleScores:
-    """Returns a teacher that is nearly certain of each view with the prompt, and less certain without the prompt."""
+    """Returns a teacher that is nearly certain of each view with the prompt, and less certain without it."""
     scene = {"prompt": (known, 0.05), "plain_prompt": (known, 0.05)}
     scene |= {told: (known, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]
@@ -51,13 +51,13 @@ def fidelity(state: dict[str, Tensor]) -> float:
         ("hifa", ("train.steps=300",)),
     ],
 )
-def test_a_guidance_recovers_the_scene(sd, tmp_path, name, settings):
+def test_each_guidance_method_recovers_the_scene(sd, tmp_path, name, settings):
     found = finish(session(sd, recipe(name, *LONG, *settings), tmp_path / "run", oracle()))
     assert fidelity(found) > 25
 
 
 def test_a_field_of_latents_also_recovers_the_scene(sd, tmp_path):
-    """SJC optimises the teacher's latents directly, without an encoder. Here the latents are the picture in [-1, 1]."""
+    """SJC optimizes the teacher's latents directly, without an encoder. Here, the latents are pictures in [-1, 1]."""
     how = recipe("sjc", *LONG, "train.resolution=32")
     truth = true_pictures()
     means = lambda cameras: torch.cat([truth, truth[:, :1]], 1)[view_of(cameras)]  # noqa: E731 (four channels)
@@ -98,7 +98,7 @@ def test_vsd_recovers_the_scene_with_a_student_trained_alongside_the_field(sd, t
 
 
 def test_a_3d_object_is_recovered_even_from_unseen_sides(sd, tmp_path):
-    """The field, the renderer and the cameras are those of real runs. `bench_oracle.py` runs this for all guidances."""
+    """The field, renderer and cameras are those of real runs. `bench_oracle.py` runs this for all guidance methods."""
     found = reconstructed(sd, "dreamfusion", tmp_path)
     assert found.iou > 0.9
     assert found.psnr > 25

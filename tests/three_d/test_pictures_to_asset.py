@@ -1,4 +1,4 @@
-"""Tests recipes that learn a subject from pictures and make an asset of the subject in one run."""
+"""Tests recipes that learn a subject from pictures and make an asset of it, all in one run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Watched(PseudoViews):
 
 
 def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]]:
-    """Returns a runner, and a dictionary that it fills with the active adapters of each phase and their strengths."""
+    """Returns a runner, and a dictionary that the runner fills with each phase's active adapters and strengths."""
     on: dict[str, dict[str, float]] = {}
 
     class Tuned(Tune):
@@ -90,9 +90,10 @@ def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]
 
 
 def test_the_phases_of_dreambooth3d_use_the_right_adapters_views_and_cameras(new_sd, tmp_path, subject):
-    """Views are generated from renders of the asset. The last phase compares the asset with them from the same cameras.
+    """Views are generated from renders of the asset. The last phase compares the asset with these views, from the same
+    cameras.
 
-    The adapter `full` is active while the views are generated, but not in the phases after that.
+    The `full` adapter is active while the views are generated, but not in later phases.
     """
     how, backbone, Watched.seen = dreambooth3d(), new_sd(), []
     watched, on = watched_runner(backbone)
@@ -165,12 +166,12 @@ def test_each_phase_can_be_resumed(new_sd, tmp_path, subject):
         (["phases.first.task=tune"], r"trains nothing|no earlier phase makes an asset"),
     ],
 )
-def test_phases_that_do_not_fit_together_are_refused(sd, tmp_path, subject, settings, why):
+def test_incompatible_phases_are_refused(sd, tmp_path, subject, settings, why):
     with pytest.raises(ValueError, match=why):
         Runner3D(sd).create(dreambooth3d(*settings), tmp_path / "run", subject, tensorboard=False)
 
 
-def test_a_field_is_compared_on_the_border_colour_of_pictures_without_masks():
+def test_pictures_without_masks_are_compared_on_a_background_of_their_border_colour():
     pictures = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     pictures[:, :, [0, -1]], pictures[:, :, :, [0, -1]] = 0.25, 0.25
     pictures[1, :, 0, :6] = 0.9  # part of the object may touch the border
@@ -180,8 +181,8 @@ def test_a_field_is_compared_on_the_border_colour_of_pictures_without_masks():
 # --- multi-view DreamBooth -------------------------------------------------------------------
 
 
-def test_views_of_a_ring_attend_only_to_each_other(sd):
-    """A different view in the same ring changes the prediction. Identical views and views of other rings do not."""
+def test_views_in_a_ring_attend_only_to_each_other(sd):
+    """A different view in the same ring changes the prediction. Identical views and views in other rings do not."""
     prompts = ScenePrompts("a photo of a mug")
     plain, joint = BackboneScores(sd, prompts, {}), BackboneScores(sd, prompts, {}, joint_views=2)
     z = torch.randn(4, *sd.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))

@@ -36,14 +36,14 @@ def test_a_text_is_encoded_only_once_unless_its_concept_changes(named):
     assert len(cache) == 3
 
 
-def test_only_adapters_of_text_encoders_and_their_strengths_affect_the_cache(named):
+def test_only_text_encoder_adapters_and_their_strengths_affect_the_cache(named):
     Lora(rank=1).inject(named, "unet-only", "lora", 0)
     cache = PromptCache(named)
     cache.encode(["a dog"], T)
     with torch.no_grad():
         next(named.adapters["unet-only"][0].parameters()).add_(1.0)
     cache.encode(["a dog"], T)
-    assert len(cache) == 1, "adapters of the denoiser do not change text embeddings"
+    assert len(cache) == 1, "denoiser adapters do not change text embeddings"
     Lora(rank=1, roles=("text_encoder",)).inject(named, "wordy", "lora", 0)
     cache.encode(["a dog"], T)
     assert len(cache) == 2
@@ -79,7 +79,7 @@ def test_a_camera_embedding_has_no_effect_at_first_and_can_be_removed_without_a_
         assert torch.equal(sd.predict(z, t, text), before), "the embedding has no effect outside the context"
         state = adapter.state_dict()
         assert all(k.startswith("unet.camera_embedding.") for k in state)
-        with pytest.raises(ValueError, match="differ from those of the 4 saved ones"):
+        with pytest.raises(ValueError, match="differ from those of the 4 saved tensors"):
             adapter.load_state_dict({k: v[:1] for k, v in state.items()})
         sd.remove("student")
         assert torch.equal(sd.predict(z, t, text), before)

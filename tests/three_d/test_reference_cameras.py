@@ -1,4 +1,4 @@
-"""Tests camera estimates for pictures, made by comparing them with renders or with the toybox's pose estimator."""
+"""Tests estimating the cameras of pictures, by comparison with renders or with the toybox's pose estimator."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_rough_azimuth_narrows_the_search():
     assert found.agreement is not None and float(found.agreement[0]) > float(found.agreement[1])
 
 
-def test_an_object_with_other_colours_has_a_lower_agreement():
+def test_an_object_with_different_colours_has_a_lower_agreement():
     true = FRAMING.cameras(torch.tensor([20.0]), torch.tensor([20.0]))
     seen = true_views(true, 48)
     right = from_renders(renders, FRAMING, seen.pixels, seen.coverage).agreement
@@ -152,7 +152,7 @@ def test_the_field_is_fitted_to_pictures_whose_cameras_were_estimated(sd, subjec
     assert asset.recipe.field.kind == "textured_mesh"
 
 
-def test_phases_that_use_pictures_of_earlier_phases_can_be_fitted_into_memory(sd, subject, tmp_path):
+def test_phases_that_use_pictures_from_earlier_phases_can_be_fitted_into_memory(sd, subject, tmp_path):
     plan = Runner3D(sd).fit(reconstruction(), tmp_path / "run", subject, memory=2**36)
     assert set(plan.how) == {"form", "fit", "paint"} and plan.estimate > 0
 
@@ -168,7 +168,7 @@ def test_a_missing_subject_and_missing_masks_are_reported_before_anything_runs(s
         runner.create(reconstruction(), tmp_path / "run", bare, tensorboard=False)
     with pytest.raises(
         ValueError,
-        match=r"near_deg must have one azimuth per picture \(3\), but has 1: give them in this order: 0\.png",
+        match=r"near_deg must have one azimuth per picture \(3\), but has 1; give them in this order: 0\.png",
     ):
         runner.create(reconstruction("phases.cameras.task.near_deg=[0]"), tmp_path / "run", subject, tensorboard=False)
     assert not (tmp_path / "run").exists()
@@ -181,7 +181,7 @@ def test_a_rough_azimuth_is_refused_if_the_estimator_does_not_use_it():
         reconstruction("phases.cameras.task.near_deg=[0, 90, 180]", "phases.cameras.task.estimator=toybox")
 
 
-def test_pictures_of_several_phases_are_compared_together_if_all_have_masks(tmp_path):
+def test_pictures_from_several_phases_are_compared_together_if_all_have_masks(tmp_path):
     folders = {"cameras": blank_views(turntable(3), tmp_path / "a"), "views": blank_views(turntable(2), tmp_path / "b")}
     entries = json.loads((folders["views"] / "kept.json").read_text())
     for entry in entries["kept"]:

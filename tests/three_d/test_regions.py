@@ -1,4 +1,4 @@
-"""Tests the positions of regions, the cells of views that show them, and their guidance."""
+"""Tests where regions are, which cells of a view show them, and how they are guided."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_ball_has_the_given_centre_and_radius_and_can_be_grown():
 
 
 def test_the_inside_of_a_mesh_is_a_region_at_the_given_position(tmp_path):
-    """A block of 4 by 2 by 2 is centred and scaled so that its corners lie on a sphere of radius 0.5."""
+    """A 4 by 2 by 2 block is centred and scaled so that its corners lie on a sphere of radius 0.5."""
     trimesh.creation.box((4, 2, 2)).apply_translation([3, 0, 0]).export(tmp_path / "block.ply")
     mesh = Sdf(path=tmp_path / "block.ply", center=(0.1, -0.1, 0.0), radius=0.5, softness=0.0)
     half = 0.5 * torch.tensor([2.0, 1, 1]) / 6**0.5
@@ -67,7 +67,7 @@ def test_a_view_shows_a_region_where_rays_reach_it_before_the_object(azimuth):
     away = (to - along[..., None] * directions).norm(dim=-1)[0]
     far, clear = torch.full((1, 1, 32, 32), 99.0), torch.zeros(1, 1, 32, 32)
     shown = seen(ball.build(), cameras, far, clear, cells, 1.1)[0, 0]
-    sure = (away - 0.35).abs() > 0.1  # half of a cell's diagonal, plus the step along the ray
+    sure = (away - 0.35).abs() > 0.1  # half a cell's diagonal, plus the step along the ray
     assert torch.equal((shown > 0.5)[sure], (away < 0.35)[sure]) and bool((shown > 0.5).any())
     wall = torch.full((1, 1, 32, 32), float(along.min()) - 0.5)
     assert not bool(seen(ball.build(), cameras, wall, 1 - clear, cells, 1.1).any()), "the wall hides the region"
@@ -98,7 +98,7 @@ def test_each_cell_is_guided_by_the_region_that_it_shows():
         assert torch.allclose(found[i][:, :, 2, :2], b[i][:, :, 2, :2])
         assert torch.allclose(found[i][0, :, :2, 2:], c[i][0, :, :2, 2:])
         assert torch.allclose(found[i][0, :, :2, :2], (b[i] + c[i])[0, :, :2, :2] / 2), (
-            "overlapping regions have equal shares of a cell"
+            "overlapping regions share a cell equally"
         )
         assert torch.allclose(found[i][:, :, 3, 0], (0.75 * a[i] + 0.25 * b[i])[:, :, 3, 0])
     assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), (

@@ -1,4 +1,4 @@
-"""Tests settings that change over a run and the timesteps that are drawn from scheduled ranges."""
+"""Tests settings that change over a run, and timesteps drawn from scheduled ranges."""
 
 from __future__ import annotations
 

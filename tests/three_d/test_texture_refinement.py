@@ -58,7 +58,7 @@ def test_pixels_that_differ_from_the_border_colour_count_as_the_object(tmp_path)
     assert PhaseViews(phase="views").pictures({}, 16, {"views": tmp_path}).masks is None
 
 
-def test_phases_that_use_views_of_earlier_phases_can_be_fitted_into_memory(sd, tmp_path):
+def test_phases_that_use_views_from_earlier_phases_can_be_fitted_into_memory(sd, tmp_path):
     plan = Runner3D(sd).fit(load("texture_refinement", list(SMALL), "3d", Recipe3D), tmp_path / "run", memory=2**36)
     assert set(plan.how) == {"form", "paint"} and plan.estimate > 0
 
@@ -77,7 +77,7 @@ def test_phases_that_use_views_of_earlier_phases_can_be_fitted_into_memory(sd, t
         ),
     ],
 )
-def test_settings_without_effect_are_refused(sd, tmp_path, settings, why):
+def test_settings_that_cannot_take_effect_are_refused(sd, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         recipe = load("texture_refinement", [*SMALL, *settings], "3d", Recipe3D)
         Runner3D(sd).create(recipe, tmp_path / "run", tensorboard=False)

@@ -1,6 +1,6 @@
 """Tests prompts and guidance for threestudio against the contract that its documentation defines for extensions.
 
-If a checkout is given (`PCS_THREESTUDIO=DIR`), they are also tested against the base classes of that checkout.
+If a checkout is given (`PCS_THREESTUDIO=DIR`), they are also tested against that checkout's base classes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def folders(make_tiny_sd, tmp_path_factory) -> SimpleNamespace:
 
 
 def both(threestudio, folders, recipe: str = "dreamfusion", prompt: str = PROMPT, **guidance):
-    """Creates a prompt processor and a guidance from settings, as threestudio does from a configuration."""
+    """Creates a prompt processor and a guidance object from settings, as threestudio does from a configuration."""
     shared = {"backbone": folders.backbone, "concepts": {folders.concept: 0.8}, "recipe": recipe}
     settings = guidance.pop("settings", SETTINGS)
     words = threestudio.find("pcs-prompt-processor")({"prompt": prompt, **shared, "settings": settings})
@@ -102,18 +102,18 @@ def test_only_the_student_is_trained_alongside_the_field(threestudio, folders):
         out = guidance(rgb, words(), **looked(2))
         losses.append(out["student"])
     assert losses[-1] < losses[0]
-    assert rgb.grad is None, "the loss of the student has no gradient for the views"
+    assert rgb.grad is None, "the student's loss has no gradient with respect to the views"
     assert all(torch.equal(a, b) for a, b in zip(concept, tensors("my-mug"), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, tensors("student"), strict=True))
     words, guidance = both(threestudio, folders, "prolificdreamer", settings=["guidance.scale=2"])
     guidance.update_step(0, 5)
-    with pytest.warns(UserWarning, match="starts anew at step 5"):
+    with pytest.warns(UserWarning, match="starts from scratch at step 5"):
         guidance(rgb, words(), **looked(2))
     with pytest.raises(ValueError, match=r"trainable\.more"):
         both(threestudio, folders, "prolificdreamer", settings=["trainable.more.kind=lora"])
 
 
-def test_cameras_have_the_angles_and_positions_of_threestudio():
+def test_cameras_have_the_same_angles_and_positions_as_in_threestudio():
     given = looked(3)
     cameras = cameras_of(*(given[name] for name in ("elevation", "azimuth", "camera_distances", "fovy")))
     torch.testing.assert_close(cameras.fov_deg, torch.full((3,), 40.0))

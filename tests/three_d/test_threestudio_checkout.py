@@ -1,6 +1,6 @@
 """Tests the files written into a threestudio checkout, the doctor's report, and launches with missing packages.
 
-If `PCS_THREESTUDIO=DIR` is set, the launch.py of that checkout also takes 20 steps with a concept.
+If `PCS_THREESTUDIO=DIR` is set, that checkout's launch.py also takes 20 steps with a concept.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_files_that_the_user_changed_or_wrote_are_not_silently_replaced(checkout
     (checkout / "custom/pcs/__init__.py").unlink()
     ran = pcs("3d", "threestudio", "install", checkout)
     assert ran.code == 2 and "--overwrite" in ran.err and "# mine" in config.read_text()
-    assert not (checkout / "custom/pcs/__init__.py").exists(), "either all files are written or none is"
+    assert not (checkout / "custom/pcs/__init__.py").exists(), "either all files are written or none are"
     assert pcs("3d", "threestudio", "install", checkout, "--overwrite").code == 0
     assert config.read_text() == content("configs/pcs-dreamfusion.yaml")
     (checkout / "custom/pcs/__init__.py").write_text("print('another extension')")
@@ -78,7 +78,7 @@ def test_a_folder_that_is_not_a_checkout_is_refused(tmp_path, pcs, command):
     assert ran.code == 2 and "launch.py" in ran.err and not listing(tmp_path)
 
 
-def test_the_extension_accepts_every_key_of_the_configuration(checkout, monkeypatch):
+def test_the_extension_accepts_every_key_in_the_configuration(checkout, monkeypatch):
     from importlib import import_module
 
     forget()
@@ -105,7 +105,7 @@ def test_the_doctor_states_how_to_install_a_missing_extension(checkout, pcs):
         assert f"{package} is not installed ({REPLACEABLE[package]})" in ran.out
 
 
-def test_missing_packages_are_named_and_no_import_is_tried_without_them(checkout, monkeypatch):
+def test_missing_packages_are_named_and_no_import_is_attempted_without_them(checkout, monkeypatch):
     install(checkout)
     monkeypatch.setitem(doctor.NEEDED, "no_such_module", "no-such-package")
     found = list(doctor.findings(checkout))
@@ -183,7 +183,7 @@ def test_a_launch_without_a_gpu_requires_the_cpu_option(checkout, pcs, monkeypat
 
 @pytest.fixture
 def real(tmp_path) -> Path:
-    """Makes a folder with links to the code of the given checkout, so that the checkout itself is not changed."""
+    """Makes a folder with links to the given checkout's code, so that the checkout itself is not changed."""
     if not CHECKOUT:
         pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR, and run with its packages installed")
     folder = tmp_path / "checkout"
@@ -203,7 +203,7 @@ def started(*arguments: object) -> str:
     return ran.stdout + ran.stderr
 
 
-def test_launch_py_of_a_checkout_takes_20_steps_with_a_concept_and_exports(real, sd, make_tiny_sd, tmp_path):
+def test_a_checkouts_launch_py_takes_20_steps_with_a_concept_and_exports_an_asset(real, sd, make_tiny_sd, tmp_path):
     make_tiny_sd().save_pretrained(tmp_path / "tiny")
     concept = write_concept(sd, tmp_path / "my-mug.concept")
     started("install", real)

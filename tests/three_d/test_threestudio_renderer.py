@@ -1,6 +1,6 @@
 """Compares the renderer and the exporter for threestudio with closed forms.
 
-They are tested against the documented contract and, if a checkout is given, against the base classes of that checkout.
+They are tested against the documented contract and, if a checkout is given, against that checkout's base classes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def renderer(threestudio, material=None, **cfg):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("cfg", [{}, {"hidden": 0.0}, {"importance": 32}])
-def test_every_view_of_a_batch_matches_the_closed_form(threestudio, count, cfg):
+def test_every_view_in_a_batch_matches_the_closed_form(threestudio, count, cfg):
     given, made = batch(count), renderer(threestudio, chunk=100, **cfg)
     truth = opacity_of(given)
     for training in (True, False):

@@ -108,7 +108,7 @@ def test_backgrounds_and_shadings_are_drawn_in_the_given_proportions():
 # --- the teacher's prompts -------------------------------------------------------------------
 
 
-def test_the_words_for_a_view_match_its_camera_and_follow_the_name_of_the_subject():
+def test_the_words_for_a_view_match_its_camera_and_follow_the_subjects_name():
     words = ViewWords(back="seen from behind")
     cameras = Cameras.of([0.0, 44.0, 46.0, -134.0, 136.0, 180.0, 10.0], torch.tensor([0.0] * 6 + [61.0]))
     assert words.directions(cameras) == ["front", "front", "side", "side", "back", "back", "overhead"]
@@ -171,7 +171,7 @@ def test_perp_neg_equals_its_formula_for_every_view():
 
 
 def test_perp_neg_scales_the_negatives_like_the_prompt():
-    """The prompt of CSD has the coefficient 1, whatever the guidance scale is."""
+    """In CSD, the prompt's coefficient is 1, whatever the guidance scale."""
     for settings, factor in (([], 1.0), (["guidance.terms.prompt.plain=2"], 2.0)):
         made, ask, away = perp_negs(shipped("csd", "guidance.perp_neg={}", *settings), Moment(0, 10))
         assert torch.allclose(made.eps, factor * (ask("prompt") + away) - ask("null"), rtol=1e-9)

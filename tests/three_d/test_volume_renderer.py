@@ -114,7 +114,7 @@ def test_shading_shows_the_normals_of_a_ball(shading):
     camera = Cameras.of([0.0], 0.0)
     drawn = Volume(samples=96).render(field, camera, view(1, shading=shading))
     middle = drawn.pixels[0, :, 15:17, 15:17].mean((1, 2))
-    # the point of the ball in the middle of the picture faces +x and the light
+    # in the middle of the picture, the ball's surface faces +x and the light
     expected = [1.0, 1.0, 1.0] if shading == "textureless" else [1.0, 0.5, 0.5]
     assert torch.allclose(middle, torch.tensor(expected), atol=0.03)
     rim = drawn.pixels[0, :, 15, :][:, drawn.opacity[0, 0, 15] > 0.9][:, -1]
@@ -128,7 +128,7 @@ def test_latents_are_rendered_unchanged_and_without_shading():
     )
     with pytest.raises(ValueError, match="needs 3 channels, but the field has 4"):
         Volume().render(Solid(0.6, channels=4), CAMERAS, view(3, channels=4, shading="normal"))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not match"):
         Volume().render(Solid(0.6), CAMERAS, view(2))
     with pytest.raises(ValueError, match="volume cannot render a TetrahedraField"):
         Volume().render(Tetrahedra(resolution=6, color_resolution=4).build(), CAMERAS, view(3))

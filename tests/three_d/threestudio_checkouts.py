@@ -1,4 +1,4 @@
-"""Imports threestudio from checkouts in tests, and saves a concept for use with them."""
+"""Helpers that import threestudio from a checkout and save a concept to use with it."""
 
 from __future__ import annotations
 

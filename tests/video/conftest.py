@@ -1,4 +1,4 @@
-"""Fixtures that write tiny clips and models to disk for tests of clips."""
+"""Fixtures that write tiny clips and models to disk for tests that use clips."""
 
 from __future__ import annotations
 

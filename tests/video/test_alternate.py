@@ -59,7 +59,7 @@ def run(backbone: Any, photos: Path, folder: Path, *settings: str) -> TrainingRu
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
-    """Records the number of latent axes and the active adapter sets for each prediction with gradients enabled."""
+    """Records the number of latent axes and the active adapter sets for each prediction made with gradients enabled."""
     out: list[tuple[int, set[str]]] = []
     predict = AnimateDiffBackbone.predict
 
@@ -78,8 +78,8 @@ def test_pictures_and_clips_take_turns(clips: Any, photos: Path, tmp_path: Path,
     assert [set(record.parts) for record in records] == [{"denoising"}, {"denoising"}, {"prior"}, {"denoising"}]
 
 
-def test_subject_tokens_do_not_change_in_prior_preservation_steps(clips: Any, photos: Path, tmp_path: Path) -> None:
-    """Even the momentum of the optimizer leaves the tokens unchanged in these steps."""
+def test_subject_tokens_do_not_change_at_prior_preservation_steps(clips: Any, photos: Path, tmp_path: Path) -> None:
+    """Not even the optimizer's momentum changes the tokens at these steps."""
     words = ("modifier.kind=learnable_token", "trainable.words.kind=tokens", "trainable.words.group=words")
     started = run(clips, photos, tmp_path, *ALTERNATE, *words, "task.subject_only=[words]")
     values, loras = [], []
@@ -89,14 +89,14 @@ def test_subject_tokens_do_not_change_in_prior_preservation_steps(clips: Any, ph
     assert [torch.equal(x, y) for x, y in zip(values[1:], values, strict=False)] == [True, False, True]
     assert not any(torch.equal(x, y) for x, y in zip(loras[1:], loras, strict=False))
     clips.remove("mug")
-    for group, message in (("others", "unknown optimizer group 'others'"), ("main", "leaves nothing that could learn")):
+    for group, message in (("others", "unknown optimizer group 'others'"), ("main", "leaves no optimizer group")):
         settings = [*ALTERNATE, f"task.subject_only=[{group}]"]
         with pytest.raises(ValueError, match=message):
             list(run(clips, photos, tmp_path / group, *settings).steps())
         clips.remove("mug")
 
 
-def test_a_temporary_adapter_is_off_between_steps_and_in_steps_that_disable_it(
+def test_a_temporary_adapter_is_off_between_steps_and_during_steps_that_disable_it(
     clips: Any, photos: Path, tmp_path: Path, seen: Any
 ) -> None:
     session = run(clips, photos, tmp_path, *ALTERNATE, *TEMPORARY, "task.rest=[frozen]")
@@ -117,7 +117,7 @@ def test_a_temporary_adapter_learns(clips: Any, photos: Path, tmp_path: Path) ->
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], photos: Path, tmp_path: Path
 ) -> None:
-    """The adapters are bit-identical in a run with alternating steps, a temporary adapter and branches."""
+    """The adapters are bit-identical even with alternating steps, a temporary adapter and branches."""
     settings = (*ALTERNATE, *TEMPORARY, "task.rest=[frozen]", "train.checkpoint_every=2")
     settings += ("trainable.side.kind=bottleneck", "trainable.side.width=2", "trainable.side.lr=0.01")
 

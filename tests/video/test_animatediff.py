@@ -1,4 +1,4 @@
-"""Compares the AnimateDiff backbone with diffusers on clips, pictures, the autoencoder and sampling."""
+"""Compares the AnimateDiff backbone with diffusers: prediction for clips and pictures, encoding, and sampling."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def test_pictures_go_through_the_image_network(clips: AnimateDiffBackbone, make_
     x, prompts = noise(2, 4, 8, 8), ("a mug", "a dog")
     assert torch.equal(ask(clips, x, prompts), ask(pictures, x, prompts))
     one_frame = ask(clips, x[:, :, None], prompts)[:, :, 0]
-    # motion modules change even a clip of one frame, so pictures go through the image network instead
+    # motion modules change even a one-frame clip, so pictures go through the image network instead
     assert not torch.allclose(one_frame, ask(pictures, x, prompts), atol=1e-3)
 
 
 @pytest.mark.parametrize("role", ["self_attention", "cross_attention", "denoiser", "conv"])
-def test_injected_adapters_act_on_both_clips_and_pictures(
+def test_injected_adapters_affect_both_clips_and_pictures(
     clips: AnimateDiffBackbone, make_tiny_sd: Make, role: str
 ) -> None:
-    """On pictures, an adapter acts exactly as it does on the image U-Net. On clips, it also changes the prediction.
+    """On pictures, an adapter has exactly the same effect as on the image U-Net. It also changes predictions for clips.
 
     Removing the adapter restores both predictions.
     """
@@ -107,7 +107,7 @@ def test_motion_adapters_do_not_change_pictures(clips: AnimateDiffBackbone) -> N
 
 
 def test_gradient_checkpointing_does_not_change_the_gradients_of_pictures(clips: AnimateDiffBackbone) -> None:
-    """Gradient checkpointing is enabled for the whole network, and this also enables it for the image network."""
+    """Enabling gradient checkpointing for the whole network also enables it for the image network."""
     group = Lora(rank=2).inject(clips, "mug", "lora", 0)
     scramble(clips.adapters["mug"][0])
     context = clips.encode(["a mug"])
@@ -143,7 +143,7 @@ def test_unsupported_frame_counts_are_refused(clips: AnimateDiffBackbone) -> Non
             clips.latent_shape(32, 32, wrong)
 
 
-def test_sampling_equals_the_diffusers_pipeline(clips: AnimateDiffBackbone) -> None:
+def test_sampling_matches_the_diffusers_pipeline(clips: AnimateDiffBackbone) -> None:
     settings = SamplingSettings("blurry", 5.0, 4, frames=6)
     ours = sample(clips, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
     pipe = clips.pipeline()

@@ -32,7 +32,7 @@ ROOT = 2**0.5  # sqrt(beta^2 + 1) at beta = 1
 
 
 def test_an_error_shared_by_all_frames_weighs_less_than_independent_errors() -> None:
-    """With 16 frames and beta = 1, a shared error has the weight 0.17 and independent errors have the weight 2.82.
+    """With 16 frames and beta = 1, a shared error has weight 0.17, and independent errors have weight 2.82.
 
     Random errors are weighted as the closed form predicts.
     """
@@ -45,10 +45,10 @@ def test_an_error_shared_by_all_frames_weighs_less_than_independent_errors() -> 
     expected = (15 * (2 + 1) + (ROOT - 1) ** 2) / 16
     assert expected == pytest.approx(2.82, abs=0.005)
     assert debiased_error(own, anchors, 1.0).mean() / own.square().mean() == pytest.approx(expected, rel=0.01)
-    assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # with beta = 0, the loss is the plain one
+    assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # with beta = 0, this is the plain loss
 
 
-def test_the_debiased_loss_uses_the_weights_of_the_plain_loss() -> None:
+def test_the_debiased_loss_uses_the_same_weights_as_the_plain_loss() -> None:
     """With inside=0 and outside=1, both losses ignore errors inside the subject's mask in each frame."""
     objective, part = Denoising(inside=0, outside=1), AppearanceDebias(beta=1.0)
     draw = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def longer_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings: str) -> Tune:
-    """Returns a `Tune` task that has the penalty and has not taken a step."""
+    """Returns a `Tune` task with the penalty, before its first step."""
     asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
     asked += [f"sources.clips.window.length={length}", "regularize.debias.kind=appearance_debias", *settings]
     planned = plan(load("animatediff_motion_lora", asked, "video", VideoRecipe))
@@ -101,7 +101,7 @@ def debiased(backbone: Any, folder: Path, tmp_path: Path, length: int, *settings
 
 
 def of_each_anchor(error: Tensor) -> list[float]:
-    """Returns the penalty with each frame in turn as the anchor, in float64. `error` has the shape `[C, F, h, w]`."""
+    """Returns the penalty with each frame in turn as the anchor, in float64. `error` has shape `[C, F, h, w]`."""
     error = error.double()
     return [float((ROOT * error - error[:, a : a + 1]).square().mean()) for a in range(error.shape[1])]
 
@@ -112,7 +112,7 @@ def clips(make_tiny_sd: Callable[..., Any]) -> AnimateDiffBackbone:
 
 
 def anchors(backbone: Any, folder: Path, tmp_path: Path, seed: int, micro: int) -> list[int]:
-    """Returns the anchor frame that the penalty drew in each of eight steps."""
+    """Returns the anchor frame that the penalty drew at each of eight steps."""
     task, chosen = debiased(backbone, folder, tmp_path, 9, f"seed={seed}"), []
     for step in range(8):
         with torch.no_grad(), task.state(step, micro) as state:
@@ -179,7 +179,7 @@ def test_the_objective_is_the_plain_loss_plus_the_debiased_loss(
 ) -> None:
     """In each update, L = |e|^2 + |sqrt(2) e - e_a|^2 (arXiv 2310.08465, eq. 8).
 
-    Here, e is the prediction error and e_a is the prediction error of the anchor frame.
+    Here, e is the prediction error, and e_a is the anchor frame's prediction error.
     """
     task = debiased(new(), longer_clips, tmp_path, 9)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""A mistake with clips causes one clear message and exit code 2, without a traceback or half-written output."""
+"""A mistake with clips results in one clear message and exit code 2, without a traceback or half-written output."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def learning(refused: Refused, clip_model: Path, tmp_path: Path) -> Refused:
 
 
 def test_clips_that_cannot_be_learned_from_are_refused(learning: Refused, tmp_path: Path) -> None:
-    """At its start, a run reports for each file the error that `tests/core/test_clip_bad_files.py` expects."""
+    """When a run starts, each file causes the error that `tests/core/test_clip_bad_files.py` expects."""
     cases: dict[str, Callable[[Path], Any]] = {
         "found only a.mp4 (empty, 0 bytes)": lambda f: (f / "a.mp4").write_bytes(b""),
         "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
@@ -80,7 +80,7 @@ def test_clips_that_cannot_be_learned_from_are_refused(learning: Refused, tmp_pa
 
 
 def test_masks_that_do_not_match_the_frames_are_refused(learning: Refused, tmp_path: Path) -> None:
-    """A run reports too few masks, and masks of the wrong size, before it computes any latents."""
+    """If there are too few masks, or masks of the wrong size, a run says so before it computes any latents."""
     folder = tmp_path / "clips"
     write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
@@ -115,7 +115,7 @@ def test_an_image_model_refuses_a_motion(
 def learned_on(
     tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[..., Any], make_tiny_flux: Callable[..., Any]
 ) -> Callable[[str], Path]:
-    """Returns a function that saves a random LoRA for a tiny model of FAMILY, under the name on-FAMILY."""
+    """Returns a function that saves a random LoRA for a tiny FAMILY model, under the name on-FAMILY."""
     folder = tmp_path_factory.mktemp("families")
     models: dict[str, Callable[[], Any]] = {
         **FAMILIES,

@@ -1,4 +1,4 @@
-"""Branches start without effect, match their formulas, can be saved, and can be removed without a trace."""
+"""Branches have no effect at first, match their formulas, can be saved, and can be removed without a trace."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PARTS = [MotionEmbeddings(coarsest=None), MotionEmbeddings(values="off"), Bottle
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_branch_starts_without_effect_and_is_removed_without_a_trace(clips: AnimateDiffBackbone, part: Any) -> None:
+def test_a_new_branch_has_no_effect_and_is_removed_without_a_trace(clips: AnimateDiffBackbone, part: Any) -> None:
     before, names, text = ask(clips), set(clips.unet.state_dict()), repr(clips.unet)
     part.inject(clips, "m", "part", 0)
     torch.testing.assert_close(ask(clips), before, atol=1e-6, rtol=0)
@@ -189,7 +189,7 @@ def test_a_concept_stores_its_branches(make_tiny_sd: Callable[..., Any], tmp_pat
         export(concept, tmp_path / "out", backbone=fresh)
 
 
-def test_a_bottleneck_learned_on_pictures_acts_in_clips(make_tiny_sd: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_bottleneck_learned_on_pictures_also_affects_clips(make_tiny_sd: Callable[..., Any], tmp_path: Path) -> None:
     from shared.backbones.stable_diffusion import StableDiffusionBackbone
 
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_does_not_change_the_result(
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
 
 
-def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_tiny_sd: Any, tmp_path: Path) -> None:
+def test_incompatible_branches_are_refused(clips: AnimateDiffBackbone, make_tiny_sd: Any, tmp_path: Path) -> None:
     from shared.backbones.stable_diffusion import StableDiffusionBackbone
 
     learn(clips, MotionEmbeddings())
@@ -247,13 +247,13 @@ def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_t
 
 def test_motion_embeddings_are_refused_if_no_layers_attend_only_between_frames() -> None:
     with pytest.raises(
-        ValueError, match=r"layers that attend only between frames, and wan has none; .*motion_director_joint"
+        ValueError, match=r"layers that attend only between frames, but wan has none; .*motion_director_joint"
     ):
         MotionEmbeddings().inject(FAMILIES["wan"](), "m", "part", 0)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_bottlenecks_act_in_video_transformers(family: str) -> None:
+def test_bottlenecks_take_effect_in_video_transformers(family: str) -> None:
     backbone = FAMILIES[family]()
     x, t = noise(2, 4, 2, 4, 4), torch.tensor([900, 300])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A camera pan shifts latents by the right distance, fills the gaps, and treats each clip of a batch separately."""
+"""A camera pan shifts latents by the right distance, fills the gaps, and treats each clip in a batch separately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(pan: CameraPan, x: Tensor, steps: int = 20, seeds: tuple[int, ...] = (1,
 
 @pytest.mark.parametrize(("right", "down"), [(0.5, 0.0), (-0.25, 0.0), (0.0, 0.5), (0.25, -0.25)])
 def test_each_frame_is_shifted_by_its_share_of_the_pan(right: float, down: float) -> None:
-    """Each latent value is the number of its position, so a value that was not filled in reveals where it came from."""
+    """Each latent value is its position's index, so a value that was not filled in reveals where it came from."""
     side, frames = 16, 5
     place = torch.arange(side * side, dtype=torch.float32).view(1, 1, 1, side, side)
     made = run(CameraPan(right=right, down=down), place.repeat(2, 1, frames, 1, 1))
@@ -58,7 +58,7 @@ def test_gaps_are_filled_from_the_same_row_or_column_and_from_outside_the_boxes(
     draw = torch.Generator().manual_seed(0)
     plane = torch.arange(64, dtype=torch.float32).view(1, 8, 8)
     source = torch.ones(8, 8, dtype=torch.bool)
-    source[:, 2:7] = False  # the box of a subject
+    source[:, 2:7] = False  # a subject's box
     right = shifted(plane, 3, 2, source, draw)
     assert torch.equal(right[0, :, :5], plane[0, :, 3:])
     for y in range(8):

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("few_true_pictures")
 
 SMALL = (
     "--motions", "1", "--subjects", "1", "--limit", "1", "--num", "1", "--steps", "1",
-    "--set", "train.steps=1", "--set", "preview.num=0", "--subject-recipe", "textual_inversion",
+    "--set", "train.steps=1", "--set", "preview.num=0", "--set", "sampling.frames=8",
+    "--subject-recipe", "textual_inversion",
     "--set-subject", "train.steps=1", "--set-subject", "preview.num=0", "--set-subject", "train.validation.every=0",
 )  # fmt: skip
 
@@ -106,8 +107,8 @@ def test_a_cell_is_a_motion_with_or_without_a_subject():
     [
         (("--motions", "development-slide"), "unknown motion of the development split 'development-slide'"),
         (("--subjects", "development-duck,mug"), "unknown subject of the development split 'mug'"),
-        (("--motions", "0"), "--motions 0: give 1 to 10,000, or names"),
-        (("--subjects", "-1"), "--subjects -1: give 0 to 10,000, or names"),
+        (("--motions", "0"), "--motions 0: give a number from 1 to 10,000, or names"),
+        (("--subjects", "-1"), "--subjects -1: give a number from 0 to 10,000, or names"),
     ],
 )
 def test_unknown_names_and_invalid_counts_are_refused_before_anything_is_learned(pcs, tmp_path, options, message):
@@ -116,7 +117,7 @@ def test_unknown_names_and_invalid_counts_are_refused_before_anything_is_learned
 
 
 def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:
-    """Returns a report on clips with the given scores and on equally many base-model clips, which all score 0."""
+    """Returns a report on clips with the given scores and on the same number of base-model clips, which all score 0."""
     rows = [
         ClipRow(
             kind=kind, prompt=0, text="", seed=i, file=f"{i}.webp",
@@ -142,7 +143,7 @@ def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictu
     identity = easy_row.scores["identity"]
     assert (identity.low, identity.value, identity.high) == (1.0, 1.0, 1.0)
     assert easy_row.value("both") == easy_row.value("motion_recognised") == 0.5
-    # The intervals come from resampled motions. A resample of these two has a twice, b twice, or one of each.
+    # The intervals come from resampled motions. Here, a resample contains motion a twice, motion b twice, or each once.
     assert (row.scores["motion_recognised"].low, row.scores["motion_recognised"].high) == (0.5, 1.0)
 
 

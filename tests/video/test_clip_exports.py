@@ -1,4 +1,4 @@
-"""Subjects and motions act together, both in `VideoRunner` and as exports that diffusers' AnimateDiffPipeline loads."""
+"""Subjects and motions work together, in `VideoRunner` and as exports that diffusers' AnimateDiffPipeline loads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def concepts(make_tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {**made, "spin": learned(clips, "spin", folder, "motion"), "hop": learned(clips, "hop", folder, "motion")}
 
 
-def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
+def test_two_subjects_and_a_motion_take_effect_in_one_clip(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
     runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
     names = ("mug", "dog", "spin")
     for name in names:
@@ -76,16 +76,16 @@ def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept],
     for name in names:
         assert (ask(**{name: 0.0}) - together).abs().max() > 1e-3, name
     assert torch.equal(ask(), together)
-    with pytest.raises(ValueError, match="dog"):  # the prompt must name a loaded subject, but not a motion
+    with pytest.raises(ValueError, match="dog"):  # prompts must name all loaded subjects, but motions are optional
         runner.generate(["a <mug>"], [3], SETTINGS)
     two = {"spin": 0.5}
     assert (ask(**two) - together).abs().max() > 1e-3
 
 
 def test_two_motions_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
-    """Each motion acts with its own strength, in any order, even if the prompt does not name it.
+    """Each motion takes effect at its own strength, even if the prompt does not name it.
 
-    A motion cannot be loaded twice.
+    The order of loading does not matter, and a motion cannot be loaded twice.
     """
 
     def made(**strengths: float) -> Tensor:
@@ -105,7 +105,7 @@ def test_two_motions_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> 
 def test_a_subject_is_weaker_in_the_first_steps_which_determine_the_motion(
     concepts: dict[str, Concept], make_tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The concept's recipe sets a strength for each step, as in CustomCrafter. An explicit schedule overrides it."""
+    """The concept's recipe sets a strength for each step, as in CustomCrafter, unless an explicit schedule is given."""
     settings = ["sampling.strength=0.4@0,0.8@0.1", "subject.images=photos", "output=mug.concept", "backbone=tiny"]
     recipe = load("subject_lora", settings, "video", VideoRecipe)
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")

@@ -57,7 +57,7 @@ def test_only_training_that_freezes_clips_causes_a_warning(
     before = f"{sum(clip is STILL for clip in base) / 2:.0%}"
     with pytest.warns(
         UserWarning,
-        match=f"{share:.0%} of the clips .* slide is learned, compared with only {before} of those generated without",
+        match=f"{share:.0%} of the clips .* slide is being learned, compared with only {before} of those generated",
     ):
         assert watched(clips, prompts)["frozen"] == share
 
@@ -80,7 +80,7 @@ def test_base_model_clips_are_generated_once_and_only_after_a_frozen_clip() -> N
 def test_base_clips_are_generated_without_the_concept_that_is_being_learned(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """This holds even after training has begun. Other loaded concepts stay active."""
+    """Training may already have begun. Other loaded concepts stay active."""
     settings = [*FAST, f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'm.concept'}"]
     settings += ["train.validation.every=1", "sampling.frames=4"]
     planned = plan(load("motion_director", settings, "video", VideoRecipe))

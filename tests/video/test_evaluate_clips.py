@@ -78,12 +78,12 @@ def judged(makers: Makers, scorer: ClipScorer | None = None, case: ClipCase | No
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipReport, Path]:
-    """Evaluates a model that shows the learned motion when prompted. In other clips, the patch moves down."""
+    """Evaluates a model that shows the learned motion if the prompt names it. In other clips, the patch moves down."""
     out = tmp_path_factory.mktemp("judged") / "report"
     return judged(Makers(maker((3, 0)), maker((0, 3)), maker((0, 3))), out=out), out
 
 
-def test_a_learned_motion_is_distinguished_from_that_of_the_base_model(good: tuple[ClipReport, Path]) -> None:
+def test_a_learned_motion_is_distinguished_from_the_motion_in_base_model_clips(good: tuple[ClipReport, Path]) -> None:
     report, _ = good
     fidelity, false, leak = (report.score(key) for key in ("motion_fidelity", "false_motion", "leakage"))
     assert fidelity and false and leak and fidelity.value and fidelity.low and fidelity.base is not None
@@ -97,7 +97,7 @@ def test_a_learned_motion_is_distinguished_from_that_of_the_base_model(good: tup
         "the two scores should be read together"
     )
     assert report.value("spread") and "clip_t" not in keys and "identity" not in keys
-    assert any("No CLIP was given" in note for note in report.notes)
+    assert any("No CLIP model was given" in note for note in report.notes)
     # without a subject, there is no note about whole frames
     assert not any("whole frames" in note for note in report.notes)
     rows = report.of_kind("concept")
@@ -158,7 +158,7 @@ def test_flags_state_what_is_wrong_with_a_clip() -> None:
 
 
 class SeesPaths:
-    """A path reader that reads horizontal movement as the known motion and everything else as standing still."""
+    """A fake path reader that interprets horizontal movement as the known motion and all else as standing still."""
 
     def __init__(self, known: KnownMotion) -> None:
         self.known = known
@@ -170,7 +170,7 @@ class SeesPaths:
         return self.known.motion.path(count) if wide else np.zeros((count, 6))
 
 
-def test_a_motion_of_the_toybox_is_recognised() -> None:
+def test_a_toybox_motion_is_recognized() -> None:
     known = KnownMotion("reporting-loop", motion_names()["reporting-loop"])
     scorer = ClipScorer(motion_clips=LEARNED, known=known, reader=SeesPaths(known))
     case = ClipCase(motion="loop", ceiling=0.9, acts_unnamed=True)
@@ -179,7 +179,7 @@ def test_a_motion_of_the_toybox_is_recognised() -> None:
     assert found and false and (found.value, found.base, found.truth) == (1, 0, 0.9)
     assert found.chance == known.chance and report.candidates[0] == "loop" and len(report.candidates) >= 11
     assert (false.value, false.unit) == (1, "rate") and false.explanation.startswith("Motion recognised in clips")
-    assert any("acts in every clip" in note for note in report.notes) and not report.of_kind("unnamed")
+    assert any("affects every clip" in note for note in report.notes) and not report.of_kind("unnamed")
     assert report.of_kind("base")[0].moves_like == "still" and not report.of_kind("base")[0].flags
     swapped = judged(Makers(maker((0, 3)), maker((3, 0))), scorer, case, seeds=(0,))
     assert [r.flags for r in swapped.of_kind("concept")] == [["nearest to standing still"]] * 2
@@ -228,7 +228,7 @@ def test_the_motion_and_the_subject_are_inserted_into_prompts(tmp_path: Path) ->
 def concepts(
     tmp_path_factory: pytest.TempPathFactory, clip_model: Path, clip_folder: Path, picture_model: Path
 ) -> Path:
-    """Returns a folder that contains slide.concept and the clips from which the motion was learned."""
+    """Returns a folder that contains slide.concept and the clips that the motion was learned from."""
     folder = tmp_path_factory.mktemp("learned")
     clips = folder / "clips"
     for i in range(2):
@@ -275,7 +275,7 @@ def test_a_motion_is_evaluated_without_any_scoring_network(
     assert "already exists" in capsys.readouterr().err
 
 
-def test_a_motion_at_strength_0_gives_the_clips_of_the_base_model(
+def test_a_motion_at_strength_0_gives_the_same_clips_as_the_base_model(
     concepts: Path, prompts: Path, tmp_path: Path
 ) -> None:
     runner = open_runner(VideoRunner, None, [str(concepts / "slide.concept")], "cpu")

@@ -57,7 +57,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 }
 FOR_ALL = ("train.steps=2", "train.batch_size=1", "train.resolution=32", "sampling.steps=2", "preview.num=0")
 SETTINGS = SamplingSettings("", 3.0, 2, height=32, width=32, frames=4)
-#: For recipes that discard some of their trained parts, the parts that remain in the concept.
+#: The parts that remain in the concept, for recipes that discard some of their trained parts.
 KEPT = {
     "still_moving": {"lora", "spatial"},
     "motion_director": {"temporal"},

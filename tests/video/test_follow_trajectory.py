@@ -1,4 +1,4 @@
-"""The subject of a clip follows a trajectory during sampling, and the background fills the gap that it leaves."""
+"""A clip's subject follows a trajectory during sampling, and background fills the gap that the subject leaves."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def moved(
     return Following(trajectory=trajectory).latents(step, signal * clean + noisy * noise), signal, noisy
 
 
-def test_the_subject_follows_the_trajectory_and_its_background_does_not_move() -> None:
-    """The cells of the square keep their noise.
+def test_the_subject_follows_the_trajectory_and_the_background_does_not_move() -> None:
+    """The square's cells keep their noise.
 
     In the area that the square has left, each row keeps its value and gets new noise. All other cells are unchanged.
     """
@@ -77,7 +77,7 @@ def test_the_subject_follows_the_trajectory_and_its_background_does_not_move() -
     clean, noise = scene(side)
     made, signal, noisy = moved(path_of(points), clean, noise)
     found = subject_mask(clean[0])
-    assert found[6:10, 6:10].all() and found.sum() <= 36  # smoothing may add a border of one cell
+    assert found[6:10, 6:10].all() and found.sum() <= 36  # smoothing may add a one-cell border
     hole = widened(found)
     for frame, (right, down, _) in enumerate(points):
         dx, dy = round(right * side), round(down * side)
@@ -133,7 +133,7 @@ def test_a_size_change_is_centred_on_the_subject_and_does_not_stretch_its_noise(
 
 
 @pytest.mark.parametrize(("start", "order", "at"), [(0.3, 1, 3), (0.0, 1, 0), (1.0, 1, 9), (0.3, 2, 4), (1.0, 2, 8)])
-def test_the_hook_acts_once_at_the_beginning_of_a_step(start: float, order: int, at: int) -> None:
+def test_the_hook_changes_the_latents_once_at_the_beginning_of_a_step(start: float, order: int, at: int) -> None:
     """A scheduler of order 2 is called twice per step, and the latents must not jump between the two calls."""
     clean, noise = scene(frames=5)
     following = Following(trajectory=path_of(arc(5), start=start))
@@ -187,7 +187,7 @@ def test_a_subject_near_an_edge_is_kept_in_view() -> None:
 
 
 def test_the_subject_mask_selects_cells_that_differ_from_their_row() -> None:
-    """The subject is found despite noise and although the rows have different values.
+    """The subject is found despite noise and despite differences between rows.
 
     The mask covers at most half of the frame, or the whole frame if the latents are uniform.
     """
@@ -248,6 +248,6 @@ def test_a_camera_pan_works_on_frames_that_show_one_picture(make_tiny_sd: Callab
 def test_the_shift_into_view_is_the_smallest_possible() -> None:
     path = np.array([[-0.2, -0.4], [0.2, 0.4]])
     assert into_view(np.array([0.5, 0.5]), path, 0.2) == pytest.approx([0, 0])
-    # the path is too long vertically, so it is centred in this direction
+    # the path is too tall for the frame, so it is centred vertically
     assert into_view(np.array([0.3, 0.9]), path, 0.2) == pytest.approx([0.1, -0.4])
     assert into_view(np.array([0.7, 0.5]), path, 0.2) == pytest.approx([-0.1, 0])

@@ -45,7 +45,7 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes pictures, a clip of 6 frames, masks for the clip, and a file of boxes."""
+    """Writes pictures, a 6-frame clip, masks for the clip, and a file of boxes."""
     folder = tmp_path_factory.mktemp("given")
     paint(folder / "photos")
     write_clip(folder / "clip", moving_square(0, 6), 8)
@@ -69,7 +69,7 @@ def test_all_steering_options_can_be_combined(ask: Ask, given: Path, clip_model:
     assert read_clip(out, ClipWindow(length=4)).fps == 6
 
 
-def test_a_first_frame_also_replaces_the_kept_region_and_says_so(given: Path) -> None:
+def test_a_first_frame_also_replaces_the_kept_region_and_a_warning_is_given(given: Path) -> None:
     clip, photo = given / "clip", given / "photos" / "0.png"
     with pytest.warns(UserWarning, match="--keep applies only to the later frames"):
         hooks = ClipSteering(first_frame=photo, keep=clip, keep_mask=clip).hooks()
@@ -111,7 +111,7 @@ def test_invalid_steering_options_are_refused_before_a_model_is_loaded(ask: Ask,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Saves tiny Wan and LTX models as folders."""
+    """Saves tiny Wan and LTX models, each in its own folder."""
     root = tmp_path_factory.mktemp("transformers")
     for name, pipe in (("wan", build_wan()), ("ltx", build_ltx())):
         pipe.save_pretrained(root / name)
@@ -152,7 +152,7 @@ def test_supported_frame_counts_are_determined_from_the_model_folder(
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_windows_that_do_not_fit_are_refused_before_anything_is_loaded(
+def test_unsupported_frame_counts_are_refused_before_anything_is_loaded(
     folders: dict[str, Path], clip_folder: Path, tmp_path: Path, ask: Ask
 ) -> None:
     for family, length, nearest in (("wan", 6, "5 and 9"), ("ltx", 6, "1 and 9")):

@@ -133,12 +133,12 @@ def test_a_first_frame_and_a_region_are_given_together(photo: Path, clip: Path, 
     assert not torch.equal(made[:, :, 1, 2:], of_clip[:, :, 1, 2:])
 
 
-def test_given_frames_that_do_not_fit_are_refused_with_their_file_name(photo: Path, clip: Path, tmp_path: Path) -> None:
+def test_unsuitable_given_frames_are_refused_with_their_file_name(photo: Path, clip: Path, tmp_path: Path) -> None:
     wan = WanBackbone(build_wan(), "tiny")
     write_clip(tmp_path / "short", moving_square(0, 3), 8)
     for given, message in [
         (GivenFrames(path=clip, frames=4), "a clip of 4 frames does not fit wan, .*nearest: 1 and 5"),
-        (GivenFrames(path=clip), "clip would keep 9 frames, which must be fewer than the 9 to generate"),
+        (GivenFrames(path=clip), "clip would fill 9 frames, but only 9 are generated in all"),
         (GivenFrames(path=clip, frames=12), "clip has only 9 frames, but its first 12 are requested"),
         (GivenFrames(path=tmp_path / "short", mask=photo), "short has 3 frames, but 9 are needed"),
         (GivenFrames(path=clip, mask=tmp_path / "short"), "short contains 3 masks, but .*clip has 9 frames"),
@@ -183,7 +183,7 @@ def test_a_network_with_one_timestep_per_clip_refuses_different_timesteps(make_t
 
 
 def test_a_first_frame_given_in_training_has_no_noise_and_no_loss(tmp_path: Path) -> None:
-    """This applies to only the requested share of the clips."""
+    """Only the requested share of the clips gets a first frame."""
     part, x = Uniform(clean_first_frame=0.25), noise(400, 1, 3, 1, 1)
     t = part.draw_times(400, torch.Generator().manual_seed(0), False)
     each = part.of_frames(t, x, torch.Generator().manual_seed(1))

@@ -27,7 +27,7 @@ def ltx() -> LTXBackbone:
     return LTXBackbone(build_ltx(), "tiny")
 
 
-def test_the_encoding_and_the_network_equal_those_of_the_pipeline(ltx: LTXBackbone) -> None:
+def test_the_encoding_and_the_prediction_match_the_pipeline(ltx: LTXBackbone) -> None:
     prompts, pipe = ["a photo of a mug", "a dog"], ltx.pipeline()
     theirs, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=48)
     ours = ltx.encode(prompts)
@@ -62,7 +62,7 @@ def test_padding_is_ignored(ltx: LTXBackbone) -> None:
             assert torch.equal(ltx.predict(x, t, changed), plain) == at_padding
 
 
-def test_context_masks_are_concatenated_and_must_be_given_only_to_networks_that_need_them(ltx: LTXBackbone) -> None:
+def test_context_masks_are_concatenated_and_required_by_some_networks_and_refused_by_others(ltx: LTXBackbone) -> None:
     a, b, together = (ltx.encode(prompts) for prompts in (["a mug"], ["a dog"], ["a mug", "a dog"]))
     both = Conditioning.cat([a, b])
     assert both.context_mask is not None and together.context_mask is not None
@@ -85,7 +85,7 @@ def test_the_frame_rate_sets_the_time_of_each_frame(ltx: LTXBackbone) -> None:
     assert not torch.allclose(ours, usual, atol=1e-4)
 
 
-def test_the_noise_schedule_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone) -> None:
+def test_the_shift_of_the_noise_schedule_depends_on_the_number_of_tokens(ltx: LTXBackbone) -> None:
     times = []
     for frames in (9, 25):
         solver = make_scheduler(ltx)
@@ -99,7 +99,7 @@ def test_the_noise_schedule_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone)
 
 def test_a_decoder_that_adds_noise_matches_the_pipeline_and_is_deterministic() -> None:
     ltx = LTXBackbone(build_ltx(timed_decoder=True), "tiny")
-    for module in ltx.vae.decoder.modules():  # the noise scales are initialised to 0
+    for module in ltx.vae.decoder.modules():  # the noise scales are initialized to 0
         for key in ("per_channel_scale1", "per_channel_scale2"):
             if getattr(module, key, None) is not None:
                 getattr(module, key).data.fill_(0.3)

@@ -1,6 +1,6 @@
 """Tests parts that are used to learn motion.
 
-Each prediction uses the right adapters, and a random augmentation is drawn once for an entire clip.
+Each prediction uses the right adapters, and a random augmentation is drawn once per clip.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_each_clip_has_its_own_spatial_adapters(
 
     other = ({"spatial@1", "spatial@2"} - {own}).pop()
     assert moved(own) and moved("m") and not moved(other)
-    assert clips.strengths[own] == 0.0  # the adapters are off again outside the steps of their clip
+    assert clips.strengths[own] == 0.0  # outside their own clip's steps, the adapters are off
     steps.close()
 
 
@@ -133,7 +133,7 @@ def test_invalid_settings_for_the_dual_path_are_refused(
         list(run(clips, clip_folder, tmp_path, "task.skip=0", *settings).steps())
 
 
-def test_an_interrupted_run_equals_an_uninterrupted_one(
+def test_a_resumed_run_learns_the_same_adapters_as_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
     """All adapters are bit-identical, including the spatial adapters of each clip."""
@@ -165,5 +165,5 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
                 assert torch.equal(value, b.state_dict()[key]), (name, key)
 
 
-def test_the_task_part_of_motion_director_selects_dual_path() -> None:
+def test_motion_director_uses_the_dual_path_task() -> None:
     assert VideoRunner.tasks[type(load("motion_director", (), "video", VideoRecipe).task)] is DualPath

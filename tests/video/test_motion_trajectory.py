@@ -82,7 +82,7 @@ def test_a_concept_stores_a_trajectory_and_only_clips_that_name_it_follow_it(lea
     runner.unload("slide")
     plain = runner.generate(["a mug"], [0], how)
     torch.testing.assert_close(plain, made[1:2], atol=1e-4, rtol=0)
-    # a hook from the caller acts even if the prompt does not name it
+    # a hook from the caller takes effect even if the prompt does not name it
     assert (runner.generate(["a mug"], [0], given) - plain).abs().max() > 0.01
     runner.load(concept, 0.0)
     torch.testing.assert_close(runner.generate(prompts[:1], [0], how), plain, atol=1e-4, rtol=0)
@@ -136,7 +136,7 @@ def test_a_trajectory_has_one_recorded_strength_and_cannot_be_exported(learned: 
 
 
 def test_other_recipes_can_also_use_a_trajectory(clip_model: Path, clip_folder: Path, tmp_path: Path) -> None:
-    """If the prompt names a motion with a LoRA and a trajectory, both act. Otherwise, only the LoRA acts."""
+    """If the prompt names a motion with a LoRA and a trajectory, both take effect. Otherwise, only the LoRA does."""
     places = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={tmp_path / 'both.concept'}"]
     asked = [
         "personalize",
@@ -156,12 +156,12 @@ def test_other_recipes_can_also_use_a_trajectory(clip_model: Path, clip_folder: 
     assert (lora - plain).abs().max() > 1e-3 and (both - lora).abs().max() > 0.01
 
 
-def test_motion_layers_cannot_be_left_out_if_a_motion_was_learned_in_them(
+def test_motion_layers_cannot_be_skipped_if_a_motion_was_learned_in_them(
     learned: Path, clip_folder: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A recipe that leaves out motion layers is refused if it also trains them.
+    """A recipe that skips motion layers is refused if it also trains them.
 
-    A prompt is refused if it names a trajectory that leaves out motion layers and a motion that was learned in them.
+    A prompt is refused if it names both a trajectory that skips motion layers and a motion that was learned in them.
     """
     asked = ["personalize", "motion_director", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     path = [f"output={tmp_path / 'lora.concept'}", "sampling.trajectory.layers=image"]
@@ -180,7 +180,7 @@ def test_motion_layers_cannot_be_left_out_if_a_motion_was_learned_in_them(
 def test_a_motion_with_its_own_words_can_follow_a_trajectory(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Words act on the image layers, so no learned part is left out. A camera pan can be added to the trajectory."""
+    """Words affect the image layers, so no learned part is skipped. A camera pan can be added to the trajectory."""
     asked = ["personalize", "motion_trajectory", f"backbone={clip_model}", f"subject.clips={clip_folder}", *FAST]
     words = ["modifier={kind: learnable_token, init: moving}", "trainable.words={kind: tokens}", "train.steps=1"]
     assert run(app, [*asked, *words, f"output={tmp_path / 'said.concept'}"]) == 0
@@ -197,7 +197,7 @@ def test_a_model_without_separate_image_layers_uses_all_layers_and_reports_it(
 ) -> None:
     path = ClipSampling(trajectory=path_of(arc(5), layers="image"))
     wan = WanBackbone(build_wan(), "tiny")
-    assert path.port(wan) == "sampling.trajectory.layers: wan has no separate layers for motion, so all its layers act"
+    assert path.port(wan) == "sampling.trajectory.layers: wan has no separate motion layers, so all its layers are used"
     places = [f"subject.clips={clip_folder}", f"output={tmp_path / 'slide.concept'}", *FAST, "train.steps=0"]
     settings = ["backbone=wan", "sources.clips.window.length=5", "preview.num=0"]
     recipe: Any = load("motion_trajectory", [*places, *settings], "video", VideoRecipe)
@@ -281,7 +281,7 @@ def test_clips_without_the_motion_are_generated_once_for_several_motions(
         files.append([report.files[report.of_kind(kind)[0].file] for kind in ("base", "unnamed")])
         runner.unload(concept.meta.name)
         costs.append(report.costs.base_seconds_per_clip)
-    # the cost is the time that it took to generate the clips, not to look them up
+    # the cost is the time taken to generate the clips, not to look them up
     assert files[0] == files[1] and costs[0] == costs[1]
     a, b, plain = "a red mug <slide> on the beach", "a red mug <hop> on the beach", "a red mug on the beach"
     assert sorted(made) == sorted([(False, a), (False, b), (False, plain), (True, plain)])

@@ -1,6 +1,6 @@
-"""A motion can make clips start from the noise that is obtained by inverting one of its training clips.
+"""A motion can make clips start from the noise found by inverting one of its training clips.
 
-Tune-A-Video and Motion Inversion do this.
+Tune-A-Video and Motion Inversion use such noise.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def learned(clip_model: Path, clip_folder: Path, tmp_path: Path) -> Path:
     return personalize(plan(recipe), runner)["slide"]
 
 
-def test_a_prompt_that_names_the_motion_starts_from_the_noise_of_a_training_clip_and_no_other_prompt_does(
+def test_only_clips_whose_prompts_name_the_motion_start_from_the_noise_of_a_training_clip(
     learned: Path, clip_model: Path
 ) -> None:
     runner = VideoRunner(load_backbone(clip_model))

@@ -65,12 +65,12 @@ def test_a_motion_is_learned_saved_and_reproduced(
     meta = read(out).meta
     assert meta.kind == "motion" and meta.backbone.family == "animatediff"
     touched = [layer for layers in meta.layers.values() for layer in layers]
-    # the concept changes only motion modules, so it does not contain the appearance of the clips
+    # the concept changes only motion modules, so it does not contain the clips' appearance
     assert touched and all("motion_modules" in layer for layer in touched)
     assert sorted(r.file for r in meta.references) == ["a.mp4", "b"] and all(r.sha256 for r in meta.references)
 
 
-def test_a_motion_and_a_subject_learned_from_pictures_act_together(
+def test_a_motion_and_a_subject_learned_from_pictures_work_together(
     clip_model: Path, picture_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     """A concept folder written by `pcs image` works unchanged in a clip, together with a motion."""

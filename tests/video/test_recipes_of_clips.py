@@ -1,4 +1,4 @@
-"""The shipped recipes for clips can be resolved, name their papers, and appear in `pcs methods`."""
+"""The shipped video recipes can be resolved, name their papers, and appear in `pcs methods`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_recipe_resolves_and_survives_a_round_trip(name: str) -> None:
     assert recipe.train.steps <= full.train.steps  # on the toybox, recipes need fewer steps
 
 
-def test_motion_recipes_also_train_motion_modules_on_the_toybox() -> None:
+def test_motion_recipes_train_motion_modules_on_the_toybox_too() -> None:
     """For pictures, the toybox overlay puts LoRAs on all kinds of layers. This rule does not apply to clips."""
     recipe = load("motion_director", (), "video", VideoRecipe)
     assert recipe.trainable["temporal"].places == ("temporal_attention", "temporal_feed_forward")

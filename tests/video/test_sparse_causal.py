@@ -1,4 +1,4 @@
-"""Sparse-causal attention matches its formula, is saved in its concept, and is active only while the concept is."""
+"""Sparse-causal attention matches its formula, is saved with its concept, and is active only while the concept is."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_words_are_attended_to_only_inside_the_box_of_each_frame(family: str, ma
             torch.testing.assert_close(after[2 + row, frame], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_boxes_act_only_in_the_first_steps(make_tiny_sd: Any) -> None:
+def test_boxes_take_effect_only_in_the_first_steps(make_tiny_sd: Any) -> None:
     sd = StableDiffusionBackbone(make_tiny_sd())
     how: dict[str, Any] = {"seeds": [1], "guidance": 4.0, "steps": 4}
     plain = sample(sd, ["a red mug"], **how)
@@ -113,7 +113,7 @@ def test_boxes_act_only_in_the_first_steps(make_tiny_sd: Any) -> None:
     assert not torch.equal(early, plain) and not torch.equal(early, always)
     assert torch.equal(sample(sd, ["a red mug"], hooks=(SubjectBoxes(**part, until=0.0),), **how), plain)
     for boxes, message in [
-        ({"cat": [0, 0, 1, 1]}, "there is a box for 'cat', but the prompt does not contain it: 'a red mug'"),
+        ({"cat": [0, 0, 1, 1]}, "'cat' has a box, but does not occur in the prompt 'a red mug'"),
         (
             {"red mug": {0: [0, 0, 1, 1], 3: [0, 0, 1, 1]}},
             r"go up to frame 3 \(counted from 0\), but only 1 frame is generated",

@@ -29,13 +29,13 @@ def subject_of(folder: Path, path: np.ndarray, masked: bool) -> Subject:
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.5])
-def test_centre_and_size_are_measured_on_masks(tmp_path: Path, growth: float) -> None:
+def test_centre_and_size_are_measured_from_masks(tmp_path: Path, growth: float) -> None:
     truth = arc(growth=growth)
     found = np.array(measure(subject_of(tmp_path, truth, True), source(), SIDE))
     assert found == pytest.approx(truth - truth.mean(0), abs=0.02)
 
 
-def test_moving_points_are_measured_if_there_are_no_masks(tmp_path: Path) -> None:
+def test_moving_points_are_tracked_if_there_are_no_masks(tmp_path: Path) -> None:
     truth = arc(12)
     found = np.array(measure(subject_of(tmp_path, truth, False), source(12), SIDE))
     assert found[:, :2] == pytest.approx((truth - truth.mean(0))[:, :2], abs=0.04)
@@ -43,7 +43,7 @@ def test_moving_points_are_measured_if_there_are_no_masks(tmp_path: Path) -> Non
 
 
 def test_clips_are_averaged_around_their_own_means(tmp_path: Path) -> None:
-    """Two clips of the same motion at different positions give the same trajectory as one clip alone."""
+    """Two clips of the same motion at different positions give the same trajectory as one of them alone."""
     paths = [arc(), arc() + np.array([0.1, -0.1, 0])]
     both = [subject_of(tmp_path / str(i), path, True) for i, path in enumerate(paths)]
     masks = {**both[0].masks, **both[1].masks}

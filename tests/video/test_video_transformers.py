@@ -1,4 +1,4 @@
-"""Tests the features that Wan (with one or two experts) and LTX share, on tiny networks of the real classes."""
+"""Tests the features that Wan (with one or two experts) and LTX share, on tiny instances of the real classes."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_pictures_are_clips_of_one_frame(backbone: Any) -> None:
     assert backbone.decode(x).shape == (2, 3, 32, 32)
 
 
-def test_clips_are_encoded_and_decoded_as_by_the_bare_autoencoder(backbone: Any) -> None:
-    """In addition, the backbone normalises the latents with the mean and standard deviation of each channel."""
+def test_the_backbone_encodes_and_decodes_clips_just_as_the_bare_autoencoder_does(backbone: Any) -> None:
+    """In addition, the backbone normalizes the latents with the mean and standard deviation of each channel."""
     frames, vae = frames_of(backbone), backbone.vae
     pixels = noise(2, 3, frames, 32, 32).clamp(-1, 1)
     mean = torch.tensor([0.3, -0.2, 0.1, 0.0]).view(1, -1, 1, 1, 1)
@@ -89,7 +89,7 @@ def test_clips_are_encoded_and_decoded_as_by_the_bare_autoencoder(backbone: Any)
     assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())
 
 
-def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
+def test_unsupported_frame_counts_and_sizes_are_refused(backbone: Any) -> None:
     r = backbone.frame_factor
     assert backbone.latent_shape(32, 48) == (4, 4, 6)
     for n in range(3):
@@ -108,7 +108,7 @@ def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 
-def test_sampling_equals_the_diffusers_pipeline(backbone: Any) -> None:
+def test_sampling_matches_the_diffusers_pipeline(backbone: Any) -> None:
     frames = frames_of(backbone)
     settings = SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=frames)
     ours = sample(backbone, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
@@ -162,7 +162,7 @@ def test_each_role_is_either_exact_and_disjoint_or_a_port_that_names_its_source(
 
 
 @pytest.mark.parametrize("role", ["temporal_attention", "cross_attention", "feed_forward", "denoiser", "text_encoder"])
-def test_injected_adapters_act_and_leave_no_trace(backbone: Any, role: str) -> None:
+def test_injected_adapters_take_effect_and_leave_no_trace_when_removed(backbone: Any, role: str) -> None:
     text, before = {c: repr(m) for c, m in backbone.components.items()}, ask(backbone)
     learn(backbone, roles=(role,))
     adapted = {a.component for a in backbone.adapters["my-mug"]}
@@ -278,7 +278,7 @@ def test_learned_tokens_are_encoded_and_trained(backbone: Any) -> None:
         LearnableToken(per="layer").attach(backbone, "other", "mug")
 
 
-def test_a_context_for_each_site_is_refused(backbone: Any) -> None:
+def test_a_separate_context_for_each_site_is_refused(backbone: Any) -> None:
     text = backbone.encode(["a mug"]).per_site([s.name for s in backbone.sites()])
     with pytest.raises(ValueError, match=f"{backbone.family}: all of its layers share one projection of the text"):
         backbone.predict(noise(1, 4, 2, 4, 4), TIMES[:1], text)

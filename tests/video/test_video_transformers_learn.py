@@ -88,7 +88,7 @@ def test_a_motion_is_learned_in_the_queries_and_keys_of_joint_attention(
 ) -> None:
     """MotionDirector has a port for networks without temporal layers.
 
-    Adapters on Q and K of the chosen blocks learn the motion. Other adapters learn the appearance of the clips and are
+    Adapters on Q and K of the chosen blocks learn the motion. Other adapters learn the clips' appearance and are
     discarded.
     """
     settings = (
@@ -140,7 +140,7 @@ def test_the_spatial_path_learns_from_the_first_latent_frame(
 
 
 def test_clip_masks_are_averaged_over_the_frames_of_each_latent_frame(backbone: Any, tmp_path: Path) -> None:
-    """The mask covers part of only the second frame.
+    """The mask covers part of the second frame and nothing else.
 
     In that part, the averaged mask is 0 in the first latent frame and 1/r in the second, which represents r frames.
     """
@@ -157,7 +157,7 @@ def test_clip_masks_are_averaged_over_the_frames_of_each_latent_frame(backbone: 
     torch.testing.assert_close(batch.owner_masks["m"], expected)
 
 
-def test_a_window_that_does_not_fit_is_refused(longer_clips: Path, tmp_path: Path) -> None:
+def test_a_window_with_an_unsupported_frame_count_is_refused(longer_clips: Path, tmp_path: Path) -> None:
     backbone = FAMILIES["wan"]()
     with pytest.raises(ValueError, match="a clip of 4 frames does not fit wan, .*nearest: 1 and 5"):
         finish(run_on_clips(backbone, longer_clips, tmp_path, 4))

@@ -35,7 +35,7 @@ def ask(backbone: WanBackbone, t: Any, rows: int = 2) -> Tensor:
     return backbone.predict(noise(rows, 4, 2, 4, 4), torch.as_tensor(t), backbone.encode(prompts))
 
 
-def test_the_encoding_and_the_network_equal_those_of_the_pipeline(wan: WanBackbone) -> None:
+def test_the_encoding_and_the_prediction_match_the_pipeline(wan: WanBackbone) -> None:
     prompts, pipe = ["a photo of a mug", "a dog"], wan.pipeline()
     theirs = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=48)[0]
     ours = wan.encode(prompts)
@@ -106,7 +106,7 @@ def test_attention_edits_are_refused_in_a_batch_that_uses_both_experts(experts: 
     ask(experts, mixed)
 
 
-def test_sampling_with_one_timestep_per_token_equals_the_pipeline(wan: WanBackbone) -> None:
+def test_sampling_with_one_timestep_per_token_matches_the_pipeline(wan: WanBackbone) -> None:
     """Wan 2.2 5B has one timestep per token."""
     backbone = WanBackbone(build_wan(time_per_token=True), "tiny")
     seen: list[Tensor] = []
@@ -127,7 +127,7 @@ def test_each_expert_is_exported_to_its_own_file_with_loading_instructions(exper
     assert "load_into_transformer_2=True" in (tmp_path / "out/README.txt").read_text()
 
 
-def test_another_scheduler_keeps_the_shift_of_the_family(wan: WanBackbone) -> None:
+def test_another_scheduler_uses_the_same_shift(wan: WanBackbone) -> None:
     """The shift is called `flow_shift` in the family's scheduler and `shift` in the Euler scheduler."""
     assert make_scheduler(wan).config.flow_shift == make_scheduler(wan, "flow_euler").config.shift == 3.0
     settings = SamplingSettings("blurry", 4.0, 3, "flow_euler", height=32, width=32, frames=5)

@@ -13,7 +13,7 @@ from tests.conftest import build_t5_tokenizer
 
 
 def build_wan(seed: int = 0, *, experts: int = 1, time_per_token: bool = False) -> Any:
-    """Builds a `WanPipeline` with two blocks for 4n + 1 frames. With two experts, the boundary is at t = 700."""
+    """Builds a two-block `WanPipeline` for clips of 4n + 1 frames. With two experts, the boundary is at t = 700."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -60,7 +60,7 @@ def build_wan(seed: int = 0, *, experts: int = 1, time_per_token: bool = False) 
 
 
 def build_ltx(seed: int = 0, *, timed_decoder: bool = False) -> Any:
-    """Builds an `LTXPipeline` with two blocks for 8n + 1 frames. LTX 0.9.1 and later have a `timed_decoder`."""
+    """Builds a two-block `LTXPipeline` for clips of 8n + 1 frames. LTX 0.9.1 and later have a `timed_decoder`."""
     from diffusers import (
         AutoencoderKLLTXVideo,
         FlowMatchEulerDiscreteScheduler,

@@ -1,4 +1,4 @@
-"""Tiny backbones of video transformers, and helpers for their tests."""
+"""Tiny video-transformer backbones, and helpers for testing them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Stands in for threestudio, but provides only the API that its documentation promises to extensions.
+"""A stand-in for threestudio with only the API that threestudio's documentation promises to extensions.
 
-This module is the registry of classes by name.
+This module is the registry that maps names to classes.
 """
 
 import logging

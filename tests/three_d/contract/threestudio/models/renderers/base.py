@@ -9,7 +9,7 @@ class Renderer(BaseModule):
         radius: float = 1.0
 
     def configure(self, geometry, material, background):
-        self.parts = (geometry, material, background)  # a tuple, so they are not submodules of the renderer
+        self.parts = (geometry, material, background)  # a tuple, so that they do not become submodules of the renderer
 
     geometry = property(lambda self: self.parts[0])
     material = property(lambda self: self.parts[1])
