@@ -35,8 +35,8 @@ from shared.types import Subject
 Export = Callable[[Any, Path, Any], Exported]
 ABOUT = "asset.json"
 _SIDES, _SECONDS = 8, 3.0
-_REFERENCES, _REFERENCE = 8, 96  # how many of a subject's pictures the page shows, and their side in pixels
-_TURN_FRAMES, _TURN_SIDE = 24, 128  # frame count of the turntable on a page, and the side of its frames in pixels
+_REFERENCES, _REFERENCE = 8, 96  # how many of a subject's pictures the page shows, and their side length in pixels
+_TURN_FRAMES, _TURN_SIDE = 24, 128  # frame count of a page's turntable, and the side length of its frames in pixels
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def create(
         plan: the memory plan, if the recipe was changed to fit a budget. It is recorded in the asset.
 
     Raises:
-        ValueError: the prompt, concepts and recipe do not fit together, or the field is empty. The state of the run is
+        ValueError: the prompt, concepts and recipe are incompatible, or the field is empty. The state of the run is
             kept.
     """
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
@@ -107,8 +107,8 @@ def create(
 
 @torch.no_grad()
 def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
-    """Writes renders from eight sides and a turntable. Without export settings, they have the size of the training
-    views."""
+    """Writes renders from eight sides and a turntable. Without export settings, they are the same size as the
+    training views."""
     side, frames = (None, 48) if how is None else (how.picture, how.frames)
     around = asset.views(turntable(_SIDES), side).pixels
     for i, picture in enumerate(around):
@@ -130,13 +130,13 @@ def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, 
 
 @torch.no_grad()
 def write_turning(asset: Asset, path: Path) -> Path:
-    """Writes one turn of an asset as an animated WebP, for pages."""
+    """Writes one full turn of an asset as an animated WebP, for pages."""
     around = asset.views(turntable(_TURN_FRAMES), _TURN_SIDE).pixels
     return write_clip(path, (2 * around - 1).transpose(0, 1), _TURN_FRAMES / _SECONDS)
 
 
 def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported | None) -> dict[str, Any]:
-    """Returns the content of asset.json: a description of the asset and everything needed to reproduce it."""
+    """Returns the contents of asset.json: a description of the asset and everything needed to reproduce it."""
     backbone = runner.backbone
     return {
         "prompt": recipe.prompt,

@@ -44,7 +44,7 @@ class Estimate:
     """How N pictures are cropped to the object, and the cameras of the cropped pictures.
 
     centre: the centre of each crop, [N, 2], x right and y down, in [-1, 1] across the picture
-    size: the side of each crop relative to the picture's, [N]
+    size: the side length of each crop relative to the picture's, [N]
     agreement: how well each cropped picture matches the render from its camera, [N] in [0, 1]; None if not measured
     """
 

@@ -29,7 +29,7 @@ class CameraSampling(Part):
     stratified over the batch. `grown` scales all ranges, from 0 (only the front view) to 1 (the full ranges). With
     `ring` = n, the cameras of each group of n views differ only in their azimuths, which are evenly spaced around the
     object (MVDream, https://arxiv.org/abs/2308.16512). In that case, azimuths are stratified over the groups, not over
-    single views.
+    individual views.
     """
 
     azimuth_deg: Range = (-180.0, 180.0)  # 0 is the front

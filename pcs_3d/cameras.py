@@ -1,4 +1,4 @@
-"""Cameras that look at an object. Angles are in degrees, and lengths are in radii of the object."""
+"""Cameras that look at an object. Angles are in degrees, and lengths are in object radii."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Cameras:
         return Cameras(*(value[index] for value in vars(self).values()))
 
     def to(self, device: torch.device | str) -> Cameras:
-        """Returns the cameras on a device."""
+        """Returns the cameras, moved to a device."""
         return Cameras(*(value.to(device) for value in vars(self).values()))
 
     @staticmethod

@@ -33,8 +33,8 @@ from shared.types import Subject
 
 def check(asked: Asked) -> None:
     """Raises ValueError if no asset can be made as requested. The recipe may be unknown, learn the subject itself, or
-    need more than a prompt and a concept; the model or the concept may not fit; or a package that assets need may be
-    missing."""
+    need more than a prompt and a concept; the model or the concept may be unsuitable; or a package that assets need may
+    be missing."""
     check_installed()
     recipe = _recipe(asked, f"<{asked.name}>")
     check_uses_concept(asked.asset_recipe, recipe)

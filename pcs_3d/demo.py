@@ -16,7 +16,7 @@ from shared.recipe.resolve import load
 from shared.runner.open_runner import open_runner
 from shared.toybox.reference_sets import write_album
 
-_SHOTS, _SIDE = 5, 128  # number of renders in the overview, and their side in pixels
+_SHOTS, _SIDE = 5, 128  # number of renders in the overview, and their side length in pixels
 
 
 def check(asked: Asked) -> None:

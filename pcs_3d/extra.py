@@ -1,4 +1,4 @@
-"""Checks that the packages that only assets need are installed."""
+"""Checks that the packages needed only for assets are installed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ NEEDED = {"nerfacc": "nerfacc", "scipy": "scipy", "skimage": "scikit-image", "tr
 
 
 def check_installed() -> None:
-    """Raises ValueError, with the names of the missing packages, if any package is missing."""
+    """Raises ValueError if any packages are missing. The message names them."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ValueError(
-            f"packages for assets are not installed ({', '.join(missing)}): pip install 'personalization-suite[3d]'"
+            f"packages needed for assets are not installed ({', '.join(missing)}): "
+            "pip install 'personalization-suite[3d]'"
         )

@@ -1,4 +1,4 @@
-"""The recipe of an asset. It determines how renders are guided, which field is optimized, and how the field is
+"""The recipe for an asset. It determines how renders are guided, which field is optimized, and how the field is
 rendered."""
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Recipe3D(DistillRecipe):
     def _fits(self) -> Recipe3D:
         if self.renderer.kind != self.field.drawn_by:
             raise ValueError(
-                f"renderer.kind = {self.renderer.kind} does not fit: a field of kind {self.field.kind} needs "
-                f"renderer.kind={self.field.drawn_by}"
+                f"renderer.kind = {self.renderer.kind} does not match the field: a field of kind {self.field.kind} "
+                f"needs renderer.kind={self.field.drawn_by}"
             )
         if self.guidance.space == "latents" and self.export is not None:
-            raise ValueError("guidance.space = latents: the field has no colours to write to files: set export=null")
+            raise ValueError("guidance.space = latents gives the field no colours to write to files: set export=null")
         return self

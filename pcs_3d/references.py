@@ -1,4 +1,4 @@
-"""Pictures with known cameras. They are the subject's own pictures, or were written by an earlier phase."""
+"""Pictures with known cameras, which are the subject's own pictures or were written by an earlier phase."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class References(KindPart):
     the object's front, and at azimuth 90, its left side.
 
     elevation_deg: one elevation for all pictures, or one per picture.
-    fill: the share of a picture's side that an object of radius 1 covers.
+    fill: the share of a picture's side length that an object of radius 1 covers.
     """
 
     kind: Literal["subject"] = "subject"
@@ -54,10 +54,10 @@ class References(KindPart):
         if len(subject.images) != len(self.azimuth_deg):
             raise ValueError(
                 f"references.azimuth_deg must have one azimuth per picture ({len(subject.images)}), but has "
-                f"{len(self.azimuth_deg)}: give them in this order: {', '.join(p.name for p in subject.images)}"
+                f"{len(self.azimuth_deg)}; give them in this order: {', '.join(p.name for p in subject.images)}"
             )
         if masks and (bare := [p.name for p in subject.images if p not in subject.masks]):
-            raise ValueError(f"a penalty needs masks for all pictures, but they are missing for: {', '.join(bare)}")
+            raise ValueError(f"a penalty needs masks for all pictures, but these have none: {', '.join(bare)}")
         self.cameras()
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
@@ -76,9 +76,9 @@ class PhaseViews(KindPart):
     phase: the name of the phase, or several names. For a phase with `task.kind=pseudo_views`, the pictures are the
     views that it generated. For a phase with `task.kind=reference_cameras`, they are the subject's own pictures, with
     the cameras that the phase found. The pictures of a phase that is named twice are used twice.
-    foreground: the threshold, in [0, 1], with which masks are made for views that have none. A pixel belongs to the
-    object if one of its channels differs from the colour of the view's border by more than this value. This requires
-    views with a plain background. If null, no masks are made.
+    foreground: the threshold, strictly between 0 and 1, used to make masks for views without masks. A pixel belongs to
+    the object if one of its channels differs from the colour of the view's border by more than this value. This
+    requires views with a plain background. If null, no masks are made.
     """
 
     kind: Literal["phase"] = "phase"
@@ -156,7 +156,7 @@ def _stacked(files: Sequence[Path], side: int) -> Tensor:
 
 
 def _foreground(pixels: Tensor, least: float) -> Tensor:
-    """Returns masks (`[B, 1, H, W]`) of the pixels at which pictures (`[B, 3, H, W]`) differ from the colour of their
-    border. The masks are soft along the silhouette."""
+    """Returns masks (`[B, 1, H, W]`) of the pixels at which pictures (`[B, 3, H, W]`) differ from their border colour.
+    The masks are soft along the silhouette."""
     differs = (pixels - border_color(pixels)).abs().amax(1, keepdim=True) > least
     return F.avg_pool2d(differs.float(), 3, 1, 1)

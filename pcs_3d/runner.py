@@ -36,13 +36,13 @@ __all__ = ["Asset", "Runner3D", "attached"]
 
 @dataclass(frozen=True)
 class Asset:
-    """A finished field and its provenance. `costs` contains time and memory (`TrainingRun.costs`)."""
+    """A finished field and its provenance. `costs` contains the time and memory used (`TrainingRun.costs`)."""
 
     field: Field
-    recipe: DistillRecipe  # the recipe of the phase that finished it
+    recipe: DistillRecipe  # the recipe of the phase that finished the field
     costs: Mapping[str, Any]
-    decode: Callable[[Tensor], Tensor]  # decodes latents to pixels in [0, 1], for fields of latents
-    side: int  # side of the training views, in pixels or latent cells
+    decode: Callable[[Tensor], Tensor]  # decodes latents to pixels in [0, 1], for fields that contain latents
+    side: int  # side length of the training views, in pixels or latent cells
 
     def views(self, cameras: Cameras, side: int | None = None) -> Rendering:
         """Renders views on a white background. The pixels (`[B, 3, H, W]` in [0, 1]) are on the CPU."""
@@ -73,14 +73,14 @@ class Runner3D(Runner):
             resume: whether to continue from the newest checkpoint in `workdir`
 
         Raises:
-            ValueError: the prompt, concepts and recipe do not fit together
+            ValueError: the prompt, concepts and recipe are incompatible
             NotFinite, Interrupted: training failed or was interrupted; the last good state is saved first
         """
         subjects = subjects or {}
         self.check(recipe, subjects)
         last = next((p for _, p in reversed(list(expand_phases(recipe))) if isinstance(p.task, DistillTask)), None)
         if last is None:
-            raise ValueError("no phase of the recipe makes an asset: set task: distill for one of them")
+            raise ValueError("no phase of the recipe makes an asset: set task=distill in one of them")
         current = _Current(self)
         run = self._training(
             recipe,
@@ -111,8 +111,8 @@ class Runner3D(Runner):
         sides_fixed: bool = False,
     ) -> MemoryPlan:
         """Changes the recipe so that the asset can be made with `memory` bytes of GPU memory or, on a CPU, of process
-        memory (`plan_memory`). Raises ValueError in the same cases as `create`, and also if no plan fits. In that case,
-        the message states the smallest budget that would be enough."""
+        memory (`plan_memory`). Raises ValueError in the same cases as `create`, and also if no plan fits the budget. In
+        that case, the message states the smallest budget that would be enough."""
         subjects = subjects or {}
         self.check(recipe, subjects)
         run = self._training(recipe, subjects, workdir, None, tensorboard=False)
@@ -136,8 +136,8 @@ class Runner3D(Runner):
         Raises ValueError if:
         - a prompt is empty or too long, leaves out a loaded subject, or names an unknown one
         - a field cannot start as configured, or cannot continue the earlier phase's field
-        - the file of a region cannot be read
-        - reference pictures do not fit their cameras
+        - a region's file cannot be read
+        - reference pictures do not match their cameras
         - a phase would perform none of its denoising steps
         """
         check_fields(recipe)
@@ -169,7 +169,7 @@ class Runner3D(Runner):
 
 
 def check_asked(recipe: DistillRecipe, kinds: Mapping[str, str], subjects: Collection[str]) -> None:
-    """Checks the prompts of a recipe and of its regions. This check loads no model.
+    """Checks the prompts of a recipe and its regions without loading a model.
 
     Raises ValueError if a prompt is empty, leaves out a subject, or names a concept that is not given.
 
@@ -199,7 +199,7 @@ def _check_strength(phase: str, strength: float, steps: int | None) -> None:
 
 
 class _Current:
-    """Keeps the task of the current phase, for previews."""
+    """Keeps the current phase's task for previews."""
 
     def __init__(self, runner: Runner3D) -> None:
         self.build_task, self.task = runner.tasks[DistillTask], None

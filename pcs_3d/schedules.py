@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from shared.config import MOST_STEPS
 
-#: A value of a schedule, or a time.
+#: One of a schedule's values or times.
 Number = Annotated[int, Field(ge=-MOST_STEPS, le=MOST_STEPS)] | Annotated[float, Field(ge=-MOST_STEPS, le=MOST_STEPS)]
 
 
@@ -19,15 +19,15 @@ def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]
         return schedule
     if len(schedule) < 4 or len(schedule) % 2:
         raise ValueError(
-            f"{list(schedule)} is not a schedule: write one number, or [from, value, value, to] and optionally more "
-            "pairs of a value and the time at which it is reached"
+            f"{list(schedule)} is not a schedule: give one number, or [from, value, value, to], optionally followed by "
+            "more pairs of a value and the time at which it is reached"
         )
     for kind in (int, float):
         places = [p for p in _places(schedule) if type(p) is kind]
         if places != sorted(places):
-            raise ValueError(f"{list(schedule)} is not a schedule: times must increase")
+            raise ValueError(f"{list(schedule)} is not a schedule: times must not decrease")
     if any(p < 0 or (isinstance(p, float) and p > 1) for p in _places(schedule)):
-        raise ValueError(f"{list(schedule)} is not a schedule: times are steps or shares of the run from 0.0 to 1.0")
+        raise ValueError(f"{list(schedule)} is not a schedule: times must be steps, or shares of the run (0.0 to 1.0)")
     return schedule
 
 
@@ -61,7 +61,7 @@ class Moment:
 
     @property
     def share(self) -> float:
-        """The finished share of the run, in [0, 1]."""
+        """The share of the run that is finished, in [0, 1]."""
         return min(1.0, self.step / max(1, self.steps))
 
 

@@ -1,4 +1,4 @@
-"""Draws the shading and the light for the views of a step."""
+"""Draws the shading and the lights for the views of one step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Shadings(Part):
     spread: NotNegative = 1.0  # standard deviation of the light's position around the camera, in radii
 
     def draw(self, cameras: Cameras, moment: Moment, generator: Generator) -> tuple[Shading, Tensor]:
-        """Draws one shading for all views, and the position of a light for each view (`[B, 3]`). Raises ValueError if
-        all proportions are 0 or one is negative."""
+        """Draws one shading for all views, and a light position for each view (`[B, 3]`). Raises ValueError if all
+        proportions are 0 or any is negative."""
         parts = torch.tensor([moment.of(s) for s in (self.ambient, self.lambertian, self.textureless)])
         if bool((parts < 0).any()) or float(parts.sum()) <= 0:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Builds the teacher's prompt for each view, which is the scene's prompt with words for the visible side."""
+"""Builds the teacher's prompt for each view: the scene's prompt with words for the visible side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ViewWords(Part):
-    """The words for directions, and the angles that determine the direction of a camera (DreamFusion, section 3.2).
+    """The words for each direction, and the angles that determine a camera's direction (DreamFusion, section 3.2).
 
     `place` determines where the words go. With `noun`, they directly follow the first `<name>` in the prompt, so that
     they refer to the object. If the prompt has no name, they go at the end. With `end`, they always go at the end. If
@@ -33,8 +33,8 @@ class ViewWords(Part):
     back: str = "back view"  # words for this direction
     overhead: str = "overhead view"  # words for this direction
     place: Literal["noun", "end"] = "noun"
-    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # front views are up to this angle from azimuth 0
-    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # back views are up to this angle from azimuth 180
+    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # front views are within this angle of azimuth 0
+    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # back views are within this angle of azimuth 180
     overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # overhead views are at this elevation or above
     blend_deg: Annotated[float, Field(ge=0, le=45)] = 0.0  # within this angle of a border, embeddings are mixed
     # share of back views whose prompt names only the class; useful because few pictures show the back
@@ -148,7 +148,7 @@ class ScenePrompts:
         return without(said, self.class_nouns or {}) if nameless else said
 
     def all_texts(self) -> list[str]:
-        """Returns the texts for all directions and for none, the negative prompt and the empty prompt, without
+        """Returns the texts for each direction and for no direction, the negative prompt and the empty prompt, without
         duplicates. Texts that leave out the subject's name are not included."""
         texts = [self.text(d) for d in (None, *DIRECTIONS)] + [self.negative, ""]
         return list(dict.fromkeys(texts))

@@ -15,7 +15,7 @@ from shared.runner.open_runner import open_runner
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError if the model does not generate pictures, or if the concept does not fit the model."""
+    """Raises ValueError if the model does not generate pictures, or if the concept does not fit it."""
     _opened(asked)
 
 

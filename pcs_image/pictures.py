@@ -1,4 +1,4 @@
-"""Generates pictures from prompts and writes them as PNGs into a folder."""
+"""Generates pictures from prompts and writes them to a folder as PNGs."""
 
 from __future__ import annotations
 

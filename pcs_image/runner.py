@@ -1,4 +1,5 @@
-"""The public interface of `pcs_image`, for the command line and for Python code. It learns, generates and evaluates."""
+"""The public interface of `pcs_image`, for the command line and for Python code. Its runner learns, generates and
+evaluates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The clip part of the demo. It learns a motion from clips of other objects, and shows the subject with that motion."""
+"""The clip part of the demo. It learns a motion from clips of other objects, and shows the subject moving in the same
+way."""
 
 from __future__ import annotations
 

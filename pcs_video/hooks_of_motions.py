@@ -1,4 +1,4 @@
-"""Makes the sampling hooks of loaded motions. They make clips follow a path or start from the noise of another clip."""
+"""Makes the sampling hooks of loaded motions. The hooks make clips follow a path or start from another clip's noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOTION_MODULES = "motion_modules"  # occurs in the names of AnimateDiff's layers
 
 
 def is_of_motion(hook: SamplingHook) -> TypeGuard[HookOfMotion]:
-    """Whether a hook belongs to a motion, and therefore acts only if the prompt names that motion."""
+    """Whether a hook belongs to a motion, and therefore takes effect only if the prompt names that motion."""
     return isinstance(hook, FollowTrajectory) or (isinstance(hook, NoisePrior) and bool(hook.name))
 
 
@@ -78,8 +78,8 @@ def _noise_priors(painter: Painter, settings: SamplingSettings) -> list[NoisePri
             own.append(NoisePrior(path=clip, name=name, **how.model_dump()))
             continue
         warnings.warn(
-            f"clips that name <{name}> should start from the noise of the first clip it was learned from, but {why}. They "
-            "will start from random noise unless you give --invert CLIP.",
+            f"clips whose prompts name <{name}> should start from the noise of the first clip it was learned from, but "
+            f"{why}. They will start from random noise unless you give --invert CLIP.",
             stacklevel=3,
         )
     return own
@@ -107,7 +107,7 @@ def hooks_for_prompt(
     hooks have no effect.
 
     Raises ValueError if the prompt names several motions with trajectories or several with noise priors, or if the trajectory
-    of one motion leaves out the layers that another motion uses.
+    of one motion skips the layers that another motion uses.
     """
     named = set() if base else {name for name in painter.loaded if f"<{name}>" in prompt}
     own = tuple(hook.resting() if hook.name in painter.loaded.keys() - named else hook for hook in hooks)
@@ -128,7 +128,7 @@ def hooks_for_prompt(
 
 
 def _moves(concept: Concept) -> bool:
-    """Whether a concept is a motion that acts on motion modules."""
+    """Whether a concept is a motion that changes motion modules."""
     return concept.meta.kind == "motion" and any(
         MOTION_MODULES in key for tensors in concept.tensors.values() for key in tensors
     )

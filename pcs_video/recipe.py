@@ -1,4 +1,4 @@
-"""The recipe for clips, which extends the recipe for pictures with sources of clips and with parts for motion."""
+"""The recipe for clips, which extends the recipe for pictures with clip sources and motion parts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ClipSubject(SubjectSettings):
 
 
 class ClipSampling(Sampling):
-    """How clips are generated, during training and by default afterwards. null stands for the backbone's own setting."""
+    """How clips are generated, during training and by default afterwards. null means the backbone's own setting."""
 
     frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # frames per clip; 0 for pictures
     trajectory: Trajectory | None = None  # the path of clips whose prompts name the motion; null for none
@@ -79,7 +79,9 @@ class ClipSampling(Sampling):
         path = self.trajectory
         if path is None or path.layers == "all" or backbone.frames_apart:
             return ""
-        return f"sampling.trajectory.layers: {backbone.family} has no separate layers for motion, so all its layers act"
+        return (
+            f"sampling.trajectory.layers: {backbone.family} has no separate motion layers, so all its layers are used"
+        )
 
 
 class VideoRecipe(Recipe):
@@ -104,7 +106,8 @@ class VideoRecipe(Recipe):
         if len(rates) > 1:
             listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
             warnings.warn(
-                f"clips have different frame rates ({listed} per second), so a model conditioned on the rate uses its own",
+                f"clips have different frame rates ({listed} per second), so a model conditioned on the rate "
+                "uses its default",
                 stacklevel=2,
             )
         return {**how, "fps": rates.pop()} if len(rates) == 1 else how

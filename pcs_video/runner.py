@@ -1,4 +1,5 @@
-"""The public interface of `pcs_video`, for the command line and for Python code. It learns, generates and evaluates."""
+"""The public interface of `pcs_video`, for the command line and for Python code. Its runner learns, generates and
+evaluates."""
 
 from __future__ import annotations
 
@@ -64,11 +65,11 @@ class VideoRunner(Runner):
     def prepared(
         cls, backbone: Backbone, motion_adapter: str | Path | None = None, fps: float | None = None
     ) -> Backbone:
-        """Returns a backbone that generates clips. If `backbone` generates only pictures, adds the motion module in the
-        folder `motion_adapter`, or the toybox's.
+        """Returns a backbone that generates clips. If `backbone` generates only pictures, adds the motion module from
+        the folder `motion_adapter`, or the toybox's.
 
         Args:
-            fps: frames per second of the clips, for a network that is conditioned on it. If None, the network's own rate
+            fps: the clips' frame rate, for a network that is conditioned on it. If None, the network's own rate is used
         """
         made = with_motion_adapter(backbone, motion_adapter)
         if fps is not None and made.frame_rate is not None:
@@ -117,7 +118,7 @@ class VideoRunner(Runner):
         """Learns as `Runner.personalize` does. If the recipe asks for a trajectory, it is measured first.
 
         Also raises ValueError if the model does not support the size of the frames, if a trajectory cannot be measured (see
-        `trajectory.measure`), or if the trajectory leaves out layers that the recipe trains.
+        `trajectory.measure`), or if the trajectory skips layers that the recipe trains.
         """
         for source in clip_sources(recipe):
             if source.size is not None:
@@ -145,7 +146,8 @@ class VideoRunner(Runner):
                     )
 
     def measured(self, subjects: Mapping[str, Subject], recipe: Recipe) -> Recipe:
-        """Returns the recipe with the points of `sampling.trajectory` measured on the clips, unless they are set already."""
+        """Returns the recipe with the points of `sampling.trajectory` measured on the clips, unless they are already
+        set."""
         if not _asks_for_trajectory(recipe):
             return recipe
         how: Any = recipe.sampling

@@ -1,1 +1,1 @@
-"""Compares recipes for assets on the toybox's held-out subjects."""
+"""Compares asset recipes on the toybox's held-out subjects."""

@@ -1,4 +1,4 @@
-"""One cell of a comparison of recipes, with the scores of one recipe's asset of one subject and with reference
+"""One cell of a recipe comparison, with the scores of the asset that one recipe made of one subject, and with reference
 scores."""
 
 from __future__ import annotations

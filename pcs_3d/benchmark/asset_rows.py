@@ -16,7 +16,7 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """Scores in [0, 1] that a recipe must reach. If a score is None, it is not required.
+    """Scores in [0, 1] that a recipe must reach. A score of None is not required.
 
     If `identity` is set, the asset must also beat one made by the same recipe without the concept, unless the recipe
     cannot run without it. If `iou` is set, the overlap of silhouettes must also beat that of a generic object of the
@@ -71,7 +71,7 @@ class AssetRow:
 def aggregate_assets(
     recipe: str, cells: Mapping[str, AssetCell], failed: Mapping[str, str], pool_all: bool = False
 ) -> AssetRow:
-    """Aggregates all assets of a recipe, with confidence intervals that resample whole subjects. Unless `pool_all` is
+    """Aggregates all assets of a recipe, with confidence intervals from resampling whole subjects. Unless `pool_all` is
     set, subjects for which the instruments verify too few true renders (`AssetCell.apart`) are left out of the
     scores."""
     apart = {name: c for name, c in cells.items() if c.apart and not pool_all}

@@ -1,4 +1,4 @@
-"""Formats a comparison of recipes for assets as Markdown, as CSV and as an HTML page."""
+"""Formats a comparison of asset recipes as Markdown, as CSV and as an HTML page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _GENERIC = "a generic object of the class"
 
 @dataclass(frozen=True)
 class AssetComparison:
-    """The rows of the table, sorted by identity and then by overlap of silhouettes, and the cells that they
+    """The rows of the table, sorted by identity and then by silhouette overlap, and the cells that they
     summarize."""
 
     rows: tuple[AssetRow, ...]

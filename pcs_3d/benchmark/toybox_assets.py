@@ -1,4 +1,4 @@
-"""Compares recipes for assets on the toybox's held-out subjects. Each subject is learned from its pictures only once,
+"""Compares asset recipes on the toybox's held-out subjects. Each subject is learned from its pictures only once,
 and its concept is shared by all recipes that do not learn the subject themselves."""
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class AssetBenchmarkSettings:
     """Settings of a comparison: the subjects, the recipe that learns them, and the output folder."""
 
     split: str = "development"  # which held-out subjects to use; use "reporting" only once, at the end
-    subjects: int | tuple[str, ...] = 4  # how many (the first of the split), or their names
+    subjects: int | tuple[str, ...] = 4  # how many (the first N of the split), or their names
     learn: str = "t_lora"  # recipe that learns subjects from pictures
     prompt: str = "a photo of a {concept}"
     out: Path = Path("benchmark")
     device: str | None = None  # if None, the GPU if there is one
-    overrides: tuple[str, ...] = ()  # key=value settings for every recipe for assets
+    overrides: tuple[str, ...] = ()  # key=value settings for every asset recipe
     learn_overrides: tuple[str, ...] = ()  # key=value settings for the recipe that learns subjects
 
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
-    """Learns the split's subjects, and makes and scores assets of them with every recipe (given by name or as a YAML
-    file; `RECIPES` if none are given).
+    """Learns the split's subjects, then makes and scores an asset of each with every recipe (given by name or as a YAML
+    file; if `recipes` is empty, those in `RECIPES`).
 
     Each recipe makes one asset with the concept and one with only the class in the prompt. A recipe that learns the
     subject itself gets the subject's pictures instead of the concept and makes only the first asset. An interrupted
@@ -72,7 +72,7 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     chosen = named(recipes or RECIPES)
     things = chosen_things(settings.split, settings.subjects)
     if "{concept}" not in settings.prompt:
-        raise ValueError(f"--prompt {settings.prompt!r} does not say where the subject goes: write {{concept}} in it")
+        raise ValueError(f"--prompt {settings.prompt!r} does not say where the subject goes: put {{concept}} in it")
     asked = {name: _example(recipe, settings) for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
     for name, recipe in asked.items():
@@ -127,7 +127,7 @@ def _needs_pictures(recipe: Recipe3D) -> bool:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Learns each subject once, makes assets of it and evaluates them."""
+    """Learns each subject once, makes assets from it and evaluates them."""
 
     runner: Runner3D
     things: Things

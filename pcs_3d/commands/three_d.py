@@ -27,7 +27,7 @@ def create(
     concept: list[str] = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; can be repeated"),
     out: Path = typer.Option(Path("asset"), help="folder for the mesh, renders and turntable.mp4", **PATH),
     resume: bool = typer.Option(False, help="resume an interrupted run"),
-    overwrite: bool = typer.Option(False, help="replace an existing asset, and the state of an interrupted run"),
+    overwrite: bool = typer.Option(False, help="replace an existing asset and the state of an interrupted run"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
     vram: str = typer.Option(
         None,
@@ -117,11 +117,12 @@ def evaluate(
         None, help="a local CLIP folder to score with (default for toybox assets: the toybox's own CLIP)", **PATH
     ),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
-    device: str = typer.Option("cpu", help="where --clip and --dino run"),
+    device: str = typer.Option("cpu", help="device that --clip and --dino run on"),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Evaluate an asset from 16 viewpoints. Scores identity, agreement with the prompt, whether each view shows the
-    right side, and geometry. If the real object is given, its shape and colours are compared with the asset's."""
+    """Evaluate an asset from 16 viewpoints. The scores cover identity, agreement with the prompt, whether each view
+    shows the right side, and geometry. If the real object is given, its shape and colours are compared with the
+    asset's."""
     from pcs_3d.evaluation.evaluate import Against
     from pcs_3d.evaluation.evaluate import evaluate as measure
     from pcs_3d.evaluation.headline import line
@@ -169,8 +170,8 @@ def benchmark(
     learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe given by --learn"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
 ) -> None:
-    """Compare asset recipes on the toybox's held-out subjects. Scores shape, whether each view shows the right side,
-    and identity. Where possible, all scores are also measured without the concept."""
+    """Compare asset recipes on the toybox's held-out subjects. The scores cover shape, whether each view shows the
+    right side, and identity. Where possible, all scores are also measured without the concept."""
     from pcs_3d.benchmark.toybox_assets import AssetBenchmarkSettings, run
     from pcs_3d.extra import check_installed
     from shared.benchmark.experiment import failures_told

@@ -34,7 +34,7 @@ from shared.trainable import TrainableGroup
 
 _VIEWS, _NOISE, _STUDENT = 2**45, 2**46, 2**47  # separate random streams
 
-#: Takes the phase, its prompts and the strengths of concepts. Returns the scores that guide the phase.
+#: Takes the phase, its prompts and the concepts' strengths. Returns the scores that guide the phase.
 OpenScores = Callable[[PhaseContext, ScenePrompts, Mapping[str, float]], Scores]
 
 
@@ -60,7 +60,7 @@ class Distill(ConceptTask):
     and those learned by earlier phases of this run. Only the student uses the adapter set `student`.
 
     Raises:
-        ValueError: sizes, prompts, optimizer groups or parts do not fit together
+        ValueError: sizes, prompts, optimizer groups or parts are incompatible
     """
 
     rate_key = "field.lr"
@@ -102,13 +102,13 @@ class Distill(ConceptTask):
             if name not in allowed:
                 raise ValueError(
                     f"trainable.{parts[0].slot}: a distill phase trains only the field and a student "
-                    "(guidance.student), because the model that guides the field is fixed: remove this part"
+                    "(guidance.student), because the model that guides the field is fixed; remove this part"
                 )
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Raises ValueError if the field, renderer and penalties do not fit together. This includes penalties whose
-        weight starts at 0."""
+        """Raises ValueError if the field, renderer and penalties are incompatible. Penalties whose weight starts at 0
+        are tried too."""
         draw, device, side = generator(self.recipe.seed, _VIEWS), self.field.device, 16
         behind = torch.zeros(1, self.field.channels, 1, 1, device=device)
         settings = RenderSettings(side, side, behind, normals=self._normals, generator=draw)
@@ -117,14 +117,14 @@ class Distill(ConceptTask):
             try:
                 penalty.value(seen)
             except ValueError as error:
-                raise ValueError(f"{error}; to leave it out: penalties.{name}=null") from None
+                raise ValueError(f"{error}; to leave this penalty out, set penalties.{name}=null") from None
 
     # --- the loop's interface ------------------------------------------------------------------------------
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """The networks that run in every step: the autoencoder if views are encoded, and the text encoder if the
-        embedding of a name varies with time. If none does, texts are encoded only once."""
+        """The networks that run at every step: the autoencoder if views are encoded, and the text encoder if the
+        embedding of a name varies with time. Otherwise, texts are encoded only once."""
         vae = frozenset({"vae"}) if self.guidance.space == "pixels" else frozenset()
         timed = any("time" in p.varies_with for p in self.context.backbone.placeholders.values())
         return vae | (super().networks_in_steps - {"vae"} if timed else frozenset())
@@ -203,7 +203,7 @@ class Distill(ConceptTask):
         return Seen(self.field, cameras, rendering, moment, settings.generator, view, settings, self.pictures)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
-        """Returns the latents that the guidance acts on, and the rendered views. If the views consist of pixels, the
+        """Returns the latents that the guidance applies to, and the rendered views. If the views consist of pixels, the
         latents are their encodings. If the field is in latent space, the views are already latents and are returned
         twice."""
         pixels = rendering.pixels
@@ -255,15 +255,15 @@ def shown(
 
 
 def recipe_of(context: PhaseContext) -> DistillRecipe:
-    """Returns the phase's recipe. Raises AssertionError if it is not a recipe for assets."""
+    """Returns the phase's recipe. Raises AssertionError if it is not an asset recipe."""
     recipe = context.recipe
     assert isinstance(recipe, DistillRecipe), f"{type(recipe).__name__} has no field and no guidance"
     return recipe
 
 
 def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:
-    """Returns the side of a view in pixels or, in latent space, in cells. This is `train.resolution` or, if that is
-    None, the backbone's own resolution."""
+    """Returns the side length of a view in pixels or, in latent space, in cells. This is `train.resolution` or, if that
+    is None, the backbone's own resolution."""
     if recipe.train.resolution is not None:
         return recipe.train.resolution
     own = backbone.resolution

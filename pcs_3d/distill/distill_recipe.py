@@ -34,7 +34,7 @@ AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kin
 
 
 class DistillRecipe(Recipe):
-    """A recipe for assets. The types of `field`, `renderer` and `export` are left open; `Recipe3D` defines them."""
+    """An asset recipe. The types of `field`, `renderer` and `export` are left open; `Recipe3D` defines them."""
 
     prompt: str = ""  # what the asset shows; `<name>` stands for a concept
     # a description of the scene, such as "in a white studio", that is appended to the prompt; a plain scene keeps other

@@ -9,14 +9,14 @@ from shared.trainable.base import MAIN
 
 
 class DistillTask(TuneTask):
-    """Optimises an asset for `train.steps` steps, each with `train.batch_size` views of `train.resolution` pixels per
+    """Optimizes an asset for `train.steps` steps, each with `train.batch_size` views of `train.resolution` pixels per
     side."""
 
     kind: Literal["distill"] = "distill"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """The optimizer groups of the phase, which has only the group of the field."""
+        """The phase's only optimizer group, which is the field's."""
         return frozenset({MAIN})
 
     @property

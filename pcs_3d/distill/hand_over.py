@@ -33,7 +33,8 @@ def check_fields(recipe: DistillRecipe) -> None:
 
     Raises ValueError if a field's file cannot be read, if a field should start from an earlier phase but no earlier
     phase makes an asset, if a box region lies outside the field, or if a field's kind or space differs from that of the
-    earlier phase's field. A different kind is allowed if the field starts from the earlier phase (`start.kind` is phase).
+    earlier phase's field. A different kind is allowed if the field starts from the earlier phase
+    (`start.kind` is phase).
     """
     earlier: DistillRecipe | None = None
     for name, phase in expand_phases(recipe):
@@ -45,7 +46,7 @@ def check_fields(recipe: DistillRecipe) -> None:
                 if isinstance(region, Box) and region.is_outside(phase.made.bound):
                     raise ValueError(
                         f"guidance.regions.{key}: the box lies outside the field, which reaches from -{phase.made.bound:g} to "
-                        f"{phase.made.bound:g} on each axis. Coordinates are in radii of the object"
+                        f"{phase.made.bound:g} on each axis (coordinates are in object radii)"
                     )
             earlier = phase
 
@@ -90,8 +91,8 @@ def first_field(
         resumed: whether the state will be loaded from a checkpoint
 
     Raises:
-        ValueError: the field should start from an earlier phase that made none, or the earlier field is empty or does
-            not match
+        ValueError: the field should start from an earlier phase, but no earlier phase made a field; or the earlier
+            field is empty or does not match
     """
     part, state = recipe.made, under(carried, FIELD)
     if resumed:

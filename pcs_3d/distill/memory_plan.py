@@ -27,8 +27,8 @@ from shared.train.last_good_state import MOST
 from shared.train.measure_memory import in_use, peak_during
 from shared.train.training_run import TrainingRun
 
-_SMALL = 128  # side in pixels; steps on views up to this size are measured at full size
-_LEAST = 16  # side in pixels of the smallest renders
+_SMALL = 128  # side length in pixels; steps on views up to this size are measured at full size
+_LEAST = 16  # side length in pixels of the smallest renders
 _RAYS = 2048  # largest number of rays rendered at a time if the renderer recomputes activations
 _MOMENTS = 2  # number of values that Adam keeps per parameter
 #: Settings that a plan may change in a recipe.
@@ -45,7 +45,7 @@ class Levers:
     views: the number of views per pass through the networks, out of `of` views per step.
     recompute: the activations that are recomputed: 0 for none, 1 for those of the networks, 2 for those of the renderer
     as well.
-    side: the side of a view in pixels. If None, the side that the recipe requests is kept.
+    side: the side length of a view in pixels. If None, the one that the recipe requests is kept.
     """
 
     views: int
@@ -220,7 +220,7 @@ class Tries:
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
         """Returns the bytes of the field with its gradients, optimizer moments and saved copy, and the bytes of one
-        step. The step has the fewest possible views, and their side is `share` times the usual one."""
+        step. The step has the fewest possible views, and their side length is `share` times the usual one."""
         unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
         changes = replace(levers, views=self.together, of=self.together).changes(self.recipe)
         side = max(_LEAST // 2, round((levers.side or self.side) * share))

@@ -24,7 +24,7 @@ from shared.sources.phase_pictures import KEPT
 from shared.train.generate import Generate, Shot
 from shared.train.phase_context import PhaseContext
 
-_ASSET = "asset"  # the name of the pictures' subject if the run learns none and the prompt uses only loaded concepts
+_ASSET = "asset"  # the subject's name in the list of pictures if the run itself learns no subject
 
 
 class PseudoViews(Generate):
@@ -44,7 +44,7 @@ class PseudoViews(Generate):
         if not context.names and any("{concept}" in prompt for prompt in self.task.prompts):
             raise ValueError(
                 f"phases.{context.name}.task.prompts: {{concept}} stands for the learned subject, but no subject is "
-                "learned: use a loaded concept's name"
+                "learned; use a loaded concept's name"
             )
         self.cameras = self.task.cameras()
         super().__init__(context)

@@ -22,7 +22,7 @@ class PseudoViewsTask(GenerateTask):
     used. Words that describe the view are added to each prompt.
     num: the number of views, evenly spaced around the object, starting at its front.
     elevation_deg: the elevations that the views cycle through.
-    strength: the share of the denoising steps that is run. With higher values, pictures look more like the subject and
+    strength: the share of the denoising steps that are run. With higher values, pictures look more like the subject and
     less like the render.
     """
 

@@ -28,12 +28,12 @@ from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.task import Updates
 from shared.types import Subject
 
-_SIDE = 64  # side in pixels of the renders that pictures are compared with
+_SIDE = 64  # side length in pixels of the renders that pictures are compared with
 
 
 def compares_with_subject(recipe: DistillRecipe) -> bool:
-    """Returns whether the field is compared with pictures of a subject that no phase learns. The subject is then given
-    by a loaded concept."""
+    """Returns whether the field is compared with pictures of a subject that no phase learns. The subject then comes
+    from a loaded concept."""
     if learns_subjects(recipe):
         return False
     phases = [phase for _, phase in expand_phases(recipe)]
@@ -61,7 +61,7 @@ def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str,
     if task.near_deg is not None and len(task.near_deg) != len(subject.images):
         raise ValueError(
             f"phases.{phase}.task.near_deg must have one azimuth per picture ({len(subject.images)}), but has "
-            f"{len(task.near_deg)}: give them in this order: {', '.join(p.name for p in subject.images)}"
+            f"{len(task.near_deg)}; give them in this order: {', '.join(p.name for p in subject.images)}"
         )
 
 

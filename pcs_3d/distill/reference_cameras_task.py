@@ -22,8 +22,8 @@ class ReferenceCamerasTask(TuneTask):
     which are halved `refinements` times. `toybox` uses the toybox's pose estimator, which works only for the toybox's
     own pictures.
     near_deg: the approximate azimuth of each picture, in the order of the file names, for the estimator `renders`. 0 is
-    the front, 90 the object's left, 180 the back and -90 the object's right. This helps because a first asset often
-    looks the same from the front and from the back.
+    the front, 90 the object's left, 180 the back and -90 the object's right. These azimuths help because a first
+    asset often looks the same from the front and from the back.
     fill: the share of the crop's side that an object of radius 1 covers.
     """
 

@@ -14,7 +14,7 @@ from pcs_3d.regularize.base import Seen
 from pcs_3d.view_prompts import ScenePrompts
 from shared.config import unknown
 
-#: Takes prompts and the strengths of concepts. Returns the scores that guide a scene.
+#: Takes prompts and the concepts' strengths. Returns the scores that guide a scene.
 Opened = Callable[[ScenePrompts, Mapping[str, float]], Scores]
 
 
@@ -64,7 +64,7 @@ def regional_scores(
 
 
 class ShownRegions:
-    """Locates the regions that have their own guidance in the views of a phase."""
+    """Locates, in the views of a phase, the regions that have their own guidance."""
 
     def __init__(self, parts: Mapping[str, RegionPart]) -> None:
         self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items() if part.is_told_more}

@@ -1,4 +1,5 @@
-"""Aligns a mesh with the real object, using only scale and translation, so that a wrong front is not corrected."""
+"""Aligns a mesh with the real object, using only scale and translation, so that a front on the wrong
+side is not corrected."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.views import PaintedMesh, silhouettes
 
-_SIDE = 64  # side in pixels of the silhouettes that are compared in the first, coarse search
+_SIDE = 64  # side length in pixels of the silhouettes that are compared in the first, coarse search
 _MOMENTS = 4  # number of iterations that match the size and centre to the truth's
 _EVERY = 2  # only every second view is used
 # Steps of the search for the best overlap, as shares of the size and as shifts in radii.
@@ -54,7 +55,7 @@ def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
     views. The mesh is never rotated.
 
     Args:
-        truth: silhouettes of the real object (bool `[B, H, W]`), seen by the cameras `around`
+        truth: silhouettes of the real object (bool `[B, H, W]`), as seen by the cameras `around`
     """
     around, truth = around[::_EVERY], truth[::_EVERY]
     if (given := _overlap(mesh, truth, around)) == 1:

@@ -1,4 +1,4 @@
-"""Reads the asset to evaluate, either from a folder that `pcs 3d create` wrote or from a mesh file of any program."""
+"""Reads the asset to evaluate, either from a folder that `pcs 3d create` wrote or from any program's mesh file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pcs_3d.evaluation.views import PaintedMesh, painted_mesh
 from shared.config import absent, expanded
 
 MESH = "asset.glb"
-_LARGEST = 1 << 24  # bytes of an asset.json
+_LARGEST = 1 << 24  # maximum size of an asset.json, in bytes
 
 
 @dataclass(frozen=True)
 class Judged:
-    """An asset to evaluate. `about` is the content of its asset.json; it is empty for a mesh without one."""
+    """An asset to evaluate. `about` holds the contents of its asset.json; it is empty for a mesh without one."""
 
     name: str
     file: Path

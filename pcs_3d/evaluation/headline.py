@@ -58,7 +58,7 @@ _ALIGNED = (
     "Overlap of the silhouettes with those of the real object, after aligning scale and translation but not rotation."
 )
 _COLORS = (
-    "Computed over the pixels of all views that lie in either silhouette, after the same alignment; the maximum is "
+    "Computed over the pixels that lie in either silhouette, in all views, after the same alignment; the maximum is "
     f"{BEST_DB:.0f}. The asset's colours are unlit; the toybox's real objects are lit."
 )
 _VERIFIED = (
@@ -82,13 +82,13 @@ MEASURES: Mapping[str, Measure] = {
     "verified": Measure("Identity", "rate", explanation=_VERIFIED),
     "recognised": Measure("Recognised among look-alikes", "rate", explanation=_RETRIEVED),
     "likeness": Measure(
-        "Likeness to references", "cosine", explanation="Mean cosine with the two most similar pictures."
+        "Likeness to references", "cosine", explanation="Mean cosine similarity to the two closest pictures."
     ),
     "likeness_true": Measure("Likeness to the truth from the same side", "cosine"),
     "clip_t": Measure(
         "Prompt (CLIP-T)",
         "cosine",
-        explanation="Cosine of a render with the prompt, which has the class noun in place of the concept.",
+        explanation="Cosine similarity of a render to the prompt, which has the class noun in place of the concept.",
     ),
     "clip_i": Measure("References (CLIP-I)", "cosine"),
     "dino_i": Measure("References (DINO-I)", "cosine"),

@@ -43,7 +43,7 @@ class Judge:
         around: the cameras of all renders
         prompt: the prompt with the class noun in place of the concept, or "" if unknown
         references: the reference pictures ([R, 3, H, W] in [-1, 1]), or None
-        toy: the real object, if it is a toybox subject; it determines the look-alikes with which identity is verified
+        toy: the real object, if it is a toybox subject; it determines the look-alikes used to verify identity
     """
 
     def __init__(

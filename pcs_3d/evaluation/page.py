@@ -61,8 +61,8 @@ def lines(curve: Curve) -> list[Line]:
 
 
 def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
-    """Plots a score against the azimuth, over one turn around the object that starts at its front. Returns an `<svg>`,
-    or "" if there are no values."""
+    """Plots a score against the azimuth, over one full turn around the object, starting at its front. Returns an
+    `<svg>`, or "" if there are no values."""
     known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""

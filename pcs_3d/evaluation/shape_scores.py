@@ -13,7 +13,7 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.alignment import aligned, iou
 from pcs_3d.evaluation.views import PaintedMesh, Views, draw
 
-BEST_DB = 60.0  # the PSNR of equal colours
+BEST_DB = 60.0  # the PSNR of identical colours
 _BEHIND = (0.0, 1.0)  # backgrounds
 
 

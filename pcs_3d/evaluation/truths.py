@@ -62,7 +62,7 @@ class TrueToy:
     @property
     def plain(self) -> TrueToy:
         """A generic object of the class. It has the class's usual shape and this object's two colours, but not this
-        object's proportions and pattern."""
+        object's proportions or pattern."""
         thing = self.held.thing
         return TrueToy(replace(self.held, thing=replace(thing, pattern_seed=None)))
 

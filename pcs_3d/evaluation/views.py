@@ -114,8 +114,8 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
     """Returns `draw(...).masks` (bool `[B, side, side]`), but computes them much faster.
 
-    All views are drawn below each other in one tall picture. Above and below each view is a margin of half a picture,
-    for parts outside the view. Vertices beyond the margin are moved to its edge.
+    All views are drawn one below another in a single tall picture. Above and below each view is a margin of half a
+    picture, for parts outside the view. Vertices beyond the margin are moved to its edge.
     """
     vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []

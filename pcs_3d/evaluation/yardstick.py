@@ -1,4 +1,4 @@
-"""The ground truth, evaluators and baselines that assets of one object are measured against. They are computed only
+"""The ground truth, evaluators and baselines that assets of one object are measured against. Each is computed only
 once."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shared.metrics.scorer import fill
 from shared.runner.judging import references
 from shared.toybox.reference_sets import shown_in
 
-_SIDE = 64  # side of the references in pixels, as the toybox's own instruments expect
+_SIDE = 64  # side length of the reference pictures in pixels, as the toybox's own instruments expect
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Against:
 
     truth: the name of a toybox subject, or a mesh file.
     references: a folder of pictures.
-    prompt: the prompt. If empty, the asset's own is used.
-    class_noun: the noun that replaces concept names in the prompt. If empty, that of the toybox subject is used.
+    prompt: the prompt. If empty, the asset's own prompt is used.
+    class_noun: the noun that replaces concept names in the prompt. If empty, the toybox subject's class noun is used.
     clip, dino: model folders.
     """
 
@@ -102,8 +102,8 @@ class Yardstick:
 
     @cached_property
     def generic_scores(self) -> dict[str, float | None]:
-        """The scores, by key, of a generic object of the class (`TrueToy.plain`), which is not aligned. The dictionary
-        is empty if the truth is not a toybox subject."""
+        """The scores, by key, of a generic object of the class (`TrueToy.plain`). This object is not aligned. The
+        dictionary is empty if the truth is not a toybox subject."""
         if self.true is None or not isinstance(self.truth, TrueToy):
             return {}
         with torch.no_grad():
@@ -119,8 +119,8 @@ def with_shape(looks: Looks, iou: list[float], psnr: list[float]) -> Looks:
 
 
 def plain(prompt: str, class_noun: str) -> str:
-    """Replaces learned names in a prompt, because instruments do not know them. For example, "a photo of a <my-mug>"
-    becomes "a photo of a mug"."""
+    """Replaces learned names in a prompt with the class noun, because instruments do not know these names. For example,
+    "a photo of a <my-mug>" becomes "a photo of a mug"."""
     return fill(re.sub(r"<[^<>]*>", "{concept}", prompt), class_noun, class_noun).strip()
 
 

@@ -1,4 +1,4 @@
-"""Writes all files of one asset."""
+"""Writes all of an asset's files."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pcs_3d.fields.grids import by_chunks
 class Exported:
     """The result of an export.
 
-    files: all files that were written.
-    faces: the number of triangles of the mesh.
+    files: all the files that were written.
+    faces: the number of triangles in the mesh.
     watertight: whether the mesh is closed.
-    volume: the volume of the mesh in radii³, or None if the mesh is not closed.
+    volume: the mesh's volume in radii³, or None if the mesh is not closed.
     notes: the choices that were made and the parts that were left out.
     """
 
@@ -38,15 +38,15 @@ class Exported:
 
 
 def export_asset(field: Any, folder: Path, settings: ExportSettings | None = None, name: str = "asset") -> Exported:
-    """Writes a field into an existing folder as `NAME.glb`, as `NAME.obj` with its MTL and PNG, and as `NAME.ply`.
+    """Writes a field to an existing folder as `NAME.glb`, as `NAME.obj` with its MTL and PNG, and as `NAME.ply`.
     Gaussians are also written as `NAME.splats.ply`.
 
-    Raises ValueError, before anything is written, if the field has no surface, consists of latents or contains values
-    that are not finite.
+    Raises ValueError, before anything is written, if the field has no surface, contains latents instead of colours, or
+    contains values that are not finite.
     """
     settings = settings or ExportSettings()
     if field.channels != 3:
-        raise ValueError(f"the field consists of latents with {field.channels} channels, but files need colours")
+        raise ValueError(f"the field has {field.channels} latent channels, but exported files need colours")
     found = extract(field, settings.resolution, settings.threshold, settings.all_parts)
     mesh = simplified(found, settings.faces)
     colors = surface_colors(field)
@@ -66,7 +66,7 @@ def export_asset(field: Any, folder: Path, settings: ExportSettings | None = Non
 
 def surface_colors(field: Any) -> Callable[[Tensor], Tensor]:
     """Returns a function that takes points on a field's surface and returns their colours, both `[N, 3]`. The colours
-    are on the CPU and have no gradient. The function raises ValueError if any of them is not finite."""
+    are on the CPU and have no gradient. The function raises ValueError if any colour is not finite."""
 
     @torch.no_grad()
     def colors(points: Tensor) -> Tensor:

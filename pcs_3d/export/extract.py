@@ -13,14 +13,14 @@ from torch import Tensor
 from pcs_3d.fields.field import SurfaceField, VolumeField
 from pcs_3d.fields.grids import by_chunks, nodes
 
-_CANDIDATES = 48  # number of thresholds that are tried
+_CANDIDATES = 48  # number of thresholds tried
 
 
 @dataclass(frozen=True)
 class Extracted:
     """An extracted surface.
 
-    vertices: float64 [V, 3], in radii of the object.
+    vertices: float64 [V, 3], in object radii.
     faces: int64 [F, 3], counter-clockwise when seen from outside.
     notes: the choices that were made and the parts that were left out, as text.
     """
@@ -33,7 +33,7 @@ class Extracted:
 @torch.no_grad()
 def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
     """Returns the densities (`[R, R, R]`, on the CPU) at the nodes of a grid that spans the field's bound. Raises
-    ValueError if any is not finite."""
+    ValueError if any density is not finite."""
     places = nodes(resolution, field.bound).reshape(-1, 3)
     grid = by_chunks(lambda p: field.density(p.to(field.device)).float().cpu(), places).view((resolution,) * 3)
     check_finite(grid, "densities")
@@ -43,12 +43,14 @@ def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
 def check_finite(values: Tensor, what: str) -> None:
     """Raises ValueError if any of a field's values is not finite."""
     if not bool(values.isfinite().all()):
-        raise ValueError(f"the field contains {what} that are not finite (NaN or Inf), so its training failed")
+        raise ValueError(
+            f"the field contains {what} that are not finite (NaN or Inf), so its training must have failed"
+        )
 
 
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
-    """Extracts the surface of a field. This is the field's own mesh if it has one, and otherwise the surface where its
-    density crosses a threshold.
+    """Extracts the surface of a field. If the field has its own mesh, this mesh is returned. Otherwise, the surface is
+    where the density crosses a threshold.
 
     Args:
         threshold: the density at the surface, per radius. If None, the threshold whose silhouettes best match the
@@ -68,7 +70,7 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
     level = automatic_threshold(grid, step) if threshold is None else threshold
     if not grid.max() > level:
         raise ValueError(
-            f"the field is empty: its largest density is {grid.max():.3g}, which does not exceed the surface's "
+            f"the field is empty: its largest density is {grid.max():.3g}, which does not exceed the surface "
             f"threshold of {level:.3g}. Train longer, or with a larger guidance scale"
         )
     notes = [f"threshold {level:.3g}"]
@@ -81,8 +83,8 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
 
 def automatic_threshold(grid: np.ndarray, step: float) -> float:
     """Returns the density at which to extract the surface. It is the density at which the surface's silhouettes along
-    the three axes best match the pixels that are more than half opaque. If a range of densities fits equally well, its
-    middle is chosen. Raises ValueError if the field is empty."""
+    the three axes best match the pixels that are more than half opaque. If a range of densities fits equally well, the
+    middle of that range is chosen. Raises ValueError if the field is empty."""
     opaque = [1 - np.exp(-grid.sum(axis) * step) > 0.5 for axis in range(3)]
     largest = float(grid.max())
     if not any(o.any() for o in opaque):
@@ -113,7 +115,7 @@ def _largest_part(grid: np.ndarray, level: float) -> tuple[np.ndarray, float]:
 
 
 def _marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Applies marching cubes to a grid, which is padded with empty cells so that the surface is closed at the bound."""
+    """Pads a grid with empty cells, so that the surface is closed at the bound, and applies marching cubes to it."""
     from skimage.measure import marching_cubes
 
     vertices, faces, _, _ = marching_cubes(np.pad(grid, 1), level, gradient_direction="ascent")
@@ -149,7 +151,7 @@ def _largest_faces(vertices: np.ndarray, faces: np.ndarray, all_parts: bool) -> 
 
 
 def simplified(mesh: Extracted, faces: int) -> Extracted:
-    """Simplifies a mesh to approximately `faces` triangles, using the package fast-simplification (quadric error).
+    """Simplifies a mesh to approximately `faces` triangles, using the fast-simplification package (quadric error).
     Smaller meshes are returned unchanged. If the package is missing, a note is added instead."""
     if len(mesh.faces) <= faces:
         return mesh

@@ -18,11 +18,9 @@ _NAMES = ("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacit
 def write_gaussians(path: Path, splats: Splats) -> Path:
     """Writes positions (z up), colours as spherical harmonics of degree 0, opacities before the sigmoid, logarithms of
     the scales, and quaternions (w first). Raises ValueError if the Gaussians have latents instead of colours, if any
-    value is not finite, or if the values read back from the file differ."""
+    value is not finite, or if the values read back from the file differ from these."""
     if splats.features.shape[1] != 3:
-        raise ValueError(
-            f"the Gaussians have {splats.features.shape[1]} channels of latents, but a PLY file needs colours"
-        )
+        raise ValueError(f"the Gaussians have {splats.features.shape[1]} latent channels, but a PLY file needs colours")
     n = len(splats.means)
     columns = [
         splats.means, splats.means.new_zeros(n, 3), (splats.features - 0.5) / _C0,
@@ -30,7 +28,9 @@ def write_gaussians(path: Path, splats: Splats) -> Path:
     ]  # fmt: skip
     table = np.concatenate([c.detach().float().cpu().numpy() for c in columns], 1).astype("<f4")
     if not np.isfinite(table).all():
-        raise ValueError("the Gaussians contain values that are not finite (NaN or Inf), so their training failed")
+        raise ValueError(
+            "the Gaussians contain values that are not finite (NaN or Inf), so their training must have failed"
+        )
     head = ["ply", "format binary_little_endian 1.0", f"element vertex {n}", *(f"property float {k}" for k in _NAMES)]
     with atomic_write(path) as temporary:
         temporary.write_bytes("\n".join([*head, "end_header\n"]).encode() + table.tobytes())
@@ -40,7 +40,7 @@ def write_gaussians(path: Path, splats: Splats) -> Path:
 
 
 def read_gaussians(path: Path) -> np.ndarray:
-    """Reads the Gaussians in a PLY file with trimesh and returns the columns `_NAMES`, `[N, 17]`."""
+    """Reads the Gaussians in a PLY file with trimesh and returns the `_NAMES` columns, `[N, 17]`."""
     import trimesh
 
     with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Builds the self-contained page of an asset. It shows the mesh in a viewer, what was requested, and how much time and
+"""Builds an asset's self-contained page, which shows the mesh in a viewer, what was requested, and how much time and
 memory were used."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shared.metrics.html import inline, render, seconds, size
 
 PAGE = "report.html"
 _STILLS = {"000": "front", "090": "its left side", "180": "back", "270": "its right side"}  # labels of the renders
-_LARGEST = 448  # maximum side, in pixels, of the pictures that the model learned from
+_LARGEST = 448  # maximum side length, in pixels, of the pictures that the model learned from
 
 
 def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequence[tuple[str, bytes]] = ()) -> str:

@@ -16,7 +16,7 @@ class ExportSettings(Part):
     threshold: the density at the surface. If null, it is found automatically.
     faces: the approximate maximum number of triangles.
     texture: the side length of the texture, in pixels.
-    all_parts: whether parts that are not connected to the largest part are kept.
+    all_parts: whether to keep parts that are not connected to the largest part.
     picture: the side length of the renders and the turntable, in pixels.
     frames: the number of frames in the turntable.
     """

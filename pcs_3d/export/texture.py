@@ -18,9 +18,9 @@ from pcs_3d.renderers.rasterize import barycentric, nearest_faces
 class Textured:
     """A textured mesh.
 
-    vertices: [V, 3]; vertices on seams are repeated.
+    vertices: [V, 3]; vertices on seams are duplicated.
     faces: [F, 3].
-    uv: [V, 2] in [0, 1], v up.
+    uv: [V, 2] in [0, 1], with v up.
     texture: uint8 [H, W, 3]; the first row is at v = 1.
     normals: [V, 3], unit normals of the smooth surface.
     """

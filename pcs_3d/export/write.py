@@ -11,11 +11,11 @@ import numpy as np
 from pcs_3d.export.texture import Textured
 from shared.io.outputs import atomic_write
 
-_CLOSE = 1e-5  # relative tolerance for coordinates that are read back from a file
+_CLOSE = 1e-5  # relative tolerance for coordinates read back from a file
 
 
 def write_glb(path: Path, mesh: Textured) -> Path:
-    """Writes a binary glTF file with y up, the object's front towards +z, and one rough material with the texture.
+    """Writes a binary glTF file with y up, the object's front facing +z, and one rough material with the texture.
     Raises ValueError if the file does not read back as the same mesh and texture."""
     import trimesh
     from trimesh.visual.material import PBRMaterial
@@ -82,7 +82,8 @@ def _image(texture: np.ndarray) -> Any:
 
 
 def _compare(file: Path, kind: str, vertices: np.ndarray, faces: np.ndarray, texture: np.ndarray | None) -> None:
-    """Raises ValueError unless the file contains these triangles in this order and, if one is given, this texture."""
+    """Raises ValueError unless the file contains these triangles in this order and, if `texture` is given, that
+    texture."""
     import trimesh
     from trimesh.resolvers import FilePathResolver
 

@@ -1,4 +1,4 @@
-"""Base classes for fields and for their settings."""
+"""Base classes for fields and their settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Length = Annotated[float, Setting(gt=0, le=100)]
 
 
 class FieldPart(KindPart):
-    """Base class for the settings of fields.
+    """Base class for field settings.
 
-    bound: half the side of the cube around the object, in radii of the object.
-    start: the content of the field before the first step.
+    bound: half the side length of the cube around the object, in object radii.
+    start: the field's contents before the first step.
     lr: the learning rate of the shape.
     lr_features: the learning rate of the colours. If null, `lr` is used.
     """
@@ -39,8 +39,8 @@ class FieldPart(KindPart):
         return self.lr if self.lr_features is None else self.lr_features
 
     def within(self, regions: Mapping[str, Any]) -> FieldPart:
-        """Returns these settings. If the field depends on regions but sets none, the guidance's regions (by name) are
-        filled in."""
+        """Returns these settings. If they have an empty `regions` setting, the guidance's regions (by name) are filled
+        in."""
         return self
 
     def check(self) -> None:
@@ -89,7 +89,8 @@ class BaseField(nn.Module):
         for name, value in mine.items():
             if value.shape != state[name].shape:
                 raise ValueError(
-                    f"the saved {name} has the shape {list(state[name].shape)}, but the field's has {list(value.shape)}"
+                    f"the saved {name} has shape {list(state[name].shape)}, but the field's {name} has shape "
+                    f"{list(value.shape)}"
                 )
         with torch.no_grad():
             for name, value in mine.items():

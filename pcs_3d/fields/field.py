@@ -14,9 +14,9 @@ from shared.trainable import TrainableGroup
 
 @dataclass(frozen=True)
 class Sample:
-    """The values of a field at points [..., 3].
+    """A field's values at points [..., 3].
 
-    density: [...], per radius of the object, at least 0.
+    density: [...], per object radius, at least 0.
     features: [..., K]; colours in [0, 1] (K = 3), unless the field is rendered in latent space.
     """
 
@@ -28,7 +28,7 @@ class Sample:
 class Surface:
     """A triangle mesh.
 
-    vertices: [V, 3], in radii of the object.
+    vertices: [V, 3], in object radii.
     faces: int64 [F, 3], counter-clockwise when seen from outside.
     """
 
@@ -40,8 +40,8 @@ class Surface:
 class Splats:
     """N Gaussians.
 
-    means: [N, 3], in radii of the object.
-    scales: [N, 3], standard deviations along the axes of each Gaussian.
+    means: [N, 3], in object radii.
+    scales: [N, 3], standard deviations along each Gaussian's axes.
     rotations: [N, 4], unit quaternions with w first.
     opacities: [N], in [0, 1].
     features: [N, K].
@@ -61,7 +61,7 @@ Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 
 @runtime_checkable
 class Field(Protocol):
-    """An object in 3D, learned by gradient descent. It lies within the cube [-bound, bound]³; the space outside is
+    """A 3D object that is learned by gradient descent. It lies within the cube [-bound, bound]³; the space outside is
     empty."""
 
     bound: float
@@ -108,13 +108,13 @@ class VolumeField(Field, Protocol):
         ...
 
     def density(self, points: Tensor) -> Tensor:
-        """Returns `at(points).density`, but computes it faster if the field supports this."""
+        """Returns `at(points).density`, computed faster if the field supports this."""
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
         """Returns lower and upper bounds on `density` at S distances along each of N rays, both `[N, S]`. If the field
-        supports it, the bounds are cheaper to compute than the density. Samples can be skipped if the bounds prove that
-        they are empty or hidden.
+        supports it, the bounds are cheaper to compute than the density. Samples that the bounds prove to be empty or
+        hidden can be skipped.
 
         Args:
             origins, directions: [N, 3]

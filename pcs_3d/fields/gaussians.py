@@ -28,7 +28,7 @@ class Gaussians(FieldPart):
     opacity: the initial opacity of each Gaussian.
     every: the number of steps between rounds of splitting and pruning. If 0, Gaussians are neither split nor pruned.
     until: the share of the run after which splitting and pruning stop.
-    threshold: a Gaussian is split or copied if the mean norm of the gradients of its position exceeds this value.
+    threshold: a Gaussian is split or copied if the mean norm of its position gradients exceeds this value.
     prune: the opacity below which Gaussians are removed.
     most: the number of Gaussians at which splitting and copying stop.
     """
@@ -54,8 +54,8 @@ class GaussianField(BaseVolume):
 
     means, log_scales: [N, 3].
     rotations: [N, 4], quaternions of any length.
-    raw_opacities: [N], before the sigmoid.
-    raw_features: [N, K]; colours are before the sigmoid.
+    raw_opacities: [N], before the sigmoid is applied.
+    raw_features: [N, K]; colours are stored before the sigmoid is applied.
     pull, pulled: [N]; the sum of the gradient norms of each position since the last split, and the number of nonzero
     norms in that sum.
     advanced: the step of the last split. It is saved so that the split is not repeated when training resumes.
@@ -95,7 +95,7 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        # NaN and Inf do not count, because the training loop reverts the steps in which they occur
+        # NaN and Inf are not counted, because the training loop reverts the steps in which they occur
         length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)
         self.pull += length
         self.pulled += length > 0

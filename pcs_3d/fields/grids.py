@@ -110,8 +110,8 @@ def cell_maxima(grid: Tensor) -> Tensor:
 
 
 def slopes(grid: Tensor, bound: float) -> Tensor:
-    """Returns the gradient of a grid (`[R, R, R]`) per unit of length, `[R, R, R, 3]`. The differences are central
-    inside the grid and one-sided at its border."""
+    """Returns the gradient of a grid (`[R, R, R]`) per unit length, `[R, R, R, 3]`. The differences are central inside
+    the grid and one-sided at its border."""
     return torch.stack(torch.gradient(grid, spacing=2 * bound / (grid.shape[0] - 1)), -1)
 
 

@@ -19,8 +19,8 @@ _PRIMES = (1, 2654435761, 805459861)  # from section 3 of the paper
 
 
 class HashGrid(FieldPart):
-    """Grids at `levels` resolutions, from `coarsest` to `finest` nodes along a side. Each grid has a table of 2^`table`
-    rows with `features` numbers each. A network with one hidden layer of `width` units decodes the features.
+    """Grids at `levels` resolutions, from `coarsest` to `finest` nodes along each side. Each grid has a table of
+    2^`table` rows with `features` numbers each. A network with one hidden layer of `width` units decodes the features.
 
     unlock: the share of the run over which finer levels are added one by one. If 0, all levels are used from the start.
     """

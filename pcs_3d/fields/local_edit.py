@@ -26,7 +26,7 @@ class LocalEdit(Voxels):
     https://arxiv.org/abs/2308.10608).
 
     regions: the regions in which the field can change. If empty, the guidance's regions are used.
-    fill: the minimum initial density inside the regions, per radius. This grey fog lets new parts grow.
+    fill: the minimum initial density inside the regions, per radius. The resulting grey fog lets new parts grow.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -41,7 +41,7 @@ class LocalEdit(Voxels):
         if not self.regions:
             raise ValueError(
                 "field.kind = local_edit needs a region that may change: set guidance.regions.hat.kind=box "
-                "guidance.regions.hat.lo=[…] guidance.regions.hat.hi=[…], in radii of the object"
+                "guidance.regions.hat.lo=[…] guidance.regions.hat.hi=[…], in object radii"
             )
         super().check()
 
@@ -50,7 +50,8 @@ class LocalEdit(Voxels):
 
 
 class LocalEditField(BaseVolume):
-    """The field (1 - w) kept + w learned, where w in [0, 1] is the degree to which a point is inside the regions."""
+    """The field (1 - w) · kept + w · learned, where w is the degree to which a point is inside the regions, in
+    [0, 1]."""
 
     def __init__(self, part: LocalEdit, channels: int) -> None:
         super().__init__(part.bound, channels)
@@ -114,7 +115,7 @@ class LocalEditField(BaseVolume):
 
 
 def _somewhere(share: Tensor) -> Tensor:
-    """Returns the indices (int64) of the points inside a region. If there are none, returns the index of one point
-    outside the regions, so that a gradient of 0 reaches the field."""
+    """Returns the indices (int64) of the points inside a region. If there are no such points, returns the index of one
+    point outside the regions, so that a gradient of 0 reaches the field."""
     some = share.nonzero()[:, 0]
     return some if len(some) else some.new_zeros(min(1, len(share)))

@@ -13,11 +13,11 @@ from pcs_3d.fields.base import BaseVolume, FieldPart
 from pcs_3d.fields.field import Sample
 from pcs_3d.fields.starts import first_grid
 
-_START = 32  # nodes along a side of the grid that contains the start
+_START = 32  # number of nodes along each side of the grid that contains the start
 
 
 class NetworkField(BaseVolume):
-    """A field with density = softplus(start + MLP(encoding)). The start is added in the same way as DreamFusion adds
+    """A field with density = softplus(start + MLP(encoding)). The start is added in the same way that DreamFusion adds
     its blob. The last layer is initialised to 0, so that the field initially equals its start."""
 
     start: Tensor

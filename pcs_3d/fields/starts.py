@@ -1,5 +1,5 @@
-"""The content of a field before the first training step, which is a blob, a mesh from a file, or the result of an
-earlier phase."""
+"""A field's contents before the first training step: a blob, a mesh from a file, or the result of an earlier
+phase."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StartPart(KindPart):
         raise NotImplementedError
 
     def triangles(self) -> Surface:
-        """Returns the triangles of the start. Raises ValueError if it has none."""
+        """Returns the start's triangles. Raises ValueError if it has none."""
         raise ValueError(f"field.start.kind = {self.kind} has no triangles: start from a file or an earlier phase")
 
     def check(self) -> None:
@@ -51,7 +51,7 @@ class StartPart(KindPart):
 
     def features(self, places: Tensor, channels: int) -> Tensor:
         """Returns features at points (`[N, 3]`) as `[N, K]`. If K is 3, they are the colours of the nearest points on
-        the surface, before the sigmoid, or grey if the colours are not known. Otherwise, they are latents of 0."""
+        the surface, before the sigmoid, or grey if the colours are not known. Otherwise, they are latents, all 0."""
         colors = self.shape().colors(places) if channels == 3 else None
         return torch.zeros(len(places), channels) if colors is None else raw_colors(colors)
 
@@ -59,7 +59,7 @@ class StartPart(KindPart):
 class Blob(StartPart):
     """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2).
 
-    radius: the ball's radius, in radii of the object.
+    radius: the ball's radius, in object radii.
     """
 
     kind: Literal["blob"] = "blob"
@@ -72,9 +72,9 @@ class Blob(StartPart):
 class MeshFile(StartPart):
     """A mesh or points from a GLB, OBJ or PLY file, scaled to `radius` around the origin. Cameras expect a radius of 1.
 
-    up: the axis of the file that points up. If null, it is z for PLY files and y for other files, as is usual for these
+    up: the axis that points up in the file. If null, it is z for PLY files and y for other files, as is usual for these
     formats.
-    azimuth_deg: the angle by which the object is turned to its left. Set it if the object in the file does not face
+    azimuth_deg: the angle by which the object is turned to its left. Set this if the object in the file does not face
     forward.
     """
 
@@ -107,13 +107,12 @@ class MeshFile(StartPart):
 
 class PhaseStart(StartPart):
     """The result of an earlier phase of the recipe. The new field can be of any kind. If both fields are volumes, the
-    new field takes over the densities and colours of the earlier field. Otherwise, it starts from the earlier field's
-    surface.
+    new field inherits the earlier field's densities and colours. Otherwise, it starts from the earlier field's surface.
 
     resolution: the number of nodes along each side of the grid on which the surface is extracted.
     threshold: the density at the surface. If null, it is found automatically.
     faces: the approximate maximum number of triangles.
-    all_parts: whether parts that are not connected to the largest part are kept.
+    all_parts: whether to keep parts that are not connected to the largest part.
     """
 
     kind: Literal["phase"] = "phase"
@@ -134,7 +133,7 @@ class PhaseStart(StartPart):
 class Handed(StartPart):
     """The result of an earlier phase. This start is created while a recipe runs and cannot be set in a recipe.
 
-    surface: the triangles of the earlier phase's field.
+    surface: the triangles of the earlier field.
     known: the shape, which provides distances to the surface, and colours or latents on it.
     volume: the earlier field itself, if it is a volume.
     """

@@ -86,8 +86,8 @@ class TetrahedraField(BaseField):
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:
-        """Returns the gradient of the signed distance, `[R, R, R, 3]`, with lengths in radii of the object. It has length 1
-        where the distance is exact."""
+        """Returns the gradient of the signed distance, `[R, R, R, 3]`, with lengths in object radii. The gradient has
+        length 1 where the distance is exact."""
         size = self.part.resolution
         return grids.slopes((self.distances * self.cell).view(size, size, size), self.bound)
 
@@ -112,7 +112,7 @@ def _triangles() -> Tensor:
     """Returns the triangles in a tetrahedron for each set of corners that can be inside the surface, `[16, 2, 3]`. Bit
     i of the first index is set if corner i is inside. Each triangle is given by the three edges that its vertices lie
     on. In a tetrahedron of positive volume, the vertices are in counter-clockwise order when seen from outside the
-    surface. There are up to two triangles, and the rest of the table is -1."""
+    surface. There are up to two triangles, and unused entries are -1."""
     corners = torch.cat([torch.zeros(1, 3), torch.eye(3)])
     edge = {frozenset(pair): i for i, pair in enumerate(_EDGES.tolist())}
     out = torch.full((16, 2, 3), -1)
@@ -134,7 +134,7 @@ def _triangles() -> Tensor:
 
 
 def marching_tetrahedra(nodes: Tensor, distances: Tensor, tets: Tensor) -> Surface:
-    """Extracts the surface on which the signed distance is 0. Its vertices lie on the edges of the tetrahedra, and are
+    """Extracts the surface on which the signed distance is 0. Its vertices lie on the edges of the tetrahedra and are
     differentiable with respect to the distances and the nodes.
 
     Args:

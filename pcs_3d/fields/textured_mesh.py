@@ -18,7 +18,7 @@ from shared.trainable.base import Rate
 
 class TexturedMesh(FieldPart):
     """A fixed mesh from a file or an earlier phase (`start`), and a grid of trainable colours around it with
-    `resolution` nodes along each side. The grid is initialised with the colours of the start."""
+    `resolution` nodes along each side. The grid is initialised with the start's colours."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["textured_mesh"] = "textured_mesh"
@@ -39,7 +39,7 @@ class TexturedMeshField(BaseField):
     """A mesh, which is saved with the state but not trained, and a grid of trained colours.
 
     vertices, faces: [V, 3] and [F, 3].
-    raw_features: [R, R, R, K]; colours are before the sigmoid.
+    raw_features: [R, R, R, K]; colours are stored before the sigmoid is applied.
     """
 
     faces: Tensor

@@ -15,7 +15,7 @@ from shared.trainable.base import Rate
 
 
 class Triplane(FieldPart):
-    """Three planes (xy, xz and yz) with `resolution`² vectors of `features` numbers each. At each point, the vectors
+    """Three planes (xy, xz and yz), each with `resolution`² vectors of `features` numbers. At each point, the vectors
     interpolated from the three planes are summed. An MLP with one hidden layer of `width` units decodes the sum."""
 
     kind: Literal["triplane"] = "triplane"

@@ -30,8 +30,8 @@ class Voxels(FieldPart):
 
 
 class VoxelField(BaseVolume):
-    """The grids of densities before softplus (`[R, R, R, 1]`) and of features (`[R, R, R, K]`; colours are before the
-    sigmoid)."""
+    """The grids of densities (`[R, R, R, 1]`) and features (`[R, R, R, K]`). Densities are stored before softplus is
+    applied, and colours before the sigmoid is applied."""
 
     def __init__(self, part: Voxels, channels: int) -> None:
         super().__init__(part.bound, channels)
@@ -69,5 +69,6 @@ class VoxelField(BaseVolume):
         return unit(-grids.trilinear(slope, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Returns the total variation of the densities before softplus plus that of the features before the sigmoid."""
+        """Returns the sum of the total variations of the densities before softplus and the features before the
+        sigmoid."""
         return grids.total_variation(self.raw_density) + grids.total_variation(self.raw_features)

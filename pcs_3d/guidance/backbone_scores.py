@@ -28,13 +28,13 @@ class BackboneScores:
     """The `Scores` of a backbone.
 
     Adapters are switched on and off in sets. The teacher is the backbone with `concepts` at their strengths. The
-    student additionally uses the set `student`. The base uses no adapters, and its prompts contain class nouns instead
-    of names.
+    student also uses the `student` set. The base uses no adapters, and its prompts contain class nouns instead of
+    concept names.
 
     Args:
         concepts: the strength of each concept's adapters and learned words, by name
-        resolution: the length, in pixels, to which the shorter side of each view is scaled before the view is encoded.
-            If None, the backbone's own resolution is used.
+        resolution: the length, in pixels, to which the shorter side of each view is scaled before encoding. If
+            None, the backbone's own resolution is used.
         joint_views: the number of consecutive views that attend to each other
     """
 
@@ -86,8 +86,8 @@ class BackboneScores:
         return [known[ask] for ask in asks]
 
     def _predict(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> Tensor:
-        """Returns the network's outputs, `[A * B, C, h, w]`. The outputs for all B views and the first ask come first,
-        followed by those for the second ask, and so on."""
+        """Returns the network's outputs, `[A * B, C, h, w]`. The outputs of the first ask for all B views come first,
+        followed by those of the second ask, and so on."""
         rows = [row for ask in asks for row in self._rows(ask, views)]
         with ExitStack() as stack:
             for adapter in self.backbone.adapters.get(STUDENT, []):
@@ -113,7 +113,7 @@ class BackboneScores:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encodes views in the autoencoder's precision. Returns float32 latents. Raises ValueError if the backbone does
-        not accept the size of the views."""
+        not accept views of this size."""
         factor = self.resolution / min(pixels.shape[-2:])
         if factor != 1:
             size = [round(side * factor) for side in pixels.shape[-2:]]

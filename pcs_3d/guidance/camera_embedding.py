@@ -33,8 +33,7 @@ class CameraEmbedding(TrainablePart):
 
 
 class CameraAdapter:
-    """The layers that are added to one denoiser. This class satisfies the protocol
-    `shared.backbones.protocol.Adapter`."""
+    """The layers added to one denoiser. This class satisfies the `shared.backbones.protocol.Adapter` protocol."""
 
     def __init__(self, backbone: Backbone, slot: str, seed: int) -> None:
         self.slot, self.component, self.strength = slot, next(iter(backbone.noise_ranges)), 1.0
@@ -84,7 +83,7 @@ class CameraAdapter:
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in mine.items()}:
             raise ValueError(
                 f"camera embedding: the names or shapes of its {len(mine)} tensors differ from those of the "
-                f"{len(state)} saved ones"
+                f"{len(state)} saved tensors"
             )
         cut = len(f"{self.component}.camera_embedding.")
         self.layers.load_state_dict({k[cut:]: v for k, v in state.items()})

@@ -15,14 +15,14 @@ from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts, Views
 
 _AWAY = (Ask("away_near"), Ask("away_far"))
-#: A noise level ("t" or "s"), and the kind of prediction made at it.
+#: A noise level ("t" or "s"), and the kind of prediction made there.
 Place = tuple[str, Ask]
 _PROMPT: Place = ("t", Ask("prompt"))
 
 
 @dataclass(frozen=True)
 class Guided:
-    """The gradient with respect to the latents of B views, and the values that it was computed from.
+    """The gradient with respect to the latents of B views, and the values from which it was computed.
 
     grad: [B, C, h, w].
     eps: the guided prediction at (z_t, t).
@@ -48,7 +48,7 @@ def guide(
     """Computes the gradient of one step with respect to the clean latents of B views (`z`, `[B, C, h, w]`).
 
     Raises:
-        ValueError: the value of a schedule is out of range, or the number of views is not a multiple of `rescale_over`
+        ValueError: a schedule's value is out of range, or the number of views is not a multiple of `rescale_over`
             or `joint_views`
     """
     noised = settings.noiser(z, settings.times, scores, views, moment, generator)
@@ -56,8 +56,8 @@ def guide(
     known = _predictions(settings, scores, noised, views, weights)
     eps = sum((weight * known[_place(settings.terms[n])] for n, weight in weights.items()), torch.zeros_like(z))
     if settings.perp_neg is not None:
-        # The s of Perp-Neg is the total coefficient of the prompt. It depends on the terms, and can differ from the
-        # guidance scale.
+        # Perp-Neg's s is the total coefficient of the prompt. It depends on the terms and can differ from the guidance
+        # scale.
         share = sum(weight for n, weight in weights.items() if _place(settings.terms[n]) == _PROMPT)
         eps = eps + share * _away(settings.perp_neg, known, prompts, views, z)
     alpha, sigma = coefficients(scores, noised.t, z)
@@ -112,8 +112,8 @@ def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
 
 
 def _weights(settings: Guidance, noised: Noised, moment: Moment, like: Tensor) -> dict[str, Tensor]:
-    """Returns the coefficient of each term, `[B, 1, 1, 1]`. Terms whose coefficient is 0 for every view are left out,
-    so that no prediction is made for them, unless another setting needs them."""
+    """Returns the coefficient of each term, `[B, 1, 1, 1]`. Unless another setting needs them, terms whose
+    coefficient is 0 for every view are left out, so that no prediction is made for them."""
     scale, share = moment.of(settings.scale), noised.t.double() / 1000
     out = {}
     for name, term in settings.terms.items():

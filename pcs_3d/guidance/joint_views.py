@@ -23,8 +23,8 @@ class JointViews:
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Joins the k and v of consecutive views to `[B, H, count · L, d]`. Raises ValueError unless B is a multiple of
-        `count`."""
+        """Joins the k and v of consecutive views into `[B, H, count · L, d]`. Raises ValueError unless B is a multiple
+        of `count`."""
         if len(k) % self.count:
             raise ValueError(
                 f"guidance.joint_views = {self.count}: the number of views in a step ({len(k)}) must be a multiple of "

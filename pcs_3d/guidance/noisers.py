@@ -1,6 +1,6 @@
 """Adds noise to the latents of views. The noise is random, fixed, or taken from the model's own trajectory.
 
-Each noiser returns a `Noised`. It contains the noised latents and times at which the teacher is evaluated, and the
+Each noiser returns a `Noised`, which contains the noised latents and times at which the teacher is evaluated, and the
 noise with which the guided prediction is compared.
 """
 
@@ -30,7 +30,7 @@ class Noised:
     z_t: [B, C, h, w].
     t: the time of each view, [B].
     target: the noise that the guided prediction is compared with, [B, C, h, w].
-    start: an earlier point (z_s, s) on the trajectory, or None if the noiser has none.
+    start: an earlier point (z_s, s) on the trajectory, or None if the noiser has no earlier point.
     """
 
     z_t: Tensor
@@ -45,7 +45,7 @@ class Noised:
             return self.z_t, self.t
         if self.start is None:
             raise ValueError(
-                "guidance.terms: at: s needs the earlier point of noiser.kind=interval, but this noiser has none"
+                "guidance.terms: at=s needs the earlier point of noiser.kind=interval, which this noiser does not have"
             )
         return self.start
 
@@ -57,7 +57,7 @@ def noised(scores: Scores, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def ddim_step(scores: Scores, z_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -> Tensor:
-    """Makes one deterministic step from t to `to`, in either direction (DDIM, https://arxiv.org/abs/2010.02502, eq.
+    """Takes one deterministic step from t to `to`, in either direction (DDIM, https://arxiv.org/abs/2010.02502, eq.
     12)."""
     alpha, sigma = coefficients(scores, t, z_t)
     return noised(scores, (z_t - sigma * eps) / alpha, eps, to)
@@ -103,7 +103,7 @@ class FixedNoise(Part):
 
 class Interval(Part):
     """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eqs. 14 to 17). A little noise is added
-    to z. From there, the model's DDIM inversion, which is unconditional by default, leads to s = t - delta and, in one
+    to z. From there, the model's DDIM inversion, which is unconditional by default, goes to s = t - delta and, in one
     more step, to t. The target is the prediction at (z_s, s). The same prediction is used for the last step."""
 
     kind: Literal["interval"] = "interval"
@@ -135,17 +135,17 @@ class Interval(Part):
 
 class Inversion(Part):
     """Score distillation via inversion (https://arxiv.org/abs/2405.15891, section 4). The conditional DDIM inversion
-    leads from z to z_t in `steps` equal steps. The target is the noise that the result implies, (z_t - alpha z) /
-    sigma. If the weight is sigma / alpha, the gradient is z - x0(z_t).
+    goes from z to z_t in `steps` equal steps. The target is the noise that the result implies, (z_t - alpha z) / sigma.
+    With weight sigma / alpha, the gradient is z - x0(z_t).
 
-    `scale` is the guidance scale in this package's convention. The paper's scale is -7.5, because it writes eps_c + s
-    (eps_c - eps_u).
+    `scale` is the guidance scale in this package's convention. The paper's scale is -7.5, because the paper writes
+    eps_c + s (eps_c - eps_u).
     """
 
     kind: Literal["inversion"] = "inversion"
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
     scale: GuidanceScale = -6.5
-    jitter: Share = 1.0  # largest random increase of t, as a fraction of one step
+    jitter: Share = 1.0  # largest random increase in t, as a fraction of one step
     eta: NotNegative = 0.3  # amount of fresh noise, relative to the noise of one ancestral step
 
     def __call__(

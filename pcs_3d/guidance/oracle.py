@@ -23,9 +23,9 @@ class OracleScores:
     noise is sigma (z_t - alpha mean) / (alpha² spread² + sigma²). Latents are pixels in [-1, 1].
 
     Args:
-        scene: the mean and the spread for each kind of conditioning; kinds that are missing are treated as "prompt"
-        student: the means that the student has learned. The student has the spread of "prompt". Its parameters belong
-            to the caller.
+        scene: the mean and the spread for each kind of conditioning; missing kinds are treated as "prompt"
+        student: the means that the student has learned. The student's spread is that of "prompt". The student's
+            parameters belong to the caller.
     """
 
     discrete_time = True

@@ -19,19 +19,19 @@ Curve = tuple[Coefficient, Coefficient, Coefficient]
 
 
 class PerpNeg(Part):
-    """Perp-Neg. The prompt embedding is interpolated between those of two view prompts according to the azimuth. The
-    prompts for other views serve as negatives.
+    """Perp-Neg. The prompt embedding is interpolated between the embeddings of two view prompts according to the
+    azimuth. The prompts for other views serve as negatives.
 
     eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)) with e = eps - eps_0 (sections 3.2 and 4.2), where s is the
-    total coefficient of the terms for the prompt. The weights w_i are -(a exp(-b r) + c), where r in [0, 1] is the
-    position of the camera between two views. The default values of a, b and c are threestudio's. `strength` scales all
-    weights. Views from above have no negatives.
+    total coefficient of the prompt's terms. The weights w_i are -(a exp(-b r) + c), where r in [0, 1] is the camera's
+    position between two views. The default values of a, b and c are threestudio's. `strength` scales all weights. Views
+    from above have no negatives.
     """
 
-    side_back: Curve = (1.0, 0.5, -0.606)  # a, b, c of the negative "side" between the side and the back
-    front_side_back: Curve = (1.0, 0.5, 0.967)  # a, b, c of the negative "front" between the side and the back
-    front_side: Curve = (4.0, 0.5, -2.426)  # a, b, c of the negative "front" between the front and the side
-    side_front: Curve = (4.0, 0.5, -2.426)  # a, b, c of the negative "side" between the front and the side
+    side_back: Curve = (1.0, 0.5, -0.606)  # a, b, c for the negative "side" between the side and the back
+    front_side_back: Curve = (1.0, 0.5, 0.967)  # a, b, c for the negative "front" between the side and the back
+    front_side: Curve = (4.0, 0.5, -2.426)  # a, b, c for the negative "front" between the front and the side
+    side_front: Curve = (4.0, 0.5, -2.426)  # a, b, c for the negative "side" between the front and the side
     strength: Real = 1.0
 
     def rows(self, told: str, prompts: ScenePrompts, views: Views) -> list[Mix]:
@@ -60,7 +60,7 @@ class PerpNeg(Part):
         return ((1.0, text(near if told == "away_near" else far)),)  # type: ignore[arg-type]
 
     def weights(self, prompts: ScenePrompts, cameras: Cameras) -> Tensor:
-        """Returns the weights of the near and the far negative, `[B, 2]`. They are never positive."""
+        """Returns the weights of the near and far negatives, `[B, 2]`. They are never positive."""
         rows = []
         for direction, around in zip(prompts.words.directions(cameras), _around(cameras), strict=True):
             r = 1 - around if around < 1 else 2 - around
@@ -81,7 +81,7 @@ def perpendicular(e: Tensor, to: Tensor) -> Tensor:
 
 
 def _around(cameras: Cameras) -> list[float]:
-    """Returns how far around the object each camera is, as 0 at the front, 1 at a side, and 2 at the back."""
+    """Returns how far around the object each camera is: 0 at the front, 1 at a side, and 2 at the back."""
     return (wrapped_deg(cameras.azimuth_deg).abs() / 90).tolist()
 
 

@@ -21,7 +21,7 @@ class PromptCache:
     """Encodes texts that can contain `<name>`s, using the active adapters.
 
     An encoding is reused if nothing has changed in the text, in the words and tensors of the concepts that it names, or
-    in the active adapters of the text encoders. If a concept has been trained further or replaced by another concept of
+    in the text encoders' active adapters. If a concept has been trained further or replaced by another concept with
     the same name, the texts that name it are encoded again.
 
     Args:
@@ -40,8 +40,8 @@ class PromptCache:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], t: Tensor) -> Conditioning:
-        """Encodes B texts as one conditioning. The times `t` (`[B]`) are used only if the embedding of a name varies
-        with time."""
+        """Encodes B texts as one conditioning. The times `t` (`[B]`) are used only if a name's embedding varies with
+        time."""
         words = [expand(text, self.backbone.placeholders) for text in texts]
         if "time" in self.backbone.varies_with(words):
             with self.on_device():

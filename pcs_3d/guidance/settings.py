@@ -1,4 +1,4 @@
-"""The settings of guidance: a table of terms, a noiser, a weighting and post-processing."""
+"""Guidance settings: a table of terms, a noiser, a weighting and post-processing."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Term(Part):
 
     kind: Told = "prompt"  # the kind of conditioning; by default, the term's name
     adapters: Adapters = "teacher"  # the adapters that are on
-    at: Literal["t", "s"] = "t"  # t is the view's noise level, and s is the earlier one of noiser.kind=interval
+    at: Literal["t", "s"] = "t"  # t is the view's noise level, and s is the earlier level of noiser.kind=interval
     plain: Schedule = 0.0
     scaled: Schedule = 0.0
-    from_t: Share = 0.0  # share of the range of t
-    until_t: NotNegative = 1.0  # share of the range of t
+    from_t: Share = 0.0  # lower limit, as a share of the range of t
+    until_t: NotNegative = 1.0  # upper limit, as a share of the range of t
 
     @property
     def ask(self) -> Ask:
@@ -44,7 +44,7 @@ class Guidance(Part):
     instead, where s' = s - 1.
 
     `weighting` determines w(t). With z_t = alpha z + sigma eps, it is sigma² = 1 - alpha_bar for `sds`, 1 for
-    `uniform`, alpha sigma² for `fantasia3d`, and sigma / alpha for `noise_to_signal`. If the noise is random,
+    `uniform`, alpha sigma² for `fantasia3d`, and sigma / alpha for `noise_to_signal`. With random noise,
     `noise_to_signal` makes the gradient equal to z - x0(z_t).
     """
 
@@ -52,28 +52,28 @@ class Guidance(Part):
         "prompt": {"kind": "prompt", "scaled": 1.0},
         "negative": {"kind": "negative", "plain": 1.0, "scaled": -1.0},
     }
-    target: Literal["noise", "none"] = "noise"  # what is subtracted, either the noiser's noise or nothing
+    target: Literal["noise", "none"] = "noise"  # what is subtracted: the noiser's noise, or nothing
     scale: Schedule = 100.0  # the guidance scale s
     noiser: Noiser = RandomNoise()
     times: Times = Times()
     weighting: Weighting = "sds"
     weight: Schedule = 1.0  # factor by which the whole gradient is multiplied
-    # whether the loss of a view is the sum or the mean over channels and cells; a mean does not depend on their number
+    # whether a view's loss is the sum or the mean over channels and cells; a mean does not depend on their number
     normalize: Literal["sum", "mean"] = "sum"
     # largest absolute value of the gradient's elements, for score debiasing (https://arxiv.org/abs/2303.15413)
     clip: Schedule | None = None
     # how far the standard deviation of x0 is moved towards the unguided one, from 0 to 1
     # (https://arxiv.org/abs/2305.08891, eq. 15)
     rescale: Share = 0.0
-    rescale_over: BatchSize = 1  # number of consecutive views that share a standard deviation, such as a ring
-    regions: Slot[Region] = {}  # parts of space with their own prompt or concepts
+    rescale_over: BatchSize = 1  # number of consecutive views that share a standard deviation, such as those in a ring
+    regions: Slot[Region] = {}  # parts of space with their own prompts or concepts
     joint_views: BatchSize = 1  # number of views in a ring that attend to each other (`JointViews`)
     perp_neg: PerpNeg | None = None  # Perp-Neg (https://arxiv.org/abs/2304.04968); off if null
-    student: StudentSettings | None = None  # the student of variational score distillation; if null, there is none
+    student: StudentSettings | None = None  # the student of variational score distillation; if null, none is trained
     pixel_weight: Schedule = 0.0  # weight of HiFA's loss between the view and the decoded x0
-    space: Literal["pixels", "latents"] = "pixels"  # whether fields render latents, or colours that are then encoded
-    # length, in pixels, to which the shorter side of views is scaled before encoding; by default, the backbone's own
-    # resolution
+    space: Literal["pixels", "latents"] = "pixels"  # whether renders are latents, or colours that are then encoded
+    # length, in pixels, to which the shorter side of each view is scaled before encoding; by default, the backbone's
+    # own resolution
     resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
 
     def speaks(self, moment: Moment) -> bool:
@@ -85,17 +85,17 @@ class Guidance(Part):
     def _consistent(self) -> Guidance:
         asks_student = any(term.adapters == "student" for term in self.terms.values())
         if asks_student and self.student is None:
-            raise ValueError("terms: a term uses the student, but nothing trains the student: add student: {}")
+            raise ValueError("terms: a term uses the student, but nothing trains the student: set student={}")
         if any(term.at == "s" for term in self.terms.values()) and self.noiser.kind != "interval":
             raise ValueError(
-                "terms: at: s needs the earlier point of noiser.kind=interval: set that noiser, or remove at"
+                "terms: at=s needs the earlier point of noiser.kind=interval, so set that noiser or remove at=s"
             )
         if not self.terms:
             raise ValueError("terms is empty, so nothing guides the field: set at least one term")
         kinds = [term.kind for term in self.terms.values() if term.adapters == "teacher" and term.at == "t"]
         for need, why in (("prompt", self.rescale or self.perp_neg), ("null", self.perp_neg)):
             if why and need not in kinds:
-                raise ValueError(f"rescale or perp_neg needs a term of kind {need}, but there is none")
+                raise ValueError(f"rescale or perp_neg needs a term of kind {need}, but there is no such term")
         if self.space == "latents" and (self.resolution is not None or self.pixel_weight != 0):
             raise ValueError(
                 "space = latents: latents cannot be scaled and have no pixels to compare, so remove resolution and "

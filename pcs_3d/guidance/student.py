@@ -21,12 +21,12 @@ STUDENT = "student"  # the adapter set that only the student uses
 
 class StudentSettings(Part):
     """The student's loss on the renders, L = |eps_student(z_t', t', c) - eps|² (eq. 9), in the model's own
-    parametrisation. The student is the teacher with additional adapters, which form the set `student`. Recipes train
+    parametrisation. The student is the teacher with additional adapters, which form the `student` set. Recipes train
     them with `trainable.*.adapter_set: student`."""
 
     times: Times = Times(low=0.0, high=1.0)
     told: Literal["prompt", "plain_prompt"] = "plain_prompt"  # conditioning; only `prompt` has words for the view
-    camera_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of steps in which the student is given no cameras
+    camera_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of steps at which the student is given no cameras
     group: Annotated[str, Field(pattern=NAME)] = STUDENT  # the student's optimizer group
 
     def loss(self, scores: Scores, z: Tensor, views: Views, moment: Moment, generator: Generator) -> Tensor:

@@ -12,15 +12,15 @@ from shared.config import Part, Positive
 class Times(Part):
     """Times t in [0, 1000). `low` and `high` are shares of that range.
 
-    Without `anneal`, times are uniform between `low` and `high`. With `anneal`, they are deterministic and fall from
-    high to low as high - (high - low) (step / steps)^anneal. `anneal` is 1 in DreamGaussian
+    Without `anneal`, times are drawn uniformly between `low` and `high`. With `anneal`, they are deterministic and fall
+    from high to low as high - (high - low) (step / steps)^anneal. `anneal` is 1 in DreamGaussian
     (https://arxiv.org/abs/2309.16653) and 0.5 in HiFA (https://arxiv.org/abs/2305.18766, section 3.3).
     """
 
     low: Schedule = 0.02
     high: Schedule = 0.98
     anneal: Positive | None = None
-    same: bool = False  # use one time for all views of a step
+    same: bool = False  # whether all views of a step use the same time
 
     def draw(self, count: int, moment: Moment, generator: Generator, discrete: bool) -> Tensor:
         """Draws `count` times, which are integers if `discrete` is set. Raises ValueError unless 0 ≤ low ≤ high ≤ 1 at

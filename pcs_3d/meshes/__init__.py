@@ -1,1 +1,1 @@
-"""Reads meshes and points from files, and turns them into shapes."""
+"""Reads meshes and points from files and turns them into shapes."""

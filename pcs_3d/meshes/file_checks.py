@@ -1,4 +1,4 @@
-"""Checks untrusted mesh files for excessive sizes and references to other files, before they are decoded or copied."""
+"""Checks untrusted mesh files, before they are decoded or copied, for excessive sizes and references to other files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.io.safe_paths import safe_relative
 MAX_BYTES = 256 * 2**20
 MAX_POINTS = 5_000_000
 MAX_FACES = 4 * MAX_POINTS
-MAX_TEXELS = MAX_PIXELS  # maximum number of pixels of all textures together
+MAX_TEXELS = MAX_PIXELS  # maximum number of pixels in all textures together
 _MAX_HEADER = 2**16
 
 
@@ -66,7 +66,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         total += count
         view = accessor.get("bufferView")
         if count < 0 or total > 12 * MAX_POINTS or (view is not None and count > int(views[view]["byteLength"])):
-            raise ValueError(f"{path} declares {count} values, which is more than it contains or than is allowed")
+            raise ValueError(f"{path} declares {count} values, which is more than it contains or more than is allowed")
     _check_primitives(path, tree)
     for image in tree.get("images", []):
         if "uri" in image:
@@ -145,8 +145,8 @@ def check_total(path: Path, shown: Sequence[Any], textures: Sequence[Any]) -> No
 
 
 def check_ply(path: Path) -> None:
-    """Raises ValueError if the header of a PLY file is invalid, or declares more elements than the file can contain or
-    than are allowed."""
+    """Raises ValueError if the header of a PLY file is invalid, or if it declares more elements than the file can
+    contain or more than are allowed."""
     with path.open("rb") as stream:
         head = stream.read(_MAX_HEADER)
     end = head.find(b"end_header")
@@ -155,10 +155,11 @@ def check_ply(path: Path) -> None:
     for line in head[:end].decode("latin-1").splitlines():
         words = line.split()
         if words[:1] == ["element"] and (len(words) != 3 or not words[2].isdigit()):
-            raise ValueError(f"{path} is not a PLY file: its header has the line {line!r}")
+            raise ValueError(f"{path} is not a PLY file: its header contains the invalid line {line!r}")
         if words[:1] == ["element"] and (count := int(words[2])) > min(path.stat().st_size, 2 * MAX_POINTS):
             raise ValueError(
-                f"{path} declares {count} {words[1]} elements, more than it can contain or than are allowed"
+                f"{path} declares {count} {words[1]} elements, which is more than it can contain or more than is "
+                "allowed"
             )
 
 
@@ -175,15 +176,15 @@ def check_obj(path: Path) -> None:
 
 
 class FolderResolver:
-    """Reads the materials and textures of a mesh for trimesh, but only from inside the mesh's folder."""
+    """Reads a mesh's materials and textures for trimesh, but only from inside the mesh's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.refused: list[str] = []  # why files were refused, because trimesh swallows exceptions
+        self.refused: list[str] = []  # why files were refused; kept because trimesh swallows exceptions
 
     def get(self, name: str) -> bytes:
-        """Returns the content of the file `name`. Raises ValueError if the file is outside the folder, is too large, or
-        is a texture that cannot be read."""
+        """Returns the contents of the file `name`. Raises ValueError if the file is outside the folder, is too large,
+        or is a texture that cannot be read."""
         try:
             name = str(name).strip().removeprefix("./").removeprefix(".\\")
             file = safe_relative(self.path.parent, name)

@@ -1,5 +1,5 @@
-"""Reads meshes and points from GLB, OBJ and PLY files, which may be hostile, and scales them to radius 1 around the
-origin."""
+"""Reads meshes and points from GLB, OBJ and PLY files and scales them to radius 1 around the origin. The files may be
+hostile."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg
 
     Points with non-finite coordinates are dropped, together with their triangles. Triangles without area are dropped as
     well. Raises ValueError if the file has an unsupported format, contains or declares too much data, refers to files
-    outside its folder, or has too little geometry left.
+    outside its folder, or has too little usable geometry.
     """
     path = expanded(path)
     if path.suffix.lower() not in _CHECKS:
@@ -86,7 +86,7 @@ def _loaded(path: Path) -> list[Piece]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Converts any exception that a parser raises on hostile bytes to a ValueError."""
+    """Converts any exception that a parser raises on hostile bytes into a ValueError."""
     try:
         yield
     except Exception as error:

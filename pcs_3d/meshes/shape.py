@@ -15,8 +15,8 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from scipy.spatial import KDTree
 
-# Relative tolerance of nearest-point searches. At the centre of a ball, all points are equally near, and an exact
-# search would visit every one of them.
+# Relative tolerance of nearest-point searches. At the centre of a ball, all surface points are equally near, and an
+# exact search would visit every one of them.
 _ROUGHLY = 0.05
 _FEW = 2000  # number of surface points whose colours are used far from the surface
 _RESOLUTION = 64  # largest number of cells along a side of the grid that separates inside from outside
@@ -27,7 +27,7 @@ class Shape(Protocol):
     """An object with a radius of about 1 around the origin. x points forward, y to the object's left, and z up."""
 
     def distance(self, points: Tensor) -> Tensor:
-        """Returns the distance of each point (`[N, 3]`) to the surface, as `[N]`. Distances are negative inside."""
+        """Returns the distance from each point (`[N, 3]`) to the surface, as `[N]`. Distances are negative inside."""
         ...
 
     def colors(self, points: Tensor) -> Tensor | None:
@@ -63,7 +63,7 @@ class SampledShape:
     needs neither normals nor a closed surface. An open or non-manifold mesh becomes a shell one cell thick.
 
     Args:
-        points: points on the surface, [N, 3], within a cube of side 2 · `reach`
+        points: points on the surface, [N, 3], within a cube of side length 2 · `reach`
         colors: their colours, [N, 3] in [0, 1], or None
         normals: the outward unit normals at the points, [N, 3], if the surface is closed and its normals are reliable.
             Close to the surface, distances are then measured along the normals, with an error much smaller than a cell.
@@ -114,7 +114,7 @@ class SampledShape:
             return None
         asked = points.detach().cpu().numpy()
         away, nearest = map(np.asarray, self._tree.query(asked, distance_upper_bound=4 * self._cell))
-        far = np.isinf(away)  # most nodes of a fine grid, for which an approximately nearest point suffices
+        far = np.isinf(away)  # most nodes of a fine grid; an approximately nearest point suffices for them
         nearest[far] = self._few[self._few_tree.query(asked[far])[1]]
         return torch.from_numpy(self.point_colors[nearest]).float()
 
@@ -134,7 +134,7 @@ def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
 def shape_of_file(
     path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0, radius: float = 1.0
 ) -> SampledShape:
-    """Reads the shape in a GLB, OBJ or PLY file and scales it to `radius`. Raises ValueError in the same cases as
+    """Reads the shape from a GLB, OBJ or PLY file and scales it to `radius`. Raises ValueError in the same cases as
     `read_mesh`."""
     from pcs_3d.meshes.read_mesh import read_mesh, sampled
 

@@ -26,7 +26,7 @@ if (typeof renderer !== "undefined" && renderer) {{
 
 def viewer_html(pieces: Sequence[Piece]) -> str:
     """Returns a standalone page that shows the pieces of a mesh (from `read_mesh`) from the front and lets the user
-    turn them by mouse or touch. The page is trimesh's viewer, changed to show textures at their true brightness."""
+    turn them by mouse or touch. The page is trimesh's viewer, modified to show textures at their true brightness."""
     import trimesh
     from trimesh.scene.cameras import Camera
     from trimesh.viewer.notebook import scene_to_html
@@ -45,7 +45,7 @@ def viewer_html(pieces: Sequence[Piece]) -> str:
 
 
 def _geometry(piece: Piece) -> Any:
-    """Converts a piece to trimesh's format, with y up and the front towards +z."""
+    """Converts a piece to trimesh's format, with y up and the front facing +z."""
     import trimesh
     from PIL import Image
     from trimesh.visual import TextureVisuals

@@ -18,10 +18,12 @@ Inside = Callable[[Tensor], Tensor]
 
 
 class RegionPart(KindPart):
-    """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
+    """A part of space with its own prompt or concepts. Coordinates are in object radii, with x pointing forward, y to
+    the object's left, and z up.
 
-    prompt, negative: the prompt and the negative prompt for the region. An empty one is replaced by the recipe's.
-    concepts: the concepts whose adapters are on only in this region. If null, they are those of the rest of the scene.
+    prompt, negative: the region's prompt and negative prompt. If one of them is empty, the recipe's is used instead.
+    concepts: the concepts whose adapters are on only in this region. If null, the region uses the same concepts as the
+    rest of the scene.
     softness: the width, in radii, over which the region fades in from its border inwards.
     """
 
@@ -47,8 +49,8 @@ class RegionPart(KindPart):
         raise NotImplementedError
 
     def faded(self, depth: Tensor) -> Tensor:
-        """Returns the degree to which points are inside, given their depth below the border in radii. A depth of 0 or
-        less is outside."""
+        """Returns the degree to which points are inside, given their depth below the border in radii. Points at a depth
+        of 0 or less are outside."""
         return (depth / self.softness).clamp(0, 1) if self.softness else (depth > 0).to(depth)
 
 
@@ -63,13 +65,13 @@ def seen(
 ) -> Tensor:
     """Returns the share of each cell that a region covers, `[B, 1, h, w]` in [0, 1].
 
-    A ray counts if it passes through the region before it hits the object. If it misses the object, it counts if it
+    A ray counts if it passes through the region before it hits the object. A ray that misses the object counts if it
     passes through the region anywhere.
 
     Args:
         depth, opacity: the depth and opacity of the views, [B, 1, H, W]
         cells: h and w; 2 h by 2 w rays are sampled at 48 points each
-        reach: half the side of the cube that is sampled
+        reach: half the side length of the sampled cube
     """
     size = (2 * cells[0], 2 * cells[1])
     depth, opacity = (F.interpolate(v, size, mode="area")[:, 0, ..., None] for v in (depth, opacity))

@@ -1,4 +1,4 @@
-"""A region that is an axis-aligned box."""
+"""A region in the shape of an axis-aligned box."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Box(RegionPart):
         return self
 
     def is_outside(self, bound: float) -> bool:
-        """Whether the box has no part within the cube from -`bound` to `bound`."""
+        """Whether the box lies entirely outside the cube from -`bound` to `bound`."""
         return any(low >= bound or high <= -bound for low, high in zip(self.lo, self.hi, strict=True))
 
     def build(self) -> Inside:

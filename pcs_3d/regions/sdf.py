@@ -13,14 +13,14 @@ from pcs_3d.meshes.shape import BallShape, shape_of_file
 from pcs_3d.regions.base import Inside, RegionPart
 from shared.config import PathText, Real
 
-_CELLS, _REACH = 40, 1.5  # nodes along each side of the grid of distances, and half its side in radii
+_CELLS, _REACH = 40, 1.5  # nodes along each side of the distance grid, and half its side length in radii
 
 
 class Sdf(RegionPart):
     """The inside of a mesh, where the signed distance is negative. The mesh is read from the file `path` and scaled to
-    a radius of `radius` around `center`. If no file is given, the region is a ball.
+    `radius` around `center`. If no file is given, the region is a ball.
 
-    grown: how far the region extends beyond the surface, in radii of the object.
+    grown: how far the region extends beyond the surface, in object radii.
     """
 
     kind: Literal["sdf"] = "sdf"

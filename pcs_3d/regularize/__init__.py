@@ -1,4 +1,4 @@
-"""Penalties on fields. A new penalty needs a class (in its own file or in that of related penalties) and one entry in
+"""Penalties on fields. A new penalty needs a class (in its own file or next to related penalties) and one entry in
 the union."""
 
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The base class for penalties on fields, and the inputs of penalties."""
+"""The base class for penalties on fields, and the penalties' inputs."""
 
 from __future__ import annotations
 
@@ -69,12 +69,11 @@ Weight = Annotated[Schedule, AfterValidator(_not_negative)]
 
 
 class GeometryPenalty(KindPart):
-    """A scalar that is added to the loss of a step. This scalar is the penalty's value times its weight at that
-    step."""
+    """A scalar that is added to a step's loss. It is the penalty's value times the penalty's weight at that step."""
 
-    needs_normals: ClassVar[bool] = False  # whether it needs views rendered with normals
-    needs_pictures: ClassVar[bool] = False  # whether it needs pictures of the object with their cameras (`references`)
-    needs_masks: ClassVar[bool] = False  # whether it needs masks for all of these pictures
+    needs_normals: ClassVar[bool] = False  # whether the penalty needs views rendered with normals
+    needs_pictures: ClassVar[bool] = False  # whether the penalty needs pictures with known cameras (`references`)
+    needs_masks: ClassVar[bool] = False  # whether the penalty needs masks for all of these pictures
     weight: Weight = 1.0  # factor by which the value is multiplied; it can change over the run
 
     def __call__(self, seen: Seen) -> Tensor:

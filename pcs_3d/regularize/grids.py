@@ -13,7 +13,7 @@ from pcs_3d.regularize.base import GeometryPenalty, Seen
 
 
 class TotalVariation(GeometryPenalty):
-    """The mean squared difference between neighbours in the field's grids."""
+    """The mean squared difference between neighbouring values in the field's grids."""
 
     kind: Literal["total_variation"] = "total_variation"
 
@@ -24,7 +24,8 @@ class TotalVariation(GeometryPenalty):
 
 
 class Eikonal(GeometryPenalty):
-    """The mean of (|∇s| − 1)² near the surface, which makes s a true distance (https://arxiv.org/abs/2002.10099)."""
+    """The mean of (|∇s| − 1)² near the surface, which makes the signed distance s a true distance
+    (https://arxiv.org/abs/2002.10099)."""
 
     kind: Literal["eikonal"] = "eikonal"
 

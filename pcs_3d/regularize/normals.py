@@ -1,4 +1,4 @@
-"""Penalties on the directions of surfaces."""
+"""Penalties on surface directions."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class NormalImageSmoothness(GeometryPenalty):
 
 
 class NormalConsistency(GeometryPenalty):
-    """The mean of 1 − cos α, where α is the angle between the normals of triangles that share an edge. It makes a mesh
-    smooth."""
+    """The mean of 1 − cos α, where α is the angle between the normals of triangles that share an edge. This makes a
+    mesh smooth."""
 
     kind: Literal["normal_consistency"] = "normal_consistency"
 

@@ -17,14 +17,14 @@ from shared.config import BatchSize, NotNegative
 
 class ReferenceViews(GeometryPenalty):
     """Makes renders of the field match pictures of the object from the same cameras (RealFusion,
-    https://arxiv.org/abs/2302.10663, eq. 5). The value is the mean squared error of pixels on a grey background, plus
-    the weighted mean squared error between opacities and masks. Without masks, all pixels count, and the field is
-    rendered on the colour of each picture's border.
+    https://arxiv.org/abs/2302.10663, eq. 5). The value is the mean squared pixel error on a grey background, plus the
+    weighted mean squared error between opacities and masks. Without masks, all pixels count, and each render's
+    background is the picture's border colour.
 
     count: the number of pictures per step, which are drawn at random.
     mask_weight: the weight of the error in opacity.
-    outside: the weight of pixels outside the masks. If this and `mask_weight` are 0, the silhouette need not match the
-    pictures.
+    outside: the weight of pixels outside the masks. If both this and `mask_weight` are 0, the silhouette need not match
+    the pictures.
     """
 
     needs_pictures: ClassVar[bool] = True
@@ -45,8 +45,8 @@ class ReferenceViews(GeometryPenalty):
 
 
 class Silhouette(GeometryPenalty):
-    """The mean of (o − mask)² over opacities o, seen from the cameras of pictures with masks. It depends only on the
-    silhouette.
+    """The mean of (o − mask)² over opacities o, rendered from the cameras of pictures with masks. It depends only on
+    the silhouette.
 
     count: the number of pictures per step, which are drawn at random.
     """

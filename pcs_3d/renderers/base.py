@@ -16,11 +16,11 @@ class RendererPart(KindPart):
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering:
         """Renders B views of a field. The views are differentiable with respect to the field. Raises ValueError if this
-        renderer cannot render the field, or if the settings do not fit the field."""
+        renderer cannot render the field, or if the settings are incompatible with the field."""
         raise NotImplementedError
 
     def check(self, field: Any, cameras: Cameras, settings: RenderSettings) -> None:
-        """Raises ValueError if the field, the background, the shading and this renderer do not fit together."""
+        """Raises ValueError if the field, the background, the shading and this renderer are incompatible."""
         if not isinstance(field, self.draws):
             raise ValueError(
                 f"renderer: {self.kind} cannot render a {type(field).__name__}: choose another renderer.kind"
@@ -31,5 +31,5 @@ class RendererPart(KindPart):
             raise ValueError(f"shading: {settings.shading} needs 3 channels, but the field has {field.channels}")
         given, b = tuple(settings.background.shape), len(cameras)
         if given not in ((b, field.channels, 1, 1), (b, field.channels, settings.height, settings.width)):
-            raise ValueError(f"background: {list(given)} does not fit {b} views of {field.channels} channels and "
+            raise ValueError(f"background: {list(given)} does not match {b} views with {field.channels} channels and "
                              f"{settings.height}×{settings.width} pixels")  # fmt: skip

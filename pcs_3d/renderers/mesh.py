@@ -20,7 +20,7 @@ from pcs_3d.renderers.shading import lamps, shaded
 
 
 class Mesh(RendererPart):
-    """Renders the triangles of a field.
+    """Renders a field's triangles.
 
     finer: the supersampling factor. Each pixel is the mean of finer × finer samples.
     """

@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PAIRS = 1 << 22  # number of pairs of triangles and pixels that are tested at a time
+_PAIRS = 1 << 22  # number of triangle-pixel pairs tested at a time
 
 
 @torch.no_grad()
 def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> Tensor:
-    """Returns the index of the nearest triangle at each pixel's centre (int64 `[H, W]`), or -1 where there is none.
-    Triangles that reach behind the camera or have no area are not drawn.
+    """Returns the index of the nearest triangle at each pixel's centre (int64 `[H, W]`), or -1 where there is no
+    triangle. Triangles that extend behind the camera or have no area are not drawn.
 
     Args:
         corners: [F, 3, 2] in pixels, x right and y down; the centre of the first pixel is at 0.5
@@ -43,7 +43,7 @@ def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> T
 
 
 def _chunks(faces: Tensor, count: Tensor) -> list[Tensor]:
-    """Splits the faces into chunks with approximately `_PAIRS` pairs of triangles and pixels."""
+    """Splits the faces into chunks with approximately `_PAIRS` triangle-pixel pairs each."""
     piece = (count.cumsum(0) - 1) // _PAIRS
     return list(faces.split(torch.unique_consecutive(piece, return_counts=True)[1].tolist())) if len(faces) else []
 
@@ -89,7 +89,7 @@ def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
     Args:
         values: the picture with its background, [H, W, K]
         covered: whether the mesh covers each pixel, bool [H, W]
-        edges: the edges of silhouettes, [E, 2, 2] in pixels
+        edges: the silhouette edges, [E, 2, 2] in pixels
     """
     height, width, _ = values.shape
     flat = values.reshape(height * width, -1)
@@ -128,8 +128,8 @@ def _crossings(p: Tensor, q: Tensor, edges: Tensor, width: int) -> tuple[Tensor,
 
 
 def _share(start: Tensor, step: Tensor, edges: Tensor) -> Tensor:
-    """Returns the share at which start + share · step crosses each edge (`[..., 2, 2]`), or infinity where it does
-    not."""
+    """Returns the share at which start + share · step crosses each edge (`[..., 2, 2]`), or infinity where there is no
+    crossing."""
     a, along = edges[..., 0, :], edges[..., 1, :] - edges[..., 0, :]
     across = cross(step.to(along), along)
     safe = torch.where(across.abs() < 1e-9, torch.ones_like(across), across)

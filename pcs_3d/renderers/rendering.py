@@ -38,7 +38,7 @@ class RenderSettings:
     """How views are rendered.
 
     background: [B, K, H, W] or [B, K, 1, 1] in [0, 1].
-    light: [B, 3], the position of a point light for each view, for shadings that use one.
+    light: [B, 3], the position of a point light for each view, for shadings that use a light.
     """
 
     height: int

@@ -28,8 +28,9 @@ def stratified(near: Tensor, far: Tensor, count: int, generator: Generator | Non
 
 
 def by_importance(edges: Tensor, weights: Tensor, count: int, generator: Generator | None) -> Tensor:
-    """Returns the edges of `count` intervals per ray that each contain the same share of the weights, `[N, count + 1]`.
-    The edges are found by inverting the cumulative distribution (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
+    """Returns the edges (`[N, count + 1]`) of `count` intervals per ray that each contain the same share of the total
+    weight. The edges are found by inverting the cumulative distribution (NeRF, https://arxiv.org/abs/2003.08934,
+    section 5.2).
 
     A small weight is added everywhere, so that rays that hit nothing also get samples. nerfacc's version of this
     function needs CUDA.

@@ -25,8 +25,8 @@ def lamps(cameras: Cameras, settings: RenderSettings) -> Tensor:
 
 
 def shaded(features: Tensor, normals: Tensor | None, points: Tensor, lamp: Tensor, settings: RenderSettings) -> Tensor:
-    """Shades features (`[N, K]`), given the points that they belong to, the normals there, and the positions of the
-    lamp. `normals`, `points` and `lamp` are `[N, 3]`.
+    """Shades features (`[N, K]`), given the points that they belong to, the normals there, and the lamp's positions.
+    `normals`, `points` and `lamp` are `[N, 3]`.
 
     The shading `albedo` returns the features unchanged. `lambertian` returns colour · (ambient + (1 − ambient) · max(0,
     n·l)) (DreamFusion, eq. 7), and `textureless` does the same for a white object. `normal` returns (n + 1) / 2 in

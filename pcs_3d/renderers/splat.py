@@ -27,9 +27,9 @@ _BLUR = 0.3  # added to the variances, in pixels², so that no Gaussian falls be
 class Splat(RendererPart):
     """Renders a field by Gaussian splatting.
 
-    tile: the side, in pixels, of the squares that share a list of Gaussians.
+    tile: the side length, in pixels, of the square tiles. Each tile has its own list of Gaussians.
     engine: `gsplat` needs CUDA. `auto` uses gsplat on a GPU if it is installed and works, and `torch` otherwise. If
-    gsplat is installed but does not work, there is a warning.
+    gsplat is installed but does not work, a warning is shown.
     """
 
     draws: ClassVar[type] = SplatField
@@ -77,7 +77,7 @@ class Splat(RendererPart):
         """Renders one view from lists of the Gaussians in each tile, sorted from near to far. Returns colours (`[H, W,
         K]`), opacity and depth (both `[H, W, 1]`)."""
         places, spread, depth = projected(splats, camera, height, width)
-        lists = self._lists(places, spread, depth, splats, (height, width))  # [T, M], -1 where there is none
+        lists = self._lists(places, spread, depth, splats, (height, width))  # [T, M], padded with -1
         rows, columns = -(-height // self.tile), -(-width // self.tile)
         inner = torch.arange(self.tile, device=places.device)
         tiles = torch.arange(rows * columns, device=places.device)

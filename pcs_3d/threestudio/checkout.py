@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.outputs import atomic_write, check_file
 
-#: Maps the path of each written file in the checkout to the file of this package that is copied there.
+#: Maps each written file's path in the checkout to the file in this package that is copied there.
 WRITTEN = {"custom/pcs/__init__.py": "custom_pcs.py.txt", "configs/pcs-dreamfusion.yaml": "pcs-dreamfusion.yaml"}
 _OURS = "pcs 3d threestudio install"  # occurs in the first lines of each written file
 
@@ -33,13 +33,13 @@ def version_of(folder: Path) -> str:
 
 
 def content(name: str) -> str:
-    """Returns the content of a file in `WRITTEN`."""
+    """Returns the contents of a file in `WRITTEN`."""
     return (files("pcs_3d.threestudio") / WRITTEN[name]).read_text(encoding="utf-8")
 
 
 def differing(folder: Path) -> dict[str, bool]:
-    """Returns the files that are missing or differ from what `install` writes, by path in the checkout. The value for
-    each file is whether its path exists."""
+    """Returns the files that are missing or differ from what `install` writes, as a mapping from each file's path in
+    the checkout to whether that path exists."""
     places = {name: folder / name for name in WRITTEN}
     return {
         n: p.exists() for n, p in places.items() if not p.is_file() or p.read_text("utf-8", "replace") != content(n)
@@ -52,7 +52,7 @@ def install(folder: Path, overwrite: bool = False) -> list[Path]:
     Raises ValueError, before anything is written, if:
     - the folder is not a threestudio checkout
     - a file that was not written by this program exists at one of the paths
-    - a file that was written by this program has changed, and `overwrite` is not set
+    - a file that was written by this program has been changed, and `overwrite` is not set
     """
     folder = check_checkout(folder)
     wanted = differing(folder)

@@ -16,8 +16,8 @@ import torch
 from pcs_3d.threestudio.checkout import WRITTEN, check_checkout, differing, version_of
 from pcs_3d.threestudio.stand_ins import NEEDED, REPLACEABLE, absent
 
-_PATIENCE = 600  # time limit for the import in seconds, which is generous because cold disks are slow
-#: Whether a check passed, and a description. The first is None if the check failed but nothing has to be repaired.
+_PATIENCE = 600  # time limit for the import, in seconds; generous, because cold disks are slow
+#: Whether a check passed, and a description. The first is None if the check failed but nothing needs to be fixed.
 Finding = tuple[bool | None, str]
 
 
@@ -25,7 +25,7 @@ def findings(folder: Path) -> Iterator[Finding]:
     """Checks a checkout and yields the findings, including how to fix what does not work. Raises ValueError if the
     folder is not a checkout."""
     folder = check_checkout(folder)
-    yield True, f"{folder}: threestudio {version_of(folder) or 'of an unknown version'}"
+    yield True, f"{folder}: threestudio {version_of(folder) or 'of unknown version'}"
     wrong, installing = differing(folder), f"pcs 3d threestudio install {shlex.quote(str(folder))}"
     for name in WRITTEN:
         if name not in wrong:
@@ -81,7 +81,7 @@ def _tried(folder: Path) -> Iterator[Finding]:
 def _how_to_start(folder: Path, gone: list[str]) -> Finding:
     gpu = torch.cuda.is_available()
     if gpu and not gone:
-        return True, "start it as usual: python launch.py --config configs/pcs-dreamfusion.yaml --train"
+        return True, "start threestudio as usual: python launch.py --config configs/pcs-dreamfusion.yaml --train"
     why = " and ".join(["packages are missing"] * bool(gone) + ["there is no GPU"] * (not gpu))
     cpu = "" if gpu else " --cpu"
     return None, (

@@ -35,9 +35,9 @@ def _teacher(cfg: Any, device: torch.device) -> Teacher:
 
 @register("pcs-prompt-processor")
 class PersonalizedPromptProcessor(BaseObject):
-    """Processes a prompt that refers to concepts as `<name>`, and adds the recipe's words for views.
+    """Processes a prompt that refers to concepts as `<name>`, and adds the recipe's view words.
 
-    Encodings are cached only in memory, and the contents of the concepts are part of the cache key. threestudio's own
+    Encodings are cached only in memory, and the concepts' contents are part of the cache key. threestudio's own
     guidance can also use this processor, but then only the concepts' learned words take effect, not their adapters or
     weights.
     """
@@ -66,7 +66,7 @@ class PersonalizedGuidance(BaseObject):
     """Computes the guidance of any single-phase recipe. `pcs methods` lists the recipes.
 
     concepts: maps each concept's folder to its strength.
-    steps: the total number of steps of the run, on which schedules depend.
+    steps: the run's total number of steps, on which schedules depend.
     """
 
     @dataclass

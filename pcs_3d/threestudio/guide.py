@@ -1,4 +1,4 @@
-"""Computes one step of guidance on views that a threestudio system rendered."""
+"""Computes one step of guidance on views rendered by a threestudio system."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def losses(
 
     Raises:
         ValueError: the prompts are from a different processor or teacher, the latents have the wrong number of
-            channels, or the recipe has a loss on pixels but only latents are given
+            channels, or the recipe has a pixel loss but only latents are given
     """
     if not isinstance(prompts, Prompts) or prompts.teacher is not teacher:
         raise ValueError(
             "prompt_processor: pcs-guidance needs pcs-prompt-processor with the same backbone, concepts, recipe and "
-            "settings: refer to them in the YAML file, for example concepts: ${system.guidance.concepts}"
+            "settings; refer to them in the YAML file, as in concepts: ${system.guidance.concepts}"
         )
     settings, scores, draw = teacher.recipe.guidance, prompts.scores, generator(seed, moment.step)
     with torch.autocast(rgb.device.type, enabled=False):
@@ -53,8 +53,8 @@ def losses(
         weight = moment.of(settings.pixel_weight)
         if weight and latents:
             raise ValueError(
-                "guidance.pixel_weight needs pixels to compare, but the renderer outputs latents: set "
-                "settings: [guidance.pixel_weight=0], or render colours"
+                "guidance.pixel_weight needs pixels to compare, but the renderer outputs latents: add "
+                "guidance.pixel_weight=0 to settings, or render colours"
             )
         if weight:
             loss = loss + weight * pixel_loss(settings, scores, guided, pixels)

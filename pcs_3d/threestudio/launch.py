@@ -17,7 +17,7 @@ from pcs_3d.threestudio.stand_ins import INDIRECTLY_NEEDED, NEEDED, absent, stan
 
 
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
-    """Runs `launch.py` with these arguments, in this process and in the checkout's folder.
+    """Runs `launch.py` with these arguments, in this process and with the checkout as the working directory.
 
     Missing packages that are listed in `REPLACEABLE` are replaced by stand-ins. If `cpu` is set, Lightning trains on
     the CPU in full precision, and threestudio's modules put their tensors on the CPU. Raises ValueError if there is no

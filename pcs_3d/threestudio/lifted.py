@@ -1,4 +1,4 @@
-"""Presents a threestudio geometry and its material as a field of this package, for export."""
+"""Presents a threestudio geometry and its material as one of this package's fields, for export."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
 
 @dataclass(frozen=True)
 class March:
-    """The settings of ray marching.
+    """The settings for ray marching.
 
     samples: the number of intervals along each ray in the cube [-radius, radius]³.
     importance: the number of additional intervals. If it is above 0, a first pass finds where there is density, and all
@@ -114,7 +114,7 @@ class March:
         from nerfacc import render_weight_from_density
 
         near, far = through_cube(origins, directions, self.radius)
-        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # of length 0 if a ray misses
+        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # length 0 if a ray misses
         if not self.importance:
             return edges
         density = densities(parts, origins, directions, edges)
@@ -123,20 +123,20 @@ class March:
 
 
 def middles(edges: Tensor) -> Tensor:
-    """Returns the middles (`[N, S]`) of the intervals between edges (`[N, S + 1]`)."""
+    """Returns the midpoints (`[N, S]`) of the intervals between edges (`[N, S + 1]`)."""
     return (edges[:, 1:] + edges[:, :-1]) / 2
 
 
 def densities(parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
-    """Returns the densities at the middles of intervals, `[N, S]`."""
+    """Returns the densities at the midpoints of the intervals, `[N, S]`."""
     points = origins[:, None] + middles(edges)[..., None] * directions[:, None]
     return parts.geometry.forward_density(points.reshape(-1, 3)).reshape(len(edges), -1)
 
 
 def check_cameras(c2w: Tensor) -> None:
-    """Raises ValueError if the axes of the cameras (`[B, 4, 4]`) are not orthogonal. This happens for exactly three
-    cameras, because threestudio's data modules then take cross products along the wrong dimension. Rays would point in
-    the wrong directions."""
+    """Raises ValueError if the axes of the cameras (`[B, 4, 4]`) are not orthogonal. This happens with exactly three
+    cameras, for which threestudio's data modules take cross products along the wrong dimension. Rays would then point
+    in the wrong directions."""
     axes = c2w[:, :3, :3].float()
     if not torch.allclose(axes @ axes.mT, torch.eye(3, device=axes.device).expand_as(axes), atol=1e-3):
         raise ValueError(
@@ -161,7 +161,7 @@ class Rays:
 
     origins, directions: [B, H, W, 3]; directions have length 1.
     lights: the position of the light in each view, [B, 3].
-    behind: colours that replace those of the background, [B, H, W, C] or [B, 1, 1, C], or None.
+    behind: colours that replace the background's, [B, H, W, C] or [B, 1, 1, C], or None.
     """
 
     origins: Tensor

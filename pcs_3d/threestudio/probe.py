@@ -22,7 +22,7 @@ def probe(checkout: Path) -> dict[str, Any]:
     Returns:
         A dictionary with `classes`, the number of classes that threestudio registers; `ours`, the names of the classes
         that the extension registers; and `error`, the reason why the extension could not be imported, or None. If
-        threestudio itself cannot be imported, there is only `error`, with the reason for that.
+        threestudio itself cannot be imported, the dictionary has only `error`, the reason for that.
     """
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))

@@ -1,7 +1,7 @@
 """Stand-ins for packages that threestudio imports but that are not installed.
 
 threestudio always imports all of its modules, so a single CUDA extension that cannot be built makes it unusable. With a
-stand-in, the import succeeds, and an error with the package's name is raised only when something in the package is
+stand-in, the import succeeds, and an error that names the package is raised only when something in the package is
 called.
 """
 
@@ -22,7 +22,7 @@ NEEDED = {
 }  # fmt: skip
 #: Modules that some versions of these packages import, each with the package to install if the module is missing.
 INDIRECTLY_NEEDED = {"pkg_resources": '"setuptools<81"'}  # imported by Lightning 2.0
-#: The packages that can be replaced. Each value names the part of threestudio that needs the package, and states how to
+#: The packages that can be replaced. Each value names the part of threestudio that needs the package, and says how to
 #: install the package.
 REPLACEABLE: Mapping[str, str] = {
     "IPython": "Zero-1-to-3; pip install ipython",
@@ -69,8 +69,8 @@ def absent() -> list[str]:
 @contextmanager
 def standing_in(names: Sequence[str]) -> Iterator[None]:
     """Inside the context, threestudio's own modules import stand-ins for these packages. For all other importers, the
-    packages remain missing. The stand-ins are not in `sys.modules`, because other libraries would otherwise take
-    torchvision, for example, to be installed."""
+    packages remain missing. The stand-ins are kept out of `sys.modules`, because other libraries would otherwise
+    conclude that torchvision, for example, is installed."""
     made, real = {name: stand_in(name) for name in names}, builtins.__import__
 
     def imported(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:

@@ -1,5 +1,5 @@
-"""Trains the student of variational score distillation alongside a threestudio system, whose own optimizers do not
-include it."""
+"""Trains the student of variational score distillation alongside a threestudio system. The system's own optimizers do
+not include the student."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _STREAM = 2**47  # separate random stream
 
 
 class Student:
-    """The adapters in the adapter set `student` of a backbone. The recipe's optimizer trains them once per step.
+    """The adapters in a backbone's `student` adapter set. The recipe's optimizer trains them once per step.
 
-    threestudio's checkpoints do not include the student. A resumed run therefore warns and starts with a new student.
-    Raises ValueError if the recipe trains anything other than the student and the field.
+    threestudio's checkpoints do not include the student. A resumed run therefore starts with a new student
+    and warns about it. Raises ValueError if the recipe trains anything other than the student and the field.
     """
 
     def __init__(self, backbone: Backbone, recipe: Recipe3D) -> None:
@@ -51,7 +51,8 @@ class Student:
         """Trains the student for one step on the latents `z` (`[B, C, h, w]`). Returns the loss before the step."""
         if moment.step and not self.taught:
             warnings.warn(
-                f"the student starts anew at step {moment.step}, because threestudio's checkpoints do not contain it",
+                f"the student starts from scratch at step {moment.step}, because threestudio's checkpoints do not "
+                "contain it",
                 stacklevel=2,
             )
         self.taught = True

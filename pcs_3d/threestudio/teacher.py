@@ -1,4 +1,4 @@
-"""Opens the teacher that threestudio's YAML file requests. A teacher is a backbone with concepts, together with a
+"""Opens the teacher that a threestudio YAML file requests. A teacher is a backbone with concepts, together with a
 recipe whose guidance is used."""
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
 
 
 def open_teacher(asked: Asked) -> Teacher:
-    """Opens a teacher. Equal requests share one teacher for as long as it is in use. A later request opens a new
-    teacher and reads the concepts again."""
+    """Opens a teacher. Equal requests share one teacher for as long as it is in use. A request after that opens a
+    new teacher and reads the concepts again."""
     found = _OPEN.get(asked)
     if found is None:
         _OPEN[asked] = found = Teacher(asked)
@@ -77,8 +77,8 @@ def open_teacher(asked: Asked) -> Teacher:
 
 
 def recipe_for(asked: Asked) -> Recipe3D:
-    """Loads the recipe, of which only the prompts, the guidance and the student are used. Raises ValueError if the
-    recipe cannot be used with threestudio."""
+    """Loads the recipe. Only its prompts, guidance and student are used. Raises ValueError if the recipe cannot be used
+    with threestudio."""
     backbone = [f"backbone={asked.backbone}"] if asked.backbone else []
     model = model_asked_for(None, asked.loads())
     recipe = load(asked.recipe, [*backbone, *asked.settings], "3d", Recipe3D, model)

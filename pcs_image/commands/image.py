@@ -75,8 +75,8 @@ def generate(
         None, min=1, max=10_000, help="denoising steps; default: as in the first concept's recipe"
     ),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists all choices)"),
-    height: int = typer.Option(None, min=1, max=8192, help="pixels"),
-    width: int = typer.Option(None, min=1, max=8192, help="pixels"),
+    height: int = typer.Option(None, min=1, max=8192, help="height in pixels"),
+    width: int = typer.Option(None, min=1, max=8192, help="width in pixels"),
     grid: bool = typer.Option(False, help="also write all pictures as one grid"),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"
@@ -124,7 +124,7 @@ def evaluate(
     lora: list[str] = _LORA,
     token: list[str] = _TOKEN,
     class_noun: str = typer.Option("", help="class of the LoRA's subject; default: the token without its first word"),
-    prompts: str = typer.Option("", help="a prompt set (toybox, dreambench) or a file; default: the backbone's own"),
+    prompts: str = typer.Option("", help="a prompt set (toybox, dreambench) or a file; default: the backbone's set"),
     out: Path = typer.Option(
         Path("report"), help="folder for index.html, report.json, CSV tables and pictures", **PATH
     ),
@@ -191,10 +191,10 @@ def evaluate(
 @app.command()
 def benchmark(
     recipes: list[str] = typer.Argument(
-        None, help="recipes to compare, by name or as YAML files; default: all shipped"
+        None, help="recipes to compare, by name or as YAML files; default: all shipped recipes"
     ),
     split: str = typer.Option(
-        "development", help="development (to be used while tuning) or reporting (to be used once, at the end)"
+        "development", help="development (for use while tuning) or reporting (for use once, at the end)"
     ),
     subjects: str = typer.Option("4", help="how many of the split's subjects to use, or their names as NAME,NAME"),
     limit: int = typer.Option(10, min=1, max=10_000, help="number of prompts"),

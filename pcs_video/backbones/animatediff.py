@@ -153,7 +153,7 @@ def with_motion(pipe: Any, adapter: Any) -> Any:
     from diffusers import AnimateDiffPipeline, UNetMotionModel  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        with quiet():  # diffusers warns about a precision that is simply that of the given U-Net
+        with quiet():  # diffusers warns about the precision, which is simply the given U-Net's
             unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the motion module does not fit the U-Net: {str(error).splitlines()[0]}") from None

@@ -1,5 +1,5 @@
-"""Finds out from a model's folder which frame counts the model supports, so that errors are reported before it is
-loaded."""
+"""Determines from a model's folder which frame counts the model supports, so that errors are reported before the model
+is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Check = Callable[[int], object]  # raises ValueError if the model does not suppo
 
 
 def frame_check(source: str | Path | None, motion_adapter: str | Path | None = None) -> Check | None:
-    """Returns a function that rejects frame counts that the model does not support, as its `latent_shape` does.
+    """Returns a function that rejects frame counts that the model does not support, as the model's `latent_shape` does.
 
     Args:
         source: the model, as for `load_backbone`. If None, the toybox is used
@@ -54,15 +54,15 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
 
 
 def _ltx_factor(vae: Mapping[str, Any]) -> int:
-    """Returns the temporal compression factor, as `AutoencoderKLLTXVideo` does. If the configuration does not state the
-    factor, it is computed from the length of a patch and the number of levels that halve the frame count."""
+    """Returns the same temporal compression factor as `AutoencoderKLLTXVideo`. If the configuration does not state the
+    factor, it is computed from the length of a patch in frames and the number of levels that halve the frame count."""
     stated = vae.get("temporal_compression_ratio")
     halved = vae.get("spatio_temporal_scaling", (True, True, True, False))
     return stated or vae.get("patch_size_t", 1) * 2 ** sum(halved)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """Reads a configuration. Returns an empty configuration if the file cannot be read, because that error is reported
+    """Reads a configuration. Returns an empty configuration if the file cannot be read, because the error is reported
     when the model is opened."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

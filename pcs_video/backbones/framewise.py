@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.backbones.latents import LatentCodec
 
-FRAMES_AT_ONCE = 2**18  # pixels decoded at a time (one frame of 512x512), which limits the memory for activations
+FRAMES_AT_ONCE = 2**18  # pixels decoded at a time (one 512x512 frame), which limits the memory for activations
 
 
 def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int | None = None) -> Tensor:

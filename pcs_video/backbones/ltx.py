@@ -1,5 +1,5 @@
-"""LTX-Video (https://arxiv.org/abs/2501.00103), which uses flow matching on strongly compressed clips. The positions of
-frames are given in seconds."""
+"""LTX-Video (https://arxiv.org/abs/2501.00103), which uses flow matching on highly compressed clips. Frame positions
+are given in seconds."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
     transformers with the same layers, and a causal autoencoder.
 
     Clips are [B, C, f, h, w], and pictures [B, C, h, w] are handled as clips of one frame. Unlike diffusers' pipelines,
-    this backbone uses prompts as they are, without cleaning up HTML entities and repeated spaces.
+    this backbone uses prompts as they are, without cleaning up HTML entities or repeated spaces.
     """
 
     why_one_context = "all of its layers share one projection of the text"

@@ -21,7 +21,7 @@ class WanBackbone(VideoTransformerBackbone):
 
     With two experts, `transformer` predicts at times from `boundary` upwards, and `transformer_2` predicts at times
     below it. Both have the same layers. A role refers to the layers of both experts, and a site refers to a layer of
-    the expert that predicts.
+    whichever expert is predicting.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
@@ -121,7 +121,7 @@ class WanBackbone(VideoTransformerBackbone):
         if self._is_attended:
             raise ValueError(
                 f"{self.family}: these times are on both sides of {self.boundary:g}, where the experts change, but attention "
-                "is edited or watched, which is possible for only one expert at a time. Choose the times of each "
+                "is edited or watched, which is possible for only one expert at a time. Keep the times of each "
                 "prediction on one side (train.batch_size=1, or a range of times on one side)."
             )
         parts = [self._ask(name, clips[index], t[index], context[index]) for name, index in asked.items()]
@@ -170,7 +170,7 @@ def _check(experts: Mapping[str, Any], channels: int) -> None:
         config = network.config
         if config.in_channels != channels or config.image_dim or config.added_kv_proj_dim:
             raise ValueError(
-                f"wan: the {name} takes {config.in_channels} channels instead of {channels}, or takes images besides text; "
+                f"wan: the {name} takes {config.in_channels} channels instead of {channels}, or takes both images and text; "
                 "only text-to-video models are supported, not image-to-video models"
             )
         if config.patch_size[0] != 1 or config.patch_size[1] != config.patch_size[2]:

@@ -59,14 +59,14 @@ def generate(
     ),
     frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, help=_FPS, **numbers.FPS),
-    kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if --out is a folder"),
+    kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames; used if --out is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet with a row of frames for each clip"),
     strength: list[str] = typer.Option(
         [], help="a concept's strength schedule; my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
     ),
     first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
     prefix: Path = typer.Option(None, help="a clip that the new clip begins with and continues", **PATH),
-    prefix_frames: int = typer.Option(None, min=1, max=10_000, help="frames of --prefix to use; default: all"),
+    prefix_frames: int = typer.Option(None, min=1, max=10_000, help="how many frames of --prefix to use; default: all"),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, help=steering.SHARE, **numbers.SHARE),
     invert_prompt: str = typer.Option("", help=steering.PROMPT),
@@ -82,8 +82,8 @@ def generate(
     ),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: as in the motion's recipe"),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists all choices)"),
-    height: int = typer.Option(None, min=1, max=8192, help="pixels"),
-    width: int = typer.Option(None, min=1, max=8192, help="pixels"),
+    height: int = typer.Option(None, min=1, max=8192, help="height in pixels"),
+    width: int = typer.Option(None, min=1, max=8192, help="width in pixels"),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"
     ),
@@ -148,7 +148,8 @@ def evaluate(
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts from the set"),
     false_motion: str = typer.Option(
         "unnamed",
-        help="clips to compare with: unnamed (prompts do not name the loaded motion), off (its strength is 0) or none",
+        help="clips to compare with: unnamed (prompts do not name the loaded motion), off (the motion's strength is 0) "
+        "or none",
     ),
     compensate_camera: bool = typer.Option(False, help="measure motion fidelity without the camera's movement"),
     frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
@@ -158,8 +159,8 @@ def evaluate(
         None, help="classifier-free guidance scale; default: as in the motion's recipe", **numbers.GUIDANCE
     ),
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: as in the motion's recipe"),
-    height: int = typer.Option(None, min=1, max=8192, help="pixels"),
-    width: int = typer.Option(None, min=1, max=8192, help="pixels"),
+    height: int = typer.Option(None, min=1, max=8192, help="height in pixels"),
+    width: int = typer.Option(None, min=1, max=8192, help="width in pixels"),
     clip: Path = typer.Option(
         None, help="a local CLIP folder to score with; the toybox uses its own by default", **PATH
     ),
@@ -215,10 +216,10 @@ def evaluate(
 @app.command()
 def benchmark(
     recipes: list[str] = typer.Argument(
-        None, help="motion recipes to compare, by name or as YAML files; default: all shipped"
+        None, help="motion recipes to compare, by name or as YAML files; default: all shipped recipes"
     ),
     split: str = typer.Option(
-        "development", help="development (to be used while tuning) or reporting (to be used once, at the end)"
+        "development", help="development (for use while tuning) or reporting (for use once, at the end)"
     ),
     motions: str = typer.Option("6", help="how many of the split's motions to use, or their names as NAME,NAME"),
     subjects: str = typer.Option(
@@ -232,7 +233,7 @@ def benchmark(
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every motion recipe, for example train.steps=100"
     ),
-    subject_overrides: list[str] = typer.Option([], "--set-subject", help="key=value applied to the subjects' recipe"),
+    subject_overrides: list[str] = typer.Option([], "--set-subject", help="key=value applied to the subject recipe"),
     motion_adapter: Path = _MOTION,
     device: str = _DEVICE,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Alternates between learning the subject and preserving its class, for examples that do not fit into one batch."""
+"""Alternates between learning the subject and preserving its class, for examples that cannot share a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AlternateTask(TuneTask):
     single phase can therefore learn from both pictures of a subject and clips that preserve motion, as in MotionBooth
     (https://arxiv.org/abs/2406.17758).
 
-    `rest` lists adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.
+    `rest` lists adapter sets that are off during preservation steps, such as Still-Moving's adapter for frozen clips.
     `subject_only` lists optimizer groups that learn only from the subject, such as that of a motion's words in SynMotion
     (https://arxiv.org/abs/2506.23690).
     """
@@ -53,7 +53,8 @@ class Alternate(Tune):
         self.preserving = tuple(name for name in groups if name not in task.subject_only)
         if not self.preserving:
             raise ValueError(
-                f"task.subject_only = {list(task.subject_only)} leaves nothing that could learn from class examples"
+                f"task.subject_only = {list(task.subject_only)} leaves no optimizer group that could learn from "
+                "class examples"
             )
 
     def updates(self, step: int, micro: int) -> Updates:

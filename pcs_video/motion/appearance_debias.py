@@ -13,8 +13,8 @@ from shared.types import Step
 
 
 class AppearanceDebias(Penalty):
-    """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eq. 6 and 7), for epsilon, v and flow
-    prediction.
+    """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eqs. 6 and 7), for epsilon, v and
+    flow prediction.
 
     For every frame i, phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a, where a is a frame drawn at random for each example.
     The penalty is the mean of |phi(target) - phi(prediction)|^2 over instance examples. With beta = 1 and 16 frames, an
@@ -26,7 +26,7 @@ class AppearanceDebias(Penalty):
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
     kind: Literal["appearance_debias"] = "appearance_debias"
-    weight: NotNegative = 1.0  # factor of the penalty
+    weight: NotNegative = 1.0  # multiplies the penalty
     beta: NotNegative = 1.0  # factor of the frame z_a; 0 gives the plain loss
 
     def __call__(self, step: Step) -> Tensor:

@@ -17,7 +17,7 @@ from shared.sampling.settings import SamplingSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Distance = Annotated[float, Field(ge=-1, le=1)]
-_STREAM = 2**40  # random stream for cells that come into view, separate from that of the noise
+_STREAM = 2**40  # random stream for cells that come into view, separate from the noise's
 
 
 class CameraPan(SamplingHookBase):
@@ -103,8 +103,8 @@ class CameraPan(SamplingHookBase):
 def shifted(plane: Tensor, cells: int, axis: int, source: Tensor, draw: torch.Generator) -> Tensor:
     """Shifts a plane [C, h, w] as if the camera had moved by `cells` along an axis (1 for down, 2 for right).
 
-    The values of each cell that comes into view are those of a cell drawn from the same row (axis 2) or column (axis 1)
-    of `plane`. Only cells that the mask `source` ([h, w]) allows are drawn, unless it allows none in that row or
+    Each cell that comes into view takes the values of a cell drawn from the same row (axis 2) or column (axis 1) of
+    `plane`. Only cells that the mask `source` ([h, w]) allows are drawn, unless it allows none in that row or
     column.
     """
     size = plane.shape[axis]

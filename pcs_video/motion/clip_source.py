@@ -20,9 +20,10 @@ from shared.types import Example, Subject
 
 
 class Clips(SourcePart):
-    """Yields every clip of every subject. These are the examples of role "instance", from which motions are learned.
+    """Yields every clip of every subject. These are the examples with the role "instance", from which motions are
+    learned.
 
-    `window` selects the frames, with a rate, stride, length, start, and number of windows per clip. The user's masks
+    `window` selects the frames by rate, stride, length, start, and number of windows per clip. The user's masks
     are used if there are any. Otherwise, the masks come from the clip's transparency if it has any. A single mask
     belongs to the first frame and is tracked through the clip. The caption is the user's own, or "" for the prompt part
     to fill in.
@@ -30,10 +31,10 @@ class Clips(SourcePart):
 
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
-    size: tuple[Side, Side] | None = None  # height and width of the frames; null for a square of side train.resolution
+    size: tuple[Side, Side] | None = None  # frame height and width; null for squares with sides of train.resolution
     fit: ResizeMode = "cover"  # how frames with a different aspect ratio are fitted into that size
     track: Track = Track()
-    apart: bool = False  # whether each frame becomes a picture
+    apart: bool = False  # whether each frame becomes a separate picture
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}
@@ -48,8 +49,8 @@ class Clips(SourcePart):
         return found
 
     def windows(self, subject: Subject, path: Path, side: int) -> Iterator[Clip]:
-        """Yields the windows of one clip. Frames have the size that is set, or are squares of `side` pixels. If the
-        clip has masks, every frame gets one.
+        """Yields the windows of one clip. Frames have the size that is set or, if none is set, are squares with
+        sides of `side` pixels. If the clip has masks, every frame gets one.
 
         Raises ValueError, naming the file, if a clip or its masks cannot be used (see `read_windows`).
         """

@@ -22,13 +22,13 @@ _PATHS = 2**44  # a separate random stream
 
 
 class DualPathTask(TuneTask):
-    """Runs MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2) one after the other in each step.
+    """Runs MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2) one after the other at each step.
 
-    On the spatial path, parts of the optimizer group `spatial` learn a random frame of the clip as a picture, with all
-    other trained parts off. If a latent frame spans several frames, the first frame is always learned, because it is
-    the only frame with a latent frame to itself. On the temporal path, parts of the group `temporal` learn the whole
-    clip, while the clip's own spatial adapters stay fixed and provide its appearance. With probability `skip`, a step
-    has no spatial path, and the spatial adapters are off. If a penalty needs class examples (the base model's own
+    On the spatial path, the parts in the optimizer group `spatial` learn a random frame of the clip as a picture, with
+    all other trained parts off. If a latent frame spans several frames, the first frame is always learned, because it
+    is the only frame with a latent frame to itself. On the temporal path, the parts in the group `temporal` learn the
+    whole clip, while the clip's own spatial adapters stay fixed and provide its appearance. With probability `skip`, a
+    step has no spatial path, and the spatial adapters are off. If a penalty needs class examples (the base model's own
     clips), the temporal path also learns from these, with all spatial adapters off.
     """
 

@@ -32,10 +32,10 @@ class FollowTrajectory(SamplingHookBase):
 
     Once the subject has formed, it is located in the predicted clean latents. In each frame, it is then moved and
     scaled to match the trajectory. Its clean latents are interpolated bilinearly, and its noise is moved by whole
-    cells. The area that it leaves is filled row by row from the background on both sides. The remaining steps blend the
-    subject with the background. If the subject would leave the frame, the whole path is shifted. Related methods are
-    FreeTraj, which moves noise along trajectories (https://arxiv.org/abs/2406.16863), and MotionBooth, which shifts
-    latents to move the camera (https://arxiv.org/abs/2406.17758).
+    cells. The area that the subject leaves is filled row by row from the background on both sides. The remaining steps
+    blend the subject with the background. If the subject would leave the frame, the whole path is shifted. Related
+    methods are FreeTraj, which moves noise along trajectories (https://arxiv.org/abs/2406.16863), and MotionBooth,
+    which shifts latents to move the camera (https://arxiv.org/abs/2406.17758).
 
     With `layers: image`, models with separate motion layers (AnimateDiff) skip these layers. All frames then start from
     the same noise. In self-attention, they also attend to the first frame, as in Text2Video-Zero
@@ -75,7 +75,7 @@ class ByFrame(SamplingHookBase):
         if len(output_size(backbone, settings)) == 3 and adds_noise(make_scheduler(backbone, settings.scheduler)):
             name = settings.scheduler or f"the scheduler of {backbone.name}"
             raise ValueError(
-                f"{name} adds different noise to each frame, so without a motion module the frames would not fit together; "
+                f"{name} adds different noise to each frame, so without a motion module the frames would be inconsistent; "
                 "use a deterministic scheduler (ddim, dpm++, euler …)"
             )
         return self
@@ -140,7 +140,7 @@ class FollowingByFrame(Following, ByFrame):
     """Moves the subject along a trajectory, and generates the clip with only the image layers."""
 
     def _fresh(self, noise: Tensor, draw: torch.Generator) -> Tensor:
-        """Draws noise that is the same in all frames, as the initial noise is, so that the background does not change."""
+        """Draws noise that, like the initial noise, is the same in all frames, so the background does not change."""
         return super()._fresh(noise[:, :1], draw).expand_as(noise)
 
 
@@ -159,8 +159,8 @@ def subject_mask(clean: Tensor) -> Tensor:
 
 
 def _threshold(values: np.ndarray) -> float:
-    """Returns Otsu's threshold for values [n], chosen among the thresholds that are reached by at most half of the
-    values."""
+    """Returns Otsu's threshold for values [n], chosen from the thresholds that at most half of the values
+    reach."""
     values = np.sort(values)
     n, total = len(values), values.sum()
     above = np.arange(1, n // 2 + 1)  # the number of values that reach each threshold
@@ -252,7 +252,7 @@ def _sampled(planes: Tensor, grid: Tensor, beyond: str) -> Tensor:
 
 
 def _first(numbers: Tensor) -> Tensor:
-    """Returns a bool tensor of the same shape, True where a number occurs for the first time."""
+    """Returns a bool tensor of the same shape, which is True where a number occurs for the first time."""
     flat = numbers.flatten().numpy()
     first = np.zeros(flat.shape, bool)
     first[np.unique(flat, return_index=True)[1]] = True

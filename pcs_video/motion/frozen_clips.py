@@ -36,6 +36,6 @@ class FrozenClips(SourcePart):
         return found if self.role == "instance" else {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Yields the clips. Raises ValueError as the source of the pictures does."""
+        """Yields the clips. Raises ValueError as the `pictures` source does."""
         for picture in self.pictures.examples(context):
             yield Example.clip([picture] * self.length).with_(role=self.role)

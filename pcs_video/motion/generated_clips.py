@@ -1,4 +1,4 @@
-"""Generates clips of the class with the untuned model. They preserve the model's motion during tuning."""
+"""Generates clips of the class with the untuned model, in order to preserve the model's motion during tuning."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from shared.sources.generated import Generated
 
 
 class GeneratedClips(Generated):
-    """Generates `num_images` clips of `frames` frames per subject with the role "prior", and caches them as `Generated`
-    does.
+    """For each subject, generates `num_images` clips of `frames` frames with the role "prior", and caches them as
+    `Generated` does.
 
     A model that learns a subject only from pictures forgets how things move. To prevent this, it also learns from its
     own clips. MotionBooth (https://arxiv.org/abs/2406.17758) uses real clips of arbitrary content instead.

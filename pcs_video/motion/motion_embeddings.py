@@ -21,7 +21,7 @@ class MotionEmbeddings(TrainablePart):
     embedding per frame, and values get one per frame and position. All start at 0.
 
     The embeddings are made for clips of `frames` frames and `resolution` pixels, and are resized for other clips. The
-    embeddings of values depend on the position and could therefore store appearance. By default, only their differences
+    value embeddings depend on the position and could therefore store appearance. By default, only their differences
     from frame to frame take effect outside training.
     """
 
@@ -32,7 +32,7 @@ class MotionEmbeddings(TrainablePart):
     coarsest: Annotated[int, Field(ge=1, le=64)] | None = 2
     frames: Annotated[int, Field(ge=2, le=4096)] | None = None  # frames per clip; null for the backbone's own
     resolution: Side | None = None  # pixels; null for the backbone's own
-    values: Values = "differences"  # what the embeddings of values add outside training
+    values: Values = "differences"  # what the value embeddings add outside training
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ class MotionEmbeddings(TrainablePart):
         sites = [site for site in backbone.sites() if site.kind == "temporal"]
         if not sites or not frames:
             raise ValueError(
-                f"trainable.{slot}: motion embeddings need layers that attend only between frames, and "
+                f"trainable.{slot}: motion embeddings need layers that attend only between frames, but "
                 f"{backbone.family} has none; learn the motion as a LoRA on queries and keys instead (motion_director_joint)"
             )
         *_, length, height, width = backbone.latent_shape(side, side, frames)

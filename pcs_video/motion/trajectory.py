@@ -36,7 +36,7 @@ def measure(subject: Subject, source: Clips, side: int) -> tuple[Waypoint, ...]:
 
     Args:
         source: reads the clips; every window counts as a clip
-        side: the side of the square frames, in pixels
+        side: the side length of the square frames, in pixels
 
     Raises:
         ValueError: when nothing moves in a clip (the message names the clip), or when clips differ in their frame count
