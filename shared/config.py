@@ -54,7 +54,7 @@ def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
 
 
 #: Numbers in settings. Their limits are far above any sensible value, so that a typo such as 1e300 fails immediately instead
-#: of overflowing or filling the memory in the middle of a run. Every number in a `Part` must also be finite.
+#: of overflowing or filling up memory in the middle of a run. Every number in a `Part` must also be finite.
 Real = Annotated[float, Field(ge=-1e6, le=1e6)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -206,7 +206,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     return out
 
 
-_MOST_BITS = 512  # the size limit of integers; a larger integer is a typo, and Python may refuse to print it
+_MOST_BITS = 512  # the size limit for integers; a larger integer is a typo, and Python may refuse to print it
 _MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes 1 s per million
 
 
@@ -259,7 +259,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def yaml_problem(error: yaml.YAMLError | RecursionError, text: str) -> str:
-    """Explains in plain words why `text` is not valid YAML."""
+    """Explains to a user why `text` is not valid YAML."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if any(text.count(left) != text.count(right) for left, right in ("[]", "{}")):
@@ -278,7 +278,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that contains one mapping, without executing any code. Raises ValueError for any other file."""
     size = path.stat().st_size
     if size > _MAX_YAML:
-        raise ValueError(f"{path} has {size:,} bytes, and the limit is {_MAX_YAML:,}: is it the right file?")
+        raise ValueError(f"{path} is {size:,} bytes, and the limit is {_MAX_YAML:,}. Is it the right file?")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except RecursionError:

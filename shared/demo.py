@@ -36,7 +36,7 @@ GROUP = "pcs.demo"
 ORDER = ("image", "video", "3d")
 _WIDEST = 1600  # the maximum width in pixels of a picture on the page
 _TILES = 5  # pictures per row of the overview
-_TILE = 128  # the side of an overview picture in pixels
+_TILE = 128  # the side length of an overview picture in pixels
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Exhibit:
     text: str
     scores: Sequence[tuple[str, str]] = ()
     more: Mapping[str, Path] = field(default_factory=dict)  # link text -> target
-    shots: Tensor | None = None  # pictures for the item's row in the overview, [N, 3, H, W] in [-1, 1]; if None, no row
+    # pictures for the item's row in the overview, [N, 3, H, W] in [-1, 1]; if None, the item has no row
+    shots: Tensor | None = None
 
 
 class DemoPart(Protocol):

@@ -27,7 +27,7 @@ Role = Literal["instance", "prior"]
 class Subject:
     """The user's input: pictures or clips of one subject (or of one motion), and the subject's class."""
 
-    images: tuple[Path, ...] = ()  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
+    images: tuple[Path, ...] = ()  # files; for a folder, `shared.io.find_pictures.list_pictures` lists them
     class_noun: str = ""  # "mug"; empty for concepts without one (a style, a motion)
     captions: Mapping[Path, str] = field(default_factory=dict)  # optional; keyed by picture or clip
     masks: Mapping[Path, Path] = field(default_factory=dict)  # optional; keyed by picture or clip
@@ -65,7 +65,7 @@ class Example:
         for what, plane in planes.items():
             if plane is not None and self.pixels.numel() and plane.shape != (1, *self.pixels.shape[1:]):
                 size = list(self.pixels.shape[1:])
-                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture is {size}")
+                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture has {size}")
 
     @property
     def owner(self) -> str:
@@ -77,7 +77,7 @@ class Example:
         return self.pixels.ndim == 4
 
     def frames(self) -> list[Example]:
-        """Returns a clip's frames as pictures with masks. Requires that the clip still has its pixels."""
+        """Returns a clip's frames as pictures with masks. The clip must still have its pixels."""
         return [
             replace(
                 self,
@@ -155,7 +155,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """An extra stream of keys and values next to the text (IP-Adapter and similar methods)."""
+    """An extra stream of keys and values alongside the text (IP-Adapter and similar methods)."""
 
     tokens: Tensor  # [B, N, D]
     scale: float = 1.0
@@ -180,7 +180,7 @@ class Conditioning:
     token_positions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> bool [B, L]
     size_ids: Tensor | None = None  # [B, 6]: SDXL's sizes and crops
     regions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> [B, 1, h, w]
-    context_mask: Tensor | None = None  # bool [B, L], False at padding, for networks that must not attend to it (LTX)
+    context_mask: Tensor | None = None  # bool [B, L], False for padding, for networks that must not attend to it (LTX)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -267,7 +267,7 @@ class Step:
     noise: Tensor  # [B, C, (f), h, w]
     t: Tensor  # [B]; [B, f] if the frames of clips have different times
     x_t: Tensor  # [B, C, (f), h, w]
-    prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrisation
+    prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrization
     target: Tensor  # [B, C, (f), h, w]
     draw: torch.Generator  # this micro-batch's own generator, on the CPU, for parts that draw random numbers
     lazy: Mapping[str, Callable[[], Any]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Changes to a model's attention that belong to a concept. They act in both training and generation.
+"""Changes to a model's attention that belong to a concept. They take effect in both training and generation.
 
 To add a part, write a module and add its class here.
 """

@@ -31,7 +31,7 @@ class SparseCausal(AttentionPart):
     frames: Annotated[tuple[Seen, ...], Field(min_length=1, max_length=3)] = (
         "first",
         "previous",
-    )  # the frames that are attended to
+    )  # the frames attended to
 
     @property
     def taxonomy(self) -> str:

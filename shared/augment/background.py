@@ -18,8 +18,8 @@ class Background(Augmentation):
     """With probability `p`, replaces everything outside the mask with one of `fills` (DreamTuner's random masking).
 
     "color" is one random colour, "noise" is uniform noise per pixel, and "grey" is mid-grey. Every example with one of
-    the given `roles` needs a mask. If an example has none, ValueError is raised, naming the picture. Captions that
-    describe the background become wrong.
+    the given `roles` needs a mask. If one has none, raises ValueError, naming the picture. Captions that describe
+    the background become wrong.
     """
 
     kind: Literal["background"] = "background"

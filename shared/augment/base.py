@@ -45,5 +45,5 @@ def uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def integer(limit: int, generator: torch.Generator) -> int:
-    """Draws an integer from 0 … limit - 1."""
+    """Draws an integer from 0 to limit - 1."""
     return int(torch.randint(limit, (), generator=generator))

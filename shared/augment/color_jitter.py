@@ -15,7 +15,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 class ColorJitter(Augmentation):
     """Multiplies the brightness, contrast and saturation of a picture by random factors from [1 - a, 1 + a], where a is
-    the setting of the same name. Padding stays grey.
+    the corresponding setting. Padding stays grey.
 
     Keep these settings small, because colour is part of most subjects' identity.
     """

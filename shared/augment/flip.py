@@ -15,7 +15,8 @@ _SIDES = re.compile(r"\b(left|right|leftmost|rightmost)\b", re.IGNORECASE)
 
 
 class Flip(Augmentation):
-    """Mirrors pictures with probability `p`, except those whose captions mention left or right and would become wrong.
+    """Mirrors pictures with probability `p`, except those whose captions mention left or right, which would
+    become wrong.
 
     Do not flip subjects with text or asymmetric parts.
     """

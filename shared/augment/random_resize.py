@@ -21,7 +21,7 @@ class RandomResize(Augmentation):
     For factors below `small_below`, one of `small_words` is added to the caption; for factors above 1, one of
     `large_words` is added. An empty caption stays empty. Padding is grey, and 0 in `valid`. The outermost `margin`
     pixels of a padded picture are also 0 in `valid`, because the autoencoder mixes them with the padding. Factors are
-    drawn from one range, as in the paper. The paper's code uses two ranges.
+    drawn from one range, as in the paper; the paper's code uses two.
     """
 
     kind: Literal["random_resize"] = "random_resize"

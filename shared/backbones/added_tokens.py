@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shared.io.terminal import check_utf8
 
-#: Stands for the end-of-text token wherever words are expected. A learned token cannot be equal to it, because learned
+#: Refers to the end-of-text token wherever words are expected. A learned token cannot be equal to it, because learned
 #: tokens contain no whitespace.
 END = "<end of text>"
 
@@ -34,7 +34,7 @@ class Tokenized:
 
 
 class TokenOverlay:
-    """The tokenizers of a backbone, by the name of the text encoder, and the tokens that are added to them.
+    """A backbone's tokenizers, by the name of the text encoder, and the tokens added to them.
 
     Args:
         tokenizers: the base tokenizers; never changed
@@ -142,7 +142,8 @@ class TokenOverlay:
         return positions
 
     def filler(self, component: str) -> int:
-        """Returns the base id that is put in place of added tokens. It is the lowest id that no special token has."""
+        """Returns the base id that is put in place of added tokens. It is the lowest id that does not belong to a
+        special token."""
         special = set(self.base[component].all_special_ids)
         return next(i for i in range(len(special) + 1) if i not in special)
 

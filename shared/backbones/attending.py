@@ -50,9 +50,9 @@ class Attending:
     def attending(self, *edits: Edit | At | Watch) -> Iterator[Record]:
         """Inside the context, attention layers apply these edits in order and record the maps of the watched sites.
 
-        A plain edit acts at every site, and `At(edit, where)` acts at the sites that match `where`. Layers that are
-        neither edited nor watched keep their own fast processor. Contexts can be nested: inner edits are applied after
-        outer ones, and outer watches keep recording. The original processor objects are restored, even after
+        A plain edit applies at every site, and `At(edit, where)` applies at the sites that match `where`. Layers that
+        are neither edited nor watched keep their own fast processor. Contexts can be nested: inner edits are applied
+        after outer ones, and outer watches keep recording. The original processor objects are restored, even after
         exceptions. With gradient checkpointing, leave the context only after the backward pass, because the backward
         pass runs the layers again.
 

@@ -18,14 +18,14 @@ class Edit(Protocol):
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns the changed q ([B, H, Lq, d]), k and v ([B, H, Lk, d]), and the bias that is added to the scores
-        before the softmax ([B or 1, H or 1, Lq or 1, Lk], or None). Of the sizes, only Lk may change. When a forward
+        before the softmax ([B or 1, H or 1, Lq or 1, Lk], or None). Lk is the only size that may change. When a forward
         pass is recomputed, the edit is called again with the same arguments."""
         ...
 
 
 @dataclass(frozen=True)
 class At:
-    """An edit that acts only at certain sites. All other sites keep their own fast computation."""
+    """An edit that applies only at certain sites. All other sites keep their own fast computation."""
 
     edit: Edit
     where: Where

@@ -13,13 +13,13 @@ from shared.backbones.attention_sites import Site, Where
 
 @dataclass(frozen=True)
 class Watch(Where):
-    """Requests the attention maps of some sites. The maps are the softmax probabilities after all edits. They are in at
-    least float32 and are differentiable."""
+    """Requests the attention maps of some sites. The maps are the softmax probabilities after all edits. They have at
+    least float32 precision and are differentiable."""
 
     heads: Literal["mean", "all"] = "mean"
-    #: If there are several predictions, whether the maps of the first or of the last one are kept. "first" is for
-    #: penalties that make extra predictions, because these must not replace the maps that the penalties read. A
-    #: recomputed forward pass is not a new prediction. It overwrites the maps of the original pass.
+    #: Which prediction's maps are kept if there are several predictions. "first" is for penalties that make extra
+    #: predictions, so that the later ones do not replace the maps that the penalties read. A recomputed forward pass
+    #: does not count as a new prediction: its maps overwrite those of the original pass.
     keep: Literal["first", "last"] = "last"
 
 
@@ -28,8 +28,8 @@ class Record(Mapping[str, Tensor]):
     """Attention maps by site name, in the order of the forward pass. Each map is [B, Lq, Lk], or [B, H, Lq, Lk] with
     `heads="all"`.
 
-    The record is empty until the first prediction. At a joint site, both queries and keys are the text tokens, followed by
-    the picture tokens row by row.
+    The record is empty until the first prediction. At a joint site, both the queries and the keys are the text tokens
+    followed by the picture tokens, row by row.
     """
 
     sites: Mapping[str, Site]  # the watched sites
@@ -52,15 +52,15 @@ class Record(Mapping[str, Tensor]):
         return name in self.maps
 
     def text_map(self, name: str, length: int) -> Tensor:
-        """Returns the picture's attention to the text, [B, h*w, L] or [B, H, h*w, L]. At a joint site, this is a part
-        of the map.
+        """Returns the picture's attention to the text, [B, h*w, L] or [B, H, h*w, L]. At a joint site, this is part of
+        the map.
 
         Args:
             name: a watched site of kind "cross" or "joint"
             length: L, the number of text tokens
 
         Raises:
-            ValueError: when the site is of another kind. Such a site does not attend to text
+            ValueError: for a site of any other kind, because such sites do not attend to text
         """
         kind = self.sites[name].kind
         if kind == "cross":

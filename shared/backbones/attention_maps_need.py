@@ -17,8 +17,8 @@ class AttentionMaps:
 
     Args:
         kinds: the kinds of layers to watch. Kinds that the family lacks are ignored
-        scales: the scales to watch. If empty, the scale at which the shorter side of a layer's grid is
-            closest to `cells`
+        scales: the scales to watch. If empty, only the scale at which the shorter side of a layer's grid is
+            closest to `cells` is watched
         cells: the target length of the shorter side of a layer's grid, in cells
     """
 

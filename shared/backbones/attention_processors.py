@@ -1,4 +1,4 @@
-"""Attention processors that apply edits and record maps, and otherwise compute what diffusers' defaults compute."""
+"""Attention processors that apply edits and record maps, and otherwise match diffusers' default processors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Plan:
             for edit in self.edits:
                 q, k, v, bias = edit(self.site, q, k, v, bias, rows)
             same = q.shape == size and k.shape == v.shape and k.shape[:2] == size[:2] and k.shape[3] == size[3]
-            assert same, f"{self.site.name}: edits turned {size} into {q.shape}, keys {k.shape}, values {v.shape}"
+            assert same, f"{self.site.name}: edits turned q {size} into {q.shape}, with k {k.shape} and v {v.shape}"
         if self.records:
             maps = probabilities(q, k, bias)
             for watch, record in self.records:
@@ -61,7 +61,7 @@ class Plan:
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Returns softmax(q k^T / sqrt(d) + bias), [B, H, Lq, Lk].
 
-    The result is in at least float32, even if the network runs in half precision or with autocast.
+    The result has at least float32 precision, even if the network runs in half precision or under autocast.
 
     Args:
         q: [B, H, Lq, d]
@@ -81,7 +81,7 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Processor:
-    """An attention layer's processor that carries out a plan."""
+    """An attention processor that carries out a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

@@ -1,5 +1,4 @@
-"""Maps a layer's tensors to rows of the caller's batch. This includes guided predictions and recomputed forward
-passes."""
+"""Maps a layer's tensors to rows of the caller's batch, even in guided predictions and recomputed forward passes."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class Rows:
 class PredictionRows:
     """The current prediction and its batch rows, which are remembered for recomputed forward passes."""
 
-    number: int | None = None  # of the current prediction; None outside a prediction and during a recomputation
+    number: int | None = None  # the current prediction's number; None outside a prediction and during a recomputation
     time: Tensor | None = None  # the times [B] of the current prediction or of the one being recomputed
     _count: int = 0
     _recomputes: bool = False  # whether the current prediction can be recomputed, because it has a gradient
@@ -59,7 +58,7 @@ class PredictionRows:
     @contextmanager
     def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
         """Inside the context, a new prediction of `batch` rows runs at times t [B]. Its rows are those set by `holding`
-        if they have this size, and otherwise `Rows.plain`."""
+        if there are exactly this many of them, and `Rows.plain` otherwise."""
         before, rows = (self.number, self._rows, self.time, self._recomputes), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
@@ -93,11 +92,11 @@ class PredictionRows:
         recomputed.
 
         Raises:
-            ValueError: when the layer is recomputed, and two predictions of this size had different rows
+            ValueError: when the layer is being recomputed and two predictions of this size had different rows
         """
         key = (site.name, entries)
         if self.number is not None and self._rows is not None:
-            assert entries % len(self._rows.index) == 0, f"{site.name}: {entries} is not a multiple of {self._rows}"
+            assert entries % len(self._rows.index) == 0, f"{site.name}: {entries} entries do not match {self._rows}"
             rows = replace(self._rows, repeat=entries // len(self._rows.index))
             if self._recomputes:
                 self._seen.setdefault(key, set()).add(rows)
@@ -106,7 +105,7 @@ class PredictionRows:
         if len(seen) > 1:
             raise ValueError(
                 f"{site.name} is recomputed for its gradient, but predictions with and without guidance both had "
-                f"{entries} rows, so edits cannot tell which of them is recomputed. Run them in separate "
+                f"{entries} rows, so edits cannot tell which of them is being recomputed. Run them in separate "
                 "`attending` blocks."
             )
         return next(iter(seen))

@@ -18,7 +18,7 @@ class Site:
 
     name: str  # dotted path in the denoiser
     kind: Kind
-    scale: int  # the side of the latent grid divided by the side of this layer's grid
+    scale: int  # the side length of the latent grid divided by that of this layer's grid
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns the number of rows and columns in the layer's query grid for latents of this height and width. Both are

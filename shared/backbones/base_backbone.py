@@ -1,4 +1,4 @@
-"""The base class of all model families. It manages the placeholders and adapters of concepts, and their strengths."""
+"""The base class of all model families. It manages concepts' placeholders, adapters and strengths."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit this model. A family built from another family's layers includes both."""
+        """The families whose concepts can fit this model: its own and, if it is built on another family, that one as well."""
         return frozenset({self.family})
 
     @property
@@ -190,8 +190,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         """Inside the context, only the adapters of these concepts are on, each with the given strength.
 
         Learned words take the strength given for their concept. The words of other concepts keep their strength, because they
-        act only if the prompt contains them. The previous strengths are restored at the end, even in nested contexts and
-        after exceptions. Listing a concept that learned nothing has no effect. Raises ValueError for names that are not
+        take effect only if the prompt contains them. The previous strengths are restored at the end, even in nested contexts
+        and after exceptions. Listing a concept that learned nothing has no effect. Raises ValueError for names that are not
         attached.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
@@ -247,7 +247,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
                 f"{self.family}: the batch size is {batch}, but the conditioning is for {conditioning.batch_size}"
             )
         if conditioning.image_tokens:
-            raise ValueError(f"{self.family}: image tokens need an image encoder's attention, but none is attached")
+            raise ValueError(f"{self.family}: image tokens need layers that attend to them, but none are attached")
         if conditioning.regions:
             names = ", ".join(sorted(conditioning.regions))
             raise ValueError(
@@ -302,5 +302,5 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         scheduler.set_timesteps(steps, device=self.device)
 
     def pipeline(self) -> Any:
-        """Returns a diffusers pipeline of the family around the same networks."""
+        """Returns the family's diffusers pipeline, built around the same networks."""
         raise NotImplementedError

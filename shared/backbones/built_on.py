@@ -1,4 +1,4 @@
-"""Finds families that are built on another family, such as an image model with added motion modules."""
+"""Supports families that are built on another family, such as image models with added motion modules."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.backbones.protocol import Backbone
 
-# Entry-point group. Each entry maps a family to "module:function". The function takes a model and the folder of the network
-# to add (or None), and returns the extended model.
+# The entry-point group. Each entry maps a family to "module:function". The function takes a model and the folder of the
+# network to add (or None), and returns the extended model.
 GROUP = "pcs.built_on"
 
 

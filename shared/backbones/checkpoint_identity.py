@@ -22,7 +22,7 @@ def checkpoint_identity(networks: Mapping[str, nn.Module], samples: int = SAMPLE
     however often they are rounded. A hash of rounded values would not have this property: float32 -> float16 -> bfloat16 and
     float32 -> bfloat16 differ in the last bit of some values, however many bits are kept.
 
-    Two different checkpoints differ in some of the signs. If n weights with standard deviation s each change by about d,
+    Two different checkpoints normally differ in some signs. If n weights with standard deviation s each change by about d,
     roughly n d / (pi s) of them change sign. One full-size layer contributes 65,536 samples, so a change of a thousandth of
     its standard deviation flips about 20 signs. The same change in a hundred layers flips about 2,000 signs, and the
     probability that none flips is exp(-2,000). A change that flips no sampled sign goes unnoticed. Examples are changes to a

@@ -177,7 +177,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return unpack(out, h, w)
 
     def needs_negative(self, guidance: float) -> bool:
-        """Whether sampling uses the negative prompt. A guidance-distilled transformer takes the scale as input instead."""
+        """Whether sampling uses the negative prompt. A guidance-distilled transformer takes the scale as an input instead."""
         return not self.distilled and guidance > 1
 
     def predict_guided(

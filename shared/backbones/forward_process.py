@@ -21,11 +21,11 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Converts `t` to a tensor of training times. If `batch` is given, expands it to one time per example ([B]). Integers stay
-    integers.
+    """Converts `t` to a tensor of training times. If `batch` is given, expands the tensor to one time per example ([B]).
+    Integers stay integers.
 
     Args:
-        t: a scalar or [B]. Without `batch`, also [B, f], with one time per frame of a clip
+        t: a scalar or [B]. Without `batch`, [B, f] is also accepted, with one time per frame of a clip
         batch: B, if known
 
     Raises:
@@ -70,8 +70,8 @@ class ForwardProcess:
     prediction_type: str  # one of PREDICTIONS
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, both in the shape of `t`. Raises ValueError unless `t`
-        is a scalar, [B] or [B, f]."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, each with the shape of `t`. Raises ValueError unless
+        `t` is a scalar, [B] or [B, f]."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class ForwardProcess:
         return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Returns x_t ([B, C, (f), h, w]) at the training times `t`, which are a scalar or [B]. For clips, [B, f] is also
+        """Returns x_t ([B, C, (f), h, w]) at training times `t`. These are a scalar or [B]; for clips, [B, f] is also
         accepted."""
         alpha, sigma = self._coefficients(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
@@ -102,7 +102,7 @@ class ForwardProcess:
         return (alpha * noise - sigma * x0).to(x0.dtype)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the clean latents implied by a prediction at x_t. All of them are [B, C, (f), h, w]; `t` is as in
+        """Returns the clean latents implied by a prediction at x_t. All three are [B, C, (f), h, w]; `t` is as in
         `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "sample":
@@ -116,7 +116,7 @@ class ForwardProcess:
         return out.to(x_t.dtype)
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the noise implied by a prediction at x_t. All of them are [B, C, (f), h, w]; `t` is as in `add_noise`."""
+        """Returns the noise implied by a prediction at x_t. All three are [B, C, (f), h, w]; `t` is as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             out = prediction

@@ -70,7 +70,7 @@ class LatentCodec:
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
         """Returns the latent shape (C, h, w) of a picture. Raises ValueError when `frames` is given, or when a side is not a
-        positive multiple of the number of pixels that the model requires."""
+        positive multiple of `vae_factor * latent_multiple` pixels."""
         if frames is not None:
             raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple

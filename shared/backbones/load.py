@@ -39,7 +39,7 @@ FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
 }
-# Entry-point group. The name of an entry is a diffusers pipeline class, and its value is the import path of a `Wrap`.
+# The entry-point group. An entry's name is a diffusers pipeline class, and its value is the import path of a `Wrap`.
 GROUP = "pcs.families"
 TOYBOX = "toybox"
 #: The synthetic world of each model that was trained on one, by the model's name.
@@ -112,7 +112,7 @@ def load_backbone(
 
 
 def _toybox_defaults(backbone: Backbone) -> None:
-    """Sets the guidance and steps stated on the toybox's model card."""
+    """Sets the guidance and the number of steps stated in the toybox's model card."""
     from shared.toybox.weights import sampling_defaults
 
     stated = sampling_defaults()
@@ -156,7 +156,7 @@ def _imported(entry: Any) -> Wrap:
 def _families() -> str:
     return (
         f"A backbone must be a diffusers folder for one of these pipelines: {', '.join(sorted(families()))}; "
-        "omit it to use the toybox."
+        "omit the backbone to use the toybox."
     )
 
 
@@ -286,7 +286,7 @@ def check_filled(components: Mapping[str, Any], path: Path) -> None:
 
 
 def _from_hub(name: str, download: bool) -> Path:
-    """Returns the folder in the hub's cache for a hub id. If `download` is set, fetches missing files first."""
+    """Returns a hub id's folder in the hub's cache. If `download` is set, fetches missing files first."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:

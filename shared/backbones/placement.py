@@ -19,8 +19,8 @@ def to_evict(
 
     Args:
         present: the networks on the device, least recently used first
-        sizes: bytes of each network
-        budget: bytes for all networks on the device
+        sizes: the size of each network, in bytes
+        budget: the maximum total size of the networks on the device, in bytes
         pinned: the networks that must stay
 
     Returns:
@@ -62,7 +62,7 @@ class Placement:
     Args:
         networks: the networks by name
         device: the device used for computation
-        budget: bytes for all networks on the device. If None, there is no limit
+        budget: the maximum total size of the networks on the device, in bytes. If None, there is no limit
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, budget: int | None = None) -> None:
@@ -115,7 +115,7 @@ class Placement:
         self.networks[name].to(device)
 
     def __deepcopy__(self, memo: Any) -> Placement:
-        return self  # a copied network that still has this hook shares the placement of the original network
+        return self  # a copied network that still has this hook shares the original network's placement
 
 
 class _Use:
@@ -141,7 +141,8 @@ def place(
     Args:
         backbone: a backbone whose networks are in main memory
         device: the device used for computation
-        budget: bytes for all networks. By default, `SHARE` of the free memory on a GPU, and no limit elsewhere
+        budget: the maximum total size of the networks on the device, in bytes. By default, `SHARE` of the free memory on
+            a GPU, and no limit elsewhere
         free: a function that returns the number of free bytes on a device. By default, CUDA reports it
 
     Raises:

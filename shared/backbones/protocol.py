@@ -51,7 +51,7 @@ class Adapter(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength. At 0 the adapter has no effect at all; at 1 it acts as trained."""
+        """Sets the strength. At 0, the adapter has no effect at all; at 1, it works as trained."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -146,7 +146,7 @@ class Backbone(Protocol):
     @property
     def reads(self) -> frozenset[str]:
         """The families whose concepts can fit this model, including its own. A concept fits if the layers that it changes
-        have the same shapes in both models."""
+        have the same shapes here as in the model it was learned on."""
         ...
 
     @property
@@ -186,8 +186,8 @@ class Backbone(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
-        """Encodes B expanded prompts. The result has the context [B, L, D] (or one context per site) and, if the model uses
-        it, the pooled output [B, P]. `t` ([B]) is required if the encoding of a concept's name varies with time."""
+        """Encodes B expanded prompts. The result contains the context [B, L, D] (or one context per site) and, if the model
+        uses it, the pooled output [B, P]. `t` ([B]) is required if the encoding of a concept's name varies with time."""
         ...
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
@@ -201,8 +201,8 @@ class Backbone(Protocol):
         ...
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError if the context's text encoder would cut the prompt, or if any text encoder would cut a concept's
-        name. The message quotes the text that would be cut."""
+        """Raises ValueError if the context's text encoder would truncate the prompt, or if any text encoder would truncate a
+        concept's name. The message quotes the text that would be cut off."""
         ...
 
     # pictures
@@ -295,7 +295,7 @@ class Backbone(Protocol):
         network does not have the role.
 
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
-        or in two ports. A port may borrow the layers of one exact group; its note then names the role of that group. For
+        or in two ports. A port may borrow the layers of one exact group; its note then names that group's role. For
         example, layers that attend jointly over space and time are the exact "self_attention" and also serve as the port
         "temporal_attention". "denoiser" stands for every linear and convolution layer of the denoiser. "denoiser.all", for
         full fine-tuning, stands for every module of the denoiser that directly holds parameters, including norms and
@@ -308,8 +308,8 @@ class Backbone(Protocol):
         ...
 
     def text_sites(self) -> tuple[str, ...]:
-        """Returns the names of the sites that can each take a separate text context. There are none if picture and text
-        attend jointly."""
+        """Returns the names of the sites that can each take a separate text context. There are no such sites if
+        picture and text attend jointly."""
         ...
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
@@ -320,8 +320,8 @@ class Backbone(Protocol):
 
     def keep_attending(self, name: str, *edits: At) -> None:
         """Applies these edits from now on, whenever the concept `name` has a nonzero strength. They replace the concept's
-        earlier edits; without arguments, those are only removed. See `shared.backbones.attending`. Raises ValueError under
-        the same conditions as `attending`."""
+        earlier edits; if no edits are passed, the earlier ones are just removed. See `shared.backbones.attending`. Raises
+        ValueError under the same conditions as `attending`."""
         ...
 
     # attached concepts, by name
@@ -361,7 +361,7 @@ class Backbone(Protocol):
         """Returns a context in which only the adapters of these concepts are on, each with the given strength.
 
         Learned words take the strength given for their concept. The words of other concepts keep their strength, because they
-        act only if the prompt contains them.
+        take effect only if the prompt contains them.
         """
         ...
 

@@ -27,7 +27,7 @@ def _unet(pattern: str) -> tuple[RoleSpec, ...]:
 
 
 def _self(leaf: str) -> tuple[RoleSpec, ...]:
-    """Returns the role of self-attention layers. These layers are part of a transformer block, or stand alone in a block that
+    """Returns the specs for self-attention layers, which are part of a transformer block or stand alone in a block that
     takes no text (AttnDownBlock2D)."""
     return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
 
@@ -132,7 +132,7 @@ class StableDiffusionBackbone(BaseBackbone):
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
 
         Raises:
-            ValueError: when the conditioning lacks the context of a site, when it has image tokens, regions or size_ids, or
+            ValueError: when the conditioning lacks the context for a site, when it has image tokens, regions or size_ids, or
                 when shapes do not match
         """
         self._refuse_unread(conditioning, len(x_t))
@@ -226,7 +226,7 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
 
 
 def _sites(unet: Any) -> tuple[Site, ...]:
-    """Returns the attention layers in the order of the forward pass, with their scale relative to the latents."""
+    """Returns the attention layers in the order of the forward pass, with their scales relative to the latents."""
     from diffusers.models.attention_processor import Attention
 
     scales: dict[str, int] = {}

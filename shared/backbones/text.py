@@ -26,7 +26,7 @@ class TextEncoding:
     pooled_component: str | None = None  # the encoder whose pooled output is `Conditioning.pooled`
     # whether the network takes a padding mask for the context (`Conditioning.context_mask`)
     masks_context: bool = False
-    why_one_context: str = "its text and picture attend jointly"  # explains in errors why `text_sites` is empty
+    why_one_context: str = "its text and picture attend jointly"  # explains, in errors, why there are no `text_sites`
     tokens: TokenOverlay
     placeholders: dict[str, Placeholder]
     _components: dict[str, nn.Module]
@@ -45,14 +45,14 @@ class TextEncoding:
         return self.tokens.max_length
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError if the context's text encoder would cut the prompt, or if any text encoder would cut a concept's
-        name. The message quotes the text that would be cut. Other text that a second encoder would cut only causes a
-        warning."""
+        """Raises ValueError if the context's text encoder would truncate the prompt, or if any text encoder would truncate a
+        concept's name. The message quotes the text that would be cut off. Other text that a second encoder would cut off
+        only causes a warning."""
         cut = self.tokens.overflow(self.context_component, prompt)
         if cut:
             limit = self.tokens.max_length[self.context_component]
             raise ValueError(
-                f"the prompt is too long: {self.name or self.family} reads {limit} tokens, and would cut {cut!r}"
+                f"the prompt is too long: {self.name or self.family} reads {limit} tokens and would cut off {cut!r}"
             )
         self._warn_cut([prompt])
 
@@ -100,8 +100,8 @@ class TextEncoding:
 
         Raises:
             ValueError: when `t` is required but missing, or has the wrong shape; when the prompts need a context per site
-                but the family has no such sites; or when a text encoder would cut a concept's name. Other text that would
-                be cut only causes a warning.
+                but the family has no such sites; or when a text encoder would truncate a concept's name. Other text that
+                would be cut off only causes a warning.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._warn_cut(prompts)
@@ -162,7 +162,7 @@ class TextEncoding:
             names = ", ".join(repr(n.name) for n in used)
             raise ValueError(
                 f"{names}: a text context per attention site (or separate keys and values) needs cross-attention layers "
-                f"that can each take their own context, but {self.family} has none: {self.why_one_context}"
+                f"that can each take their own context, but {self.family} has none, because {self.why_one_context}"
             )
         return sites
 
@@ -236,7 +236,7 @@ class TextEncoding:
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:
-        """Warns once per prompt about text that an encoder cuts. Raises ValueError if part of a concept's name is lost."""
+        """Warns once per prompt about text that an encoder cuts off. Raises ValueError if part of a concept's name is lost."""
         for prompt in prompts:
             if prompt in self._warned:
                 continue
@@ -246,8 +246,8 @@ class TextEncoding:
                 lost = [n.name for n in self.placeholders.values() if cut and _says(n, prompt, cut)]
                 if lost:
                     raise ValueError(
-                        f"the prompt is too long: {component} of {self.name or self.family} reads {limit} tokens, and "
-                        f"would cut {cut!r}, which includes {', '.join(map(repr, lost))}"
+                        f"the prompt is too long: {component} of {self.name or self.family} reads {limit} tokens and "
+                        f"would cut off {cut!r}, which includes {', '.join(map(repr, lost))}"
                     )
                 if cut:
                     log.warning("prompt truncated to %d tokens for %s: %r is ignored", limit, component, cut)

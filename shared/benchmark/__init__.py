@@ -1,1 +1,1 @@
-"""Compares recipes over many subjects. Writes one report for each recipe and subject, and one table for all reports."""
+"""Compares recipes across many subjects. Writes one report for each recipe and subject, and one table for all reports."""

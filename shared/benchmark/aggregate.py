@@ -62,7 +62,7 @@ class Row:
     seconds_per_picture: float | None
     concept_bytes: float | None
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
-    # for subjects left out of the scores because T is too low: subject -> T, the share of its true pictures that pass
+    # subjects left out of the scores -> T, the share of their true pictures that pass, which is too low
     apart: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
@@ -95,8 +95,8 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
 
 
 def _headline(reports: Mapping[str, Report]) -> list[Score]:
-    """Computes the trade-off and its terms. The identity score also gets the mean T and the mean chance level of
-    the subjects."""
+    """Computes the trade-off and its terms. The identity score also gets the subjects' mean T and mean chance
+    level."""
     ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
     made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
     found = [i for r in reports.values() if (i := r.score("identity"))]

@@ -100,7 +100,7 @@ def _pooled(reports: Iterable[ClipReport]) -> Arms:
     for report in listed:
         made += _rows(report, report.of_kind("concept"))
         base += _rows(report, report.of_kind("base"))
-        # A motion without words acts in every clip, so its clips also count as clips that do not name it.
+        # A motion without words affects every clip, so its clips also count as clips that do not name it.
         unnamed += _rows(report, report.of_kind("unnamed") or report.of_kind("concept"))
     clusters = [number[r.motion] for r in listed for _ in r.of_kind("concept")]
     said = any(r.score("false_motion") for r in listed)
@@ -186,7 +186,7 @@ class ClipComparison:
         return "\n".join(lines) + "\n" + ("\nToy numbers: generated and evaluated on the toybox.\n" if toy else "")
 
     def csv(self) -> str:
-        """Returns CSV at full precision, with one line per recipe (where the column `cell` is empty) and one per cell."""
+        """Returns CSV at full precision, with one line per recipe (where the `cell` column is empty) and one per cell."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -223,7 +223,7 @@ def compare_clips(
     failures: Mapping[tuple[str, str], str] | None = None,
     goal: ClipGoal = ClipGoal(),
 ) -> ClipComparison:
-    """Builds the table from reports by (recipe, cell). Raises ValueError if they were not measured with the same
+    """Builds the table from reports keyed by (recipe, cell). Raises ValueError if they were not measured with the same
     instruments."""
     failures = failures or {}
     check_instruments(reports.values())

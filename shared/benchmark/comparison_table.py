@@ -58,7 +58,7 @@ class Comparison:
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
     def csv(self) -> str:
-        """Returns CSV at full precision, with one line per recipe (where the column `subject` is empty) and one per cell."""
+        """Returns CSV at full precision, with one line per recipe (where the `subject` column is empty) and one per cell."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]

@@ -24,7 +24,7 @@ from shared.types import Subject
 
 CSV_FILE, SHOTS_FILE, REFERENCES = "report.csv", "shots.csv", "references"
 SCHEMA_VERSION = 1
-_SIDE = 128  # side of the references on the page, in pixels
+_SIDE = 128  # side length of the references on the page, in pixels
 TITLES = {"image": "Pictures", "video": "Clips", "3d": "Asset"}
 
 
@@ -95,7 +95,7 @@ class CrossModalReport(BaseModel):
         out = []
         if not any(m.score("identity") for m in self.modalities):
             out.append(
-                "There are no true pictures of this subject with which its identity could be verified. The table shows its "
+                "There are no true pictures of this subject to verify its identity against, so the table shows its "
                 "likeness to the references instead."
             )
         if any(m.name == "3d" for m in self.modalities):

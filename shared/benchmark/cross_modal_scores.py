@@ -53,7 +53,7 @@ def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[Mod
 
 
 def _scorer(made: Made, tools: Instruments) -> Scorer:
-    """Creates a scorer whose thresholds are set by true pictures."""
+    """Creates a scorer whose thresholds are set from true pictures."""
     case = made.case
     scorer = Scorer(
         case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
@@ -69,8 +69,8 @@ def _scorer(made: Made, tools: Instruments) -> Scorer:
 
 
 def _figures(verifier: Verifier, bar: Tensor, others: Tensor) -> TrueFigures:
-    """Computes the likeness threshold from the true renders `bar`, and the share of the true renders `others` that pass with
-    it."""
+    """Computes the likeness threshold from the true renders `bar`, and the share of the true renders `others` that pass at
+    that threshold."""
     least = float(torch.quantile(verifier.look(bar).likeness, 1 - PASSING))
     passed = verifier.look(others).passes([least] * len(others)).double().mean()
     return TrueFigures(bars={"": Bar(least=least, passed=float(passed), pictures=len(others))})

@@ -1,5 +1,5 @@
-"""Runs several recipes on several subjects. Saves each cell's report as soon as the cell is done, and finally the comparison
-as Markdown, CSV and a web page.
+"""Runs several recipes on several subjects. Each pair of recipe and subject is a cell, whose report is saved as soon as
+the cell is done. At the end, saves the comparison as Markdown, CSV and a web page.
 
 Cells that are already on disk are not run again, so an interrupted comparison resumes where it stopped.
 """
@@ -132,7 +132,7 @@ def benchmark(
 
 
 def check_benchmark(out: Path | str, inputs: Iterable[Path] = ()) -> Path:
-    """Returns the folder of a benchmark as a path. Call this before work starts.
+    """Returns a benchmark's folder as a path. Call this before any work starts.
 
     Raises ValueError if the folder contains files that do not come from an earlier benchmark, if it overlaps with one of
     `inputs`, or if it cannot be written.
@@ -163,8 +163,8 @@ class _Kept(Generic[R]):
             if cell["key"] != mark:
                 raise ValueError(
                     f"{folder} contains this cell with different prompts, seeds, settings, recipe or instruments: choose "
-                    f"another output, or remove {kept.name} from this folder (a concept that still fits is only scored "
-                    "again, not learned again)"
+                    f"another output, or remove {kept.name} from this folder (a concept that still fits is scored "
+                    "again, but not learned again)"
                 )
             if cell["error"] is None:
                 self.tell(recipe, subject, "kept")
@@ -203,7 +203,7 @@ def compare(
     goal: Goal = Goal(),
     control: str | None = None,
 ) -> Comparison:
-    """Builds the table from reports by (recipe, subject). Raises ValueError if they were not measured with the same
+    """Builds the table from reports keyed by (recipe, subject). Raises ValueError if they were not measured with the same
     instruments, or if their trade-offs have different terms."""
     failures = failures or {}
     terms = {r.terms for r in reports.values() if not r.apart}

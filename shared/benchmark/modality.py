@@ -1,6 +1,6 @@
 """The interface between `pcs concept evaluate` and the packages that generate pictures, clips or assets for it.
 
-A package registers an entry point in the group `pcs.cross_modal`. The entry point is named after the modality, and its value
+A package registers an entry point in the `pcs.cross_modal` group. The entry point is named after the modality, and its value
 is a module with two functions: `check(asked)` rejects a concept that the modality cannot show, and `make(asked, bars)`
 returns `Made`. Packages generate but do not score, so that identity is defined in only one place (`cross_modal_scores`).
 """
@@ -31,7 +31,7 @@ class Asked:
 
     concept: str  # PATH or PATH:STRENGTH
     out: Path
-    prompts: str = ""  # a prompt set or a file; if empty, the first prompts of the default set of the model
+    prompts: str = ""  # a prompt set or a file; if empty, the first prompts of the model's default set
     limit: int = 4  # number of prompts
     seeds: tuple[int, ...] = (0, 1)
     steps: int | None = None  # denoising steps; if None, as in the concept's recipe
@@ -85,7 +85,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shot:
-    """One output: a picture, a clip, or an asset seen from several sides."""
+    """One output: a picture, a clip, or an asset viewed from several angles."""
 
     text: str  # the prompt as passed to the model
     plain: str  # the prompt with the class noun instead of the concept
@@ -101,7 +101,7 @@ class Made:
     """Everything that a modality generated.
 
     case: the references and look-alikes with which the frames are compared
-    true: two sets of renders of the real subject, shown as in this modality. The first, [N, 3, H, W], sets the
+    true: two sets of renders of the real subject, shown as this modality shows it. The first, [N, 3, H, W], sets the
         threshold, and the second, [M, 3, H, W], is compared with it. If None, true pictures are drawn for the shots'
         prompts, provided that the model's world can draw them
     """

@@ -53,7 +53,7 @@ def as_frames(pixels: Tensor) -> Tensor:
 
 
 def _sampling(runner: Runner, asked: Asked, name: str) -> SamplingSettings:
-    """Returns the sampling settings of this concept's recipe, with the requested number of steps if there is one."""
+    """Returns the sampling settings of this concept's recipe, with the requested number of steps, if any."""
     learned = runner.loaded[name].concept.meta.learned_with.sampling
     return SamplingSettings(steps=asked.steps, frames=runner.backbone.frames).completed(learned)
 

@@ -46,7 +46,7 @@ class BenchmarkSettings:
     """The settings of a benchmark on the toybox."""
 
     split: str = "development"  # split of the toybox's held-out things; use "reporting" only once, at the end
-    subjects: int | tuple[str, ...] = 4  # number of subjects (the first of the split), or their names
+    subjects: int | tuple[str, ...] = 4  # number of subjects (the first N of the split), or their names
     limit: int = 10  # number of prompts
     num: int = 2  # pictures per prompt
     out: Path = Path("benchmark")
@@ -108,7 +108,7 @@ def count_or_names(text: str, option: str = "--subjects", least: int = 1) -> int
     names = tuple(name.strip() for name in text.split(","))
     if len(names) == 1 and names[0].lstrip("-").isdigit():
         if not least <= int(names[0]) <= MOST:
-            raise ValueError(f"{option} {text}: give {least} to {MOST:,}, or names separated by commas")
+            raise ValueError(f"{option} {text}: give a number from {least} to {MOST:,}, or names separated by commas")
         return int(names[0])
     if not all(names):
         raise ValueError(f"{option} {text!r}: give a number, or names separated by commas")
@@ -140,14 +140,14 @@ def say(*what: str) -> None:
 
 
 def named(recipes: Sequence[str]) -> dict[str, str]:
-    """Maps the name of each recipe in the table (for a file, its stem) to the recipe. Raises ValueError if two recipes would
+    """Maps each recipe's name in the table (for a file, its stem) to the recipe. Raises ValueError if two recipes would
     have the same name."""
     out: dict[str, str] = {}
     for recipe in recipes:
         name = Path(recipe).stem if recipe.endswith(_YAML) else recipe
         if name in out:
             raise ValueError(
-                f"recipes: {out[name]} and {recipe} would both be called {name!r} in the table: rename one of the files"
+                f"recipes: {out[name]} and {recipe} would both be called {name!r} in the table; rename one of the files"
             )
         out[name] = recipe
     return out

@@ -33,16 +33,16 @@ class ClipBenchmarkSettings:
     """The settings of a benchmark of motion recipes on the toybox."""
 
     split: str = "development"  # split of the held-out motions and things; use "reporting" only once, at the end
-    motions: int | tuple[str, ...] = 6  # number of motions (the first of the split), or their names
-    subjects: int | tuple[str, ...] = 4  # number of things (the first of the split), or their names; 0 for motions only
-    # the recipe (for pictures or for clips) with which each thing is learned once from pictures
+    motions: int | tuple[str, ...] = 6  # number of motions (the first N of the split), or their names
+    subjects: int | tuple[str, ...] = 4  # number of things (the first N of the split), or their names; 0: only motions
+    # the image or video recipe with which each thing is learned once, from pictures
     subject_recipe: str = "dreambooth_lora"
     limit: int = 1  # number of prompts
     num: int = 4  # clips per prompt
     out: Path = Path("benchmark")
     device: str | None = None  # None means the GPU if there is one
-    overrides: tuple[str, ...] = ()  # key=value applied on top of every recipe for motions
-    subject_overrides: tuple[str, ...] = ()  # key=value applied on top of the recipe for things
+    overrides: tuple[str, ...] = ()  # key=value applied on top of every motion recipe
+    subject_overrides: tuple[str, ...] = ()  # key=value applied on top of `subject_recipe`
     steps: int | None = None  # denoising steps; if None, as in the motion's recipe
     motion_adapter: Path | None = None  # a folder; if None, the toybox's own motion adapter
 
@@ -55,7 +55,7 @@ def run(
 
     Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
 
-    recipes: names of shipped recipes, or files; if empty, all shipped recipes for motions
+    recipes: names of shipped recipes, or files; if empty, all shipped motion recipes
     """
     chosen = named(recipes or _of_motions(model))
     resolved = {name: _load(recipe, settings.overrides, model) for name, recipe in chosen.items()}
@@ -81,8 +81,8 @@ def run(
 
 
 def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
-    """Returns the things, which will be learned with `subject_recipe`. That recipe is looked up first among the recipes for
-    pictures, and then among those for clips. Raises ValueError if it is in neither group, or if it learns a motion."""
+    """Returns the things, which will be learned with `subject_recipe`. That recipe is looked up among the image recipes
+    first, and then among the video recipes. Raises ValueError if it is neither, or if it learns a motion."""
     recipe, overrides = settings.subject_recipe, settings.subject_overrides
     things = Things(settings.out, recipe, overrides)
     if not settings.subjects:
@@ -110,7 +110,7 @@ def _load(recipe: str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
 
 
 def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
-    """Maps the name of each cell in the table to (held-out motion, held-out thing or "")."""
+    """Maps each cell's name in the table to (held-out motion, held-out thing or "")."""
     split = settings.split
     motions = chosen_of(
         "motion", split, lambda: [f"{split}-{m.name}" for m in held_out_motions(split)], settings.motions

@@ -1,4 +1,4 @@
-"""Expands a grid into one row for every combination of a recipe and settings."""
+"""Expands a grid into one row for every combination of recipe and settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-#: The maximum number of rows in a grid; each is learned and scored on every subject.
+#: The maximum number of rows in a grid; each row is learned and scored on every subject.
 MOST = 1000
 #: A value: quoted text, a list, a mapping, or anything without a comma.
 _VALUE = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|[^,])*""")
@@ -28,7 +28,7 @@ def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[
 
     Args:
         recipes: name in the table -> recipe
-        grid: axes "key=value,value"; commas inside brackets or double quotes belong to a value
+        grid: axes of the form "key=value,value"; commas inside brackets or double quotes belong to a value
 
     Raises:
         ValueError: for an axis without values, a repeated axis or value, or more than `MOST` rows
@@ -37,7 +37,7 @@ def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"{key} is varied twice: list all of its values together, {key}=VALUE,VALUE")
+            raise ValueError(f"{key} is varied twice: list all of its values together, as {key}=VALUE,VALUE")
     rows = len(recipes)
     for _, values in axes:
         rows *= len(values)

@@ -114,8 +114,8 @@ def merge(
     method: str = typer.Option("closed_form", help="closed_form or sum"),
     captions: Path = typer.Option(
         None,
-        help="text file with one caption per line; the merge preserves their meaning; default: the evaluation prompts, with "
-        "the class noun in place of the concept",
+        help="text file with one caption per line; the merge preserves the captions' meaning; default: the evaluation "
+        "prompts, with the class noun in place of the concept",
         **PATH,
     ),
     backbone: str = typer.Option(
@@ -146,7 +146,7 @@ def merge(
 
 @app.command()
 def evaluate(
-    concept: str = typer.Argument(help="the concept folder of a subject, PATH or PATH:STRENGTH"),
+    concept: str = typer.Argument(help="a subject's concept folder, PATH or PATH:STRENGTH"),
     names: str = typer.Option(
         "", "--in", help="comma-separated modalities (image, video, 3d); default: all that are installed"
     ),

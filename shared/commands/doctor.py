@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safete
 
 @app.callback()
 def doctor() -> None:
-    """Report what works, what is broken, and how to fix it. Exits with code 1 if anything is broken."""
+    """Report what works, what is broken, and how to fix it. The exit code is 1 if anything is broken."""
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, version

@@ -64,7 +64,7 @@ def methods(
 def show(
     name: str = typer.Argument(help="a recipe's name or a YAML file"),
     settings: list[str] = typer.Argument(None, help="key=value, as in `pcs image personalize`"),
-    modality: str = typer.Option("", help="image, video or 3d; default: the first with a recipe of this name"),
+    modality: str = typer.Option("", help="image, video or 3d; default: the first that has a recipe with this name"),
 ) -> None:
     """Explain every setting of a recipe, with the value that a run would use (on the toybox unless backbone=… is set)."""
     from shared.backbones.load import WORLDS

@@ -56,7 +56,7 @@ class Steering:
 
 
 def named(option: str, read: Any) -> Any:
-    """Returns `read()`, adding the option's name to its ValueError."""
+    """Returns `read()`, adding the option's name to any ValueError it raises."""
     try:
         return read()
     except ValueError as error:

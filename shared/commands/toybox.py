@@ -44,7 +44,7 @@ def train(
     steps: int = typer.Option(None, min=1, max=10**9, help="motion: number of steps"),
     compiled: bool = typer.Option(False, help="unet, motion: compile the U-Net's blocks; faster on a GPU"),
 ) -> None:
-    """Improve the toybox's weights, or train them from scratch (hours on a CPU, minutes on a GPU). Can be resumed."""
+    """Improve the toybox's weights, or train them from scratch (hours on a CPU, minutes on a GPU). Training can be resumed."""
     from shared.config import unknown
     from shared.io.locks import hold
     from shared.train.device import pick_device
@@ -103,7 +103,7 @@ def calibrate(
     things: int = typer.Option(12, min=2, max=10_000, help="number of training objects to measure"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
 ) -> None:
-    """Find the encoder and crop that best tell poses apart, and measure the typical scores of objects. Writes both to
+    """Find the encoder and crop that best tell poses apart, and measure objects' typical scores. Both are written to
     weights/calibration.json."""
     from shared.pretrain.evaluators.calibrate import calibrate as measure
 
@@ -137,7 +137,7 @@ def sheet(
     columns: int = typer.Option(8, min=1, max=10_000),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     guidance: float = typer.Option(
-        None, help="for model; default: the guidance stated in the model card", **numbers.GUIDANCE
+        None, help="for model: guidance; default: as stated in the model card", **numbers.GUIDANCE
     ),
     prompt: list[str] = typer.Option([], help="for model: these prompts instead of random captions"),
     overwrite: bool = typer.Option(False, help="replace an existing file"),

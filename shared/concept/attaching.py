@@ -29,7 +29,7 @@ _ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # t
 
 
 def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifiers: Any = Modifier) -> None:
-    """Registers the concept's name on the backbone, and injects its adapters frozen. `backbone.remove` undoes this.
+    """Registers the concept's name on the backbone and injects its frozen adapters. `backbone.remove` undoes this.
 
     Args:
         strength: the strength of the adapters and learned words. 1 is as learned. At 0, adapters are off and words take
@@ -38,10 +38,10 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
 
     Raises:
         ValueError: if the model lacks a layer that the concept changes, or if that layer has another shape (see `fits`);
-            if some of the concept's tensors do not fit; if the concept's name is taken; if the model cannot tell the
-            concept's words from those of an attached concept; if the strength is not 1 but there is nothing to scale; or
-            if the concept shares its adapters with a concept that is attached at another strength. The backbone is then
-            left unchanged.
+            if some of the concept's tensors are missing or invalid; if the concept's name is taken; if the model cannot
+            tell the concept's words from those of an attached concept; if the strength is not 1 but there is nothing to
+            scale; or if the concept shares its adapters with a concept that is attached at a different strength. The
+            backbone is then left unchanged.
 
     Warns:
         UserWarning: if the concept was learned on a checkpoint with different weights
@@ -128,7 +128,7 @@ def _check_words(placeholder: Placeholder, backbone: Backbone) -> None:
             raise ValueError(
                 f"{placeholder.name!r} and {name!r} cannot be loaded together: prompts call them "
                 f"{placeholder.words!r} and {other.words!r}, which the model cannot tell apart. Load only one of them, or "
-                "learn one again with another modifier.token or with modifier.kind=learnable_token"
+                "learn one of them again with another modifier.token or with modifier.kind=learnable_token"
             )
 
 
@@ -200,7 +200,8 @@ def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where:
         raise ValueError(f"{where}: no tensors for an adapter on {len(settings['target_modules'])} modules")
     if max(ranks) > largest:
         raise ValueError(
-            f"{where}: rank {max(ranks)} does not fit its {len(state)} tensors, whose largest dimension is {largest}"
+            f"{where}: rank {max(ranks)} is too large for its {len(state)} tensors, whose largest dimension "
+            f"is {largest}"
         )
 
 
@@ -209,7 +210,7 @@ def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where:
 
 def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
     """Returns the name of the attached concept with the same adapters, if any. Raises ValueError if that concept
-    has another strength."""
+    has a different strength."""
     meta = concept.meta
     if not meta.adapter_id:
         return None
@@ -219,7 +220,8 @@ def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
             if current != strength:
                 raise ValueError(
                     f"{meta.name!r} and {other!r} were learned together and share one adapter: "
-                    f"give both the same strength ({other!r} has {current:g}, {strength:g} was given for {meta.name!r})"
+                    f"give both the same strength ({other!r} has {current:g}, but {strength:g} was given for "
+                    f"{meta.name!r})"
                 )
             return other
     return None

@@ -47,7 +47,7 @@ def capture(
     recipe = provenance.settings()
     modifier = _modifier(provenance, recipe) if placeholder is not None or provenance.modifier is not None else {}
     if placeholder is None and not attached:
-        raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
+        raise ValueError(f"nothing is attached under {name!r}, so there is nothing to save")
     if placeholder is not None and not modifier:
         raise ValueError(
             f"{name!r} has a placeholder but no modifier: give the modifier, because the concept cannot be loaded without it"
@@ -73,7 +73,7 @@ def capture(
 
 
 def _built_on(backbone: Backbone, adapters_info: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
-    """Describes the model, with the layers and embeddings that the concept needs."""
+    """Describes the model, and the layers and embeddings that the concept needs."""
     layers = shapes(backbone, _touched(adapters_info))
     info = {
         "family": backbone.family,
@@ -101,7 +101,7 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
 
 
 def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any], Tensors]:
-    """Returns the entries "adapters", "weights" and "branches" of the description, and the tensors by kind.
+    """Returns the description's "adapters", "weights" and "branches" entries, and the tensors by kind.
 
     If two adapters have the same slot and component, a number is appended to the second one's slot.
     """

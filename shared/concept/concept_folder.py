@@ -72,11 +72,11 @@ class Concept:
 
     @property
     def initial_embeddings(self) -> dict[str, Tensor]:
-        """The initial values of `learned_words`, under the same keys; empty in concepts saved without them."""
+        """The initial values of `learned_words`, under the same keys, or an empty mapping if they were not saved."""
         return {key[len(START) :]: vectors for key, vectors in self.of("embeddings").items() if key.startswith(START)}
 
     def of(self, kind: str) -> Mapping[str, Tensor]:
-        """Returns the tensors of one kind; empty if the concept has none."""
+        """Returns the tensors of one kind, or an empty mapping if the concept has none."""
         return self.tensors.get(kind, {})
 
 
@@ -110,8 +110,8 @@ def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False
     Args:
         preview: a PIL image or the path of a PNG file; by default, the concept's own preview
 
-    Raises ValueError if the output exists and is not empty but `overwrite` is not set, or if a tensor contains NaN or Inf,
-    because `read` would refuse it. With `overwrite`, the old folder stays until the new one is complete.
+    Raises ValueError if the output exists and is not empty (unless `overwrite` is set), or if a tensor contains NaN or
+    Inf, because `read` would refuse it. With `overwrite`, the old folder stays until the new one is complete.
     """
     _check_finite(concept)
     with atomic_folder(path, overwrite) as folder:
@@ -152,8 +152,8 @@ def read(path: str | os.PathLike[str]) -> Concept:
     """Reads the concept in a folder. Nothing in the folder is executed, and the preview is not decoded.
 
     Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged or too large,
-    differs from what `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if a file
-    in it could contain code.
+    differs from what `concept.json` describes, or contains NaN or Inf; if a link points outside the folder; or if a
+    file in it could contain code.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -187,8 +187,8 @@ def read_meta(file: Path) -> ConceptMeta:
 
 
 def _survey(folder: Path) -> None:
-    """Raises ValueError if a link leads out of the folder or if a file could contain code. Must be called before anything is
-    loaded."""
+    """Raises ValueError if a link points outside the folder or if a file could contain code. Must be called before
+    anything is loaded."""
     root = folder.resolve()
     count = 0
     for place, folders, files in os.walk(folder, followlinks=False):
@@ -198,7 +198,7 @@ def _survey(folder: Path) -> None:
                 raise ValueError(f"{folder} contains more than {_MAX_ENTRIES:,} files: it is not a concept")
             entry = Path(place) / name
             if entry.is_symlink() and root not in entry.resolve().parents:
-                raise ValueError(f"{entry} is a link that leads out of the concept; it was not followed")
+                raise ValueError(f"{entry} is a link that points outside the concept; it was not followed")
             _check_harmless(entry)
 
 
@@ -212,7 +212,10 @@ def _check_harmless(entry: Path) -> None:
         with entry.open("rb") as stream:
             text = stream.read(_MAX_JSON + 1)
         if len(text) > _MAX_JSON or _TAG.search(text):
-            raise ValueError(f"{entry} is YAML with tags, which can contain code; it was not loaded. Remove it first")
+            raise ValueError(
+                f"{entry} is YAML with tags, which can contain code, or is too large to be checked for tags; it was "
+                "not loaded. Remove it first"
+            )
 
 
 def _check_listing(folder: Path, meta: ConceptMeta) -> None:
@@ -222,7 +225,7 @@ def _check_listing(folder: Path, meta: ConceptMeta) -> None:
         safe_relative(folder, name)
         if name not in known:
             raise ValueError(
-                f"{folder / META} lists the file {name!r}; a concept can only have {', '.join(sorted(known))}"
+                f"{folder / META} lists the file {name!r}; a concept can contain only {', '.join(sorted(known))}"
             )
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing, but {META} lists it")
@@ -243,10 +246,12 @@ def _read_tensors(folder: Path, kind: str, meta: ConceptMeta) -> dict[str, Tenso
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise ValueError(
-                f"{file}: tensor {name!r} is {entry['dtype']}; a concept's tensors must be one of {', '.join(_DTYPES)}"
+                f"{file}: tensor {name!r} is {entry['dtype']}; a concept's tensors must be {' or '.join(_DTYPES)}"
             )
     if sha256(file) != meta.files[file.name]:
-        raise ValueError(f"{file} is not the file that {META} describes: it was changed or damaged (sha256 differs)")
+        raise ValueError(
+            f"{file} is not the file that {META} describes: it was changed or damaged (its sha256 differs)"
+        )
     return safe_load_safetensors(file)
 
 

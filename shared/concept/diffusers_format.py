@@ -1,7 +1,7 @@
 """Writes `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`, the files that diffusers loads.
 
-diffusers and peft read a LoRA without alpha as W + B A, so strength and alpha / rank are folded into B. Several slots
-on one layer are concatenated along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+diffusers and peft read a LoRA without alpha as W + B A, so the strength and alpha / rank are folded into B. Several
+slots on one layer are concatenated along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shared.concept.provenance import public_name
 from shared.io.adapter_settings import MIN_RANK
 from shared.modifiers.learnable import at_strength
 
-ANYTHING = "mug"  # replaces the subject in prompts for a concept that has no words, such as a motion
+ANYTHING = "mug"  # stands in for the subject in prompts for a concept that has no words, such as a motion
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
 #: Networks whose LoRA a pipeline loads from a separate file: network -> (its name in that file, options for loading).
@@ -51,22 +51,25 @@ def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]
     """Returns the update of each layer, by component and path.
 
     Raises ValueError for anything that this format cannot store: adapters other than LoRA, a noise-dependent rank,
-    changed weights, branches, DoRA on a layer that another slot adapts too, and DoRA on only some of the adapted layers
-    of a component.
+    changed weights, branches, DoRA on a layer that another slot also adapts, and DoRA on only some of the adapted
+    layers of a component.
     """
     if concept.of("weights"):
-        raise ValueError(f"{concept.name!r} has changed weights, which diffusers' LoRA files cannot store")
+        raise ValueError(f"{concept.name!r} contains changed weights, which diffusers' LoRA files cannot store")
     if concept.of("branches"):
         kinds = sorted(
             {s.form.kind.replace("_", " ") for parts in concept.meta.branches.values() for s in parts.values()}
         )
-        raise ValueError(f"{concept.name!r} has {', '.join(kinds)}, which diffusers' LoRA files cannot store")
+        raise ValueError(
+            f"{concept.name!r} has branches ({', '.join(kinds)}), which diffusers' LoRA files cannot store"
+        )
     layers: dict[str, dict[str, Layer]] = defaultdict(dict)
     for slot, components in concept.meta.adapters.items():
         for component, settings in components.items():
             if settings.get("peft_type") != "LORA":
                 raise ValueError(
-                    f"slot {slot!r} is {settings.get('peft_type')}; diffusers' LoRA files can store only LoRA and DoRA"
+                    f"slot {slot!r} has an adapter of type {settings.get('peft_type')}, but diffusers' LoRA files can "
+                    "store only LoRA and DoRA"
                 )
             if MIN_RANK in settings:
                 raise ValueError(
@@ -169,7 +172,8 @@ def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
 
 
 def public_path(backbone: Backbone, component: str, path: str) -> str:
-    """Returns a layer's name in files. Files keep CLIP's prefix `text_model.`, which transformers 5 has dropped."""
+    """Returns a layer's name in LoRA files. These files keep CLIP's prefix `text_model.`, which transformers 5 has
+    dropped."""
     clip = type(backbone.components[component]).__name__.startswith("CLIPText")
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
 
@@ -179,9 +183,9 @@ def write_tokens(
 ) -> list[dict[str, Any]]:
     """Writes one file per text encoder. As in diffusers, the first of `tokens` is the key for all n vectors ([n, d]).
 
-    Returns a description of each file. Its "end_of_text" is True for a CLIP encoder with an old configuration, which
-    the user has to correct. Such an encoder pools at the position of the highest token id, which would be an added
-    token instead of the end token.
+    Returns a description of each file, in which "end_of_text" is True for a CLIP encoder with an old configuration. The
+    user has to correct the configuration, because such an encoder pools at the position of the highest token id, which
+    would be an added token instead of the end token.
 
     Args:
         strength: folded into the vectors; at 0 the initial values are written, and at 1 the learned values
@@ -199,7 +203,7 @@ def write_tokens(
     for component, vectors in sorted(embeddings.items()):
         if vectors.ndim != 2 or vectors.shape[0] != len(tokens):
             raise ValueError(
-                f"embeddings of {component} have shape {list(vectors.shape)}, but there are {len(tokens)} tokens"
+                f"the embeddings of {component} have shape {list(vectors.shape)}, but there are {len(tokens)} tokens"
             )
         file = TOKEN_FILE if len(embeddings) == 1 else TOKEN_FILE.replace(".", f".{component}.", 1)
         token = public_token(backbone, tokens[0])
@@ -218,8 +222,8 @@ def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Te
         return {}
     if placeholder.varies_with or set(learned) != set(placeholder.components):
         raise ValueError(
-            f"{concept.name!r} learned {', '.join(sorted(learned)[:4])} …: diffusers' embedding files can store only one "
-            "table of vectors per text encoder"
+            f"{concept.name!r} learned the tensors {', '.join(sorted(learned)[:4])} …, but diffusers' embedding files can "
+            "store only one table of vectors per text encoder"
         )
     starts = concept.initial_embeddings or placeholder.initial_state_dict()
     if strength != 1 and not starts:
@@ -240,7 +244,7 @@ def token_names(token: str, vectors: int) -> list[str]:
 
 
 def public_token(backbone: Backbone, token: str) -> str:
-    """Returns a token's name in files. The name is in lower case for pipelines that read token files, because their
+    """Returns a token's name in exported files. It is in lower case for pipelines that read token files, because their
     CLIP tokenizer converts prompts to lower case."""
     return token.lower() if reads_token_files(backbone.pipeline()) else token
 
@@ -257,7 +261,7 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     """Writes README.txt, which contains Python code that loads and runs the export."""
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
-    # the model has a local path, which differs on other machines
+    # whether the model has a local path, which differs on other machines
     own = public_name(backbone.name) != backbone.name and backbone.world is None
     source = json.dumps("{model}" if own else backbone.name)
     if backbone.world is not None:
@@ -300,12 +304,12 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     )
     for network in backbone.added:
         where += "" if network.find else f", and {{{network.argument}}} with the folder of the {network.kind}"
-    head = f"The concept {concept.name!r} for diffusers. Replace {{folder}} with the folder of this file{where}:\n\n"
+    head = f"The concept {concept.name!r} for diffusers. Replace {{folder}} with this file's folder{where}:\n\n"
     (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")
 
 
 def _token_lines(entry: Mapping[str, Any], tokenizer: str) -> list[str]:
-    """Returns the lines of README.txt that do the same as `shared.concept.verify.add_tokens`."""
+    """Returns the lines in README.txt that do the same as `shared.concept.verify.add_tokens`."""
     encoder, names = f"pipe.{entry['component']}", token_names(entry["token"], entry["vectors"])
     return [
         "from safetensors.torch import load_file",

@@ -40,12 +40,12 @@ def export(
         strength: the strength that is folded into the files
 
     Returns:
-        The content of the folder's `export.json`. It includes the hash of each file and, for each output, the largest
+        The contents of the folder's `export.json`. They include the hash of each file and, for each output, the largest
         difference, the limit for this difference, and the concept's effect.
 
     Raises:
         ValueError: if the format is unknown or cannot store the concept, if the folder exists and may not be
-            overwritten, or if the written files do not produce the same outputs (in that case no files are kept)
+            overwritten, or if the written files do not produce the same outputs (in that case, no files are kept)
     """
     if format not in FORMATS:
         raise ValueError(unknown(format, FORMATS, "format"))
@@ -111,7 +111,7 @@ def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: flo
         "tokens": diffusers_format.write_tokens(concept, folder, backbone, tokens, strength),
     }
     if not written["lora"] and not written["tokens"]:
-        raise ValueError(f"{concept.name!r} consists of plain words ({words!r}), so there is nothing to export")
+        raise ValueError(f"{concept.name!r} consists only of plain words ({words!r}), so there is nothing to export")
     checked = compare(backbone, concept.name, strength, folder, written, words)
     diffusers_format.write_readme(folder, concept, backbone, written, words)
     return {**written, **checked, "words": words}

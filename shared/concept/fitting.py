@@ -16,9 +16,9 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]  # component -> layer or paramete
 def fits(concept: Concept, backbone: Backbone) -> str | None:
     """Returns None if the concept can be attached to this model, and otherwise the reason why it cannot.
 
-    The model must support the concept's family. Every layer that the concept touches must exist in the model and have
-    the same shape. In every text encoder for which the concept learned words, token embeddings must have the same
-    width.
+    The model must support the concept's family. Every layer that the concept touches must exist in the model with the
+    recorded shape. In every text encoder for which the concept learned words, the token embeddings must have the
+    recorded width.
     """
     meta, info = concept.meta, concept.meta.backbone
     if info.family != backbone.family and info.family not in backbone.reads:
@@ -45,7 +45,8 @@ def fits(concept: Concept, backbone: Backbone) -> str | None:
 def _compare(component: str, layers: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor | None]) -> str | None:
     gone = [path for path, weight in weights.items() if weight is None and layers[path]]
     if gone:
-        return f"{len(gone)} of the {len(layers)} layers of {component} that it changes do not exist here, such as {gone[0]}"
+        some = f"{len(gone)} of the {len(layers)} layers of {component}"
+        return f"{some} that it changes do not exist here (for example, {gone[0]})"
     for path, weight in weights.items():
         if weight is not None and tuple(weight.shape) != layers[path]:
             return f"its {component}.{path} has shape {list(layers[path])}, but here the shape is {list(weight.shape)}"

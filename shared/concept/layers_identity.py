@@ -11,7 +11,7 @@ from torch import Tensor
 from shared.backbones.protocol import Backbone
 from shared.concept.fitting import base_weight
 
-_SAMPLES = 4096  # the most values that are sampled from each weight
+_SAMPLES = 4096  # the maximum number of values sampled from each weight
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], enc
     the same hash in every precision.
     """
     digest = hashlib.sha256()
-    with backbone.active({}):  # with every concept off, changed weights have their base values
+    with backbone.active({}):  # with every concept switched off, changed weights have their base values
         weights = [(c, p, base_weight(backbone, c, p)) for c, paths in sorted(layers.items()) for p in sorted(paths)]
         words = [(c, "", backbone.word_embeddings(c, "a b c d e")) for c in sorted(encoders)]
         for component, path, weight in [*weights, *words]:

@@ -30,13 +30,13 @@ def _points(text: str) -> str:
 
 
 class _Read(BaseModel):
-    """A model that ignores unknown keys, because recipes from other packages have additional ones."""
+    """A pydantic model that ignores unknown keys, because recipes from other packages have additional ones."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class LearnedSampling(_Read):
-    """The sampling settings in the concept's recipe. None stands for the backbone's default."""
+    """The sampling settings in the concept's recipe. None means the backbone's default."""
 
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None

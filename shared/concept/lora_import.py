@@ -102,8 +102,8 @@ def concept_name(path: Path) -> str:
 def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
     """Returns the backbone layers that the file changes, and the names in the file that match no layer of the backbone.
 
-    Raises ValueError if no name matches, if a name is ambiguous, if shapes do not fit this architecture, or if two
-    names refer to one layer.
+    Raises ValueError if no name matches, if a name is ambiguous, if shapes do not match this architecture, or if two
+    names refer to the same layer.
     """
     index = layer_index(backbone, file.path.name)
     layers: Layers = {}
@@ -139,7 +139,7 @@ def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, mi
     made_for = file.base or looks_like([*file.layers])
     counted = [f"{unmatched} of the file's {len(file.layers)} layer names match no layer"] if unmatched else []
     if misfits:
-        counted.append(f"{len(misfits)} match layers of another shape, such as {misfits[0]}")
+        counted.append(f"{len(misfits)} match layers of a different shape, such as {misfits[0]}")
     guess = f" (apparently {made_for})" if made_for else ""
     return (
         f"{file.path} was made for another architecture{guess}: in {backbone.name} ({backbone.family}), "
@@ -203,7 +203,7 @@ def _as_peft(magnitude: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
 
 def _adapters(layers: Mapping[tuple[str, str], LayerLora]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the description of the adapters for a concept, and the adapters' tensors."""
+    """Returns a concept's description of the adapters, and the adapters' tensors."""
     adapters: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     kinds = sorted({(part.magnitude is not None, component) for (component, _), part in layers.items()})

@@ -1,8 +1,8 @@
 """Maps the spellings of layer names in trainers' LoRA files to the layers of a backbone.
 
-A single index covers all spellings. Dots and underscores count as equal, because names in kohya's files contain no
-dots. Four spellings of a path are known: that of diffusers (which peft and kohya also use for Stable Diffusion), that
-of Black Forest Labs for FLUX, that of Wan, and that of Stable Diffusion's original (LDM) checkpoints.
+A single index covers all spellings. Dots and underscores are treated as equal, because names in kohya's files contain
+no dots. Four spellings of a path are known: those of diffusers (which peft and kohya also use for Stable Diffusion),
+Black Forest Labs (for FLUX), Wan, and the original (LDM) checkpoints of Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _text_prefixes(component: str) -> tuple[str, ...]:
 
 def _spellings(backbone: Backbone, component: str, path: str) -> set[str]:
     names = {path, public_path(backbone, component, path)}
-    # older versions of diffusers name this layer without ".0"
+    # older versions of diffusers omit the ".0" of "to_out.0"
     return names | {name.removesuffix(".0") for name in names if name.endswith(".to_out.0")}
 
 
@@ -178,7 +178,7 @@ def _wan(network: Any) -> Iterator[tuple[str, str]]:
 _ORIGINAL = {"flux": _flux, "stable_diffusion": _stable_diffusion, "wan": _wan}
 
 
-#: Patterns in layer names that reveal which architecture a file was made for. The first match counts.
+#: Patterns in layer names that reveal which architecture a file was made for. The first match wins.
 _SIGNS = (
     ("FLUX", r"double_blocks|single_blocks|single_transformer_blocks"),
     ("Stable Diffusion XL", r"lora_te2_|text_encoder_2|input_blocks_[78]_1_transformer_blocks_[2-9]"),

@@ -1,4 +1,4 @@
-"""Reads LoRA files from any trainer without executing any code. Tensors and scales keep the names in the file."""
+"""Reads LoRA files from any trainer without executing any code. Tensors and scales keep their names from the file."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _refuse_pickle(path: Path) -> None:
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scales: _Scales) -> NamedLora:
     missing = next((kind for kind in ("down", "up") if kind not in tensors), "")
     if missing:
-        raise ValueError(f"{path}: {name!r} has only half a pair: its {missing} matrix is missing")
+        raise ValueError(f"{path}: {name!r} has only half a pair (the {missing} matrix is missing)")
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
         raise ValueError(
@@ -146,7 +146,8 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scales: _Scales
     if mid is not None:  # LyCORIS' Tucker form, with a convolution between two 1x1 convolutions
         if mid.ndim < 3 or mid.shape[:2] != (down.shape[0], down.shape[0]):
             raise ValueError(
-                f"{path}: {name!r} has a middle tensor of shape {list(mid.shape)}, which does not fit rank {down.shape[0]}"
+                f"{path}: {name!r} has a middle tensor of shape {list(mid.shape)}, which does not match rank "
+                f"{down.shape[0]}"
             )
         down = torch.einsum("rs...,si->ri...", mid, down.flatten(1))
     rank = down.shape[0]
@@ -172,11 +173,12 @@ class _Scales:
                 raise ValueError(f"{path} is {settings['peft_type']}: only LoRA and DoRA are supported")
             if settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
                 raise ValueError(
-                    f"{path}{f' ({where})' if where else ''} changes other weights besides its LoRA, which is not supported"
+                    f"{path}{f' ({where})' if where else ''} also changes weights outside its LoRA, which is not "
+                    "supported"
                 )
 
     def alpha(self, name: str, rank: int) -> float:
-        """Returns alpha, where alpha / rank is the scale. Raises ValueError if the settings state another rank."""
+        """Returns alpha, where alpha / rank is the scale. Raises ValueError if the settings state a different rank."""
         component = "" if self.peft else name.partition(".")[0]
         settings = self.settings.get(component)
         if settings is None:
@@ -189,8 +191,8 @@ class _Scales:
         alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
         if said != rank:
             raise ValueError(
-                f"{self.path}: {name!r} has rank {rank}, but its settings state {said}: "
-                "the tensors and the settings do not belong together"
+                f"{self.path}: {name!r} has rank {rank}, but its settings state {said}, "
+                "so the tensors and the settings do not belong together"
             )
         return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 

@@ -3,8 +3,8 @@
 The default method is Custom Diffusion's closed form (arXiv 2212.04488, section 3.3).
 
 Each concept has its own key and value weights in cross-attention. The merged weights W must map every concept's words
-to the same outputs as that concept's weights do. For all other text, their outputs must differ as little as possible
-from those of the base weights W_0 (equation 4):
+to the same outputs as that concept's weights do. For all other text, the outputs of W must differ as little as
+possible from those of the base weights W_0 (equation 4):
 
     W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
 
@@ -174,7 +174,11 @@ def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, 
 
 
 def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
-    keys = {f"{site}.{leaf}.weight" for site in backbone.text_sites() for leaf in ("to_k", "to_v")}  # type: ignore[attr-defined]
+    keys = {
+        f"{site}.{leaf}.weight"
+        for site in backbone.text_sites()  # type: ignore[attr-defined]
+        for leaf in ("to_k", "to_v")
+    }
     change: dict[str, Tensor] = {}
     for slot, components in concept.meta.weights.items():
         for key in (f"{component}.{path}" for component, paths in components.items() for path in paths):
@@ -198,9 +202,9 @@ def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for key, delta in like.items():
             weight = find_parameter(backbone, key)
             if weight is None or weight.shape != delta.shape:
-                shape = "missing here" if weight is None else f"{list(weight.shape)} here"
+                shape = "it is missing here" if weight is None else f"{list(weight.shape)} here"
                 raise ValueError(
-                    f"{key} is {list(delta.shape)} in the concepts, but {shape}: merge them on the model that "
+                    f"{key} has shape {list(delta.shape)} in the concepts, but {shape}: merge them on the model that "
                     "they were learned on"
                 )
             out[key] = weight.detach().cpu().double()

@@ -36,7 +36,8 @@ def remember(backbone: Backbone) -> None:
 
 
 def known_path(checkpoint: str) -> Path | None:
-    """Returns the last known path of a model with these weights, or None if none is known or it no longer exists."""
+    """Returns the last known path of a model with these weights. Returns None if no path is known or the path no longer
+    exists."""
     folder = _read().get(checkpoint)
     return Path(folder) if folder and Path(folder).exists() else None
 

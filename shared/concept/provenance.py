@@ -40,7 +40,7 @@ class Provenance:
         metrics: numbers, strings, or mappings that contain such values; numbers that are not finite become null
         references: for each picture, its file or a mapping {"file": name without folders, "sha256": …}
         seed: the training seed; by default, the recipe's seed
-        ports: roles that resolved to a port
+        ports: notes on ports, which are roles for which other layers stand in
         preview: a PNG file
     """
 
@@ -110,7 +110,7 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def portable(value: Any, key: str = "") -> Any:
-    """Returns a recipe in which paths no longer contain the folders of the author's machine.
+    """Returns a recipe in which paths no longer contain folders on the author's machine.
 
     Args:
         key: the key of `value` in its recipe, which shows whether a string is a path

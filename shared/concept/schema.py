@@ -58,7 +58,7 @@ class Reference(Part):
 
 
 class ConceptMeta(Part):
-    """The content of `concept.json`: plain data that is never imported, evaluated or followed as a path."""
+    """The contents of `concept.json`: plain data that is never imported, evaluated or followed as a path."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: Name
@@ -79,7 +79,7 @@ class ConceptMeta(Part):
     # hash of the adapter, weight and branch tensors
     adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; other code reads only the parts in `learned_with`
-    ports: tuple[str, ...] = ()  # roles that resolved to a port
+    ports: tuple[str, ...] = ()  # notes on roles for which other layers stand in
     metrics: dict[str, Metric] = Field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     seed: int = 0
@@ -112,12 +112,13 @@ class ConceptMeta(Part):
 
     @property
     def learned_with(self) -> LearnedWith:
-        """The validated parts of the recipe that other code reads. Raises ValueError, naming an invalid key."""
+        """The validated parts of the recipe that other code reads. Raises ValueError, naming the key, if one of them is
+        invalid."""
         return learned_with(self.recipe, self.metrics, f"the concept {self.name!r}")
 
 
 def parse_meta(data: Any, where: str) -> ConceptMeta:
-    """Validates the content of `concept.json`. Raises ValueError, naming the file and the key, if it is invalid."""
+    """Validates the contents of `concept.json`. Raises ValueError, naming the file and the key, if it is invalid."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must contain an object with the concept's description; got {type(data).__name__}")
     version = data.get("schema_version")

@@ -10,8 +10,8 @@ from shared.backbones.protocol import Adapter
 
 
 class SharedAdapter:
-    """One concept's share of an adapter. The adapter acts only once, at the strength with the largest magnitude among
-    its concepts, and is removed together with the last of them."""
+    """One concept's share of an adapter. The adapter is applied only once, at the strength with the largest
+    magnitude among those of its concepts, and is removed together with the last of these concepts."""
 
     def __init__(self, adapter: Adapter, owner: str, strengths: dict[str, float] | None = None) -> None:
         self.adapter, self.owner = adapter, owner

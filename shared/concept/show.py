@@ -51,7 +51,7 @@ def lines(concept: Concept) -> list[str]:
 
 
 def describe(concept: Concept) -> Any:
-    """Describes a concept in a rich table."""
+    """Describes a concept in a `rich` table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -64,7 +64,7 @@ def describe(concept: Concept) -> Any:
 
 
 def as_json(concept: Concept) -> dict[str, Any]:
-    """Returns the content of `concept.json`, the number of parameters and the size of each file in bytes."""
+    """Returns the contents of `concept.json`, the number of parameters and the size of each file in bytes."""
     out = json.loads(concept.meta.model_dump_json())
     return {**out, "parameters": parameters(concept), "bytes": sizes(concept)}
 
@@ -130,7 +130,7 @@ def _trajectory(found: Trajectory | None) -> str:
 def _recipe(learned: LearnedWith) -> str:
     train = learned.train
     steps = f"{train.steps} steps" if train.steps is not None else ""
-    if learned.phases:  # a phase without its own number of steps has the recipe's number
+    if learned.phases:  # a phase without its own number of steps uses the recipe's number
         steps_of = {name: phase.train.steps for name, phase in learned.phases.items()}
         counts = {name: train.steps if n is None else n for name, n in steps_of.items()}
         steps = " then ".join(name if n is None else f"{name} {n} steps" for name, n in counts.items())

@@ -17,7 +17,7 @@ from shared.concept.diffusers_format import ANYTHING, reads_token_files, token_n
 from shared.io.safetensors_files import safe_load_safetensors
 from shared.trainable.wrapped_layers import is_wrapped
 
-_SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
+_SEED, _SIDE = 0, 256  # seed of the noise; maximum side length of pictures, in pixels
 #: The largest difference, relative to the largest value, that may result from rounding when sums are reordered.
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 #: The largest allowed difference as a fraction of the concept's effect. Both are measured as root mean squares. The

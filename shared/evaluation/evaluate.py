@@ -62,7 +62,7 @@ def evaluate(
     """Scores a concept on every prompt with every seed, and writes the report to `settings.out` if that is set.
 
     If a synthetic world can draw the real subject, prompts that leave the pose open get at least `freedom.SEEDS` seeds.
-    Pictures from seeds beyond `settings.seeds` count only for freedom.
+    Pictures from seeds beyond `settings.seeds` count only towards freedom.
 
     Args:
         generate: generates pictures with the concept loaded. To measure drift, it is also called with prompts that do
@@ -71,7 +71,8 @@ def evaluate(
         progress: called with (what, done, total) after each denoising step
 
     Raises:
-        ValueError: if there are no seeds or a seed is repeated, the output folder exists, or pictures are not finite
+        ValueError: if there are no seeds, a seed is repeated, the output folder exists and may not be overwritten, or a
+            picture contains NaN or Inf
     """
     seeds, out = settings.seeds, settings.out
     if not seeds or len(set(seeds)) < len(seeds):

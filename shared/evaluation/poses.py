@@ -15,17 +15,17 @@ from shared.metrics.scorer import Measured
 @dataclass(frozen=True)
 class Poses:
     """The poses in the pictures of one arm (with the concept, or by the base model). All values except `by_prompt` are
-    measured only on verified pictures."""
+    measured only on verified pictures. Spreads are fractions of half the picture's side."""
 
     by_prompt: dict[int, Pairs]
-    place: float  # spread of the subject's centre within a prompt, in half-pictures; NaN for fewer than two pictures
-    size: float  # spread of the subject's size within a prompt, in half-pictures
+    place: float  # spread of the subject's centre within a prompt; NaN for fewer than two pictures
+    size: float  # spread of the subject's size within a prompt
     views: float  # effective number of views; NaN if no view was read
 
 
 def poses(parts: Sequence[tuple[Measured, Sequence[int]]], free: Collection[int]) -> Poses | None:
-    """Measures the poses in all pictures whose prompts are in `free`. Returns None if there are none, or if they
-    have no crops or are not verified.
+    """Measures the poses in all pictures whose prompts are in `free`. Returns None if there are no such
+    pictures, or if they have no crops or were not checked for the subject.
 
     parts: groups of pictures, each with its measurements and the prompt index of every picture
     """

@@ -80,7 +80,7 @@ class PromptSet(Part):
             check_utf8(p.text)
         for p in self.prompts:
             if "{concept}" not in p.text:
-                raise ValueError(f"the prompt {p.text!r} does not say where the subject goes: write {{concept}} in it")
+                raise ValueError(f"the prompt {p.text!r} does not say where the subject goes: put {{concept}} in it")
         for p in self.drift:
             if "{concept}" in p.text:
                 raise ValueError(f"the drift prompt {p.text!r} must not name the concept")

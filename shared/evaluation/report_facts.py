@@ -38,7 +38,7 @@ class Case:
     through_key: str = ""  # the autoencoder's fingerprint, if measurements through it may be cached
     true: TrueThing | None = None  # the real subject, if a world can draw it
     cache: Path | None = None  # a folder for measurements of true pictures; if None, nothing is cached
-    concept: Path | None = None  # the concept's folder, for its size on disk
+    concept: Path | None = None  # the concept's folder, whose size on disk is reported
     recipe: str = ""
     backbone: str = ""
     kind: str = "subject"  # or "style", which has no true pictures
@@ -91,7 +91,7 @@ def notes(case: Case, scorer: Scorer, prompts: PromptSet, seeds: Sequence[int]) 
     instruments = scorer.instruments
     out = _of_identity(case, scorer)
     if instruments.text_image is None:
-        out.append("No CLIP was given, so how well the prompt was followed is not measured.")
+        out.append("No CLIP model was given, so how well the prompt was followed is not measured.")
     if instruments.attributes is None and any(p.expects for p in prompts.prompts):
         out.append(
             "No recognizer was given, so whether pictures show the prompts' backgrounds, views and styles is not checked."
@@ -101,7 +101,7 @@ def notes(case: Case, scorer: Scorer, prompts: PromptSet, seeds: Sequence[int]) 
     if len(seeds) < 2:
         out.append("With one seed per prompt, diversity is not measured.")
     if len(case.references) < 2 and case.fresh is None:
-        out.append("With only one reference, the limits for copying are defaults instead of calibrated values.")
+        out.append("With only one reference, the copy limits are defaults instead of calibrated values.")
     return out
 
 

@@ -144,7 +144,7 @@ def prompt_rows(
     poses: Poses | None,
 ) -> list[PromptRow]:
     """Returns one row per prompt, with mean scores for the concept and (as `base_…`) for the base model. A row also has
-    `diversity` if there are several seeds, and the pairs of pictures if the prompt leaves the pose open.
+    `diversity` if there are several seeds, and scores for pairs of pictures if the prompt leaves the pose open.
 
     texts: the prompts with the concept's name, and the same prompts with the class noun in place of the concept
     """

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from shared.config import Part
 
-#: How value embeddings act outside training: as differences between frames, as learned, or not at all.
+#: How value embeddings are applied outside training: as differences between frames, as learned, or not at all.
 Values = Literal["differences", "as_learned", "off"]
 
 

@@ -2,8 +2,8 @@
 
 The text file for `NAME.png` is called `NAME.txt`, `NAME.caption` or `NAME.png.txt`. If there are several, the first in
 this list is used. A name that differs only in case also matches, provided that it can belong to only one file.
-`metadata.jsonl` is Hugging Face's image-folder format, with {"file_name": "a.png", "text": "a photo of a mug"} on each
-line.
+`metadata.jsonl` is in Hugging Face's image-folder format, with {"file_name": "a.png", "text": "a photo of a mug"} on
+each line.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def unused_rows(items: Iterable[Path], folder: Path) -> list[str]:
 
 
 def looks_like_captions(path: Path) -> bool:
-    """Whether a file is named like a caption file."""
+    """Whether a file has the name of a caption file."""
     named = path.suffix.lower() in ENDINGS or path.name == METADATA
     return named and not path.name.startswith(".") and path.is_file()
 
@@ -116,13 +116,15 @@ def _said(row: Mapping[str, Any]) -> str | None:
 
 
 def _rows(file: Path | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the line number and content of each row. Raises ValueError for a line that cannot be read."""
+    """Yields the line number and contents of each row. Raises ValueError for a line that cannot be read."""
     for number, line in enumerate(read_text_file(file, "the captions").splitlines() if file else (), 1):
         if not line.strip():
             continue
         row = _row(line)
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise ValueError(f'{file}, line {number}: write {{"file_name": "a.png", "text": "a photo of a mug"}}')
+            raise ValueError(
+                f'{file}, line {number} must look like {{"file_name": "a.png", "text": "a photo of a mug"}}'
+            )
         yield number, row
 
 

@@ -37,7 +37,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def check_tiles(count: int, asked: str) -> None:
-    """Raises ValueError if a sheet cannot show `count` pictures. `asked` names the options that request so many."""
+    """Raises ValueError if a sheet cannot show `count` pictures. `asked` names the options that request that many."""
     if count > _MOST_TILES:
         raise ValueError(f"{asked}: that makes {count:,} pictures, but a sheet can show at most {_MOST_TILES:,}")
 
@@ -110,7 +110,7 @@ def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Imag
 
 
 def contact_sheet(rows: Mapping[str, Tensor], tile: int = _TILE, columns: int | None = None) -> Image.Image:
-    """Draws rows of pictures (each row [N, 3, H, W] in [-1, 1]) with the label of each row on its left.
+    """Draws rows of pictures (each row [N, 3, H, W] in [-1, 1]) with each row's label to its left.
 
     Pictures smaller than `tile` pixels are enlarged by an integer factor without smoothing, so that every pixel is
     visible; larger ones are unchanged. Rows may differ in length and picture size; rows longer than `columns` wrap.

@@ -20,7 +20,7 @@ from shared.io.failures import of_the_machine
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
-# width * height at 8 bits per channel. Decoding and resizing, which use 32-bit values, then take up to 1.7 GB.
+# The maximum width * height at 8 bits per channel. Decoding and resizing use 32-bit values and then take up to 1.7 GB.
 MAX_PIXELS = 64_000_000
 _DEEP = 2  # deeper channels take twice the memory, because they are converted to 8 bits via 64-bit values
 MIN_SIDE = 16  # pixels
@@ -44,7 +44,7 @@ _PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # by the colou
 
 @dataclass(frozen=True)
 class Picture:
-    """One decoded picture in upright 8-bit sRGB, with masks of its pixels."""
+    """One decoded, upright picture in 8-bit sRGB, with masks of its pixels."""
 
     image: Image.Image  # mode RGB
     alpha: Image.Image | None = None  # mode L: 255 where the subject is
@@ -74,7 +74,7 @@ class Picture:
 
 
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """Decodes a picture file with any extension to an upright picture in 8-bit sRGB.
+    """Decodes a picture file, whatever its extension, to an upright picture in 8-bit sRGB.
 
     Transparency becomes the mask, and transparent areas are filled with a neutral colour. Only the first frame of an
     animation is used, and a UserWarning is issued.
@@ -97,7 +97,7 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min
 def read_frame(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
     """Like `read_picture`, but for a frame of a clip.
 
-    The frame may be fully transparent, or almost black without a warning.
+    A fully transparent frame is accepted, and an almost black one causes no warning.
     """
     path = expanded(path)
     return as_picture(_decode(path, max_pixels, min_side), path)
@@ -227,8 +227,8 @@ def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
 
 
 def _stated_white(image: Image.Image) -> int | None:
-    """Returns the grey value of white that a TIFF states as MaxSampleValue (tag 281), or the largest value of 9 to 15
-    bits if its BitsPerSample (tag 258) is in this range. Otherwise, returns None."""
+    """Returns the grey value that a TIFF states for white. This is its MaxSampleValue (tag 281) or, without one, the
+    largest value that fits in its BitsPerSample (tag 258), if that is 9 to 15. Otherwise, returns None."""
     tags = getattr(image, "tag_v2", {})
     most, bits = (next(iter(v), None) if isinstance(v := tags.get(tag), tuple) else v for tag in (281, 258))
     if isinstance(most, int) and most > 0:
@@ -281,7 +281,7 @@ def _grey(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | No
 
 
 def _white(image: Image.Image, values: np.ndarray, high: float, path: Path) -> float:
-    """Returns the grey value that is white."""
+    """Returns the grey value that represents white."""
     stated = image.info.get(_WHITE)
     if isinstance(stated, int) and high <= stated and image.mode != "F":
         return float(stated)
@@ -298,8 +298,8 @@ def _white(image: Image.Image, values: np.ndarray, high: float, path: Path) -> f
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
-    """Converts to mode RGB in sRGB, using the embedded colour profile if its colour space matches the picture's
-    mode."""
+    """Converts a picture to mode RGB in sRGB, using its embedded colour profile if the profile's colour space matches
+    the picture's mode."""
     if icc and features.check("littlecms2"):
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))

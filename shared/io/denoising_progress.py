@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 #: Called after each denoising step with the number of steps done and the total number of steps. Steps are counted per
-#: picture, so four pictures with 50 steps each make 200 steps.
+#: picture, so four pictures with 50 steps each count as 200 steps.
 Steps = Callable[[int, int], None]
 
 

@@ -1,7 +1,7 @@
 """Explains failures that are due to the machine (memory, disk, symbolic links, recursion depth) and not to the input.
 
 A message states what happened, where, and what to do. Libraries report such failures with their own exceptions, and
-only this module recognises these.
+only this module recognises them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _SMALLER = (
-    "use less memory, with a smaller batch (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on "
-    "a GPU (train.mixed_precision, --precision), or close other programs that use memory"
+    "choose a smaller batch (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on a GPU "
+    "(train.mixed_precision, --precision), or close other programs that use memory"
 )
 
 
 def system_error(error: BaseException) -> int | None:
-    """Returns the `errno` of a failure, even if a library only quotes it in a message, or None if there is none."""
+    """Returns a failure's `errno`, even if it is only quoted in a library's message, or None if there is no `errno`."""
     if isinstance(error, OSError):
         return error.errno
     found = _NUMBER.search(str(error)) if not isinstance(error, ValueError) else None
@@ -60,7 +60,7 @@ def of_the_machine(error: BaseException) -> bool:
 
 
 def of_the_disk(error: BaseException) -> bool:
-    """Whether writing failed, so that any output written next would fail too."""
+    """Whether writing failed for a reason that would make any further output fail too."""
     return system_error(error) in _OF_WRITING
 
 
@@ -74,7 +74,7 @@ def in_words(error: BaseException) -> str | None:
         )
         return f"out of memory: {where} does not have enough for this{_size(error)}. To continue, {_SMALLER}"
     if isinstance(error, RecursionError):
-        return "something is nested too deeply to be read: look for nested brackets in your settings and files"
+        return "something is nested too deeply to be read: look for deeply nested brackets in your settings and files"
     if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and "without overflow" in str(error)):
         return f"a number is too large ({error}): give a smaller one"
     number = system_error(error)

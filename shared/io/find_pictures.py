@@ -44,7 +44,7 @@ class Listing:
 
 
 def sniff(path: Path) -> str | None:
-    """Returns the picture format of a file's content ("PNG", "JPEG", …, "HEIC"); None if it is not a picture.
+    """Returns the picture format of a file's contents ("PNG", "JPEG", …, "HEIC"), or None if it is not a picture.
 
     A file with a two-letter signature (BMP, PPM) must also have the right extension. Raises OSError if the file cannot be
     opened.
@@ -68,8 +68,8 @@ def sniff(path: Path) -> str | None:
 
 
 def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ...], list[str]]:
-    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in the given
-    order).
+    """Lists the pictures given as a folder (sorted by name), a single file, or a list of files and folders (in the
+    given order).
 
     Anything that is not a picture (hidden files, text, empty files, subfolders) is skipped and listed in one
     UserWarning per folder. The pictures' captions (`shared.io.caption_files`) and masks (`masks/NAME.png`,
@@ -157,7 +157,7 @@ def _skipped(path: Path, reason: str) -> str:
 
 
 def _not_a_picture(path: Path) -> str:
-    """Returns the reason why a file is not a picture; empty if it is one."""
+    """Returns why a file is not a picture, or "" if it is one."""
     if path.is_dir():
         return "a folder"
     if not path.is_file():
@@ -171,7 +171,7 @@ def _not_a_picture(path: Path) -> str:
 
 
 def no_caption(file: Path, items: Collection[Path], used: Collection[Path]) -> str:
-    """Returns the reason why a possible caption file is not used."""
+    """Returns why a possible caption file is not used."""
     if file.name == METADATA:
         return "no captions for the files here, or every file has its own caption file"
     owner = next((p for p in items if _same(file.stem, p)), None)

@@ -22,7 +22,7 @@ from shared.io.temporary_names import is_temporary
 MARK = ".pcs-output"  # the hidden list of files
 _NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # our list, and the files that file managers leave behind
 _MAX_JSON = 64 * 1024 * 1024  # bytes
-_MADE = "pcs"  # the key in the PNG text of generated pictures
+_MADE = "pcs"  # the PNG text key that marks generated pictures
 _ALBUM = {"toybox-subject", "toybox-style"}  # the corresponding keys for pictures of held-out objects
 _CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
 _CHECKPOINT_FILES = {"state.json", *(f"{n}.safetensors" for n in ("learned", "optimizer", "best", "carried"))}
@@ -44,7 +44,7 @@ def mark(folder: Path) -> None:
 
 
 def claim(folder: Path, file: str, made: bool = False) -> None:
-    """Adds a file to the list of a folder that grows while pcs works in it. Call this before writing the file.
+    """Adds a file to the list of a folder that pcs fills gradually. Call this before writing the file.
 
     `file` is relative to the folder. Raises ValueError if a file with that name already exists and was not
     written by pcs, unless `made` is set, meaning that the caller has just created it.
@@ -63,7 +63,7 @@ def is_claimed(folder: Path, file: str) -> bool:
 
 
 def is_cell(path: Path) -> bool:
-    """Whether a file is the saved cell of a benchmark."""
+    """Whether a file is a saved benchmark cell."""
     content = _json(path)
     return isinstance(content, dict) and _LISTS["cell.json"][0] <= content.keys()
 
@@ -167,7 +167,8 @@ def _json(path: Path) -> Any:
 
 
 def _png_text(path: Path) -> set[str]:
-    """Returns the keys of the text chunks in a PNG's header, without decoding the picture; empty for any other file."""
+    """Returns the keys of the text chunks in a PNG's header, without decoding the picture. The result is empty
+    for any other file."""
     from PIL import Image
 
     if path.suffix.lower() != ".png" or path.is_symlink():

@@ -82,7 +82,7 @@ def _locked(path: Path, key: str, around: list[str]) -> int:
         handle = _open(file)
         if not _taken(handle, fcntl.LOCK_EX):
             raise _busy(path, handle)
-        with suppress(FileNotFoundError):  # the previous holder may have removed the file meanwhile
+        with suppress(FileNotFoundError):  # the previous holder may have removed the file in the meantime
             if os.path.samestat(os.fstat(handle), file.stat()):
                 with suppress(OSError):  # on a full disk, the lock works but does not name its owner
                     os.ftruncate(handle, 0)

@@ -1,4 +1,4 @@
-"""Loads networks and tokenizers from folders. A missing weight is an error; it is never silently left random."""
+"""Loads networks and tokenizers from folders. Missing weights are an error; they are never silently left random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.io.failures import of_the_machine
 #: half.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_PADDED = 0.9  # the minimum share of an embedding table's rows that must be tokens; only a few rows are padding
+_PADDED = 0.9  # the minimum share of an embedding table's rows that belong to tokens; only a few rows are padding
 _WORDS = ("dog", "mug", "teapot")
 
 
@@ -51,7 +51,7 @@ def load_network(
             model, info = kind.from_pretrained(
                 str(folder),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # mismatches are reported below, with the file
+                ignore_mismatched_sizes=True,  # mismatches are reported below, with the file's name
                 use_safetensors=True,
                 local_files_only=True,
                 **options,
@@ -78,7 +78,7 @@ def _check_format(kind: Any, folder: Path) -> None:
         )
         raise ValueError(
             f"{folder} has its weights only as {pickled[0]}: that format can run code when it is read, so it is not "
-            f"supported. If you trust its source, convert it once: {python_command(convert, folder)}"
+            f"supported. If you trust the source, convert the weights once: {python_command(convert, folder)}"
         )
 
 
@@ -180,7 +180,7 @@ def check_tokenizer(tokenizer: Any, embeddings: int, folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's message, or its type if it has none."""
+    """Returns the first line of an exception's message, or the exception's type if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

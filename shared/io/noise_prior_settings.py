@@ -16,6 +16,6 @@ class NoisePriorSettings(Part):
     """Determines how much of the initial noise comes from a clip, and how that clip is inverted."""
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.3  # p, the share of the noise's variance that comes from the clip
-    prompt: str = ""  # the prompt of the inversion
+    prompt: str = ""  # the prompt used for the inversion
     steps: Many | None = None  # steps of the inversion; if null, as many as in sampling
     refine: Annotated[int, Field(ge=0, le=1000)] = 0  # see `shared.sampling.inversion.invert`

@@ -79,8 +79,8 @@ def _named(path: PathLike) -> Path:
     for link in (path, *path.parents):
         if link.is_symlink() and not link.exists():
             raise ValueError(
-                f"the output {path} leads nowhere: {link} is a link to {os.readlink(link)}, which does not exist (or links "
-                "back to it). Remove the link, or choose another output"
+                f"the output {path} leads nowhere: {link} is a link to {os.readlink(link)}, which does not exist (or "
+                "the links form a loop). Remove the link, or choose another output"
             )
     place, home, working = _place(path), Path.home().resolve(), Path.cwd().resolve()
     if not path.name or place in (home, *home.parents, working, *working.parents):
@@ -146,7 +146,7 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
 
     With `overwrite`, the old folder stays until the new one is complete, and the two are then exchanged, atomically if
     the system supports this. If `path` is a link to a folder, the link stays and its target is written. Files get the
-    modes that the umask sets. Leftovers of killed processes next to `path` are removed.
+    permissions that the umask allows. Leftovers of killed processes next to `path` are removed.
 
     Raises ValueError as `check_output` does. Whether the output may be replaced is checked again at the end.
     """
@@ -193,8 +193,8 @@ def _take_place(temporary: Path, path: Path) -> None:
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces `path` at the end, or is removed if there is an error.
 
-    The folder must exist. The file gets the mode that the umask sets, whichever library wrote it. The temporary path
-    has another extension, so a library that infers the format from the extension must be told the format.
+    The folder must exist. The file gets the permissions that the umask allows, whichever library wrote it. The
+    temporary path has a different extension, so a library that infers the format from it must be told the format.
     Example: `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
     named, path = path, Path(os.path.realpath(path))

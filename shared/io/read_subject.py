@@ -25,7 +25,7 @@ def read_subject(
 ) -> Subject:
     """Reads pictures (a folder, a file or a list), with captions and masks next to them or in the given folders.
 
-    `masks` and `captions` are each either a folder whose files have the pictures' names, or a mapping from pictures
+    `masks` and `captions` are each either a folder whose files are named after the pictures, or a mapping from pictures
     (paths or file names) to mask files or caption texts. Stray files are skipped with a warning. If only some pictures
     have a caption or a mask, a UserWarning lists the pictures without one.
 
@@ -102,7 +102,7 @@ def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
     if not out:
         seen, picture_names = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
         raise ValueError(
-            f"masks: no file in {root} has a picture's name; the folder contains {seen}, while the pictures are "
+            f"masks: no file in {root} is named after a picture; the folder contains {seen}, while the pictures are "
             f"{picture_names}"
         )
     return out

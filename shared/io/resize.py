@@ -24,7 +24,7 @@ def resize(
     """Resizes a picture and its mask to `size` in pixels. The result is bit-for-bit deterministic.
 
     Args:
-        size: a side, or (height, width)
+        size: a side length, or (height, width)
         mode: "cover" fills the frame and crops the rest. The crop is centred on the mask if there is one, and on the
             picture otherwise. A UserWarning is issued if the crop loses more than a third of the picture, unless the
             whole mask stays inside the crop. None is like "cover" but never warns. "contain" keeps the whole picture

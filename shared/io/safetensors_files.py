@@ -65,7 +65,7 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
     pair = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
     if not pair or not 0 <= span[0] <= span[1] <= data or span[1] - span[0] != math.prod(shape) * _ITEM[entry["dtype"]]:
         raise ValueError(
-            f"{where} of shape {shape} and dtype {entry['dtype']} does not fit its byte range {span} in the file"
+            f"{where} of shape {shape} and dtype {entry['dtype']} does not match its byte range {span} in the file"
         )
 
 

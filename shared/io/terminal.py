@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 
 _KEPT = "\n\t"
-_SHOWN = 8  # names in a message
+_SHOWN = 8  # the maximum number of names in a message
 # Bidirectional control characters, which can disguise text as different text.
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -45,7 +45,7 @@ def _escape(character: str) -> str:
 def check_utf8(text: str) -> str:
     """Returns the text.
 
-    Raises ValueError if it contains a lone surrogate, which is an undecodable byte or half a character.
+    Raises ValueError if it contains a lone surrogate, which represents an undecodable byte or half a character.
     """
     try:
         text.encode("utf-8")

@@ -1,4 +1,4 @@
-"""Prepares the masks of subjects by growing, softening, tracking or pooling them, or by replacing them with boxes."""
+"""Prepares subjects' masks by growing, softening, tracking or pooling them, or by replacing them with boxes."""
 
 from __future__ import annotations
 

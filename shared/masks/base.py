@@ -12,13 +12,13 @@ from shared.types import Example
 def no_mask(picture: object) -> str:
     """Returns the error message for a picture that must have a mask."""
     return (
-        f"{picture} has no mask, but this recipe requires one. Put it in masks/ next to the pictures, with the same name, "
-        "or use pictures with a transparent background."
+        f"{picture} has no mask, but this recipe requires one. Put a mask with the picture's name in masks/ next to "
+        "the pictures, or use pictures with a transparent background."
     )
 
 
 class MaskPart(KindPart):
-    """Changes the mask of an example, deterministically. Examples without a mask are passed through."""
+    """Changes an example's mask deterministically. Examples without a mask are passed through."""
 
     @property
     def needs_masks(self) -> bool:

@@ -29,7 +29,7 @@ def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
         raise ValueError(
             f"masks of {frames} frame{'s' if frames > 1 else ''} cannot be pooled to {latents} latent "
             f"frame{'s' if latents > 1 else ''}, only to {possible or [1]}; there must be one latent frame per frame, or "
-            "one for the first frame and then one per group of equal size"
+            "one for the first frame and one for each equally sized group of later frames"
         )
     groups = planes[:, 1:].unflatten(1, (latents - 1, ratio)).mean(2)
     return torch.cat([planes[:, :1], groups], 1)[:, None]

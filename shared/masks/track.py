@@ -76,7 +76,7 @@ def grey_levels(frames: Tensor) -> np.ndarray:
 
 
 def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Estimates the displacement (x, y) of each pixel of `before`, in pixels, [h, w, 2]."""
+    """Estimates how far each pixel of `before` moves (x and y in pixels). Returns [h, w, 2]."""
     import cv2
 
     if kind == "dis":

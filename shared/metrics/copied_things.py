@@ -18,7 +18,7 @@ GRID = 40  # pictures are compared at this size
 OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the crops, as multiples of the thing's side
 ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # from 0.8 to 1.24
 INSIDE = 2  # exponent of the mask; it reduces the weight of the thing's border cells, which also show the background
-FLAT = 1e-3  # below this spread there is no structure to compare
+FLAT = 1e-3  # if the spread is smaller, there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:

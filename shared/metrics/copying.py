@@ -1,4 +1,4 @@
-"""Detects outputs that repeat a reference picture instead of showing the subject anew.
+"""Detects outputs that repeat a reference picture instead of showing the subject in a new way.
 
 An output counts as a copy when it matches the reference both as a whole (embedding cosine) and pixel for pixel
 (zero-mean normalised cross-correlation, maximised over shifts, zooms and mirroring). One match is not enough, because a
@@ -34,7 +34,7 @@ class CopyLimits:
 
 @dataclass(frozen=True)
 class Copying:
-    """The most similar reference of each output, both measures of similarity to it, and whether the output is a copy."""
+    """The reference most similar to each output, both measures of similarity, and whether the output is a copy."""
 
     nearest: Tensor  # long [N]
     pixel: Tensor  # float64 [N]
@@ -47,8 +47,8 @@ def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
     `[R, 3, H', W']`.
 
     The middle of each output is searched for in each reference by template matching (Lewis 1995), with each colour
-    channel's mean subtracted. Mirrored and slightly zoomed versions are tried too. The same picture scores 1, and a
-    flat picture scores 0 with every picture.
+    channel's mean subtracted. Mirrored and slightly zoomed versions are tried too. A picture scores 1 with itself,
+    and a flat picture scores 0 with every picture.
     """
     side = GRID - 2 * MARGIN
     whole = _grid(references)
@@ -72,7 +72,7 @@ def _match(template: Tensor, whole: Tensor) -> Tensor:
     mean = F.avg_pool2d(whole, s, 1)
     spread = ((F.avg_pool2d(whole**2, s, 1) - mean**2).clamp_min(0) * s * s).sum(1, keepdim=True)
     norm = spread.sqrt() * zero.square().sum((1, 2, 3)).sqrt().view(1, n, 1, 1)
-    flat = 1e-3 * s * s * channels  # below this a picture has no structure to compare
+    flat = 1e-3 * s * s * channels  # below this, a picture has no structure to compare
     score = torch.where(norm > flat, cross / norm.clamp_min(1e-12), torch.zeros_like(cross))
     return score.flatten(2).max(2).values.T
 
@@ -113,7 +113,7 @@ def find_copies(
 ) -> Copying:
     """Finds the outputs `[N, 3, H, W]` that repeat one of the references `[R, 3, H, W]`.
 
-    embeddings, reference_embeddings: of the whole pictures, `[N, D]` and `[R, D]`
+    embeddings, reference_embeddings: one for each whole picture, `[N, D]` and `[R, D]`
     """
     pixel, embed = aligned_similarity(pixels, references), cosine(embeddings, reference_embeddings)
     nearest = pixel.argmax(1)

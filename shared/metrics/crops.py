@@ -55,9 +55,9 @@ def aligned_crops(
 
     Args:
         where: `[N, h, w]`, as for `placements`
-        margin: side of the square as a multiple of the thing's side; at 1 the square touches the thing
-        cells: the side of the grid that the crop is reduced to, so that things that were large in their picture show no
-            more detail than small ones. None keeps all detail
+        margin: side of the square as a multiple of the thing's side; at 1, the square touches the thing
+        cells: the number of cells per side of the grid that the crop is reduced to, so that things that were large in
+            their picture show no more detail than small ones. None keeps all detail
         jitter: how far the square is moved right and down, in half sides of the thing, and how much it is enlarged
     """
     right, down, larger = jitter

@@ -37,7 +37,7 @@ class InstrumentInfo:
     toybox: bool = False
     accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, if a card states it; in [0, 1]
     text_weight: float = CLIP_SCORE_WEIGHT  # factor that scales picture–text cosines to [0, 1]
-    fingerprint: str = ""  # hash of its weights; "" if its measurements may not be cached
+    fingerprint: str = ""  # hash of the weights; "" if measurements may not be cached
 
 
 @runtime_checkable
@@ -119,7 +119,7 @@ class CropSettings:
     """Settings for cropping pictures to the thing before poses are compared."""
 
     margin: float = 1.35  # side of the crop as a multiple of the thing's side
-    cells: int | None = None  # side of the grid that the crop is reduced to; None keeps all detail
+    cells: int | None = None  # cells per side of the grid that the crop is reduced to; None keeps all detail
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> di
     """Compares all pairs of pictures within each group (usually the pictures of one prompt).
 
     Args:
-        embeddings: of the crops of N pictures, `[N, D]`
+        embeddings: one for each of N cropped pictures, `[N, D]`
         groups: the group of each picture
         counted: whether each picture is verified to show the thing, bool `[N]`
     """
@@ -77,7 +77,7 @@ class Range:
 
 def effective_views(views: Sequence[str]) -> float:
     """Returns exp(entropy) of the views seen: 1 if all are the same, and the number of distinct views if they are
-    equally frequent. Returns NaN for no views."""
+    equally frequent. Returns NaN if there are no views."""
     if not views:
         return math.nan
     shares = torch.tensor([views.count(v) / len(views) for v in dict.fromkeys(views)], dtype=torch.float64)
@@ -86,7 +86,7 @@ def effective_views(views: Sequence[str]) -> float:
 
 def placement_spread(at: Tensor, groups: Sequence[Hashable]) -> tuple[float, float]:
     """Returns how much position and size vary within a group: the standard deviations of the centre (over both axes)
-    and of the size, in half-pictures, pooled over the groups. Both are NaN if no group has two pictures.
+    and of the size, in half-pictures, pooled over the groups. Both are NaN if no group has more than one picture.
 
     Args:
         at: `[N, 3]`, as returned by `placements`

@@ -80,7 +80,7 @@ def plot_of(reports: Sequence[Report]) -> str | None:
         if not points and identity.base is not None and text.base is not None:
             points.append(Point("base model, given only the class", identity.base, text.base, base=True))
         point = Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text))
-        if freedom is not None:  # no value means too few pictures that show the thing; this counts as 0
+        if freedom is not None:  # no value means that too few pictures show the thing, which counts as 0
             point = replace(point, freedom=freedom.value or 0.0, freedom_range=_span(freedom))
         points.append(point)
     if not points:
@@ -152,7 +152,7 @@ def inline(png: bytes | None, largest: int = LARGEST) -> str:
 def formatted(value: float | None, unit: str = "score") -> str:
     """Formats a score.
 
-    Rates become whole percentages, shares percentages with one decimal, and other scores get two decimals.
+    Rates are shown as whole percentages, shares as percentages with one decimal, and other scores with two decimals.
     """
     if value is None:
         return "–"

@@ -25,7 +25,8 @@ def load_instruments(
     """Loads the instruments for a run. A given CLIP or DINO model replaces the world's own. CLIP judges likeness if
     nothing else can.
 
-    evaluators: the world whose own evaluators are used (`World.instruments`), which are meaningless on pictures from elsewhere
+    evaluators: the world whose own evaluators are used (`World.instruments`). They are meaningless on pictures from
+        elsewhere
 
     Raises ValueError if there is nothing to measure with.
     """

@@ -151,7 +151,7 @@ def _rows_of(style: str, prompts: Sequence[Asked], drawn: _Set) -> Tensor:
 
 
 def ceilings(figures: TrueFigures, expects: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
-    """Returns, for each picture, the likeness that it must reach and the T of its style (both NaN if the style has no
-    bar)."""
+    """Returns, for each picture, the likeness that it must reach, and the share of true pictures of its style that pass
+    (both NaN if the style has no bar)."""
     bars = [figures.bar(e) for e in expects]
     return [b.least if b else math.nan for b in bars], [b.passed if b else math.nan for b in bars]

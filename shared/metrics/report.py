@@ -18,7 +18,7 @@ REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
 # "freedom" pictures show the concept too. They are generated from additional seeds for the prompts that leave the pose
 # open, and count only towards freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = 0.5  # if less than this share of the true pictures passes verification, the thing is reported separately
+APART = 0.5  # if a smaller share of the true pictures passes verification, the thing is reported separately
 
 
 class Row(BaseModel):

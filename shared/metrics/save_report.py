@@ -1,4 +1,4 @@
-"""Saves a report as a folder: JSON, CSV tables, pictures and one page."""
+"""Saves a report as a folder with JSON, CSV tables, pictures and an HTML page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
-    """Writes rows as CSV, with the columns in `first`, followed by all other columns in alphabetical order."""
+    """Returns rows as CSV, with the columns in `first` followed by all others in alphabetical order."""
     rows = list(rows)
     rest = sorted({k for r in rows for k in r} - set(first))
     out = io.StringIO()
@@ -29,8 +29,8 @@ def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
 
 
 def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
-    """Writes one row per picture or clip, with columns `score.*`, `expects.*` and `seen.*`, and flags joined with "; ".
-    `last` is a column that only pictures have, or only clips."""
+    """Returns CSV with one row per picture or clip, with `score.*`, `expects.*` and `seen.*` columns, and with flags
+    joined by "; ". `last` is a column that exists only for pictures or only for clips."""
     rows = []
     for m in made:
         row: dict[str, Any] = {"kind": m.kind, "prompt": m.prompt, "text": m.text, "seed": m.seed, "file": m.file}
@@ -53,7 +53,7 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def prompts_csv(prompts: Sequence[PromptRow]) -> str:
-    """Writes one row per prompt, with the mean scores as columns `score.*`."""
+    """Returns CSV with one row per prompt, with the mean scores in `score.*` columns."""
     rows = []
     for p in prompts:
         row: dict[str, Any] = {

@@ -21,7 +21,7 @@ Expects = Mapping[str, str]
 
 
 def fill(text: str, concept: str, class_noun: str) -> str:
-    """Replaces `{concept}` and `{class_noun}` in `text` with the given words, or with "thing" if they are empty.
+    """Replaces `{concept}` and `{class_noun}` in `text` with the given words, or with "thing" if a word is empty.
     Changes "a" to "an" where needed."""
     filled = text.replace("{concept}", concept or "thing").replace("{class_noun}", class_noun or "thing")
     return re.sub(r"\b([Aa]) (?=[aeioAEIO])", r"\1n ", filled)
@@ -43,7 +43,7 @@ class Measured:
         return self.look.whole
 
     def mean(self, key: str) -> float:
-        """Returns the mean of a column without its NaNs, or NaN if no values are left."""
+        """Returns the mean of a column, ignoring NaNs, or NaN if the column has no other values."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
@@ -59,7 +59,7 @@ class Scorer:
         references: `[R, 3, H, W]` in [-1, 1]
         gallery: look-alikes, name -> `[n, 3, H, W]`
         fresh: pictures of the subject that are not references, used to calibrate what counts as a copy
-        expects: the attributes that a picture must show, for each prompt as returned by `plain`
+        expects: for each prompt, as returned by `plain`, the attributes that a picture must show
         through: the model's autoencoder, which generated pictures have passed through
         masks: masks of the thing in the references, `[R, H, W]`
         figures: thresholds and ranges measured on true pictures of the thing
@@ -97,10 +97,10 @@ class Scorer:
         return fill(text, self.class_noun, self.class_noun)
 
     def measure(self, pixels: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> Measured:
-        """Computes all scores of N pictures `[N, 3, H, W]` in [-1, 1], given their prompts. Raises ValueError if there
-        is not exactly one prompt per picture."""
+        """Computes all scores for N pictures `[N, 3, H, W]` in [-1, 1], given their prompts. Raises ValueError unless
+        there is exactly one prompt per picture."""
         if len(pixels) != len(prompts):
-            raise ValueError(f"one prompt per picture: got {len(pixels)} pictures and {len(prompts)} prompts")
+            raise ValueError(f"expected one prompt per picture, got {len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
         expected = [self.expects.get(p, {}) for p in plain] if expects is None else list(expects)
         look = self.verifier.look(pixels)
@@ -121,7 +121,7 @@ class Scorer:
         return Measured(scores, hits, seen, nearest, look)
 
     def _identity(self, look: Look, expected: Sequence[Expects], scores: dict[str, list[float]]) -> list[str]:
-        """Adds the column `identity`, in which copies count as 0. With a gallery, also adds `recognised` and `margin`.
+        """Adds the `identity` column, in which copies count as 0. With a gallery, also adds `recognised` and `margin`.
         With a gallery and figures of the true thing, also adds `verified`, `likeness` and `ceiling`. For faces, also
         adds `no_face`. Returns the name of the nearest gallery entry for each picture."""
         fresh = (~look.copied(self._pasted)).double()
@@ -153,7 +153,7 @@ class Scorer:
     def _attributes(
         self, pixels: Tensor, expected: Sequence[Expects], scores: dict[str, list[float]]
     ) -> tuple[list[dict[str, bool]], list[dict[str, str]]]:
-        """Adds one column for each expected attribute, and the column `attributes`, which is their mean per picture.
+        """Adds one column for each expected attribute, and the `attributes` column, which is their mean per picture.
         Returns `Measured.hits` and `Measured.seen`."""
         if self.instruments.attributes is None:
             return [{} for _ in expected], [{} for _ in expected]
@@ -165,8 +165,8 @@ class Scorer:
         return hits, [{k: v[i] for k, v in read.items()} for i in range(len(pixels))]
 
     def _follows(self, hits: Sequence[Mapping[str, bool]], scores: dict[str, list[float]]) -> None:
-        """Adds the column `text`, which is the share of the prompt's attributes that the picture shows. If no
-        attributes can be checked, `text` is the CLIPScore with the instrument's own factor."""
+        """Adds the `text` column, which is the share of the prompt's attributes that the picture shows. If no
+        attributes can be checked, `text` is the CLIPScore, computed with the instrument's own factor."""
         if any(hits):
             scores["text"] = scores["attributes"]
         elif "clip_t" in scores:

@@ -19,21 +19,21 @@ CLIP_SCORE_WEIGHT = 2.5
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the float64 cosines `[N, M]` of `a` (`[N, D]`) and `b` (`[M, D]`). The cosine with a zero vector is 0."""
+    """Returns the float64 cosines `[N, M]` between `a` (`[N, D]`) and `b` (`[M, D]`). A zero vector has cosine 0."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"embeddings: expected [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     return F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
 
 
 def clip_t(images: Tensor, texts: Tensor) -> Tensor:
-    """Returns CLIP-T (`[N]`), which is the cosine of each picture with its own text. Both inputs are `[N, D]`."""
+    """Returns CLIP-T (`[N]`), which is the cosine between each picture and its own text. Both inputs are `[N, D]`."""
     if images.shape != texts.shape:
-        raise ValueError(f"one text per picture: got {list(images.shape)} and {list(texts.shape)}")
+        raise ValueError(f"expected one text per picture, got {list(images.shape)} and {list(texts.shape)}")
     return (F.normalize(images.double(), dim=1) * F.normalize(texts.double(), dim=1)).sum(1)
 
 
 def clip_i(outputs: Tensor, references: Tensor) -> Tensor:
-    """Returns CLIP-I (`[N]`), which is the mean cosine of each output (`[N, D]`) with all references (`[R, D]`)."""
+    """Returns CLIP-I (`[N]`), which is the mean cosine between each output (`[N, D]`) and the references (`[R, D]`)."""
     if len(references) == 0:
         raise ValueError("no references to compare with")
     return cosine(outputs, references).mean(1)
@@ -45,8 +45,8 @@ def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
 
 
 def leave_one_out(references: Tensor) -> Tensor:
-    """Returns the mean cosine of each reference with the other references (`[R]`). This is the value that `clip_i`
-    would return for a real picture of the subject. The result is empty for fewer than two references."""
+    """Returns the mean cosine between each reference and the others (`[R]`). This is the value that `clip_i` would
+    return for a real picture of the subject. The result is empty for fewer than two references."""
     count = len(references)
     if count < 2:
         return torch.zeros(0, dtype=torch.float64)
@@ -79,7 +79,7 @@ class Retrieval:
 
 def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
     """Finds the gallery entry nearest to each output (`[N, D]`). An entry consists of several pictures of one thing
-    (`[n, D]`). Only the two pictures most similar to the output count (see `similarities`).
+    (`[n, D]`), of which only the two that are most similar to the output count (see `similarities`).
 
     Raises ValueError if the gallery does not contain the subject, or contains only the subject.
     """
@@ -94,7 +94,7 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
     others = similarity.clone()
     others[:, column] = -torch.inf
     margin = similarity[:, column] - others.max(1).values
-    # A tie is not a hit, because a gallery entry equal to the subject would also tie.
+    # A tie is not a hit, because a gallery entry identical to the subject would also tie.
     nearest = torch.where(margin > 0, torch.full_like(margin, column, dtype=torch.long), others.argmax(1))
     return Retrieval(tuple(names[i] for i in nearest.tolist()), margin > 0, margin, 1 / len(names))
 
@@ -119,8 +119,8 @@ def drift(base: Tensor, loaded: Tensor) -> Tensor:
     concept, and the other with the concept loaded. Both have the same seed and the same prompt, which does not name the
     concept.
 
-    A drift of 0 means that loading the concept does not change what other prompts give. peft's image benchmark uses the
-    same measure.
+    A drift of 0 means that loading the concept does not change the results of other prompts. peft's image benchmark
+    uses the same measure.
     """
     return (1 - clip_t(base, loaded)).clamp_min(0)  # rounding can put a cosine above 1
 
@@ -140,8 +140,8 @@ def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Seq
 
 
 def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
-    """Returns the Kernel Inception Distance between two samples of any features. It is the unbiased MMD² with the
-    kernel `(x·y / D + 1)^degree` (arXiv 1801.01401, eq. 3–4).
+    """Returns the Kernel Inception Distance between two samples of features of any kind. It is the unbiased estimate of
+    MMD² with the kernel `(x·y / D + 1)^degree` (arXiv 1801.01401, eqs. 3–4).
 
     The shapes are `[N, D]` for x and `[M, D]` for y, with N and M at least 2. Because the estimate is unbiased, it is
     close to 0, and may be negative, for two samples of the same distribution.
@@ -164,7 +164,7 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
 
 def trade_off(*terms: float) -> float:
     """Returns the harmonic mean of competing scores in [0, 1]. It is 0 if any score is 0, for example because the
-    pictures copy a reference, ignore the prompt, or show one pose for every seed.
+    pictures copy a reference, ignore the prompt, or show the same pose for every seed.
     """
     values = [min(1.0, max(0.0, v)) for v in terms]
     return len(values) / sum(1 / v for v in values) if values and min(values) > 0 else 0.0
@@ -183,7 +183,7 @@ def bootstrap(
     If all values are 0 or all are 1, resampling shows no spread. Wilson's interval is then returned, with the number of
     clusters as the number of trials.
 
-    clusters: the cluster of each value. Values of one cluster (all pictures of one prompt and subject) are drawn
+    clusters: the cluster of each value. Values in one cluster (all pictures of one prompt and subject) are drawn
         together. If None, each value is its own cluster
     """
     data = np.asarray(values, dtype=np.float64)
@@ -219,9 +219,9 @@ def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
 def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
     """Returns the similarity of each query to each gallery entry, as float64 `[Q, G]`, at most 1.
 
-    A similarity is the mean of the two highest cosines of the query with the entry's pictures. The cosine with the mean
-    picture would be less suitable, because a thing looks different from each side. Each entry is cut to the size of the
-    smallest entry, because with more pictures the highest cosines would be higher by chance.
+    A similarity is the mean of the two highest cosines between the query and the entry's pictures. The cosine with the
+    mean picture would be less suitable, because a thing looks different from each side. Each entry is truncated to the
+    size of the smallest one, because the more pictures an entry has, the higher its highest cosines are by chance.
 
     Args:
         queries: `[Q, D]`

@@ -1,7 +1,7 @@
-"""Computes the score by which the best checkpoint is selected, from stand-ins for identity, text and freedom.
+"""Computes, from stand-ins for identity, text and freedom, the score by which the best checkpoint is selected.
 
-The finished concept is judged with look-alikes and true pictures of the thing, so these must not also be used to select
-the checkpoint. The stand-ins compare the pictures with nothing but the references. They are continuous, because with
+The finished concept is judged against look-alikes and true pictures of the thing, so these must not also be used to
+select the checkpoint. The stand-ins compare the pictures only with the references. They are continuous, because with
 only eight to sixteen pictures, a yes-or-no reading of one attribute could outweigh the difference between two
 checkpoints. Identity and freedom are scaled with constants measured on things that no test uses (`Typical`).
 """
@@ -19,8 +19,8 @@ from shared.metrics.encoders import Instruments, SoftReader, Typical
 from shared.metrics.scores import cosine, trade_off
 from shared.metrics.verification import Look
 
-# Minimum of each stand-in within the score. If the freedom of two checkpoints is 0, the other stand-ins still decide
-# between them.
+# Each stand-in enters the score with at least this value. Even if two checkpoints both have a freedom of 0, the
+# other stand-ins then decide between them.
 FLOOR = 0.05
 
 
@@ -50,10 +50,10 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 
 
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
-    """Returns a rating of each picture's identity, in [0, 1] (`[N]`). The likeness to the references is scaled
-    linearly. 0 is the typical likeness of another thing of the same class and colours, and 1 is the typical likeness of
-    the thing itself. Without these constants, the rating is the plain likeness. Copies are rated 0. If the thing is a
-    face, pictures that show no face are also rated 0.
+    """Rates each picture's identity from 0 to 1 (`[N]`). The likeness to the references is scaled linearly, so that the
+    typical likeness of another thing of the same class and colours becomes 0, and that of the thing itself becomes 1.
+    Without these constants, the rating is the unscaled likeness. Copies are rated 0. If the thing is a face, pictures
+    that show no face are also rated 0.
     """
     if typical is not None and typical.same > typical.other:
         like = (look.likeness - typical.other) / (typical.same - typical.other)
@@ -65,7 +65,7 @@ def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list
 
 
 def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float | None:
-    """Returns the mean distance between crops of pictures of the same prompt, scaled so that `typical.fixed` becomes 0
+    """Returns the mean distance between crops of pictures that share a prompt, scaled so that `typical.fixed` becomes 0
     and `typical.free` becomes 1. Each pair is weighted by the product of the two pictures' ratings in `who`.
 
     Only prompts that leave view and style open and have at least two pictures count. Returns None if there is no such
@@ -90,7 +90,7 @@ def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float
 
 def _text(made: Previewed, instruments: Instruments) -> float | None:
     """Rates how well the pictures follow their prompts. The rating is the mean probability of the requested attributes
-    if the reader returns probabilities, and the mean `text` score otherwise. Returns None if there is neither."""
+    if the reader returns probabilities, and the mean `text` score otherwise. Returns None if neither is available."""
     if isinstance(instruments.attributes, SoftReader) and any(made.expects):
         chances = instruments.attributes.chances(made.pixels, made.expects)
         values = [sum(c.values()) / len(c) for c in chances if c]

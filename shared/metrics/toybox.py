@@ -25,7 +25,7 @@ from shared.metrics.encoders import (
 )
 from shared.metrics.true_thing import Known
 
-CALIBRATION = "calibration.json"  # in the folder of weights
+CALIBRATION = "calibration.json"  # in the weights folder
 
 
 class ToyboxIdentity:
@@ -83,8 +83,8 @@ def load_toybox() -> Instruments:
     def info(name: str, title: str, measures: str, **more: Any) -> InstrumentInfo:
         return InstrumentInfo(title, measures, True, card.get(name, {}), fingerprint=_fingerprint(name), **more)
 
-    # This small CLIP has larger cosines than OpenAI's (0.3 on average for a picture and its caption, and up to 0.8).
-    # Therefore, they need no factor.
+    # Between a picture and its caption, this small CLIP's cosines (up to 0.8) are larger than those of OpenAI's CLIP
+    # (0.3 on average), so they need no factor.
     text = info("clip", "toybox CLIP", TEXT_AND_LIKENESS, text_weight=1.0)
     who = info("identity", "toybox identity encoder", "which individual thing it is")
     what = info("recognizer", "toybox recognizer", "background, view, accessory, style")
@@ -104,7 +104,7 @@ def load_toybox() -> Instruments:
 
 
 def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
-    """Returns the candidate encoders for telling poses apart on crops, by name. `pcs toybox calibrate` tries each."""
+    """Returns the candidate encoders for telling poses apart in crops, by name. `pcs toybox calibrate` tries each."""
     assert isinstance(found.attributes, ToyboxReader) and found.text_image is not None and found.identity is not None
     seen = ToyboxFeatures(found.attributes.model, found.attributes.info)
     return {"clip": found.text_image, "identity": found.identity, "recognizer": seen}
@@ -126,7 +126,7 @@ def _fingerprint(name: str) -> str:
 
 
 class ToyboxThing:
-    """A `TrueThing` of the toybox."""
+    """A `TrueThing` drawn by the toybox."""
 
     def __init__(self, thing: Any, split: str) -> None:
         from shared.toybox.true_renders import drawing_code
@@ -141,8 +141,8 @@ class ToyboxThing:
 
 
 def toybox_known(files: Sequence[Path]) -> Known | None:
-    """Returns what the toybox knows about the held-out thing whose reference pictures are `files`. Returns None if they
-    are not such pictures."""
+    """Returns what the toybox knows about the held-out thing whose reference pictures are `files`. Returns None if
+    `files` are not the reference pictures of any held-out thing."""
     from shared.toybox import reference_sets
 
     held = reference_sets.shown_in(files)

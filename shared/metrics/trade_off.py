@@ -18,7 +18,7 @@ from shared.metrics.scores import trade_off, wilson
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over the pictures of one prompt of one subject."""
+    """Sums over one subject's pictures for one prompt."""
 
     subject: str
     prompt: int
@@ -28,7 +28,7 @@ class Tally:
     ceiling: float
     text: float  # sum of the pictures' prompt-following scores
     texts: int  # number of these scores
-    pairs: Pairs | None = None  # only if the prompt leaves the pose open
+    pairs: Pairs | None = None  # set only if the prompt leaves the pose open
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ Ranges = Mapping[str, Range]  # subject -> range, for the subjects whose freedom
 
 
 def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
-    """Computes the terms of all subjects together. Identity and freedom are means over subjects, and text is a mean
+    """Computes the terms for all subjects together. Identity and freedom are means over subjects, and text is a mean
     over pictures."""
     identities, freedoms, unmeasured = [], [], []
     for subject in dict.fromkeys(t.subject for t in tallies):
@@ -75,7 +75,7 @@ def bootstrap_terms(
     tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Returns percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts. Missing terms
-    get (nan, nan). If identity or text is 0 on all prompts, or 1 on all prompts, resampling shows no spread, so
+    get (nan, nan). If identity or text is 0 for every prompt, or 1 for every prompt, resampling shows no spread, so
     Wilson's interval is used for that term, and the interval of the trade-off is widened accordingly.
     """
     if not tallies:
@@ -102,7 +102,8 @@ def bootstrap_terms(
 
 
 def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, float] | None:
-    """Returns Wilson's interval over prompts if the term is 0 on all prompts, or 1 on all. Otherwise, returns None."""
+    """Returns Wilson's interval over prompts if the term is 0 for every prompt, or 1 for every prompt. Otherwise,
+    returns None."""
     sums = [(t.identity, t.judged, t.ceiling) if key == "identity" else (t.text, t.texts, t.texts) for t in tallies]
     known = [s for s in sums if s[1]]
     if not known or not (all(v == 0 for v, _, _ in known) or all(v == n for v, n, _ in known)):

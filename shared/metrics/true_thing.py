@@ -1,6 +1,6 @@
 """Defines what a world knows about the thing in the references, such as its look-alikes and its true appearance.
 
-Only a world that draws its own pictures, such as the toybox, knows this. The knowledge must not influence what is
+Only a world that draws its own pictures, such as the toybox, knows this. This knowledge must not influence what is
 learned or which checkpoint is kept.
 """
 
@@ -30,7 +30,7 @@ class TrueThing(Protocol):
     key: str  # identifies the thing and the drawing code; equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
-        """Draws one picture for each item of `asked`. Returns `[N, 3, H, W]` in [-1, 1].
+        """Draws one picture for each item in `asked`. Returns `[N, 3, H, W]` in [-1, 1].
 
         pose: the seed of the pose and position that all pictures share. If None, each picture has its own
         """
@@ -51,10 +51,10 @@ class _Kept(BaseModel):
 
 
 class Bar(_Kept):
-    """The bar for verification in one style of picture."""
+    """The verification bar for one style of picture."""
 
     least: float  # likeness to the references that 95% of the true pictures reach
-    # T, the share of other true pictures that pass all three conditions (if the thing is a face: of those that show it)
+    # T, the share of other true pictures that pass all three conditions; for a face, only those that show it count
     passed: float
     pictures: int  # number of pictures on which each of these two figures was measured
     faceless: int = 0  # number of these pictures that were not judged, because they show no face
@@ -68,7 +68,7 @@ class TrueFigures(_Kept):
     pasted: float | None = None
     free: float | None = None  # R in `shared.metrics.freedom`
     fixed: float | None = None  # F in `shared.metrics.freedom`
-    place: float | None = None  # spread of the true thing's position within a prompt, in units of half a picture
+    place: float | None = None  # spread of the true thing's position within a prompt, in units of half the picture
     size: float | None = None
     views: float | None = None  # effective number of views
 

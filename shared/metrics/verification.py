@@ -2,7 +2,7 @@
 
 A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and reaches the similarity
 to the references that 95% of true pictures of the thing reach. The first condition alone would accept a picture of the
-thing with arms of the wrong colour, because the picture only has to be nearer to this thing than to eight others.
+thing with arms of the wrong colour, because the picture only has to be more similar to this thing than to eight others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared.metrics.scores import Retrieval, retrieve, similarities
 
 SUBJECT = "the subject"
 PASSING = 0.95  # the bar is the likeness to the references that this share of true pictures reaches
-FACES = frozenset({"face"})  # class nouns whose individuals can only be told apart by the face
+FACES = frozenset({"face"})  # class nouns of things that can be told apart only by their faces
 FACELESS = ("back", "above")  # views that prompts may request but that show no face
 
 
@@ -37,11 +37,11 @@ class Look:
     face: Tensor | None  # bool [N]: whether a face is visible; None if the thing is not a face
     crops: Tensor | None  # [N, F] embeddings of crops aligned on the thing, which tell poses apart
     places: Tensor | None  # [N, 3] from `placements`
-    pasted: Tensor | None  # float64 [N, R]: pixelwise match of the picture's thing with the thing in each reference
+    pasted: Tensor | None  # float64 [N, R]: pixelwise match of the thing in the picture with that in each reference
 
     def copied(self, limit: float | None = None) -> Tensor:
-        """Returns whether each picture is a copy, as bool `[N]`. A picture is a copy if it copies a reference as a
-        whole, or if its thing matches the thing in a reference with a correlation of at least `limit`."""
+        """Returns whether each picture is a copy, as bool `[N]`. A picture is a copy if it copies a whole
+        reference, or if its thing matches the thing in a reference with a correlation of at least `limit`."""
         whole = self.copying.copied
         return whole if limit is None or self.pasted is None else whole | (self.pasted.amax(1) >= limit)
 
@@ -98,7 +98,7 @@ class Verifier:
         gallery: look-alikes, name -> `[n, 3, H, W]`; without look-alikes, recognition is not tested
         fresh: pictures of the subject that are not references, used to calibrate what counts as a copy
         through: the model's autoencoder, which generated pictures have passed through. The references and look-alikes
-            are also passed through it, so that the detail that the autoencoder loses does not lower the scores
+            are also passed through it, so that the detail lost in the autoencoder does not lower the scores
         masks: masks of the thing in the references, `[R, H, W]` in [0, 1]. If None, the locator's maps are used
     """
 
@@ -142,7 +142,7 @@ class Verifier:
         return 1 / len(self.gallery) if self.gallery else None
 
     def look(self, pixels: Tensor) -> Look:
-        """Reads pictures `[N, 3, H, W]` in [-1, 1] with all instruments, without deciding whether they are verified."""
+        """Applies all instruments to pictures `[N, 3, H, W]` in [-1, 1], without deciding which are verified."""
         whole = self.whole.images(pixels)
         who = whole if self.who is self.whole else self.who.images(pixels)
         copying = find_copies(pixels, whole, self.references, self.whole_references, self.limits)

@@ -1,4 +1,4 @@
-"""Modifiers, which define the words that stand for a concept in prompts. To add a modifier, write a module and add its class
+"""Modifiers define the words that stand for a concept in prompts. To add a modifier, write a module and add its class
 to the union."""
 
 from typing import Annotated

@@ -10,8 +10,8 @@ from shared.types import SiteContext
 
 
 class PlaceholderBase:
-    """A placeholder (`shared.backbones.protocol.Placeholder`) with plain words, which are not learned. Other
-    placeholders are derived from this class."""
+    """A placeholder (`shared.backbones.protocol.Placeholder`) with plain words, which are not learned. The
+    classes of other placeholders derive from this one."""
 
     tokens: tuple[str, ...] = ()
     components: tuple[str, ...] = ()

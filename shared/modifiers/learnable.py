@@ -1,5 +1,5 @@
-"""New tokens with learned input embeddings (Textual Inversion, https://arxiv.org/abs/2208.01618), which can be separate
-for each attention layer (P+, https://arxiv.org/abs/2303.09522)."""
+"""New tokens with learned input embeddings (Textual Inversion, https://arxiv.org/abs/2208.01618), optionally with
+separate embeddings for each attention layer (P+, https://arxiv.org/abs/2303.09522)."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class LearnableToken(KindPart):
 
 
 class LearnedPlaceholder(PlaceholderBase):
-    """A placeholder with learned vectors. They are one fp32 parameter [n, d] per text encoder, and are not part of the
-    embedding table.
+    """A placeholder with learned vectors. These form one fp32 parameter [n, d] per text encoder, outside the embedding
+    table.
 
     The initial vectors are kept. At strength s, the vectors are start + s * (learned - start).
     """
@@ -164,9 +164,9 @@ def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: in
     """Returns the initial vectors, [vectors, d]. They are the embeddings of the sub-tokens of `init`, in order.
 
     With fewer vectors than sub-tokens, each vector is the mean of an equal share of the sub-tokens. For example, a
-    single vector for "coffee mug" is the mean of both words. With more vectors than sub-tokens, the sub-tokens are
-    repeated with a little noise, so that the copies can diverge. "<rand>" gives noise with the spread of the whole
-    embedding table.
+    single vector for "coffee mug" is the mean of both words' embeddings. With more vectors than sub-tokens, the
+    sub-tokens are repeated with a little noise, so that the copies can diverge. "<rand>" gives noise with the spread of
+    the whole embedding table.
     """
     generator = torch.Generator().manual_seed(seed)
     words = backbone.word_embeddings(component, "a" if init == "<rand>" else init).float().cpu()

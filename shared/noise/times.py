@@ -30,15 +30,15 @@ class _Times(Part):
         raise AssertionError("a distribution of times must define how to draw them")
 
     def draw_times(self, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
-        """Draws `count` times in [0, 1000). With `discrete`, for models trained on integer timesteps, they are whole
-        numbers."""
+        """Draws `count` times in [0, 1000). With `discrete` (for models trained on integer timesteps), they are
+        whole numbers."""
         t = 1000 * (self.low + (self.high - self.low) * self._fractions(count, generator))
         return t.floor().clamp(0, 999) if discrete else t.clamp(1e-3, 999.999)
 
     def of_frames(self, t: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns the times of `latents`. They are `t` ([B]) itself, except for clips with `clean_first_frame` above 0.
+        """Returns the times of `latents`. These are just `t` ([B]), except for clips if `clean_first_frame` is above 0.
 
-        Such clips get one time per frame ([B, f]). With the probability `clean_first_frame`, the first frame of a clip
+        Such clips get one time per frame ([B, f]). With probability `clean_first_frame`, the first frame of a clip
         has no noise (t = 0), as in LTX-Video's training (https://arxiv.org/abs/2501.00103)."""
         if latents.ndim != 5 or not self.clean_first_frame:
             return t
@@ -67,7 +67,7 @@ class Uniform(_Times):
 
 class LogitNormal(_Times):
     """Draws t from sigmoid(N(mean, std)) and shifts it to t' = s t / (1 + (s - 1) t), where s is `shift` (SD 3,
-    https://arxiv.org/abs/2403.03206, eq. 19 and 23)."""
+    https://arxiv.org/abs/2403.03206, eqs. 19 and 23)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: Real = 0.0  # mean of the normal distribution

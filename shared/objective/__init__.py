@@ -1,4 +1,4 @@
-"""Objectives, which compute the loss of a prediction."""
+"""Objectives compute the loss of a prediction."""
 
 from shared.objective.denoising import Denoising
 

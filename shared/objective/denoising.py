@@ -1,4 +1,4 @@
-"""Computes the denoising loss of each example, with the target that the backbone defines."""
+"""Computes the denoising loss of each example against the target that the backbone defines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Denoising(Part):
     as much as a large one. By default, the loss is masked whenever a picture has a mask. `outside` is the weight of the
     background; a value above 0 keeps the model from turning the background into noise. `inside` is the weight of the
     subject. With inside=0 and outside=1, the model learns everything but the subject, such as a motion without its
-    performer. `min_snr_gamma` is gamma in the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
+    performer. `min_snr_gamma` is gamma in the weighting of https://arxiv.org/abs/2303.09556, eqs. 4 to 6.
     """
 
     kind: Literal["denoising"] = "denoising"

@@ -1,4 +1,4 @@
-"""Optimizers, which come from libraries. To add an optimizer, write a module and add its class to the union."""
+"""All optimizers come from libraries. To add an optimizer, write a module and add its class to the union."""
 
 from typing import Annotated
 

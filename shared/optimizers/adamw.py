@@ -15,12 +15,12 @@ class AdamW(OptimizerPart):
     """torch's AdamW."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay rates of the averages of gradients and of their squares
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay rates of the moving averages of gradients and their squares
     eps: Positive = 1e-8  # added to the denominator, for numerical stability
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        # The fused kernel is not used, because a resumed run would give different results. On a CPU, this kernel
-        # misreads moments whose strides differ from the parameter's, and it rounds differently at the end of a tensor.
+        # The fused kernel is not used, because with it a resumed run would give different results. On a CPU, it
+        # misreads moments whose strides differ from the parameter's, and rounds differently at the end of a tensor.
         return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps)
 
 
@@ -31,7 +31,7 @@ class AdamW8bit(AdamW):
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         if any(p.device.type == "cpu" for group in groups for p in group["params"]):
-            raise ValueError("train.optimizers: adamw_8bit needs a GPU; on the CPU use adamw, prodigy or schedule_free")
+            raise ValueError("train.optimizers: adamw_8bit needs a GPU; on a CPU, use adamw, prodigy or schedule_free")
         try:
             from bitsandbytes.optim import AdamW8bit as Quantised  # pyright: ignore[reportMissingImports]
         except ImportError:

@@ -24,7 +24,7 @@ class OptimizerPart(Part):
     averages: ClassVar[bool] = False
     needs_closure: ClassVar[bool] = False  # whether it evaluates the loss itself, several times per step
     weight_decay: NotNegative = 1e-2  # pulls weights toward 0; a part's own setting takes precedence
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how rates change after the warmup
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how rates change after the warm-up
     warmup: Steps = 0  # number of steps over which rates rise linearly at the start
     # final fraction of the run over which rates fall; less than 1 for warmup-stable-decay (arXiv 2404.06395)
     decay: Fraction = 1.0
@@ -33,7 +33,7 @@ class OptimizerPart(Part):
     @model_validator(mode="after")
     def _something_falls(self) -> OptimizerPart:
         if self.schedule == "constant" and self.decay != 1:
-            raise ValueError(f"decay = {self.decay} has no effect with schedule: constant; choose linear or cosine")
+            raise ValueError(f"decay = {self.decay} has no effect with a constant schedule; choose linear or cosine")
         return self
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -43,7 +43,7 @@ class OptimizerPart(Part):
         raise NotImplementedError
 
     def rate(self, lr: float, factor: float) -> float:
-        """Returns the current rate of a part whose own rate is `lr`, given the current factor of the schedule."""
+        """Returns the current rate of a part whose own rate is `lr`, given the schedule's current factor."""
         return lr * factor
 
     def factor(self, step: int, done: float) -> float:

@@ -1,4 +1,4 @@
-"""L-BFGS (Liu & Nocedal, 1989), for few parameters and a noise-free loss."""
+"""L-BFGS (Liu & Nocedal, 1989), suited to few parameters and a noise-free loss."""
 
 from __future__ import annotations
 

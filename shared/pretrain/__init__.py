@@ -1,1 +1,1 @@
-"""Trains the toybox's backbone and evaluators from data."""
+"""Trains the toybox's backbone and evaluators on data."""

@@ -28,7 +28,7 @@ class BatchShares:
     def mean_loss(self, loss: Callable[[T], Tensor], shares: Sequence[T], parameters: Sequence[nn.Parameter]) -> Tensor:
         """Returns the mean of `loss` over `shares`, of which there must be one per worker. With several workers, the
         gradients with respect to `parameters` are computed here and summed in the order of the shares. The backward
-        pass then only returns them."""
+        pass then merely returns them."""
         assert len(shares) == self.workers
         if self._pool is None:
             return loss(shares[0])

@@ -1,4 +1,4 @@
-"""Draws the next step's batch while a GPU computes the current one."""
+"""Draws the next step's batch while a GPU computes the current step."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _SKIPPED = 20  # the run stops after this many consecutive steps without a finit
 class RunSettings:
     """The budget and device of a training run.
 
-    The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the call of
+    The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the call to
     `run_task`. Learning rates depend on the fraction of the budget spent so far. If both are set, `steps` is the
     budget, and the time limit only pauses the run.
     """
@@ -41,9 +41,9 @@ class RunSettings:
     minutes: float | None = None
     pause_at: int | None = None  # the step after which the run pauses; it does not affect the learning rates
     resume: bool = True  # whether to resume from the newest checkpoint, if there is one
-    threads: int | None = None  # the number of torch's threads on a CPU
-    device: str | None = None  # a torch device; by default the GPU, if there is one
-    bf16: bool | None = None  # by default only on devices with fast bf16; on others, bf16 can take ten times as long
+    threads: int | None = None  # the number of threads that torch uses on a CPU
+    device: str | None = None  # a torch device; by default, the GPU if there is one
+    bf16: bool | None = None  # by default, bf16 is used only where it is fast; elsewhere, it can take ten times as long
     compiled: bool = False  # whether to compile U-Net blocks, which takes a minute but doubles the speed on a GPU
     log_every: int = 50  # steps between log lines
     save_minutes: float = 3.0
@@ -75,7 +75,7 @@ class Outcome:
     step: int  # total number of steps done
     pictures: int  # total number of pictures seen
     taken: int  # number of steps done in this call
-    losses: Mapping[str, float]  # parts of the last step's loss
+    losses: Mapping[str, float]  # the parts of the last step's loss
 
 
 def run_task(
@@ -98,7 +98,7 @@ def run_task(
 
 
 class _Session:
-    """The part of a run between a start or resume and the next pause."""
+    """The part of a run from its start or resumption to the next pause."""
 
     def __init__(self, task: PretrainTask, settings: RunSettings, folder: Path, first: int) -> None:
         self.task, self.settings, self.folder = task, settings, folder
@@ -122,8 +122,8 @@ class _Session:
     def _restore_optimizer(self, state: checkpoint.State) -> None:
         if state.info.get("trained") != self.trained:
             warnings.warn(
-                f"{self.folder}: the checkpoint was made while other parameters were trained, so the optimizer starts "
-                "afresh",
+                f"{self.folder}: when the checkpoint was made, other parameters were being trained, so the optimizer "
+                "starts afresh",
                 stacklevel=2,
             )
             return

@@ -1,4 +1,4 @@
-"""The base class of tasks that train networks from data. A task defines the networks, their moving averages and
+"""The base class of tasks that train networks on data. A task defines the networks, their moving averages and
 optimizers, and the contents of checkpoints."""
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ _AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Compute:
-    """The device of a training run, whether it uses bf16, and whether it compiles blocks of the network."""
+    """The device of a training run, and whether the run uses bf16 and compiles blocks of the network."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
     compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns bf16 autocast, or a context that does nothing. Every thread must enter its own autocast."""
+        """Returns a bf16 autocast context, or one that does nothing if `bf16` is not set. Every thread must enter its
+        own context."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 class PretrainTask:
-    """A task that trains networks from data. It is like a `shared.train.task.Task`, but has no fixed number of steps.
+    """A task that trains networks on data. It is like a `shared.train.task.Task`, but has no fixed number of steps.
 
     A subclass builds its networks in its constructor and yields losses from `updates`. All randomness in a step must
     come from `shared.train.loop.generator(seed, step)`. The function `shared.pretrain.run_task.run_task` runs the task.
@@ -73,7 +74,7 @@ class PretrainTask:
             try:
                 module.load_state_dict(own)
             except RuntimeError as error:
-                raise ValueError(f"saved tensors do not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+                raise ValueError(f"saved tensors do not match {name}: {str(error).splitlines()[-1].strip()}") from None
         if self.averages is not None:
             self.averages.load_state_dict(_take(left, _AVERAGE))
         if left:

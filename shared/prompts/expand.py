@@ -20,7 +20,7 @@ def names_in(prompt: str) -> tuple[str, ...]:
 def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
     """Replaces every `<name>` with the words that stand for the concept.
 
-    Raises ValueError, listing the loaded names, if a name is not loaded. Warns about the syntax of other programs,
+    Raises ValueError, listing the loaded names, if a name is not loaded. Warns about other programs' syntax,
     which is read as plain words here.
     """
     check_known(prompt, placeholders)

@@ -44,12 +44,14 @@ _NO_WEIGHTS = "words have no weights here, but a concept has a strength (--conce
 def _network(found: re.Match[str], names: Collection[str]) -> str:
     strength = f":{found[2].split(':')[0].strip()}" if found[2] else ""
     name = _loaded(found[1], names) or _valid(found[1]) or "NAME"
-    return f"load it with --concept {name}.concept{strength} (or --lora FILE{strength}), and write <{name}> for it"
+    return (
+        f"load it with --concept {name}.concept{strength} (or --lora FILE{strength}), and write <{name}> in the prompt"
+    )
 
 
 def _strength(found: re.Match[str], names: Collection[str]) -> str:
     name, strength = _loaded(found[1], names) or _valid(found[1]) or "NAME", found[2].replace(",", ".")
-    return f"set the strength in the option --concept {name}.concept:{strength}, and write <{name}> in the prompt"
+    return f"set the strength with the option --concept {name}.concept:{strength}, and write <{name}> in the prompt"
 
 
 def _named(found: re.Match[str], names: Collection[str]) -> str:
@@ -77,7 +79,7 @@ _FORMS: tuple[tuple[re.Pattern[str], _How], ...] = (  # text that one form match
     (_SQUARE, _square),
     (_CHOICE, _always("write out each prompt separately")),
     *((pattern, _always("a prompt is a single text here, so write one sentence")) for pattern in _JOINED),
-    (_OPTION, _always("options go outside the prompt, such as --width, --seed and --negative")),
+    (_OPTION, _always("options such as --width, --seed and --negative go outside the prompt")),
 )
 
 
@@ -113,6 +115,6 @@ def _loaded(text: str, names: Collection[str]) -> str:
 
 
 def _valid(text: str) -> str:
-    """Returns the text as a valid name ("Émile 2" -> "Emile-2"), or "" if it has no Latin letter or digit."""
+    """Returns the text as a valid name ("Émile 2" -> "Emile-2"), or "" if it has no Latin letters or digits."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_-]+", "-", plain.strip()).strip("-_")

@@ -53,7 +53,7 @@ class Templates(CaptionPart):
         return ("one template" if one else "template captions") + (", some empty" if self.drop else "")
 
     def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
-        """Returns the example with its caption. Class pictures keep their own caption, or get one with the class noun."""
+        """Returns the example with its caption. A class picture keeps its own, or gets one with the class noun."""
         concept, class_noun = words.get(example.owner, ""), class_nouns.get(example.owner, "")
         choices = self.templates or SETS[self.set]
         pick = choices[int(torch.randint(len(choices), (), generator=generator))]

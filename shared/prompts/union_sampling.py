@@ -15,7 +15,7 @@ class UnionSampling(CaptionPart):
     <dog>"). The loss uses the union of the named subjects' masks (Break-A-Scene, https://arxiv.org/abs/2305.16311, section
     3.2). If concepts were always named together, they could not be told apart after training.
 
-    Class pictures keep their own caption.
+    Class pictures keep their own captions.
     """
 
     kind: Literal["union_sampling"] = "union_sampling"

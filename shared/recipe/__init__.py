@@ -1,1 +1,1 @@
-"""Defines the schema of recipes, and finds and resolves recipes."""
+"""Defines the recipe schema, and finds and resolves recipes."""

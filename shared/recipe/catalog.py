@@ -37,7 +37,7 @@ def config_folder() -> Path:
 
 
 def recipe_files(modality: str) -> dict[str, Path]:
-    """Returns every shipped recipe of a modality ("image", "video", "3d") by name."""
+    """Returns the file of each shipped recipe of a modality ("image", "video", "3d"), by name."""
     return {p.stem: p for p in sorted((config_folder() / modality).glob("*.yaml"))}
 
 

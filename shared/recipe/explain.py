@@ -61,7 +61,7 @@ def _above(number: int, said: Mapping[int, str], lines: Sequence[str]) -> list[s
 @cache
 def comments(part: type[BaseModel]) -> dict[str, str]:
     """Maps each setting to its comment in the source of its class or a base class. This is the comment at the end of
-    the setting's line or, failing that, the comment above the line. Classes without available source are skipped."""
+    the setting's line or, failing that, the comment above the line. Classes whose source is unavailable are skipped."""
     out: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:

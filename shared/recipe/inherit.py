@@ -27,8 +27,8 @@ class Layer:
 def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
     """Reads a recipe file and everything it inherits from, root first.
 
-    `base` is the name of a recipe of the same modality, or the path of a YAML file, relative to the file that sets
-    `base`.
+    `base` is the name of a recipe of the same modality, or the path of a YAML file. A relative path starts from the
+    folder of the file that sets `base`.
 
     Raises:
         ValueError: if a `base` does not exist, or if recipes inherit from each other in a circle. The message names the

@@ -20,8 +20,8 @@ class Rules:
     - `common` applies to every recipe.
     - `by_modality` applies to the recipes of one modality.
     - `by_trained` applies to recipes or phases that train a part of the given kind. If several kinds match, only the
-      first one in the file applies. Its `alone` section is used for a recipe without phases. Otherwise, its `phase`
-      section is used for each phase.
+      first one in the file applies. The `alone` section of this kind is used for a recipe without phases, and its
+      `phase` section is used for each phase of any other recipe.
     - `by_kind` applies to every part of the given kind (or `kind.type`).
     - `recipes` applies to the shipped recipe with the given name and to recipes that inherit from it.
 
@@ -31,7 +31,7 @@ class Rules:
     file: Mapping[str, Any]
     modality: str
     kinds: Mapping[str, Any]  # default kinds, as for `merge`
-    # the slots of the modality's recipes that contain parts under freely chosen names
+    # the slots, in the modality's recipes, whose parts have freely chosen names
     slots: Sequence[str] = slots(Recipe)
 
     @classmethod
@@ -83,7 +83,7 @@ class Rules:
 
 
 def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Sequence[str]) -> dict[str, Any]:
-    """Returns a rule without its settings for parts that are missing from the recipe or phase, or that have a different
+    """Returns a rule minus its settings for parts that are missing from the recipe or phase, or that have a different
     kind there."""
     out = {key: part for key, part in rule.items() if not _of_another_kind(part, data.get(key))}
     for slot in slots:

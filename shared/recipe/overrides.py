@@ -89,7 +89,7 @@ def _strings(text: str) -> list[str] | None:
 
 def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:
     """Yields the types that are allowed at the nested key `names` of `annotation`. Follows models, unions, slots and
-    the overlays of phases."""
+    phase overlays."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _leaves(arguments[0], names, root)

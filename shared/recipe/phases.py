@@ -29,7 +29,7 @@ def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str =
     `file` is empty, may not add phases.
 
     Raises:
-        ValueError: for an unknown phase. The message lists the existing phases.
+        ValueError: if a phase is unknown. The message lists the existing phases.
     """
     known = mapping(below.get("phases"))
     for name, phase in mapping(layer.get("phases")).items():
@@ -41,7 +41,7 @@ def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str =
 
 
 def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
-    """Yields (name, recipe) for each phase, where the phase's overlay has been applied to the recipe. A recipe without
+    """Yields (name, recipe) for each phase, with the phase's overlay applied to the recipe. A recipe without
     phases is yielded unchanged, with the name of its task.
 
     A phase drops a part of the recipe by setting the part to null.
@@ -66,4 +66,4 @@ def learns_subjects(recipe: Recipe) -> bool:
 def check_learns(recipe: Recipe) -> None:
     """Raises ValueError if no phase learns the subjects."""
     if not learns_subjects(recipe):
-        raise ValueError("no phase of the recipe learns the subject: set task: tune in one of them")
+        raise ValueError("no phase of the recipe learns the subject; set task: tune in at least one phase")

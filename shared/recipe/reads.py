@@ -18,7 +18,7 @@ _NAMES_OR_PATHS = ("backbone", "motion_adapter")  # `NameOrPath`
 
 
 def paths_read(recipe: Recipe) -> list[Path]:
-    """Returns the paths (pictures, masks, captions, models) that any phase of a recipe reads, but not its output."""
+    """Returns the paths (pictures, masks, captions, models) that any phase of a recipe reads, excluding its output."""
     return list(dict.fromkeys(path for _, phase in expand_phases(recipe) for path in _paths(phase)))
 
 

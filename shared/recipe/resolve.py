@@ -16,7 +16,7 @@ from shared.recipe.phases import check_phases, expand_phases
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
-#: The group of entry points `modality = "module:class"`. Each class is a `Recipe` with the parts of its package.
+#: The group of entry points of the form `modality = "module:class"`. Each class is a `Recipe` with its package's parts.
 GROUP = "pcs.recipes"
 
 
@@ -153,7 +153,7 @@ def _outrank(
 
 
 def _replaced(phase: Any, change: Any) -> Any:
-    """Returns `phase` with the values of its keys replaced by those in `change`, if there are any."""
+    """Returns `phase` with its values replaced by those that `change` has for the same keys."""
     if not isinstance(phase, Mapping) or not isinstance(change, Mapping):
         return change
     return {k: _replaced(v, change[k]) if k in change else v for k, v in phase.items()}

@@ -72,7 +72,8 @@ class Validation(Part):
     """Pictures or clips that are generated and scored during training to find the best state."""
 
     every: Steps = 0  # steps between validations; 0: no validation
-    prompts: tuple[str, ...] = ("a photo of a {concept}",)  # prompts to score; {concept}: the concept's words
+    # prompts to generate from; {concept} stands for the concept's words
+    prompts: tuple[str, ...] = ("a photo of a {concept}",)
     num: Many = 2  # pictures or clips per prompt
     keep_best: bool = True  # keep the state with the best score; false: keep the last state
 
@@ -85,11 +86,11 @@ class Train(Part):
     gradient_accumulation: Many = 1  # micro-batches per step
     # whether to recompute activations in the backward pass, which saves memory at the cost of time
     gradient_checkpointing: bool = False
-    # auto: bf16 if it is fast on the device, otherwise fp16 on a GPU and no on a CPU
+    # auto: bf16 if it is fast on the device; otherwise, fp16 on a GPU and "no" on a CPU
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     resolution: Side | None = None  # pixels; null: the backbone's default
     cache: bool = True  # whether to cache latents and text embeddings that do not vary
-    # augmented versions of each picture, computed once and cached; 0: a new version in each step
+    # augmented versions of each picture, computed once and cached; 0: a new version at each step
     variants: Annotated[int, Field(ge=0, le=10_000)] = 0
     checkpoint_every: Steps = 200  # steps between checkpoints; 0: only at the end and on interruption
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
@@ -111,8 +112,8 @@ class Sampling(Part):
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
     def port(self, backbone: Backbone) -> str:
-        """Describes how sampling on this model differs from the recipe, for the concept's record. Returns "" if it does
-        not differ."""
+        """Describes how sampling on this model differs from the recipe, for the concept's record. Returns "" if
+        there is no difference."""
         return ""
 
 
@@ -122,7 +123,7 @@ class PreviewSettings(Part):
     num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
     resolution: Side | None = None  # pixels; null: train.resolution, or else the backbone's default
     steps: Many | None = None  # denoising steps; null: sampling.steps, or else the backbone's default
-    prompt: str = "a photo of a {concept}"  # {concept}: the concept's words
+    prompt: str = "a photo of a {concept}"  # {concept} stands for the concept's words
 
 
 class Recipe(Part):

@@ -1,5 +1,5 @@
 """The settings of a phase's task, such as `task: tune` or `task: {kind: generate, num: 16, keep: 4}`. The tasks are
-implemented in `shared.train`. A package that has more tasks extends the union in its own recipe class."""
+implemented in `shared.train`. A package that has more tasks extends `TaskPart` in its own recipe class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TuneTask(Part):
 
     @property
     def learns_subjects(self) -> bool:
-        """Whether the task learns the subjects. If no task does, their pictures are used only for comparison."""
+        """Whether the task learns the subjects. If no task does, the subjects' pictures serve only for comparison."""
         return True
 
     def count(self, steps: int, subjects: int) -> int:

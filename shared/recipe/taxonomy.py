@@ -48,7 +48,7 @@ def _attending(phase: Recipe) -> str:
 
 def _masks(phase: Recipe) -> str:
     loss = ["masked loss"] if phase.objective.masked else []
-    loss = ["loss outside of the subject"] if phase.objective.inverts else loss
+    loss = ["loss outside the subject"] if phase.objective.inverts else loss
     return ", ".join([*(part.taxonomy for part in phase.masks.values()), *loss])
 
 

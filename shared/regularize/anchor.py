@@ -12,9 +12,9 @@ from shared.types import Step
 
 
 class EmbeddingAnchor(Penalty):
-    """Penalizes `weight` times the mean squared distance between the token vectors and their initial values (Cross
-    Initialization, https://arxiv.org/abs/2312.15905, eq. 6). Token vectors that stay close to those of ordinary words
-    combine better with the rest of a prompt."""
+    """Adds to the loss `weight` times the mean squared distance between the token vectors and their initial values
+    (Cross Initialization, https://arxiv.org/abs/2312.15905, eq. 6). Token vectors that stay close to those of ordinary
+    words combine better with the rest of a prompt."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})
     kind: Literal["embedding_anchor"] = "embedding_anchor"

@@ -12,7 +12,7 @@ from shared.types import Step
 
 
 class Penalty(KindPart):
-    """A scalar added to the loss of a step."""
+    """A scalar that is added to a step's loss."""
 
     needs: ClassVar[frozenset[str]] = frozenset()  # names of the values needed besides the prediction
     needs_class_examples: ClassVar[bool] = False  # whether batches must contain class pictures

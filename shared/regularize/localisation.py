@@ -20,8 +20,8 @@ Distance = Literal["squared", "cross_entropy"]
 
 
 class Localisation(Penalty):
-    """Penalizes weight * |A(concept) - mask|^2, summed over the concepts in each instance example and averaged over
-    these examples (Break-A-Scene, https://arxiv.org/abs/2305.16311, eq. 3).
+    """Adds weight * |A(concept) - mask|^2 to the loss, summed over the concepts in each instance example and averaged
+    over these examples (Break-A-Scene, https://arxiv.org/abs/2305.16311, eq. 3).
 
     A is the picture's attention to the concept's tokens. It is averaged over heads, selected layers and tokens, and
     divided by its maximum, as in the paper's code. By default, A is compared with the mask at the scale nearest to
@@ -33,7 +33,7 @@ class Localisation(Penalty):
     needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
     needs_masks: ClassVar[bool] = True
     kind: Literal["localisation"] = "localisation"
-    weight: NotNegative = 1e-2  # factor of the penalty
+    weight: NotNegative = 1e-2  # multiplies the penalty
     scales: tuple[
         Annotated[int, Field(ge=1, le=1024)], ...
     ] = ()  # scales of the layers, relative to the latents; if empty, the scale nearest to 16×16

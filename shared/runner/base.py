@@ -81,7 +81,7 @@ class Runner:
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attaches a concept. Raises ValueError if it does not fit, or if a concept with this name is already loaded."""
+        """Attaches a concept. Raises ValueError if it is incompatible with the backbone, or if its name is taken."""
         attach(concept, self.backbone, strength)
         self.loaded[concept.meta.name] = Loaded(concept)
 
@@ -235,7 +235,7 @@ class Runner:
     def _training(
         self, recipe: Recipe, subjects: Mapping[str, Subject], workdir: Path, progress: Progress | None, **more: Any
     ) -> TrainingRun:
-        """Returns a training run of the recipe with the loaded concepts. The run is not started."""
+        """Returns a training run of the recipe on top of the loaded concepts, without starting it."""
         known: dict[str, Any] = {
             "class_pictures": self._class_pictures,
             "make": self._made_now(progress),

@@ -19,7 +19,7 @@ from shared.runner.plan import Plan
 from shared.sampling.sampler import sample_all
 from shared.types import Subject
 
-ALARM = 0.5  # a warning is issued if this fraction of the clips that would otherwise move stand still
+ALARM = 0.5  # a warning is issued if at least this fraction of the clips that would otherwise move stand still
 
 Make = Callable[[Sequence[str]], Tensor]  # prompts without the concept's name -> clips [N, 3, F, H, W] in [-1, 1]
 
@@ -28,10 +28,10 @@ Make = Callable[[Sequence[str]], Tensor]  # prompts without the concept's name -
 class Watched:
     """A scorer that warns when training causes clips to stand still.
 
-    Small models, including the toybox, also generate clips in which nothing moves. The share of still clips is
-    therefore compared with the share of still clips among those that `base` generates without the concept that is being
-    learned. The clips of `base` are generated at most once per list of prompts, and only if so many clips stand still
-    that a warning is possible.
+    Small models, including the toybox, generate some still clips even without the concept that is being learned. The
+    share of still clips is therefore compared with the share among the clips that `base` generates without this
+    concept. `base` is called at most once per list of prompts, and only if so many clips stand still that a warning is
+    possible.
     """
 
     scorer: ClipScorer
@@ -47,9 +47,9 @@ class Watched:
         before = self._still_before(prompts) if now >= ALARM else 0.0
         if before < 1 and (now - before) / (1 - before) >= ALARM:
             warnings.warn(
-                f"nothing moves in {now:.0%} of the clips generated while {self.name} is learned, compared with only "
-                f"{before:.0%} of those generated without {self.name}; training may be too long, or its learning rate "
-                "may be too high",
+                f"nothing moves in {now:.0%} of the clips generated while {self.name} is being learned, compared with "
+                f"only {before:.0%} of those generated without {self.name}; training may be too long, or its "
+                "learning rate may be too high",
                 stacklevel=2,
             )
         return scores
@@ -67,8 +67,8 @@ def clip_training_scorers(
     """Returns one scorer per subject or motion for the clips generated during training, or None if no clips are
     generated.
 
-    The scorers use only the clips and pictures that the concepts are learned from, and they do not recognise motions.
-    The best checkpoint must not be chosen by the scores that judge the finished concept.
+    The scorers use only the clips and pictures that the concepts are learned from, and they do not recognise motions,
+    because the best checkpoint must not be chosen by the scores that judge the finished concept.
     """
     if not makes_previews(planned, clip, dino):
         return None
@@ -87,7 +87,7 @@ def clip_training_scorers(
 
 
 def _base(planned: Plan, backbone: Backbone) -> Make:
-    """Returns a function that generates clips as in training, but only with the adapters that are attached now."""
+    """Returns a function that generates clips as during training, but only with the adapters that are attached now."""
     loaded = {name: strength for name, strength in backbone.strengths.items() if name in backbone.adapters}
     phases = [phase for _, phase in expand_phases(planned.recipe)]
     phase = next((phase for phase in phases if phase.train.validation.every), phases[-1])

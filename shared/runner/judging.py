@@ -37,7 +37,7 @@ FIRST_SEED = 10_000  # the first seed for pictures and clips that are generated 
 
 
 def check_folders(clip: Path | None, dino: Path | None) -> None:
-    """Raises ValueError when a folder given for scoring does not exist."""
+    """Raises ValueError if a folder given for scoring does not exist."""
     for option, folder in (("--clip", clip), ("--dino", dino)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"{option} {folder}: {absent(folder, 'no such folder')}")
@@ -49,8 +49,8 @@ def training_scorers(
     """Returns one scorer per subject for the pictures generated during training, or None if no pictures are generated
     or no instrument is available.
 
-    The scorers use only the references, and never the look-alikes with which the finished concept is compared. The best
-    checkpoint must not be chosen by the scores that judge the finished concept.
+    The scorers use only the references, and never the look-alikes with which the finished concept is compared, because
+    the best checkpoint must not be chosen by the scores that judge the finished concept.
     """
     world_instruments = backbone.world and backbone.world.instruments
     if not makes_previews(planned, clip, dino):
@@ -230,9 +230,7 @@ def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
     return {p.name: references(read_subject(p), side) for p in names}
 
 
-def score_line(
-    score: Score, true_ones: str = "true pictures", among_each_other: str = "references among themselves"
-) -> str:
+def score_line(score: Score, true_ones: str = "true pictures", among_each_other: str = "between references") -> str:
     """Formats a headline score as one line, with its interval and the values that it can be compared with."""
     if score.value is None:
         return "not measured"
@@ -253,7 +251,7 @@ def references(subject: Subject, side: int) -> Tensor:
 
 
 def reference_masks(subject: Subject, side: int) -> Tensor | None:
-    """Returns the masks [N, side, side] in [0, 1], cropped like `references`, or None if any picture has no mask."""
+    """Returns the masks [N, side, side] in [0, 1], cropped as `references` does, or None if any picture has no mask."""
     if not all(p in subject.masks for p in subject.images):
         return None
     masks = [Picture(read_mask(subject.masks[p]).convert("RGB")) for p in subject.images]

@@ -56,7 +56,7 @@ class ClipEvaluationSettings:
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
     clip: Path | None = None  # the folder of a CLIP model to measure with
     dino: Path | None = None  # the folder of a DINO model to measure with
-    # reads the paths of subjects in clips; None: the reader of the model's world, if it has one
+    # reads the paths of subjects in clips; None: the reader of the model's world, if there is one
     reader: PathReader | None = None
     # how to generate clips without the motion while it is loaded: "unnamed" leaves its name out of the prompts, "off"
     # names it at strength 0, and "none" generates no such clips
@@ -161,7 +161,7 @@ class _Judged:
 def clip_score_line(score: Score) -> str:
     """Formats a headline score for clips as one line."""
     if score.key in ("motion_recognised", "motion_fidelity", "leakage"):
-        return score_line(score, "true clips", "the motion's clips among themselves")
+        return score_line(score, "true clips", "between the motion's clips")
     return score_line(score)
 
 

@@ -71,7 +71,7 @@ def _painted(runner: Runner, name: str, subject: Subject, recipe: Recipe, progre
 
 
 def preview_resolution(runner: Runner, recipe: Recipe) -> int:
-    """Returns the side of the preview's pictures, in pixels."""
+    """Returns the side length of the preview's pictures, in pixels."""
     *_, (_, last) = expand_phases(recipe)
     return recipe.preview.resolution or last.train.resolution or runner.backbone.resolution
 

@@ -40,7 +40,8 @@ def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "
     """
     if tokens and len(tokens) != len(loras):
         raise ValueError(
-            f"{len(tokens)} --token for {len(loras)} --lora: give one per --lora, in the same order, or none"
+            f"{len(tokens)} --token for {len(loras)} --lora: give one --token per --lora, in the same "
+            "order, or no --token"
         )
     if class_noun and not loras:
         raise ValueError("--class-noun is only for --lora, which is not given; a concept stores its own class noun")
@@ -61,7 +62,7 @@ def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references
         if not lora.token:
             raise ValueError(f'--lora {lora.path}: give the words it was trained with, for example --token "sks mug"')
         if not (lora.class_noun or " " in lora.token):
-            raise ValueError(f"--token {lora.token!r} has no class noun after it: add --class-noun mug, for example")
+            raise ValueError(f"--token {lora.token!r} does not end in a class noun: add --class-noun mug, for example")
         if references is None:
             raise ValueError(f"--lora {lora.path}: give --references FOLDER, the pictures that it was trained on")
 
@@ -124,8 +125,8 @@ def open_runner(
 
 
 def kinds_of(concepts: Sequence[str]) -> dict[str, str] | None:
-    """Returns the kind of each concept (`PATH[:STRENGTH]`), by name. Returns None if a concept cannot be read, which is
-    reported when it is opened."""
+    """Returns the kind of each concept (`PATH[:STRENGTH]`), by name. Returns None if a concept cannot be read. The
+    error is reported when the concept is opened."""
     try:
         metas = [read_meta(parse_concept(c)[0] / META) for c in concepts]
     except (OSError, ValueError):
@@ -203,7 +204,7 @@ def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
 
 
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
-    """Parses strengths by step with `StrengthSchedule.parse`. Raises ValueError, naming the option, if one is invalid
+    """Parses strength schedules with `StrengthSchedule.parse`. Raises ValueError, naming the option, if one is invalid
     or if a concept is given twice."""
     try:
         changes = [StrengthSchedule.parse(text) for text in texts]

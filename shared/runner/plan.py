@@ -99,7 +99,7 @@ def _warn_without_class_noun(recipe: Recipe, subjects: Mapping[str, Subject]) ->
 def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:
     """Returns whether there is an interrupted run to resume. Raises ValueError if that run or other existing
     files would be overwritten."""
-    anew = overwrite and not resume  # leftovers of an earlier run are removed when this one begins
+    anew = overwrite and not resume  # leftovers from an earlier run are removed when this one begins
     begun = not anew and checkpoint.load(workdir) is not None
     for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
         check_output(path, overwrite or (resume and begun))

@@ -11,7 +11,7 @@ from shared.sampling.settings import SamplingSettings
 
 
 def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings) -> dict[str, str]:
-    """Returns the PNG metadata of a picture, with everything that is needed to generate the picture again. Models and
+    """Returns the PNG metadata of a picture, with everything needed to generate the picture again. Models and
     files are recorded without their folders, because pictures may be shared. `checkpoint` identifies the model's
     weights."""
     backbone, stated = runner.backbone, settings.stated()

@@ -27,7 +27,7 @@ def as_track(value: Any, name: str) -> dict[int, Box]:
     if isinstance(value, list | tuple):
         value = dict(enumerate(value))
     if not isinstance(value, Mapping) or not value:
-        raise ValueError(f"{name}: give a box [left, top, right, bottom], a list of them, or boxes by frame")
+        raise ValueError(f"{name}: give a box [left, top, right, bottom], a list of boxes, or boxes by frame")
     return {_frame(key, name): _box(box, f"{name}, frame {key}") for key, box in value.items()}
 
 
@@ -50,7 +50,7 @@ def _box(box: Any, where: str) -> Box:
 
 
 def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
-    """Reads a JSON file that maps concept names or words of the prompt to boxes, in any form that `as_track` accepts.
+    """Reads a JSON file that maps concept names or words in the prompt to boxes, in any form that `as_track` accepts.
     Raises ValueError, naming the file, if the file is invalid."""
     path = expanded(path)
     try:

@@ -1,4 +1,4 @@
-"""Keeps existing content (the first frame, several first frames or a region) while the rest is sampled."""
+"""Keeps existing content (the first frame, the first few frames or a region) while the rest is sampled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST = 0.5  # a latent cell is kept if at least this share of it is masked
 
 
 class GivenFrames(SamplingHookBase):
-    """Keeps the frames of a file, or a region of these frames, in the result. Several such hooks may be combined.
+    """Keeps a file's frames, or a region of these frames, in the result. Several such hooks may be combined.
 
     A picture becomes the first frame, and a clip becomes the first frames. With a mask, only the masked region is kept,
     and the file must be a clip at least as long as the result, or a picture if a picture is generated.
@@ -49,8 +49,8 @@ class GivenFrames(SamplingHookBase):
             raise ValueError(f"{self.mask} {absent(self.mask)}")
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> KeptLatents:
-        """Returns a hook with the encoded latents. Raises ValueError if frames or masks do not fit the sampled size, or if
-        nothing is left to generate."""
+        """Returns a hook with the encoded latents. Raises ValueError if frames or masks do not match the sampled size,
+        or if nothing is left to generate."""
         self.check()
         *frames, height, width = output_size(backbone, settings)
         shape = backbone.latent_shape(height, width, *frames)
@@ -59,7 +59,7 @@ class GivenFrames(SamplingHookBase):
         elif frames:
             known, kept = self._beginning(backbone, frames[0], (height, width), shape)
         else:
-            raise ValueError(f"{self.path} would be kept as the whole picture; use a mask to choose what to keep")
+            raise ValueError(f"{self.path} would be kept whole; use a mask to choose what to keep")
         if bool(kept.all()):
             raise ValueError(f"{self.path} already fills every frame, so nothing is left to generate")
         return KeptLatents(known=known, kept=kept)
@@ -73,7 +73,7 @@ class GivenFrames(SamplingHookBase):
             count = self.frames or open_frames(self.path).count
             if count >= frames:
                 raise ValueError(
-                    f"{self.path} would keep {count} frames, which must be fewer than the {frames} to generate; "
+                    f"{self.path} would fill {count} frames, but only {frames} are generated in all; "
                     "generate a longer clip, or keep fewer frames"
                 )
             if count > 1:

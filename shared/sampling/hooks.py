@@ -28,14 +28,14 @@ class DenoisingStep:
     prompts: Sequence[str]  # B expanded prompts; inside `during`, as changed by hooks
     seeds: Sequence[int]  # B seeds
     noise: Tensor  # the initial noise [B, C, (f), h, w], of unit variance
-    scale: Tensor | float = 1.0  # factor applied to latents before the network; not 1 for schedulers of Karras et al.
+    scale: Tensor | float = 1.0  # factor applied to latents before the network; 1 except for Karras et al.'s schedulers
     order: int = 1  # scheduler calls per step
     # clean latents [B, C, (f), h, w] predicted by the previous scheduler call; None for the first call
     clean: Tensor | None = None
 
     @property
     def fraction(self) -> float:
-        """The fraction of the steps that are done. It is 0 at the first step and less than 1 at the last."""
+        """The fraction of the steps that have been done. It is 0 at the first step and less than 1 at the last."""
         return self.index / self.steps
 
     @property
@@ -56,11 +56,11 @@ class DenoisingStep:
 
 @runtime_checkable
 class SamplingHook(Protocol):
-    """A hook that acts between denoising steps. `SamplingHookBase` implements every method as a no-op."""
+    """A hook that the sampler calls between denoising steps. `SamplingHookBase` implements every method as a no-op."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
         """Returns the hook for one call of the sampler. This is the hook itself or, if it needs files, a hook that has
-        read them. Raises ValueError if the files do not fit the sampled size."""
+        read them. Raises ValueError if the files do not match the sampled size."""
         ...
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class SamplingHook(Protocol):
         ...
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
-        """Returns the prompts to use in this step. A hook can, for example, add a subject in later steps."""
+        """Returns the prompts to use at this step. A hook can, for example, add a subject at a later step."""
         ...
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class SamplingHook(Protocol):
         ...
 
     def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
-        """Returns the time to pass to the network, a scalar, or [B, f] if the network takes one time per frame."""
+        """Returns the time to pass to the network: a scalar, or [B, f] if the network takes one time per frame."""
         ...
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
@@ -141,7 +141,7 @@ class StrengthSchedule(SamplingHookBase):
 
     kind: Literal["strength_schedule"] = "strength_schedule"
     strengths: Mapping[str, Mapping[float, float]]  # for each concept, its strength from a fraction of the steps onward
-    linear: bool = False  # whether strengths are interpolated linearly between these points instead of kept constant
+    linear: bool = False  # whether strengths are interpolated linearly between these points rather than kept constant
 
     @field_validator("strengths")
     @classmethod

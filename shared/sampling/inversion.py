@@ -35,7 +35,7 @@ def invert(
     Args:
         latents: clean latents [B, C, (f), h, w]
         prompts: B expanded prompts, or one for all latents
-        steps: the number of steps. If None, the backbone's default.
+        steps: the number of steps; if None, the backbone's default
         refine: how many times to recompute each step's prediction at its end point (Pan et al., arXiv 2309.04907). If
             this iteration converges, the inverse is exact.
 
@@ -129,7 +129,7 @@ class NoisePrior(NoisePriorSettings, SamplingHookBase):
         backbone.latent_shape(height, width, *frames)
         if is_clip(self.path) != bool(frames):
             here, made = ("a clip", "a picture") if not frames else ("a picture", "a clip")
-            raise ValueError(f"{self.path} is {here}, but {made} is generated, so its noise does not fit")
+            raise ValueError(f"{self.path} is {here}, but {made} is generated, so it cannot provide the noise")
         if frames:
             clean = encoded(backbone, read_given(self.path, frames[0], (height, width)).frames)
         else:

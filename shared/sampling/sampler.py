@@ -141,7 +141,7 @@ def _check_cells(shape: Sequence[int], pixels: Sequence[int]) -> None:
     if math.prod(shape[1:]) > MOST_CELLS:
         needs = f"{'x'.join(map(str, pixels))} pixels need latents of {'x'.join(map(str, shape[1:]))}"
         raise ValueError(
-            f"{needs}, more than the limit of {MOST_CELLS:,} cells; choose a smaller height and width, or fewer frames"
+            f"{needs}, above the limit of {MOST_CELLS:,} cells; choose a smaller height and width, or fewer frames"
         )
 
 
@@ -200,8 +200,8 @@ def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple
     taken = int(steps * start.strength)
     if not taken:
         raise ValueError(
-            f"strength = {start.strength:g} of {steps} step{'s' if steps > 1 else ''} leaves nothing to sample; use more "
-            "steps or a larger strength"
+            f"strength = {start.strength:g} with {steps} step{'s' if steps > 1 else ''} leaves nothing to sample; use "
+            "more steps or a larger strength"
         )
     first = (steps - taken) * getattr(solver, "order", 1)
     times, clean = solver.timesteps[first:], start.latents.to(noise)
@@ -262,7 +262,7 @@ def _requests(
     steps: int,
     guidance: float,
 ) -> tuple[list[str], list[str]]:
-    """Checks prompts and negative prompts, and returns one per picture."""
+    """Checks prompts and negative prompts, and returns one of each per picture."""
     if steps < 1 or batch < 1:
         raise ValueError(f"sampling needs at least one step and one seed, but got steps={steps}, len(seeds)={batch}")
     guided = backbone.needs_negative(guidance)

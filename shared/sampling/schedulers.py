@@ -51,14 +51,14 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
 
 
 def adds_noise(solver: Any) -> bool:
-    """Returns whether a diffusers scheduler adds new noise in its steps, as ancestral and stochastic schedulers do."""
+    """Returns whether a diffusers scheduler adds new noise at each step, as ancestral and stochastic schedulers do."""
     kind, config = type(solver).__name__, solver.config
     stochastic = "Ancestral" in kind or kind in ("DDPMScheduler", "LCMScheduler", "TCDScheduler")
     return stochastic or "sde" in str(config.get("algorithm_type", "")) or bool(config.get("stochastic_sampling"))
 
 
 def named_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """Makes a new diffusers scheduler by name, with `from_config` and the configuration of another scheduler."""
+    """Makes a new diffusers scheduler by name, with `from_config` and another scheduler's configuration."""
     import diffusers
 
     kind, settings = {**DIFFUSION, **FLOW}[name]

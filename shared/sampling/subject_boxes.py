@@ -27,14 +27,14 @@ _NEVER = -1e4  # a bias that reduces the attention to zero, even in half precisi
 class SubjectBoxes(SamplingHookBase):
     """The training-free subject motion control of MotionBooth (https://arxiv.org/abs/2406.17758).
 
-    The cross-attention scores are edited in the first steps, which determine the layout. Between positions in a
+    The cross-attention scores are edited during the first steps, which determine the layout. Between positions in a
     subject's box and the subject's words, the scores are raised before the softmax by `strength` times the fraction of
     the frame that is outside the box. During these steps, positions outside the box do not attend to the subject's
-    words at all. Rows with the negative prompt are left unchanged.
+    words at all. Rows for the negative prompt are left unchanged.
     """
 
     kind: Literal["subject_boxes"] = "subject_boxes"
-    boxes: Mapping[str, Mapping[int, Box]]  # for each concept, or words of the prompt, the boxes by frame
+    boxes: Mapping[str, Mapping[int, Box]]  # for each concept, or for words in the prompt, the boxes by frame
     strength: NotNegative = 7.5
     until: Annotated[float, Field(ge=0, le=1)] = 0.1  # edit this first fraction of the steps; 0.1 is 5 of 50 steps
 
@@ -63,19 +63,19 @@ class SubjectBoxes(SamplingHookBase):
 
     def _positions(self, step: DenoisingStep, name: str) -> Tensor:
         """Returns which positions in the prompts belong to the words of the concept `name`, bool [B, L]. If there is no
-        such concept, `name` itself is taken as the words."""
+        such concept, the words are `name` itself."""
         placeholder = step.backbone.placeholders.get(name)
         words = placeholder.words if placeholder is not None else name
         found = step.backbone.word_positions(step.prompts, words)
         for prompt, row in zip(step.prompts, found, strict=True):
             if not bool(row.any()):
-                raise ValueError(f"there is a box for {name!r}, but the prompt does not contain it: {prompt!r}")
+                raise ValueError(f"{name!r} has a box, but does not occur in the prompt {prompt!r}")
         return found
 
 
 @dataclass(frozen=True)
 class _Boxed:
-    """Edits the attention scores in one step."""
+    """Edits the attention scores at one step."""
 
     part: SubjectBoxes
     step: DenoisingStep

@@ -25,7 +25,8 @@ class SourcePart(KindPart):
             earlier: the names of the phases that come before the phase with this source
 
         Returns:
-            the existing picture files of role "instance". Each is mapped to its mask file, or to None if it has no mask
+            a mapping from each existing picture file with the role "instance" to its mask file, or to None if it has no
+            mask
 
         Raises:
             ValueError: if a file, a subject or a phase is missing

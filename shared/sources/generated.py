@@ -29,7 +29,7 @@ _SCHEME = 1  # increase this when the way pictures are generated changes
 
 
 class Generated(SourcePart):
-    """Generates `num_images` class pictures per subject, with the role "prior". Caches them under
+    """Generates `num_images` class pictures per subject, with the role "prior", and caches them under
     `SourceContext.cache_dir`.
 
     The cache key covers everything that the pictures depend on (weights, prompt, guidance, steps, seed, resolution). It
@@ -110,7 +110,7 @@ class Generated(SourcePart):
     # -------------------------------------------------------------------------------------------------------------
 
     def _filled(self, context: SourceContext, prompt: str) -> list[Path]:
-        """Generates the missing pictures of a prompt. Returns the files of all its pictures."""
+        """Generates the missing pictures for a prompt. Returns the files of all its pictures."""
         key = self.key(context, prompt)
         folder = context.cache_dir / "class" / key[:24]
         paths = [self._file(folder, i) for i in range(self.num_images)]

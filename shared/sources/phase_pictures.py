@@ -45,7 +45,7 @@ class PhasePictures(SourcePart):
 
 
 def read_kept(folder: Path) -> list[dict[str, Any]]:
-    """Reads the list of the pictures that a phase kept. Each entry has a file, a caption (which contains {concept}), an
+    """Reads the list of pictures that a phase kept. Each entry has a file, a caption (which contains {concept}), an
     owner and a score. Raises ValueError if the list cannot be read."""
     try:
         return json.loads((folder / KEPT).read_text(encoding="utf-8"))["kept"]

@@ -22,14 +22,14 @@ class Folder(SourcePart):
     """Reads pictures from a folder. By default, they are real pictures of the class (role "prior"), as in Custom
     Diffusion.
 
-    The caption of a picture is read from `NAME.txt` next to it. With role "prior", a picture without this file gets
-    `prompt` as its caption, with "{class_noun}" filled in. With role "instance", the recipe's prompt part fills in
+    The caption of a picture is read from `NAME.txt` next to it. With the role "prior", a picture without this file gets
+    `prompt` as its caption, with "{class_noun}" filled in. With the role "instance", the recipe's prompt part fills in
     missing captions, as it does for `References`.
     """
 
     kind: Literal["folder"] = "folder"
     images: PathText
-    subject: str = ""  # the subject whose class the pictures show; optional if there is only one
+    subject: str = ""  # the subject whose class the pictures show; optional if there is only one subject
     role: Role = "prior"
     prompt: str = "a photo of a {class_noun}"
     fit: ResizeMode = "cover"

@@ -20,8 +20,8 @@ class References(SourcePart):
     """Yields every picture of every subject `repeats` times. These examples have the role "instance", and all methods
     learn from them.
 
-    The mask of a picture is the user's mask or, if there is none, the picture's transparency. An opaque picture without
-    a mask file has no mask. The caption is the user's own. If there is none, it is "", and the prompt part fills it in.
+    A picture's mask is the user's mask or, without one, the picture's transparency. An opaque picture without a mask
+    file has no mask. The caption is the user's own. Without one, the caption is "", and the prompt part fills it in.
     """
 
     kind: Literal["references"] = "references"
@@ -32,7 +32,8 @@ class References(SourcePart):
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Yields the examples. Raises ValueError, naming the file, if a picture or mask cannot be used (see `read_picture`)."""
+        """Yields the examples. Raises ValueError, naming the file, if a picture or mask cannot be used (see
+        `read_picture`)."""
         if not context.subjects:
             raise ValueError("there is no subject; set subject.images=FOLDER")
         small: list[str] = []

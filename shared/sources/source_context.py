@@ -27,8 +27,9 @@ class Generate(Protocol):
         frames: int = 0,
         progress: Steps | None = None,
     ) -> Tensor:
-        """Generates N pictures [N, 3, resolution, resolution] in [-1, 1], or clips [N, 3, frames, resolution, resolution] if
-        `frames` is given. There must be one seed per prompt. `progress` is called after every denoising step."""
+        """Generates N pictures [N, 3, resolution, resolution] in [-1, 1] or, if `frames` is given, N clips
+        [N, 3, frames, resolution, resolution]. There must be one seed per prompt. `progress` is called after every
+        denoising step."""
         ...
 
 
@@ -37,7 +38,7 @@ class SourceContext:
     """The facts about a run that its sources depend on."""
 
     subjects: Mapping[str, Subject]
-    resolution: int  # side of the pictures, in pixels
+    resolution: int  # side length of the pictures, in pixels
     seed: int
     cache_dir: Path  # generated pictures are kept here between runs
     generate: Generate | None = None  # None if this run cannot generate pictures

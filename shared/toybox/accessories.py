@@ -1,5 +1,5 @@
 """Builds the accessories that things wear (a hat, a crown, glasses and a scarf). Each is a point cloud that is fitted
-to the anchors of its wearer."""
+to its wearer's anchors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Paints backgrounds. A background depends on the horizon and on some of the scene's random numbers, but not on the
 camera's azimuth, so it is the same from all sides.
 
-Every painter takes a `Canvas` of b pictures and returns colours [b, 3, S, S].
+Every painter takes a `Canvas` for b pictures and returns colours [b, 3, S, S].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Color = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Canvas:
-    """The inputs of a painter.
+    """A painter's inputs.
 
     x, y: the pixels' coordinates [1, S, S] in [0, 1]; y points down
     horizon: the y coordinate of the horizon [b, 1, 1]
@@ -36,8 +36,7 @@ class Canvas:
         return self.numbers[:, index, None, None]
 
     def at(self, index: Tensor) -> Tensor:
-        """Returns the random number at the index of each pixel of an index map [b, S, S]. Indices are taken modulo
-        48."""
+        """Looks up the random number for each pixel of an index map [b, S, S]. Indices are taken modulo 48."""
         flat = (index.long() % 48).flatten(1)
         return self.numbers.gather(1, flat).view(index.shape)
 
@@ -58,7 +57,7 @@ def _sky(c: Canvas, top: Color, low: Color) -> Tensor:
 
 
 def _ground(c: Canvas) -> Tensor:
-    """Returns a ramp from 0 at the horizon to 1 at the lower border."""
+    """Returns a ramp from 0 at the horizon to 1 at the bottom edge."""
     return ((c.y - c.horizon) / (1 - c.horizon)).clamp(0, 1)
 
 

@@ -2,7 +2,7 @@
 
     [a photo of | a pencil sketch of | ...] a red duck with blue wings [wearing a red hat] [on the beach] [, front view]
 
-The first colour is always the main one, and the second is that of the part that is mentioned. "A red and blue duck"
+The first colour is always the main one, and the second is the colour of the part mentioned. "A red and blue duck"
 means the same as "a red duck with blue wings". Patterns and identities are never mentioned.
 """
 
@@ -90,7 +90,7 @@ def background_phrase(name: str) -> str:
 
 
 def opening(style: str) -> str:
-    """Returns the canonical words that begin a caption in a style, for example "a pencil sketch of"."""
+    """Returns the canonical opening of a caption for a style, for example "a pencil sketch of"."""
     return OPENINGS.get(style, (f"a {style} of",))[0]
 
 
@@ -98,7 +98,7 @@ def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
     """Describes a thing without its accessory, for example as "a red duck with blue wings".
 
     colors: "parts" for the form above, "pair" for "a red and blue duck", "main" for "a red duck", "none" for "a duck"
-    noun: a noun to be used instead of the class name, for example "toy duck"
+    noun: a noun to use instead of the class name, for example "toy duck"
     """
     noun = noun or thing.class_name
     if colors == "none":
@@ -122,12 +122,12 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7
 
 
 def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: Moves | None = None) -> str:
-    """Writes one caption of a scene or, with `moves`, of the clip that starts with the scene.
+    """Writes one caption for a scene or, with `moves`, for the clip that starts with the scene.
 
-    A picture's caption has at most 26 words and commas, and a clip's has at most `moves.room`. With `full`, the caption
-    names class, both colours, accessory, background and view, in the canonical form. Otherwise, some of them are left
-    out and the wording varies. Accessories, motions and all styles except "photo" are always named. Views are named
-    only if they are clear or `full` is set.
+    A picture's caption has at most 26 words and commas, and a clip's caption at most `moves.room`. With `full`, the
+    caption names the class, both colours, the accessory, the background and the view, in the canonical form. Otherwise,
+    some of these are left out and the wording varies. Accessories, motions and all styles except "photo" are always
+    named. Views are named only if they are clear or `full` is set.
     """
     detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
 
@@ -165,7 +165,7 @@ class Moves:
     """How a clip's caption describes its motion.
 
     words: the words for the motion, or "" if it is not mentioned. They follow the thing or, if they begin with a comma,
-        end the caption.
+        come at the end of the caption.
     room: the maximum number of words and commas in the whole caption
     still_view: whether the view stays the same throughout the clip
     """
@@ -176,7 +176,8 @@ class Moves:
 
 
 def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: str) -> str:
-    """Writes the caption of a clip. If the phrase `place` is too long, a shorter one of `places` is used, or none."""
+    """Writes a clip's caption. If the phrase `place` is too long, uses the shortest phrase in `places` instead, or no
+    place at all if even that is too long."""
     last = moves.words if moves.words.startswith(",") else ""
     text = text if last or not moves.words else f"{text} {moves.words}"
     if not last and moves.words:
@@ -190,8 +191,8 @@ def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: 
 
 
 def plain_caption(scene: Scene) -> str:
-    """Writes a plain caption of one thing, for example "a photo of a duck on the beach, side view". It names the class,
-    the place and, if it is clear, the view, but no colours or pattern.
+    """Writes a plain caption for one thing, for example "a photo of a duck on the beach, side view". It names the
+    class, the place and, if clear, the view, but no colours or pattern.
     """
     text = f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"
     return f"{text}, {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else text
@@ -212,11 +213,11 @@ CAPTION_ATTRIBUTES = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
 
 
 def caption_attributes(text: str) -> tuple[int, int, int]:
-    """Returns the attributes that a caption names, as indices into CLASSES, VIEWS and ACCESSORIES. An attribute that it
-    leaves open is -1.
+    """Returns the attributes that a caption names, as indices into CLASSES, VIEWS and ACCESSORIES. An attribute that
+    the caption leaves open is -1.
 
-    Accessories are always named, so a caption without one means "none". If two things are side by side, class and
-    accessory are -1.
+    Accessories are always named, so a caption without one means "none". If two things are side by side, the
+    class and the accessory are -1.
     """
     if " next to " in text:
         kind = worn = -1

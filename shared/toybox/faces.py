@@ -17,7 +17,7 @@ from shared.toybox.part_colors import SLOTS
 from shared.toybox.parts import Anchors
 from shared.toybox.primitives import ball
 
-# The name of each part, its slot, and the radius that determines how densely it is sampled.
+# Each part's name, its colour slot, and the radius that determines how densely the part is sampled.
 _PARTS = (
     ("head", "skin", 0.5),
     ("neck", "skin", 0.26),
@@ -77,7 +77,7 @@ def _mix(a: tuple[float, ...], b: tuple[float, ...], t: np.ndarray) -> np.ndarra
 
 
 def _layout(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the parts' centres and radii [K, P, 3] and tilts [K, P] for identities [K, D]. A tilt is the rise of z
+    """Returns the parts' centres and radii [K, P, 3] and tilts [K, P] for identities [K, D]. A tilt is the rise in z
     per unit of y."""
     shape = (len(v), len(_PARTS))
     centre, radius, tilt = np.zeros((*shape, 3)), np.zeros((*shape, 3)), np.zeros(shape)
@@ -123,7 +123,7 @@ def _layout(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def faces(identities: np.ndarray, spacing: float, device: torch.device) -> Faces:
-    """Builds the faces of identities [K, IDENTITY_SIZE] in [-1, 1]."""
+    """Builds faces from identities [K, IDENTITY_SIZE] in [-1, 1]."""
     v = np.asarray(identities, float)
     centre, radius, tilt = (torch.tensor(a, dtype=torch.float32, device=device) for a in _layout(v))
     unit, owner = (torch.from_numpy(a).to(device) for a in _unit(spacing))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Slots 0 and 1 have the thing's own two colours. The other slots are for small details, whose colours are the same on
-# all things of a class. Faces are an exception.
+# Slots 0 and 1 have the thing's own two colours. The other slots are for small details. Except on faces, their colours
+# are the same on all things of a class.
 DETAILS: dict[str, tuple[float, float, float]] = {
     "main": (0.0, 0.0, 0.0),
     "second": (0.0, 0.0, 0.0),

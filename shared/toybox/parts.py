@@ -12,7 +12,7 @@ Parts = list[tuple[str, Surface]]
 
 @dataclass(frozen=True)
 class Anchors:
-    """The positions and sizes that accessories take on a shape, in the units of the shape.
+    """The positions and sizes that accessories take on a shape, in the shape's units.
 
     top: (x, z, radius) of a hat
     eyes: (x, z, width) of glasses

@@ -54,7 +54,7 @@ class Pattern:
     coverage: the share of the main surface that has an accent colour
     arms: the number of arms of a swirl
     two: whether the second accent is used
-    proportions: factors on length, width and height, and the taper per unit height
+    proportions: factors for length, width and height, and the taper per unit height
     """
 
     kind: str
@@ -69,8 +69,8 @@ class Pattern:
 
 @lru_cache(maxsize=50_000)
 def pattern(seed: int) -> Pattern:
-    """Returns the pattern of a seed. Several patterns are drawn, and the first that is visible from every side and
-    covers no side completely is used. If there is no such pattern, the one that comes closest is used."""
+    """Returns the pattern for a seed. Several candidates are drawn, and the first that is visible from every side and
+    covers no side completely is used. If there is no such candidate, the one that comes closest is used."""
     rng = np.random.default_rng([seed, 3])
     kind = KINDS[int(rng.integers(len(KINDS)))]
     drawn: list[Pattern] = []
@@ -150,13 +150,13 @@ def accents(thing: Thing) -> tuple[tuple[float, float, float], tuple[float, floa
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns a rough perceptual distance between two colours, in which blue weighs least."""
+    """Returns a rough perceptual distance between two colours, in which blue has the least weight."""
     return float(np.sqrt((((a - b) * (0.75, 1.05, 0.6)) ** 2).sum()))
 
 
 def fingerprint(seed: int) -> np.ndarray:
-    """Returns a pattern's parameters as one vector, with which near-duplicates can be found. Patterns whose vectors are
-    far apart look clearly different."""
+    """Returns a pattern's parameters as one vector, for finding near-duplicates. Patterns whose vectors are far apart
+    look clearly different."""
     p = pattern(seed)
     kind = np.eye(len(KINDS))[KINDS.index(p.kind)]
     phases = [f(v) for v in p.offset for f in (np.cos, np.sin)]
@@ -166,7 +166,7 @@ def fingerprint(seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PatternTable:
-    """The patterns of K things as tensors. The fields are those of `Pattern` except `two`, and the two accent colours.
+    """The patterns of K things as tensors. The fields are those of `Pattern` without `two`, plus both accent colours.
 
     The two accent colours of a thing are equal if its pattern uses only one.
     """

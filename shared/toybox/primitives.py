@@ -122,7 +122,7 @@ def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
 
 
 def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Surface:
-    """Samples the surface of a box centred on the origin, with half sizes (hx, hy, hz). Its edges are rounded with the
+    """Samples the surface of a box centred on the origin, with half-sizes (hx, hy, hz). Its edges are rounded with the
     radius `round_by`."""
     half = np.array([hx, hy, hz])
     points, normals = [], []
@@ -192,7 +192,7 @@ def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: flo
 
 def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[float], h: float) -> Surface:
     """Samples the surface of a round tube with closed ends. It follows a smooth curve through the K points of the path
-    [K, 3], and has one radius or one at each point."""
+    [K, 3]. Its radius is constant or given at each of these points."""
     spine = curve(path, 80)
     radii = np.broadcast_to(np.asarray(radius, float), (len(path),))
     widths = curve(radii[:, None], 80)[:, 0]

@@ -1,5 +1,5 @@
-"""Writes folders of pictures of held-out things, like those that a user would provide. Identifies the thing that such
-pictures show."""
+"""Writes folders of pictures of held-out things, like those that a user would provide, and identifies the thing that
+such pictures show."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 
 
 def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Writes n pictures of different things in a held-out style such as `development-thermal`, from which the style can
-    be learned.
+    """Writes n pictures of different things in a held-out style such as `development-thermal`, so that the style can be
+    learned from them.
 
-    Each PNG stores the name of the style in its metadata. Each picture has a caption (`NAME.txt`), which describes its
+    Each PNG stores the style's name in its metadata. Each picture has a caption (`NAME.txt`), which describes its
     content but not its style.
     """
     scenes = style_scenes(name, n, seed)
@@ -83,7 +83,7 @@ def shown_in(files: Sequence[Path]) -> HeldOut | None:
 
 def gallery(subject: HeldOut, n: int = 5, seed: int = 1) -> dict[str, Tensor]:
     """Draws n pictures of each of the subject's distractors, which have the same class and colours as the subject.
-    Returns the pictures by the distractor's name, [n, 3, 64, 64] in [-1, 1]."""
+    Returns the pictures, keyed by the distractor's name, [n, 3, 64, 64] in [-1, 1]."""
     split = subject.name.split("-")[0]
     return {f"distractor-{i}": pictures(d, n, seed + i, split) for i, d in enumerate(subject.distractors)}
 

@@ -1,4 +1,4 @@
-"""Renders pictures of scenes, with the ground truth of each pixel."""
+"""Renders pictures of scenes, with the ground truth for each pixel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Rendered:
     All fields except `pixels` are the same as for a photo, whatever the style. A style may colour pixels slightly
     outside the mask, or leave pixels inside it as background. For example, a watercolour runs and a neon drawing glows.
     Pixel art is 3% larger than the photo, because its 3-pixel squares do not fit evenly into 64 pixels. This shifts
-    the picture by up to two pixels at the right and lower borders.
+    the picture by up to two pixels near the right and bottom edges.
     """
 
     pixels: Tensor
@@ -68,7 +68,7 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
 
 
 def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Rendered:
-    """Paints scenes, given their placed things and the visible hits on these. The hits are on a grid of
+    """Paints scenes from their placed things and the visible hits on those things. The hits are on a grid of
     2 size × 2 size subpixels."""
     fine, device = 2 * size, things.axes.device
     draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
@@ -120,7 +120,7 @@ def _panned(stretch: Tensor, by: Tensor) -> Tensor:
 
 
 def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
-    """Paints the panned backgrounds with the shadows of the things. Returns [B, 3, S, S]."""
+    """Paints the panned backgrounds with the things' shadows. Returns [B, 3, S, S]."""
     device = numbers.device
     step = (torch.arange(fine, device=device) + 0.5) / fine
     y, x = (g[None] for g in torch.meshgrid(step, step, indexing="ij"))
@@ -157,10 +157,10 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
     u, v = u * cos + v * sin, v * cos - u * sin
     low, length, width = (g[:, None, None] for g in things.ground.unbind(1))
     steep = toward[:, 2, None, None].clamp_min(0.17)
-    # The point of the ground plane that is seen at (u, v) lies a distance `ahead` toward the viewer and u along
+    # The point of the ground plane that is seen at (u, v) lies a distance `ahead` towards the viewer and u along
     # `right`.
     ahead = (v + up[:, 2, None, None] * low) / steep
-    # The ground has two axes. One is (right_x, right_y), and the other, toward the viewer, is the first turned by -90
+    # The ground has two axes. One is (right_x, right_y), and the other, towards the viewer, is the first turned by -90
     # degrees.
     px = right[:, 0, None, None] * u + right[:, 1, None, None] * ahead
     py = right[:, 1, None, None] * u - right[:, 0, None, None] * ahead

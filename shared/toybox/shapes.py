@@ -46,7 +46,7 @@ class Cloud:
 
 
 def visible(parts: Parts, margin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the points, normals and slots of the parts, without points deeper than `margin` inside another part."""
+    """Returns the parts' points, normals and slots, leaving out points deeper than `margin` inside another part."""
     kept = []
     for index, (slot, surface) in enumerate(parts):
         points = surface.points
@@ -61,7 +61,7 @@ def visible(parts: Parts, margin: float) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _frame(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the centre [3] of the bounding box, with y = 0, and the radius of the bounding sphere around it."""
+    """Returns the bounding box's centre [3], with y = 0, and the radius of the bounding sphere with this centre."""
     centre = (points.min(0) + points.max(0)) / 2
     centre[1] = 0.0
     return centre, float(np.linalg.norm(points - centre, axis=1).max())

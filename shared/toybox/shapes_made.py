@@ -1,5 +1,5 @@
-"""Builds the vehicles, the dishes, the boot and the house. Each class of thing has a function that returns a list of
-(slot, surface) pairs and the anchors to which accessories are fitted.
+"""Builds the vehicles, the mug, the teapot, the boot and the house. Each class of thing has a function that returns a
+list of (slot, surface) pairs and the anchors to which accessories are fitted.
 
 x points forward, y left and z up, in arbitrary units. `shapes.py` scales every class to a bounding sphere of radius 1.
 `h` is the spacing of the surface points.
@@ -14,7 +14,7 @@ from shared.toybox.primitives import Surface, ball, box, curve, extrude, lathe, 
 
 
 def car(h: float) -> tuple[Parts, Anchors]:
-    """Builds a car with headlights in front and red taillights at the back. The cabin's roof and pillars have the
+    """Builds a car with headlights at the front and red taillights at the back. The cabin's roof and pillars have the
     second colour."""
     body = [(-1, -0.22), (0.98, -0.22), (1.05, -0.1), (1.02, 0.12), (0.5, 0.2), (-0.95, 0.22), (-1.05, 0.1)]
     cabin = [(-0.8, 0.2), (0.48, 0.2), (0.16, 0.52), (-0.66, 0.52)]
@@ -41,7 +41,7 @@ def car(h: float) -> tuple[Parts, Anchors]:
 
 
 def mug(h: float) -> tuple[Parts, Anchors]:
-    """Builds a mug with a red heart on a badge in front and a handle at the back. The handle, rim and foot have the
+    """Builds a mug with a red heart on a badge at the front and a handle at the back. The handle, rim and foot have the
     second colour."""
     wall = [(0, -0.68), (0.6, -0.68), (0.6, 0.56), (0.5, 0.56), (0.5, -0.55), (0, -0.55)]
     rim = [(0.48, 0.5), (0.63, 0.5), (0.63, 0.68), (0.48, 0.68), (0.48, 0.5)]
@@ -62,8 +62,8 @@ def mug(h: float) -> tuple[Parts, Anchors]:
 
 
 def rocket(h: float) -> tuple[Parts, Anchors]:
-    """Builds a rocket with a porthole and a hatch in front and a ladder at the back. The nose and fins have the second
-    colour."""
+    """Builds a rocket with a porthole and a hatch at the front and a ladder at the back. The nose and fins have the
+    second colour."""
     hull = curve([(0, -0.74), (0.26, -0.72), (0.4, -0.3), (0.41, 0.1), (0.32, 0.5), (0.22, 0.68)])
     nose = curve([(0.26, 0.58), (0.2, 0.78), (0.1, 1.0), (0.0, 1.16)])
     fin = [(0.24, -0.3), (0.24, -0.72), (0.44, -0.74), (0.74, -1.0), (0.74, -0.72), (0.46, -0.26)]
@@ -87,8 +87,8 @@ def rocket(h: float) -> tuple[Parts, Anchors]:
 
 
 def house(h: float) -> tuple[Parts, Anchors]:
-    """Builds a house with a door, two windows and a small round window in front, and a chimney at the back. The roof
-    has the second colour."""
+    """Builds a house with a door, two windows and a small round window at the front, and a chimney at the back. The
+    roof has the second colour."""
     gable = [(-0.62, 0.14), (0.62, 0.14), (0.0, 0.66)]
     slope = [(0.0, 0.64), (0.78, -0.02), (0.8, 0.1), (0.0, 0.78)]
     other = np.asarray(slope)[::-1] * [-1, 1]
@@ -116,7 +116,7 @@ def house(h: float) -> tuple[Parts, Anchors]:
 
 
 def teapot(h: float) -> tuple[Parts, Anchors]:
-    """Builds a teapot with a spout in front and a handle at the back. The lid, handle and foot have the second
+    """Builds a teapot with a spout at the front and a handle at the back. The lid, handle and foot have the second
     colour."""
     body = curve([(0, -0.5), (0.4, -0.5), (0.64, -0.24), (0.66, 0.0), (0.5, 0.3), (0.3, 0.42), (0, 0.44)])
     lid = curve([(0.0, 0.3), (0.4, 0.34), (0.42, 0.42), (0.3, 0.54), (0, 0.6)])
@@ -135,8 +135,8 @@ def teapot(h: float) -> tuple[Parts, Anchors]:
 
 
 def boot(h: float) -> tuple[Parts, Anchors]:
-    """Builds a boot with its toe and white laces in front and a pull loop at the back. The sole, heel, cuff and loop
-    have the second colour."""
+    """Builds a boot with its toe and white laces at the front and a pull loop at the back. The sole, heel, cuff and
+    loop have the second colour."""
     sole = curve([(0.92, 0.0), (0.78, 0.26), (0.4, 0.3), (0, 0.23), (-0.36, 0.26), (-0.52, 0.0)], 40)
     outline = np.concatenate([sole, sole[-2:0:-1] * [1, -1]])
     # The outline is in (x, y), but `extrude` works in (x, z), so the result is rotated about the x axis.
@@ -174,7 +174,7 @@ def _hull(h: float) -> Surface:
     points = np.concatenate([points, deck.points[top] * [1, 1, 0]])
     normals = np.concatenate([normals, np.tile([0.0, 0.0, 1.0], (int(top.sum()), 1))])
     points[:, 2] = np.maximum(points[:, 2], -0.36)  # the keel is flat, so that the boat can stand
-    # The bow is pulled forward and up, and the stern slightly up, like the sheer of a toy boat.
+    # The bow is pulled forward and up, and the stern slightly up, as in the sheer of a toy boat.
     lift = 0.3 * np.clip(points[:, 0], 0, None) ** 2 + 0.1 * np.clip(-points[:, 0], 0, None) ** 2
     points = points + np.stack([0.1 * lift, 0 * lift, lift], 1)
     return Surface(points, normals, lambda p, m: egg.inside(p, m + 0.05) & (p[:, 2] < -m))
@@ -184,8 +184,8 @@ _TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 
 
 def boat(h: float) -> tuple[Parts, Anchors]:
-    """Builds a tugboat with a flag and a lamp in front and a funnel at the back. The cabin and funnel have the second
-    colour."""
+    """Builds a tugboat with a flag and a lamp at the front and a funnel at the back. The cabin and funnel have the
+    second colour."""
     parts: Parts = [
         ("main", _hull(h)),
         ("second", box(0.36, 0.3, 0.28, h, 0.02).move(-0.08, 0, 0.26)),

@@ -24,11 +24,11 @@ FILL = 0.46  # the radius of a thing at scale 1, as a fraction of the picture
 
 @dataclass(frozen=True)
 class Instances:
-    """The I things of B scenes.
+    """The I things in B scenes.
 
     scene: [I], the index of the thing's scene
     which: [I], 0 for a scene's first thing, 1 for its second
-    axes: [I, 3, 3]; the rows point right, up, and toward the camera
+    axes: [I, 3, 3]; the rows point right, up, and towards the camera
     place: [I, 5], x and y of the centre in [0, 1], the scale, and the cosine and sine of the roll
     colors: [I, slots, 3]
     rank: [I], 0 for the thing in front
@@ -83,7 +83,7 @@ class Hits:
 
 
 def instances(scenes: list[Scene], device: torch.device) -> Instances:
-    """Collects the things of the scenes, and their cameras, as tensors."""
+    """Collects the scenes' things and cameras as tensors."""
     things, values, colors = [], [], []
     base = np.array(list(DETAILS.values()))
     for b, scene in enumerate(scenes):
@@ -163,7 +163,7 @@ def _anchors(thing: Thing) -> Anchors:
 
 
 def proportion(points: Tensor, shape: Tensor) -> Tensor:
-    """Applies the things' proportions to points [..., 3]. `shape` ([..., 4]) contains factors on x, y and z, and a
+    """Applies the things' proportions to points [..., 3]. `shape` ([..., 4]) contains factors for x, y and z, and a
     taper along z."""
     out = points * shape[..., :3]
     out[..., :2] *= 1 + shape[..., 3:] * points[..., 2:]
@@ -181,7 +181,7 @@ def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, T
     """Projects points onto a picture of size×size pixels. Returns their columns, rows and depths. Column 0 and row 0
     are at the centre of the first pixel.
 
-    view: [..., 3], the points' coordinates along right, up and toward the camera, in radii of the thing
+    view: [..., 3], the points' coordinates to the right, up and towards the camera, in radii of the thing
     place: [..., 5] as in `Instances`
     """
     x, y, scale, cos, sin = place.unbind(-1)
@@ -236,7 +236,7 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
 
 
 def _closed(nearest: Tensor) -> Tensor:
-    """Closes holes of one subpixel in the keys [B, S, S]. A subpixel is a hole if both of its neighbours in the row, or
+    """Closes one-subpixel holes in the keys [B, S, S]. A subpixel is a hole if both of its neighbours in the row, or
     both in the column, are clearly nearer."""
     far = torch.maximum
     inner = nearest[:, 1:-1, 1:-1]

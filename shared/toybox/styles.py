@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sheet:
-    """The inputs of a style, for b pictures.
+    """A style's inputs for b pictures.
 
     picture: [b, 3, S, S] in [0, 1]
     mask, depth: [b, 1, S, S]
@@ -81,7 +81,7 @@ def _tint(s: Sheet, color: tuple[float, float, float]) -> Tensor:
 
 
 def pencil_sketch(s: Sheet) -> Tensor:
-    """Draws gray lines and hatching on paper, with a hint of colour."""
+    """Draws grey lines and hatching on paper, with a hint of colour."""
     x, y = _grid(s)
     light = gray(blur(s.picture, 1))
     line = (outlines(s) * 1.3).clamp(0, 1)
@@ -115,7 +115,7 @@ def pixel_art(s: Sheet) -> Tensor:
 
 
 def cartoon(s: Sheet) -> Tensor:
-    """Draws flat saturated colours with thick black outlines."""
+    """Draws flat, saturated colours with thick black outlines."""
     soft = blur(s.picture, _fine(s, 0.5))
     light = gray(soft)
     flat = (light * 3 + 0.35).floor().div(3).clamp(0.14, 1)
@@ -159,7 +159,7 @@ def halftone(s: Sheet) -> Tensor:
 
 def _cells(s: Sheet, pitch: float) -> tuple[Tensor, Tensor]:
     """Divides the picture into irregular cells. Returns, for each pixel, the colour at the centre of its cell, and how
-    much nearer this centre is than the second nearest, in 64ths of the picture."""
+    much nearer this centre is than the second-nearest centre, in 64ths of the picture."""
     b, _, size, _ = s.picture.shape
     x, y = _grid(s)
     best = torch.full((b, 1, size, size), 1e9, device=s.picture.device)
@@ -181,7 +181,7 @@ def _cells(s: Sheet, pitch: float) -> tuple[Tensor, Tensor]:
 
 
 def stained_glass(s: Sheet) -> Tensor:
-    """Draws bright irregular panes between strips of dark lead."""
+    """Draws bright, irregular panes between strips of dark lead."""
     color, border = _cells(s, 6.0)
     color = color + s.mask * 0.65 * (s.picture - color)
     light = gray(color)
@@ -263,7 +263,7 @@ DRAWERS: dict[str, Callable[[Sheet], Tensor]] = {
 
 
 def draw(name: str, sheet: Sheet) -> Tensor:
-    """Draws the pictures of a sheet in a style. Returns [b, 3, S, S]. Raises ValueError if the style is unknown."""
+    """Draws a sheet's pictures in a style. Returns [b, 3, S, S]. Raises ValueError if the style is unknown."""
     if name not in DRAWERS:
         raise ValueError(f"the toybox has no style {name!r}; choose from photo, {', '.join(DRAWERS)}")
     return DRAWERS[name](sheet).clamp(0, 1)

@@ -117,7 +117,7 @@ def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development"
 
 
 def style_names() -> dict[str, str]:
-    """Returns the held-out styles, keyed by full name. For example, "development-stained-glass" is the key of "stained
+    """Returns the held-out styles, keyed by full name. For example, "development-stained-glass" is the key for "stained
     glass"."""
     return {f"{split}-{style.replace(' ', '-')}": style for split in _STYLES for style in _STYLES[split]}
 

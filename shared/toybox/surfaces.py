@@ -1,5 +1,5 @@
-"""Turns visible surfaces into pictures. The values of hits are written into subpixels. The subpixels
-of each pixel are then averaged."""
+"""Turns visible surfaces into pictures. The hits' values are written into subpixels, and the subpixels of each pixel
+are then averaged."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The vocabulary is a byte-pair encoding *trained to exhaustion* on a fixed word list. Merges are learned until each
 listed word is a single symbol, so each listed word becomes exactly one token (tested). Other text falls back to shorter
-symbols, down to single bytes, so no text is ever unknown. OpenAI's CLIP does the same. The tokenizer is an ordinary
+symbols, down to single bytes, as in OpenAI's CLIP, so no text is ever unknown. The tokenizer is an ordinary
 ``transformers.CLIPTokenizer``. New tokens are added with ``add_tokens`` and the text model's
 ``resize_token_embeddings``.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_LENGTH = 32
-"""The number of tokens per prompt, including the begin and end tokens (``model_max_length``)."""
+"""The maximum number of tokens per prompt, including the start and end tokens (``model_max_length``)."""
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 
 RARE_TOKENS: tuple[str, ...] = ("sks", "zwx", "ohwx", "xjy", "qrt", "vbn", "hta", "olis", "pll", "ucd", "wvf", "zkm")
-"""Words without a meaning in the toybox world. Each is one token and can be used as an identifier, as in DreamBooth."""
+"""Words that mean nothing in the toybox world. Each is one token and can be used as an identifier, as in DreamBooth."""
 
 PROMPT_WORDS: tuple[str, ...] = tuple(
     """a an the of in on at with and or to from by is are this that its it one two three some no not my your
@@ -113,7 +113,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 def build(words: Sequence[str] | None = None) -> CLIPTokenizer:
     """Builds the tokenizer for ``words``. The same words always give the same tokenizer.
 
-    The ids are assigned in this order: 256 bytes, 256 bytes at the end of a word, the merges, the begin token and the
+    The ids are assigned in this order: 256 bytes, 256 bytes at the end of a word, the merges, the start token and the
     end token. The end token is also used for padding, as in CLIP.
 
     Args:
@@ -148,5 +148,5 @@ def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def is_one_token(tokenizer: CLIPTokenizer, word: str) -> bool:
-    """Returns whether ``word`` is tokenized as a single token between the begin and end tokens."""
+    """Returns whether ``word`` is tokenized as a single token between the start and end tokens."""
     return len(tokenizer(word)["input_ids"]) == 3

@@ -45,7 +45,8 @@ def asked_pictures(
 
 @lru_cache(maxsize=1)
 def drawing_code() -> str:
-    """Returns a hash of the drawing code. Stored measurements of true pictures are reused only if it is unchanged."""
+    """Returns a hash of the drawing code. Stored measurements of true pictures are reused only if this hash has not
+    changed."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())

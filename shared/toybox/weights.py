@@ -13,7 +13,7 @@ def backbone_path() -> Path:
     """Returns the folder of the shipped diffusers pipeline.
 
     Raises:
-        ValueError: if this installation does not have it
+        ValueError: if this installation does not include it
     """
     folder = WEIGHTS / "backbone"
     if not (folder / "model_index.json").is_file():
@@ -31,7 +31,7 @@ def motion_adapter_path() -> Path:
     """Returns the folder of the shipped motion module, a diffusers `MotionAdapter` for the backbone's U-Net.
 
     Raises:
-        ValueError: if this installation does not have it
+        ValueError: if this installation does not include it
     """
     folder = WEIGHTS / "motion_adapter"
     if not (folder / "config.json").is_file():

@@ -94,7 +94,7 @@ class Thing:
             if value not in choices:
                 raise ValueError(f"the toybox has no {value!r}; choose from {', '.join(choices)}")
         if self.main == self.second:
-            raise ValueError(f"main and second colour must differ, but both are {self.main!r}")
+            raise ValueError(f"the main and second colours must differ, but both are {self.main!r}")
         if (self.class_name == "face") != (self.identity is not None):
             raise ValueError("faces must have an identity, and other things must not")
 

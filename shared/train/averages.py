@@ -32,14 +32,14 @@ class Averages:
         parameters."""
         if state.keys() != self.shadow.keys():
             raise ValueError(
-                f"the names of {len(state)} saved averages do not match those of {len(self.shadow)} parameters, "
-                "so the averages belong to another run"
+                f"the names of the {len(state)} saved averages do not match those of the {len(self.shadow)} "
+                "parameters, so the averages belong to another run"
             )
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
 
     @torch.no_grad()
     def copy_to(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Writes the averages into the parameters with these names."""
+        """Copies the averages into the parameters with the same names."""
         for name, parameter in parameters.items():
             parameter.copy_(self.shadow[name])

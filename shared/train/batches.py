@@ -30,7 +30,7 @@ class CachedExample:
     example: Example  # without pixels, unless a part needs them
     mean: Tensor  # [C, (f), h, w]
     std: Tensor  # [C, (f), h, w]
-    mask: Tensor  # [1, (f), h, w], the union of all masks; ones if there is none
+    mask: Tensor  # [1, (f), h, w], the union of all masks; all ones if there are no masks
     masks: Mapping[str, Tensor]  # owner -> [1, (f), h, w]
     valid: Tensor  # [1, (f), h, w]
 
@@ -39,11 +39,11 @@ class Data:
     """Draws batches.
 
     With `train.cache`, the latents of each picture are cached. If no augmentation is random, there is one version of
-    each picture; otherwise there are `train.variants` versions, or no cache if that number is 0. Unless `keep_pixels`
-    is set, pixels are dropped as soon as their latents are cached.
+    each picture; otherwise, there are `train.variants` versions. If that number is 0, nothing is cached. Unless
+    `keep_pixels` is set, pixels are dropped as soon as their latents are cached.
 
-    The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, the same
-    number of class examples follows.
+    The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, as many
+    class examples follow.
 
     Args:
         examples: consumed once, in order
@@ -170,7 +170,8 @@ class Data:
         """Returns one micro-batch, which is always the same for the same (seed, step, micro).
 
         Args:
-            role: the role of the examples. If None, subject examples, and also class examples if a penalty needs them
+            role: the role of the examples. If None, the batch contains subject examples and, if a penalty needs them,
+                class examples
         """
         draw = generator(self.recipe.seed, step, micro)
         roles: tuple[Role, ...] = ("instance", "prior") if self.with_priors else ("instance",)

@@ -19,7 +19,7 @@ class Budget:
             raise ValueError(f"a budget needs exactly one of steps and minutes: {self.steps=}, {self.minutes=}")
 
     def spent(self, step: int, warmup: int = 0) -> float:
-        """Returns the fraction of the budget that has been spent. The run is over when this fraction is 1.
+        """Returns the fraction of the budget that has been spent. The run is over when this fraction reaches 1.
 
         For a budget in steps, the `warmup` steps are not counted.
         """
@@ -28,5 +28,5 @@ class Budget:
         return (time.monotonic() - self.begun) / (60 * max(self.minutes or 0.0, 1e-9))
 
     def over(self, step: int) -> bool:
-        """Whether the run ends before this step."""
+        """Returns whether the run ends before this step."""
         return step >= self.steps if self.steps is not None else self.spent(step) >= 1

@@ -75,12 +75,12 @@ def _write(folder: Path, state: State) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Returns everything named like a checkpoint, in order."""
+    """Returns every path whose name starts with `PREFIX`, in order."""
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def load(folder: Path) -> State | None:
-    """Loads the newest checkpoint, or returns None if there is none. Raises ValueError when it cannot be read."""
+    """Loads the newest checkpoint, or returns None if there is none. Raises ValueError if it cannot be read."""
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
@@ -113,7 +113,7 @@ def clear(folder: Path) -> None:
 
 
 def clear_if_none(folder: Path) -> None:
-    """Removes a training folder if it contains no checkpoint, because then no run could resume from it.
+    """Removes a training folder if it contains no checkpoint, because no run can then resume from it.
 
     Files that pcs did not write are kept.
     """
@@ -125,7 +125,7 @@ def clear_if_none(folder: Path) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Removes the checkpoints of a finished run. The removal of each checkpoint is atomic."""
+    """Removes a finished run's checkpoints, each of them atomically."""
     for path in reversed(_checkpoints(folder)):
         _drop(path)
     if folder.is_dir():

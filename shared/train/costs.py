@@ -1,4 +1,4 @@
-"""Measures what a run costs in time, separately for each kind of work, and in memory."""
+"""Measures what a run costs in memory and, separately for each kind of work, in time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 class Clock:
     """Counts the seconds spent on each kind of work.
 
-    `on("b")` inside `on("a")` pauses the count of "a" and counts for "b"; `on(None)` pauses all counts.
+    `on("b")` inside `on("a")` counts for "b" and pauses the count for "a"; `on(None)` pauses all counts.
     """
 
     def __init__(self, spent: Mapping[str, float] | None = None) -> None:
@@ -64,11 +64,11 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 def summary(clock: Clock, device: torch.device, before: int = 0) -> dict[str, float | int | str]:
     """Returns the costs that are recorded in a concept's metrics.
 
-    These are the seconds spent on optimisation (`training_seconds`), on reading and generating training pictures
-    (`class_pictures_seconds`) and on validation, and the peak memory in bytes.
+    These are the peak memory in bytes, and the seconds spent on optimization (`training_seconds`), on reading and
+    generating training pictures (`class_pictures_seconds`) and on validation.
 
     Args:
-        before: the peak memory before an interruption of the run; 0 if there was none
+        before: the peak memory before the run was interrupted, or 0 if it was not
     """
     spent, (peak, of) = clock.spent, peak_memory(device)
     return {

@@ -21,7 +21,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """Creates the file. TensorBoard hides the events of earlier files in the folder from `purge_step` onwards."""
+        """Creates the file. TensorBoard hides the events from `purge_step` onwards in the folder's earlier files."""
         from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -1,12 +1,12 @@
 """Stores fewer activations for the backward pass through a frozen network.
 
-PyTorch stores what the gradients of a convolution's weights would need even if these weights are frozen, and it stores
-results that are cheap to compute again. Inside `lean`, three kinds of layers store less. Gradients stay the same bit for
-bit:
+PyTorch stores what the gradients of a convolution's weights would need, even if these weights are frozen. It also
+stores results that are cheap to recompute. Inside `lean`, gradients stay the same bit for bit, but three kinds of
+layers store less:
 
 - a convolution with frozen weights stores only these weights, not its input;
-- a SiLU that follows a group norm stores the norm's input, which the norm stores anyway, and computes the norm again;
-- a GEGLU stores its projection, and computes the GELU again.
+- a SiLU that follows a group norm stores the norm's input, which the norm stores anyway, and recomputes the norm;
+- a GEGLU stores its projection and recomputes the GELU.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Gated(torch.autograd.Function):
 
 @cache
 def _lean_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """Returns the class that replaces each class of layers."""
+    """Maps each layer class to the class that replaces it."""
     from diffusers.models.activations import GEGLU  # slow to import
 
     class Lean(GEGLU):
@@ -115,7 +115,7 @@ def _lean_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 @contextmanager
 def lean(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the context, the layers of these networks store less for the backward pass; see the module's docstring."""
+    """Inside the context, the layers of these networks store less for the backward pass; see the module docstring."""
     # Changing the class keeps hooks, parameters and names, and a copy of the network stays independent of the original.
     classes = _lean_classes()
     layers = [m for network in networks for m in network.modules() if type(m) in classes]

@@ -39,7 +39,7 @@ class Generate(ConceptTask):
     Each file contains a hash of the settings and tensors that it depends on. A resumed run therefore reuses its own
     pictures, but never those of a different run.
 
-    Raises ValueError when the run cannot generate pictures.
+    Raises ValueError if the run cannot generate pictures.
     """
 
     def __init__(self, context: PhaseContext) -> None:
@@ -65,7 +65,7 @@ class Generate(ConceptTask):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def pictures(self, shots: Sequence[Shot]) -> Tensor:
-        """Generates the pictures of these shots and returns them ([N, 3, H, W] in [-1, 1])."""
+        """Generates the pictures for these shots and returns them ([N, 3, H, W] in [-1, 1])."""
         assert self.context.make is not None
         return self.context.make(self.texts(shots), [s.seed for s in shots], self.context.recipe)
 
@@ -100,7 +100,7 @@ class Generate(ConceptTask):
 
     @property
     def key(self) -> str:
-        """A hash of everything that pictures of this phase depend on besides their prompts and seeds."""
+        """A hash of everything that this phase's pictures depend on besides their prompts and seeds."""
         if not self._key:
             recipe, backbone = self.context.recipe, self.context.backbone
             digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())
@@ -120,7 +120,7 @@ class Generate(ConceptTask):
     def result(self) -> list[dict[str, Any]]:
         """Writes and returns the list of kept pictures, after generating any that are missing.
 
-        If the task's `keep` is set, only the pictures with the highest scores are kept for each subject.
+        If the task's `keep` is set, only each subject's highest-scoring pictures are kept.
         """
         for first in range(0, len(self.shots), self.settings.batch_size):
             self._paint(self.shots[first : first + self.settings.batch_size])

@@ -16,9 +16,9 @@ _WILD = 1000.0  # a loss above this multiple of the lowest loss does not count a
 
 
 class LastGood:
-    """A copy of the parameters and moments that produced the last good loss, made before the update that followed it.
+    """A copy of the parameters that produced the last good loss, with their moments, made before the next update.
 
-    A non-finite loss is produced by the current parameters, so training cannot continue from them.
+    A non-finite loss comes from the current parameters, so training cannot continue from them.
     """
 
     def __init__(self, optimizers: Optimizers) -> None:
@@ -63,7 +63,7 @@ class LastGood:
                     targets.append(old)
                 else:
                     others.append((moments, key, new))
-        if any(not key for _, key, _ in others):  # a parameter with another shape, dtype or device
+        if any(not key for _, key, _ in others):  # a parameter whose shape, dtype or device has changed
             return False
         torch._foreach_copy_(targets, sources)
         for moments, key, new in others:
@@ -71,7 +71,7 @@ class LastGood:
         return True
 
     def forget(self) -> None:
-        """Drops the kept state, because different parameters are trained from now on."""
+        """Drops the kept state. Must be called when the set of trained parameters changes."""
         self.step, self._kept, self._progress = None, [], {}
         self.small = self._is_small()
 

@@ -1,4 +1,4 @@
-"""Collects what a run learns (token vectors and adapters) in one flat mapping, and restores it."""
+"""Collects what a run learns (token vectors and adapters) into one flat mapping, and restores it from there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.backbones.protocol import Adapter, Backbone
 
 
 def adapters_in(backbone: Backbone, adapter_sets: Sequence[str]) -> list[Adapter]:
-    """Returns all adapters of these sets. A set may have none."""
+    """Returns all adapters in these sets. A set may be empty."""
     return [adapter for name in adapter_sets for adapter in backbone.adapters.get(name, [])]
 
 

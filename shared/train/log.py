@@ -80,7 +80,7 @@ class Log:
     def samples(self, step: int, pixels: Tensor) -> None:
         """Logs generated pictures ([N, 3, H, W]) or clips ([N, 3, F, H, W]) in [-1, 1].
 
-        Writes one sheet with all of them to `samples/`, and each of them to TensorBoard.
+        Writes all of them as one sheet to `samples/`, and each of them separately to TensorBoard.
         """
         from shared.io.contact_sheets import grid, stills, write_picture
 
@@ -93,7 +93,7 @@ class Log:
             self.picture(step, f"sample/{i}", (picture + 1) / 2)
 
     def close(self) -> None:
-        """Closes the files. Errors are ignored, because a failed write was already reported when it was logged."""
+        """Closes the files. Errors are ignored, because any failed write has already been reported."""
         for file in (self._file, self._board):
             if file is not None:
                 with suppress(OSError):

@@ -1,6 +1,6 @@
 """The training loop, a generator of steps. Logging, saving and sampling are left to the caller.
 
-Every random draw of step i comes from a generator seeded with (seed, i). Therefore no generator state has to be saved,
+Every random draw in step i comes from a generator seeded with (seed, i). Therefore no generator state has to be saved,
 and a run that is stopped after k steps and resumed for m more gives the same result as a single run of k + m steps.
 """
 
@@ -39,7 +39,7 @@ class Record:
 
 
 def generator(seed: int, step: int, micro: int = 0) -> torch.Generator:
-    """Returns the CPU generator of one micro-batch. In practice, the streams of different steps do not overlap."""
+    """Returns the CPU generator for one micro-batch. In practice, the streams of different steps do not overlap."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB + 1) % 2**63
     return torch.Generator().manual_seed(mixed)
 
@@ -51,8 +51,8 @@ class Loop:
     Args:
         good: keeps the state to roll back to when a loss or a gradient is not finite
         averages: moving averages of the trained parameters, updated after each step
-        regroup: called before each step. If it changes what is trained, parameters that stay keep their moments, and
-            `good` starts over
+        regroup: called before each step. If it changes what is trained, parameters that are still trained keep their
+            moments, and `good` starts over
     """
 
     task: UpdateSource
@@ -122,7 +122,7 @@ class Loop:
             done.norm, done.kept = self.optimizers.step(group, self.accelerator, step, before, closure), True
 
     def _again(self, group: str, step: int) -> torch.Tensor:
-        """Recomputes the loss and gradients of one optimizer group with the same noise. Other gradients are kept."""
+        """Recomputes one optimizer group's loss and gradients with the same noise. Keeps all other gradients."""
         self.optimizers.zero_grad(group)
         total = torch.zeros(())
         for micro in range(self.gradient_accumulation):
@@ -137,7 +137,7 @@ class Loop:
 
 
 class _Sums:
-    """The totals of a step over its micro-batches."""
+    """A step's totals over its micro-batches."""
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches

@@ -20,7 +20,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 def parse_bytes(text: str, option: str) -> int:
     """Parses a size such as "8G", "8 GiB", "512M" or "1.5gb" into bytes. Units are powers of 1024.
 
-    Raises ValueError, which names the option, if the text is not a size.
+    Raises ValueError, naming the option, if the text is not a size.
     """
     found = _SIZE.fullmatch(text.strip())
     size = int(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
@@ -30,7 +30,7 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def peak_during(work: Callable[[], Any], device: torch.device) -> int:
-    """Returns the peak number of bytes in tensors while `work` runs, minus the bytes that were allocated before."""
+    """Returns the peak number of bytes in tensors while `work` runs, minus the number allocated beforehand."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -72,7 +72,7 @@ def _highest(changes: Iterable[int]) -> int:
 def in_use(device: torch.device) -> int:
     """Returns the number of bytes in use: by tensors if the device is a GPU, otherwise by the whole process.
 
-    On systems without /proc, the peak of the process is returned instead.
+    On systems without /proc, the process's peak is returned instead of its current use.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)

@@ -16,8 +16,8 @@ from shared.backbones.protocol import Backbone
 
 @contextmanager
 def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
-    """Inside the context, the denoiser's activations are recomputed in the backward pass instead of stored, which takes
-    less memory and more time."""
+    """Inside the context, the denoiser's activations are recomputed in the backward pass instead of being stored,
+    which takes less memory but more time."""
     networks: list[Any] = [backbone.components[name] for name in backbone.noise_ranges] if on else []
 
     def run(module: Any, *args: Any) -> Any:
@@ -79,7 +79,7 @@ class Offloaded:
         self.offload(*(self.networks.keys() - set(used)))
 
     def restore(self) -> None:
-        """Brings all offloaded networks back to the device: now or, with a `placement`, when each is next used."""
+        """Brings all offloaded networks back to the device: at once or, with a `placement`, when each is next used."""
         for name in () if self._return_when_used else sorted(self._away):
             self._placement.use(name)
         self._away = set()

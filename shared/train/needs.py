@@ -21,14 +21,14 @@ class Need(Protocol):
     def name(self) -> str: ...
 
     def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Any]:
-        """Returns a context that is open from before the prediction until after the backward pass.
+        """Returns a context that stays open from before the prediction until after the backward pass.
 
         The value that the context yields is passed to `value` as `entered`.
         """
         ...
 
     def value(self, step: Step, entered: Any) -> Any:
-        """Computes the value. Called at most once per step, when a part first asks for the value."""
+        """Computes the value. Called at most once per step, when a part first asks for it."""
         ...
 
 
@@ -67,7 +67,7 @@ def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> d
         for need in part.provides:
             if out.setdefault(need.name, need) != need:
                 raise ValueError(
-                    f"{place} provides a need called {need.name!r}, but another part already uses that name"
+                    f"{place} provides a need called {need.name!r}, but a different need already has that name"
                 )
     return out
 

@@ -74,8 +74,8 @@ class Optimizers:
     ) -> None:
         """Trains these groups from now on.
 
-        Parameters that stay keep their optimizer state. A parameter that replaces another takes over its state row by
-        row (see `shared.train.task.Regrouped`). The rest start without state.
+        Parameters that are still trained keep their optimizer state. A parameter that replaces another takes over the
+        other's state row by row (see `shared.train.task.Regrouped`). All others start without state.
         """
         known = came_from or {}
         progress = self.progress()
@@ -94,7 +94,7 @@ class Optimizers:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The optimizer groups, in order."""
+        """The names of the optimizer groups, in order."""
         return tuple(self.groups)
 
     def parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
@@ -107,7 +107,7 @@ class Optimizers:
         return self.settings[group].needs_closure
 
     def states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yields each parameter with its optimizer state: moments and step count, empty before the first step."""
+        """Yields each parameter with its optimizer state (moments and step count; empty before the first step)."""
         for optimizer in self.raw.values():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -119,7 +119,7 @@ class Optimizers:
         accelerator.backward(loss, **options)
 
     def set_step(self, step: int, budget: Budget) -> None:
-        """Sets the learning rates of this step, and clears leftover gradients."""
+        """Sets the learning rates for this step, and clears leftover gradients."""
         self.zero_grad()
         for name, parts in self.groups.items():
             settings = self.settings[name]
@@ -157,7 +157,7 @@ class Optimizers:
         before: Callable[[], None] | None = None,
         closure: Callable[[], Tensor] | None = None,
     ) -> float:
-        """Clips and checks the gradient, takes a step, clears the gradient, and returns the gradient's norm.
+        """Clips and checks the gradient, takes a step, clears the gradient, and returns its norm.
 
         Raises NotFinite, leaving the parameters unchanged, when the gradient is not finite. With fp16, however, a step
         whose gradient overflows is skipped and the scaler halves its scale. Only a long series of such steps raises
@@ -231,7 +231,7 @@ class Optimizers:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns moments and step counts as tensors, with keys of the form `group.index.name`.
 
-        A suffix of the key marks values that were not tensors, such as lists.
+        A suffix on the key marks values that were not tensors, such as lists.
         """
         out: dict[str, Tensor] = {}
         for name, optimizer in self.raw.items():
@@ -241,10 +241,10 @@ class Optimizers:
         return out
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
-        """Restores what `state_dict` returned. Raises ValueError when the tensors do not fit these parameters."""
+        """Restores what `state_dict` returned. Raises ValueError when the tensors do not match these parameters."""
         for name in {key.split(".", 1)[0] for key in flat} - self.raw.keys():
             raise ValueError(
-                f"the saved optimizer state does not fit this recipe: {unknown(name, self.raw, 'group')} Start over."
+                f"the saved optimizer state does not match this recipe: {unknown(name, self.raw, 'group')} Start over."
             )
         for name, optimizer in self.raw.items():
             full = optimizer.state_dict()
@@ -260,14 +260,15 @@ class Optimizers:
                     for k, v in entry.items()
                     if isinstance(v, Tensor) and k in ("exp_avg", "exp_avg_sq", "z")
                 ):
-                    raise ValueError(f"the saved optimizer state of {name} does not fit this recipe; start over")
+                    raise ValueError(f"the saved optimizer state of {name} does not match this recipe; start over")
             optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
 
 
 def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
     """Rearranges optimizer state for a parameter that replaces `former`.
 
-    For each new row, `rows` contains the index of the former row that it continues, or -1 if its state starts at 0.
+    For each new row, `rows` contains the index of the former row that the new one continues, or -1 if its
+    state starts at 0.
     """
     if not isinstance(value, Tensor) or value.shape != former.shape:  # for example a step count
         return value

@@ -1,4 +1,4 @@
-"""Handles adapters that are not saved in concepts: those of individual files (`per_source`), and temporary ones."""
+"""Handles adapters that are not saved in concepts: those for individual files (`per_source`), and temporary ones."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Su
 def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
     """Returns the adapter sets of temporary parts.
 
-    Raises ValueError when a permanent part uses one of these sets, because the part would be
-    dropped along with the temporary ones.
+    Raises ValueError when a permanent part uses one of these sets, because the part would be dropped along with
+    the temporary ones.
     """
     parts = [(slot, part) for _, phase in phases for slot, part in phase.trainable.items() if part.adapter_set]
     sets = dict.fromkeys(part.adapter_set for _, part in parts if part.temporary)
@@ -43,7 +43,7 @@ def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
 def inject_each(
     part: Trainable, backbone: Backbone, slot: str, subjects: Mapping[str, Subject], seed: int
 ) -> TrainableGroup:
-    """Injects one adapter for each file of the subjects, and returns them as one group.
+    """Injects one adapter for each of the subjects' files, and returns them as one group.
 
     Each adapter is on only in training steps that use its file.
     """

@@ -1,4 +1,4 @@
-"""The context that a run passes to the task of a phase, and the base class of tasks that work on a concept."""
+"""The context that a run passes to a phase's task, and the base class of tasks that work on a concept."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PhaseContext:
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # of the concepts loaded before the run, which stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's modifier, before any training
-    examples: Callable[[], Iterable[Example]]  # from the phase's sources, lazily
+    examples: Callable[[], Iterable[Example]]  # read lazily from the phase's sources
     text_on_device: Callable[[], AbstractContextManager[None]]  # inside it, text encoders are on the device
     folder: Path  # for the phase's files
     make: MakeNow | None = None  # None if this run cannot generate pictures
@@ -64,7 +64,7 @@ class PhaseContext:
     # tensors that earlier phases passed on, in addition to what they learned
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     earlier: Sequence[Recipe] = ()  # recipes of the earlier phases, in order
-    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder of its files
+    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder for its files
     resumed_step: int = 0  # the step of this phase at which the run resumes; 0 if the phase starts afresh
 
     @property
@@ -100,8 +100,8 @@ class ConceptTask:
             strength: the strength of the files' adapters
             resting: adapter sets to switch off
 
-        Raises ValueError if there are several files and each file has its own adapters, because an adapter cannot act
-        on individual rows of a batch.
+        Raises ValueError if there are several files and each file has its own adapters, because an adapter cannot be
+        applied to individual rows of a batch.
         """
         context, backbone = self.context, self.context.backbone
         now = {name: 1.0 for name in context.temporary if name in backbone.adapters}
@@ -120,8 +120,7 @@ class ConceptTask:
         """Restores what `state_dict` returned.
 
         At the start of a phase, an adapter without saved tensors keeps its initial values, because the phase has just
-        added it.
-        Raises ValueError when tensors are missing, unexpected or of the wrong shape.
+        added it. Raises ValueError when tensors are missing, unexpected or of the wrong shape.
         """
         fresh = self.context.resumed_step == 0
         restore(self.context.backbone, self.context.names, self.context.adapter_sets, state, fresh)

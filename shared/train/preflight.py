@@ -37,13 +37,14 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
             )
         if phase.attention != recipe.attention:
             raise ValueError(
-                f"phases.{name}.attention: all phases share the same attention; set it outside the phases (attention)"
+                f"phases.{name}.attention: all phases share the same attention settings; set them outside the phases "
+                "(attention)"
             )
         _check_off(f"phases.{name}.task.off" if recipe.phases else "task.off", phase, recipe)
         if phase.task.needs_scores and not scored:
             raise ValueError(
                 f"phases.{name}.task.keep selects the best pictures by score, but nothing can score them here: "
-                "give --clip FOLDER or --dino FOLDER, or leave keep out"
+                "give --clip FOLDER or --dino FOLDER, or leave out keep"
             )
     for place, part in (("", recipe), *((f"phases.{n}.", p) for n, p in phases)):
         check_guidance(part.sampling.guidance, f"{place}sampling.guidance")
@@ -60,7 +61,7 @@ def _check_off(where: str, phase: Recipe, recipe: Recipe) -> None:
     for name in phase.task.off:
         if name not in sets:
             raise ValueError(
-                f"{where}: {unknown(name, sets, 'adapter set')} Parts under trainable set their adapter_set."
+                f"{where}: {unknown(name, sets, 'adapter set')} To add one, set adapter_set in a part under trainable."
             )
 
 
@@ -99,7 +100,9 @@ def _check_optimizers(recipe: Recipe, where: str) -> None:
     groups = {part.group for part in recipe.trainable.values()} | recipe.task.optimizer_groups
     for name in recipe.train.optimizers:
         if groups and name not in groups and name != MAIN:
-            raise ValueError(f"{where}: {unknown(name, groups, 'group')} Parts under trainable set their group.")
+            raise ValueError(
+                f"{where}: {unknown(name, groups, 'group')} To add one, set group in a part under trainable."
+            )
 
 
 def check_validation(backbone: Backbone, names: Sequence[str], phases: Sequence[tuple[str, Recipe]]) -> None:

@@ -26,8 +26,8 @@ _FREE = re.compile(
 #: Keys that set locations. For an interrupted run, the contents of these locations are compared instead
 #: (`dependencies`).
 _MOVED = re.compile(r"backbone|subjects?\.(.+\.)?(images|clips|masks|captions)", re.ASCII)
-#: Keys of previews during training. Previews do not affect the random numbers of training, so these keys matter only if
-#: scores decide which state is kept.
+#: Keys of previews during training. Previews do not affect the random numbers used in training, so these keys matter
+#: only if scores decide which state is kept.
 _PREVIEWS = re.compile(r"(phases\.[^.]+\.)?train\.validation(\..*)?", re.ASCII)
 #: Keys that may also change after a non-finite loss, as a remedy.
 _CURE = re.compile(
@@ -58,12 +58,12 @@ def same_recipe(
         if not finished and _MOVED.fullmatch(key) and not _world(before) and not _world(now):
             continue
         raise ValueError(
-            f"the {what} run had {key} = {before!r}, this one has {now!r}: {cure}, or start over with --overwrite"
+            f"the {what} run had {key} = {before!r}, but this one has {now!r}: {cure}, or start over with --overwrite"
         )
 
 
 def _world(value: Any) -> bool:
-    """Whether a value is the name of a model in `WORLDS`, whose defaults come from the name rather than the weights."""
+    """Whether a value names a model in `WORLDS`. Such a model's defaults come from its name rather than its weights."""
     return isinstance(value, str) and value in WORLDS
 
 
@@ -112,8 +112,8 @@ def same_dependencies(old: Mapping[str, str], new: Mapping[str, str]) -> None:
         before, now = old.get(what), new.get(what)
         if before != now:
             raise ValueError(
-                f"{what} {_change_in_words(before, now)} since the run was interrupted: restore it to resume, or start "
-                "over with --overwrite"
+                f"{what} {_change_in_words(before, now)} since the run was interrupted: undo this change to resume, "
+                "or start over with --overwrite"
             )
 
 
@@ -121,7 +121,7 @@ def _change_in_words(before: str | None, now: str | None) -> str:
     if before is None:
         return "has been added"
     if now is None:
-        return "is missing"
+        return "has been removed"
     return f"has changed ({_short(before)} is now {_short(now)})"
 
 
@@ -131,7 +131,7 @@ def _short(value: str) -> str:
 
 
 def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
-    """Returns a key that identifies the model that generates pictures, from its weights and the active concepts."""
+    """Returns a key, derived from the weights and the active concepts, for the model that generates pictures."""
     digest = hashlib.sha256(backbone.checkpoint.encode())
     on = {n: s for n, s in strengths.items() if s and n in backbone.adapters}
     for name, strength in sorted(on.items()):

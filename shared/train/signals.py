@@ -19,7 +19,7 @@ _received: list[int] = []
 
 
 def heed_stops() -> None:
-    """Makes these signals raise KeyboardInterrupt, except signals that the process ignores (as under nohup).
+    """Makes the stop signals raise KeyboardInterrupt, except those that the process ignores (as under nohup).
 
     Must be called in the main thread.
     """
@@ -40,10 +40,10 @@ def exit_code() -> int:
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """Inside the context, the first signal only sets the event, so that the current step can finish and the state can
-    be saved. A second signal acts immediately.
+    be saved. A second signal takes effect immediately.
 
-    Raises KeyboardInterrupt if an earlier signal was swallowed, for example by a bare `except:` while a library was
-    imported.
+    Raises KeyboardInterrupt if an earlier signal's exception was swallowed, for example by a bare `except:` while a
+    library was imported.
     """
     if _received:
         raise KeyboardInterrupt

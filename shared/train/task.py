@@ -1,4 +1,4 @@
-"""The contract between the loop and the task of a phase."""
+"""The contract between the loop and a phase's task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.trainable import TrainableGroup
 
 @dataclass(frozen=True)
 class Update:
-    """One loss of a step. A step may have several, in order; distillation, for example, alternates between two."""
+    """One loss of a step. A step may yield several, in order; distillation, for example, alternates between two."""
 
     loss: Tensor  # scalar
     groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None for all
@@ -25,15 +25,15 @@ class Regrouped:
     """The parameters that are trained from a certain step onwards.
 
     `came_from` maps each new parameter to the parameter that it replaces and to an int64 tensor [N]. For each new row,
-    the tensor contains the index of the old row that it continues, or -1. A row that continues an old row
-    keeps its optimizer state. A row with -1 starts without state.
+    the tensor contains the index of the old row that the new one continues, or -1. A row that continues an old row
+    takes over its optimizer state. A row with -1 starts without state.
     """
 
     groups: Mapping[str, Sequence[TrainableGroup]]
     came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
 
-#: A generator of the losses of one micro-batch, in order. A loop that stops early closes the generator.
+#: A generator of one micro-batch's losses, in order. A loop that stops early closes the generator.
 Updates = Generator[Update, None, None]
 
 
@@ -57,7 +57,7 @@ class Task(UpdateSource, Protocol):
 
     A task owns data and losses; the loop owns time, gradients and optimizers.
 
-    Methods are called in this order: `load_state_dict` (if the run is resumed), `groups`, then for each step
+    Methods are called in this order: `load_state_dict` (if the run is resumed), `groups`, then, for each step,
     `regrouped` and `updates`, and finally `result`. `state_dict` and `carried` may be called between any two steps.
     """
 

@@ -1,4 +1,4 @@
-"""Trains a recipe, from pictures to learned tensors. Handles phases, checkpoints, validation and interruptions."""
+"""Runs a recipe, from pictures to learned tensors. Handles phases, checkpoints, validation and interruptions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TASKS: TaskTable = {TuneTask: Tune, GenerateTask: Generate}
 
 
 class Preview(Protocol):
-    """Generates pictures with the current training state and scores them. Higher values of "score" are better."""
+    """Generates pictures from the current training state and scores them. Higher values of "score" are better."""
 
     def __call__(self, phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]: ...
 
@@ -94,7 +94,7 @@ class TrainingRun:
         self.best_score: float | None = None
         self.final_scores: dict[str, float] = {}  # of the returned state, if it was scored
         self.clock = Clock()  # time spent so far, including before an interruption
-        self._peak = 0  # bytes, before an interruption
+        self._peak = 0  # in bytes, from before an interruption
         self._depends: dict[str, str] = {}
         self._anew = True
         text = {n: m for n, m in self.backbone.components.items() if n.startswith("text_encoder")}
@@ -271,7 +271,7 @@ class TrainingRun:
     def _before(self, phase: Recipe) -> list[str]:
         """Returns the names of the phases before this one.
 
-        This phase must not learn from files of later phases, which an earlier run may have left behind.
+        This phase must not learn from later phases' files, which an earlier run may have left behind.
         """
         return [name for name, _ in takewhile(lambda entry: entry[1] is not phase, self.phases)]
 

@@ -73,10 +73,10 @@ class Tune(ConceptTask):
         return [
             Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
             Computed("example_loss", self._example_loss),  # [B], the objective per example
-            Computed("loss_weight", self._loss_weight),  # [B, 1, (f), h, w], the weight of each location; or None
+            Computed("loss_weight", self._loss_weight),  # [B, 1, (f), h, w], the weight of each location, or None
             # [I, C, h, w], the prediction for instance examples with the class noun in their prompts
             Computed("class_prediction", self._class_prediction),
-            # the same prediction without the concepts being trained
+            # the same prediction, but without the concepts being trained
             Computed("base_class_prediction", self._base_class_prediction),
             # [n], squared distances of token vectors from their initial values
             Computed("token_drift", self._token_drift),
@@ -103,7 +103,7 @@ class Tune(ConceptTask):
     ) -> Updates:
         """Yields one loss on examples of one role.
 
-        Use this for examples that cannot share a batch or that need different active adapters. For subject examples,
+        Use this for examples that cannot share a batch or that need different active adapters. For instance examples,
         the loss is the objective plus the penalties that do not need class examples. For class examples, it is the sum
         of the penalties that need them.
 
@@ -146,11 +146,11 @@ class Tune(ConceptTask):
     ) -> Iterator[Step]:
         """Yields the prediction for one micro-batch, with the requested needs.
 
-        It is yielded inside the contexts that the needs keep open around the prediction.
+        The prediction is yielded inside the contexts that the needs keep open around it.
 
         Args:
             batch: the examples; if None, those of this step
-            own: the strength of the adapters that belong to the file of these examples
+            own: the strength of the adapters that belong to these examples' file
             needs: the names of the needs; if None, those of all penalties
             resting: adapter sets to switch off
         """

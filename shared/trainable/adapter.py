@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 class PeftAdapter:
     """An adapter (`shared.backbones.protocol.Adapter`) that consists of one peft adapter in one component.
 
-    peft's own switches act on all adapters of a model at once, and `set_adapter` makes the adapters that it activates
+    peft's own switches affect all of a model's adapters at once, and `set_adapter` makes the adapters that it activates
     trainable. This class therefore sets strengths layer by layer, and turns training on and off only with `requires_grad_`.
     """
 
     def __init__(self, model: nn.Module, component: str, slot: str, peft_name: str, config: PeftConfig) -> None:
         self.model, self.component, self.slot, self.peft_name, self.config = model, component, slot, peft_name, config
         self.layers: list[Any] = [m for m in model.modules() if is_wrapped(m) and _holds(m, peft_name)]
-        self.seed = 0  # the seed of the initial values, from which random tensors that are not trained are recreated
+        self.seed = 0  # the seed of the initial values; random tensors that are not trained are recreated from it
         self.min_rank: int | None = None  # the rank at full noise, if this is a LoRA whose rank depends on the noise
         self._chances: dict[tuple[Any, str], float] = {
             (layer, key): getattr(layer, key)[peft_name]
@@ -37,7 +37,7 @@ class PeftAdapter:
             for key in ("rank_dropout", "module_dropout")
             if peft_name in getattr(layer, key, {})
         }
-        # LoRA and similar types have a scale per adapter; types without a scale (OFT) can only be on or off
+        # LoRA and similar types have a scale per adapter; types without a scale, such as OFT, can only be on or off
         self._scaling = [dict(getattr(m, "scaling", {})).get(peft_name) for m in self.layers]
 
     @classmethod
@@ -48,15 +48,15 @@ class PeftAdapter:
 
         The adapter starts frozen, at strength 1 unless `name` already has another strength.
 
-        Raises ValueError if no module matches, if this type of adapter cannot wrap a layer, or if the settings cannot be
-        saved in a concept (which would otherwise be noticed only after training).
+        Raises ValueError if no module matches, if this type of adapter cannot wrap one of the layers, or if the
+        settings cannot be saved in a concept (which would otherwise be noticed only after training).
         """
         from peft import inject_adapter_in_model
 
         check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
         peft_name = f"{name}__{slot}"
-        # an adapter that several concepts share may still have the name of a removed concept
+        # an adapter that several concepts share may still be named after a concept that has been removed
         while peft_name in getattr(model, "peft_config", {}):
             peft_name += "_"
         trainable = {id(p): p.requires_grad for p in model.parameters()}
@@ -73,7 +73,7 @@ class PeftAdapter:
             except (ValueError, TypeError, NotImplementedError) as error:
                 cls(model, component, slot, peft_name, config).eject()  # unwraps layers wrapped before the failure
                 _restore(model, trainable, active)
-                raise ValueError(f"cannot put {config.peft_type} on {component}: {error}") from None
+                raise ValueError(f"cannot add {config.peft_type} to {component}: {error}") from None
         adapter = cls(model, component, slot, peft_name, config)
         adapter.seed = seed
         for layer in adapter.layers:
@@ -149,7 +149,7 @@ class PeftAdapter:
         missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
         if missing or extra:
             raise ValueError(
-                f"adapter does not fit {self.component}: {len(missing)} tensors missing, {len(extra)} unknown, "
+                f"the adapter does not fit {self.component}: {len(missing)} tensors missing, {len(extra)} unknown, "
                 f"for example {(missing + extra)[0]!r}"
             )
         for key, tensor in state.items():
@@ -179,7 +179,7 @@ class PeftAdapter:
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:
-    """Returns an adapter's type and the settings that differ from peft's defaults, as data that can be written to JSON."""
+    """Returns an adapter's type and the settings that differ from peft's defaults, as JSON-compatible data."""
     plain = type(config)()
     out: dict[str, Any] = {"peft_type": getattr(config.peft_type, "value", config.peft_type)}
     for key, value in config.to_dict().items():
@@ -199,7 +199,7 @@ def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
     try:
         return kinds[kind](**{k: v for k, v in data.items() if k != "peft_type"})
     except TypeError as error:
-        raise ValueError(f"adapter settings do not fit {kind}: {error}") from None
+        raise ValueError(f"invalid settings for adapter type {kind}: {error}") from None
 
 
 def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[Any, list[str]]) -> None:

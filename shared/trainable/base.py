@@ -29,7 +29,7 @@ class TrainablePart(KindPart):
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = ""
     weight_decay: NotNegative | None = None  # if null, the optimizer's setting
     per_source: bool = False  # whether each picture or clip has its own adapter, which is not saved in the concept
-    temporary: bool = False  # whether it acts only in training steps (of this and later phases) and is not saved
+    temporary: bool = False  # whether it is active only in training steps (of this and later phases) and not saved
 
     @model_validator(mode="after")
     def _one_name(self) -> TrainablePart:
@@ -46,7 +46,7 @@ class TrainablePart(KindPart):
 
 
 class OnRoles(TrainablePart):
-    """The base class of parts that act on the modules of `roles`, or on a selection of these modules.
+    """The base class of parts that apply to the modules of `roles`, or to a selection of these modules.
 
     In models that attend jointly over space and time, no role is specific to motion. In such models, `projections` can
     separate motion from appearance. Queries and keys determine which positions are attended to, while values and

@@ -31,9 +31,9 @@ class Bottleneck(OnRoles):
     lr: Rate = 1e-5  # learning rate
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Adds a trainable bottleneck to every attention layer and feed-forward network of the roles.
+        """Adds a trainable bottleneck to every attention layer and feed-forward network that the roles select.
 
-        Raises ValueError if the roles select neither kind in a component in which they select other layers.
+        Raises ValueError if the roles select only other kinds of layers in a component.
         """
         targets, ports = self.modules(backbone, slot)
         adapters = []

@@ -14,7 +14,7 @@ from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
 from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
 from shared.trainable.wrapped_layers import is_wrapped
 
-#: The endings of the name of the first linear layer, in an attention layer and in a feed-forward network.
+#: How the name of the first linear layer ends, in an attention layer and in a feed-forward network.
 FIRST = (".to_q", ".net.0.proj")
 
 
@@ -52,7 +52,7 @@ class BranchAdapter:
             tensors: the first layer of each place -> the initial tensors of its branch, under the form's own keys
 
         Raises:
-            ValueError: when this model lacks one of the places, or when tensors do not fit their place
+            ValueError: when this model lacks one of the places, or when tensors do not match their place
         """
         adapter = cls(backbone, component, slot, form)
         make = Bottleneck if isinstance(form, BottleneckForm) else FrameEmbeddings
@@ -110,7 +110,7 @@ class BranchAdapter:
         missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         if missing or extra:
             raise ValueError(
-                f"branches do not fit {self.component}: {len(missing)} tensors missing, {len(extra)} unknown, "
+                f"the branches do not fit {self.component}: {len(missing)} tensors missing, {len(extra)} unknown, "
                 f"for example {(missing + extra)[0]!r}"
             )
         for key, tensor in state.items():

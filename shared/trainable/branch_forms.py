@@ -17,14 +17,14 @@ Unwrap = Callable[[Any], Any]
 
 
 class Grid:
-    """The size of the latent grid in the current prediction, which is read from the network's most recent call."""
+    """The size of the current prediction's latent grid, read from the network's most recent call."""
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
         self.size = (0, 0)
 
     def look(self, _network: nn.Module, args: tuple[Any, ...]) -> None:
-        """Reads the size. A pre-hook on the network, whose first argument is the latents ([B, C, (f), h, w])."""
+        """Reads the size, as a pre-hook on the network, whose first argument is the latents ([B, C, (f), h, w])."""
         if args and isinstance(args[0], Tensor) and args[0].ndim >= 4:
             self.size = (args[0].shape[-2], args[0].shape[-1])
 
@@ -46,7 +46,7 @@ class Branch:
     def start(self, tensors: Mapping[str, Tensor], width: int, device: torch.device, where: str) -> None:
         """Creates the parameters from copies of the tensors.
 
-        Raises ValueError if the tensors do not fit this form or the layer's width.
+        Raises ValueError if the tensors do not match this form or the layer's width.
         """
         for key, axes in self.keys.items():
             if key not in tensors or tensors[key].ndim != axes:
@@ -106,10 +106,10 @@ class Bottleneck(Branch):
 class FrameEmbeddings(Branch):
     """Vectors added to the inputs of temporal attention (Motion Inversion, https://arxiv.org/abs/2403.20193, section 3.2).
 
-    `qk` ([F, C]) is added to the inputs of the queries and keys, and is the same at every spatial position.
-    `v` ([rows, columns, F, C]) is added to the inputs of the values. Both are interpolated linearly to other frame
-    counts and grids. By default, outside training, the `v` of every frame except the first is replaced with its
-    difference from the `v` of the previous frame. The authors do this to keep appearance out.
+    `qk` ([F, C]) is added to the inputs of the query and key projections, and is the same at every spatial position.
+    `v` ([rows, columns, F, C]) is added to the inputs of the value projection. Both are interpolated linearly to other
+    frame counts and grids. By default, outside training, the `v` of every frame except the first is replaced with its
+    difference from the `v` of the previous frame. The authors do this to keep out appearance.
     """
 
     keys: ClassVar[Mapping[str, int]] = {"qk": 2, "v": 4}

@@ -16,10 +16,10 @@ _count = itertools.count()
 
 
 class DeltaAdapter:
-    """An adapter (`shared.backbones.protocol.Adapter`) that adds strength * delta to weights W_0 of the network.
+    """An adapter (`shared.backbones.protocol.Adapter`) that adds strength * delta to the network's weights W_0.
 
     The deltas of several such adapters on one weight add up. The original bytes are kept while any delta exists. They
-    are restored exactly when every adapter on the weight is at strength 0 or has been ejected.
+    are restored, bit for bit, once every adapter on the weight is at strength 0 or has been ejected.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class DeltaAdapter:
 
     @classmethod
     def inject(cls, backbone: Backbone, name: str, slot: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:
-        """Registers the deltas under a concept's name. They act immediately, at that name's strength.
+        """Registers the deltas under a concept's name. They take effect immediately, at that name's strength.
 
         Args:
-            slot: the recipe's slot that the deltas come from, which distinguishes several parts of one concept
-            deltas: the change of each parameter, in the parameter's shape, by `{component}.{path of the parameter}`
+            slot: the recipe slot that the deltas come from, which distinguishes the parts of one concept
+            deltas: the change to each parameter, in the parameter's shape, by `{component}.{path of the parameter}`
 
         Raises:
             ValueError: if the model lacks one of the parameters, or has one with a different shape
@@ -46,7 +46,7 @@ class DeltaAdapter:
         unknown = sorted(k for k, p in targets.items() if p is None)
         if unknown:
             raise ValueError(
-                f"this model lacks {len(unknown)} of {len(deltas)} changed weights, for example {unknown[0]!r}"
+                f"this model lacks {len(unknown)} of the {len(deltas)} changed weights, for example {unknown[0]!r}"
             )
         for key, parameter in targets.items():
             if parameter is not None and parameter.shape != deltas[key].shape:
@@ -89,7 +89,7 @@ class DeltaAdapter:
         """Raises ValueError unless the state has exactly these keys and shapes."""
         if set(state) != set(shapes):
             missing, extra = len(set(shapes) - set(state)), len(set(state) - set(shapes))
-            raise ValueError(f"changed weights do not fit: {missing} missing, {extra} unknown")
+            raise ValueError(f"the changed weights do not fit this model: {missing} missing, {extra} unknown")
         for key, tensor in state.items():
             if tensor.shape != shapes[key]:
                 raise ValueError(

@@ -30,7 +30,7 @@ class Lora(OnRoles):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the probability that an input of A is set to 0 in training
     min_rank: Annotated[int, Field(ge=0, le=4096)] | None = None  # rank at full noise; if null, always the full rank
     orthogonal: bool = False  # whether A starts with orthonormal rows, so that no two directions overlap
-    dora: bool = False  # train magnitude and direction separately (DoRA); the backward pass treats the norm as constant
+    dora: bool = False  # whether to train magnitude and direction separately (DoRA); no gradient flows through the norm
 
     @property
     def taxonomy(self) -> str:

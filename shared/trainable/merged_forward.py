@@ -61,13 +61,13 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
-    """Returns the factors that currently act on a layer, or None if peft's own forward must be used.
+    """Returns the factors that currently apply to a layer, or None if peft's own forward must be used.
 
     peft's own forward must be used when
 
     - gradients are enabled,
     - the layer runs in half precision or under autocast, where rounding W' could lose B A,
-    - the layer has hooks, or anything (such as dropout) acts between x and A or between A and B,
+    - the layer has hooks, or anything (such as dropout) comes between x and A or between A and B,
     - the layer is a variant of LoRA,
     - x has too few rows for W' to be cheaper, or
     - the device is not a CPU, because the gain has been measured only on CPUs.

@@ -1,4 +1,4 @@
-"""Trains any of peft's methods by name, such as OFT, LoKr, LoHa, IA3 and BOFT (https://github.com/huggingface/peft)."""
+"""Trains with a chosen peft method, such as OFT, LoKr, LoHa, IA3 or BOFT (https://github.com/huggingface/peft)."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Peft(OnRoles):
             if bad:
                 raise ValueError(
                     f"trainable.{slot}: {self.type} adapts only {ADAPTER_TYPES[self.type].layers} layers, which excludes "
-                    f"{len(bad)} of the {len(modules)} layers that roles={list(self.roles)} select in {component}, for "
-                    f"example {bad[0]}; choose other roles or another type"
+                    f"{len(bad)} of the {len(modules)} layers that roles={list(self.roles)} selects in {component}, "
+                    f"for example {bad[0]}; choose other roles or another type"
                 )
         adapters = []
         try:
@@ -105,4 +105,4 @@ def _check_value(key: str, value: Plain, default: Any) -> None:
         if type(default) is kind:
             fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
             if not fits or (kind is not bool and isinstance(value, bool)):
-                raise ValueError(f"{key} = {value!r} must have the type of peft's default, {default!r}")
+                raise ValueError(f"{key} = {value!r} must be of the same type as peft's default, {default!r}")

@@ -19,7 +19,7 @@ class AdapterType:
 
     settings: frozenset[str]  # the settings that a recipe may change
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make the adapter start as the identity
-    exact_start: bool = True  # whether the adapter starts as the identity exactly, not just up to rounding
+    exact_start: bool = True  # whether the adapter starts as the exact identity, not just up to rounding
     layers: str = "any"  # "any", "linear", or "linear or 1x1" (also convolutions with 1x1 kernels)
 
 
@@ -32,7 +32,7 @@ _LYCORIS = ("r", "alpha", *_PATTERNS, "rank_dropout", "module_dropout", "use_eff
 _CAYLEY = ("use_cayley_neumann", "num_cayley_neumann_terms")
 _ZERO = {"init_weights": True}
 
-#: The available methods by peft's name.
+#: The available methods, by peft's names for them.
 ADAPTER_TYPES: Mapping[str, AdapterType] = {
     "BEFT": _type(layers="linear"),
     "BOFT": _type("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"),

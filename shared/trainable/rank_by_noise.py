@@ -1,4 +1,4 @@
-"""Lowers the rank of a LoRA as the noise increases (T-LoRA, https://arxiv.org/abs/2507.05964)."""
+"""Lowers a LoRA's rank as the noise increases (T-LoRA, https://arxiv.org/abs/2507.05964)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank_at(t: Tensor, rank: int, min_rank: int) -> Tensor:
 class RankByNoise:
     """A hook on a LoRA's first matrix that sets all but the first r(t) values of the output to 0.
 
-    In the current prediction, each picture of the batch has its own time. Some layers have several rows per picture
+    In the current prediction, each picture in the batch has its own time. Some layers have several rows per picture
     (for frames or positions); the picture's time then applies to all of these rows. The hook adds no parameters, and
     does not change the model's repr or state dict.
     """

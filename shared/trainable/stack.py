@@ -1,6 +1,6 @@
 """Manages the values of one parameter.
 
-These are the sum of the original values, saved changes, and a change that is being trained.
+They are the sum of the original values, saved changes, and a change that is being trained.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Owner(Protocol):
 
 
 class Stack:
-    """The changes of one parameter, W = W_0 + sum of strength * delta.
+    """The changes to one parameter, W = W_0 + sum of strength * delta.
 
     The stack stays attached to the parameter as long as there are any changes.
 
-    The parameter object is kept and only its tensor is swapped. The original bytes can therefore be restored exactly, and an
-    autograd graph keeps the tensor that it was built on.
+    The parameter object is kept, and only its tensor is swapped. The original bytes can therefore be restored exactly,
+    and an autograd graph keeps the tensor that it was built on.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -70,7 +70,7 @@ class Stack:
 
 
 class Training:
-    """The fp32 values of one parameter that is being trained, W_0 + other changes + delta. The optimizer updates them.
+    """The fp32 values (W_0 + other changes + delta) of one parameter being trained. The optimizer updates them.
 
     Delta is not stored. It is computed by subtracting W_0 and the other changes from the values. `settle` rounds the
     values so that adding delta back reproduces them bit for bit, which makes the saved change exact. (`settle` is
@@ -131,7 +131,7 @@ class Training:
         self.stack.parameter.requires_grad_(self._wants_grad)
 
     def train(self, mode: bool) -> None:
-        """Switches the parameter to fp32 for training (under autocast) or to the network's own precision (without it)."""
+        """Switches the parameter to fp32 for training (under autocast), or otherwise to the network's own precision."""
         if mode != self.full_precision:
             self.settle()
             self.values, self.full_precision = self.current(), mode
@@ -153,7 +153,7 @@ class Training:
 
 
 def _same(a: dict[Any, tuple[Tensor, float]], b: dict[Any, tuple[Tensor, float]]) -> bool:
-    """Whether both apply the same tensors at the same strengths."""
+    """Whether both mappings have the same tensors at the same strengths."""
     return a.keys() == b.keys() and all(
         delta.data_ptr() == b[owner][0].data_ptr() and strength == b[owner][1] for owner, (delta, strength) in a.items()
     )

@@ -1,7 +1,7 @@
 """Trains existing weights of the network.
 
-Examples are all weights (DreamBooth, https://arxiv.org/abs/2208.12242) and the keys and values of cross-attention
-(Custom Diffusion, https://arxiv.org/abs/2212.04488).
+These can be all weights (DreamBooth, https://arxiv.org/abs/2208.12242) or, for example, only those of the keys and
+values of cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488).
 """
 
 from __future__ import annotations

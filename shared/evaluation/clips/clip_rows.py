@@ -16,7 +16,7 @@ OPPOSED = 0.0  # motion fidelity at or below this value indicates an unrelated o
 
 @dataclass(frozen=True)
 class Made:
-    """The clips of one arm, as (prompt index, seed) pairs, with the texts of the prompts and what each clip must show."""
+    """The clips of one arm, as (prompt index, seed) pairs, with the prompts' texts and what each clip must show."""
 
     kind: Kind
     shots: Sequence[tuple[int, int]]

@@ -74,8 +74,8 @@ def evaluate_clips(
         progress: called with (what, done, total) after each denoising step and each measured clip
 
     Raises:
-        ValueError: if there are no seeds or a seed is repeated, the output folder exists, or clips are not finite or
-            have fewer than two frames
+        ValueError: if there are no seeds, a seed is repeated, the output folder exists and may not be overwritten, or a
+            clip contains NaN or Inf or has fewer than two frames
     """
     seeds = list(shots.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -146,7 +146,7 @@ class _Evaluation:
     ) -> tuple[MeasuredClips, list[ClipRow], float]:
         """Generates and measures one arm in chunks, and keeps only the encoded clips. Returns the measurements, the
         rows, and the seconds per clip."""
-        what = {"concept": "with the concepts", "base": "without them", "unnamed": "motion not asked for"}[kind]
+        what = {"concept": "with the concepts", "base": "without them", "unnamed": "with no motion asked for"}[kind]
         parts, strips, seconds = [], {}, 0.0
         for start in range(0, len(asked), self.shots.chunk):
             some = asked[start : start + self.shots.chunk]

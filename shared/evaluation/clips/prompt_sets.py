@@ -63,10 +63,10 @@ class ClipPromptSet(Part):
 class ClipTexts:
     """The texts of a prompt set for a motion, a subject, or both, as lists of equal length.
 
-    If there is no motion or no subject, its name is "".
+    A motion or subject that is not evaluated has the name "".
 
     Raises:
-        ValueError: if a prompt does not say where the motion or the subject goes, or has a `{thing}` that nothing defines
+        ValueError: if a prompt does not say where the motion or the subject goes, or has an undefined `{thing}`
     """
 
     prompts: ClipPromptSet
@@ -79,12 +79,10 @@ class ClipTexts:
         for prompt in self.chosen:
             if self.motion and "{concept}" not in prompt.text:
                 raise ValueError(
-                    f"the prompt {prompt.text!r} does not say where the motion goes: write {{concept}} in it"
+                    f"the prompt {prompt.text!r} does not say where the motion goes: put {{concept}} in it"
                 )
             if self.subject and "{thing}" not in prompt.text:
-                raise ValueError(
-                    f"the prompt {prompt.text!r} does not say where the subject goes: write {{thing}} in it"
-                )
+                raise ValueError(f"the prompt {prompt.text!r} does not say where the subject goes: put {{thing}} in it")
             if not self.subject and not prompt.thing and "{thing}" in prompt.text:
                 raise ValueError(
                     f"the prompt {prompt.text!r} has a {{thing}}, but no subject is evaluated: set the prompt's `thing`"

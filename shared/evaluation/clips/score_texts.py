@@ -26,7 +26,7 @@ ABOUT = {
     ),
     "false_motion": About(
         "False motion",
-        "The same in clips with identical prompts and seeds for which the motion is loaded but not asked for.",
+        "The same in clips from the same prompts and seeds, except that the motion is loaded but not asked for.",
         better="lower",
     ),
     "leakage": About(
@@ -53,13 +53,13 @@ ABOUT = {
     ),
     "dynamic_degree": About(
         "Dynamic degree",
-        "How much moves from frame to frame: the mean length of the longest 5% of the optical-flow vectors, as a "
-        "share of the frame's shorter side. Read it together with the temporal consistency.",
+        "How much movement there is from frame to frame: the mean length of the longest 5% of the optical-flow vectors, "
+        "as a share of the frame's shorter side. Read it together with temporal consistency.",
         "share",
     ),
     "temporal_consistency": About(
         "Temporal consistency",
-        "Mean cosine between consecutive frames. A frozen clip scores 1, so read it together with the dynamic degree.",
+        "Mean cosine between consecutive frames. A frozen clip scores 1, so read it together with dynamic degree.",
         "cosine",
     ),
     "frozen": About("Frozen", "How many of the clips show no motion.", better="lower"),
@@ -77,7 +77,9 @@ ABOUT = {
         "count",
         "lower",
     ),
-    "error_position_px": About("Path error: place", "Root mean square over the clip, in pixels.", "count", "lower"),
+    "error_position_px": About(
+        "Path error: place", "Root mean square error over the clip, in pixels.", "count", "lower"
+    ),
     "error_scale": About(
         "Path error: size", "Root mean square error of the log size. A value of 0.1 means about 10%.", "count", "lower"
     ),

@@ -73,7 +73,7 @@ def _relative(arms: Arms) -> Arms:
 
 def relative(key: str, value: float, truth: float) -> float:
     """Returns a clip's "identity" or "both" as a share of what true pictures reach. The share for "both" is capped at 1, so
-    that clips whose frames pass more often than true pictures do not compensate for clips with a wrong motion."""
+    that clips whose frames pass more often than true pictures cannot make up for clips with a wrong motion."""
     share = value / truth
     return 1.0 if key == "both" and share > 1 else share
 

@@ -1,4 +1,4 @@
-"""Determines from a file's content whether it is a video, an animation, a single picture, or none of these."""
+"""Determines from a file's contents whether it is a video, an animation, a single picture, or none of these."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def clip_kind(path: Path) -> Kind | None:
 
 
 def stated_size(path: Path) -> int | None:
-    """Returns the minimum size in bytes stated in the header of an AVI, Matroska or WebM file, if any."""
+    """Returns the minimum size in bytes that the header of an AVI, Matroska or WebM file states. Returns None if there
+    is no such header or size."""
     with path.open("rb") as stream:
         head = stream.read(4096)
     if head[:4] == b"RIFF":

@@ -45,8 +45,9 @@ def find_clips(
     The caption of `NAME.mp4`, or of the folder `NAME/`, is read from `NAME.txt` (or `NAME/caption.txt`). The masks are
     read from `masks/NAME`, `NAME.mask`, `NAME-mask` or `NAME_mask`. They are a clip or folder with a mask for each
     frame, or a picture with the mask for the first frame. A folder of frames may also contain masks, which are then
-    named like the masks of pictures. `masks` and `captions` replace the masks and captions found next to the clips. Each of the
-    two is either a folder whose entries have the clips' names, or a mapping whose keys are clips (paths or names).
+    named in the same way as masks for pictures. `masks` and `captions` replace the masks and captions found next to
+    the clips. Each of the two is either a folder whose entries have the clips' names, or a mapping whose keys are clips
+    (paths or names).
 
     Entries that are not clips are skipped. One UserWarning per folder lists them with the reasons. If only some clips
     have a caption or masks, a UserWarning lists the others. Raises ValueError if a path does not exist, a given file is

@@ -14,12 +14,12 @@ from shared.io.decode import Picture, check_size, picture_size, read_frame
 from shared.io.find_pictures import listing_of, sniff
 from shared.io.terminal import names
 
-CAPTION = "caption.txt"  # the file in a folder of frames that contains the caption of the clip
-FPS = "fps"  # the key of the frame rate in the PNG text of frames written by pcs
+CAPTION = "caption.txt"  # the file in a folder of frames that holds the clip's caption
+FPS = "fps"  # the PNG text key under which pcs stores the frame rate in the frames it writes
 
 
 class FrameFolder(FrameSource):
-    """A folder of pictures that are the frames of a clip, in natural order (frame2 before frame10).
+    """A folder whose pictures are the frames of a clip, in natural order (frame2 before frame10).
 
     The frame rate is known only if pcs wrote the frames. If it is unknown, every frame is used, whatever frame rate is
     requested.
@@ -55,14 +55,14 @@ class FrameFolder(FrameSource):
 
 def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
     """Sorts frames in natural order and checks their frame numbers (the last number in each name). Raises ValueError
-    under the same conditions as `FrameFolder`."""
+    if numbers are missing or repeated, or if there are several series of frames."""
     ordered = sorted(files, key=lambda p: (_natural(p.stem), p.name))
     parts = [_last_number(p.stem) for p in ordered]
     if any(part is None for part in parts):
         return tuple(ordered)
     series = {(part[0], part[2]): path for part, path in zip(parts, ordered, strict=True) if part}
     if len(series) == len(ordered) > 1:
-        return tuple(ordered)  # the last number is not a frame number (a size, for example)
+        return tuple(ordered)  # the last number is not a frame number but, for example, a size
     if len(series) > 1:
         heads = names(p.name for p in series.values())
         raise ValueError(
@@ -94,7 +94,7 @@ def _last_number(stem: str) -> tuple[str, int, str] | None:
 
 
 def _stated_rate(file: Path) -> Fraction | None:
-    """Returns the frames per second that pcs stored in the frame, or None if there is no such entry."""
+    """Returns the frame rate that pcs stored in the frame, or None if there is no valid entry."""
     if sniff(file) != "PNG":
         return None
     try:

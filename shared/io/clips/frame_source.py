@@ -1,4 +1,4 @@
-"""Defines the interface of every kind of clip, which states the times of the frames and yields requested frames."""
+"""Defines the interface shared by all kinds of clips: the times of the frames, and access to requested frames."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class FrameSource:
     may_be_transparent: bool
 
     def frames(self, picks: Sequence[int]) -> Iterator[Picture]:
-        """Yields the frames at these indices (strictly ascending), decoded one after another.
+        """Yields the frames at the indices `picks` (strictly ascending), decoded one after another.
 
-        Raises ValueError, naming the file, if the file is damaged or a frame does not have the size `size`.
+        Raises ValueError, naming the file, if the file is damaged or a frame's size is not `size`.
         """
         raise NotImplementedError
 
     def same_size(self, picture: Picture, index: int) -> Picture:
-        """Returns the picture. Raises ValueError if it does not have the clip's size."""
+        """Returns the picture. Raises ValueError if its size differs from the clip's."""
         if picture.size != self.size:
-            sizes = f"{picture.size[0]}x{picture.size[1]} pixels, but the first is {self.size[0]}x{self.size[1]}"
+            sizes = f"{picture.size[0]}x{picture.size[1]} pixels, but the first frame is {self.size[0]}x{self.size[1]}"
             where = picture.path if picture.path not in (None, self.path) else f"frame {index} of {self.path}"
             raise ValueError(f"{where} is {sizes}: all frames of a clip must have the same size")
         return picture

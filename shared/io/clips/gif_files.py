@@ -17,13 +17,14 @@ _FASTEST = 50  # frames per second; browsers play anything faster at only 10
 
 
 def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """Writes frames ([F, H, W, 3], 8-bit sRGB) as an endless loop. A clip with at most 256 colours is stored exactly.
+    """Writes frames ([F, H, W, 3], 8-bit sRGB) as an endlessly looping GIF.
 
-    Other clips get an adaptive palette of 256 colours with ordered dithering, because the pattern of error diffusion
-    would crawl even where the picture does not change. Raises ValueError above 50 frames per second.
+    A clip with at most 256 colours is stored exactly. Other clips get an adaptive palette of 256 colours and ordered
+    dithering, because the pattern of error diffusion would crawl even where the picture does not change. Raises
+    ValueError above 50 frames per second.
     """
     if fps > _FASTEST:
-        raise ValueError(f"{float(fps):g} frames per second exceed a GIF's limit of {_FASTEST}: write WebP or mp4")
+        raise ValueError(f"{float(fps):g} frames per second exceeds a GIF's limit of {_FASTEST}: write WebP or mp4")
     frames = _exact(levels) or _patterned(levels)
     frames[0].save(
         path,

@@ -38,7 +38,7 @@ class MaskFrames:
             )
 
     def masks(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """Yields the masks of these frames (in ascending order). If only the first frame has a mask, repeats that mask.
+        """Yields the masks of the frames at ascending `indices`. If only the first frame has a mask, it is repeated.
 
         Raises ValueError as `check` does.
         """
@@ -103,5 +103,5 @@ def _check_size(path: Path, size: tuple[int, int], clip: FrameSource) -> None:
 
 
 def _wrong_size(mask: Path, size: tuple[int, int], clip: Path, other: tuple[int, int]) -> None:
-    sizes = f"{size[0]}x{size[1]} pixels, but its clip {clip} is {other[0]}x{other[1]}"
+    sizes = f"{size[0]}x{size[1]} pixels, but {clip} is {other[0]}x{other[1]}"
     raise ValueError(f"the mask {mask} is {sizes}: they must have the same size")

@@ -14,7 +14,7 @@ from shared.io.clips.video_files import VideoFile
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameSource:
-    """Opens a clip, determining its kind from its content. Raises ValueError, naming the path, if it is missing, not a
+    """Opens a clip, determining its kind from its contents. Raises ValueError, naming the path, if it is missing, not a
     clip, or unreadable."""
     path = expanded(path)
     if path.is_dir():
@@ -32,7 +32,7 @@ def _kind(path: Path) -> str | None:
         if not path.exists():
             raise ValueError(f"{path} {absent(path)}")
         if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty, 0 bytes")
+            raise ValueError(f"{path} is empty (0 bytes)")
         return clip_kind(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror}") from None

@@ -46,7 +46,7 @@ def read_clip(
     fit: ResizeMode = "cover",
     mask: PathLike | None = None,
 ) -> Clip:
-    """Reads the first window of a clip, as `read_windows` does."""
+    """Reads the first window of a clip; see `read_windows`."""
     return next(read_windows(path, window, size, fit, mask))
 
 
@@ -60,9 +60,9 @@ def read_windows(
     """Yields the windows of a clip (a video file, an animation or a folder of frames), each read on demand.
 
     Args:
-        size: a side, or (height, width), in pixels. None keeps the clip's own size
+        size: a side length, or (height, width), in pixels. None keeps the clip's own size
         fit: as in `shared.io.resize.resize`. All frames of a window are cropped alike, around the centre of the box
-            that contains all masks of the window
+            that contains all of the window's masks
         mask: a clip or folder with a mask for each frame, or one picture for the first frame (see `find_clips`). If
             None, the transparency of the frames is the mask, as for pictures. The subject may be absent from some
             frames of a window, but not from all of them
@@ -117,8 +117,8 @@ def _masks_of(
         return None
     if not any(bool(plane.any()) for plane in planes):
         raise ValueError(
-            f"{given.path if given else source.path}: after cropping, the masks are black in every frame that is used, but "
-            "white must mark the region; in a recipe, another window or fit=contain may help"
+            f"{given.path if given else source.path}: after cropping, the masks are black in every frame used, but the "
+            "region must be marked in white. In a recipe, another window or fit=contain may help"
         )
     return planes[0][:, None] if given is not None and given.first_only else _spread(planes, indices, picks)
 

@@ -21,25 +21,25 @@ from shared.io.clips.frame_colors import to_image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import MAX_PIXELS, Picture, as_picture, check_size
 
-_THREADS = 4  # the maximum number, because each thread keeps a frame in memory
+_THREADS = 4  # an upper limit, because each thread keeps a frame in memory
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders drop transparency
 
 
 class _Packets(NamedTuple):
     """The result of a pass over the packets, with times in units of the stream's clock."""
 
-    stamps: list[int]  # the time at which each frame is shown, ascending; empty if the file does not state the times
+    stamps: list[int]  # the times at which the frames are shown, ascending; empty if the file does not state them
     last: int  # the duration of the last frame
     count: int
     cut: bool  # whether the last packet is incomplete
 
 
 class VideoFile(FrameSource):
-    """A video file. Frames look as in a player (rotated and mirrored, with square pixels) and are in 8-bit sRGB.
+    """A video file. Frames look as they do in a player (rotated, mirrored, with square pixels), in 8-bit sRGB.
 
     Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends earlier
-    than its index or header states. A truncated video is thus not mistaken for a shorter one. (Streams recorded without
-    an index and header sizes, such as MPEG-TS, do not state where they should end.)
+    than its index or header states. A truncated video is thus not mistaken for a complete one. (Streams recorded
+    without an index and header sizes, such as MPEG-TS, do not state where they should end.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,8 +59,8 @@ class VideoFile(FrameSource):
         first = next((frame for _, frame in self._decoded(0)), None)
         if first is None:
             raise ValueError(f"{path} has a video stream in which no frame can be decoded")
-        # Read only once, because in PyAV a frame and its side data refer to each other, and so stay alive until garbage
-        # collection.
+        # The matrix is read only once, because in PyAV, a frame and its side data refer to each other and therefore
+        # stay alive until garbage collection.
         matrices = (bytes(data) for data in first.side_data if data.type == Type.DISPLAYMATRIX)
         self._matrix = next((np.frombuffer(matrix, dtype=np.int32) for matrix in matrices), None)
         self.size = self._upright(first).size
@@ -69,7 +69,7 @@ class VideoFile(FrameSource):
         yielded = 0
         held: tuple[int, Any] | None = None  # the frame shown before the one just decoded
         for index, frame in self._decoded(picks[0] if picks else 0):
-            # during a packet without a picture, the previous picture stays on screen
+            # if a packet has no picture, the previous picture stays on screen
             while yielded < len(picks) and picks[yielded] < index:
                 yield self._picture(*(held or (index, frame)))
                 yielded += 1
@@ -166,7 +166,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def why_not(path: Path) -> str:
-    """Returns the reason why a video file cannot be used, or "" if it can. Only the header is checked."""
+    """Returns why a video file cannot be used, or "" if it can. Only the header is checked."""
     try:
         with _opened(path):
             return ""

@@ -21,7 +21,7 @@ def durations(count: int, fps: Fraction, unit: int) -> list[int]:
 
 
 def write_webp(path: Path | IO[bytes], levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """Writes frames ([F, H, W, 3], 8-bit sRGB) losslessly, as an endless loop.
+    """Writes frames ([F, H, W, 3], 8-bit sRGB) losslessly, as an endlessly looping WebP.
 
     libwebp turns a clip in which nothing moves into a still picture without timing. To prevent this, the lowest bit of
     one corner pixel is flipped in the last frame of such a clip.

@@ -48,9 +48,9 @@ def write_clip(
         frames: [3, F, H, W] or [F, 3, H, W] (the former if both are possible). Values are clamped to [-1, 1]
         metadata: stored as JSON (mp4: comment; GIF: comment extension; WebP: EXIF) or as the text chunks of PNG frames;
             `read_clip_metadata` reads it back
-        enlarge: the factor by which mp4, GIF and WebP clips are enlarged, without smoothing. If None, the smallest
-            integer that makes the shorter side at least 256 pixels long. This keeps 64x64 clips sharp in players, and
-            makes the halved colour resolution of yuv420p harmless. The frames of a folder are not enlarged
+        enlarge: the factor by which mp4, GIF and WebP clips are enlarged, without smoothing. If None, it is the
+            smallest integer that makes the shorter side at least 256 pixels long. This keeps 64x64 clips sharp in
+            players, and makes the halved colour resolution of yuv420p harmless. The frames of a folder are not enlarged
 
     Raises:
         ValueError: for any other extension or shape, for NaN or Inf, and for a rate that the format cannot store
@@ -87,7 +87,7 @@ def write_clip_sheet(
 ) -> Path:
     """Writes a contact sheet of clips ([3, F, H, W]) as PNG, with `columns` evenly spaced frames in each labelled row.
 
-    The first and last frames are included; a clip with fewer frames shows all of them.
+    The first and last frames are included; if a clip has fewer frames, all of them are shown.
     """
     return write_picture(contact_sheet({label: spread(clip, columns) for label, clip in clips.items()}), path, metadata)
 

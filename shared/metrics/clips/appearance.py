@@ -73,7 +73,7 @@ def seed_spread(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable
     """Returns how much the clips of each group (one prompt, several seeds) differ: 1 minus the mean cosine of
     simultaneous frames, over all pairs of clips. Groups of one clip are left out.
 
-    embeddings: of the frames of N clips, `[N, F, D]`
+    embeddings: one for each frame of N clips, `[N, F, D]`
     """
     if len(groups) != len(embeddings):
         raise ValueError(f"{len(embeddings)} clips and {len(groups)} groups")

@@ -42,7 +42,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     the mean cosine of consecutive frames. Some papers average over all pairs of frames, so that mean is returned too.
 
     Args:
-        embeddings: of the clip's frames, `[F, D]`
+        embeddings: one for each of the clip's frames, `[F, D]`
 
     Raises:
         ValueError: if there are fewer than two frames, or not exactly one embedding per frame
@@ -65,11 +65,11 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
 
 
 def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
-    """Returns whether nothing moves in a clip, even if the clip flickers.
+    """Returns whether nothing moves in a clip. Flicker does not count as motion.
 
     In a frozen clip, almost no tracked point moves away from its start. Points that move too fast to be tracked also
-    seem still, so the flow must also be below the threshold for "dynamic", and the 5% of cells that change most must
-    change little. A clip of one frame is frozen.
+    seem still. The flow must therefore be below the threshold for "dynamic" as well, and the 5% of cells that change
+    most must change little. A clip of one frame is frozen.
 
     Args:
         clip: pixels `[3, F, H, W]` in [-1, 1], or the clip's flow

@@ -36,8 +36,8 @@ class FlowFields:
 
     @cached_property
     def magnitudes(self) -> Tensor:
-        """The lengths of the forward flow, `[F-1, h, w]`, as a fraction of the frame's shorter side. A length is 0
-        where the backward flow does not confirm the vector, because flicker also produces flow, whose vectors are
+        """The lengths of the forward flow vectors, `[F-1, h, w]`, as fractions of the frame's shorter side. A length is
+        set to 0 where the backward flow does not confirm the vector, because flicker also produces vectors, which are
         long in areas without detail."""
         height, width = self.forward.shape[1:3]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -51,7 +51,7 @@ class FlowFields:
 def flow_fields(clip: Tensor) -> FlowFields:
     """Computes the flow of a clip `[3, F, H, W]` in [-1, 1].
 
-    Raises ValueError for any other shape or non-finite values.
+    Raises ValueError for any other shape and for non-finite values.
     """
     check_clip(clip)
     grey = grey_levels(clip.detach().float().cpu())

@@ -1,12 +1,12 @@
-"""Measures how similarly two clips move, with the motion fidelity of Space-Time Features, made symmetric and extended
-to still clips.
+"""Measures how similarly two clips move, with a motion fidelity that is symmetric and also covers still clips.
 
-Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (arXiv 2311.17009, eq. 8 and 9):
-tracks are compared by the cosine of their frame-to-frame displacements, averaged over time, and each track is
-scored by its best match in the other clip. Their released script averages over one clip only, subtracts an identity
-matrix (so identical clips score less than 1) and divides by 0 where a track is still.
+The original motion fidelity is from Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion
+Transfer" (arXiv 2311.17009, eq. 8 and 9): tracks are compared by the cosine of their frame-to-frame displacements,
+averaged over time, and each track is scored by its best match in the other clip. Their released script averages over
+one clip only, subtracts an identity matrix (so identical clips score less than 1) and divides by 0 where a track is
+still.
 
-Here both directions count equally, and a clip compared with itself scores exactly 1. Only moving tracks are compared.
+Here, both directions count equally, and a clip compared with itself scores exactly 1. Only moving tracks are compared.
 Almost every clip has a still background, so a frozen clip would otherwise score as well as a moving one.
 """
 
@@ -26,7 +26,7 @@ MOST = 256  # maximum number of tracks compared per clip; if there are more, eve
 def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
     """Returns the motion fidelity of two clips, in [-1, 1].
 
-    Each track is scored by its best match in the other clip. The result is the mean of the average scores of `a` and of `b`.
+    Each track is scored by its best match in the other clip. The result is the mean of the two clips' average scores.
 
     The match of displacements v and w is (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), with e = `STILL`. This is their
     cosine if both are fast, 1 if both are at rest, and about 0 if only one is at rest. The match is averaged over the

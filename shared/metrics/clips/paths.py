@@ -37,7 +37,7 @@ class Recognition:
 
     name: str  # the nearest candidate
     distance: float  # distance to that candidate; see `path_distance`
-    margin: float  # how much farther away the second nearest candidate is
+    margin: float  # how much farther away the second-nearest candidate is
 
 
 def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
@@ -66,7 +66,8 @@ class PathError:
 
 
 def path_error(path: Array, truth: Array, side: int) -> PathError:
-    """Returns how far `path` (`[F, 6]`) is from `truth` (`[f, 6]`, resampled to F frames), in frames of `side` pixels."""
+    """Returns how far `path` (`[F, 6]`) is from `truth` (`[f, 6]`, resampled to F frames), in frames with a side
+    length of `side` pixels."""
     gap = np.asarray(path, np.float64) - resampled(truth, len(path))
     turn = PATH.index("azimuth_deg")
     middle = np.angle(np.exp(1j * np.radians(gap[:, turn])).mean())
@@ -100,7 +101,7 @@ class KnownMotion:
         return 1 / len(self.candidates(2))
 
     def is_shown(self, path: Array) -> tuple[bool, Recognition]:
-        """Returns whether this motion is the one nearest to a path `[F, 6]`, and what it was recognised as."""
+        """Returns whether this motion is the one nearest to a path `[F, 6]`, and what the path was recognised as."""
         found = recognised(path, self.candidates(len(path)))
         return found.name == self.motion.name, found
 
@@ -126,12 +127,13 @@ def recognition_ceiling(
     through: Callable[[Tensor], Tensor] | None = None,
     through_key: str = "",
 ) -> float:
-    """Returns the share of newly drawn true clips of the motion that are recognised. No model can be expected to exceed it.
+    """Returns the share of newly drawn true clips of the motion that are recognised. No model can be expected to do
+    better.
 
     through: the model's autoencoder, which takes and returns `[F, 3, H, W]`; generated frames have passed through it
         too
     through_key: the autoencoder's fingerprint. If it is given, the result is kept, and later calls with the same reader,
-        motion, numbers and fingerprint return it
+        motion, frame count, clip count and fingerprint return it
     """
     key = (reader, known.name, frames, clips, through_key)
     if through_key and key in _CEILINGS:

@@ -1,4 +1,4 @@
-"""The report of an evaluation in clips, which is saved as JSON, CSV, clips and one HTML page."""
+"""The report of a clip evaluation, which is saved as JSON, CSV, clips and one HTML page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.io.safe_paths import safe_relative
 from shared.metrics.report import REPORT_FILE, Instrument, MadeRow, Row, Score
 
 SCHEMA_VERSION = 1
-CLIPS = "clips"  # the folder of the clips
+CLIPS = "clips"  # the folder that contains the clips
 Kind = Literal["concept", "base", "unnamed"]
 """Clips with all concepts named in the prompt, clips without any concept, and clips with the motion loaded but
 unnamed."""
@@ -58,7 +58,7 @@ class ClipReport(BaseModel):
     clips: list[ClipRow] = []
     motion_clips: list[str] = []  # the clips that the motion was learned from, relative to the report's folder
     references: list[str] = []  # the subject's pictures, relative to the report's folder
-    candidates: list[str] = []  # the motions, including this one, among which it had to be recognised
+    candidates: list[str] = []  # the motions, including `motion` itself, among which it had to be recognised
     instruments: list[Instrument] = []
     costs: ClipCosts = ClipCosts()
     metadata: dict[str, Any] = {}  # the concepts' metadata, from their files
@@ -85,7 +85,7 @@ class ClipReport(BaseModel):
 
     @staticmethod
     def load(path: Path | str, clips: bool = True) -> ClipReport:
-        """Reads a report from its folder or JSON file, and its other files too if `clips` is set.
+        """Reads a report from its folder or JSON file. If `clips` is set, also reads its other files.
 
         Raises ValueError if the report is missing or damaged, is a report of pictures, or has another schema version.
         """

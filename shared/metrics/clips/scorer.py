@@ -59,13 +59,13 @@ class MeasuredClips:
     subject: SubjectFrames | None = None  # None unless the subject is known, located and verified
 
     def mean(self, key: str) -> float:
-        """Returns the mean of a column without its NaNs, or NaN if no values are left."""
+        """Returns the mean of a column, ignoring NaNs, or NaN if no values are left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
 
 def joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
-    """Joins the measurements of several batches. A score that a batch lacks is NaN for its clips."""
+    """Joins the measurements of several batches. If a batch lacks a score, that score is NaN for the batch's clips."""
     keys = dict.fromkeys(k for part in parts for k in part.scores)
     scores = {k: [v for p in parts for v in p.scores.get(k, [math.nan] * len(p.seen))] for k in keys}
     return MeasuredClips(
@@ -82,7 +82,7 @@ class ClipScorer:
     """Compares clips with their prompts and, where available, with a motion's clips and a subject's pictures.
 
     Args:
-        motion_clips: the clips that the motion was learned from, `[3, f, H, W]` in [-1, 1], all of one size
+        motion_clips: the clips that the motion was learned from, `[3, f, H, W]` in [-1, 1], all the same size
         known: the motion, if it is one of the toybox's motions
         reader: reads the paths of things, from which that motion is recognised
         thing: the picture scorer that has the subject's references
@@ -107,7 +107,7 @@ class ClipScorer:
 
     @cached_property
     def motion_looks(self) -> list[Tensor]:
-        """The embeddings `[f, D]` of the frames of each of the motion's clips."""
+        """The frame embeddings `[f, D]` of each of the motion's clips."""
         return [self.whole.images(clip.transpose(0, 1)) for clip in self.motion_clips]
 
     @cached_property
@@ -178,7 +178,7 @@ class ClipScorer:
         return {"motion_recognised": float(hit), "path_distance": found.distance, **errors}, found.name
 
     def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> tuple[Column, SubjectFrames | None]:
-        """Returns the scores of `Scorer` and the likeness of crops, averaged over the frames, and the subject's
+        """Returns the `Scorer` scores and the likeness of crops, all averaged over the frames, as well as the subject's
         crops."""
         if self.thing is None:
             return {}, None
@@ -198,7 +198,7 @@ class ClipScorer:
         return scores, subject
 
     def _attributes(self, frames: Tensor, expects: Expects) -> tuple[Column, dict[str, str]]:
-        """Returns the share of frames that show each attribute in the prompt, and the value seen in most frames."""
+        """Returns the share of frames that show each attribute as expected, and the value of each in most frames."""
         if self.instruments.attributes is None:
             return {}, {}
         read = self.instruments.attributes.read(frames)

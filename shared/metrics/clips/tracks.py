@@ -57,7 +57,7 @@ def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_S
         per_side: number of points along the shorter side
 
     Raises:
-        ValueError: if the mask is empty or does not have the frames' size
+        ValueError: if the mask is empty or not the same size as the frames
     """
     starts = _grid(fields.size, per_side) if mask is None else _inside(fields.size, mask, per_side)
     cells = fields.cells_per_pixel
@@ -94,7 +94,7 @@ def _middles(length: int, spacing: float) -> Tensor:
 def _inside(size: tuple[int, int], mask: Tensor, per_side: int) -> Tensor:
     plane = mask[0] if mask.ndim == 3 else mask
     if tuple(plane.shape) != size:
-        raise ValueError(f"a mask of shape {list(mask.shape)} does not fit frames of {size[0]}x{size[1]} pixels")
+        raise ValueError(f"a mask of shape {list(mask.shape)} does not match frames of {size[0]}x{size[1]} pixels")
     if not bool((plane > 0.5).any()):
         raise ValueError("the mask of the first frame is empty, so there are no points to follow")
     while True:

@@ -1,7 +1,7 @@
-"""Augments rendered pictures for training evaluators.
+"""Augments rendered pictures for training the evaluators.
 
-The shifts, blurs, changes of tone and noise imitate the small errors of a VAE and a diffusion model, so that the
-evaluators stay accurate on generated pictures. A batch is split into groups. All pictures of a group get the same shift
+The shifts, blurs, tone changes and noise imitate the small errors of a VAE and a diffusion model, so that the
+evaluators stay accurate on generated pictures. A batch is split into groups. All pictures in a group get the same shift
 and the same blur, so that a whole group can be processed in one operation.
 """
 
@@ -41,7 +41,7 @@ def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
 
 
 def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Blurs pictures `[B, 3, H, W]` with a Gaussian of 5 taps per axis. `sigma` is in pixels."""
+    """Blurs pictures `[B, 3, H, W]` with a 5-tap Gaussian along each axis. `sigma` is in pixels."""
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma) ** 2)
     taps = (taps / taps.sum()).to(pixels)
     padded = F.pad(pixels, (2, 2, 2, 2), mode="replicate")

@@ -27,7 +27,7 @@ from shared.toybox.render import render
 from shared.toybox.subjects import reference_scenes
 from shared.toybox.true_renders import asked_scenes
 
-#: The crop settings with which each encoder of `pose_encoders` is tried.
+#: The crop settings with which each encoder from `pose_encoders` is tried.
 CROPS = (CropSettings(1.35, 24), CropSettings(1.6, 24))
 PLACES = ("beach", "snow", "grass", "white studio")  # backgrounds, one per prompt
 VIEWS = 6  # pictures per prompt
@@ -35,7 +35,7 @@ VIEWS = 6  # pictures per prompt
 
 @dataclass(frozen=True)
 class _Sets:
-    """Sets of pictures of one thing. The keys of each dictionary are the names of the sets.
+    """Sets of pictures of one thing. Each dictionary is keyed by the names of the sets.
 
     pictures: `[N, 3, 64, 64]` in [-1, 1], encoded and decoded by the autoencoder
     where: `[N, 8, 8]`, the probability that a cell shows the thing
@@ -48,10 +48,10 @@ class _Sets:
 
 
 def calibrate(things: int = 12, seed: int = 0, out: Path = WEIGHTS / CALIBRATION) -> Iterator[str]:
-    """Tries every encoder with all crop settings, and writes the best pair and the typical readings to `out`.
+    """Tries each encoder with all crop settings, and writes the best combination and the typical readings to `out`.
 
-    The best pair is the one with the smallest error on pictures whose freedom is known. The known freedom is 1 for
-    another set of random views. It is 0 for one pose at varying positions, and for shifted copies of one picture.
+    The best combination is the one with the smallest error on pictures whose freedom is known. This freedom is 1 for
+    another set of random views, and 0 for one pose at varying positions and for shifted copies of one picture.
     Yields lines to print.
     """
     instruments, vae = load_toybox(), load_vae(WEIGHTS / "backbone" / "vae")
@@ -123,7 +123,7 @@ def _drawn(thing: world.Thing, seed: Sequence[int], through: Any, instruments: I
 
 
 def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int = 8) -> Tensor:
-    """Copies each picture of `[N, 3, H, W]` `copies` times and shifts each copy randomly by up to `most` pixels,
+    """Makes `copies` copies of each picture in `[N, 3, H, W]` and shifts each copy randomly by up to `most` pixels,
     replicating borders. Returns `[N * copies, 3, H, W]`."""
     height, width = pixels.shape[2:]
     padded = torch.nn.functional.pad(pixels, (most,) * 4, mode="replicate")
@@ -136,9 +136,9 @@ def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int
 
 
 def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) -> dict[str, float]:
-    """Returns the mean distances within the sets `free` and `fixed`, and the freedoms of the other sets, all averaged
-    over things. Distances are scaled to freedoms for each thing, such that the set `free` has freedom 1 and `fixed` has
-    freedom 0. `error` is the root mean square deviation of the freedoms from the correct values (1, 0 and 0)."""
+    """Returns the mean distances within the `free` and `fixed` sets, and the freedoms of the other sets, all averaged
+    over things. For each thing, distances are scaled to freedoms, so that `free` has freedom 1 and `fixed` has freedom
+    0. `error` is the root mean square deviation of the freedoms from the correct values (1, 0 and 0)."""
     distances: dict[str, list[float]] = {}
     for of in sets:
         for name, pixels in of.pictures.items():

@@ -1,5 +1,5 @@
-"""Provides training pictures for the evaluators. The identity encoder is trained on things that are rendered from many
-views. The other evaluators are trained on the backbone's data set."""
+"""Provides training pictures for the evaluators. The identity encoder is trained on things rendered from many views.
+The other evaluators are trained on the backbone's data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pictures:
     """The pictures of a data set, with their masks, labels and captions.
 
     pixels: uint8 `[N, 64, 64, 3]`
-    packed: uint8 `[N, 64, 8]`, the masks with 8 pixels per byte
+    packed: uint8 `[N, 64, 8]`, the masks, packed at 8 pixels per byte
     labels: for each attribute, int64 `[N]`, the indices into its `values`, or -1 where the attribute is undefined
     captions: the captions of each picture
     values: for each attribute, the names of its values
@@ -51,7 +51,7 @@ class Pictures:
         stems = [path.name.removesuffix(".captions.jsonl") for path in sorted(folder.glob("chunk-*.captions.jsonl"))]
         if not stems:
             raise ValueError(
-                f"{folder} contains no finished chunk of a toybox data set; build one with `pcs toybox train data`"
+                f"{folder} contains no finished chunks of a toybox data set; build one with `pcs toybox train data`"
             )
         pixels = np.concatenate([np.load(folder / f"{stem}.pixels.npy", mmap_mode="r") for stem in stems])
         packed = np.concatenate([np.load(folder / f"{stem}.masks.npy") for stem in stems])

@@ -42,14 +42,14 @@ def judge_backbone(
     """Measures a toybox `StableDiffusionPipeline` against the bars.
 
     `n` random captions name the class, both colours, the background and the view, as well as the accessory and the
-    style if there are any. In addition, `n // 4` captions always name an accessory, and another `n // 4` captions
-    always name a style. One picture is generated per caption, without selection.
+    style, if any. In addition, `n // 4` captions always name an accessory, and another `n // 4` captions always name a
+    style. One picture is generated per caption, without selection.
 
     Returns:
         a dictionary with the settings and these entries:
         `scores`: the fractions recognised correctly, the PSNR in dB, the KID between generated pictures and new
-            renders, and its floor, which is the KID between two sets of renders
-        `instrument`: the fractions recognised correctly on renders of the same scenes, which are the ceiling
+            renders, and this KID's floor, which is the KID between two sets of renders
+        `instrument`: the fractions recognised correctly on renders of the same scenes, which serve as the ceiling
         `bars`: for each bar, `value`, `bar` and `met`
         `met`: whether all bars are met
         `seconds`: the duration of the measurement
@@ -81,7 +81,7 @@ def judge_backbone(
 
 def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
     """Samples `n` scenes of one thing each, another `n // 4` in which the thing has an accessory, and another `n // 4`
-    in a style other than a photo. Returns the scenes and their full captions."""
+    in a style other than photo. Returns the scenes and their full captions."""
     rng = np.random.default_rng([seed, 101])
     scenes = []
     for index in range(n + 2 * (n // 4)):
@@ -138,8 +138,8 @@ def truth(scene: world.Scene) -> dict[str, str]:
 def attribute_scores(
     recognizer: Recognizer, scenes: Sequence[world.Scene], n: int, pictures: Tensor
 ) -> dict[str, float]:
-    """Returns the fraction of scenes in which each attribute is recognised correctly. Accessory and style are scored on
-    all scenes that have one, and the other attributes are scored on the first `n` scenes.
+    """Returns the fraction of scenes in which each attribute is recognised correctly. The accessory is scored on
+    all scenes that have one, the style on all scenes that are not photos, and the others on the first `n` scenes.
     """
     found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]
     right = {name: np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)]) for name in found}
@@ -154,8 +154,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """Computes the KID between `pictures` and `fresh`, on the features of the recognizer and of CLIP. The keys that end
-    in `_floor` contain the KID between `others` and `fresh`, which are both sets of renders.
+    """Computes the KID between `pictures` and `fresh`, on the recognizer's features and on CLIP's. The keys that end in
+    `_floor` contain the KID between `others` and `fresh`, both of which are sets of renders.
     """
     clip, _ = load_clip()
     result = {}
@@ -168,8 +168,8 @@ def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: T
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """Returns the Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401), which is the unbiased MMD² of
-    features `[n, D]` and `[m, D]` with a cubic kernel.
+    """Returns the Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401), which is the unbiased estimate of
+    MMD² for features `[n, D]` and `[m, D]` with a cubic kernel.
     """
     x, y = x.double(), y.double()
 

@@ -23,7 +23,7 @@ from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
 
 BARS = {"class": 0.90, "motion": 0.75, "background": 0.90, "ends_agree": 0.85}
 FRAMES = 16
-_ALIKE = 0.05  # the quantile of the true clips' similarities that is the threshold for `ends_agree`
+_ALIKE = 0.05  # the quantile of the true clips' similarities that serves as the threshold for `ends_agree`
 
 
 def judge_clips(
@@ -41,10 +41,10 @@ def judge_clips(
     Returns:
         a dictionary with the settings and these entries:
         `scores`: the shares of clips read correctly
-        `instrument`: the scores of the true clips, which are the ceiling
+        `instrument`: the scores of the true clips, which serve as the ceiling
         `bars`: for each bar, `value`, `bar` and `met`
         `met`: whether all bars are met
-        `confusions`: the most common confusions of motions
+        `confusions`: the most common confusions between motions
         `seconds`: the duration of the measurement
     """
     if n < len(MOTIONS):
@@ -71,8 +71,8 @@ def judge_clips(
 
 
 def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
-    """Samples `n` clips and their full captions. The clips cycle through the captioned motions. All have the style of a
-    photo and show no accessories."""
+    """Samples `n` clips and their full captions. The clips cycle through the captioned motions. All are in the photo
+    style and show no accessories."""
     rng, motions = np.random.default_rng([seed, 107]), tuple(MOTIONS.values())
     moving = [
         sample_moving(rng, motions[i % len(motions)], FRAMES, style="photo", accessory="none", pattern=False)

@@ -35,7 +35,7 @@ def render_all(scenes: Sequence[world.Scene]) -> Tensor:
 
 
 def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
-    """Samples `n` scenes of one thing each. Views near the boundary between two named views are left out.
+    """Samples `n` scenes of one thing each. Scenes viewed near the boundary between two named views are left out.
 
     The scenes are independent of the training pictures. They belong to the `reporting` split, so their patterns and
     identities do not occur in any training picture.
@@ -95,14 +95,14 @@ def measure_identity(
     degrade: Degrade | None = None,
     faces: bool = False,
 ) -> dict[str, Any]:
-    """Measures how often held-out subjects (or faces) are retrieved among their distractors of the same class and
-    palette.
+    """Measures how often held-out subjects (or faces) are retrieved from among their distractors of the same class
+    and palette.
 
     The gallery consists of a subject and its distractors, with `references` reference pictures of each. The queries are
-    `queries` other photos of each, from random views. `degrade` is applied to references and queries. The score
-    `subject` covers only queries that show the subjects themselves. With `faces`, queries in which the recognizer sees
-    no face (only hair, from behind or from above) are left out, as is usual in face recognition. `no_face` is their
-    number.
+    `queries` other photos of each, from random views. `degrade` is applied to references and queries. The
+    `subject` score covers only queries that show the subjects themselves. With `faces`, queries in which the recognizer
+    sees no face (only hair, from behind or from above) are left out, as is usual in face recognition. `no_face` is the
+    number left out.
     """
     right: list[bool] = []
     own: list[bool] = []
@@ -157,7 +157,7 @@ def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) ->
     how well it distinguishes a caption from a slightly changed one.
 
     `swap_<attribute>` is the fraction of pictures that are closer to their own caption than to the caption of the same
-    scene with a different value of the attribute (chance 0.5). For `swap_binding`, the two colours are exchanged
+    scene with a different value of the attribute (chance: 0.5). For `swap_binding`, the two colours are exchanged
     instead.
     """
     model, processor = load_clip()
@@ -184,7 +184,7 @@ def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) ->
 
 
 def swapped(scene: world.Scene, attribute: str, rng: np.random.Generator) -> world.Scene:
-    """Returns the scene with a different value of one attribute or, for `binding`, with the thing's two colours
+    """Returns the scene with a different value for one attribute or, for `binding`, with the thing's two colours
     exchanged."""
 
     def other(values: tuple[str, ...], *but: str) -> str:

@@ -23,7 +23,7 @@ from shared.toybox.world import Camera
 
 _SOFT_DEG = 8.0  # standard deviation of the azimuths' target distributions
 _STEEP_DEG = 70.0  # above this elevation, azimuth and roll can hardly be distinguished
-_SMALL = 0.3  # errors below this, in multiples of `units()`, count quadratically
+_SMALL = 0.3  # errors below this, in multiples of `units()`, are penalised quadratically
 
 
 def poses_of(folder: Path, count: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def pose_of(camera: Camera) -> np.ndarray:
 
 
 class PoseTask(EvaluatorTask):
-    """Minimises the smooth L1 errors in position, size, elevation and tilt, and the cross-entropy of the azimuth.
+    """Minimises the smooth L1 errors in position, size, elevation and roll, and the cross-entropy of the azimuth.
 
     Args:
         poses: float32 `[N, 6]`, as returned by `poses_of`

@@ -61,7 +61,7 @@ def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Te
 
 
 def main() -> None:
-    """Reconstructs the first ROWS pictures of a data set or identity folder with a VAE, and writes an .npy file."""
+    """Reconstructs the first ROWS pictures of a data set or identity folder with a VAE. Writes them to an .npy file."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     for name in ("folder", "vae", "target"):
         parser.add_argument(name, type=Path)

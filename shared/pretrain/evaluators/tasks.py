@@ -32,7 +32,7 @@ class EvaluatorTraining:
     """Settings for training an evaluator.
 
     `lr` is the peak learning rate. `thaw` is only for the identity encoder. It starts a second round of training, in
-    which the trunk that was taken over from the recognizer is trained as well."""
+    which the trunk taken from the recognizer is also trained."""
 
     batch_size: int = 128
     lr: float = 2e-3
@@ -74,7 +74,7 @@ class EvaluatorTask(PretrainTask):
 
 
 def flags_of(data: Pictures | IdentityPictures) -> tuple[str, ...]:
-    """Returns the flags with which the training command on the model card would use these pictures."""
+    """Returns the flags that make the model card's training command use these pictures."""
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
@@ -121,7 +121,7 @@ class IdentityTask(EvaluatorTask):
     class and palette, and each thing is shown in several views.
 
     During training, additional heads on the layer before the embedding predict the parameters from which the renderer
-    drew the individual thing. These heads are not kept.
+    drew each thing. These heads are discarded after training.
 
     Args:
         start: a recognizer whose trunk the encoder takes over. Unless `thaw` is set, the trunk stays unchanged and only
@@ -177,13 +177,13 @@ class IdentityTask(EvaluatorTask):
         save_model(self.encoder, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads an encoder written by `export`. The heads that are used only in training are initialised again."""
+        """Loads an encoder written by `export`. The heads used only in training are initialised again."""
         return adopt_state(self.encoder, out)
 
 
 class ClipTask(EvaluatorTask):
     """Minimises CLIP's loss, and the loss of linear heads that predict every attribute from the picture's embedding.
-    The heads are not kept.
+    The heads are discarded after training.
     """
 
     def __init__(
@@ -222,11 +222,11 @@ class ClipTask(EvaluatorTask):
         return {**terms, "readings": 0.3 * torch.stack(readings).mean()}
 
     def export(self, out: Path) -> None:
-        """Writes the transformers folder."""
+        """Writes CLIP as a transformers folder."""
         clips.save_clip(self.model, self.processor, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a CLIP written by `export`. The attribute heads are initialised again."""
+        """Loads a CLIP model written by `export`. The attribute heads are initialised again."""
         return adopt_state(self.model, out)
 
 

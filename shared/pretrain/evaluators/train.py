@@ -48,7 +48,7 @@ class Folders:
 
 
 def train_evaluator(name: str, folders: Folders, run: RunSettings, settings: EvaluatorTraining | None = None) -> int:
-    """Trains the evaluator `name`, a key of `TRAININGS`. Returns the total number of steps done."""
+    """Trains the evaluator `name`, which is a key of `TRAININGS`. Returns the total number of steps done."""
     training = TRAININGS[name]
     return fit(training.build(folders, settings or training.settings, run.compute()), run, folders)
 

@@ -1,4 +1,4 @@
-"""Measures how the scores develop over a training run. The run's snapshots are judged in the same way as the shipped
+"""Measures how the scores change over a training run. The run's snapshots are judged in the same way as the shipped
 backbone, but usually on fewer captions."""
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ CURVE = "curve.json"
 
 def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = WEIGHTS) -> Iterator[dict[str, Any]]:
     """Adds the snapshots and the checkpoint of `work/run` to the curve in `weights/curve.json`. Judges only those whose
-    steps the curve does not contain yet.
+    steps are not yet on the curve.
 
     Args:
-        n: the number of random captions; these are the captions of `judge_backbone` with the same seed
-        guidance: the guidance for every point
+        n: the number of random captions; they are the ones that `judge_backbone` uses with the same seed
+        guidance: the guidance used for every point
 
     Yields:
         each new point, which contains its step, its number of pictures and its `SCORES`
@@ -37,7 +37,7 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     points: list[tuple[Path | None, dict[str, Any]]] = [(file, snapshot_facts(file)) for file in snapshots(run)]
     points += [] if state is None else [(None, denoiser_facts(state))]
     if not points:
-        raise ValueError(f"{run} has no snapshot and no checkpoint; train first (`pcs toybox train unet`)")
+        raise ValueError(f"{run} has neither a snapshot nor a checkpoint; train first (`pcs toybox train unet`)")
     settings = {"n": n, "guidance": guidance, "seed": seed}
     curve = read(weights) or {**settings, "points": []}
     if {k: curve[k] for k in settings} != settings:

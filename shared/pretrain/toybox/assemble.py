@@ -1,4 +1,4 @@
-"""Packs the result of a training run into the pipeline folder that is shipped."""
+"""Packs the result of a training run into the shipped pipeline folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline:
-    """Builds a pipeline in fp32 from the averaged denoiser of a run. Parts that have not been trained are initialised
+    """Builds a pipeline in fp32 from a run's averaged denoiser. Parts that have not been trained are initialised
     randomly, with seed 0.
 
     Args:

@@ -1,4 +1,4 @@
-"""Packs the result of training the motion module into the folders that are shipped."""
+"""Packs the result of training the motion module into the shipped folders."""
 
 from __future__ import annotations
 

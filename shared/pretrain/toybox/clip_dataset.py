@@ -50,17 +50,17 @@ class Clips:
         return len(self.captions)
 
     def frames(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns the clips with the given n indices, as uint8 [n, 16, 64, 64, 3]."""
+        """Returns the clips at the n given indices, as uint8 [n, 16, 64, 64, 3]."""
         return np.stack([self.frame_chunks[i // CHUNK][i % CHUNK] for i in index])
 
     def masks(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns the masks of the thing in the clips with the given n indices, as bool [n, 16, 64, 64]."""
+        """Returns the masks of the thing in the clips at the n given indices, as bool [n, 16, 64, 64]."""
         packed = np.stack([self.mask_chunks[i // CHUNK][i % CHUNK] for i in index])
         return np.unpackbits(packed, axis=-1).astype(bool)
 
 
 def clip_of(seed: int, index: int) -> tuple[MovingScene, np.random.Generator]:
-    """Samples clip `index` of the data set with this seed. Also returns the generator for the clip's captions.
+    """Samples clip `index` of the data set with the given seed. Also returns the generator for the clip's captions.
 
     Indices cycle through the motions, so that all motions are equally frequent.
     """
@@ -110,8 +110,8 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
 
 
 def load(folder: Path) -> Clips:
-    """Loads a folder's chunks up to the first incomplete or missing chunk. Raises ValueError if there is no complete
-    chunk at the start."""
+    """Loads a folder's chunks up to the first incomplete or missing chunk. Raises ValueError if even the first
+    chunk is incomplete or missing."""
     folder = Path(folder)
     stems = []
     while (stem := folder / f"clips-{len(stems):05d}").with_suffix(".captions.jsonl").exists():

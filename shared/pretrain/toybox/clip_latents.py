@@ -39,7 +39,7 @@ class ClipLatents:
         return len(self.tokens)
 
     def take(self, index: Sequence[int] | np.ndarray, first: int = 0, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Returns every `stride`-th frame of the clips with the given n indices, starting with frame `first`.
+        """Returns every `stride`-th frame of the clips at the n given indices, starting with frame `first`.
 
         The first array contains the frames' latents, float16 [n, C, F', h, w]. The second array contains the share of
         each latent cell that things cover, uint8 [n, F', h, w], as returned by `latent_cache.cover`."""

@@ -61,7 +61,7 @@ class Dataset:
 
     captions: N lists of 4 captions
     labels: for each name, int64 [N]. Most labels are indices into the vocabularies of `world`. `view_is_clear` and
-        `two_objects` are 0 or 1. `pattern_seed` is a seed, or -1 if there is no pattern. The labels `other_*` describe
+        `two_objects` are 0 or 1. `pattern_seed` is a seed, or -1 if there is no pattern. The `other_*` labels describe
         the second thing, or are -1 if there is only one thing.
     identity: float32 [N, IDENTITY_SIZE], NaN except for faces
     """
@@ -116,8 +116,8 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
-    """Samples the scene of picture `index` in the data set with this seed. Also returns the generator for the picture's
-    captions."""
+    """Samples the scene of picture `index` in the data set with the given seed. Also returns the generator for the
+    picture's captions."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng), rng
 
@@ -150,7 +150,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
-    """Renders one chunk unless it is complete. The captions are written last and mark it as complete."""
+    """Renders one chunk unless it is already complete. The captions are written last and mark it as complete."""
     stem = folder / f"chunk-{number:05d}"
     done = stem.with_suffix(".captions.jsonl")
     if done.exists():
@@ -205,7 +205,7 @@ def load(folder: Path) -> Dataset:
     folder = Path(folder)
     note = folder / "recipe.json"
     if not note.exists():
-        raise ValueError(f"{folder} contains no toybox data set (no recipe.json)")
+        raise ValueError(f"{folder} contains no toybox data set (it has no recipe.json)")
     recipe = json.loads(note.read_text(encoding="utf-8"))
     stems = [folder / f"chunk-{k:05d}" for k in range(-(-recipe["n"] // recipe["chunk"]))]
     missing = [stem.name for stem in stems if not stem.with_suffix(".captions.jsonl").exists()]

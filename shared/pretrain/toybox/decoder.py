@@ -1,4 +1,4 @@
-"""Continues to train the autoencoder's decoder, against a discriminator, to get sharper pictures from the same latents.
+"""Trains the autoencoder's decoder further, against a discriminator, to get sharper pictures from the same latents.
 
 Squared and absolute errors are smallest for an average of all the pictures that a latent could represent, and such an
 average is blurred. Therefore, once the latents are final, the decoder is trained further with two additional losses.
@@ -57,7 +57,7 @@ class DecoderTraining:
 
 
 class DecoderTask(PretrainTask):
-    """The task that trains the decoder. Each step updates first the discriminator, then the decoder.
+    """The task that trains the decoder. Each step first updates the discriminator, then the decoder.
 
     The networks use the channels_last format, which makes convolutions on a CPU faster. After a run is resumed, the
     optimizer's moments no longer have this format. torch's plain Adam kernels accept such moments, but the fused kernel
@@ -147,7 +147,7 @@ class DecoderTask(PretrainTask):
 
 
 def train_decoder(data: Path, out: Path, run: RunSettings, settings: DecoderTraining = DecoderTraining()) -> Path:
-    """Continues to train the decoder of the finished autoencoder in the run's folder `out`, on the data set in `data`.
+    """Continues training the decoder of the finished autoencoder in the run's folder `out`, on the data set in `data`.
 
     Returns:
         the folder of the autoencoder, which now contains the averaged decoder

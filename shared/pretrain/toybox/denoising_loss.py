@@ -1,4 +1,4 @@
-"""Draws the denoiser's training batches and computes its loss. This is the loss of v-prediction on cached latents, plus
+"""Draws the denoiser's training batches and computes its loss. This is the v-prediction loss on cached latents, plus
 two losses that measure how well a caption's attributes can be read from the predicted latents and from the middle of
 the U-Net.
 """
@@ -32,7 +32,7 @@ class UnetTraining:
         hard to learn.
     reading: the weights of the losses for reading class, view and accessory from the predicted x0 (`reader.Reader`), at
         the peak learning rate
-    probing: the same weights for reading from the middle of the U-Net (`reader.Probe`)
+    probing: the corresponding weights for reading from the middle of the U-Net (`reader.Probe`)
     read_until: the weights in `reading` and `probing` fall with the learning rate, and reach 0 when the rate is
         `read_until` times the peak rate
     """
@@ -68,12 +68,12 @@ class DenoisingBatch:
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] loss weights, 1 on average
-    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`, -1 if the caption names none
+    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`; -1 marks an attribute not named
     again: Tensor  # [B, C, H, W] noise that is added to the predicted x0 before attributes are read from it
     level: Tensor  # [B] the level of that noise, as a timestep
 
     def to(self, device: torch.device) -> DenoisingBatch:
-        """Returns the batch on ``device``."""
+        """Returns the batch, moved to ``device``."""
         return self._of(lambda x: x.to(device))
 
     def split(self, count: int) -> list[DenoisingBatch]:
@@ -86,7 +86,7 @@ class DenoisingBatch:
 
 
 def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> DenoisingBatch:
-    """Draws the batch of a step. The batch depends only on the settings, the step and the content of the cache."""
+    """Draws the batch of a step. The batch depends only on the settings, the step and the cache's contents."""
     g, b = generator(settings.seed, step), settings.batch
     index = torch.randint(len(data), (b,), generator=g).numpy()
     variant = torch.randint(data.tokens.shape[1], (b,), generator=g).numpy()
@@ -124,8 +124,8 @@ def v_loss(
     reading: float = 0.0,
 ) -> Tensor:
     """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted by
-    ``inputs.weight``. Adds ``reading`` times the sum of the loss of ``reads``, which reads the predicted x0, and the
-    loss of ``probe``.
+    ``inputs.weight``. Adds ``reading`` times the sum of two losses: that of ``reads``, which reads the predicted x0,
+    and that of ``probe``.
     """
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()

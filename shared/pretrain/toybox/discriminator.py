@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Discriminator(nn.Module):
-    """Maps pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4]. Also returns the features of each layer.
+    """Maps pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4]. Also returns each layer's features.
 
     In addition to the picture, the first layer sees the detail that blurring would remove. Without this input, training
     takes many times as many steps.

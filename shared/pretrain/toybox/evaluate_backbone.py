@@ -40,8 +40,8 @@ def open_pipeline(folder: str | None) -> Any:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Settings for judging the model. `pictures` is the number of random captions; the other settings are for
-    sampling."""
+    """Settings for judging the model. `pictures` is the number of random captions; the other settings determine
+    the model and how it is sampled."""
 
     pictures: int = 256
     guidance: float | None = None  # by default, the guidance of the shipped model
@@ -83,8 +83,8 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
 def evaluate_clips(
     settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False
 ) -> Iterator[str]:
-    """Judges a motion module on random captions of clips. This is the motion module trained in `work`, or the shipped
-    motion module if `work` is None. Yields lines to print.
+    """Judges the motion module trained in `work`, or the shipped one if `work` is None, on random clip captions. Yields
+    lines to print.
 
     Raises ValueError if `out` exists and `overwrite` is not set, or if there is no motion module.
     """
@@ -130,7 +130,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def extend_curve(work: Path, pictures: int, guidance: float | None) -> Iterator[str]:
-    """Judges the snapshots of a run that are not yet in the training curve. Yields lines to print."""
+    """Judges the snapshots of a run that are not yet on the training curve. Yields lines to print."""
     from shared.pretrain.evaluators.training_curve import SCORES, extend
 
     stated = sampling_defaults()["guidance"] if guidance is None else guidance

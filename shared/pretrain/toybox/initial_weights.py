@@ -1,4 +1,4 @@
-"""Lets a run without a checkpoint continue from the shipped weights, by writing these as its first checkpoint."""
+"""Lets a run without a checkpoint continue from the shipped weights, by writing them as the run's first checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from shared.train import checkpoint
 def adopt_vae(out: Path) -> bool:
     """Copies the shipped autoencoder into a run's folder, unless the run trains its own autoencoder or already has one.
 
-    Returns whether the run uses the shipped autoencoder, possibly with another decoder. The shipped encoder must
+    Returns whether the run uses the shipped autoencoder, possibly with a different decoder. The shipped encoder must
     not change, because the U-Net and the motion module were trained on its latents.
     """
     from diffusers import AutoencoderKL
@@ -44,15 +44,15 @@ def adopt_vae(out: Path) -> bool:
 
 
 def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool:
-    """Copies the shipped backbone into a run's folder. Copies the tokenizer and, unless the run already has an
-    autoencoder, the autoencoder. Writes the text model and the U-Net as a checkpoint.
+    """Copies the shipped backbone into a run's folder. The tokenizer is copied unchanged, and so is the autoencoder,
+    unless the run already has one. The text model and the U-Net are written as a checkpoint.
 
     The optimizer starts from scratch, but the step count continues. Nothing is copied if the folder has its own
     checkpoint, or if the installation has no weights. Returns whether anything was copied.
 
     Raises:
-        ValueError: if the size of the shipped U-Net is not `size`, or if the shipped U-Net does not fit the latents of
-            the autoencoder in `out`
+        ValueError: if the size of the shipped U-Net is not `size`, or if the shipped U-Net is incompatible with the
+            latents of the autoencoder in `out`
     """
     from diffusers import StableDiffusionPipeline
 
@@ -83,7 +83,7 @@ def _check_fits(shipped: models.UnetSize, size: models.UnetSize, out: Path) -> N
     if channels != shipped.latent_channels:
         raise ValueError(
             f"the shipped U-Net reads {shipped.latent_channels} latent channels, but the autoencoder in {out / VAE_FOLDER} "
-            f"has {channels}; train a U-Net for this autoencoder with --fresh, or use another --work"
+            f"has {channels}; train a U-Net for this autoencoder with --fresh, or use another --work folder"
         )
 
 

@@ -32,7 +32,7 @@ class Cache:
 
     latents: np.ndarray  # float16 [N, C, H, W], posterior means, scaled to a standard deviation of about 1
     tokens: np.ndarray  # int16 [N, V, 32], the token ids of V captions per picture
-    covered: np.ndarray  # uint8 [N, H, W], the share of each latent cell's patch that things cover (255 is all of it)
+    covered: np.ndarray  # uint8 [N, H, W], the share of each latent cell's patch that things cover (255 means all)
     caption_attributes: np.ndarray  # int8 [N, V, 3], as returned by `shared.toybox.captions.caption_attributes`
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ def build(
 ) -> Cache:
     """Returns the cache in ``folder``. Missing rows are computed first.
 
-    Existing rows are kept if the encoder and the tokenizer are unchanged. Otherwise, all rows are computed again.
+    Existing rows are kept if the encoder and the tokenizer are unchanged. Otherwise, all rows are recomputed.
     Pictures may be appended to the data set but must not change. The state file is written last, and atomically.
 
     Args:
@@ -98,7 +98,7 @@ def load(folder: Path) -> Cache:
     """
     state = _state(folder)
     if not state:
-        raise ValueError(f"no cached latents in {folder}")
+        raise ValueError(f"{folder} contains no cached latents")
     count, shapes = int(state["count"]), state["shapes"]
     latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=(count, *shapes["latents"]))
     tokens = np.memmap(folder / "tokens.i16", np.int16, "r", shape=(count, *shapes["tokens"]))
@@ -110,7 +110,7 @@ def load(folder: Path) -> Cache:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
     """Encodes pictures (uint8 [B, S, S, 3]) as scaled posterior means (float16 [B, C, h, w], with a standard deviation
-    of 1)."""
+    of about 1)."""
     device, parts = next(vae.parameters()).device, []
     for start in range(0, len(pixels), _BATCH):
         x = to_signed(pixels[start : start + _BATCH]).to(device, memory_format=torch.channels_last)
@@ -128,8 +128,8 @@ def cover(masks: np.ndarray, side: int) -> np.ndarray:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[Any]) -> np.ndarray:
-    """Tokenizes V captions for each of B pictures. Returns int16 [B, V, 32], which is padded and truncated in the same
-    way as in the pipeline."""
+    """Tokenizes V captions for each of B pictures. Returns int16 [B, V, 32], padded and truncated in the same way as
+    in the pipeline."""
     flat = [text for variants in captions for text in variants]
     ids = tokenizer(flat, padding="max_length", truncation=True, max_length=MAX_LENGTH)["input_ids"]
     return np.asarray(ids, dtype=np.int16).reshape(len(captions), -1, MAX_LENGTH)

@@ -63,7 +63,7 @@ class Reader(nn.Module):
         bars: Tensor,
         weights: Sequence[float] = (1, 1, 1),
     ) -> Tensor:
-        """Adds noise to latents, reads the caption's attributes from the result, and returns the cross-entropy.
+        """Adds noise to latents, reads the captions' attributes from the result, and returns the cross-entropy.
 
         Args:
             clean: clean latents [B, C, H, W], or a prediction of them
@@ -85,8 +85,8 @@ class Reader(nn.Module):
 class Probe(nn.Module):
     """Reads a caption's attributes from the middle of a U-Net during training.
 
-    Its loss trains the U-Net to represent the attributes in its middle block, from which all later layers can use them.
-    The U-Net may run in several threads, so the activations are stored per thread.
+    The probe's loss trains the U-Net to represent the attributes in the middle block, where all later layers can use
+    them. The U-Net may run in several threads, so the activations are stored per thread.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -123,8 +123,8 @@ def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def soften(clean: Tensor, g: torch.Generator) -> Tensor:
-    """Blurs about half of the latents ``clean`` ([B, C, H, W]) with a Gaussian whose standard deviation is between 0.3
-    and 1.2 cells. Latents that are predicted from very noisy latents are similarly blurred."""
+    """Blurs about half of the latents in ``clean`` ([B, C, H, W]) with a Gaussian whose standard deviation is between
+    0.3 and 1.2 cells. Latents predicted from very noisy ones are similarly blurry."""
     sigma = 0.3 + 0.9 * torch.rand(len(clean), generator=g)
     sigma = torch.where(torch.rand(len(clean), generator=g) < 0.5, sigma, torch.full_like(sigma, 1e-2))
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma[:, None]) ** 2)

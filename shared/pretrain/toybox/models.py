@@ -1,4 +1,4 @@
-"""Builds the toybox's networks, which are stock classes of diffusers and transformers, and defines their sizes."""
+"""Builds the toybox's networks, which are stock classes from diffusers and transformers, and defines their sizes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTex
     """Builds a freshly initialised text model for ``tokenizer``.
 
     Its end-of-text id is the tokenizer's. With transformers' legacy value of 2, the pooled output would be taken at the
-    position of the highest id, which is wrong as soon as a token is added.
+    position of the highest id, which is wrong once a token has been added.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -143,7 +143,7 @@ def build_scheduler() -> DDIMScheduler:
     """Builds a scheduler with a cosine schedule, v-prediction, and "trailing" timesteps, which start at pure noise.
 
     The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents. It leaves practically no signal at
-    the last timestep, so a picture's overall tone does not leak. For v-prediction, see Salimans and Ho, arXiv
+    the last timestep, so a picture's overall tone does not leak through. For v-prediction, see Salimans and Ho, arXiv
     2202.00512.
     """
     from diffusers import DDIMScheduler
@@ -162,14 +162,14 @@ def build_scheduler() -> DDIMScheduler:
 class PlainAttention:
     """An attention processor for diffusers' ``set_attn_processor``, with two batched matrix products and a softmax.
 
-    It is equivalent to the fused kernel, whose backward pass would take a fifth of the toybox's training step on a CPU.
+    It is equivalent to the fused kernel, whose backward pass would take up a fifth of a toybox training step on a CPU.
     """
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
     ) -> Tensor:
         """Returns the result ([B, L, D]) of attention from ``hidden_states`` ([B, L, D]) to ``encoder_hidden_states``
-        ([B, M, C]). If these are None, ``hidden_states`` attend to themselves."""
+        ([B, M, C]). If the latter is None, ``hidden_states`` attend to themselves."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         q, k, v = (self._split(x, attn.heads) for x in projected)

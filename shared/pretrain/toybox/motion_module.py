@@ -1,7 +1,8 @@
 """Trains the toybox's motion module on captioned clips.
 
 The module consists of temporal layers that are inserted between the layers of the frozen U-Net (AnimateDiff,
-https://arxiv.org/abs/2307.04725, section 4.2). The embeddings of motion words are trained together with the module.
+https://arxiv.org/abs/2307.04725, section 4.2). The embeddings of the motion words (see `motion_words`) are trained
+together with the module.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ class MotionTraining:
     word_lr: the peak learning rate of the embeddings of motion words. It is low because, at ten times this rate, words
         that do not help early in training drift to values that the network ignores.
     words: settings for preparing the words before training
-    short: the initial fraction of the steps, in which batches contain twice as many clips but only every second frame
-        of each clip (8 of 16)
+    short: the initial fraction of the steps, during which batches contain twice as many clips, but only every second
+        frame of each clip (8 of 16)
     t_uniform, t_mean: see `draw_times`. Motion is determined at higher noise levels than appearance.
     moving_weight: the loss weight of the time-varying part of the error; the error's mean over time has weight 1
     """
 
-    batch: int = 4  # clips of 16 frames per step; twice as many clips if they have 8 frames
+    batch: int = 4  # clips per step if they have 16 frames; twice as many if they have 8
     heads: int = 4
     most_frames: int = 32
     lr: float = 1e-3
@@ -84,8 +85,8 @@ class ClipBatch:
 
 
 class MovingDenoiser(nn.Module):
-    """The frozen text model and U-Net, with motion modules. Only these modules and the embeddings of motion words are
-    trained.
+    """The frozen text model and U-Net, with motion modules added. Only the motion modules and the embeddings of the
+    motion words are trained.
 
     Args:
         pipe: the picture pipeline; the motion words are added to its tokenizer and text model
@@ -131,8 +132,8 @@ class MovingDenoiser(nn.Module):
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Makes the input of a group norm contiguous. In channels-last format, PyTorch crashes if the parameters need a
-    gradient but the input does not. This happens in the first motion module, which follows frozen layers."""
+    """Makes the input of a group norm contiguous. In channels-last format, PyTorch crashes if the parameters need
+    gradients but the input does not. This happens in the first motion module, which follows frozen layers."""
     return (args[0].contiguous(), *args[1:])
 
 
@@ -184,7 +185,8 @@ class MotionTask(PretrainTask):
         models.lay_out(self.net.unet, compute)
         self.drawn = Prefetch(self.draw, compute.device)
         own = {**{f"unet.{name}": p for name, p in self.net.motion_parameters().items()}, "words": self.net.words}
-        # All layers are in bf16, because casting to and from fp32 around each norm would take most of a GPU's time.
+        # In bf16 runs, all layers are in bf16, because casting to and from fp32 around each norm would take most of the
+        # GPU's time.
         self.half = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()} if compute.bf16 else None
         if self.half is not None:
             self.net.to(torch.bfloat16).requires_grad_(False)
@@ -242,7 +244,7 @@ class MotionTask(PretrainTask):
 
 
 class _Named(nn.Module):
-    """Contains parameters of another module under their dotted names, which checkpoints also use."""
+    """Holds another module's parameters under their dotted names, which checkpoints also use."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -255,7 +257,9 @@ class _Named(nn.Module):
     @torch.no_grad()
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         if set(state_dict) != set(self.names):
-            raise RuntimeError(f"{len(state_dict)} tensors do not match {len(self.names)} parameters by name")
+            raise RuntimeError(
+                f"the names of {len(state_dict)} tensors do not match those of {len(self.names)} parameters"
+            )
         for name, parameter in zip(self.names, self.list, strict=True):
             if state_dict[name].shape != parameter.shape:
                 raise RuntimeError(
@@ -273,7 +277,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     """Trains a motion module for a finished backbone on the clips in `work/clips`. Returns the folder with the
     checkpoint and the log.
 
-    `run.steps` is the number of steps in the whole run, which uses clips of 8 frames at first and of 16 frames later.
+    `run.steps` is the number of steps in the whole run, which uses 8-frame clips at first and 16-frame clips later.
     After `run.minutes`, the run pauses and can be resumed.
     """
     from diffusers import StableDiffusionPipeline
@@ -281,7 +285,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     from shared.train import checkpoint
 
     if run.steps is None:
-        raise ValueError("set the number of steps, which is divided between clips of 8 frames and clips of 16 frames")
+        raise ValueError("set the number of steps, which is divided between 8-frame and 16-frame clips")
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
     folder, workers = motion_folder(work), run.threads or torch.get_num_threads()
     compute = run.compute()
@@ -302,7 +306,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
 def _prepare_words(
     pipe: StableDiffusionPipeline, data: ClipLatents, settings: MotionTraining, compute: Compute
 ) -> None:
-    """Makes the motion words visible to the motion modules, using the first frames of the clips."""
+    """Makes the motion words visible to the motion modules, using the clips' first frames."""
     pipe.unet.to(compute.device)
     pipe.text_encoder.to(compute.device)
     first = data.take(range(min(len(data), 500)))[0][:, :, 0]
@@ -315,8 +319,8 @@ def _prepare_words(
 
 
 def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:
-    """Returns the picture pipeline with the learned words, and the learned `MotionAdapter`, in fp32. Learned parameters
-    have their averaged values."""
+    """Returns, in fp32, the picture pipeline with the learned words, and the learned `MotionAdapter`. The learned
+    parameters have their averaged values."""
     from diffusers import StableDiffusionPipeline
 
     from shared.pretrain.task import average_of

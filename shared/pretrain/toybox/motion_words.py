@@ -1,4 +1,4 @@
-"""Adds the motion words, which captions of pictures never use, to the tokenizer and the text model. Each word becomes
+"""Adds the motion words, which picture captions never use, to the tokenizer and the text model. Each word becomes
 one token with its own embedding.
 
 Generated pictures do not change, because all other words keep their ids and embeddings.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def motion_words() -> list[str]:
-    """Returns, in alphabetical order, the words of motion phrases that no caption of a picture contains."""
+    """Returns, in alphabetical order, the words that occur in motion phrases but in no picture caption."""
     pictures = set(clean_words(vocabulary()))
     return [word for word in clean_words(p for phrases in PHRASES.values() for p in phrases) if word not in pictures]
 
@@ -29,8 +29,8 @@ def add_words(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> list[int
     """Makes each motion word a single token, in place. Returns the sorted ids of all motion words.
 
     Each new embedding is initialised with the mean embedding of the words in picture captions, plus noise (seed 0) with
-    a tenth of the standard deviation of these embeddings. The new embedding is therefore in the range that the network
-    has seen. Motion words that are already a single token keep their embeddings.
+    a tenth of the standard deviation of these embeddings. The new embedding is therefore within the range that the
+    network has seen. Motion words that are already a single token keep their embeddings.
     """
     from transformers import AddedToken
 

@@ -47,7 +47,7 @@ def log_of(out: Path, name: str) -> Path:
 
 
 def tokenizer_of(out: Path) -> CLIPTokenizer:
-    """Returns the tokenizer saved in the run's folder. If there is none yet, saves the current one first."""
+    """Returns the tokenizer saved in the run's folder. If the folder has none, saves the current one there first."""
     from transformers import CLIPTokenizer
 
     from shared.toybox import tokenizer
@@ -83,7 +83,7 @@ def snapshots(out: Path) -> list[Path]:
 
 
 def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Saves an average of the denoiser's parameters in fp16, atomically, with facts as returned by `denoiser_facts`."""
+    """Atomically saves an average of the denoiser's parameters in fp16, with facts such as `denoiser_facts` returns."""
     path = folder / "snapshots" / f"step-{facts['step']:07d}.safetensors"
     claim(folder, f"snapshots/{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def snapshot_facts(path: Path) -> dict[str, Any]:
-    """Reads the facts of a snapshot without loading its tensors."""
+    """Reads a snapshot's facts without loading its tensors."""
     with safe_open(str(path), framework="pt") as file:
         return _facts(file)
 

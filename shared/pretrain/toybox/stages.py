@@ -20,11 +20,11 @@ T = TypeVar("T", "UnetTraining", "MotionTraining")
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
 #: The learning rate falls over this final fraction of the steps when `Work.more` is set.
 FALL = 0.75
-#: The number of groups of things on which the identity encoder is trained. An encoder that was trained on 1,500 groups
-#: memorised them. In pictures decoded by the autoencoder, it recognised 98% of the things from these groups, but only
-#: 75% of other things.
+#: The number of groups of things on which the identity encoder is trained. An encoder trained on 1,500 groups memorised
+#: them. In pictures decoded by the autoencoder, it recognised 98% of the things from these groups, but only 75% of
+#: other things.
 IDENTITY_GROUPS = 4_500
-#: The minimum number of pictures per group. It limits the number of groups for a small data set.
+#: The minimum number of pictures per group. With a small data set, it limits the number of groups.
 PICTURES_PER_GROUP = 24
 #: The maximum number of pictures that the autoencoder reconstructs for each evaluator.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
@@ -46,7 +46,7 @@ class Pace:
     compiled: bool = False
 
     def of(self, usual: T) -> T:
-        """Returns the settings `usual`, adapted to this pace."""
+        """Returns the `usual` settings, adapted to this pace."""
         lr = usual.lr if self.lr is None else self.lr
         if self.batch is None:
             return replace(usual, lr=lr)
@@ -57,8 +57,8 @@ class Pace:
 class Work:
     """The folder, budget and options of one run.
 
-    more: the number of pictures on which the U-Net is trained in addition to those that its initial weights have seen.
-        The learning rate falls to 0 over the final fraction `FALL` of these pictures.
+    more: the number of pictures on which the U-Net is trained, in addition to those that its initial weights have
+        already seen. The learning rate falls to 0 over the final fraction `FALL` of these pictures.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ class Work:
         return self.folder / "run"
 
     def settings(self, steps: int) -> RunSettings:
-        """Returns the settings of a training run. It takes this many steps unless a time limit is set."""
+        """Returns the settings of a training run, which takes `steps` steps unless a time limit is set."""
         from shared.pretrain.run_task import RunSettings
 
         own = steps if self.minutes is None else None
@@ -93,7 +93,7 @@ class Work:
 def run(stages: Sequence[str], work: Work) -> None:
     """Runs the stages in order and prints the result of each. Each stage resumes where an earlier call stopped.
 
-    Raises ValueError if the folder cannot be written, or if it contains files but none from an earlier call.
+    Raises ValueError if the folder cannot be written to, or if it contains files but none from an earlier call.
     """
     from shared.io.outputs import check_resumable
 
@@ -118,7 +118,7 @@ def _vae(work: Work) -> str:
     from shared.pretrain.toybox.vae import VaeTraining, train_vae
 
     if not work.fresh and adopt_vae(work.run):
-        return "kept the shipped one, because the other networks were trained on its latents (--fresh trains a new one)"
+        return "kept the shipped one, on whose latents the other networks were trained (--fresh trains a new one)"
     return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), VaeTraining(seed=work.seed)))
 
 

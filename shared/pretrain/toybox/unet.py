@@ -33,11 +33,11 @@ class UnetTask(PretrainTask):
     """The task that trains the denoiser.
 
     Args:
-        budget: determines the learning rate, and thereby the weight of the reading losses
+        budget: determines the learning rate and, through it, the weight of the reading losses (see `reads`)
         workers: the number of threads, each of which takes an equal share of every batch. Results are bit-identical
             only for the same number of threads.
-        reads: the reader that teaches the meaning of words that describe shape. If None, the squared error is the only
-            loss.
+        reads: the reader whose losses teach the meaning of words that describe shape. If None, the squared error is the
+            only loss.
     """
 
     helpers = frozenset({"probe"})
@@ -105,7 +105,7 @@ class UnetTask(PretrainTask):
         return self.shares.mean_loss(of, batch.split(self.shares.workers), trained)
 
     def after_step(self, step: int, pictures: int) -> None:
-        """Saves the averaged parameters every `snapshot_steps` steps. The training curve is computed from these."""
+        """Saves the averaged parameters every `snapshot_steps` steps, for the training curve."""
         if step % self.settings.snapshot_steps == 0:
             facts: dict[str, Any] = {"step": step, "sizes": self.settings.sizes, "pictures": pictures}
             save_snapshot(training_folder(self.out, "unet"), self.ema.state_dict(), facts)
@@ -117,7 +117,7 @@ def empty_prompt(tokenizer: CLIPTokenizer) -> Tensor:
 
 
 def train_unet(data: Path, out: Path, run: RunSettings, settings: UnetTraining = UnetTraining()) -> Path:
-    """Trains the text model and the U-Net on the latents of the finished autoencoder in the run's folder `out`.
+    """Trains the text model and the U-Net on latents from the finished autoencoder in the run's folder `out`.
 
     On a CPU, each of `run.threads` threads takes a share of the batch. Results are bit-identical only for the same
     number of threads.

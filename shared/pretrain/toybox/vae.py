@@ -195,7 +195,7 @@ class VaeTask(PretrainTask):
         normalise(vae, self.pictures.pixels(chosen))
         decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
-        checkpoint.clear(training_folder(self.out, "decoder"))  # that decoder was trained on different latents
+        checkpoint.clear(training_folder(self.out, "decoder"))  # the old decoder was trained on different latents
         return {"psnr": decibels, "scaling_factor": vae.config["scaling_factor"]}
 
     def is_written(self) -> bool:

@@ -1,11 +1,11 @@
-"""Makes motion words reach the motion modules through the frozen U-Net.
+"""Lets motion words reach the motion modules through the frozen U-Net.
 
 The modules read a caption only through the cross-attention of the layers before them. This cross-attention was trained
 on pictures and ignores words that it has never seen. Replacing "to the right" with "to the left" changes its output
 features by 1%, whereas replacing "blue" with "red" changes them by 30%. If the features do not differ, the modules
 cannot learn to distinguish motions, and the embeddings of motion words get no gradient. Before the modules are trained,
-these embeddings are therefore trained to change the features that the modules read, but to change the picture as little
-as possible.
+these embeddings are therefore trained to change the features that the modules read, while changing the picture as
+little as possible.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class WordTraining:
     """Settings for training the embeddings of motion words.
 
     differ: the target for the relative difference between the features of two motions after each cross-attention
-    opposite: the probability that a motion with an opposite is compared with this opposite rather than with another
-        motion at random. The shipped words were trained only on random pairs. At timestep 600, their features differ by
+    opposite: the probability that a motion with an opposite is compared with this opposite rather than with a random
+        other motion. The shipped words were trained only on random pairs. At timestep 600, their features differ by
         1% between "left" and "right", and by 45% between "wobbling" and "moving camera". With the current default,
         the differences are 30% and 38%.
     seen: the loss weight of the squared relative change that motion words cause in the prediction
@@ -61,7 +61,7 @@ class WordTraining:
 def make_visible(
     pipe: StableDiffusionPipeline, word_ids: list[int], latents: Tensor, settings: WordTraining = WordTraining()
 ) -> list[dict[str, float]]:
-    """Trains the rows `word_ids` of the text model's embedding in place. Nothing else is changed.
+    """Trains the `word_ids` rows of the text model's embedding table in place. Nothing else is changed.
 
     Args:
         latents: scaled latents [N, C, h, w] of any pictures from the toybox world
@@ -129,7 +129,7 @@ def _relative(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def _texts(settings: WordTraining, step: int) -> list[str]:
-    """Draws B scenes and returns 3 B captions. The first B captions name one motion for each scene, the next B captions
+    """Draws B scenes and returns 3B captions. The first B captions name one motion for each scene, the next B captions
     name another motion, and the last B captions name no motion."""
     rng = np.random.default_rng([settings.seed, 17, step])
     motions, columns = list(MOTIONS), ([], [], [])

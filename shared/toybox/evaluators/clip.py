@@ -2,7 +2,7 @@
 processor.
 
 `CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it without this project's code.
-CLIP-T and CLIP-I are therefore measured with exactly the same code as with a full-size CLIP.
+CLIP-T and CLIP-I are therefore computed by exactly the same code as for a full-size CLIP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class ClipConfig(BaseModel):
-    """The sizes of the two transformers. `patch` is in pixels. `length` is in tokens, including the begin and end
+    """The sizes of the two transformers. `patch` is in pixels. `length` is in tokens, including the start and end
     tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,8 +112,8 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
 
 @lru_cache(maxsize=4)
 def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
-    """Loads a `CLIPModel`, in float32 and frozen, and its `CLIPProcessor`. By default, they come from the shipped CLIP
-    folder. Each folder is loaded once per process.
+    """Loads a frozen float32 `CLIPModel` and its `CLIPProcessor`, by default from the shipped CLIP folder. Each folder
+    is loaded once per process.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -126,7 +126,7 @@ def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
 
 
 def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
-    """Embeds pictures as unit vectors `[B, D]`. `pixels` (`[B, 3, H, W]` in [0, 1]) must have the model's input
+    """Embeds pictures as unit vectors `[B, D]`. `pixels` (`[B, 3, H, W]` in [0, 1]) must match the model's input
     size."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(pixels) for v in (MEAN, STD))
     parts = [
@@ -156,8 +156,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
 
 
 def _state_float32(path: Path) -> None:
-    """Sets the dtype in `config.json` to float32. transformers 5 then computes in float32, although the stored weights
-    are fp16."""
+    """Sets the dtype in `config.json` to float32, so that transformers 5 computes in float32 although the stored
+    weights are fp16."""
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", "utf-8")
 

@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class TrunkConfig(BaseModel):
-    """The width and the number of residual blocks of each stage. Stage `i` works at `size / 2^(i+1)` pixels."""
+    """The width and the number of residual blocks of each stage. The resolution of stage `i` is `size / 2^(i+1)`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     widths: tuple[int, ...] = (24, 64, 128, 224)
@@ -31,7 +31,7 @@ class TrunkConfig(BaseModel):
 
 
 class Block(nn.Module):
-    """A residual block (He et al., arXiv 1512.03385) with two 3×3 convolutions, batch normalisation and a skip
+    """A residual block (He et al., arXiv 1512.03385) with two 3×3 convolutions, batch normalization and a skip
     connection.
 
     Maps `[B, inputs, H, W]` to `[B, outputs, H / stride, W / stride]`.
@@ -55,7 +55,7 @@ class Trunk(nn.Module):
     """A network that maps pictures (`[B, 3, H, W]` in [0, 1]) to features `[B, features]`.
 
     The features are statistics of each channel: the mean of every stage's output, the maximum of the last stage's
-    output and, for all stages except the first, the mean over the thing alone. The layer `where` predicts the thing's
+    output and, for all stages except the first, the mean over the thing alone. The `where` layer predicts the thing's
     position from the output of the third stage (8×8 for a 64×64 picture). This layer is trained on the renderer's
     masks.
     """
@@ -92,7 +92,7 @@ class Trunk(nn.Module):
         return maps
 
     def pooled(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Computes the result of `read` from the outputs of the stages."""
+        """Computes the result of `read` from the stages' outputs."""
         where = self.where(maps[self.looks]).float()
         pooled = [m.mean((2, 3)) for m in maps] + [maps[-1].amax((2, 3))]
         pooled += [_mean_at(m, where.sigmoid()) for m in maps[1:]]
@@ -100,8 +100,8 @@ class Trunk(nn.Module):
 
 
 def _mean_at(features: Tensor, weights: Tensor) -> Tensor:
-    """Averages features `[B, C, H, W]` over their pixels. The weights `[B, 1, h, w]` are first resampled to the same
-    size. Returns `[B, C]`."""
+    """Averages features `[B, C, H, W]` over their pixels. The weights `[B, 1, h, w]` are first resampled to the
+    features' size. Returns `[B, C]`."""
     weights = F.adaptive_avg_pool2d(weights, features.shape[2:])  # pyright: ignore[reportArgumentType]
     weights = (weights / (weights.sum((2, 3), keepdim=True) + 1e-2)).to(features.dtype)
     return (features * weights).sum((2, 3))
@@ -159,8 +159,8 @@ def adopt_state(model: nn.Module, folder: Path) -> bool:
 
 
 def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder and its parsed `config.json`. Raises FileNotFoundError if that file or the weights are
-    missing. The message names the command that creates them."""
+    """Returns the folder and its parsed `config.json`. Raises FileNotFoundError, naming the command that creates the
+    folder, if that file or the weights file is missing."""
     folder = Path(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

@@ -1,11 +1,11 @@
 """The identity encoder, which measures whether two pictures show the same individual thing.
 
 It first finds the thing and then looks only at an enlarged crop around it, so that a small thing in a corner is
-compared at the size of a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose crop is
-not learned but computed from a map of the thing's position. The encoder is trained with the supervised contrastive loss
-(Khosla et al., arXiv 2004.11362, eq. 2) on things in many views and on many backgrounds. Every batch contains hard
-negatives. These are things of the same class and palette that differ only in their pattern or, if they are faces, in
-their identity.
+compared at the same size as a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose crop
+is not learned but computed from a map of the thing's position. The encoder is trained with the supervised contrastive
+loss (Khosla et al., arXiv 2004.11362, eq. 2) on things in many views and on many backgrounds. Every batch contains hard
+negatives, which are things of the same class and palette that differ only in their pattern or, for faces, in their
+identity.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 HIDDEN = 256
-# Half the crop's side in standard deviations of the thing's position map, and its minimum as a fraction of half the
-# picture's side.
+# Half the crop's side length, in standard deviations of the thing's position map, and the minimum of this half, as a
+# fraction of half the picture's side length.
 _WIDE, _LEAST = (
     2.2,
     0.28,
@@ -40,7 +40,7 @@ class IdentityConfig(BaseModel):
 
 
 class Palette(nn.Module):
-    """A learned histogram of the thing's colours. It includes the accent colours but not the background.
+    """A learned histogram of the thing's colours. It covers the accent colours but not the background.
 
     Each pixel of the half-resolution picture is mapped separately to `counts` activations. The output consists of the
     mean and the maximum of each activation over the thing.
@@ -68,7 +68,7 @@ class Locator(Trunk):
         self.requires_grad_(False)
 
     def take_over(self, trunk: Trunk) -> None:
-        """Copies the weights of a recognizer's trunk."""
+        """Copies the weights from a recognizer's trunk."""
         known = trunk.state_dict()
         self.load_state_dict({name: known[name] for name in self.state_dict()})
 
@@ -100,7 +100,7 @@ def cut(pixels: Tensor, square: Tensor) -> Tensor:
 
 
 class IdentityEncoder(nn.Module):
-    """A network that maps pictures (`[B, 3, 64, 64]` in [0, 1]) to unit vectors `[B, D]`. The scalar product of two
+    """A network that maps pictures (`[B, 3, 64, 64]` in [0, 1]) to unit vectors `[B, D]`. The dot product of two
     vectors measures how similar the identities are.
     """
 

@@ -1,7 +1,7 @@
-"""The pose estimator, which reads the position, size and orientation of the thing in a toybox picture.
+"""The pose estimator, which determines the position, size and orientation of the thing in a toybox picture.
 
-It is a convolutional network that reads each picture separately. The path of a clip is read frame by frame. Only the
-azimuth is tracked over time, because it can be wrong by half a turn in a single picture. `weights/CARD.md` states the
+It is a convolutional network that processes each picture separately. A clip's path is estimated frame by frame. Only
+the azimuth is tracked over time, because it can be off by half a turn in a single picture. `weights/CARD.md` states the
 estimator's accuracy.
 """
 
@@ -22,7 +22,7 @@ from shared.toybox.motions.path_distance import UNITS
 
 _AZIMUTH = PATH.index("azimuth_deg")
 LINEAR = tuple(name for name in PATH if name != "azimuth_deg")
-"""The columns of a path that the network reads as plain numbers, in the order of its outputs."""
+"""The columns of a path that the network predicts as plain numbers, in the order of its outputs."""
 _PLACES = 32  # the number of channels that keep their spatial layout
 _STEP_DEG = 45.0  # the most that a thing usually turns from one frame to the next
 
@@ -39,7 +39,7 @@ class PoseConfig(BaseModel):
 class Poses:
     """The poses read from B pictures.
 
-    linear: `[B, 5]`, the columns `LINEAR`. Positions are fractions of the picture, the scale is a natural logarithm,
+    linear: `[B, 5]`, the `LINEAR` columns. Positions are fractions of the picture, the scale is a natural logarithm,
         and angles are in degrees.
     azimuths: `[B, bins]`, the probability of each azimuth bin. The first bin is centred on 0 (front).
     """
@@ -49,7 +49,7 @@ class Poses:
 
 
 class PoseEstimator(nn.Module):
-    """A network that reads the pose of the one thing in each picture (`[B, 3, 64, 64]` in [0, 1])."""
+    """A network that estimates the pose of the one thing in each picture (`[B, 3, 64, 64]` in [0, 1])."""
 
     def __init__(self, config: PoseConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class PoseEstimator(nn.Module):
         self.azimuth = nn.Linear(hidden, config.bins)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the columns `LINEAR` in the units of `path_distance.UNITS`, `[B, 5]`, and the logits of the azimuth
+        """Returns the `LINEAR` columns in the units `path_distance.UNITS`, `[B, 5]`, and the logits of the azimuth
         bins, `[B, bins]`."""
         maps = self.trunk.maps(pixels)
         pooled, _ = self.trunk.pooled(maps)
@@ -74,7 +74,7 @@ class PoseEstimator(nn.Module):
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch_size: int = 128) -> Poses:
-        """Reads the poses in pictures (`[B, 3, 64, 64]` in [0, 1]). The result is on the CPU."""
+        """Reads the poses from pictures (`[B, 3, 64, 64]` in [0, 1]). The result is on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
@@ -82,21 +82,21 @@ class PoseEstimator(nn.Module):
         return Poses(linear * units(), logits.softmax(1))
 
     def path(self, frames: Tensor) -> Array:
-        """Reads the path of a clip (`[3, F, 64, 64]` in [-1, 1]). Returns float64 `[F, 6]` with the columns
+        """Reads the path from a clip (`[3, F, 64, 64]` in [-1, 1]). Returns float64 `[F, 6]` with columns
         `motion.PATH`."""
         return path_of(self.read((frames.transpose(0, 1) / 2 + 0.5).clamp(0, 1)))
 
 
 def units() -> Tensor:
-    """Returns the units of the columns `LINEAR`, `[5]`."""
+    """Returns the units of the `LINEAR` columns, `[5]`."""
     return torch.tensor([UNITS[name] for name in LINEAR])
 
 
 def path_of(poses: Poses, follow: bool = True) -> Array:
     """Converts the poses in the F frames of a clip to the clip's path, float64 `[F, 6]`.
 
-    follow: whether the azimuth is tracked over time and may exceed 180 degrees. If False, the azimuth of each frame is
-        read separately.
+    follow: whether the azimuth is tracked over time and may exceed 180 degrees. If False, each frame's azimuth is
+        determined separately.
     """
     path = np.zeros((len(poses.linear), len(PATH)))
     path[:, [PATH.index(name) for name in LINEAR]] = poses.linear.double().numpy()

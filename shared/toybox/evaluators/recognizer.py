@@ -1,6 +1,6 @@
-"""The recognizer, which reads the attributes of a toybox picture and names them with the same words as captions do.
+"""The recognizer, which reads the attributes of a toybox picture and names them in the words that captions use.
 
-It is a small convolutional network with one head per attribute. The "attribute accuracy" metric is measured with it.
+It is a small convolutional network with one head per attribute. The "attribute accuracy" metric is computed with it.
 `weights/CARD.md` states the recognizer's own accuracy.
 """
 
@@ -72,7 +72,7 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """Returns the normalised `features` of pictures (`[B, 3, 64, 64]` in [0, 1]), `[B, 192]` on the CPU."""
+        """Returns the normalized `features` of pictures (`[B, 3, 64, 64]` in [0, 1]), `[B, 192]` on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self.features(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]

@@ -68,7 +68,7 @@ MOTIONS: dict[str, Motion] = {
     )
 }
 CAMERA_MOTIONS = frozenset({"orbit"})
-"""The motions of the camera. In all other motions, the background stands still."""
+"""The motions in which the camera moves. In all others, the background stands still."""
 
 
 def captioned_motion(name: str) -> Motion:

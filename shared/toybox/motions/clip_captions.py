@@ -1,7 +1,7 @@
-"""Writes captions for clips. They are captions of pictures with added words for the motion, as in "a red car spinning
-on the grass".
+"""Writes captions for clips. They are picture captions with words added for the motion, as in "a red car spinning on
+the grass".
 
-There are no words for held-out motions, so clips of these motions get the caption of a picture.
+There are no words for held-out motions, so clips of these motions get picture captions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from shared.toybox.motions.captioned import MOTIONS, captioned_motion
 from shared.toybox.motions.clips import MovingScene
 from shared.toybox.tokenizer import MAX_LENGTH
 
-# The first phrase of each motion is the canonical one. Phrases with a comma go at the end of a caption and replace the
-# view.
+# The first phrase of each motion is the canonical one. Phrases that begin with a comma go at the end of a caption and
+# replace the view.
 PHRASES: dict[str, tuple[str, ...]] = {
     "spin": ("spinning", "turning around", "spinning around"),
     "slide left": ("moving to the left", "sliding to the left", "moving left"),
@@ -27,7 +27,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "recede": ("moving away", "going away"),
     "orbit": (", moving camera", ", the camera moving around it", ", the camera turning around it"),
 }
-# The toybox's tokenizer was built for captions of pictures. It splits each of these words into several tokens, whose
+# The toybox's tokenizer was built for picture captions. It splits each of these words into several tokens, whose
 # number is given here.
 _PIECES = {
     "sliding": 3,
@@ -57,12 +57,12 @@ def _room(words: str) -> int:
 
 
 def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = False) -> str:
-    """Writes one caption of a clip, with at most 30 tokens of the toybox's tokenizer.
+    """Writes one caption for a clip. The toybox's tokenizer splits it into at most 30 tokens.
 
-    Captioned motions are always named, and other motions are never named. The view may be named if it is clear and does
+    Captioned motions are always named, and other motions never are. The view may be named if it is clear and does
     not change.
 
-    full: whether to use the canonical form, as for pictures
+    full: whether to use the canonical form, as in picture captions
     """
     words = ""
     if moving.motion.name in MOTIONS:
@@ -74,7 +74,7 @@ def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = Fal
 
 
 def plain_clip_caption(moving: MovingScene) -> str:
-    """Writes a plain caption of a clip, for example "a photo of a duck on the beach". It does not mention the
+    """Writes a plain caption for a clip, for example "a photo of a duck on the beach". It does not mention the
     motion."""
     scene = moving.scene
     return f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"

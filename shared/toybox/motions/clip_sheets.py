@@ -37,7 +37,7 @@ def write_motion_sheet(
     """Writes a PNG with clips of the motions in `names`, or of all motions if `names` is empty.
 
     Held-out motions are given by their full names, such as `development-zigzag`. Raises ValueError if a motion is
-    unknown, if the sheet is too large, or if `out` is not a PNG that may be written.
+    unknown, if the sheet is too large, or if `out` is not the path of a PNG that may be written.
 
     sizes: the number of clips per motion, the number of frames shown per clip, and the number of frames per clip
     """

@@ -1,4 +1,4 @@
-"""Draws clips of one moving thing, with the ground truth of each frame.
+"""Draws clips of one moving thing, with the ground truth for each frame.
 
 All frames show the same thing and background in the same light. A thing's shadow moves with it, even in mid-air, as in
 the pictures on which the toybox's model was trained.
@@ -30,7 +30,7 @@ class MovingScene:
     """The content of a clip.
 
     scene: the first frame
-    path: [F, 6] with the columns `motion.PATH`
+    path: [F, 6] with columns `motion.PATH`
     pan: [F], the shift of the background, which is 0 unless the camera moves
     """
 
@@ -51,9 +51,9 @@ class Clip:
 
     frames: [F, H, W, 3] in [0, 1]
     mask: [F, H, W], the share of each pixel that the thing covers in the photo style
-    path: float64 [F, 6] with the columns `motion.PATH`
-    flow: [F-1, H, W, 2], the field `moved` of `flow.Flow`
-    flow_known: bool [F-1, H, W], the field `known` of `flow.Flow`
+    path: float64 [F, 6] with columns `motion.PATH`
+    flow: [F-1, H, W, 2], the `moved` field of `flow.Flow`
+    flow_known: bool [F-1, H, W], the `known` field of `flow.Flow`
     """
 
     frames: Tensor
@@ -78,8 +78,8 @@ def sample_moving(
 ) -> MovingScene:
     """Samples a random clip of a motion. If `motion` is None, chooses a random captioned motion.
 
-    `split` and `fixed` are as in `world.sample_scene`, except that camera, view and two cannot be fixed. A clip shows a
-    single thing, and the motion determines its camera. If the camera moves and the background is not fixed, a
+    `split` and `fixed` are as in `world.sample_scene`, except that `camera`, `view` and `two` cannot be fixed. A clip
+    shows a single thing, and the motion determines its camera. If the camera moves and the background is not fixed, a
     background is chosen that makes the movement visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):

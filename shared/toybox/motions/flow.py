@@ -30,7 +30,7 @@ class Flow:
 
 @torch.no_grad()
 def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
-    """Computes the flow of F frames of size×size pixels, each of which shows one thing.
+    """Computes the flow for F frames of size×size pixels. Each frame shows one thing.
 
     pan: [F], the shift of the background as in `Scene.pan`
     """

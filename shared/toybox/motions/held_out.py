@@ -68,8 +68,8 @@ def _falling_leaf(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _lap(t: Array, p: Parameters) -> dict[str, Array]:
-    # The thing runs around a circle on the ground, facing ahead. It moves to the right when it is near the camera, and
-    # to the left when it is far away.
+    # The thing runs around a circle on the ground, facing forward. It moves to the right when it is near the camera,
+    # and to the left when it is far away.
     angle = 2 * np.pi * t
     near = np.cos(angle)
     return {

@@ -12,9 +12,9 @@ from shared.toybox.motions.motion import Array, Motion, Parameters, Shape, still
 from shared.toybox.motions.path_distance import UNITS, distance
 
 GAP = 0.6
-"""The distance (`path_distance`) that look-alikes must exceed from their motion and from each other."""
+"""Look-alikes must be farther than this (see `path_distance`) from their motion and from each other."""
 MOST = 6
-_FINE = 257  # points in time at which a path is sampled
+_FINE = 257  # number of points in time at which a path is sampled
 
 
 def _timed(warp: Callable[[Array], Array]) -> Callable[[Shape], Shape]:
@@ -50,7 +50,7 @@ def _steady(shape: Shape) -> Shape:
         n = max(len(values) for values in p.values())
         moved = {name: np.broadcast_to(values, (n, _FINE)) for name, values in shape(fine, p).items()}
         steps = sum((np.diff(v, axis=-1) / UNITS[name]) ** 2 for name, v in moved.items() if name in UNITS)
-        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # the small constant makes it strictly increasing even at rest
+        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # 1e-9 keeps the sum strictly increasing even at rest
         gone = np.concatenate([np.zeros((n, 1)), gone / gone[:, -1:]], axis=-1)
         when = np.stack([np.interp(t, row, fine) for row in gone])
         return {
@@ -78,8 +78,8 @@ frame."""
 
 
 def look_alikes(motion: Motion) -> tuple[Motion, ...]:
-    """Returns up to `MOST` look-alikes of a motion. `CHANGES` are applied in order, and a result is kept if it is far
-    enough from the motion and from the results that were kept before."""
+    """Returns up to `MOST` look-alikes of a motion. The `CHANGES` are applied in order, and a result is kept if it is
+    far enough from the motion and from the results already kept."""
     chosen: list[Motion] = []
     for name, change in CHANGES.items():
         other = Motion(
@@ -91,10 +91,10 @@ def look_alikes(motion: Motion) -> tuple[Motion, ...]:
 
 
 def candidates(motion: Motion, split: str, frames: int = 16) -> dict[str, Array]:
-    """Returns the paths, `[F, 6]` by name, with which a clip's path is compared in order to recognise a motion.
+    """Returns the paths, `[F, 6]` by name, with which a clip's path is compared in order to recognize a motion.
 
     They are the paths of the motion itself, of its look-alikes and of the other held-out motions in its split. The path
-    of a thing that stands still is added, so that frozen clips are recognised as such.
+    of a thing that stands still is added, so that frozen clips are recognized as such.
     """
     others = [other for other in held_out_motions(split) if other.name != motion.name]
     paths = {m.name: m.path(frames) for m in (motion, *look_alikes(motion), *others)}

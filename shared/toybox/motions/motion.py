@@ -1,6 +1,6 @@
 """Defines motions as pure functions of time, with a few parameters that are drawn for each clip.
 
-A *path* is a float64 array `[..., F, 6]` with the columns `PATH`. It describes the pose of a thing in each of F frames.
+A *path* is a float64 array `[..., F, 6]` with columns `PATH`. It describes the pose of a thing in each of F frames.
 A clip's time runs from 0 (first frame) to 1 (last frame), whatever the number of frames.
 """
 
@@ -28,7 +28,7 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion. Its channels are relative to the pose at which `placing.place` puts the thing.
+    """A motion. Its channels are relative to the pose in which `placing.place` puts the thing.
 
     shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] if they are the same for all N.
         Channels that it omits stay at 0.

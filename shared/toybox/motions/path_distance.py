@@ -1,6 +1,6 @@
 """Measures how far apart two motions are by comparing their paths over time.
 
-Two paths a and b are `[F, 6]` with the columns `motion.PATH`. The distance between them is the root mean square of
+Two paths a and b are `[F, 6]` with columns `motion.PATH`. The distance between them is the root mean square of
 their difference over the F frames. Each column is measured in units of a clearly visible change (`UNITS`), and one of
 the paths is shifted so that the distance is as small as possible:
 

@@ -67,13 +67,13 @@ def write_motion(
     frames: int = 16,
     write: WriteClip = write_frames,
 ) -> list[Path]:
-    """Writes n clips of a held-out motion such as `development-zigzag`, from which the motion can be learned. By
+    """Writes n clips of a held-out motion such as `development-zigzag`, so that the motion can be learned from them. By
     default, the first frame is `00/000.png`.
 
-    Each clip comes with two additions that a careful user would make. One is a caption of the thing and its place,
-    which does not mention the motion (`00/caption.txt`, or `00.txt` if the clip is a file). The other is the thing's
-    mask in each frame (`masks/00/000.png`). The name of the motion is stored in the metadata of the clip. Returns the
-    paths of the clips. Raises ValueError whenever `reference_moving` or `atomic_folder` does.
+    Each clip comes with two additions that a careful user would make. One is a caption that describes the thing and its
+    place but not the motion (`00/caption.txt`, or `00.txt` if the clip is a file). The other is the thing's mask in
+    each frame (`masks/00/000.png`). The motion's name is stored in the clip's metadata. Returns the paths of the clips.
+    Raises ValueError whenever `reference_moving` or `atomic_folder` does.
     """
     moving = reference_moving(name, n, seed, frames)
     written = []
