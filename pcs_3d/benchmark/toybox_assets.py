@@ -18,9 +18,11 @@ from pcs_3d.distill.hand_over import check_fields
 from pcs_3d.distill.reference_cameras import compares_with_subject
 from pcs_3d.evaluation.asset_files import read_judged
 from pcs_3d.evaluation.asset_report import AssetReport
+from pcs_3d.evaluation.carving import write_class_mesh
 from pcs_3d.evaluation.evaluate import measure
 from pcs_3d.evaluation.save_asset_report import save_asset_report
 from pcs_3d.evaluation.yardstick import Against, Yardstick
+from pcs_3d.fields.starts import MeshFile
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.backbones import load_backbone
@@ -39,7 +41,10 @@ from shared.train import checkpoint
 from shared.train.device import pick_device
 from shared.types import Subject
 
-RECIPES = ("reference_reconstruction", "texture_refinement", "hifa", "dreamfusion", "prolificdreamer", "lucid_dreamer")
+RECIPES = (
+    *("reference_reconstruction", "texture_from_views", "texture_refinement", "hifa", "dreamfusion", "prolificdreamer"),
+    "lucid_dreamer",
+)
 #: The project's own targets.
 GOAL = AssetGoal(identity=0.50, view=0.65, iou=0.55)
 
@@ -63,11 +68,12 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     file; if `recipes` is empty, those in `RECIPES`).
 
     Each recipe makes one asset with the concept and one with only the class in the prompt. A recipe that learns the
-    subject itself gets the subject's pictures instead of the concept and makes only the first asset. An interrupted
-    call is resumed if the arguments are the same.
+    subject itself gets the subject's pictures instead of the concept and makes only the first asset. A recipe that needs
+    a mesh (`field.start.kind=file` without a path) gets a grey one with the usual shape of the subject's class. An
+    interrupted call is resumed if the arguments are the same.
 
-    Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt, pictures and a
-    concept.
+    Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt, pictures, a mesh and
+    a concept.
     """
     chosen = named(recipes or RECIPES)
     things = chosen_things(settings.split, settings.subjects)
@@ -76,13 +82,18 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     asked = {name: _example(recipe, settings) for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
     for name, recipe in asked.items():
-        _check(name, recipe)
+        if not _needs_mesh(recipe):
+            _check(name, recipe)
     check_place(settings.out, [*chosen.values(), settings.learn], asked.values())
     runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
     with TemporaryDirectory() as folder:
         example = read_subject(album.write_album(things[0], Path(folder) / "pictures")[0].parent, class_noun="thing")
+        mesh = Path(folder) / "thing.ply"
+        if any(_needs_mesh(recipe) for recipe in asked.values()):
+            write_class_mesh(album.held_out(things[0]).thing.class_name, mesh)
         for name, recipe in asked.items():
-            _check(name, recipe, runner, {"thing": example} if _needs_pictures(recipe) else {})
+            tried = _example(chosen[name], settings, _start(mesh)) if _needs_mesh(recipe) else recipe
+            _check(name, tried, runner, {"thing": example} if _needs_pictures(recipe) else {})
     about = {"learn": learning, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     contents = {name: dump(recipe) for name, recipe in asked.items()}
     experiment = Experiment(contents, things, settings.prompt, range(1), about)
@@ -109,16 +120,27 @@ def _check(
         raise ValueError(f"{name}: {error}") from None
 
 
-def _loaded(recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str = "") -> Recipe3D:
+def _loaded(
+    recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str = "", more: Sequence[str] = ()
+) -> Recipe3D:
     prompt = fill(settings.prompt, thing, noun or thing)
-    return load(recipe, [*settings.overrides, f"prompt={prompt}"], "3d", Recipe3D)
+    return load(recipe, [*settings.overrides, *more, f"prompt={prompt}"], "3d", Recipe3D)
 
 
-def _example(recipe: str, settings: AssetBenchmarkSettings) -> Recipe3D:
+def _example(recipe: str, settings: AssetBenchmarkSettings, more: Sequence[str] = ()) -> Recipe3D:
     """Returns the recipe with a placeholder for the subject in its prompt. If the recipe learns the subject, the
     placeholder is `<thing>`; otherwise it is a plain word, because no concept is loaded yet."""
-    loaded = _loaded(recipe, settings, "thing")
-    return _loaded(recipe, settings, "<thing>", "thing") if learns_subjects(loaded) else loaded
+    loaded = _loaded(recipe, settings, "thing", more=more)
+    return _loaded(recipe, settings, "<thing>", "thing", more) if learns_subjects(loaded) else loaded
+
+
+def _needs_mesh(recipe: Recipe3D) -> bool:
+    start = recipe.field.start
+    return isinstance(start, MeshFile) and start.path is None
+
+
+def _start(mesh: Path) -> list[str]:
+    return [f"field.start.path={mesh}"]
 
 
 def _needs_pictures(recipe: Recipe3D) -> bool:
@@ -139,30 +161,40 @@ class _Bench:
         itself, the report on an asset without the concept."""
         noun = album.held_out(thing).thing.class_name
         plain = _loaded(recipe, self.settings, noun)
+        more = self._mesh(noun) if _needs_mesh(plain) else []
         alone = learns_subjects(plain)
-        prompt = self._alone(recipe, thing, noun, workdir) if alone else self._pair(recipe, thing, noun, plain, workdir)
+        make = self._alone if alone else self._pair
+        prompt = make(recipe, thing, noun, workdir, more)
         by = self._yardstick(thing, prompt)
         made = _judged(workdir / ASSET, workdir / REPORT, by)
         base = None if alone else _judged(workdir / PLAIN, workdir / PLAIN_REPORT, by)
         return AssetCell(thing=thing, made=made, base=base, generic=by.generic_scores)
 
-    def _alone(self, recipe: str, thing: str, noun: str, workdir: Path) -> str:
+    def _mesh(self, noun: str) -> list[str]:
+        """Returns the setting that starts a recipe from the class's mesh. The mesh is written on first use."""
+        path = self.settings.out / "meshes" / f"{noun}.ply"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_class_mesh(noun, path)
+        return _start(path.absolute())
+
+    def _alone(self, recipe: str, thing: str, noun: str, workdir: Path, more: Sequence[str]) -> str:
         """Makes an asset with a recipe that learns the subject. Returns the prompt."""
         album.write_album(thing, self.things.references(thing), overwrite=True)
-        mine = _loaded(recipe, self.settings, f"<{thing}>", noun)
+        mine = _loaded(recipe, self.settings, f"<{thing}>", noun, more)
         make_once(self.runner, mine, workdir / ASSET, {}, self._pictures(thing, noun))
         return mine.prompt
 
-    def _pair(self, recipe: str, thing: str, noun: str, plain: Recipe3D, workdir: Path) -> str:
+    def _pair(self, recipe: str, thing: str, noun: str, workdir: Path, more: Sequence[str]) -> str:
         """Makes one asset with the concept and one without it. Returns the prompt of the first."""
         name = self.things.learned(self.runner, thing)
         try:
-            mine = _loaded(recipe, self.settings, f"<{name}>", noun)
+            mine = _loaded(recipe, self.settings, f"<{name}>", noun, more)
             subjects = self._pictures(thing, noun) if _needs_pictures(mine) else {}
             make_once(self.runner, mine, workdir / ASSET, read(self.things.concept(thing)).meta.files, subjects)
         finally:
             self.runner.unload(name)
-        make_once(self.runner, plain, workdir / PLAIN, {}, subjects)
+        make_once(self.runner, _loaded(recipe, self.settings, noun, more=more), workdir / PLAIN, {}, subjects)
         return mine.prompt
 
     def _pictures(self, thing: str, noun: str) -> dict[str, Subject]:

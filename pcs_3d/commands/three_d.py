@@ -146,12 +146,32 @@ def evaluate(
     print(page)
 
 
+@app.command("class-mesh")
+def class_mesh(
+    class_name: str = typer.Argument(help="a class of toybox objects, such as mug", metavar="CLASS"),
+    out: Path = typer.Option(None, help="PLY file to write  [default: CLASS.ply]", **PATH),
+    overwrite: bool = typer.Option(False, help="replace an existing file"),
+) -> None:
+    """Write the usual shape of a toybox class as a grey mesh, to try recipes that start from a mesh."""
+    from pcs_3d.evaluation.carving import write_class_mesh
+    from pcs_3d.extra import check_installed
+    from shared.io.outputs import check_file
+
+    check_installed()
+    path = out or Path(f"{class_name}.ply")
+    if path.suffix.lower() != ".ply":
+        raise ValueError(f"--out {path}: give a file name that ends in .ply")
+    check_file(path, overwrite)
+    print(write_class_mesh(class_name, path))
+
+
 @app.command()
 def benchmark(
     recipes: list[str] = typer.Argument(
         None,
         help="asset recipes to compare, given by name or as YAML files; "
-        "default: reference_reconstruction texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
+        "default: reference_reconstruction texture_from_views texture_refinement hifa dreamfusion prolificdreamer "
+        "lucid_dreamer",
     ),
     split: str = typer.Option(
         "development", help="development (for use while tuning) or reporting (for a single use at the end)"

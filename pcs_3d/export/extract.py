@@ -77,7 +77,7 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
     if not all_parts:
         grid, left = _largest_part(grid, level)
         notes += [f"{left:.1%} of the volume was not connected to the rest and was left out"] * (left > 0)
-    vertices, faces = _marched(grid, level)
+    vertices, faces = marched(grid, level)
     return Extracted(vertices * step - step - field.bound, faces, tuple(notes))
 
 
@@ -114,7 +114,7 @@ def _largest_part(grid: np.ndarray, level: float) -> tuple[np.ndarray, float]:
     return np.where(others, 0.0, grid), float(1 - sizes.max() / sizes.sum())
 
 
-def _marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+def marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """Pads a grid with empty cells, so that the surface is closed at the bound, and applies marching cubes to it."""
     from skimage.measure import marching_cubes
 

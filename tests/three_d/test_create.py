@@ -27,12 +27,13 @@ from tests.three_d.picture_scenes import PictureRecipe
 SHIPPED = sorted(recipe_files("3d"))
 FEW = ("train.steps=2",)
 # These recipes are tested in test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py,
-# test_texture_refinement.py and test_reference_cameras.py.
+# test_texture_refinement.py, test_texture_from_views.py and test_reference_cameras.py.
 TESTED_ELSEWHERE = {
     "dream_gaussian",
     "dreambooth3d",
     "local_editing",
     "texture_refinement",
+    "texture_from_views",
     "magic3d",
     "mv_dreambooth",
     "realfusion",
