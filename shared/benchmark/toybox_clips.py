@@ -14,6 +14,7 @@ from shared.concept import read
 from shared.evaluation.clips.evaluate import KeptClips
 from shared.metrics.clips.report import ClipReport
 from shared.recipe.catalog import recipe_files
+from shared.recipe.phases import expand_phases
 from shared.recipe.resolve import load
 from shared.recipe.schema import Recipe, dump
 from shared.runner.base import Runner
@@ -82,7 +83,8 @@ def run(
 
 def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
     """Returns the things, which will be learned with `subject_recipe`. That recipe is looked up among the image recipes
-    first, and then among the video recipes. Raises ValueError if it is neither, or if it learns a motion."""
+    first, and then among the video recipes. Raises ValueError if it is neither, or if it learns a motion or from clips.
+    """
     recipe, overrides = settings.subject_recipe, settings.subject_overrides
     things = Things(settings.out, recipe, overrides)
     if not settings.subjects:
@@ -91,11 +93,15 @@ def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
         load(recipe, overrides)
     except ValueError as error:
         try:
-            kind = load(recipe, overrides, "video", model).kind
+            found = load(recipe, overrides, "video", model)
         except ValueError as other:
             raise (other if recipe in recipe_files("video") else error) from None
-        if kind == "motion":
+        if found.kind == "motion":
             raise ValueError(f"--subject-recipe {recipe} learns a motion, not a subject") from None
+        if any(source.kind == "clips" for _, phase in expand_phases(found) for source in phase.sources.values()):
+            raise ValueError(
+                f"--subject-recipe {recipe} learns from clips, but the benchmark has only pictures of its subjects"
+            ) from None
         return replace(things, modality="video", model=model)
     return things
 

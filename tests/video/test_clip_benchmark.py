@@ -82,6 +82,7 @@ def test_invalid_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
         (("--subject-recipe", "dreambooth_loar"), "dreambooth_lora"),
         (("--subject-recipe", "subject_lora", "--set-subject", "trian.steps=3"), "trian"),
         (("--subject-recipe", "motion_inversion"), "--subject-recipe motion_inversion learns a motion, not a subject"),
+        (("--subject-recipe", "set_then_sequence"), "set_then_sequence learns from clips, but the benchmark has only"),
     ):
         ran = pcs("video", "benchmark", "motion_director", *more, "--out", tmp_path / "t")
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more
