@@ -152,7 +152,7 @@ def class_mesh(
     out: Path = typer.Option(None, help="PLY file to write  [default: CLASS.ply]", **PATH),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
-    """Write the usual shape of a toybox class as a grey mesh, to try recipes that start from a mesh."""
+    """Write the generic shape of a toybox class as a grey mesh, to try recipes that start from a mesh."""
     from pcs_3d.evaluation.carving import write_class_mesh
     from pcs_3d.extra import check_installed
     from shared.io.outputs import check_file

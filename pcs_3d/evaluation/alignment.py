@@ -48,8 +48,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
-    """Scales and moves the mesh so that its silhouettes overlap most with the truth's. Returns it unchanged if no other
-    placement is better.
+    """Scales and moves the mesh so that its silhouettes overlap the truth's as much as possible. Returns it unchanged if
+    no other placement is better.
 
     A first guess from areas and centres is refined by a coordinate search. One size and one position apply to all
     views. The mesh is never rotated.

@@ -1,4 +1,5 @@
-"""Carves meshes from silhouettes. They are the generic shapes that recipes for given meshes start from on the toybox."""
+"""Carves meshes from silhouettes. On the toybox, recipes that need a mesh start from these
+generic shapes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def carved(masks: Tensor, around: Cameras, resolution: int = 96) -> Extracted:
     """Returns the surface of the visual hull, the largest shape with these silhouettes (Laurentini, IEEE TPAMI 16(2),
     1994). Hollows that no silhouette shows are filled.
 
-    masks: [B, H, W], the share of each pixel that the object covers, seen by the cameras `around`
+    masks: [B, H, W], the share of each pixel that the object covers, as seen by the cameras `around`
     resolution: the number of nodes along each side of the grid
 
     Raises ValueError if no point is inside all silhouettes.
@@ -49,7 +50,7 @@ def carved(masks: Tensor, around: Cameras, resolution: int = 96) -> Extracted:
 
 
 def class_mesh(class_name: str, faces: int = 4000) -> Extracted:
-    """Returns the usual shape of a toybox class, with about `faces` triangles. Raises ValueError for an unknown
+    """Returns the generic shape of a toybox class, with about `faces` triangles. Raises ValueError for an unknown
     class."""
     if class_name not in CLASSES or class_name == "face":
         raise ValueError(unknown(class_name, [c for c in CLASSES if c != "face"], "toybox class"))
@@ -63,6 +64,6 @@ def class_mesh(class_name: str, faces: int = 4000) -> Extracted:
 
 
 def write_class_mesh(class_name: str, path: Path) -> Path:
-    """Writes the usual shape of a toybox class as a grey PLY file. Raises ValueError for an unknown class."""
+    """Writes the generic shape of a toybox class as a grey PLY file. Raises ValueError for an unknown class."""
     mesh = class_mesh(class_name)
     return write_ply(path, mesh.vertices, mesh.faces, np.full((len(mesh.vertices), 3), _GREY))

@@ -25,7 +25,7 @@ class Views:
     """B views of an object.
 
     pixels: [B, 3, H, W] in [0, 1], on white.
-    masks: bool [B, H, W], whether the object covers at least half of a pixel.
+    masks: bool [B, H, W], whether the object covers at least half of each pixel.
     """
 
     pixels: Tensor
@@ -70,7 +70,7 @@ class PaintedMesh:
 
 
 def cameras() -> Cameras:
-    """Returns the cameras of every evaluation, evenly spaced around the object from its front."""
+    """Returns the cameras used in every evaluation, evenly spaced around the object, starting at its front."""
     return turntable(VIEWS)
 
 
@@ -84,7 +84,7 @@ def painted_mesh(path: Path) -> PaintedMesh:
 
 
 def sphere(color: Tensor) -> PaintedMesh:
-    """Returns a sphere of radius 1 in one colour (`[3]`). Its scores serve as a lower reference."""
+    """Returns a sphere of radius 1 in one colour (`[3]`). Its scores serve as a baseline."""
     import trimesh
 
     ball = trimesh.creation.icosphere(3)
@@ -94,7 +94,7 @@ def sphere(color: Tensor) -> PaintedMesh:
 
 
 def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
-    """Renders a mesh in its own colours, without light, on white."""
+    """Renders a mesh in its own colours, without lighting, on white."""
     vertices, faces, fine = mesh.vertices, mesh.faces, side * _FINER
     pixels = []
     for i in range(len(around)):
@@ -131,7 +131,7 @@ def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FIN
 
 
 def as_model_pixels(views: Views) -> Tensor:
-    """Returns the pixels as `[B, 3, H, W]` in [-1, 1], the format that instruments take."""
+    """Returns the pixels as `[B, 3, H, W]` in [-1, 1], the format that instruments expect."""
     return 2 * views.pixels - 1
 
 

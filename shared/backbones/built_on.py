@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.backbones.protocol import Backbone
 
-# The entry-point group. Each entry maps a family to "module:function". The function takes a model and the folder of the
+# The entry-point group. Each entry maps a family to "module:function". The function takes a model and the folder with the
 # network to add (or None), and returns the extended model.
 GROUP = "pcs.built_on"
 
@@ -31,7 +31,7 @@ def built_on(family: str, folder: Path | None = None) -> Callable[[Backbone], Ba
     `prepare`. Returns None if the family is not built on another family.
 
     Args:
-        folder: the folder of the network to add. If None, the network that comes with the model is added
+        folder: the folder with the network to add. If None, the network that comes with the model is added
 
     Raises:
         ValueError: when a folder is given, but the family is not built on another family

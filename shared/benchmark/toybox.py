@@ -225,11 +225,11 @@ class Things:
     model: type[Recipe] = Recipe
 
     def references(self, thing: str) -> Path:
-        """Returns the folder of the thing's pictures."""
+        """Returns the folder for the thing's pictures."""
         return self.out / "references" / thing
 
     def concept(self, thing: str) -> Path:
-        """Returns the folder of the thing's concept."""
+        """Returns the folder for the thing's concept."""
         return self.out / "subjects" / f"{thing}.concept"
 
     def learned(self, painter: Runner, thing: str) -> str:

@@ -10,7 +10,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def backbone_path() -> Path:
-    """Returns the folder of the shipped diffusers pipeline.
+    """Returns the folder with the shipped diffusers pipeline.
 
     Raises:
         ValueError: if this installation does not include it
@@ -28,7 +28,7 @@ def sampling_defaults() -> dict[str, Any]:
 
 
 def motion_adapter_path() -> Path:
-    """Returns the folder of the shipped motion module, a diffusers `MotionAdapter` for the backbone's U-Net.
+    """Returns the folder with the shipped motion module, a diffusers `MotionAdapter` for the backbone's U-Net.
 
     Raises:
         ValueError: if this installation does not include it

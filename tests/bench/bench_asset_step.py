@@ -110,7 +110,7 @@ def main() -> None:
     kind, side = stepping.task.recipe.field.kind, options.side
     print(
         f"{options.recipe}, {kind}, {stepping.views} views of {side}×{side}, {torch.get_num_threads()} threads; "
-        "split of an iteration:"
+        "breakdown of an iteration:"
     )
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")

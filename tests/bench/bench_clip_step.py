@@ -2,7 +2,7 @@
 
     python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16] [--set K=V]
 
-Prints how the time of a step is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer), the
+Prints how a step's time is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer), the
 steps per second of the suite and of a plain loop without caches, the time that all steps of the recipe would take, and
 the peak memory of both loops. The two loops take turns, so drift in machine speed favours neither. Each memory peak
 is measured in a separate process. On a GPU, it counts only tensors. On a CPU, all times are CPU times of the process,
@@ -129,7 +129,7 @@ def report(options: argparse.Namespace, folder: Path) -> None:
     rates = speeds(suite, plain, options.steps)
     clock = split(suite, options.steps)
     total = sum(clock.seconds.values())
-    print(f"{options.recipe}, {options.frames} frames, {torch.get_num_threads()} threads; split of a step:")
+    print(f"{options.recipe}, {options.frames} frames, {torch.get_num_threads()} threads; breakdown of a step:")
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
     ratio = statistics.median(a / b for a, b in zip(rates["suite"], rates["plain"], strict=True))

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
-Prints how the time of a step is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and the
+Prints how a step's time is split (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and the
 steps per second of the suite and of a plain loop without caches. The two loops take turns, so drift in machine speed
 favours neither.
 """
@@ -123,7 +123,7 @@ def main() -> None:
             step(session, task, optimizers, 100 + index, clock)
     total = sum(clock.seconds.values())
     print(
-        f"{options.recipe}, batch {task.recipe.train.batch_size}, {torch.get_num_threads()} threads; split of a step:"
+        f"{options.recipe}, batch {task.recipe.train.batch_size}, {torch.get_num_threads()} threads; breakdown of a step:"
     )
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")

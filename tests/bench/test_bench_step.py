@@ -40,7 +40,7 @@ def test_the_picture_benchmark_prints_the_split_of_a_step_and_both_speeds(printe
     shown = printed("bench_step.py", "--steps", 4, "--backbone", tiny)
     for name in ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer"):
         assert f"  {name} " in shown
-    for label in ("split of a step", "a plain loop without caches: "):
+    for label in ("breakdown of a step", "a plain loop without caches: "):
         assert label in shown
 
 
@@ -52,7 +52,7 @@ def test_the_clip_benchmark_prints_the_split_of_a_step_and_the_speed_and_peak_me
     shown = printed("bench_clip_step.py", "--steps", 1, "--backbone", folder, "--frames", 4)
     for name in ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer"):
         assert f"  {name} " in shown
-    for label in ("split of a step", "a plain loop without caches: ", "peak memory: ", "without caches"):
+    for label in ("breakdown of a step", "a plain loop without caches: ", "peak memory: ", "without caches"):
         assert label in shown
 
 

@@ -34,10 +34,10 @@ TRAINING = "training.json"
 class Folders:
     """The folders that a training run reads and writes.
 
-    data: the folder of the data set or, for the identity encoder, a folder written by `data.build_identity`
-    out: the folder of the weights. The identity encoder and the pose estimator start from the trunk of the `recognizer`
+    data: the folder with the data set or, for the identity encoder, a folder written by `data.build_identity`
+    out: the folder for the weights. The identity encoder and the pose estimator start from the trunk of the `recognizer`
         in the same parent folder.
-    work: the folder of the checkpoint and log
+    work: the folder for the checkpoint and log
     reconstructions: an .npy file with the first pictures of `data`, encoded and decoded by the autoencoder
     """
 

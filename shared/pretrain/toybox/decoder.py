@@ -150,7 +150,7 @@ def train_decoder(data: Path, out: Path, run: RunSettings, settings: DecoderTrai
     """Continues training the decoder of the finished autoencoder in the run's folder `out`, on the data set in `data`.
 
     Returns:
-        the folder of the autoencoder, which now contains the averaged decoder
+        the folder with the autoencoder, which now contains the averaged decoder
     """
     from shared.pretrain.toybox import dataset
 

@@ -60,7 +60,7 @@ def build(
     Pictures may be appended to the data set but must not change. The state file is written last, and atomically.
 
     Args:
-        folder: the folder of the arrays
+        folder: the folder for the arrays
         pictures: the N pictures of the data set, with V captions each
         vae: the finished autoencoder, which is moved to ``device`` and left there
         tokenizer: the tokenizer; captions are padded or truncated to 32 tokens

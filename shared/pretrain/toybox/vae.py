@@ -210,7 +210,7 @@ def train_vae(data: Path, out: Path, run: RunSettings, settings: VaeTraining = V
     """Trains the autoencoder on the data set in `data` and writes its normalised average to the run's folder `out`.
 
     Returns:
-        the folder of the finished autoencoder
+        the folder with the finished autoencoder
     """
     from shared.pretrain.toybox import dataset
 
