@@ -20,6 +20,7 @@ class AssetCell(BaseModel):
     base: the report on an asset that the same recipe made when prompted only with the class. It is None for recipes
     that learn the subject themselves.
     generic: the scores of a generic object of the class, by key (`Yardstick.generic_scores`).
+    shape_given: whether the recipe started from a mesh of the class, so that its silhouettes are not its own merit.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,6 +29,7 @@ class AssetCell(BaseModel):
     made: AssetReport
     base: AssetReport | None = None
     generic: dict[str, float | None] = {}
+    shape_given: bool = False
 
     @property
     def instruments(self) -> list[Instrument]:

@@ -20,7 +20,7 @@ class AssetGoal:
 
     If `identity` is set, the asset must also beat one made by the same recipe without the concept, unless the recipe
     cannot run without it. If `iou` is set, the overlap of silhouettes must also beat that of a generic object of the
-    class.
+    class. `iou` does not apply to recipes that were given the shape.
     """
 
     identity: float | None = None
@@ -31,6 +31,8 @@ class AssetGoal:
         """Returns whether the row meets the goal, or None if the goal is empty. A score that was not measured counts as
         not reached."""
         found = {"identity": row.value(IDENTITY), "view": row.value("view"), "iou": row.value("iou")}
+        if row.shape_given:
+            del found["iou"]
         reached = all_reached([(value, getattr(self, name)) for name, value in found.items()])
         if not reached:
             return reached
@@ -38,7 +40,7 @@ class AssetGoal:
         floors = []
         if self.identity is not None and row.has_base:
             floors.append((row.value(IDENTITY), None if identity is None else identity.base))
-        if self.iou is not None:
+        if self.iou is not None and not row.shape_given:
             floors.append((iou, row.generic.get("iou")))
         return all(value is not None and floor is not None and value > floor for value, floor in floors)
 
@@ -61,6 +63,7 @@ class AssetRow:
     peak_memory: float | None  # bytes
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
     has_base: bool = True  # False if the recipe learns its subjects itself, and so makes no asset without the concept
+    shape_given: bool = False  # whether the assets started from a mesh of the class
     # the subjects left out of pooled figures, with the share of their true renders that are verified
     apart: Mapping[str, float] = field(default_factory=dict)
 
@@ -87,7 +90,8 @@ def aggregate_assets(
         average([_cost(c, "training_peak_memory") for c in cells.values()]),
         dict(failed),
         not cells or any(c.base is not None for c in cells.values()),
-        {name: c.truth or 0.0 for name, c in apart.items()},
+        shape_given=any(c.shape_given for c in cells.values()),
+        apart={name: c.truth or 0.0 for name, c in apart.items()},
     )
 
 

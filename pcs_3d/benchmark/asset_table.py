@@ -96,6 +96,11 @@ class AssetComparison:
                 "Recipes that learn the subject themselves have no line without the concept, and the time for making "
                 f"their assets includes learning the subject. This applies to {', '.join(alone)}."
             )
+        if given := [row.recipe for row in self.rows if row.shape_given]:
+            out.append(
+                "Recipes that start from a mesh were given the usual shape of the class, so their silhouettes and view "
+                f"agreement are not their own merit. This applies to {', '.join(given)}."
+            )
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
             reason = "because the instruments verify fewer than half of their true renders"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.benchmark.asset_cell import AssetCell
 from pcs_3d.benchmark.asset_rows import AssetGoal
@@ -22,6 +24,7 @@ from pcs_3d.evaluation.carving import write_class_mesh
 from pcs_3d.evaluation.evaluate import measure
 from pcs_3d.evaluation.save_asset_report import save_asset_report
 from pcs_3d.evaluation.yardstick import Against, Yardstick
+from pcs_3d.export.write import write_ply
 from pcs_3d.fields.starts import MeshFile
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
@@ -33,7 +36,8 @@ from shared.io.checksums import sha256
 from shared.io.outputs import write_text
 from shared.io.read_subject import read_subject
 from shared.metrics.scorer import fill
-from shared.recipe.phases import learns_subjects
+from shared.recipe.phases import expand_phases, learns_subjects
+from shared.recipe.reads import files_read
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.toybox import reference_sets as album
@@ -81,19 +85,16 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
         raise ValueError(f"--prompt {settings.prompt!r} does not say where the subject goes: put {{concept}} in it")
     asked = {name: _example(recipe, settings) for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
-    for name, recipe in asked.items():
-        if not _needs_mesh(recipe):
-            _check(name, recipe)
-    check_place(settings.out, [*chosen.values(), settings.learn], asked.values())
-    runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
     with TemporaryDirectory() as folder:
+        mesh = _stand_in(Path(folder))
+        tried = {name: _example(recipe, settings, mesh) for name, recipe in chosen.items()}
+        for name, recipe in tried.items():
+            _check(name, recipe)
+        check_place(settings.out, [*chosen.values(), settings.learn], asked.values())
+        runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
         example = read_subject(album.write_album(things[0], Path(folder) / "pictures")[0].parent, class_noun="thing")
-        mesh = Path(folder) / "thing.ply"
-        if any(_needs_mesh(recipe) for recipe in asked.values()):
-            write_class_mesh(album.held_out(things[0]).thing.class_name, mesh)
-        for name, recipe in asked.items():
-            tried = _example(chosen[name], settings, _start(mesh)) if _needs_mesh(recipe) else recipe
-            _check(name, tried, runner, {"thing": example} if _needs_pictures(recipe) else {})
+        for name, recipe in tried.items():
+            _check(name, recipe, runner, {"thing": example} if _needs_pictures(recipe) else {})
     about = {"learn": learning, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     contents = {name: dump(recipe) for name, recipe in asked.items()}
     experiment = Experiment(contents, things, settings.prompt, range(1), about)
@@ -108,8 +109,8 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
 def _check(
     name: str, recipe: Recipe3D, runner: Runner3D | None = None, subjects: Mapping[str, Subject] | None = None
 ) -> None:
-    """Raises ValueError with the recipe's name if the recipe needs more than a prompt and pictures, or makes no mesh to
-    evaluate."""
+    """Raises ValueError with the recipe's name if the recipe needs more than a prompt, pictures and a mesh, or makes no
+    mesh to evaluate."""
     try:
         if runner is not None:
             runner.check(recipe, subjects or {})
@@ -121,26 +122,37 @@ def _check(
 
 
 def _loaded(
-    recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str = "", more: Sequence[str] = ()
+    recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str = "", mesh: Path | None = None
 ) -> Recipe3D:
-    prompt = fill(settings.prompt, thing, noun or thing)
-    return load(recipe, [*settings.overrides, *more, f"prompt={prompt}"], "3d", Recipe3D)
+    """Loads a recipe for a thing. If `mesh` is given, the phases that need a mesh start from it."""
+    prompt = f"prompt={fill(settings.prompt, thing, noun or thing)}"
+    found = load(recipe, [*settings.overrides, prompt], "3d", Recipe3D)
+    starts = _starts(found)
+    if mesh is None or not starts:
+        return found
+    return load(recipe, [*settings.overrides, prompt, *(f"{key}={mesh}" for key in starts)], "3d", Recipe3D)
 
 
-def _example(recipe: str, settings: AssetBenchmarkSettings, more: Sequence[str] = ()) -> Recipe3D:
+def _example(recipe: str, settings: AssetBenchmarkSettings, mesh: Path | None = None) -> Recipe3D:
     """Returns the recipe with a placeholder for the subject in its prompt. If the recipe learns the subject, the
     placeholder is `<thing>`; otherwise it is a plain word, because no concept is loaded yet."""
-    loaded = _loaded(recipe, settings, "thing", more=more)
-    return _loaded(recipe, settings, "<thing>", "thing", more) if learns_subjects(loaded) else loaded
+    loaded = _loaded(recipe, settings, "thing", mesh=mesh)
+    return _loaded(recipe, settings, "<thing>", "thing", mesh) if learns_subjects(loaded) else loaded
 
 
-def _needs_mesh(recipe: Recipe3D) -> bool:
-    start = recipe.field.start
-    return isinstance(start, MeshFile) and start.path is None
+def _starts(recipe: Recipe3D) -> list[str]:
+    """Returns the keys of the mesh files that the recipe needs but does not name."""
+    return [
+        f"phases.{name}.field.start.path" if recipe.phases else "field.start.path"
+        for name, phase in expand_phases(recipe)
+        if isinstance(phase.field.start, MeshFile) and phase.field.start.path is None
+    ]
 
 
-def _start(mesh: Path) -> list[str]:
-    return [f"field.start.path={mesh}"]
+def _stand_in(folder: Path) -> Path:
+    """Writes a tetrahedron, with which recipes that need a mesh can be checked."""
+    corners = np.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5
+    return write_ply(folder / "thing.ply", corners, np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]]), corners * 0)
 
 
 def _needs_pictures(recipe: Recipe3D) -> bool:
@@ -161,40 +173,41 @@ class _Bench:
         itself, the report on an asset without the concept."""
         noun = album.held_out(thing).thing.class_name
         plain = _loaded(recipe, self.settings, noun)
-        more = self._mesh(noun) if _needs_mesh(plain) else []
+        mesh = self._mesh(noun) if _starts(plain) else None
         alone = learns_subjects(plain)
         make = self._alone if alone else self._pair
-        prompt = make(recipe, thing, noun, workdir, more)
+        prompt = make(recipe, thing, noun, workdir, mesh)
         by = self._yardstick(thing, prompt)
         made = _judged(workdir / ASSET, workdir / REPORT, by)
         base = None if alone else _judged(workdir / PLAIN, workdir / PLAIN_REPORT, by)
-        return AssetCell(thing=thing, made=made, base=base, generic=by.generic_scores)
+        given = mesh is not None
+        return AssetCell(thing=thing, made=made, base=base, generic=by.generic_scores, shape_given=given)
 
-    def _mesh(self, noun: str) -> list[str]:
-        """Returns the setting that starts a recipe from the class's mesh. The mesh is written on first use."""
+    def _mesh(self, noun: str) -> Path:
+        """Returns the file with the class's mesh, which is written on first use."""
         path = self.settings.out / "meshes" / f"{noun}.ply"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_class_mesh(noun, path)
-        return _start(path.absolute())
+        return path.absolute()
 
-    def _alone(self, recipe: str, thing: str, noun: str, workdir: Path, more: Sequence[str]) -> str:
+    def _alone(self, recipe: str, thing: str, noun: str, workdir: Path, mesh: Path | None) -> str:
         """Makes an asset with a recipe that learns the subject. Returns the prompt."""
         album.write_album(thing, self.things.references(thing), overwrite=True)
-        mine = _loaded(recipe, self.settings, f"<{thing}>", noun, more)
+        mine = _loaded(recipe, self.settings, f"<{thing}>", noun, mesh)
         make_once(self.runner, mine, workdir / ASSET, {}, self._pictures(thing, noun))
         return mine.prompt
 
-    def _pair(self, recipe: str, thing: str, noun: str, workdir: Path, more: Sequence[str]) -> str:
+    def _pair(self, recipe: str, thing: str, noun: str, workdir: Path, mesh: Path | None) -> str:
         """Makes one asset with the concept and one without it. Returns the prompt of the first."""
         name = self.things.learned(self.runner, thing)
         try:
-            mine = _loaded(recipe, self.settings, f"<{name}>", noun, more)
+            mine = _loaded(recipe, self.settings, f"<{name}>", noun, mesh)
             subjects = self._pictures(thing, noun) if _needs_pictures(mine) else {}
             make_once(self.runner, mine, workdir / ASSET, read(self.things.concept(thing)).meta.files, subjects)
         finally:
             self.runner.unload(name)
-        make_once(self.runner, _loaded(recipe, self.settings, noun, more=more), workdir / PLAIN, {}, subjects)
+        make_once(self.runner, _loaded(recipe, self.settings, noun, mesh=mesh), workdir / PLAIN, {}, subjects)
         return mine.prompt
 
     def _pictures(self, thing: str, noun: str) -> dict[str, Subject]:
@@ -223,7 +236,10 @@ def make_once(
     pictures = {f.name: sha256(f) for subject in (subjects or {}).values() for f in subject.files}
     inputs = {"concept": dict(concept), **({"pictures": pictures} if pictures else {})}
     made_with = {"recipe": dump(recipe), "checkpoint": runner.backbone.checkpoint, **inputs}
-    mark = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
+    text = json.dumps(made_with, sort_keys=True, default=str)
+    for file in files_read(recipe):  # what counts is the file's contents, not its place
+        text = text.replace(json.dumps(str(file)), json.dumps(sha256(file)))
+    mark = hashlib.sha256(text.encode()).hexdigest()
     done, begun = (out.with_name(f"{out.name}.{step}-with") for step in ("made", "begun"))
     if _holds(done, mark) and (out / ABOUT).is_file():
         return

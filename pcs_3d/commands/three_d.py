@@ -1,4 +1,4 @@
-"""`pcs 3d create | evaluate | benchmark | threestudio`."""
+"""`pcs 3d create | evaluate | class-mesh | benchmark | threestudio`."""
 
 from __future__ import annotations
 
@@ -153,15 +153,16 @@ def class_mesh(
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
     """Write the generic shape of a toybox class as a grey mesh, to try recipes that start from a mesh."""
-    from pcs_3d.evaluation.carving import write_class_mesh
+    from pcs_3d.evaluation.carving import check_class, write_class_mesh
     from pcs_3d.extra import check_installed
     from shared.io.outputs import check_file
 
     check_installed()
+    check_class(class_name)
     path = out or Path(f"{class_name}.ply")
     if path.suffix.lower() != ".ply":
         raise ValueError(f"--out {path}: give a file name that ends in .ply")
-    check_file(path, overwrite)
+    check_file(path, overwrite).parent.mkdir(parents=True, exist_ok=True)
     print(write_class_mesh(class_name, path))
 
 

@@ -1,4 +1,4 @@
-"""Makes pictures of the subject from all around, using renders of a preliminary asset."""
+"""Makes pictures of the subject from all around, using renders of a preliminary asset or of a given mesh."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _ASSET = "asset"  # the subject's name in the list of pictures if the run itself
 
 
 class PseudoViews(Generate):
-    """See `PseudoViewsTask`. Raises ValueError if no earlier phase makes an asset or if several subjects are
-    learned."""
+    """See `PseudoViewsTask`. Raises ValueError if there is no asset to render (see `EarlierAsset`) or if several
+    subjects are learned."""
 
     def __init__(self, context: PhaseContext) -> None:
         self.recipe = recipe_of(context)

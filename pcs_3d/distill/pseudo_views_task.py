@@ -13,10 +13,10 @@ Angle = Annotated[float, Field(ge=-90, le=90)]
 
 
 class PseudoViewsTask(GenerateTask):
-    """Turns renders of the earlier phase's asset into pictures of the subject. Some noise is added to each render,
-    which is then denoised with the concept learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2;
-    SDEdit). Later phases can learn from the pictures (`sources.NAME.kind=phase_pictures`) and compare renders with them
-    (`references.kind=phase`).
+    """Turns renders of the earlier phase's asset, or of the mesh that the field starts from, into pictures of the
+    subject. Some noise is added to each render, which is then denoised with the concept learned so far
+    (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases can learn from the pictures
+    (`sources.NAME.kind=phase_pictures`) and compare renders with them (`references.kind=phase`).
 
     prompts: the prompts, with {concept}; one picture is made for each prompt and view. If empty, the recipe's prompt is
     used. Words that describe the view are added to each prompt.

@@ -67,7 +67,7 @@ def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str,
 
 class ReferenceCameras(ConceptTask):
     """See `ReferenceCamerasTask`. Raises ValueError unless there is one subject whose pictures all have masks. The
-    estimator `renders` also needs an earlier phase that makes an asset."""
+    estimator `renders` also needs an asset to render (see `EarlierAsset`)."""
 
     steps = 1
 

@@ -3,6 +3,7 @@ generic shapes."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,16 @@ from shared.toybox.world import CLASSES
 _RINGS = {-40.0: 8, -10.0: 12, 15.0: 16, 45.0: 12, 75.0: 8}
 _BOUND = 1.05  # half the side length of the carved cube, in object radii; a margin around an object of radius 1
 _GREY = 0.5
+_FACES = 4000
+_SOLID = tuple(name for name in CLASSES if name != "face")
 
 
 def carved(masks: Tensor, around: Cameras, resolution: int = 96) -> Extracted:
     """Returns the surface of the visual hull, the largest shape with these silhouettes (Laurentini, IEEE TPAMI 16(2),
     1994). Hollows that no silhouette shows are filled.
 
-    masks: [B, H, W], the share of each pixel that the object covers, as seen by the cameras `around`
+    masks: [B, H, W], the share of each pixel that the object covers (or whether it does), as seen by the cameras
+        `around`
     resolution: the number of nodes along each side of the grid
 
     Raises ValueError if no point is inside all silhouettes.
@@ -49,11 +53,16 @@ def carved(masks: Tensor, around: Cameras, resolution: int = 96) -> Extracted:
     return Extracted(vertices * step - step - _BOUND, faces)
 
 
-def class_mesh(class_name: str, faces: int = 4000) -> Extracted:
-    """Returns the generic shape of a toybox class, with about `faces` triangles. Raises ValueError for an unknown
-    class."""
-    if class_name not in CLASSES or class_name == "face":
-        raise ValueError(unknown(class_name, [c for c in CLASSES if c != "face"], "toybox class"))
+def check_class(class_name: str) -> None:
+    """Raises ValueError for an unknown class, and for faces, which have no mesh."""
+    if class_name not in _SOLID:
+        raise ValueError(unknown(class_name, _SOLID, "toybox class"))
+
+
+def class_mesh(class_name: str, faces: int = _FACES) -> Extracted:
+    """Returns the generic shape of a toybox class, with about `faces` triangles. Raises ValueError as `check_class`
+    does."""
+    check_class(class_name)
     held = held_out("development-duck")
     toy = TrueToy(replace(held, thing=replace(held.thing, class_name=class_name, pattern_seed=None)))
     around = Cameras.of(
@@ -64,6 +73,8 @@ def class_mesh(class_name: str, faces: int = 4000) -> Extracted:
 
 
 def write_class_mesh(class_name: str, path: Path) -> Path:
-    """Writes the generic shape of a toybox class as a grey PLY file. Raises ValueError for an unknown class."""
+    """Writes the generic shape of a toybox class as a grey PLY file. Raises ValueError as `check_class` does."""
     mesh = class_mesh(class_name)
+    if len(mesh.faces) > 2 * _FACES:
+        warnings.warn(mesh.notes[-1], stacklevel=2)  # the package that simplifies meshes is missing
     return write_ply(path, mesh.vertices, mesh.faces, np.full((len(mesh.vertices), 3), _GREY))

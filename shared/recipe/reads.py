@@ -22,6 +22,12 @@ def paths_read(recipe: Recipe) -> list[Path]:
     return list(dict.fromkeys(path for _, phase in expand_phases(recipe) for path in _paths(phase)))
 
 
+def files_read(recipe: Recipe) -> list[Path]:
+    """Returns the files that any phase of a recipe reads, excluding models. Pictures in folders are not listed."""
+    models = {expanded(str(getattr(recipe, name))) for name in _NAMES_OR_PATHS if getattr(recipe, name, None)}
+    return [path for path in map(expanded, paths_read(recipe)) if path.is_file() and path not in models]
+
+
 def _paths(value: Any) -> Iterator[Path]:
     if isinstance(value, Path):
         yield value

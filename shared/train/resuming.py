@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = ""
             yield place + key, before, now
 
 
-def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float]) -> dict[str, str]:
+def dependencies(
+    backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float], files: Sequence[Path] = ()
+) -> dict[str, str]:
     """Returns a hash of each dependency of a run besides its recipe, keyed by a description of the dependency.
 
-    The dependencies are the weights, the pictures and clips, and the loaded concepts. Must be called before the
-    concepts to be trained are attached.
+    The dependencies are the weights, the pictures and clips, the loaded concepts, and other files that the recipe
+    names, such as a mesh. Must be called before the concepts to be trained are attached.
     """
     out = {"the backbone's checkpoint": backbone.checkpoint}
     for name, subject in subjects.items():
@@ -103,6 +105,8 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
     for name in sorted({*backbone.placeholders, *backbone.adapters}):
         strength = strengths.get(name, 0.0) if name in backbone.adapters else 1.0
         out[f"the loaded concept {name!r}"] = f"{concept_hash(backbone, name)} at strength {strength:g}"
+    for number, path in enumerate(files, 1):
+        out[f"the file {path.name} (file {number})"] = sha256(path)
     return out
 
 

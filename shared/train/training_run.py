@@ -13,6 +13,7 @@ from torch import Tensor
 from shared.backbones.protocol import Backbone
 from shared.concept.confusable import confusable
 from shared.recipe.phases import expand_phases, learns_subjects
+from shared.recipe.reads import files_read
 from shared.recipe.schema import Recipe, dump
 from shared.recipe.tasks import GenerateTask, TuneTask
 from shared.sampling.settings import Start
@@ -131,7 +132,7 @@ class TrainingRun:
             NotFinite: when a loss, a gradient or a parameter is not finite, after the last good state has been saved
             Interrupted: when the run is asked to stop, after the state has been saved
         """
-        self._depends = dependencies(self.backbone, self.subjects, self.loaded_strengths)
+        self._depends = dependencies(self.backbone, self.subjects, self.loaded_strengths, files_read(self.recipe))
         self._attach_names()
         check_validation(self.backbone, self.names, self.phases)
         state = checkpoint.load(self.workdir) if resume else None

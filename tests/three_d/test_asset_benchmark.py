@@ -149,7 +149,8 @@ def test_invalid_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
         ("hifa", ("--prompt", "a photo of a duck"), "{concept}"),
         ("hfia", (), "hifa"),
         ("realfusion", (), "realfusion: references.azimuth_deg must have one azimuth per picture (5), but has 1"),
-        ("texture_personalization", (), "field.start"),
+        ("texture_personalization", ("--set", "field.start.path=missing.glb"), "missing.glb"),
+        ("texture_personalization", ("--set", "export=null"), "texture_personalization: export = null leaves no mesh"),
         ("sjc", (), "export"),
     ):
         ran = pcs("3d", "benchmark", recipe, *more, "--out", tmp_path / "t")
@@ -226,6 +227,9 @@ def test_a_goal_requires_high_scores_that_also_beat_the_baselines():
     assert goal.met(aggregate_assets("r", {"a": alone}, {})) is True, (
         "there is no asset without the concept to compare with"
     )
+    given = cell(0.6, 0.7, generic=0.8).model_copy(update={"shape_given": True})
+    assert goal.met(aggregate_assets("r", {"a": given}, {})) is True, "a given shape need not beat itself"
+    assert "given the usual shape of the class" in compare_assets({("r", "a"): given}, {}, Path(), goal).notes[-1]
     assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None
     assert goal.met(aggregate_assets("r", {}, {"a": "no"})) is False
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pcs_3d.benchmark.toybox_assets import _starts
 from pcs_3d.cameras import Cameras, turntable
 from pcs_3d.distill.hand_over import FIELD
 from pcs_3d.evaluation.carving import carved, class_mesh, write_class_mesh
@@ -20,12 +21,14 @@ from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.recipe.resolve import load
 from shared.toybox.reference_sets import held_out
+from shared.train.loop import Record
 
 PAINTS = ("paint", "second_paint", "third_paint")
 VIEWS = ("views", "second_views", "third_views")
 TINY = (
     *(f"phases.{p}.train={{steps: 2, batch_size: 1, resolution: 16}}" for p in PAINTS),
     *(f"phases.{v}.task.num=2" for v in VIEWS),
+    *(f"phases.{v}.task.elevation_deg=[10]" for v in VIEWS),  # all rounds show the mesh from the same sides
     "field.resolution=8",
     "sampling.steps=4",
 )
@@ -44,9 +47,7 @@ def test_the_first_views_are_made_from_the_mesh_and_only_its_colours_are_trained
     encode = sd.encode_pixels
     sd.encode_pixels = lambda pixels: starts.append(pixels) or encode(pixels)
     asset = runner.create(recipe, tmp_path / "run", tensorboard=False)
-    around = recipe.phases["views"]["task"]  # two views, from the front and the back
-    cameras = Cameras.of([0.0, 180.0], around["elevation_deg"][0])
-    shown = draw(painted_mesh(mug), cameras, 32)
+    shown = draw(painted_mesh(mug), Cameras.of([0.0, 180.0], 10.0), 32)
     assert ((starts[0].mean(1) < 0.5) == shown.masks).float().mean() > 0.97, "the render shows the grey mesh on white"
     assert not torch.equal(starts[0], starts[1]), "the second views are made from the coloured mesh"
     for phase in VIEWS:
@@ -55,6 +56,35 @@ def test_the_first_views_are_made_from_the_mesh_and_only_its_colours_are_trained
     first = recipe.field.build(3, 0).state_dict()
     assert torch.equal(state["vertices"], first["vertices"]) and torch.equal(state["faces"], first["faces"])
     assert not torch.equal(state["raw_features"], first["raw_features"])
+
+
+def test_a_run_is_not_resumed_with_another_mesh(sd, tmp_path, mug):
+    mesh = tmp_path / "thing.ply"
+    mesh.write_bytes(mug.read_bytes())
+    recipe = load(
+        "texture_from_views", [*SMALL, "train.checkpoint_every=1", f"field.start.path={mesh}"], "3d", Recipe3D
+    )
+
+    class Stopped:
+        def step(self, phase: str, record: Record, total: int) -> None:
+            if phase == "paint":
+                raise KeyboardInterrupt
+
+        def pictures(self, what: str, done: int, of: int) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        Runner3D(sd).create(recipe, tmp_path / "run", progress=Stopped(), tensorboard=False)
+    write_class_mesh("duck", mesh)
+    with pytest.raises(ValueError, match=r"the file thing\.ply \(file 1\) has changed"):
+        Runner3D(sd).create(recipe, tmp_path / "run", resume=True, tensorboard=False)
+
+
+def test_the_benchmark_finds_the_phases_that_need_a_mesh(mug):
+    every = load("texture_from_views", [], "3d", Recipe3D)
+    assert _starts(every) == [f"phases.{name}.field.start.path" for name in every.phases]
+    assert _starts(load("texture_from_views", [f"field.start.path={mug}"], "3d", Recipe3D)) == []
+    assert _starts(load("texture_personalization", [], "3d", Recipe3D)) == ["field.start.path"]
+    assert _starts(load("texture_refinement", [], "3d", Recipe3D)) == []
 
 
 def test_without_a_mesh_the_recipe_says_how_to_give_one(sd, tmp_path):
@@ -86,14 +116,12 @@ def test_a_class_mesh_has_the_silhouettes_of_the_generic_object(mug):
 
 
 def test_the_command_writes_a_class_mesh_and_does_not_replace_files(pcs, tmp_path):
-    ran = pcs("3d", "class-mesh", "duck", "--out", tmp_path / "duck.ply")
-    assert (
-        ran.code == 0
-        and str(tmp_path / "duck.ply") in ran.out
-        and len(painted_mesh(tmp_path / "duck.ply").faces) > 1000
-    )
-    again = pcs("3d", "class-mesh", "duck", "--out", tmp_path / "duck.ply")
+    file = tmp_path / "new" / "duck.ply"
+    ran = pcs("3d", "class-mesh", "duck", "--out", file)
+    assert ran.code == 0 and str(file) in ran.out and len(painted_mesh(file).faces) > 1000
+    again = pcs("3d", "class-mesh", "duck", "--out", file)
     assert again.code == 2 and "already exists" in again.err
+    assert pcs("3d", "class-mesh", "duck", "--out", file, "--overwrite").code == 0
     other = pcs("3d", "class-mesh", "duck", "--out", tmp_path / "duck.glb")
     assert other.code == 2 and "ends in .ply" in other.err
     unknown = pcs("3d", "class-mesh", "face", "--out", tmp_path / "face.ply")
@@ -115,6 +143,7 @@ def test_the_benchmark_gives_the_recipe_a_mesh_of_the_class(pcs, tmp_path):
     assert float(pooled["iou"]) == pytest.approx(float(pooled["iou.base"]), abs=1e-3), "both have the mesh's shape"
     assert float(pooled["iou"]) > float(pooled["iou.sphere"])
     made = json.loads(next((tmp_path / "table").rglob("work/asset/asset.json")).read_text())
-    assert made["recipe"]["field"]["start"]["path"] == "duck.ply" and (tmp_path / "table/meshes/duck.ply").is_file()
+    assert made["recipe"]["phases"]["views"]["field"]["start"]["path"] == "duck.ply"
+    assert (tmp_path / "table" / "meshes" / "duck.ply").is_file()
     again = pcs(*arguments)
     assert again.code == 0 and "kept" in again.err and again.out == ran.out
