@@ -30,7 +30,7 @@ def test_schedules_can_be_given_in_steps_or_in_shares_of_the_run():
 
 @pytest.mark.parametrize(
     ("wrong", "why"),
-    [([1, 2], "not a schedule"), ([0, 1, 2, 3, 4], "not a schedule"), ([6, 1.0, 2.0, 3], "increase"),
+    [([1, 2], "not a schedule"), ([0, 1, 2, 3, 4], "not a schedule"), ([6, 1.0, 2.0, 3], "must not decrease"),
      ([0.0, 1.0, 2.0, 1.5], "shares"),
      ([-1, 1.0, 2.0, 3], "shares")],
 )  # fmt: skip
