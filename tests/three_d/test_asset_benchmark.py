@@ -30,25 +30,30 @@ SMALL = (
     "--set-learn", "train.validation.every=0", "--set-learn", "preview.num=0",
     *(part for setting in SETTINGS for part in ("--set", setting)),
 )  # fmt: skip
+GIVEN = "texture_personalization"  # a recipe that needs a mesh, which the benchmark provides
 
 
 def test_a_recipe_is_compared_with_itself_without_the_concept_and_failures_are_named(pcs, tmp_path: Path):
     (tmp_path / "empty.yaml").write_text("base: hifa\nexport: {threshold: 1.0e6}\n")
     out = tmp_path / "table"
-    arguments = ("3d", "benchmark", tmp_path / "empty.yaml", "hifa", *SMALL, "--out", out)
+    arguments = ("3d", "benchmark", tmp_path / "empty.yaml", GIVEN, *SMALL, "--out", out)
     ran = pcs(*arguments)
     assert ran.code == 2 and "1 of 2 cells failed" in ran.err and "empty on development-duck" in ran.err
     assert (
-        "hifa, without the concept" in ran.out
+        f"{GIVEN}, without the concept" in ran.out
         and "a generic object of the class" in ran.out
         and "Toy numbers" in ran.out
     )
     lines = {(r["recipe"], r["thing"]): r for r in csv.DictReader((out / "comparison.csv").open())}
-    pooled = lines["hifa", ""]
+    pooled = lines[GIVEN, ""]
     assert pooled["assets"] == "1" and lines["empty", "development-duck"]["error"] and not lines["empty", ""]["iou"]
-    assert 0 < float(pooled["iou"]) < float(pooled["iou.generic"]) < float(pooled["iou.truth"]) == 1
-    assert pooled["iou.base"] and pooled["iou.low"] == "" and float(pooled["training_seconds"]) > 0
-    (kept,) = (out / "cells" / "hifa").rglob("cell.json")
+    assert float(pooled["iou.sphere"]) < float(pooled["iou"]) < float(pooled["iou.truth"]) == 1
+    assert float(pooled["iou"]) == pytest.approx(float(pooled["iou.base"]), abs=1e-3), (
+        "both assets have the mesh's shape"
+    )
+    assert (out / "meshes" / "duck.ply").is_file() and "were given the usual shape of the class" in ran.out
+    assert pooled["iou.low"] == "" and float(pooled["training_seconds"]) > 0
+    (kept,) = (out / "cells" / GIVEN).rglob("cell.json")
     report = json.loads(kept.read_text())["report"]
     assert report["made"]["prompt"] == report["base"]["prompt"] == "a photo of a duck"
     assert len(report["made"]["curves"][0]["asset"]) == 16
@@ -58,11 +63,15 @@ def test_a_recipe_is_compared_with_itself_without_the_concept_and_failures_are_n
     assert plain["prompt"] == "a photo of a duck" and plain["concepts"] == {}
     page = (out / "index.html").read_text()
     for place in ("work/report/report.html", "work/asset/turntable.mp4", "work/asset/asset.glb"):
-        assert f'href="cells/hifa/development-duck/{place}"' in page and (kept.parent / place).is_file()
+        assert f'href="cells/{GIVEN}/development-duck/{place}"' in page and (kept.parent / place).is_file()
     assert page.count("data:image/png") == 12 and page.count("<svg") > 4 and "failed" in page
     (concept,) = out.rglob("concept.json")
     learned, again = concept.stat().st_mtime_ns, pcs(*arguments)
-    assert again.code == 2 and "hifa development-duck kept" in again.err and "empty development-duck start" in again.err
+    assert (
+        again.code == 2
+        and f"{GIVEN} development-duck kept" in again.err
+        and "empty development-duck start" in again.err
+    )
     assert again.out == ran.out and concept.stat().st_mtime_ns == learned
     refused = pcs(*arguments, "--set-learn", "train.batch_size=2")
     assert refused.code == 2 and "different prompts, seeds, settings, recipe or instruments" in refused.err

@@ -3,8 +3,6 @@ classes, and the benchmark that provides them."""
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 
 import pytest
@@ -126,24 +124,3 @@ def test_the_command_writes_a_class_mesh_and_does_not_replace_files(pcs, tmp_pat
     assert other.code == 2 and "ends in .ply" in other.err
     unknown = pcs("3d", "class-mesh", "face", "--out", tmp_path / "face.ply")
     assert unknown.code == 2 and "unknown toybox class 'face'" in unknown.err and not (tmp_path / "face.ply").exists()
-
-
-@pytest.mark.usefixtures("few_true_pictures")
-def test_the_benchmark_gives_the_recipe_a_mesh_of_the_class(pcs, tmp_path):
-    small = (*TINY, "export.picture=32", "export.frames=8", "export.texture=64")
-    arguments = (
-        *("3d", "benchmark", "texture_from_views", "--subjects", "1", "--learn", "textual_inversion"),
-        *("--set-learn", "train.steps=1", "--set-learn", "train.validation.every=0", "--set-learn", "preview.num=0"),
-        *(part for setting in small for part in ("--set", setting)),
-        *("--out", tmp_path / "table"),
-    )
-    ran = pcs(*arguments)
-    assert ran.code == 0, ran.err
-    (pooled, _) = csv.DictReader((tmp_path / "table" / "comparison.csv").open())
-    assert float(pooled["iou"]) == pytest.approx(float(pooled["iou.base"]), abs=1e-3), "both have the mesh's shape"
-    assert float(pooled["iou"]) > float(pooled["iou.sphere"])
-    made = json.loads(next((tmp_path / "table").rglob("work/asset/asset.json")).read_text())
-    assert made["recipe"]["phases"]["views"]["field"]["start"]["path"] == "duck.ply"
-    assert (tmp_path / "table" / "meshes" / "duck.ply").is_file()
-    again = pcs(*arguments)
-    assert again.code == 0 and "kept" in again.err and again.out == ran.out
