@@ -1,5 +1,4 @@
-"""Carves meshes from silhouettes. On the toybox, recipes that need a mesh start from these
-generic shapes."""
+"""Carves meshes from silhouettes. On the toybox, recipes that need a mesh start from these generic shapes."""
 
 from __future__ import annotations
 
