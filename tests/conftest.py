@@ -1,6 +1,6 @@
 """Fixtures that build tiny pipelines from the real diffusers classes with random weights. Nothing is downloaded.
 
-Each session-scoped fixture `make_tiny_*` is a factory that returns a new pipeline on every call. Equal seeds give equal
+Each session-scoped fixture `make_tiny_*` is a factory that returns a new pipeline on every call. The same seed gives the same
 weights. Each fixture `tiny_*` provides a new pipeline for every test. Pictures are 32×32 pixels, and their latents
 have the shape 4×8×8.
 """
@@ -196,12 +196,12 @@ def build_flux(seed: int = 0, *, guidance_embeds: bool = True, dynamic: bool = T
 
 @pytest.fixture(scope="session", autouse=True)
 def _interrupts() -> None:
-    """Makes Ctrl-C work as in a terminal, even if the tests run in a background job, where it is ignored by default."""
+    """Makes Ctrl-C work as it does in a terminal, even if the tests run in a background job, where it is ignored by default."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _no_user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps tests, and the commands that they run in separate processes, away from the user's own caches."""
     os.environ["PCS_CACHE"] = str(tmp_path_factory.getbasetemp() / "pcs-cache")
 

@@ -31,7 +31,7 @@ _SAMPLES = 120_000  # number of points sampled on a surface that is handed over
 def check_fields(recipe: DistillRecipe) -> None:
     """Checks that every phase's field can be built as configured.
 
-    Raises ValueError if a field's file cannot be read, if a field should start from an earlier phase but no earlier
+    Raises ValueError if a field's file cannot be read, if a field is set to start from an earlier phase but no earlier
     phase makes an asset, if a box region lies outside the field, or if a field's kind or space differs from that of the
     earlier phase's field. A different kind is allowed if the field starts from the earlier phase
     (`start.kind` is phase).
@@ -45,7 +45,7 @@ def check_fields(recipe: DistillRecipe) -> None:
             for key, region in phase.guidance.regions.items():
                 if isinstance(region, Box) and region.is_outside(phase.made.bound):
                     raise ValueError(
-                        f"guidance.regions.{key}: the box lies outside the field, which reaches from -{phase.made.bound:g} to "
+                        f"guidance.regions.{key}: the box lies outside the field, which extends from -{phase.made.bound:g} to "
                         f"{phase.made.bound:g} on each axis (coordinates are in object radii)"
                     )
             earlier = phase
@@ -82,7 +82,7 @@ def first_field(
     """Returns the field that a phase begins with, on the CPU.
 
     If no earlier phase made a field, the field is built from its settings. If its `start.kind` is phase and its
-    settings differ from the earlier field's in more than learning rates, it is rebuilt from the earlier field's shape
+    settings differ from the earlier field's in more than just the learning rates, it is rebuilt from the earlier field's shape
     and colours. Otherwise the earlier field continues unchanged.
 
     Args:
@@ -91,7 +91,7 @@ def first_field(
         resumed: whether the state will be loaded from a checkpoint
 
     Raises:
-        ValueError: the field should start from an earlier phase, but no earlier phase made a field; or the earlier
+        ValueError: the field is set to start from an earlier phase, but no earlier phase made a field; or the earlier
             field is empty or does not match
     """
     part, state = recipe.made, under(carried, FIELD)

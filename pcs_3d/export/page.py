@@ -13,7 +13,7 @@ from pcs_3d.meshes.viewer import viewer_html
 from shared.metrics.html import inline, render, seconds, size
 
 PAGE = "report.html"
-_STILLS = {"000": "front", "090": "its left side", "180": "back", "270": "its right side"}  # labels of the renders
+_STILLS = {"000": "front", "090": "left side", "180": "back", "270": "right side"}  # labels of the renders
 _LARGEST = 448  # maximum side length, in pixels, of the pictures that the model learned from
 
 

@@ -160,7 +160,7 @@ class Backbone(Protocol):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that predicts, or the first one if there are several."""
+        """The network that makes the predictions, or the first one if there are several."""
         ...
 
     @property

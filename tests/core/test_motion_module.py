@@ -252,7 +252,7 @@ def test_a_set_of_clips_is_rendered_once_and_grows_by_whole_chunks(tmp_path: Pat
     assert again.captions == clips.captions
     with pytest.raises(ValueError, match="sets grow by whole chunks of 100"):
         clip_dataset.build(tmp_path / "clips", 4, seed=0)
-    with pytest.raises(ValueError, match="contains another data set"):
+    with pytest.raises(ValueError, match="contains a different data set"):
         clip_dataset.build(tmp_path / "clips", 3, seed=1)
     with pytest.raises(ValueError, match="contains no toybox clips"):
         clip_dataset.load(tmp_path)

@@ -70,7 +70,7 @@ def test_roles_are_independent_of_wrappers(tiny_sd: Any, kind: str) -> None:
     assert {role: backbone.group(role) for role in backbone.roles()} == before
 
 
-def test_sites_have_the_order_kind_and_scale_of_the_attention_layers(
+def test_sites_match_the_attention_layers_in_order_kind_and_scale(
     sd: StableDiffusionBackbone, flux: FluxBackbone
 ) -> None:
     seen: dict[str, int] = {}

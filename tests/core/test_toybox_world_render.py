@@ -204,7 +204,7 @@ def test_missing_chunks_of_a_data_set_are_rebuilt_and_scenes_do_not_depend_on_th
         dataset.load(tmp_path / "a")
     again = dataset.build(tmp_path / "a", 15, 3)
     assert np.array_equal(again.pixels(slice(None)), made.pixels(slice(None))) and again.captions == made.captions
-    with pytest.raises(ValueError, match="another data set"):
+    with pytest.raises(ValueError, match="a different data set"):
         dataset.build(tmp_path / "a", 16, 3)
     with pytest.raises(ValueError, match="no toybox data set"):
         dataset.load(tmp_path / "b")

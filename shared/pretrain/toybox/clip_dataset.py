@@ -99,7 +99,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
     note = folder / "recipe.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     if found is not None and {k: v for k, v in found.items() if k != "n"} != recipe:
-        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}; choose another folder")
+        raise ValueError(f"{folder} contains a different data set ({found}), not {recipe}; choose another folder")
     before = found["n"] if found else n
     if n != before and min(n, before) % CHUNK:
         raise ValueError(f"{folder} has {before} clips, not {n}; data sets grow by whole chunks of {CHUNK}")

@@ -193,7 +193,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
     recipe = {"version": VERSION, "n": n, "seed": seed, "chunk": CHUNK}
     note = folder / "recipe.json"
     if note.exists() and (found := json.loads(note.read_text(encoding="utf-8"))) != recipe:
-        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}; choose another folder")
+        raise ValueError(f"{folder} contains a different data set ({found}), not {recipe}; choose another folder")
     save_text(note, json.dumps(recipe))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
     in_processes(_chunk, jobs, workers)
