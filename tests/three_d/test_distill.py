@@ -228,6 +228,14 @@ def test_teachers_of_every_parameterization_predict_the_noise(new_sd, make_tiny_
         assert gradient(task).abs().sum() > 0, "the gradient passes through the encoder"
 
 
+@pytest.mark.parametrize("teacher", ["v", "flow"])
+def test_v_and_flow_teachers_train_a_field(make_tiny_sd_v, flux, tmp_path, teacher):
+    backbone = flux if teacher == "flow" else StableDiffusionBackbone(make_tiny_sd_v(), "tiny")
+    how = recipe("dreamfusion", "train.steps=2")
+    raw = finish(session(backbone, how, tmp_path / "run"))["field/raw"]
+    assert bool(raw.isfinite().all()) and not torch.equal(raw, how.field.build(3, 0).state_dict()["raw"])
+
+
 def test_a_run_without_concepts_needs_no_subject(new_sd, tmp_path):
     run: TrainingRun = session(new_sd(), recipe("sjc", "train.resolution=null", "field.side=8"), tmp_path / "run")
     found = finish(run)
