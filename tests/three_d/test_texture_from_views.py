@@ -47,6 +47,7 @@ def test_the_first_views_are_made_from_the_mesh_and_only_its_colours_are_trained
     asset = runner.create(recipe, tmp_path / "run", tensorboard=False)
     shown = draw(painted_mesh(mug), Cameras.of([0.0, 180.0], 10.0), 32)
     assert ((starts[0].mean(1) < 0.5) == shown.masks).float().mean() > 0.97, "the render shows the grey mesh on white"
+    assert len(starts) == len(VIEWS), "only the views are encoded"
     assert not torch.equal(starts[0], starts[1]), "the second views are made from the coloured mesh"
     for phase in VIEWS:
         assert len(list((tmp_path / "run" / "phases" / phase).glob("*.png"))) == 2
