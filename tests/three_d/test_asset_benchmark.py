@@ -47,7 +47,8 @@ def test_a_recipe_is_compared_with_itself_without_the_concept_and_failures_are_n
     lines = {(r["recipe"], r["thing"]): r for r in csv.DictReader((out / "comparison.csv").open())}
     pooled = lines[GIVEN, ""]
     assert pooled["assets"] == "1" and lines["empty", "development-duck"]["error"] and not lines["empty", ""]["iou"]
-    assert float(pooled["iou.sphere"]) < float(pooled["iou"]) < float(pooled["iou.truth"]) == 1
+    assert 0 < float(pooled["iou.sphere"]) < float(pooled["iou"]) < float(pooled["iou.truth"]) == 1
+    assert float(pooled["iou.sphere"]) < float(pooled["iou.generic"]) < 1
     assert float(pooled["iou"]) == pytest.approx(float(pooled["iou.base"]), abs=1e-3), (
         "both assets have the mesh's shape"
     )
