@@ -10,8 +10,8 @@ from typing import TypeGuard
 from pcs_video.motion.follow_trajectory import FollowTrajectory
 from shared.concept import Concept
 from shared.io.clips.open_frames import open_frames
-from shared.runner.judging_clips import motion_clips
 from shared.runner.loaded_concepts import Loaded, Painter
+from shared.runner.training_clips import motion_clips
 from shared.sampling.hooks import SamplingHook, StrengthSchedule
 from shared.sampling.inversion import NoisePrior
 from shared.sampling.settings import SamplingSettings

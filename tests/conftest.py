@@ -208,13 +208,15 @@ def _no_user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def few_true_pictures(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures a subject's true figures on 16 true pictures per set instead of 120, which would take most of a small
-    evaluation's time. These figures have their own cache."""
+    """Measures a subject's true figures on 16 true pictures per set instead of 120, and a motion's on two true clips instead
+    of 16, which would take most of a small evaluation's time. The figures of pictures have their own cache."""
     from shared.metrics import measure_true
+    from shared.metrics.clips import paths
 
     monkeypatch.setenv("PCS_CACHE", str(tmp_path_factory.getbasetemp() / "pcs-cache-few"))
     monkeypatch.setattr(measure_true, "BEHIND", 16)
     monkeypatch.setattr(measure_true, "PER_PROMPT", 4)
+    monkeypatch.setattr(paths, "TRUE_CLIPS", 2)
 
 
 @pytest.fixture(scope="session", autouse=True)

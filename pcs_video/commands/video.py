@@ -216,7 +216,8 @@ def evaluate(
 @app.command()
 def benchmark(
     recipes: list[str] = typer.Argument(
-        None, help="motion recipes to compare, by name or as YAML files; default: all shipped recipes"
+        None,
+        help="motion recipes to compare, by name or as YAML files; default: all shipped recipes that learn motions",
     ),
     split: str = typer.Option(
         "development", help="development (for use while tuning) or reporting (for use once, at the end)"
@@ -237,7 +238,8 @@ def benchmark(
     motion_adapter: Path = _MOTION,
     device: str = _DEVICE,
 ) -> None:
-    """Compare motion recipes on the toybox's held-out motions and subjects, by motion, identity, leakage and time."""
+    """Compare motion recipes on the toybox's held-out motions and subjects, by motion, identity, leakage and time.
+    Recipes that learn a subject together with its motion are given clips of the subject in motion."""
     from pcs_video.recipe import VideoRecipe
     from pcs_video.runner import VideoRunner
     from shared.benchmark.experiment import failures_told

@@ -1,4 +1,5 @@
-"""Compares motion recipes on the toybox's held-out motions, performed by held-out things that are learned from pictures."""
+"""Compares motion recipes on the toybox's held-out motions, performed by held-out things that are learned from pictures.
+A recipe that learns a thing together with its motion is given clips of the thing in motion instead."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from shared.recipe.schema import Recipe, dump
 from shared.runner.base import Runner
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.sampling.settings import SamplingSettings
+from shared.toybox import reference_sets as album
 from shared.toybox.motions.held_out import held_out_motions
 from shared.toybox.motions.reference_clips import write_motion
 from shared.train.device import pick_device
@@ -56,10 +58,16 @@ def run(
 
     Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
 
-    recipes: names of shipped recipes, or files; if empty, all shipped motion recipes
+    recipes: names of shipped recipes, or files; if empty, all shipped recipes that learn motions
     """
-    chosen = named(recipes or _of_motions(model))
+    chosen = named(recipes or _of_motions(model, together=bool(settings.subjects)))
     resolved = {name: _load(recipe, settings.overrides, model) for name, recipe in chosen.items()}
+    together = frozenset(name for name, recipe in resolved.items() if _learns_both(recipe))
+    for name, recipe in resolved.items():
+        if recipe.kind != "motion" and name not in together:
+            raise ValueError(f"{name} learns a subject from pictures, not a motion: give it as --subject-recipe {name}")
+    if together and not settings.subjects:
+        raise ValueError(f"--subjects 0: {', '.join(sorted(together))} learns a subject together with its motion")
     contents = {name: dump(recipe) for name, recipe in resolved.items()}
     things = _things(settings, model)
     subject = dump(load(things.recipe, things.overrides, things.modality, things.model)) if settings.subjects else None
@@ -73,7 +81,7 @@ def run(
     about = {"limit": settings.limit, "steps": settings.steps, "subject": subject}
     about |= {"checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     experiment = Experiment(contents, list(cells), PROMPTS, range(settings.num), about)
-    bench = _Bench(runner, painter, things, model, settings)
+    bench = _Bench(runner, painter, things, model, settings, together)
 
     def cell(recipe: str, name: str, workdir: Path) -> ClipReport:
         return bench.report(recipe, chosen[recipe], cells[name], workdir)
@@ -98,17 +106,28 @@ def _things(settings: ClipBenchmarkSettings, model: type[Recipe]) -> Things:
             raise (other if recipe in recipe_files("video") else error) from None
         if found.kind == "motion":
             raise ValueError(f"--subject-recipe {recipe} learns a motion, not a subject") from None
-        if any(source.kind == "clips" for _, phase in expand_phases(found) for source in phase.sources.values()):
+        if _learns_both(found):
             raise ValueError(
-                f"--subject-recipe {recipe} learns from clips, but the benchmark has only pictures of its subjects"
+                f"--subject-recipe {recipe} learns a subject together with its motion, not from pictures: compare it "
+                f"with the motion recipes (pcs video benchmark {recipe} …)"
             ) from None
         return replace(things, modality="video", model=model)
     return things
 
 
-def _of_motions(model: type[Recipe]) -> list[str]:
-    """Lists the shipped recipes that learn motions."""
-    return [name for name in recipe_files("video") if _load(name, (), model).kind == "motion"]
+def _learns_both(recipe: Recipe) -> bool:
+    """Whether a recipe learns a subject together with its motion, from clips that show both."""
+    clips = any(source.kind == "clips" for _, phase in expand_phases(recipe) for source in phase.sources.values())
+    return clips and recipe.kind != "motion"
+
+
+def _of_motions(model: type[Recipe], together: bool) -> list[str]:
+    """Lists the shipped recipes that learn motions.
+
+    together: whether to include those that learn a subject together with its motion
+    """
+    found = {name: _load(name, (), model) for name in recipe_files("video")}
+    return [name for name, recipe in found.items() if recipe.kind == "motion" or (together and _learns_both(recipe))]
 
 
 def _load(recipe: str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
@@ -132,26 +151,29 @@ def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Learns each motion and each thing once, and evaluates them together."""
+    """Learns each motion and each thing once, and evaluates them together. Recipes in `together` learn both at once."""
 
     runner: Runner
     painter: Runner  # learns things
     things: Things
     model: type[Recipe]
     settings: ClipBenchmarkSettings
+    together: frozenset[str] = frozenset()
     kept: KeptClips = field(default_factory=dict)  # clips without the motion
 
     def report(self, name: str, recipe: str, cell: tuple[str, str], workdir: Path) -> ClipReport:
         """Returns one cell's report."""
         motion, thing = cell
-        out = self.settings.out
-        references = out / "references" / motion
-        write_motion(motion, references, overwrite=True)
-        if thing:  # learn the thing before the motion is loaded
+        both = name in self.together
+        references = self.settings.out / "references" / (f"{motion} with {thing}" if both else motion)
+        write_motion(motion, references, overwrite=True, thing=thing if both else "")
+        if both:
+            album.write_album(thing, self.things.references(thing), overwrite=True)
+        elif thing:  # learn the thing before the motion is loaded
             self.painter.unload(self.things.learned(self.painter, thing))
-        loaded = [self._motion(recipe, motion, references, out / "motions" / name / f"{motion}.concept")]
+        loaded = [self._motion(name, recipe, cell, references)]
         try:
-            if thing:
+            if thing and not both:
                 loaded.append(self._thing(thing))
             judged = ClipEvaluationSettings(
                 PROMPTS, tuple(range(self.settings.num)), self.settings.limit,
@@ -164,9 +186,13 @@ class _Bench:
             for concept in loaded:
                 self.runner.unload(concept)
 
-    def _motion(self, recipe: str, motion: str, references: Path, concept: Path) -> str:
-        """Learns a motion if needed and loads it. Returns its name."""
+    def _motion(self, name: str, recipe: str, cell: tuple[str, str], references: Path) -> str:
+        """Learns a motion, or a thing together with its motion, if needed and loads it. Returns the concept's name."""
+        (motion, thing), folder = cell, self.settings.out / "motions" / name
+        concept = (folder / thing if name in self.together else folder) / f"{motion}.concept"
         places = [f"subject.clips={references}", f"output={concept}"]
+        if name in self.together:
+            places.append(f"subject.class_noun={album.held_out(thing).thing.class_name}")
         return learned(self.runner, _load(recipe, [*self.settings.overrides, *places], self.model), concept)
 
     def _thing(self, thing: str) -> str:

@@ -173,6 +173,9 @@ def subjects(
     num: int = typer.Option(None, min=1, max=10_000, help="number of references; default: 5 pictures, 4 clips"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     frames: int = typer.Option(None, min=2, max=10_000, help="for motions: number of frames per clip; default: 16"),
+    thing: str = typer.Option(
+        None, help="for motions: the subject that performs it in all clips; default: a different plain thing in each"
+    ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """List the subjects, styles and motions that no caption can describe, or write reference pictures or clips of one
@@ -196,8 +199,12 @@ def subjects(
         raise ValueError(unknown(name, [*things, *styles, *motions], "toybox subject, style or motion"))
     if frames is not None and name not in motions:
         raise ValueError(f"--frames {frames} does not apply to {name}, because only motions are written as clips")
+    if thing is not None and name not in motions:
+        raise ValueError(f"--thing {thing} does not apply to {name}, because only motions are performed by a subject")
     if name in motions:
-        written = write_motion(name, out or Path(name), num or 4, seed, overwrite, frames or 16)
+        written = write_motion(
+            name, out or Path(name), num or 4, seed, overwrite, frames or 16, thing="" if thing is None else thing
+        )
     else:
         write = album.write_style if name in styles else album.write_album
         written = write(name, out or Path(name), num or 5, seed, overwrite)

@@ -14,8 +14,9 @@ from shared.metrics.clips.scorer import ClipScorer
 from shared.metrics.scorer import Scorer
 from shared.recipe.phases import expand_phases
 from shared.runner.judging import FIRST_SEED, makes_previews, references
-from shared.runner.judging_clips import clip_instruments, read_motion
+from shared.runner.judging_clips import clip_instruments
 from shared.runner.plan import Plan
+from shared.runner.training_clips import read_motion
 from shared.sampling.sampler import sample_all
 from shared.types import Subject
 
@@ -77,7 +78,8 @@ def clip_training_scorers(
 
     def scorer(name: str, subject: Subject) -> ClipScorer:
         if subject.clips:
-            return ClipScorer(tools, [read_motion(path, recipe, side) for path in subject.clips])
+            clips = [read_motion(path, recipe, side) for path in subject.clips]
+            return ClipScorer(tools, clips, same_subject=planned.recipe.kind != "motion")
         if tools.identity is None:
             return ClipScorer(tools)
         return ClipScorer(tools, thing=Scorer(references(subject, side), tools, subject.class_noun, name))

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from shared.backbones import Backbone
 from shared.concept.provenance import public_name
-from shared.config import expanded, unknown
+from shared.config import unknown
 from shared.evaluation.clips.case_facts import ClipCase
 from shared.evaluation.clips.evaluate import ClipShots, KeptClips, Makers, evaluate_clips
 from shared.evaluation.clips.prompt_sets import DEFAULT, ClipTexts, load_clip_prompts
 from shared.evaluation.evaluate import Generate
 from shared.evaluation.report_facts import Case
 from shared.evaluation.true_figures import true_figures
-from shared.io.checksums import sha256
-from shared.io.clips.find_clips import find_clips
-from shared.io.clips.open_frames import open_frames
-from shared.io.clips.read_clip import read_clip
-from shared.io.clips.window import ClipWindow
 from shared.io.denoising_progress import Steps
 from shared.metrics.clips.paths import KnownMotion, PathReader, known_motion, recognition_ceiling
 from shared.metrics.clips.readers import load_path_reader
@@ -33,8 +28,9 @@ from shared.metrics.encoders import Instruments
 from shared.metrics.instruments import load_instruments
 from shared.metrics.report import Score
 from shared.metrics.scorer import Scorer
-from shared.runner.judging import EvaluationSettings, beside, check_folders, picture_case, round_trip, score_line
+from shared.runner.judging import EvaluationSettings, check_folders, picture_case, round_trip, score_line
 from shared.runner.loaded_concepts import Loaded, Painter
+from shared.runner.training_clips import learns_from_clips, motion_clips, read_motion
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 
@@ -91,7 +87,7 @@ def evaluate_clips_loaded(
     judged = _Judged.of(runner)
     prompts = load_clip_prompts(settings.prompts)
     texts = ClipTexts(prompts, judged.motion_name, judged.subject_name, judged.class_noun, settings.limit)
-    files = () if judged.motion is None else motion_clips(judged.motion, settings.references)
+    files = () if judged.moves is None else motion_clips(judged.moves, settings.references)
     if judged.motion is not None and judged.motion.subject is None:  # the motion's noise prior also needs the clips
         runner.loaded[judged.motion_name] = replace(judged.motion, subject=Subject((), clips=files))
     scorer = _scorer(runner, judged, settings, files, texts, progress)
@@ -140,6 +136,14 @@ class _Judged:
         return self.subject.concept.meta.name if self.subject else ""
 
     @property
+    def moves(self) -> Loaded | None:
+        """The concept that was learned from clips and determines how the subject moves: the motion or, without one, a
+        subject that was learned together with its motion."""
+        if self.motion is None and self.subject is not None and learns_from_clips(self.subject.concept.meta.recipe):
+            return self.subject
+        return self.motion
+
+    @property
     def class_noun(self) -> str:
         return self.subject.concept.meta.class_noun if self.subject else ""
 
@@ -165,50 +169,6 @@ def clip_score_line(score: Score) -> str:
     return score_line(score)
 
 
-def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
-    """Returns the clips that a motion was learned from, in `folder` or else in the recorded folder next to the concept.
-
-    Raises ValueError if they are missing, or if the recorded folder contains a clip whose hash the concept does not
-    store.
-    """
-    meta, path = loaded.concept.meta, loaded.concept.path
-    if folder is None and loaded.subject is not None and loaded.subject.clips:
-        return loaded.subject.clips
-    recorded = meta.learned_with.folder_of(meta.name)
-    source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
-    if source is None or (folder is None and not source.is_dir()):
-        raise ValueError("give --references FOLDER: a motion stores the hashes of its clips, not the clips themselves")
-    found = find_clips(expanded(source)).clips
-    hashes = {r.sha256 for r in meta.references}
-    if folder is None and not all(sha256(p) in hashes for p in found):
-        raise ValueError(f"{source} has clips that the motion was not learned from: give --references FOLDER")
-    return found
-
-
-def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
-    """Reads a clip with the rate, stride, length and start that a motion's recipe sets. Returns [3, F, side, side].
-
-    If the clip is too short for the recipe, all its frames are read. Raises ValueError if the clip has only one frame.
-    """
-    window = _window(recipe)
-    source = open_frames(path)
-    try:
-        window.picks(source)
-    except ValueError:
-        window = ClipWindow(length=source.count)
-    if window.length < 2:
-        raise ValueError(f"{path} has only one frame, so nothing moves in it")
-    return read_clip(path, window.model_copy(update={"windows": 1}), side).frames
-
-
-def _window(recipe: Mapping[str, Any]) -> ClipWindow:
-    sources = recipe.get("sources")
-    for source in sources.values() if isinstance(sources, Mapping) else ():
-        if isinstance(source, Mapping) and source.get("kind") == "clips" and isinstance(source.get("window"), Mapping):
-            return ClipWindow.model_validate(source["window"])
-    return ClipWindow()
-
-
 def clip_instruments(backbone: Backbone, clip: Path | None, dino: Path | None) -> Instruments:
     """Returns the instruments for this model's clips. Without folders, only a model with a world has instruments."""
     if not (clip or dino or backbone.world):
@@ -227,14 +187,15 @@ def _scorer(
     world, side = runner.backbone.world, runner.backbone.resolution
     tools = clip_instruments(runner.backbone, settings.clip, settings.dino)
     reader = settings.reader or (load_path_reader(world.instruments) if world else None)
-    recipe = judged.motion.concept.meta.recipe if judged.motion else {}
+    recipe = judged.moves.concept.meta.recipe if judged.moves else {}
     clips = [read_motion(path, recipe, side) for path in files]
     thing = None
     if judged.subject is not None and tools.identity is not None:
         asked = EvaluationSettings(references=settings.pictures, gallery=settings.gallery)
         thing = _thing(picture_case(runner, judged.subject, asked), tools, texts, progress)
     known = known_motion(files) if files else None
-    return ClipScorer(tools, clips, known, reader, thing, settings.compensate_camera)
+    same = judged.moves is not None and judged.moves is judged.subject
+    return ClipScorer(tools, clips, known, reader, thing, settings.compensate_camera, same)
 
 
 def _thing(case: Case, tools: Instruments, texts: ClipTexts, progress: Progress | None) -> Scorer:
@@ -252,7 +213,7 @@ def _case(runner: Painter, judged: _Judged, scorer: ClipScorer, frames: int) -> 
     metas = {loaded.concept.meta.name: loaded.concept.meta for loaded in judged.all}
     training = [m.metrics.get("training_seconds") for m in metas.values()]
     return ClipCase(
-        motion=judged.motion_name,
+        motion=judged.moves.concept.meta.name if judged.moves else "",
         subject=judged.subject_name,
         class_noun=judged.class_noun,
         recipes={name: meta.learned_with.method for name, meta in metas.items()},

@@ -15,6 +15,7 @@ from shared.io.decode import read_picture
 from shared.toybox.motions.clip_captions import plain_clip_caption
 from shared.toybox.motions.clips import draw_clip
 from shared.toybox.motions.reference_clips import KEY, reference_moving, write_motion
+from shared.toybox.reference_sets import held_out
 
 
 def toybox(*arguments: object) -> int:
@@ -47,6 +48,25 @@ def test_the_clips_share_only_the_motion() -> None:
     other = reference_moving("reporting-lap", 8, 2)
     assert [m.scene for m in moving] != [m.scene for m in other]
     assert [m.scene for m in moving] == [m.scene for m in reference_moving("reporting-lap", 8, 1)]
+
+
+def test_a_held_out_thing_can_perform_the_motion_in_all_clips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    duck, asked = "development-duck", ("--num", 2, "--thing")
+    assert toybox("subjects", "development-zigzag", "--out", tmp_path / "a", "--frames", 2, *asked, duck) == 0
+    moving = reference_moving("development-zigzag", 2, 0, 2, held_out(duck).thing)
+    for i, scene in enumerate(moving):
+        assert scene.scene.things == (held_out(duck).thing,)
+        read = read_picture(tmp_path / "a" / f"{i:02d}" / "001.png").pixels / 2 + 0.5
+        assert (read.permute(1, 2, 0) - draw_clip(scene).frames[1]).abs().max() < 0.01
+    assert moving[0].scene.background != moving[1].scene.background
+    for name, thing, why in (
+        ("development-zigzag", "development-dcuk", "Did you mean 'development-duck'?"),
+        ("development-duck", "development-mug", "--thing development-mug does not apply to development-duck"),
+    ):
+        assert toybox("subjects", name, "--out", tmp_path / "b", *asked, thing) == 2
+        assert why in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 def test_the_frames_can_be_passed_to_another_writer(tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ import pytest
 
 from shared.benchmark.clip_table import ClipGoal, aggregate_clips, compare_clips
 from shared.benchmark.toybox_clips import ClipBenchmarkSettings, cells_of
+from shared.io.decode import read_picture
 from shared.metrics.clips.report import ClipReport, ClipRow
 from shared.metrics.report import Score
+from shared.toybox.motions.clips import draw_clip
+from shared.toybox.motions.reference_clips import reference_moving
+from shared.toybox.reference_sets import held_out
 
 pytestmark = pytest.mark.usefixtures("few_true_pictures")
 
@@ -74,6 +78,30 @@ def test_a_subject_can_be_learned_with_a_video_recipe(pcs, tmp_path: Path, adapt
     assert lines[5].split(" | ")[3] == "8%" and "%" in lines[4]  # a guess among 13 candidates
 
 
+def test_a_recipe_that_learns_a_subject_with_its_motion_is_given_clips_of_both(pcs, tmp_path: Path, adapter: Path):
+    one_step = [
+        f"--set=phases.{p}.{k}" for p in ("set", "sequence") for k in ("train.steps=1", "sources.clips.window.length=8")
+    ]
+    asked = (*SMALL, *one_step, "--motion-adapter", adapter, "--out", tmp_path / "t")
+    ran = pcs("video", "benchmark", "set_then_sequence", *asked)
+    assert ran.code == 0, ran.err
+    clips = tmp_path / "t" / "references" / "development-zigzag with development-duck"
+    truth = reference_moving("development-zigzag", 4, 0, thing=held_out("development-duck").thing)
+    assert len({m.scene.background for m in truth}) == 4 and len({m.scene.things for m in truth}) == 1
+    frame = read_picture(clips / "03" / "000.png").pixels / 2 + 0.5
+    assert (frame.permute(1, 2, 0) - draw_clip(truth[3]).frames[0]).abs().max() < 0.01
+    assert (clips / "03" / "caption.txt").read_text().startswith("a photo of a duck ")
+    (concept,) = (tmp_path / "t").rglob("concept.json")
+    meta = json.loads(concept.read_text())
+    assert (meta["class_noun"], len(meta["references"])) == ("duck", 4)
+    (cell,) = (tmp_path / "t").rglob("cell.json")
+    report = json.loads(cell.read_text())["report"]
+    assert report["prompts"] == ["a photo of a <development-zigzag> on the beach"]
+    scores = {score["key"] for score in report["scores"]}
+    assert {"motion_recognised", "identity", "both"} <= scores and not {"leakage", "false_motion"} & scores
+    assert "leakage from its clips is not measured" in " ".join(report["notes"])
+
+
 def test_invalid_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
     for more, why in (
         (("--set", "trian.steps=3"), "trian"),
@@ -82,7 +110,9 @@ def test_invalid_options_are_reported_before_anything_runs(pcs, tmp_path: Path):
         (("--subject-recipe", "dreambooth_loar"), "dreambooth_lora"),
         (("--subject-recipe", "subject_lora", "--set-subject", "trian.steps=3"), "trian"),
         (("--subject-recipe", "motion_inversion"), "--subject-recipe motion_inversion learns a motion, not a subject"),
-        (("--subject-recipe", "set_then_sequence"), "set_then_sequence learns from clips, but the benchmark has only"),
+        (("--subject-recipe", "set_then_sequence"), "set_then_sequence learns a subject together with its motion"),
+        (("subject_lora",), "subject_lora learns a subject from pictures, not a motion: give it as --subject-recipe"),
+        (("set_then_sequence", "--subjects", "0"), "--subjects 0: set_then_sequence learns a subject together with"),
     ):
         ran = pcs("video", "benchmark", "motion_director", *more, "--out", tmp_path / "t")
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more

@@ -71,6 +71,8 @@ def notes(case: ClipCase, scorer: ClipScorer, texts: ClipTexts, seeds: Sequence[
         "Temporal consistency, leakage and spread are computed from cosines between frames, as embedded by "
         f"{scorer.whole.info.name}."
     ]
+    if scorer.same_subject:
+        out.append("The motion was learned together with the subject, so leakage from its clips is not measured.")
     if case.motion and not scorer.motion_clips:
         out.append("The motion's clips were not given, so motion fidelity and leakage are not measured.")
     if case.motion and (scorer.known is None or scorer.reader is None):

@@ -18,6 +18,8 @@ from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked, resampled
 from shared.toybox.motions.reference_clips import KEY
 
+#: The number of true clips from which the share of a motion that can be recognised is measured.
+TRUE_CLIPS = 16
 _TRUE = 17  # part of the seeds of true clips; no reference clip uses it
 #: Ceilings that this process has already measured. A benchmark judges many concepts against the same few motions.
 _CEILINGS: dict[Hashable, float] = {}
@@ -123,18 +125,20 @@ def recognition_ceiling(
     reader: PathReader,
     known: KnownMotion,
     frames: int,
-    clips: int = 16,
+    clips: int | None = None,
     through: Callable[[Tensor], Tensor] | None = None,
     through_key: str = "",
 ) -> float:
     """Returns the share of newly drawn true clips of the motion that are recognised. No model can be expected to do
     better.
 
+    clips: the number of clips; if None, `TRUE_CLIPS`
     through: the model's autoencoder, which takes and returns `[F, 3, H, W]`; generated frames have passed through it
         too
     through_key: the autoencoder's fingerprint. If it is given, the result is kept, and later calls with the same reader,
         motion, frame count, clip count and fingerprint return it
     """
+    clips = TRUE_CLIPS if clips is None else clips
     key = (reader, known.name, frames, clips, through_key)
     if through_key and key in _CEILINGS:
         return _CEILINGS[key]

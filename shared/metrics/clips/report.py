@@ -67,7 +67,7 @@ class ClipReport(BaseModel):
 
     @property
     def name(self) -> str:
-        return " with ".join(n for n in (self.subject, self.motion) if n)
+        return " with ".join(dict.fromkeys(n for n in (self.subject, self.motion) if n))
 
     def score(self, key: str) -> Score | None:
         """Returns the headline score with this key, or None if it was not measured."""

@@ -87,6 +87,8 @@ class ClipScorer:
         reader: reads the paths of things, from which that motion is recognised
         thing: the picture scorer that has the subject's references
         compensate_camera: as in `motion_fidelity`
+        same_subject: whether the motion's clips show the subject itself, which is then supposed to look like it does in
+            these clips, so leakage is not measured
     """
 
     instruments: Instruments = field(default_factory=Instruments)
@@ -95,6 +97,7 @@ class ClipScorer:
     reader: PathReader | None = None
     thing: Scorer | None = None
     compensate_camera: bool = False
+    same_subject: bool = False
 
     @property
     def whole(self) -> ImageEncoder:
@@ -162,7 +165,8 @@ class ClipScorer:
         }
         if self.motion_clips:
             scores["motion_fidelity"] = self._fidelity(tracks, self.motion_tracks)
-            scores["leakage"] = leakage(looks, self.motion_looks)
+            if not self.same_subject:
+                scores["leakage"] = leakage(looks, self.motion_looks)
         return scores
 
     def _fidelity(self, tracks: Tracks, to: Sequence[Tracks]) -> float:

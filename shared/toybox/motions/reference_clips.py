@@ -1,5 +1,5 @@
 """Writes folders of clips of held-out motions, like those that a user would provide. The clips in a folder show one
-motion, performed by different things in different places."""
+motion in different places, performed by different things or by one held-out thing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from shared.io.outputs import atomic_folder
 from shared.toybox.motions.clip_captions import plain_clip_caption
 from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
 from shared.toybox.motions.held_out import held_out_motion
-from shared.toybox.world import BACKGROUNDS, CLASSES, SEEDS
+from shared.toybox.reference_sets import held_out
+from shared.toybox.world import BACKGROUNDS, CLASSES, SEEDS, Thing
 
 KEY = "toybox-motion"
 FRAMES = range(2, 65)  # the frame counts that a clip may have
@@ -32,8 +33,9 @@ def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
     return path
 
 
-def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
-    """Samples n clips of a held-out motion, each with a plain thing of a different class on a different background.
+def reference_moving(name: str, n: int, seed: int, frames: int = 16, thing: Thing | None = None) -> list[MovingScene]:
+    """Samples n clips of a held-out motion, each with a different background. All of them show `thing`, if it is given, and
+    otherwise each shows a plain thing of a different class.
 
     Things are plain so that captions can describe them. Classes and backgrounds repeat only after all of them have been
     used. Raises ValueError if the motion is unknown or if the number of frames is invalid.
@@ -43,19 +45,13 @@ def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[Mov
         raise ValueError(f"a clip must have {FRAMES[0]} to {FRAMES[-1]} frames, not {frames}")
     rng = np.random.default_rng([seed, SEEDS[name.split("-")[0]].start, 16])
     kinds, places = rng.permutation(len(CLASSES)), rng.permutation(len(BACKGROUNDS))
-    return [
-        sample_moving(
-            rng,
-            motion,
-            frames,
-            class_name=CLASSES[kinds[i % len(kinds)]],
-            background=BACKGROUNDS[places[i % len(places)]],
-            accessory="none",
-            pattern=False,
-            style="photo",
-        )
-        for i in range(n)
-    ]
+    out = []
+    for i in range(n):
+        plain = {"class_name": CLASSES[kinds[i % len(kinds)]], "accessory": "none", "pattern": False}
+        place = BACKGROUNDS[places[i % len(places)]]
+        performer = plain if thing is None else {"thing": thing}
+        out.append(sample_moving(rng, motion, frames, background=place, style="photo", **performer))
+    return out
 
 
 def write_motion(
@@ -66,16 +62,18 @@ def write_motion(
     overwrite: bool = False,
     frames: int = 16,
     write: WriteClip = write_frames,
+    thing: str = "",
 ) -> list[Path]:
     """Writes n clips of a held-out motion such as `development-zigzag`, so that the motion can be learned from them. By
-    default, the first frame is `00/000.png`.
+    default, the first frame is `00/000.png`. If `thing` names a held-out thing such as `development-duck`, it performs
+    the motion in all clips.
 
     Each clip comes with two additions that a careful user would make. One is a caption that describes the thing and its
     place but not the motion (`00/caption.txt`, or `00.txt` if the clip is a file). The other is the thing's mask in
     each frame (`masks/00/000.png`). The motion's name is stored in the clip's metadata. Returns the paths of the clips.
     Raises ValueError whenever `reference_moving` or `atomic_folder` does.
     """
-    moving = reference_moving(name, n, seed, frames)
+    moving = reference_moving(name, n, seed, frames, held_out(thing).thing if thing else None)
     written = []
     with atomic_folder(folder, overwrite) as out:
         for i, scene in enumerate(moving):
