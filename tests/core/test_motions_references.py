@@ -14,7 +14,7 @@ from shared.io.contact_sheets import read_metadata
 from shared.io.decode import read_picture
 from shared.toybox.motions.clip_captions import plain_clip_caption
 from shared.toybox.motions.clips import draw_clip
-from shared.toybox.motions.reference_clips import KEY, reference_moving, write_motion
+from shared.toybox.motions.reference_clips import KEY, reference_moving
 from shared.toybox.reference_sets import held_out
 
 
@@ -67,20 +67,6 @@ def test_a_held_out_thing_can_perform_the_motion_in_all_clips(
     ):
         assert toybox("subjects", name, "--out", tmp_path / "b", *asked, thing) == 2
         assert why in capsys.readouterr().err and not (tmp_path / "b").exists()
-
-
-def test_the_frames_can_be_passed_to_another_writer(tmp_path: Path) -> None:
-    seen: list[torch.Tensor] = []
-
-    def write(frames: torch.Tensor, path: Path, about: dict[str, str]) -> Path:
-        seen.append(frames)
-        path.with_suffix(".bin").write_bytes(b"clip")
-        return path.with_suffix(".bin")
-
-    files = write_motion("reporting-loop", tmp_path / "a", 1, frames=3, write=write)
-    assert files == [tmp_path / "a" / "00.bin"] and files[0].read_bytes() == b"clip"
-    assert files[0].with_suffix(".txt").read_text().startswith("a photo of a ")
-    assert seen[0].shape == (3, 3, 64, 64) and seen[0].min() >= -1
 
 
 def test_impossible_requests_are_refused_before_anything_is_written(

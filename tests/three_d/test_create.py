@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.distill.distill import Distill
@@ -20,6 +21,7 @@ from shared.recipe.catalog import recipe_files
 from shared.recipe.phases import expand_phases
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
+from shared.toybox.weights import backbone_path
 from shared.train import checkpoint
 from tests.three_d.distilling import SMALL, finish, recipe, session
 from tests.three_d.picture_scenes import PictureRecipe
@@ -67,6 +69,14 @@ def test_the_field_is_previewed_during_training_but_not_too_often(name, place):
         if isinstance(how.task, DistillTask):
             every, steps = how.train.validation.every, how.train.steps
             assert every and steps / every <= 25, (phase, every, steps)
+
+
+def test_the_toybox_reads_every_negative_prompt_to_its_end():
+    tokenizer = CLIPTokenizer.from_pretrained(backbone_path() / "tokenizer")
+    for name in SHIPPED:
+        for _, phase in expand_phases(load(name, [], "3d", Recipe3D)):
+            assert len(tokenizer(phase.negative).input_ids) <= tokenizer.model_max_length, name
+            assert not phase.negative or phase.negative in recipe_files("3d")[name].read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in TESTED_ELSEWHERE])

@@ -3,9 +3,7 @@ motion in different places, performed by different things or by one held-out thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -21,13 +19,10 @@ from shared.toybox.world import BACKGROUNDS, CLASSES, SEEDS, Thing
 KEY = "toybox-motion"
 FRAMES = range(2, 65)  # the frame counts that a clip may have
 
-WriteClip: TypeAlias = Callable[[Tensor, Path, dict[str, str]], Path]
-"""Writes frames [F, 3, H, W] in [-1, 1] and their metadata. The given path has no suffix. Returns the path that was
-written."""
-
 
 def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
-    """Writes frames as a folder of PNGs named `000.png`, `001.png` and so on. Each PNG stores the metadata."""
+    """Writes frames [F, 3, H, W] in [-1, 1] as a folder of PNGs named `000.png`, `001.png` and so on. Each PNG stores the
+    metadata. Returns the folder."""
     for i, frame in enumerate(frames):
         write_picture(frame, path / f"{i:03d}.png", about)
     return path
@@ -61,7 +56,6 @@ def write_motion(
     seed: int = 0,
     overwrite: bool = False,
     frames: int = 16,
-    write: WriteClip = write_frames,
     thing: str = "",
 ) -> list[Path]:
     """Writes n clips of a held-out motion such as `development-zigzag`, so that the motion can be learned from them. By
@@ -69,18 +63,17 @@ def write_motion(
     the motion in all clips.
 
     Each clip comes with two additions that a careful user would make. One is a caption that describes the thing and its
-    place but not the motion (`00/caption.txt`, or `00.txt` if the clip is a file). The other is the thing's mask in
-    each frame (`masks/00/000.png`). The motion's name is stored in the clip's metadata. Returns the paths of the clips.
-    Raises ValueError whenever `reference_moving` or `atomic_folder` does.
+    place but not the motion (`00/caption.txt`). The other is the thing's mask in each frame (`masks/00/000.png`). The
+    motion's name is stored in the metadata of each frame. Returns the clips' folders. Raises ValueError whenever
+    `reference_moving` or `atomic_folder` does, or if `thing` is unknown.
     """
     moving = reference_moving(name, n, seed, frames, held_out(thing).thing if thing else None)
     written = []
     with atomic_folder(folder, overwrite) as out:
         for i, scene in enumerate(moving):
             drawn = draw_clip(scene)
-            clip = write(drawn.frames.permute(0, 3, 1, 2) * 2 - 1, out / f"{i:02d}", {KEY: name})
-            beside = clip / "caption.txt" if clip.is_dir() else clip.with_suffix(".txt")
-            beside.write_text(plain_clip_caption(scene) + "\n", "utf-8")
+            clip = write_frames(drawn.frames.permute(0, 3, 1, 2) * 2 - 1, out / f"{i:02d}", {KEY: name})
+            (clip / "caption.txt").write_text(plain_clip_caption(scene) + "\n", "utf-8")
             write_frames(drawn.mask[:, None].expand(-1, 3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}", {})
             written.append(folder / clip.name)
     return written
