@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,6 +224,20 @@ def few_true_pictures(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 def _quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saves a tiny DINOv2 model as a transformers folder."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-dino"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}}
+    BitImageProcessorPil(**size).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
