@@ -23,7 +23,6 @@ from pcs_3d.evaluation.shape_scores import BEST_DB, compared, geometry
 from pcs_3d.evaluation.truths import TrueToy, read_truth
 from pcs_3d.evaluation.views import Views, as_model_pixels, cameras, draw, painted_mesh, silhouettes, sphere
 from shared.io.contact_sheets import write_picture
-from shared.metrics.encoders import DinoEncoder
 from shared.metrics.instruments import load_instruments
 from shared.toybox.reference_sets import held_out
 from shared.toybox.shapes import cloud
@@ -203,9 +202,10 @@ def test_similarity_to_a_picture_is_measured_with_dino_for_each_azimuth(box, din
     (curve,) = (c for c in report.curves if c.key == "dino_i")
     assert curve.azimuth_deg == AZIMUTHS and curve.asset[side] == pytest.approx(1, abs=1e-3)
     assert curve.asset.index(max(curve.asset)) == side
-    encoder = DinoEncoder(dino)
-    other, picture = (encoder.images(as_model_pixels(views)[i : i + 1])[0] for i in (0, side))
-    assert curve.asset[0] == pytest.approx(float(other @ picture), abs=1e-3)
+    encoder = load_instruments(dino=dino).identity
+    assert encoder is not None
+    front, picture = (encoder.images(as_model_pixels(views)[i : i + 1])[0] for i in (0, side))
+    assert curve.asset[0] == pytest.approx(float(front @ picture / (front.norm() * picture.norm())), abs=1e-3)
 
 
 def test_the_report_on_a_bare_mesh_states_which_options_are_needed_for_more_scores(box, tmp_path):
