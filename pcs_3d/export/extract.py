@@ -67,7 +67,7 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
         return _largest_faces(surface.vertices.double().cpu().numpy(), surface.faces.cpu().numpy(), all_parts)
     grid = export_grid(field, resolution).numpy()
     step = 2 * field.bound / (resolution - 1)
-    level = automatic_threshold(grid, step) if threshold is None else threshold
+    level = automatic_threshold(grid, step, all_parts) if threshold is None else threshold
     if not grid.max() > level:
         raise ValueError(
             f"the field is empty: its largest density is {grid.max():.3g}, which does not exceed the surface "
@@ -81,9 +81,10 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
     return Extracted(vertices * step - step - field.bound, faces, tuple(notes))
 
 
-def automatic_threshold(grid: np.ndarray, step: float) -> float:
+def automatic_threshold(grid: np.ndarray, step: float, all_parts: bool = True) -> float:
     """Returns the density at which to extract the surface. It is the density at which the surface's silhouettes along
-    the three axes best match the pixels that are more than half opaque. If a range of densities fits equally well, the
+    the three axes best match the pixels that are more than half opaque. If only the largest connected part will be kept,
+    only its silhouettes count, so that the object does not fall apart. If a range of densities fits equally well, the
     middle of that range is chosen. Raises ValueError if the field is empty."""
     opaque = [1 - np.exp(-grid.sum(axis) * step) > 0.5 for axis in range(3)]
     largest = float(grid.max())
@@ -93,7 +94,12 @@ def automatic_threshold(grid: np.ndarray, step: float) -> float:
             "Train longer, or with a larger guidance scale"
         )
     levels = np.geomspace(max(largest * 1e-4, 1e-6), largest * 0.95, _CANDIDATES)
-    fits = np.array([np.mean([_overlap(grid.max(a) > level, o) for a, o in enumerate(opaque)]) for level in levels])
+
+    def fit(level: float) -> float:
+        shape = grid if all_parts else _largest_part(grid, level)[0]
+        return float(np.mean([_overlap(shape.max(axis) > level, o) for axis, o in enumerate(opaque)]))
+
+    fits = np.array([fit(level) for level in levels])
     best = levels[fits >= fits.max() - 2e-3]
     return float((best.min() + best.max()) / 2)
 

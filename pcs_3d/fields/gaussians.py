@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -17,6 +18,8 @@ from pcs_3d.fields.starts import raw_colors
 from shared.config import Positive, Steps
 from shared.trainable.base import Rate
 
+#: Opacities are capped here when they are turned into densities, because a density of infinity would be needed for 1.
+MOST_OPAQUE = 0.995
 _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
 
 
@@ -158,7 +161,11 @@ class GaussianField(BaseVolume):
     def at(self, points: Tensor) -> Sample:
         """Sums the Gaussians at each point. Points are handled in blocks, and only the Gaussians that reach a block are
         evaluated there (DreamGaussian, https://arxiv.org/abs/2309.16653, section 3.3). This method is used for export,
-        not for rendering."""
+        not for rendering.
+
+        DreamGaussian sums opacities, which do not say how dense a Gaussian is: the same opacity can belong to a thin and
+        to a thick one. Here, a Gaussian has the density, per radius, with which a ray through its centre is blocked as
+        much as its opacity says. The width along the ray is the geometric mean of its scales."""
         flat, splats = points.reshape(-1, 3), self.splats()
         blocks = ((flat / self.bound + 1) * 4).long().clamp(0, 7)
         key = (blocks[:, 0] * 8 + blocks[:, 1]) * 8 + blocks[:, 2]
@@ -187,7 +194,9 @@ def _local(splats: Splats, points: Tensor) -> tuple[Tensor, Tensor]:
         return points.new_zeros(len(points)), points.new_full((len(points), splats.features.shape[1]), 0.5)
     away = points[:, None] - splats.means[near]
     local = torch.einsum("nji,pnj->pni", rotation_matrices(splats.rotations[near]), away) / splats.scales[near]
-    weights = splats.opacities[near] * torch.exp(-0.5 * local.square().sum(-1))
+    width = math.sqrt(2 * math.pi) * splats.scales[near].log().mean(-1).exp()
+    peak = -torch.log1p(-splats.opacities[near].clamp_max(MOST_OPAQUE)) / width
+    weights = peak * torch.exp(-0.5 * local.square().sum(-1))
     total = weights.sum(-1)
     return total, weights @ splats.features[near] / total.clamp_min(1e-8)[:, None]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields.base import BaseVolume
 from pcs_3d.fields.field import Sample
+from pcs_3d.renderers import Splat
 from pcs_3d.renderers.rendering import RenderSettings
 
 COLOR = (0.9, 0.2, 0.4)
@@ -53,6 +56,15 @@ class Solid(BaseVolume):
         middle = -(origins * directions).sum(-1)
         half = (self.size**2 - (origins.square().sum(-1) - middle**2)).clamp_min(0).sqrt()
         return Chords(middle - half, 2 * half)
+
+
+@torch.no_grad()
+def rendered_radius(field: Any) -> float:
+    """Returns the radius of the disk with the area that a field of Gaussians covers by more than half, seen from far
+    away."""
+    away, side = Cameras.of([0.0], [0.0], 50.0, 3.0), 128
+    covered = (Splat().render(field, away, view(1, side)).opacity > 0.5).float().mean()
+    return math.sqrt(float(covered) / math.pi) * 2 * 50 * math.tan(math.radians(1.5))
 
 
 def view(count: int, side: int = 32, background: float = 0.25, channels: int = 3, **changes) -> RenderSettings:

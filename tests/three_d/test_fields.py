@@ -5,6 +5,8 @@ Guarantees specific to one kind are tested as well.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -114,6 +116,20 @@ def test_finer_levels_of_a_hash_grid_are_unlocked_later():
     assert torch.equal(field.open_levels, torch.ones(3))
     with pytest.raises(ValueError, match="levels"):
         TypeAdapter(FieldSettings).validate_python({"kind": "hash_grid", "levels": 0})
+
+
+@pytest.mark.parametrize(("opacity", "scale"), [(0.3, 0.05), (0.9, 0.2)])
+def test_the_density_of_a_gaussian_blocks_a_ray_through_its_centre_as_much_as_its_opacity_says(opacity, scale):
+    field = Gaussians(count=8).build()
+    values = {"means": torch.full((8, 3), 3.0), "log_scales": torch.full((8, 3), math.log(scale))}
+    values["means"][0] = 0.0  # the others are out of reach
+    values["raw_opacities"] = torch.full((8,), opacity).logit()
+    for name, value in values.items():
+        getattr(field, name).data.copy_(value)
+    ray = torch.zeros(2001, 3)
+    ray[:, 0] = torch.linspace(-1, 1, 2001)
+    passed = torch.exp(-torch.trapezoid(field.density(ray).detach(), ray[:, 0]))
+    assert 1 - float(passed) == pytest.approx(opacity, rel=0.01)
 
 
 def test_gaussians_with_large_gradients_are_split_and_transparent_gaussians_are_removed():
