@@ -45,3 +45,12 @@ def _paths(value: Any) -> Iterator[Path]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _paths(inner)
+
+
+def sources_of(kind: str, recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Lists the settings of a recipe's sources of one kind, first those of the recipe and then those of its phases. The
+    recipe has the form in which concepts save it. The kinds `references` and `clips` read the user's own files."""
+    phases = recipe.get("phases")
+    sources = [part.get("sources") for part in (recipe, *(phases.values() if isinstance(phases, Mapping) else ()))]
+    named = [(key, source) for found in sources if isinstance(found, Mapping) for key, source in found.items()]
+    return [source for key, source in named if isinstance(source, Mapping) and source.get("kind", key) == kind]

@@ -27,6 +27,7 @@ from shared.metrics.instruments import known_thing, load_instruments
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
 from shared.recipe.phases import expand_phases
+from shared.recipe.reads import sources_of
 from shared.runner.loaded_concepts import Loaded, Painter
 from shared.runner.plan import Plan
 from shared.sampling.sampler import DECODE_PIXELS, decoded, images_per_batch
@@ -116,6 +117,7 @@ class EvaluationSettings:
     limit: int | None = None  # the number of prompts to use, from the start of the set; None: all
     # fields that are None come from the concept's recipe
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    option: str = "--references"  # the command's option for `references`, named in errors
     references: Path | None = None  # a folder; default: the concept's training pictures, found next to its folder
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
     clip: Path | None = None  # the folder of a CLIP model to measure with
@@ -161,8 +163,13 @@ def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) 
     pictures cannot be found."""
     concept, folder, gallery = loaded.concept, settings.references, settings.gallery
     path = settings.path or concept.path
+    recipe = concept.meta.recipe
+    if folder is None and sources_of("clips", recipe) and not sources_of("references", recipe):
+        raise ValueError(
+            f"{concept.meta.name} was learned from clips: give {settings.option} FOLDER with pictures of it"
+        )
     subject = loaded.subject if folder is None else None
-    subject = subject or find_references(concept, path, folder)
+    subject = subject or find_references(concept, path, folder, settings.option)
     known = known_thing(subject.images)
     side = runner.backbone.resolution
     return Case(
@@ -196,7 +203,7 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
     return decoded(backbone, torch.cat(latents), size).cpu()
 
 
-def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
+def find_references(concept: Concept, path: Path | None, folder: Path | None, option: str = "--references") -> Subject:
     """Finds the pictures that the concept was learned from, in `folder` or else in the recorded folder next to `path`.
 
     Raises ValueError if they are missing, or if the recorded folder contains a picture whose hash the concept does not
@@ -206,13 +213,13 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
     if source is None or (folder is None and not source.is_dir()):
         raise ValueError(
-            "give --references FOLDER: a concept stores the hashes of its pictures, not the pictures themselves"
+            f"give {option} FOLDER: a concept stores the hashes of its pictures, not the pictures themselves"
         )
     subject = read_subject(source, concept.meta.class_noun)
     hashes = {r.sha256 for r in concept.meta.references}
     known = [p for p in subject.images if sha256(p) in hashes]
     if folder is None and len(known) < len(subject.images):
-        raise ValueError(f"{source} has pictures that the concept was not learned from: give --references FOLDER")
+        raise ValueError(f"{source} has pictures that the concept was not learned from: give {option} FOLDER")
     return subject
 
 

@@ -28,9 +28,10 @@ from shared.metrics.encoders import Instruments
 from shared.metrics.instruments import load_instruments
 from shared.metrics.report import Score
 from shared.metrics.scorer import Scorer
+from shared.recipe.reads import sources_of
 from shared.runner.judging import EvaluationSettings, check_folders, picture_case, round_trip, score_line
 from shared.runner.loaded_concepts import Loaded, Painter
-from shared.runner.training_clips import learns_from_clips, motion_clips, read_motion
+from shared.runner.training_clips import motion_clips, read_motion
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 
@@ -87,7 +88,7 @@ def evaluate_clips_loaded(
     judged = _Judged.of(runner)
     prompts = load_clip_prompts(settings.prompts)
     texts = ClipTexts(prompts, judged.motion_name, judged.subject_name, judged.class_noun, settings.limit)
-    files = () if judged.moves is None else motion_clips(judged.moves, settings.references)
+    files = _motion_clips(judged, settings.references)
     if judged.motion is not None and judged.motion.subject is None:  # the motion's noise prior also needs the clips
         runner.loaded[judged.motion_name] = replace(judged.motion, subject=Subject((), clips=files))
     scorer = _scorer(runner, judged, settings, files, texts, progress)
@@ -139,7 +140,7 @@ class _Judged:
     def moves(self) -> Loaded | None:
         """The concept that was learned from clips and determines how the subject moves: the motion or, without one, a
         subject that was learned together with its motion."""
-        if self.motion is None and self.subject is not None and learns_from_clips(self.subject.concept.meta.recipe):
+        if self.motion is None and self.subject is not None and sources_of("clips", self.subject.concept.meta.recipe):
             return self.subject
         return self.motion
 
@@ -160,6 +161,19 @@ class _Judged:
     @property
     def all(self) -> list[Loaded]:
         return [loaded for loaded in (self.subject, self.motion) if loaded is not None]
+
+
+def _motion_clips(judged: _Judged, folder: Path | None) -> tuple[Path, ...]:
+    """Returns the clips that the motion was learned from, or none if a subject was learned together with its motion and
+    these clips are no longer there. In that case, only the subject is judged. Raises ValueError as `motion_clips` does."""
+    if judged.moves is None:
+        return ()
+    try:
+        return motion_clips(judged.moves, folder)
+    except ValueError:
+        if judged.motion is None and folder is None:
+            return ()
+        raise
 
 
 def clip_score_line(score: Score) -> str:
@@ -191,7 +205,7 @@ def _scorer(
     clips = [read_motion(path, recipe, side) for path in files]
     thing = None
     if judged.subject is not None and tools.identity is not None:
-        asked = EvaluationSettings(references=settings.pictures, gallery=settings.gallery)
+        asked = EvaluationSettings(references=settings.pictures, gallery=settings.gallery, option="--pictures")
         thing = _thing(picture_case(runner, judged.subject, asked), tools, texts, progress)
     known = known_motion(files) if files else None
     same = judged.moves is not None and judged.moves is judged.subject

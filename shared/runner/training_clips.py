@@ -14,6 +14,7 @@ from shared.io.clips.find_clips import find_clips
 from shared.io.clips.open_frames import open_frames
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
+from shared.recipe.reads import sources_of
 from shared.runner.judging import beside
 from shared.runner.loaded_concepts import Loaded
 
@@ -55,18 +56,5 @@ def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
 
 
 def _window(recipe: Mapping[str, Any]) -> ClipWindow:
-    windows = [source["window"] for source in _clip_sources(recipe) if isinstance(source.get("window"), Mapping)]
+    windows = [source["window"] for source in sources_of("clips", recipe) if isinstance(source.get("window"), Mapping)]
     return ClipWindow.model_validate(windows[0]) if windows else ClipWindow()
-
-
-def learns_from_clips(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe, as saved in a concept, learns from the user's clips in any phase."""
-    return bool(_clip_sources(recipe))
-
-
-def _clip_sources(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Lists the settings of the sources that read the user's clips, in the recipe and then in its phases."""
-    phases = recipe.get("phases")
-    sources = [part.get("sources") for part in (recipe, *(phases.values() if isinstance(phases, Mapping) else ()))]
-    named = [(key, source) for found in sources if isinstance(found, Mapping) for key, source in found.items()]
-    return [source for key, source in named if isinstance(source, Mapping) and source.get("kind", key) == "clips"]

@@ -299,21 +299,6 @@ def test_a_motion_at_strength_0_gives_the_same_clips_as_the_base_model(
     assert none.score("false_motion") is None and not none.of_kind("unnamed")
 
 
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saves a tiny DINOv2 with random weights."""
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-dino"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-        Dinov2Model(config).save_pretrained(folder)
-    sizes: Any = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}}
-    BitImageProcessorPil(**sizes).save_pretrained(folder)
-    return folder
-
-
 def test_a_subject_and_a_motion_are_evaluated_together(
     concepts: Path, clip_model: Path, dino: Path, prompts: Path, tmp_path: Path
 ) -> None:
