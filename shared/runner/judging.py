@@ -117,7 +117,6 @@ class EvaluationSettings:
     limit: int | None = None  # the number of prompts to use, from the start of the set; None: all
     # fields that are None come from the concept's recipe
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    option: str = "--references"  # the command's option for `references`, named in errors
     references: Path | None = None  # a folder; default: the concept's training pictures, found next to its folder
     gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
     clip: Path | None = None  # the folder of a CLIP model to measure with
@@ -126,6 +125,7 @@ class EvaluationSettings:
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
     base: dict[str, KeptPictures] | None = None  # evaluations that share this dict reuse the base model's pictures
+    option: str = "--references"  # the command's option for `references`, named in errors
 
 
 def evaluate_loaded(

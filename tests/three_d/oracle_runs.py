@@ -16,6 +16,7 @@ from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.hand_over import FIELD, restored, under
 from pcs_3d.guidance.oracle import OracleScores
 from pcs_3d.recipe import Recipe3D
+from pcs_3d.references import References
 from pcs_3d.renderers.rendering import RenderSettings
 from shared.config import validate
 from shared.io.contact_sheets import write_picture
@@ -100,7 +101,9 @@ def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Fou
     """
     own = PHASED[name] if name in PHASED else (VOXELS, *GUIDANCES[name])
     how = _distilled(load(name, [*COMMON, *own, *settings], "3d", Recipe3D))
-    subjects = {} if how.references is None else {"mug": _pictured(folder / "photos", how.references.cameras())}
+    subjects = {}
+    if isinstance(how.references, References):
+        subjects = {"mug": _pictured(folder / "photos", how.references.cameras())}
     seen = _remembered(lambda cameras: 2 * true_views(cameras, SIDE).pixels - 1)
 
     def distill(context: Any) -> Distill:

@@ -4,6 +4,7 @@ motion in different places, performed by different things or by one held-out thi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -42,9 +43,10 @@ def reference_moving(name: str, n: int, seed: int, frames: int = 16, thing: Thin
     kinds, places = rng.permutation(len(CLASSES)), rng.permutation(len(BACKGROUNDS))
     out = []
     for i in range(n):
-        plain = {"class_name": CLASSES[kinds[i % len(kinds)]], "accessory": "none", "pattern": False}
+        performer: dict[str, Any] = {"thing": thing}
+        if thing is None:
+            performer = {"class_name": CLASSES[kinds[i % len(kinds)]], "accessory": "none", "pattern": False}
         place = BACKGROUNDS[places[i % len(places)]]
-        performer = plain if thing is None else {"thing": thing}
         out.append(sample_moving(rng, motion, frames, background=place, style="photo", **performer))
     return out
 
