@@ -88,13 +88,16 @@ def evaluate_clips(
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
     work: Path = typer.Option(None, help="evaluate the motion module being trained in this folder", **PATH),
+    motion_adapter: Path = typer.Option(None, help="a motion module's folder; default: the shipped one", **PATH),
     overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
 ) -> None:
     """Measure the motion module on random captions of clips."""
     from shared.pretrain.toybox.evaluate_backbone import JudgeSettings
     from shared.pretrain.toybox.evaluate_backbone import evaluate_clips as measure
 
-    for line in measure(JudgeSettings(clips, guidance, steps, seed, backbone), work, out, overwrite):
+    if work is not None and motion_adapter is not None:
+        raise ValueError("--work and --motion-adapter both name the motion module to evaluate: give only one of them")
+    for line in measure(JudgeSettings(clips, guidance, steps, seed, backbone), work, out, overwrite, motion_adapter):
         print(line)
 
 

@@ -72,6 +72,8 @@ def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused
         (("sheet", "a.png", "--source", "model", "--guidance", "1e300"), "1e300 is not a number between -1000 and 1000"),
         (("evaluate", "--guidance", "nan"), "nan is not a number between -1000 and 1000"),
         (("evaluate-clips", "--guidance", "inf"), "inf is not a number between -1000 and 1000"),
+        (("evaluate-clips", "--work", "w", "--motion-adapter", "m"), "--work and --motion-adapter both name the motion module"),
+        (("evaluate-clips", "--motion-adapter", "."), "--motion-adapter .: not a folder of a diffusers MotionAdapter"),
         (("curve", "--guidance", "1e300"), "1e300 is not a number between -1000 and 1000"),
         (("train", "unet", "--lr", "1e300"), "1e300 is not a number between 0 and 100"),
         (("train", "unet", "--lr", "nan"), "nan is not a number between 0 and 100"),
@@ -79,7 +81,7 @@ def test_options_that_only_the_model_uses_are_refused_with_other_sources(refused
         (("train", "unet", "--minutes", "-1"), "-1 is not a number between 0"),
     ],
 )  # fmt: skip
-def test_numbers_out_of_range_are_refused_before_any_work_is_done(
+def test_invalid_options_are_refused_before_any_work_is_done(
     toybox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

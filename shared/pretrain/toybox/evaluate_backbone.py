@@ -81,10 +81,10 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
 
 
 def evaluate_clips(
-    settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False
+    settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False, adapter: Path | None = None
 ) -> Iterator[str]:
-    """Judges the motion module trained in `work`, or the shipped one if `work` is None, on random clip captions. Yields
-    lines to print.
+    """Judges a motion module on random clip captions: the one trained in `work`, the one in the folder `adapter`, or, if
+    both are None, the shipped one. Yields lines to print.
 
     Raises ValueError if `out` exists and `overwrite` is not set, or if there is no motion module.
     """
@@ -94,7 +94,7 @@ def evaluate_clips(
         check_file(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
     guidance = sampling_defaults()["guidance"] if settings.guidance is None else settings.guidance
-    pipe = open_moving(settings.backbone, work)
+    pipe = open_moving(settings.backbone, work, adapter)
     found = judge_clips(pipe, settings.pictures, guidance, settings.steps, settings.seed)
     yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, without selection"
     yield from _lines(found)
@@ -104,19 +104,24 @@ def evaluate_clips(
         write_text(out, json.dumps(found, indent=1))
 
 
-def open_moving(backbone: str | None, work: Path | None) -> Any:
-    """Loads the toybox's `AnimateDiffPipeline` with the motion module trained in `work`, or with the shipped motion
-    module if `work` is None."""
+def open_moving(backbone: str | None, work: Path | None, adapter: Path | None = None) -> Any:
+    """Loads the toybox's `AnimateDiffPipeline` with the motion module trained in `work`, with the one in the folder
+    `adapter` or, if both are None, with the shipped one. Raises ValueError if `adapter` is not a `MotionAdapter`."""
     from diffusers import AnimateDiffPipeline, MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     from shared.pretrain.toybox.motion_module import averaged
 
     if work is not None:
-        pipe, adapter = averaged(work, expanded(backbone) if backbone is not None else backbone_path())
+        pipe, module = averaged(work, expanded(backbone) if backbone is not None else backbone_path())
     else:
-        adapter = MotionAdapter.from_pretrained(str(motion_adapter_path()), local_files_only=True)
+        if adapter is not None and not (adapter / "config.json").is_file():
+            raise ValueError(
+                f"--motion-adapter {adapter}: not a folder of a diffusers MotionAdapter (no config.json in it)"
+            )
+        folder = motion_adapter_path() if adapter is None else adapter
+        module = MotionAdapter.from_pretrained(str(folder), local_files_only=True)
         pipe = open_pipeline(backbone)
-    return AnimateDiffPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, adapter, pipe.scheduler)
+    return AnimateDiffPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, module, pipe.scheduler)
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
