@@ -232,9 +232,10 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("models") / "tiny-dino"
-    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
     size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}}
     BitImageProcessorPil(**size).save_pretrained(folder)
     return folder
