@@ -24,7 +24,7 @@ from pcs_3d.fields.field import Field
 from pcs_3d.regions import RegionPart
 from pcs_3d.renderers.rendering import Rendering
 from shared.backbones import Backbone
-from shared.prompts import check_known, check_named, expand, names_in
+from shared.prompts import check_known, check_named, expand, names_in, without
 from shared.recipe.phases import expand_phases, learns_subjects
 from shared.runner.base import Progress, Runner, attached, own_randomness
 from shared.train.phase_context import PhaseContext
@@ -147,6 +147,7 @@ class Runner3D(Runner):
         # If no phase learns the subject, its pictures are used only for comparison, and prompts refer to a loaded
         # concept.
         learned = list(subjects) if learns_subjects(recipe) else []
+        nouns = {**{name: subject.class_noun for name, subject in subjects.items()}, **self.class_nouns}
         for name, phase in phases:
             if isinstance(phase.task, ReferenceCamerasTask):
                 check_subject(name, phase.task, subjects)
@@ -163,9 +164,11 @@ class Runner3D(Runner):
             for region in (None, *regions.values()):
                 if region is not None:
                     region.check()
-                for text in scene_prompts(phase, self.class_nouns, region).all_texts():
+                for text in scene_prompts(phase, nouns, region).all_texts():
                     if not set(names_in(text)) & set(learned):  # names that are still to be learned have no words yet
                         self.backbone.check_prompt(expand(text, self.backbone.placeholders))
+                    if phase.leaves_out_names:
+                        self.backbone.check_prompt(without(text, nouns))
 
 
 def check_asked(recipe: DistillRecipe, kinds: Mapping[str, str], subjects: Collection[str]) -> None:

@@ -149,7 +149,7 @@ class ScenePrompts:
 
     def all_texts(self) -> list[str]:
         """Returns the texts for each direction and for no direction, the negative prompt and the empty prompt, without
-        duplicates. Texts that leave out the subject's name are not included."""
+        duplicates. All of them keep the subject's name."""
         texts = [self.text(d) for d in (None, *DIRECTIONS)] + [self.negative, ""]
         return list(dict.fromkeys(texts))
 

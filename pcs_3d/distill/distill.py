@@ -77,12 +77,12 @@ class Distill(ConceptTask):
             context.backbone.latent_shape(self.guidance.resolution, self.guidance.resolution)
         field = first_field(recipe, channels, context.earlier, context.carried, context.resumed_step > 0)
         self.field: Field = field.to(context.backbone.device)
-        self.prompts = scene_prompts(recipe, context.class_nouns)
+        self.prompts = scene_prompts(recipe, context.all_nouns)
         self.regions = ShownRegions(recipe.guidance.regions)
         off = {STUDENT, *recipe.task.off}
         on = {name: 1.0 for name in context.adapter_sets if name in context.backbone.adapters and name not in off}
         strengths = {**context.loaded_strengths, **on}
-        self.scores = regional_scores(recipe, context.class_nouns, strengths, partial(scores, context))
+        self.scores = regional_scores(recipe, context.all_nouns, strengths, partial(scores, context))
         self.pictures = None
         if recipe.references is not None and any(p.needs_pictures for p in recipe.penalties.values()):
             known = recipe.references.pictures(context.subjects, self.side, context.phase_folders)

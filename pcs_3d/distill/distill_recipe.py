@@ -61,6 +61,12 @@ class DistillRecipe(Recipe):
         """The settings of the field, with the guidance's regions."""
         return self.field.within(self.guidance.regions)
 
+    @property
+    def leaves_out_names(self) -> bool:
+        """Whether the teacher also reads prompts in which class nouns replace the concepts' names."""
+        base = any(term.adapters == "base" for term in self.guidance.terms.values())
+        return base or self.views.drop_subject > 0
+
     @model_validator(mode="after")
     def _in_rings(self) -> DistillRecipe:
         joint, ring = self.guidance.joint_views, self.cameras.ring

@@ -54,7 +54,7 @@ class PseudoViews(Generate):
         owner = next(iter(self.context.names), _ASSET)
         for number, prompt in enumerate(self.task.prompts or (self.recipe.prompt,)):
             named = prompt.replace("{concept}", f"<{owner}>")
-            said = scene_prompts(self.recipe.model_copy(update={"prompt": named}), self.context.class_nouns)
+            said = scene_prompts(self.recipe.model_copy(update={"prompt": named}), self.context.all_nouns)
             for i, direction in enumerate(said.words.directions(self.cameras)):
                 text = said.text(direction).replace(f"<{owner}>", "{concept}")
                 about = {"view": i, **camera_entry(self.cameras, i)}

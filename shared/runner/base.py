@@ -240,6 +240,7 @@ class Runner:
             "class_pictures": self._class_pictures,
             "make": self._made_now(progress),
             "loaded_strengths": self.strengths,
+            "loaded_nouns": self.class_nouns,
             "on_pictures": progress.pictures if progress else None,
             "tasks": self.tasks,
         }

@@ -145,6 +145,6 @@ class Generate(ConceptTask):
         }
         if shot.owner in self.context.scorers:
             pixels = read_picture(self.context.folder / shot.file, min_side=1).pixels[None]
-            plain = without(shot.prompt.replace("{concept}", f"<{shot.owner}>"), self.context.class_nouns)
+            plain = without(shot.prompt.replace("{concept}", f"<{shot.owner}>"), self.context.all_nouns)
             entry["score"] = float(self.context.scorers[shot.owner](pixels, [plain])["score"])
         return entry

@@ -66,10 +66,19 @@ class PhaseContext:
     earlier: Sequence[Recipe] = ()  # recipes of the earlier phases, in order
     phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder for its files
     resumed_step: int = 0  # the step of this phase at which the run resumes; 0 if the phase starts afresh
+    loaded_nouns: Mapping[str, str] = field(
+        default_factory=dict
+    )  # the class nouns of the concepts loaded before the run
 
     @property
     def class_nouns(self) -> dict[str, str]:
+        """The class nouns of the run's subjects."""
         return {name: subject.class_noun for name, subject in self.subjects.items()}
+
+    @property
+    def all_nouns(self) -> dict[str, str]:
+        """The class nouns of the loaded concepts and of the run's subjects. Prompts may name any of them."""
+        return {**self.class_nouns, **self.loaded_nouns}
 
 
 class ConceptTask:

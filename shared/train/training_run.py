@@ -66,6 +66,7 @@ class TrainingRun:
     scored: bool = True  # whether `preview` returns scores, which then decide which state is kept
     scorers: Mapping[str, Score] = field(default_factory=dict)
     loaded_strengths: Mapping[str, float] = field(default_factory=dict)
+    loaded_nouns: Mapping[str, str] = field(default_factory=dict)  # the class nouns of attached concepts, by name
     tensorboard: bool = True
     on_pictures: Callable[[str, int, int], None] | None = None  # (what, done, total) while pictures are generated
     tasks: TaskTable = field(default_factory=lambda: TASKS)
@@ -263,6 +264,7 @@ class TrainingRun:
             carried=self.carried,
             earlier=[recipe for _, recipe in self.phases[:index]],
             resumed_step=resumed_step,
+            loaded_nouns=self.loaded_nouns,
         )
 
     def folder(self, phase: str) -> Path:

@@ -6,6 +6,7 @@ One concept changes the weights of the whole network (DreamBooth). The other has
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,3 +121,35 @@ def test_the_model_is_unchanged_after_an_asset_is_made_with_two_concepts(new_sd,
         assert runner.strengths == {"mug": strength, "dog": 1.0}
         fields.append(asset.field.state_dict()["raw"])
     assert not torch.equal(*fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "hears_the_word"),
+    [
+        (("views.drop_subject=0",), True),
+        (("views.drop_subject=1",), False),
+        (("guidance.terms.prompt.adapters=base",), False),
+    ],
+)
+def test_back_views_and_the_base_model_read_the_class_noun_of_a_loaded_concept(
+    new_sd, concepts, tmp_path, settings, hears_the_word
+):
+    behind = "cameras.azimuth_deg=[170,190]"
+    fields = []
+    for number in range(2):
+        dog = concepts["dog"]
+        words = {name: tensor + number for name, tensor in dog.tensors["embeddings"].items()}
+        runner = Runner3D(new_sd())
+        runner.load(replace(dog, tensors={**dog.tensors, "embeddings": words}))
+        how = recipe("dreamfusion", "prompt=a photo of a <dog>", behind, "train.steps=1", *settings)
+        fields.append(runner.create(how, tmp_path / str(number)).field.state_dict()["raw"])
+    assert torch.equal(*fields) != hears_the_word
+
+
+def test_class_nouns_that_do_not_fit_into_a_prompt_are_an_error_before_the_first_step(new_sd, concepts, tmp_path):
+    runner, dog = Runner3D(new_sd()), concepts["dog"]
+    runner.load(replace(dog, meta=dog.meta.model_copy(update={"class_noun": "dog " * 80})))
+    asked = ("dreamfusion", "prompt=a photo of a <dog>")
+    runner.check(recipe(*asked), {})
+    with pytest.raises(ValueError, match="dog dog"):
+        runner.check(recipe(*asked, "views.drop_subject=0.5"), {})
