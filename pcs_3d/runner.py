@@ -52,6 +52,7 @@ class Asset:
 class Runner3D(Runner):
     """A backbone with its attached concepts, for creating 3D fields."""
 
+    makes = "assets"
     tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews, ReferenceCamerasTask: ReferenceCameras}
 
     def create(

@@ -59,6 +59,7 @@ class VideoRunner(Runner):
     tasks = {**Runner.tasks, DualPathTask: DualPath, AlternateTask: Alternate}
     scorers = staticmethod(clip_training_scorers)
     makes = "clips"
+    uses_motions = True
     families = (frozenset({"animatediff", "stable_diffusion"}), frozenset({"wan"}), frozenset({"ltx"}))
 
     @classmethod

@@ -54,6 +54,7 @@ class Runner:
     tasks: ClassVar[TaskTable] = TASKS  # task part -> the function that builds its task
     scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # returns scorers for training
     makes: ClassVar[str] = "pictures"
+    uses_motions: ClassVar[bool] = False  # whether a motion can change what is generated
     #: For each kind of model that this runner opens, the families whose concepts can be loaded onto such a model.
     families: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"stable_diffusion"}), frozenset({"flux"}))
     backbone: Backbone
@@ -81,9 +82,19 @@ class Runner:
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attaches a concept. Raises ValueError if it is incompatible with the backbone, or if its name is taken."""
+        """Attaches a concept. Raises ValueError if it is incompatible with the backbone, if it is a motion and this runner
+        uses none, or if its name is taken."""
+        self.check_kind(concept)
         attach(concept, self.backbone, strength)
         self.loaded[concept.meta.name] = Loaded(concept)
+
+    @classmethod
+    def check_kind(cls, concept: Concept) -> None:
+        """Raises ValueError if the concept is a motion and this runner uses none."""
+        if concept.meta.kind == "motion" and not cls.uses_motions:
+            raise ValueError(
+                f"{concept.meta.name!r} is a motion, and {cls.makes} cannot show one: leave it out, or use pcs video"
+            )
 
     def unload(self, name: str) -> None:
         """Removes a concept and restores the backbone."""

@@ -160,8 +160,11 @@ def check_names(given: Sequence[str], concepts: Sequence[Concept]) -> None:
 
 
 def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
-    """Raises ValueError, naming concepts and families, if no model of this runner can load all these concepts. This
-    check loads no model. Concepts of families that only other packages know are checked once the model is loaded."""
+    """Raises ValueError, naming concepts and families, if no model of this runner can load all these concepts, or if one is
+    a motion and this runner uses none. This check loads no model. Concepts of families that only other packages know are
+    checked once the model is loaded."""
+    for concept in concepts:
+        kind.check_kind(concept)
     known = frozenset[str]().union(*kind.families, *Runner.families)
     families = {c.meta.name: c.meta.backbone.family for c in concepts if c.meta.backbone.family in known}
     for name, family in families.items():

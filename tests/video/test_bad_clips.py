@@ -107,7 +107,7 @@ def test_an_image_model_refuses_a_motion(
     asked = ["image", "generate", "a mug", "--concept", motion, "--backbone", picture_model, "--out", tmp_path / "o"]
     code = run(build(), [str(a) for a in asked])
     message = " ".join(capsys.readouterr().err.split())
-    assert code == 2 and "'slide' does not fit" in message and "it was learned on animatediff" in message
+    assert code == 2 and "'slide' is a motion, and pictures cannot show one" in message
     assert not (tmp_path / "o").exists()
 
 

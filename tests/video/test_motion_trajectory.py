@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pcs_3d.runner import Runner3D
 from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.backbones.wan import WanBackbone
 from pcs_video.commands.video import app
@@ -25,12 +26,13 @@ from pcs_video.motion.follow_trajectory import (
 from pcs_video.recipe import ClipSampling, VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.backbones import Backbone, load_backbone
-from shared.cli import run
+from shared.cli import build, run
 from shared.concept import export, read
 from shared.concept.show import described
 from shared.io.clips.write_clip import write_clip
 from shared.metrics.clips.report import ClipReport
 from shared.recipe.resolve import load
+from shared.runner.base import Runner
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
@@ -288,7 +290,7 @@ def test_clips_without_the_motion_are_generated_once_for_several_motions(
 
 
 def test_an_image_model_alone_can_follow_a_trajectory_but_cannot_learn_another_motion(
-    make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
+    make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If the prompt does not name the motion, the clip stands still and a warning is given."""
     make_tiny_sd().save_pretrained(tmp_path / "sd")
@@ -307,6 +309,20 @@ def test_an_image_model_alone_can_follow_a_trajectory_but_cannot_learn_another_m
         for folder in sorted(p for p in (tmp_path / "clips").iterdir() if p.is_dir())
     )
     assert (still - still[:1]).abs().max() <= 1 and (moving - moving[:1]).abs().max() > 10
+    still_pictures = [
+        "image",
+        "generate",
+        "a <slide>",
+        "--concept",
+        tmp_path / "slide.concept",
+        "--out",
+        tmp_path / "pictures",
+    ]
+    assert run(build(), [str(a) for a in still_pictures]) == 2
+    assert "'slide' is a motion, and pictures cannot show one" in " ".join(capsys.readouterr().err.split())
+    for runner in (Runner, Runner3D):
+        with pytest.raises(ValueError, match="is a motion"):
+            runner(load_backbone(tmp_path / "sd")).load(read(tmp_path / "slide.concept"))
     backbone: Any = with_motion_adapter(load_backbone(tmp_path / "sd"), "none")
     x = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     words, t = backbone.encode(["a cup", "a dog"]), torch.tensor([500.0, 20.0])
