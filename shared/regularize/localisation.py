@@ -20,7 +20,7 @@ Distance = Literal["squared", "cross_entropy"]
 
 
 class Localisation(Penalty):
-    """Adds weight * |A(concept) - mask|^2 to the loss, summed over the concepts in each instance example and averaged
+    """Adds weight * |A(concept) - mask|^2 to the loss, summed over the concepts in each instance picture or clip and averaged
     over these examples (Break-A-Scene, https://arxiv.org/abs/2305.16311, eq. 3).
 
     A is the picture's attention to the concept's tokens. It is averaged over heads, selected layers and tokens, and
@@ -80,22 +80,26 @@ def localisation_loss(
     A concept counts only in examples whose text names it and in which its mask is not empty.
 
     Args:
-        maps: probabilities [B, rows * columns of the grid, L]
+        maps: probabilities [B, rows * columns of the grid, L] for pictures. For clips of f frames, [B, f * rows * columns, L]
+            or, from networks that process each frame as a picture, [B * f, rows * columns, L]
         grid: the number of rows and the number of columns
         positions: for each concept, a bool mask [B, L] of its tokens
-        masks: for each concept, its masks [B, 1, h, w] in [0, 1]
+        masks: for each concept, its masks [B, 1, h, w] or [B, 1, f, h, w] in [0, 1]
         counted: bool [B], True for the examples that count
-        normalize: if "max", each map is divided by its maximum
+        normalize: if "max", each map is divided by its maximum. The maximum of a clip is taken over all frames, because the
+            concept may be absent from some of them
         distance: how the distance between map and mask is measured at each position
     """
-    total = maps.new_zeros(len(maps))
+    batch = len(counted)
+    maps = maps.reshape(batch, -1, maps.shape[-1])
+    total = maps.new_zeros(batch)
     for owner in sorted(positions.keys() & masks.keys()):
         at, mask = positions[owner].to(maps), masks[owner].to(maps)
         visible = at.any(1) & mask.flatten(1).any(1)
         map_ = torch.einsum("bpl,bl->bp", maps, at) / at.sum(1).clamp_min(1)[:, None]
         if normalize == "max":
             map_ = map_ / map_.amax(1, keepdim=True).clamp_min(torch.finfo(map_.dtype).tiny)
-        target = F.adaptive_avg_pool2d(mask, grid).flatten(1)
+        target = F.adaptive_avg_pool2d(mask.flatten(0, -3), grid).reshape(batch, -1)
         total = (
             total
             + (_cross_entropy(map_, target) if distance == "cross_entropy" else (map_ - target) ** 2).mean(1) * visible

@@ -106,7 +106,11 @@ def batch_of(**masks: Tensor) -> Batch:
 @contextmanager
 def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
     """Yields a training step. As in the tuning task, `need` stays open while prediction and loss are computed."""
-    t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
+    t, x_t, conditioning = (
+        torch.tensor([300, 600][: len(batch.latents)]),
+        batch.latents,
+        backbone.encode(batch.captions),
+    )
     with need.around(backbone, batch) as entered:
         prediction = backbone.predict(x_t, t, conditioning)
         state = Step(batch, backbone, conditioning, x_t, t, x_t, prediction, x_t, torch.Generator())
