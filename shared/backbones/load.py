@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from shared.backbones.single_file import is_version_1, write_version_1
 from shared.backbones.synthetic_world import World
 from shared.config import absent, expanded
 from shared.io.failures import of_the_machine
@@ -72,8 +74,8 @@ def load_backbone(
 
     Args:
         source: None or "toybox" for the embedded model; a diffusers folder (with `model_index.json`); a `.safetensors`
-            checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` next to `NAME.safetensors`, or
-            in the hub's cache); or a hub id `owner/name`
+            checkpoint of Stable Diffusion 1.x, or of 2.x with its configuration in the folder `NAME/` next to
+            `NAME.safetensors` or in the hub's cache; or a hub id `owner/name`
         device: the device to move the backbone to. By default, it stays on the CPU
         dtype: the networks' precision. By default, float32
         download: whether to download files that are not in the hub's cache. If False, nothing is fetched over the internet
@@ -238,8 +240,8 @@ def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
 
 def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Backbone:
     """Loads a single file, which contains only weights. The configuration and the tokenizer come from the diffusers folder
-    `NAME/` next to `NAME.safetensors` if that folder exists (it needs no weights). Otherwise, they come from the hub's cache,
-    or from the hub itself if `download` is set."""
+    `NAME/` next to `NAME.safetensors` if that folder exists (it needs no weights), and from this package for Stable Diffusion
+    1.x. Otherwise, they come from the hub's cache, or from the hub itself if `download` is set."""
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; other formats can run code, so they are not supported. {_families()}"
@@ -247,18 +249,22 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     beside = path.with_suffix("")
-    config: dict[str, Any] = {"config": str(beside)} if (beside / "model_index.json").is_file() else {}
-    offline = not download or bool(config)
     try:
-        with quiet(network=not offline):
-            pipe = StableDiffusionPipeline.from_single_file(
-                str(path), safety_checker=None, torch_dtype=dtype, local_files_only=offline, **config
-            )
+        with TemporaryDirectory() as folder:
+            known = beside if (beside / "model_index.json").is_file() else None
+            if known is None and is_version_1(path):
+                known = write_version_1(Path(folder))
+            config = {} if known is None else {"config": str(known)}
+            offline = not download or known is not None
+            with quiet(network=not offline):
+                pipe = StableDiffusionPipeline.from_single_file(
+                    str(path), safety_checker=None, torch_dtype=dtype, local_files_only=offline, **config
+                )
     except Exception as error:
         if of_the_machine(error):
             raise
         more = "" if download else f" {_MAY_DOWNLOAD}"
-        uncached = offline and "HF_HUB_OFFLINE" in str(error)
+        uncached = not download and "HF_HUB_OFFLINE" in str(error)
         why = "its configuration is not in the hub's cache" if uncached else first_line(error).rstrip(".")
         convert = (
             "from diffusers import StableDiffusionPipeline as P; "
@@ -266,9 +272,10 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
         )
         raise ValueError(
             f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {why}. "
-            f"A single file also needs the model's configuration and tokenizer, from the hub's cache or from a diffusers "
-            f"folder {beside} (which needs no weights).{more} A diffusers folder is complete on its own. To convert the file "
-            f"into one, run this on a machine with internet access: {python_command(convert, path, path.stem)}"
+            f"Except for Stable Diffusion 1.x, a single file also needs the model's configuration and tokenizer, from the "
+            f"hub's cache or from a diffusers folder {beside} (which needs no weights).{more} A diffusers folder is "
+            "complete on its own. To convert the file into one, run this on a machine with internet access: "
+            f"{python_command(convert, path, path.stem)}"
         ) from error
     check_filled(pipe.components, path)
     return _wrap(pipe, name)

@@ -31,9 +31,13 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 
 
 def write_single_file(pipe: Any, path: Path) -> Path:
-    """Writes all weights of a tiny StableDiffusionPipeline to one file. The pipeline must have one layer per block."""
-    tensors = {f"model.diffusion_model.{_unet(k)}": t for k, t in pipe.unet.state_dict().items()}
-    tensors |= {f"first_stage_model.{_vae(k)}": _as_conv(k, t) for k, t in pipe.vae.state_dict().items()}
+    """Writes all weights of a StableDiffusionPipeline to one file."""
+    layers = len(pipe.unet.down_blocks[0].resnets)
+    tensors = {f"model.diffusion_model.{_unet(k, layers)}": t for k, t in pipe.unet.state_dict().items()}
+    tensors |= {
+        f"first_stage_model.{_vae(k, len(pipe.vae.decoder.up_blocks) - 1)}": _as_conv(k, t)
+        for k, t in pipe.vae.state_dict().items()
+    }
     prefix = "cond_stage_model.transformer."
     text = {
         k if k.startswith("text_model.") else f"text_model.{k}": t for k, t in pipe.text_encoder.state_dict().items()
@@ -43,7 +47,7 @@ def write_single_file(pipe: Any, path: Path) -> Path:
     return path
 
 
-def _unet(key: str) -> str:
+def _unet(key: str, layers: int) -> str:
     stem, _, kind = key.rpartition(".")
     if stem in _UNET:
         return f"{_UNET[stem]}.{kind}"
@@ -55,22 +59,22 @@ def _unet(key: str) -> str:
         inside = f"{_RESNET[name]}.{kind}"
     if side == "mid":
         return f"middle_block.{1 if part == 'attentions' else 2 * int(layer)}.{inside}"
-    at = 2 * int(block)  # each block has two indices, one for its only layer and one for its resampler
+    at = (layers + 1) * int(block)  # each block has one index for each layer, and one for its resampler or last layer
     if part == "downsamplers":
-        return f"input_blocks.{at + 2}.0.op.{inside.removeprefix('conv.')}"
+        return f"input_blocks.{at + layers + 1}.0.op.{inside.removeprefix('conv.')}"
     if part == "upsamplers":
-        return f"output_blocks.{at + 1}.{1 if block == '0' else 2}.{inside}"
-    row = f"input_blocks.{at + 1}" if side == "down" else f"output_blocks.{at + int(layer)}"
+        return f"output_blocks.{at + layers}.{1 if block == '0' else 2}.{inside}"
+    row = f"input_blocks.{at + 1 + int(layer)}" if side == "down" else f"output_blocks.{at + int(layer)}"
     return f"{row}.{1 if part == 'attentions' else 0}.{inside}"
 
 
-def _vae(key: str) -> str:
+def _vae(key: str, top: int) -> str:
     key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
     key = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", key)
     key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
-    key = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{2 - int(m[1])}.block", key)
-    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{2 - int(m[1])}.upsample", key)
+    key = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{top - int(m[1])}.block", key)
+    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{top - int(m[1])}.upsample", key)
     if "mid_block.attentions.0." in key:
         head, inside = key.split("mid_block.attentions.0.")
         name, _, kind = inside.rpartition(".")
