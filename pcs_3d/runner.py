@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,37 +134,18 @@ class Runner3D(Runner):
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
         """Checks a recipe before it runs.
 
-        Raises ValueError if:
-        - a prompt is empty or too long, leaves out a loaded subject, or names an unknown one
-        - a field cannot start as configured, or cannot continue the earlier phase's field
-        - a region's file cannot be read
-        - reference pictures do not match their cameras
-        - a phase would perform none of its denoising steps
+        Raises ValueError in the same cases as `check_asked`, and also if a prompt is too long, or if a field cannot start as
+        configured or cannot continue the earlier phase's field.
         """
         check_fields(recipe)
         check_asked(recipe, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()}, subjects)
-        phases = list(expand_phases(recipe))
-        views: dict[str, bool] = {}  # the phases that write pictures with cameras, and whether they also write masks
-        # If no phase learns the subject, its pictures are used only for comparison, and prompts refer to a loaded
-        # concept.
         learned = list(subjects) if learns_subjects(recipe) else []
         nouns = {**{name: subject.class_noun for name, subject in subjects.items()}, **self.class_nouns}
-        for name, phase in phases:
-            if isinstance(phase.task, ReferenceCamerasTask):
-                check_subject(name, phase.task, subjects)
-            if isinstance(phase.task, PseudoViewsTask):
-                _check_strength(name, phase.task.strength, phase.sampling.steps)
-            if isinstance(phase.task, PseudoViewsTask | ReferenceCamerasTask):
-                views[name] = isinstance(phase.task, ReferenceCamerasTask)
+        for _, phase in expand_phases(recipe):
             if not isinstance(phase.task, DistillTask | PseudoViewsTask):
                 continue
-            if phase.references is not None and isinstance(phase.task, DistillTask):
-                masks = any(p.needs_masks for p in phase.penalties.values())
-                phase.references.check(subjects, masks, views)
             regions: Mapping[str, RegionPart] = phase.guidance.regions
             for region in (None, *regions.values()):
-                if region is not None:
-                    region.check()
                 for text in scene_prompts(phase, nouns, region).all_texts():
                     if not set(names_in(text)) & set(learned):  # names that are still to be learned have no words yet
                         self.backbone.check_prompt(expand(text, self.backbone.placeholders))
@@ -172,17 +153,29 @@ class Runner3D(Runner):
                         self.backbone.check_prompt(without(text, nouns))
 
 
-def check_asked(recipe: DistillRecipe, kinds: Mapping[str, str], subjects: Collection[str]) -> None:
-    """Checks the prompts of a recipe and its regions without loading a model.
+def check_asked(recipe: DistillRecipe, kinds: Mapping[str, str], subjects: Mapping[str, Subject]) -> None:
+    """Checks what can be checked without loading a model.
 
-    Raises ValueError if a prompt is empty, leaves out a subject, or names a concept that is not given.
+    Raises ValueError if:
+    - a prompt is empty, leaves out a subject, or names a concept that is not given
+    - a region's file cannot be read
+    - reference pictures lack masks that a phase needs, or do not match their cameras
+    - a phase would perform none of its denoising steps
 
     Args:
         kinds: the kind of each given concept, by name
-        subjects: the names of the subjects whose pictures are given
+        subjects: the pictures of each subject, by name
     """
+    # If no phase learns the subject, its pictures are used only for comparison, and prompts refer to a given concept.
     learned = dict.fromkeys(subjects if learns_subjects(recipe) else (), "subject")
-    for _, phase in expand_phases(recipe):
+    views: dict[str, bool] = {}  # the phases that write pictures with cameras, and whether they also write masks
+    for name, phase in expand_phases(recipe):
+        if isinstance(phase.task, ReferenceCamerasTask):
+            check_subject(name, phase.task, subjects)
+        if isinstance(phase.task, PseudoViewsTask):
+            _check_strength(name, phase.task.strength, phase.sampling.steps)
+        if isinstance(phase.task, PseudoViewsTask | ReferenceCamerasTask):
+            views[name] = isinstance(phase.task, ReferenceCamerasTask)
         if isinstance(phase.task, DistillTask | PseudoViewsTask):
             if not phase.prompt.strip():
                 raise ValueError('prompt is empty: describe what to make, as in prompt="a photo of a <my-mug>"')
@@ -191,6 +184,11 @@ def check_asked(recipe: DistillRecipe, kinds: Mapping[str, str], subjects: Colle
             check_named(said, kinds)
             check_named(said, learned)
             check_known(said, {**kinds, **learned})
+            for region in regions.values():
+                region.check()
+        if phase.references is not None and isinstance(phase.task, DistillTask):
+            masks = any(p.needs_masks for p in phase.penalties.values())
+            phase.references.check(subjects, masks, views)
 
 
 def _check_strength(phase: str, strength: float, steps: int | None) -> None:

@@ -75,3 +75,12 @@ def test_a_box_outside_the_field_is_refused(pcs, tmp_path):
     box = ("guidance.regions.hat.kind=box", "guidance.regions.hat.lo=[5,5,5]", "guidance.regions.hat.hi=[6,6,6]")
     ran = pcs("3d", "create", "dreamfusion", "prompt=a mug", *box, "--out", tmp_path / "x")
     assert ran.code == 2 and "guidance.regions.hat: the box lies outside the field" in ran.err
+
+
+def test_an_asset_from_pictures_needs_their_masks(pcs, photos, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(photos, bare, ignore=shutil.ignore_patterns("masks"))
+    asked = [f"subject.images={bare}", "subject.class_noun=mug", "prompt=a photo of a mug", "--out", tmp_path / "x"]
+    ran = pcs("3d", "create", "reference_reconstruction", *asked)
+    assert ran.code == 2 and "needs masks, but" in ran.err and "put masks/NAME.png next to the pictures" in ran.err
+    assert [p.name for p in tmp_path.iterdir()] == ["bare"]
