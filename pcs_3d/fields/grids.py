@@ -1,4 +1,4 @@
-"""Functions for dense grids of values over the cube [-bound, bound]³, such as interpolation."""
+"""Interpolation and other functions for dense grids of values over the cube [-bound, bound]³."""
 
 from __future__ import annotations
 

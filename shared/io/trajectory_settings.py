@@ -16,7 +16,7 @@ Waypoint = tuple[Offset, Offset, Offset]
 class Trajectory(Part):
     """The path of a motion's subject, and the point in sampling at which the subject is moved onto it."""
 
-    start: Annotated[float, Field(ge=0, le=1)] = 0.4  # fraction of the steps done when the subject is moved
+    start: Annotated[float, Field(ge=0, le=1)] = 0.4  # the subject is moved after this fraction of the denoising steps
     # with "image", models that have separate motion layers skip these layers when they generate clips along the path
     layers: Literal["image", "all"] = "all"
     # one per frame, relative to their mean; if empty, the points are measured from the clips

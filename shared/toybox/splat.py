@@ -32,7 +32,7 @@ class Instances:
     place: [I, 5], x and y of the centre in [0, 1], the scale, and the cosine and sine of the roll
     colors: [I, slots, 3]
     rank: [I], 0 for the thing in front
-    ground: [I, 3], the z coordinate of the ground, and half the length and half the width of the thing's foot
+    ground: [I, 3], the z coordinate of the ground, and half the length and half the width of the thing's footprint
     """
 
     things: list[Thing]
@@ -249,7 +249,7 @@ def _closed(nearest: Tensor) -> Tensor:
 
 
 def _look_up(things: Instances, parts: list[Group], starts: list[int], at: Tensor, key: Tensor) -> Hits:
-    """Looks up the points to which the keys of the subpixels `at` belong."""
+    """Looks up the point behind each subpixel in `at` by its key."""
     number = key & 0xFFFFFFFF
     m = len(at)
     canonical, normal = at.new_zeros((m, 3), dtype=torch.float32), at.new_zeros((m, 3), dtype=torch.float32)
