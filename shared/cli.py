@@ -133,11 +133,11 @@ def _check_bytes(argument: str) -> None:
 
 
 def _failed(error: Exception) -> int:
-    if isinstance(error, ValueError):
+    from shared.io.failures import in_words, out_of_memory
+
+    if isinstance(error, ValueError) and not out_of_memory(error):
         print(f"pcs: {_clean(error)}", file=sys.stderr)
         return 2
-    from shared.io.failures import in_words
-
     words = in_words(error) or (str(error) if isinstance(error, OSError) or type(error).__name__ == "NotFinite" else "")
     if not words:
         raise error

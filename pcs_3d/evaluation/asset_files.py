@@ -11,6 +11,7 @@ from typing import Any
 from pcs_3d.assets import ABOUT
 from pcs_3d.evaluation.views import PaintedMesh, painted_mesh
 from shared.config import absent, expanded
+from shared.io.text_files import read_text_file
 
 MESH = "asset.glb"
 _LARGEST = 1 << 24  # maximum size of an asset.json, in bytes
@@ -56,10 +57,8 @@ def read_judged(path: Path | str) -> Judged:
 
 def _about(file: Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size > _LARGEST:
-            raise ValueError("it is too large")
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        about = json.loads(read_text_file(file, "the description", _LARGEST))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {str(error)[:200]}") from None
     if not isinstance(about, dict):
         raise ValueError(f"{file} was not written by `pcs 3d create`: it is not a JSON object")

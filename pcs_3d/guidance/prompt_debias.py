@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pcs_3d.view_prompts import DIRECTIONS, Direction
 from shared.config import Part, PathText
+from shared.io.failures import of_the_machine
 from shared.prompts import names_in, without
 
 _QUESTION = "this image is depicting a {mask} view of {prompt}"
@@ -62,6 +63,8 @@ class _Reader:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.model: Any = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as error:
+            if of_the_machine(error):
+                raise
             raise ValueError(
                 f"debias.model = {folder} is not a masked language model: {str(error).splitlines()[0]}"
             ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.io.decode import MAX_PIXELS
+from shared.io.failures import of_the_machine
 from shared.io.safe_paths import safe_relative
 
 MAX_BYTES = 256 * 2**20
@@ -180,7 +181,9 @@ class FolderResolver:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.refused: list[str] = []  # why files were refused; kept because trimesh swallows exceptions
+        # trimesh swallows exceptions, so they are kept
+        self.refused: list[str] = []  # why files were refused
+        self.failure: Exception | None = None  # of the machine
 
     def get(self, name: str) -> bytes:
         """Returns the contents of the file `name`. Raises ValueError if the file is outside the folder, is too large,
@@ -194,6 +197,9 @@ class FolderResolver:
                 check_picture(file, data)
         except ValueError as error:
             self.refused.append(str(error))
+            raise
+        except Exception as error:
+            self.failure = error if of_the_machine(error) else self.failure
             raise
         return data
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pcs_3d.meshes import file_checks
 from shared.config import expanded, unknown
+from shared.io.failures import of_the_machine
 
 _CHECKS: dict[str, Callable[[Path], None]] = {
     ".glb": file_checks.check_glb,
@@ -73,6 +74,8 @@ def _loaded(path: Path) -> list[Piece]:
         places = [scene.graph[name] for name in scene.graph.nodes_geometry]
         shown = [scene.geometry[geometry] for _, geometry in places]
         images = {id(g.visual.material): image for g in shown if (image := _image(g)) is not None}
+    if resolver.failure is not None:
+        raise resolver.failure
     if resolver.refused:
         raise ValueError(f"{path} refers to a file that cannot be used: {resolver.refused[0]}")
     file_checks.check_total(path, shown, list(images.values()))
@@ -86,10 +89,12 @@ def _loaded(path: Path) -> list[Piece]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Converts any exception that a parser raises on hostile bytes into a ValueError."""
+    """Converts any exception that a parser raises on hostile bytes, except failures of the machine, into a ValueError."""
     try:
         yield
     except Exception as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(f"{path} cannot be read as a mesh: {type(error).__name__}: {str(error)[:200]}") from None
 
 

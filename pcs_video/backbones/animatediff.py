@@ -13,6 +13,7 @@ from pcs_video.backbones.framewise import FramewiseCodec, by_frame, shares
 from shared.backbones.module_roles import RoleSpec
 from shared.backbones.stable_diffusion import ROLES as PICTURE_ROLES
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.io.failures import of_the_machine
 from shared.io.model_folders import quiet
 
 DEFAULT_FRAMES = 16
@@ -156,5 +157,7 @@ def with_motion(pipe: Any, adapter: Any) -> Any:
         with quiet():  # diffusers warns about the precision, which is simply the given U-Net's
             unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(f"the motion module does not fit the U-Net: {str(error).splitlines()[0]}") from None
     return AnimateDiffPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, unet, adapter, pipe.scheduler)

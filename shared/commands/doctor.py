@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from shared.io.failures import of_the_machine
+
 app = typer.Typer(
     help="Check this machine: versions, devices, the toybox, and one tiny run.", invoke_without_command=True
 )
@@ -48,6 +50,8 @@ def _torchvision(line) -> None:
 
         line(True, "torchvision is installed and imports without errors (it is not needed)")
     except Exception as error:
+        if of_the_machine(error):
+            raise
         line(
             False,
             f"torchvision is installed but broken, which breaks transformers: pip uninstall torchvision ({error})",
@@ -85,4 +89,6 @@ def _toybox(line) -> None:
         how = f"2 steps in {time.perf_counter() - start:.1f} s"
         line(fine, f"the toybox works: {how}" if fine else f"the toybox generates NaN or infinite pixels: {how}")
     except Exception as error:
+        if of_the_machine(error):
+            raise
         line(False, f"the toybox does not load: {error}")

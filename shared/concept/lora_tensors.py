@@ -16,6 +16,7 @@ from torch import Tensor
 from shared.concept.diffusers_format import LORA_FILE
 from shared.concept.lora_names import PEFT
 from shared.config import absent, expanded
+from shared.io.failures import reading
 from shared.io.safetensors_files import read_safetensors_header, safe_load_safetensors
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -123,11 +124,8 @@ def read_lora_file(path: Path) -> LoraFile:
 
 
 def _refuse_pickle(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(2)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    with reading(path), path.open("rb") as stream:
+        start = stream.read(2)
     if start.startswith(_PICKLES):
         raise ValueError(
             f"{path} is a pickle, which can contain code, so it was not opened. Convert it to safetensors first"

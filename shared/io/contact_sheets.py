@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from shared.io.failures import of_the_machine
 from shared.io.outputs import atomic_write
 from shared.io.terminal import encodable
 
@@ -75,6 +76,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             assert isinstance(image, PngImagePlugin.PngImageFile)
             return {str(k): str(v) for k, v in image.text.items()}
     except Exception as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(f"{path} is not a readable PNG: {error}") from None
 
 

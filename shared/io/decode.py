@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageFile, features
 from torch import Tensor
 
 from shared.config import expanded
-from shared.io.failures import of_the_machine
+from shared.io.failures import of_the_machine, reading
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
@@ -185,10 +185,8 @@ def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
 
     Unlike Image.open, this tries only one format and does not limit the size.
     """
-    try:
+    with reading(path):
         kind = sniff(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
     if kind is None:
         raise ValueError(f"{path} is not a picture in a supported format: save it as PNG or JPEG")
     Image.init()
@@ -239,7 +237,9 @@ def _stated_white(image: Image.Image) -> int | None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF data is no reason to reject the picture
+    except Exception as error:  # damaged EXIF data is no reason to reject the picture
+        if of_the_machine(error):
+            raise
         return 1
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shared.config import absent, expanded
 from shared.io.caption_files import METADATA, caption_files, looks_like_captions, unused_rows
+from shared.io.failures import of_the_machine
 from shared.io.foreign_files import MARK
 from shared.io.terminal import encodable, names
 
@@ -167,6 +168,8 @@ def _not_a_picture(path: Path) -> str:
             return "empty, 0 bytes"
         return "" if sniff(path) else "not a picture"
     except OSError as error:
+        if of_the_machine(error):
+            raise
         return f"cannot be opened: {error.strerror}"
 
 

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from shared.io.failures import writing
+from shared.io.failures import of_the_machine, writing
 from shared.io.temporary_names import is_temporary
 
 MARK = ".pcs-output"  # the hidden list of files
@@ -162,7 +162,9 @@ def _json(path: Path) -> Any:
         if not path.is_file() or path.stat().st_size > _MAX_JSON:
             return None
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        if of_the_machine(error):
+            raise
         return None
 
 
@@ -176,5 +178,7 @@ def _png_text(path: Path) -> set[str]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return {k for k in image.info if isinstance(k, str)}
-    except Exception:  # not a readable PNG, so pcs did not write it
+    except Exception as error:  # not a readable PNG, so pcs did not write it
+        if of_the_machine(error):
+            raise
         return set()

@@ -10,6 +10,7 @@ from pathlib import Path
 from shared.config import absent, expanded
 from shared.io.caption_files import caption_text, given_captions
 from shared.io.decode import picture_size, read_picture
+from shared.io.failures import of_the_machine
 from shared.io.find_pictures import PathLike, scan, sniff
 from shared.io.terminal import check_utf8, encodable, names
 from shared.types import Subject
@@ -79,7 +80,9 @@ def transparent(path: Path) -> bool:
     """Whether a picture has transparency, which serves as its mask. False for unreadable pictures."""
     try:
         return sniff(path) != "JPEG" and read_picture(path).alpha is not None
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if of_the_machine(error):
+            raise
         return False
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared.io.failures import of_the_machine
+from shared.io.failures import of_the_machine, reading
 
 _MAX_HEADER = 32 * 1024 * 1024  # bytes
 _MAX_DIMS = 8
@@ -31,16 +31,14 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        with reading(path), path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ValueError(
                     f"{path} is truncated, or not a safetensors file: a header of {length:,} bytes does not fit in it"
                 )
             header = json.loads(stream.read(length))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path} is damaged, or not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):

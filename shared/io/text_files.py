@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from shared.config import expanded
+from shared.io.failures import reading
 
 MAX_BYTES = 10_000_000
 
@@ -19,13 +20,12 @@ def read_text_file(path: str | os.PathLike[str], what: str, max_bytes: int = MAX
     """
     path = Path(expanded(path))
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ValueError(
-                f"{what} {path} is {size:,} bytes, above the limit of {max_bytes:,}: is it the right file?"
-            )
-        return path.read_bytes().decode("utf-8-sig")
+        with reading(f"{what} {path}"):
+            size = path.stat().st_size
+            if size > max_bytes:
+                raise ValueError(
+                    f"{what} {path} is {size:,} bytes, above the limit of {max_bytes:,}: is it the right file?"
+                )
+            return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{what} {path} is not UTF-8 text: save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None

@@ -170,7 +170,7 @@ class Report(BaseModel):
         path = path / REPORT_FILE if path.is_dir() else path
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path}: no report found") from None
         except (ValueError, RecursionError):
             raise ValueError(f"{path} is not readable JSON") from None

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from shared.io.failures import of_the_machine
 from shared.optimizers import OptimizerPart
 from shared.train.averages import Averages
 from shared.train.task import Updates
@@ -74,6 +75,8 @@ class PretrainTask:
             try:
                 module.load_state_dict(own)
             except RuntimeError as error:
+                if of_the_machine(error):
+                    raise
                 raise ValueError(f"saved tensors do not match {name}: {str(error).splitlines()[-1].strip()}") from None
         if self.averages is not None:
             self.averages.load_state_dict(_take(left, _AVERAGE))

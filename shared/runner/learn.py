@@ -11,6 +11,7 @@ from typing import Any
 from shared.concept import save
 from shared.io.contact_sheets import contact_sheet, stills
 from shared.io.denoising_progress import named
+from shared.io.failures import in_words
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Progress, Runner
@@ -65,7 +66,7 @@ def _painted(runner: Runner, name: str, subject: Subject, recipe: Recipe, progre
     try:
         return preview(runner, name, subject, recipe, progress)
     except Exception as error:  # the concept must be saved even if the preview fails, for example for lack of memory
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = in_words(error) or (str(error).splitlines()[0] if str(error) else type(error).__name__)
         warnings.warn(f"the preview of {name!r} could not be generated and is left out ({why})", stacklevel=2)
         return None
 

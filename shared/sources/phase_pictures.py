@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from shared.config import unknown
 from shared.io.decode import read_picture
+from shared.io.failures import may_be_intact
 from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.types import Example, Role, Subject
@@ -49,5 +50,7 @@ def read_kept(folder: Path) -> list[dict[str, Any]]:
     owner and a score. Raises ValueError if the list cannot be read."""
     try:
         return json.loads((folder / KEPT).read_text(encoding="utf-8"))["kept"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if may_be_intact(error):
+            raise
         raise ValueError(f"{folder / KEPT} cannot be read; run the phase again with --overwrite") from None

@@ -76,7 +76,7 @@ def shown_in(files: Sequence[Path]) -> HeldOut | None:
     for file in files:
         try:
             names.add(read_metadata(file).get(_KEY, ""))
-        except (ValueError, OSError):
+        except ValueError:
             return None
     return held_out(names.pop()) if len(names) == 1 and "" not in names else None
 

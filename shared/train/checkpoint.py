@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shared.io.failures import writing
+from shared.io.failures import may_be_intact, writing
 from shared.io.foreign_files import foreign_files, remove_written
 from shared.io.outputs import write_text
 from shared.io.temporary_names import beside, sweep
@@ -88,11 +88,18 @@ def load(folder: Path) -> State | None:
     try:
         info = json.loads((path / "state.json").read_text())
         info.pop("written by", None)
-        tensors = {Path(name).stem: load_file(path / name) for name in info.pop("files")}
+        tensors = {Path(name).stem: _tensors(path / name) for name in info.pop("files")}
         return State(phase=int(info.pop("phase")), step=int(info.pop("step")), info=info, **tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if may_be_intact(error):
+            raise
         what = str(error) or type(error).__name__
         raise ValueError(f"checkpoint {path} is damaged ({what}); delete it to start over") from None
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    with file.open("rb"):  # safetensors reports every file that it cannot open as missing
+        return load_file(file)
 
 
 def amend(folder: Path, **info: Any) -> None:

@@ -366,7 +366,7 @@ def test_unsupported_files_are_refused_and_the_error_gives_the_reason(tmp_path: 
     (tmp_path / "a.png").write_text("not a picture")
     with pytest.raises(ValueError, match=r"a\.png is not a picture"):
         read_picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"gone\.png cannot be opened: No such file"):
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read: No such file"):
         read_picture(tmp_path / "gone.png")
     (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n")
     with pytest.raises(ValueError, match=r"a\.eps is not a picture"):

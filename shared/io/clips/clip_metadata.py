@@ -15,6 +15,7 @@ from shared.io.clips.clip_kinds import container
 from shared.io.clips.frame_folders import FPS, FrameFolder
 from shared.io.contact_sheets import read_metadata
 from shared.io.decode import opened
+from shared.io.failures import of_the_machine
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
@@ -35,6 +36,8 @@ def read_clip_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         text = _video_comment(path) if container(path) else _picture_comment(path)
     except (OSError, FFmpegError) as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     try:
         content = json.loads(text)

@@ -13,6 +13,7 @@ from shared.io.caption_files import caption_files, caption_text, given_captions,
 from shared.io.clips.clip_kinds import READABLE, clip_kind
 from shared.io.clips.frame_folders import CAPTION
 from shared.io.clips.video_files import why_not
+from shared.io.failures import of_the_machine
 from shared.io.find_pictures import MASK_ENDS, listing_of, no_caption, owner_stem
 from shared.io.foreign_files import MARK
 from shared.io.terminal import encodable, names
@@ -125,6 +126,8 @@ def _not_a_clip(path: Path) -> str:
             return "empty, 0 bytes"
         kind = clip_kind(path)
     except OSError as error:
+        if of_the_machine(error):
+            raise
         return f"cannot be opened: {error.strerror}"
     except ValueError as error:
         return str(error).removeprefix(f"{path} ")
@@ -137,7 +140,9 @@ def _frames(folder: Path) -> bool:
     """Whether a folder directly contains pictures, which are then the frames of one clip."""
     try:
         return bool(listing_of(folder, known=(CAPTION,)).pictures)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if of_the_machine(error):
+            raise
         return False
 
 

@@ -11,6 +11,7 @@ from shared.io.clips.clip_kinds import READABLE, clip_kind
 from shared.io.clips.frame_folders import FrameFolder
 from shared.io.clips.frame_source import FrameSource
 from shared.io.clips.video_files import VideoFile
+from shared.io.failures import reading
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameSource:
@@ -28,14 +29,12 @@ def open_frames(path: str | os.PathLike[str]) -> FrameSource:
 
 
 def _kind(path: Path) -> str | None:
-    try:
+    with reading(path):
         if not path.exists():
             raise ValueError(f"{path} {absent(path)}")
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty (0 bytes)")
         return clip_kind(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
 
 
 def _picture_file(path: Path, kind: str) -> FrameSource:

@@ -20,6 +20,7 @@ from shared.io.clips.clip_kinds import container, stated_size
 from shared.io.clips.frame_colors import to_image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import MAX_PIXELS, Picture, as_picture, check_size
+from shared.io.failures import of_the_machine, reading
 
 _THREADS = 4  # an upper limit, because each thread keeps a frame in memory
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders drop transparency
@@ -143,10 +144,8 @@ class VideoFile(FrameSource):
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Opens a video and yields (container, video stream); libav's errors become a ValueError that names the file."""
-    try:
+    with reading(path):
         kind = container(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
     try:
         with path.open("rb") as data, av.open(data, format=kind) as file:
             streams = [s for s in file.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
@@ -161,6 +160,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise ValueError(f"{path} uses a codec that this PyAV cannot decode: save it as H.264")
             yield file, streams[0]
     except (FFmpegError, OSError) as error:
+        if of_the_machine(error):
+            raise
         what = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read as a video; it is damaged or truncated: {what}") from None
 

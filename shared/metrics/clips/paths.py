@@ -114,7 +114,7 @@ def known_motion(files: Sequence[Path]) -> KnownMotion | None:
     for file in files:
         try:
             names.add(read_clip_metadata(file).get(KEY, ""))
-        except (ValueError, OSError):
+        except ValueError:
             return None
     name = names.pop() if len(names) == 1 else ""
     motions = motion_names()

@@ -113,7 +113,7 @@ class ClipReport(BaseModel):
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no report found") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not readable JSON") from None

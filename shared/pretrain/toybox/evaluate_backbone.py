@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import absent, expanded, unknown
+from shared.io.failures import of_the_machine
 from shared.io.outputs import check_file, write_text
 from shared.sampling.schedulers import DIFFUSION, named_scheduler
 from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_defaults
@@ -32,6 +33,8 @@ def open_pipeline(folder: str | None) -> Any:
             raise ValueError(f"it is a {kind}, but only a StableDiffusionPipeline can be judged")
         pipe = StableDiffusionPipeline.from_pretrained(str(place), local_files_only=True)
     except Exception as error:  # the folder may contain anything
+        if of_the_machine(error):
+            raise
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--backbone {str(place)!r} cannot be loaded: {why}") from None
     pipe.set_progress_bar_config(disable=True)

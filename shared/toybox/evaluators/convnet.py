@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared.io.failures import of_the_machine
 from shared.io.model_folders import check_state, first_line
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -144,6 +145,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(str(path))
     except SafetensorError as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(f"cannot read {path}: {first_line(error)}") from error
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
