@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from pcs_video.backbones.picture_clips import PictureClipsBackbone
 from pcs_video.runner import VideoRunner
 from shared.config import unknown
-from shared.io.clips.write_clip import write_clip, write_clip_sheet
+from shared.io.clips.write_clip import SHEET_COLUMNS, spread, write_clip, write_clip_sheet
+from shared.io.contact_sheets import check_sheet
 from shared.io.denoising_progress import Steps
 from shared.io.outputs import atomic_folder, check_apart, check_file, check_output
 from shared.runner.png_metadata import metadata
+from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
 ENDINGS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
@@ -69,7 +72,7 @@ def generate(
     progress: Steps | None = None,
 ) -> list[Path]:
     """Writes one clip for each prompt and seed. The metadata of each file records how its clip was generated. Returns
-    the paths."""
+    the paths. Clips are written once they are done, so memory use does not grow with their number."""
     shots = [(p, s) for p in prompts for s in seeds]
     out.check(len(shots))
     if out.one_file and out.with_sheet:
@@ -82,29 +85,39 @@ def generate(
                 "module",
                 stacklevel=2,
             )
-    clips = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
+    if out.with_sheet:
+        frames, *size = output_size(runner.backbone, settings)
+        check_sheet("--sheet", len(shots) * min(frames, SHEET_COLUMNS), size)
     about = [{**metadata(p, s, runner, settings), "fps": f"{out.fps:g}"} for p, s in shots]
-    if out.one_file:
-        paths = [write_clip(out.path, clips[0], out.fps, about[0])]
-        rows = {_label(*shots[0]): clips[0]}
-        return [*paths, write_clip_sheet(out.sheet(), rows, metadata=about[0])] if out.with_sheet else paths
-    return _write_all(out, shots, clips, about)
+    made = runner.generate_each([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
+    with closing(made):
+        if not out.one_file:
+            return _write_all(out, shots, made, about)
+        ((_, clips),) = made
+    paths = [write_clip(out.path, clips[0], out.fps, about[0])]
+    rows = {_label(*shots[0]): clips[0]}
+    return [*paths, write_clip_sheet(out.sheet(), rows, metadata=about[0])] if out.with_sheet else paths
 
 
 def _write_all(
-    out: ClipFiles, shots: Sequence[tuple[str, int]], clips: Tensor, about: Sequence[dict[str, str]]
+    out: ClipFiles,
+    shots: Sequence[tuple[str, int]],
+    made: Iterable[tuple[Sequence[int], Tensor]],
+    about: Sequence[dict[str, str]],
 ) -> list[Path]:
-    paths = []
+    names = [f"{index:03d}-seed{seed}{ENDINGS[out.kind]}" for index, (_, seed) in enumerate(shots)]
+    shown: dict[int, Tensor] = {}
     with atomic_folder(out.path, overwrite=out.overwrite) as folder:
-        for index, ((_, seed), clip) in enumerate(zip(shots, clips, strict=True)):
-            name = f"{index:03d}-seed{seed}{ENDINGS[out.kind]}"
-            write_clip(folder / name, clip, out.fps, about[index])
-            paths.append(out.path / name)
+        for rows, clips in made:
+            for row, clip in zip(rows, clips, strict=True):
+                write_clip(folder / names[row], clip, out.fps, about[row])
+                if out.with_sheet:
+                    shown[row] = spread(clip, SHEET_COLUMNS).movedim(0, 1)
         if out.with_sheet:
-            rows = {f"{i:03d} {_label(*shot)}": clip for i, (shot, clip) in enumerate(zip(shots, clips, strict=True))}
-            write_clip_sheet(folder / "sheet.png", rows, metadata=about[0])
-            paths.append(out.sheet())
-    return paths
+            labelled = {f"{row:03d} {_label(*shots[row])}": shown[row] for row in sorted(shown)}
+            write_clip_sheet(folder / "sheet.png", labelled, metadata=about[0])
+            names.append("sheet.png")
+    return [out.path / name for name in names]
 
 
 def _label(prompt: str, seed: int) -> str:

@@ -4,7 +4,7 @@ evaluates."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ class VideoRunner(Runner):
         path = how.trajectory.model_copy(update={"points": points})
         return recipe.model_copy(update={"sampling": how.model_copy(update={"trajectory": path})})
 
-    def generate(
+    def generate_each(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -166,10 +166,10 @@ class VideoRunner(Runner):
         base: bool = False,
         progress: Steps | None = None,
         **more: Any,
-    ) -> Tensor:
-        """Generates as `Runner.generate` does. Clips follow the trajectory of a loaded motion, or start from the noise of its
-        clip, only if their prompts name the motion. Without motion modules (`PictureClipsBackbone`), nothing moves in clips
-        that follow no trajectory.
+    ) -> Generator[tuple[Sequence[int], Tensor], None, None]:
+        """Generates as `Runner.generate_each` does. Clips follow the trajectory of a loaded motion, or start from the noise of
+        its clip, only if their prompts name the motion. Without motion modules (`PictureClipsBackbone`), nothing moves in
+        clips that follow no trajectory.
 
         Also raises ValueError if a prompt names several motions with trajectories, or several with noise priors.
         """
@@ -180,17 +180,19 @@ class VideoRunner(Runner):
             groups.setdefault(hooks_for_prompt(self, prompt, named, base), []).append(row)
         alone = isinstance(self.backbone, PictureClipsBackbone)
         if not (named or alone) or len(prompts) != len(seeds):
-            return super().generate(prompts, seeds, settings, base=base, progress=progress, **more)
+            yield from super().generate_each(prompts, seeds, settings, base=base, progress=progress, **more)
+            return
         # trajectories come first, so that frames and regions that other hooks keep are not moved
         others = tuple(hook for hook in settings.hooks if not is_of_motion(hook))
-        made, order = [], [row for rows in groups.values() for row in rows]
+        done = 0
         for own, rows in groups.items():
-            part = part_of(progress, sum(map(len, made)), len(rows), len(prompts))
+            part = part_of(progress, done, len(rows), len(prompts))
             still = (ByFrame(),) if alone and not follows(own) else ()
             some = [prompts[i] for i in rows], [seeds[i] for i in rows]
             how = replace(settings, hooks=(*still, *own, *others))
-            made.append(super().generate(*some, how, base=base, progress=part, **more))
-        return torch.cat(made)[torch.tensor(order).argsort()]
+            for inside, clips in super().generate_each(*some, how, base=base, progress=part, **more):
+                yield [rows[i] for i in inside], clips
+            done += len(rows)
 
     def follows(self, prompt: str, settings: SamplingSettings) -> bool:
         """Whether a clip with this prompt follows a trajectory. Raises ValueError as `generate` does."""

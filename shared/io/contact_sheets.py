@@ -93,6 +93,36 @@ def stills(pixels: Tensor, frames: int = 4) -> Tensor:
     return torch.cat(pixels[:, :, chosen].unbind(2), dim=-1)
 
 
+#: The maximum number of pixels in a sheet that grows with a number of pictures (a grid of 1024 pictures of 512x512).
+MOST_SHEET = 2**28
+
+
+class Grid:
+    """A grid of pictures, which are added one by one."""
+
+    def __init__(self, count: int, columns: int, size: tuple[int, int], gap: int = 0) -> None:
+        """Prepares an empty grid for `count` pictures of `size` (height and width in pixels)."""
+        self.columns, self.size, self.gap = columns, size, gap
+        (height, width), rows = size, math.ceil(count / columns)
+        self.sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), _PAPER)
+
+    def add(self, index: int, picture: Tensor) -> None:
+        """Puts a picture ([3, H, W] in [-1, 1]) into cell `index`, counted by rows."""
+        down, right = divmod(index, self.columns)
+        height, width = self.size
+        self.sheet.paste(to_image(picture), (right * (width + self.gap), down * (height + self.gap)))
+
+
+def check_sheet(option: str, count: int, size: Sequence[int]) -> None:
+    """Raises ValueError, naming the option, if a sheet of `count` pictures of `size` (height and width) is too large."""
+    pixels = count * math.prod(size)
+    if pixels > MOST_SHEET:
+        raise ValueError(
+            f"{option}: {count:,} pictures of {size[1]}x{size[0]} pixels need a sheet of {pixels:,} pixels, above the limit of "
+            f"{MOST_SHEET:,}; choose a lower --num, or leave out {option}"
+        )
+
+
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
     """Arranges pictures ([N, 3, H, W] in [-1, 1]) in a grid with `gap` pixels between them.
 
@@ -103,13 +133,10 @@ def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Imag
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     if columns < 1:
         raise ValueError(f"a grid needs at least one column, not {columns}")
-    columns = min(columns, len(pixels))
-    height, width = pixels.shape[-2:]
-    rows = math.ceil(len(pixels) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), _PAPER)
+    out = Grid(len(pixels), min(columns, len(pixels)), (pixels.shape[-2], pixels.shape[-1]), gap)
     for i, picture in enumerate(pixels):
-        sheet.paste(to_image(picture), (i % columns * (width + gap), i // columns * (height + gap)))
-    return sheet
+        out.add(i, picture)
+    return out.sheet
 
 
 def contact_sheet(rows: Mapping[str, Tensor], tile: int = _TILE, columns: int | None = None) -> Image.Image:

@@ -1,11 +1,10 @@
 """The base class of every package's runner. A runner loads concepts onto one backbone, learns new concepts, generates
-pictures or clips, and evaluates concepts. Each package defines how its output is generated from expanded prompts
-(`make`)."""
+pictures or clips, and evaluates concepts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from shared.runner.judging import FIRST_SEED, EvaluationSettings, evaluate_loade
 from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
 from shared.sampling.hooks import StrengthSchedule
-from shared.sampling.sampler import sample_all
+from shared.sampling.sampler import sample_all, sample_each
 from shared.sampling.settings import SamplingSettings, Start
 from shared.train.loop import Record
 from shared.train.phase_context import MakeNow, TaskTable
@@ -72,7 +71,7 @@ class Runner:
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
     ) -> Tensor:
-        """Generates the package's output, which is one picture or clip per (prompt, seed) pair. Returns pictures
+        """Generates one picture or clip per (prompt, seed) pair, with the concepts as they are. Returns pictures
         [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1], on the CPU.
 
         Args:
@@ -175,12 +174,31 @@ class Runner:
         must_name: bool = True,
         progress: Steps | None = None,
     ) -> Tensor:
-        """Generates one item per (prompt, seed) pair, using `make` and the loaded concepts.
+        """Generates one item per (prompt, seed) pair with the loaded concepts. Returns pictures [N, 3, H, W] or clips
+        [N, 3, F, H, W] in [-1, 1], on the CPU.
 
         `<name>` in a prompt refers to a loaded concept. If `base` is set, the concepts are switched off and their names
         are replaced with their class nouns. Otherwise, raises ValueError if a prompt contains a name that is not loaded
         or, with `must_name` set, does not name every loaded subject.
         """
+        how: dict[str, Any] = {"base": base, "must_name": must_name, "progress": progress}
+        made = list(self.generate_each(prompts, seeds, settings, **how))
+        order, pixels = [row for rows, _ in made for row in rows], torch.cat([part for _, part in made])
+        return pixels if order == sorted(order) else pixels[torch.tensor(order).argsort()]
+
+    def generate_each(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingSettings = SamplingSettings(),
+        *,
+        base: bool = False,
+        must_name: bool = True,
+        progress: Steps | None = None,
+    ) -> Generator[tuple[Sequence[int], Tensor], None, None]:
+        """Generates as `generate` does, but yields each batch once it is done, as the positions of its items and their
+        pixels, so that memory use does not grow with the number of items. Concepts are switched on until the generator is
+        exhausted or closed."""
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: give one seed per prompt")
         placeholders = self.backbone.placeholders
@@ -196,7 +214,10 @@ class Runner:
         settings = replace(settings, negative=avoided[0] if len(avoided) == 1 else avoided)
         settings = settings if base else self.with_own_sampling(settings)
         with self.backbone.active({} if base else self.strengths):
-            return self.make(texts, seeds, settings, progress)
+            first = 0
+            for pixels in sample_each(self.backbone, texts, seeds=seeds, settings=settings, progress=progress):
+                yield range(first, first + len(pixels)), pixels
+                first += len(pixels)
 
     def with_own_sampling(self, settings: SamplingSettings) -> SamplingSettings:
         """Completes the settings with those in the loaded concepts' recipes. Values that are already set are kept.

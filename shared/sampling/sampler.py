@@ -82,17 +82,29 @@ def sample_all(
     progress: Steps | None = None,
 ) -> Tensor:
     """Samples like `sample`, but in batches that fit in memory, and returns pixels on the CPU. Requires one prompt per seed."""
+    return torch.cat(list(sample_each(backbone, prompts, seeds=seeds, settings=settings, progress=progress)))
+
+
+def sample_each(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    settings: SamplingSettings = SamplingSettings(),
+    progress: Steps | None = None,
+) -> Iterator[Tensor]:
+    """Samples like `sample_all`, but yields each batch once it is done, so that memory use does not grow with the number of
+    pictures. Checks all prompts before the first batch."""
+    for text in dict.fromkeys(prompts):
+        backbone.check_prompt(text)
     settings = ready(backbone, settings)
     pixels = math.prod(output_size(backbone, settings))
     at_once = images_per_batch(pixels, SAMPLE_PIXELS)
-    parts = []
     for start in range(0, max(1, len(prompts)), at_once):
         some = slice(start, start + at_once)
         on_progress = part_of(progress, start, len(prompts[some]), len(prompts))
         how = settings if settings.start is None else replace(settings, start=settings.start[some])
-        made = sample(backbone, prompts[some], seeds=seeds[some], settings=how, progress=on_progress)
-        parts.append(made.cpu())
-    return torch.cat(parts)
+        yield sample(backbone, prompts[some], seeds=seeds[some], settings=how, progress=on_progress).cpu()
 
 
 def output_size(backbone: Backbone, settings: SamplingSettings) -> tuple[int, ...]:

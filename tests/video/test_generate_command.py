@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pcs_video.backbones.frame_grid import frame_check
+from pcs_video.clips import ClipFiles, generate
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
 from pcs_video.steering import ClipSteering
@@ -24,6 +25,7 @@ from shared.io.clips.window import ClipWindow
 from shared.io.clips.write_clip import write_clip
 from shared.recipe.resolve import load
 from shared.runner.plan import plan
+from shared.sampling.settings import SamplingSettings
 from tests.core.runs import paint
 from tests.video.conftest import moving_square
 from tests.video.transformer_models import build_ltx, build_wan
@@ -182,3 +184,25 @@ def test_the_frame_rate_is_passed_to_networks_that_use_it(folders: dict[str, Pat
     two = load("motion_director", rates, "video", VideoRecipe)
     with pytest.warns(UserWarning, match=r"clips have different frame rates \(8, 24 per second\)"):
         assert two.opening() == {}
+
+
+def test_clips_are_written_before_the_next_ones_are_made(clip_model: Path, tmp_path: Path) -> None:
+    runner, written = VideoRunner(load_backbone(clip_model)), []
+    small = SamplingSettings(steps=1, height=32, width=32, frames=2)
+    paths = generate(
+        runner, ["a red mug"], ClipFiles(tmp_path / "out", kind="frames", with_sheet=True), small, seeds=range(9),
+        progress=lambda done, of: written.append(len([*tmp_path.rglob("frame_0001.png")])),
+    )  # fmt: skip
+    assert written == [0, 8]
+    assert len(paths) == 10 and all(path.exists() for path in paths)
+
+
+def test_a_sheet_too_large_for_memory_is_refused_before_any_clip_is_made(clip_model: Path, tmp_path: Path) -> None:
+    large = SamplingSettings(steps=1, height=512, width=512, frames=4)
+    made: list[int] = []
+    with pytest.raises(ValueError, match=r"--sheet: 1,028 pictures of 512x512 pixels"):
+        generate(
+            VideoRunner(load_backbone(clip_model)), ["a mug"], ClipFiles(tmp_path / "out", with_sheet=True), large,
+            seeds=range(257), progress=lambda *_: made.append(1),
+        )  # fmt: skip
+    assert not made and list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from shared.io.clips.webp_files import write_webp
 from shared.io.contact_sheets import contact_sheet, write_picture
 from shared.io.outputs import atomic_folder, atomic_write
 
+SHEET_COLUMNS = 8  # frames of each clip on a contact sheet
 PLAYABLE_SIDE = 256  # pixels; players blur smaller clips when they enlarge them
 _WRITERS: dict[str, Callable[[Path, np.ndarray, Fraction, str], None]] = {
     ".mp4": write_mp4,
@@ -82,7 +83,7 @@ def webp_bytes(frames: Tensor, fps: float, metadata: Mapping[str, str] | None = 
 def write_clip_sheet(
     path: str | os.PathLike[str],
     clips: Mapping[str, Tensor],
-    columns: int = 8,
+    columns: int = SHEET_COLUMNS,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a contact sheet of clips ([3, F, H, W]) as PNG, with `columns` evenly spaced frames in each labelled row.
