@@ -204,13 +204,11 @@ def evaluate(
 
 
 def _lines(path: Path) -> list[str]:
-    """Returns the sentences in a text file, one per line. Raises ValueError if there are none."""
-    try:
-        sentences = [
-            line.strip() for line in path.expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--captions {path} cannot be read as text: {error}") from None
+    """Returns the sentences in a text file, one per line. Raises ValueError if there are none, or if the file is
+    unreadable or too large."""
+    from shared.io.text_files import read_text_file
+
+    sentences = [line.strip() for line in read_text_file(path, "--captions").splitlines() if line.strip()]
     if not sentences:
         raise ValueError(f"--captions {path} contains no captions")
     return sentences

@@ -22,26 +22,26 @@ _WORK = typer.Option(
 def train(
     stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(pipeline.STAGES)}; default: all, in this order"),
     work: Path = _WORK,
-    pictures: int = typer.Option(112_000, min=64, max=10**9, help="number of pictures to render"),
-    clips: int = typer.Option(6_000, min=10, max=10**9, help="number of clips to render, for the motion module"),
+    pictures: int = typer.Option(112_000, min=64, max=10_000_000, help="number of pictures to render"),
+    clips: int = typer.Option(6_000, min=10, max=1_000_000, help="number of clips to render, for the motion module"),
     minutes: float = typer.Option(
         None, help="time limit in minutes for each training stage; default: none", **numbers.number(0, 1e6)
     ),
     device: str = typer.Option("cpu", help="cpu or cuda"),
-    threads: int = typer.Option(2, min=1, max=10**9, help="CPU threads"),
+    threads: int = typer.Option(2, min=1, max=1024, help="CPU threads"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     fresh: bool = typer.Option(False, help="start from random weights instead of the shipped ones"),
     more: int = typer.Option(
         None,
         min=1,
-        max=10**9,
+        max=100_000_000,
         help="unet: number of additional pictures to train on, while the learning rate falls to 0",
     ),
     lr: float = typer.Option(None, help="unet, motion: peak learning rate", **numbers.number(0, 100)),
     batch: int = typer.Option(
-        None, min=1, max=10**9, help="unet, motion: pictures or clips per step; use more on a GPU"
+        None, min=1, max=4096, help="unet, motion: pictures or clips per step; use more on a GPU"
     ),
-    steps: int = typer.Option(None, min=1, max=10**9, help="motion: number of steps"),
+    steps: int = typer.Option(None, min=1, max=10_000_000, help="motion: number of steps"),
     compiled: bool = typer.Option(False, help="unet, motion: compile the U-Net's blocks; faster on a GPU"),
 ) -> None:
     """Improve the toybox's weights, or train them from scratch (hours on a CPU, minutes on a GPU). Training can be resumed."""
@@ -173,9 +173,9 @@ def motions(
 def subjects(
     name: str = typer.Argument(None, help="a subject, face, style or motion to write; omit to list them"),
     out: Path = typer.Option(None, help="folder for the references; default: a folder called NAME", **PATH),
-    num: int = typer.Option(None, min=1, max=10_000, help="number of references; default: 5 pictures, 4 clips"),
+    num: int = typer.Option(None, min=1, max=1000, help="number of references; default: 5 pictures, 4 clips"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
-    frames: int = typer.Option(None, min=2, max=10_000, help="for motions: number of frames per clip; default: 16"),
+    frames: int = typer.Option(None, min=2, max=64, help="for motions: number of frames per clip; default: 16"),
     thing: str = typer.Option(
         None, help="for motions: the subject that performs it in all clips; default: a different plain thing in each"
     ),

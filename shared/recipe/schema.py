@@ -51,6 +51,18 @@ def _nothing(value: Any) -> Any:
     return {} if value is None else value
 
 
+MOST_PIXELS = 2**30  # in all pictures together (4096 pictures of 512x512), which take 12 GiB
+
+
+def check_pixels(count_key: str, count: int, side_key: str, side: int | None) -> None:
+    """Raises ValueError, naming both keys, if `count` square pictures of `side` pixels are too large together."""
+    if side is not None and count * side**2 > MOST_PIXELS:
+        raise ValueError(
+            f"{count_key} = {count} with {side_key} = {side} needs {count * side**2:,} pixels at once, above the limit of "
+            f"{MOST_PIXELS:,}; lower one of them"
+        )
+
+
 Overlay = Annotated[dict[str, Any], BeforeValidator(_nothing)]  # part of a recipe, applied on top of the rest
 
 
@@ -96,6 +108,11 @@ class Train(Part):
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
     validation: Validation = Validation()
 
+    @model_validator(mode="after")
+    def _fits_in_memory(self) -> Train:
+        check_pixels("train.batch_size", self.batch_size, "train.resolution", self.resolution)
+        return self
+
 
 class Sampling(Part):
     """Settings for generating pictures and clips, both during training and by default afterwards. null stands for the
@@ -124,6 +141,11 @@ class PreviewSettings(Part):
     resolution: Side | None = None  # pixels; null: train.resolution, or else the backbone's default
     steps: Many | None = None  # denoising steps; null: sampling.steps, or else the backbone's default
     prompt: str = "a photo of a {concept}"  # {concept} stands for the concept's words
+
+    @model_validator(mode="after")
+    def _fits_in_memory(self) -> PreviewSettings:
+        check_pixels("preview.num", self.num, "preview.resolution", self.resolution)
+        return self
 
 
 class Recipe(Part):

@@ -158,7 +158,8 @@ def test_every_count_has_an_upper_limit():
     made = [command.callback for group in groups for command in group.registered_commands if command.callback]
     options = [(f.__name__, p) for f in made for p in inspect.signature(f).parameters.values() if p.annotation == "int"]
     assert len(options) > 30
-    assert [(command, p.name) for command, p in options if p.default.max is None] == []
+    most = {"seed": 2**62, "threads": 1024, "batch": 4096}  # by default, 10**8, since each item takes time or memory
+    assert [(command, p.name) for command, p in options if (p.default.max or 2**99) > most.get(p.name, 10**8)] == []
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,21 @@ def test_every_count_in_a_recipe_has_an_upper_limit(setting):
     key = re.escape(setting.partition("=")[0])
     with pytest.raises(ValueError, match=rf"^(\S*: )?{key} = .*less than or equal to"):
         load("dreambooth_lora", [setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["train.batch_size=4096", "train.resolution=8192"],
+         "train.batch_size = 4096 with train.resolution = 8192 needs 274,877,906,944 pixels at once, above the limit"),
+        (["preview.num=1000", "preview.resolution=8192"], "preview.num = 1000 with preview.resolution = 8192 needs"),
+    ],
+)  # fmt: skip
+def test_a_count_and_a_size_that_are_too_large_together_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        load("dreambooth_lora", settings)
+    load("dreambooth_lora", settings[:1])
+    load("dreambooth_lora", settings[1:])
 
 
 def test_a_huge_or_deeply_nested_recipe_file_is_refused(tmp_path):

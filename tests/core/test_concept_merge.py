@@ -237,3 +237,6 @@ def test_the_command_writes_one_folder_per_concept_or_nothing(sd, both, tmp_path
     empty.write_text("\n")
     assert run(build(), [*call[:-1], str(tmp_path / "new"), "--captions", str(empty)]) == 2
     assert "contains no captions" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    empty.write_text("a dog\n" * 2_000_000)
+    assert run(build(), [*call[:-1], str(tmp_path / "new"), "--captions", str(empty)]) == 2
+    assert "--captions" in (said := capsys.readouterr().err) and "12,000,000 bytes, above the limit" in said
