@@ -23,6 +23,7 @@ from shared.evaluation.picture_rows import pngs
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
 from shared.io.outputs import atomic_folder, check_output, write_text
+from shared.io.read_subject import plain_noun
 from shared.prompts import without
 from shared.recipe.schema import dump
 from shared.runner.base import Progress
@@ -154,5 +155,5 @@ def _nouns(runner: Runner3D, recipe: DistillRecipe) -> dict[str, str]:
     """Returns the class nouns, by name, of the loaded concepts and of a subject that the recipe itself learns."""
     nouns = dict(runner.class_nouns)
     if recipe.subject is not None and recipe.name is not None:
-        nouns.setdefault(recipe.name, recipe.subject.class_noun)
+        nouns.setdefault(recipe.name, plain_noun(recipe.subject.class_noun))
     return {name: noun or "thing" for name, noun in nouns.items()}

@@ -18,7 +18,7 @@ from pcs_3d.evaluation.shape_scores import BEST_DB, compared, differences
 from pcs_3d.evaluation.truths import TrueToy, Truth, mean_color, read_truth
 from pcs_3d.evaluation.views import Views, cameras, sphere
 from shared.backbones.load import TOYBOX, WORLDS
-from shared.io.read_subject import read_subject
+from shared.io.read_subject import plain_noun, read_subject
 from shared.metrics.encoders import Instruments
 from shared.metrics.instruments import load_instruments
 from shared.metrics.scorer import fill
@@ -72,7 +72,7 @@ class Yardstick:
         truth = None if against.truth is None else read_truth(against.truth)
         shown, truth = _references(against, truth)
         toy = truth if isinstance(truth, TrueToy) else None
-        noun = against.class_noun or (toy.class_noun if toy else "")
+        noun = plain_noun(against.class_noun) or (toy.class_noun if toy else "")
         around = cameras()
         judge = Judge(
             _instruments(against, toy is not None or backbone == TOYBOX), around, plain(against.prompt or prompt, noun),

@@ -12,7 +12,7 @@ import trimesh
 from PIL import Image
 from torch import Tensor
 
-from pcs_3d.assets import ABOUT, AssetFiles, create
+from pcs_3d.assets import ABOUT, AssetFiles, _nouns, create
 from pcs_3d.fields.gaussians import GaussianField
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
@@ -22,6 +22,7 @@ from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.read_subject import read_subject
 from shared.modifiers.learnable import LearnableToken
+from shared.prompts import without
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.train import checkpoint
@@ -231,6 +232,11 @@ def red_pictures(folder: Path) -> Path:
         picture.save(folder / f"{name}.png")
         mask.save(folder / "masks" / f"{name}.png")
     return folder
+
+
+def test_the_plain_prompt_of_an_asset_has_one_article(sd):
+    how = recipe("voxels", "prompt=a photo of a <mug>", "name=mug", "subject={images: photos, class_noun: a mug}")
+    assert without(how.prompt, _nouns(Runner3D(sd), how)) == "a photo of a mug"
 
 
 def test_the_field_learns_to_match_the_reference_pictures_from_their_cameras(sd, tmp_path):
