@@ -8,6 +8,7 @@ from dataclasses import replace
 from shared.benchmark.cross_modal_report import CrossModalReport, ModalityRow, ShotRow, report_of, save_cross_modal
 from shared.benchmark.cross_modal_scores import scores_of
 from shared.benchmark.modality import Asked, Modality
+from shared.concept.provenance import portable_text
 from shared.config import unknown
 from shared.io.failures import of_the_disk
 from shared.io.outputs import atomic_folder, check_output
@@ -70,7 +71,7 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
             except Exception as error:
                 if of_the_disk(error):
                     raise
-                row, of_it = ModalityRow(name=name, failed=f"{type(error).__name__}: {error}"), []
+                row, of_it = ModalityRow(name=name, failed=portable_text(f"{type(error).__name__}: {error}")), []
             rows.append(row)
             shots += of_it
         return save_cross_modal(report_of(asked.read, rows, shots, tools), asked.subject, folder)

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
+from shared.concept.provenance import portable, portable_text
 from shared.io.failures import of_the_disk
 from shared.io.foreign_files import claim, is_cell, is_claimed
 from shared.io.outputs import check_resumable, write_text
@@ -156,8 +157,9 @@ class _Kept(Generic[R]):
     def report(self, recipe: str, subject: str, folder: Path, key: Mapping[str, object]) -> R | str:
         """Returns the cell's report, or its error."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(key, sort_keys=True, default=str).encode()
-        kept, mark = folder / "cell.json", hashlib.sha256(content).hexdigest()
+        content = json.dumps(key, sort_keys=True, default=str)
+        kept, mark = folder / "cell.json", hashlib.sha256(content.encode()).hexdigest()
+        inputs = portable(json.loads(content))  # the folder may be shared
         if kept.is_file():
             cell = json.loads(kept.read_text(encoding="utf-8"))
             if cell["key"] != mark:
@@ -177,13 +179,13 @@ class _Kept(Generic[R]):
         except Exception as error:
             if of_the_disk(error):
                 raise
-            message = f"{type(error).__name__}: {error}"
-            about = {"error": message, "traceback": traceback.format_exc(), "report": None}
-            write_text(kept, json.dumps({"key": mark, "inputs": dict(key), **about}, indent=1, default=str))
+            message = portable_text(f"{type(error).__name__}: {error}")
+            about = {"error": message, "traceback": portable_text(traceback.format_exc()), "report": None}
+            write_text(kept, json.dumps({"key": mark, "inputs": inputs, **about}, indent=1))
             self.tell(recipe, subject, f"failed: {message}")
             return message
         about = {"error": None, "report": report.model_dump(mode="json")}
-        text = json.dumps({"key": mark, "inputs": dict(key), **about}, indent=1, ensure_ascii=False, default=str)
+        text = json.dumps({"key": mark, "inputs": inputs, **about}, indent=1, ensure_ascii=False)
         write_text(kept, text)
         self.tell(recipe, subject, "done")
         return report

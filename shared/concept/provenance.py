@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,6 +23,8 @@ _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 # matches "/home/jane/x", "~/x", "C:\\x" and "file:///x", but not the prompt "/imagine a cat"
 _ABSOLUTE = re.compile(rf"([/\\]|~)[^\s/\\]*([/\\]|$)|{_DRIVE.pattern}|file:", re.IGNORECASE)
 _WINDOWS = re.compile(rf"{_DRIVE.pattern}|\.{{0,2}}\\")
+# matches the folders in an absolute path within a text, but not "/imagine", "and/or" or "https://a/b/c"
+_FOLDERS = re.compile(r"""(?<![\w/\\~.:])([A-Za-z]:)?[/\\]+([^\s/\\'"<>|:]+[/\\]+)+""")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?|https?://.*", re.ASCII)
 _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 #: Keys whose values are paths (`PathText`), and keys whose values are names or paths of models (`NameOrPath`).
@@ -124,6 +127,15 @@ def portable(value: Any, key: str = "") -> Any:
     if key in _MODELS:
         return public_name(value)
     return _last(value) if key in _PATHS or _ABSOLUTE.match(value) else value
+
+
+def portable_text(text: str) -> str:
+    """Returns a message or traceback in which paths no longer contain folders on the author's machine. Paths of Python
+    modules start at their package."""
+    for root in sorted({str(Path(p).absolute()) for p in sys.path if p}, key=len, reverse=True):
+        text = text.replace(root.rstrip(os.sep) + os.sep, "")
+    home = str(Path.home())
+    return _FOLDERS.sub("", text if len(home) < 2 else text.replace(home, "~"))
 
 
 def public_name(backbone: str) -> str:
