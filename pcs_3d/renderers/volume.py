@@ -1,5 +1,6 @@
 """Marches rays through a field (NeRF, https://arxiv.org/abs/2003.08934), using nerfacc's batched rendering
-functions."""
+functions. nerfacc's occupancy grid is not used, because rays can be traced through it only on CUDA; `Volume.hidden`
+skips empty space on every device."""
 
 from __future__ import annotations
 
