@@ -60,7 +60,7 @@ class BackboneScores:
 
     @contextmanager
     def under(self, adapters: Adapters) -> Iterator[None]:
-        """Switches on exactly these adapters within the context."""
+        """Switches on exactly these adapters within the context, in which views attend to each other as set."""
         sets: dict[Adapters, dict[str, float]] = {"base": {}, "teacher": self.concepts}
         if adapters == "student":
             if STUDENT not in self.backbone.adapters:
@@ -69,7 +69,10 @@ class BackboneScores:
                     "trainable.student_lora.adapter_set=student trainable.student_lora.group=student"
                 )
             sets["student"] = {**self.concepts, STUDENT: 1.0}
-        with self.backbone.active(sets[adapters]):
+        with ExitStack() as stack:
+            stack.enter_context(self.backbone.active(sets[adapters]))
+            if self.joint_views > 1:
+                stack.enter_context(self.backbone.attending(At(JointViews(self.joint_views), SELF)))
             yield
 
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
@@ -93,8 +96,6 @@ class BackboneScores:
             for adapter in self.backbone.adapters.get(STUDENT, []):
                 if isinstance(adapter, CameraAdapter):
                     stack.enter_context(adapter.seeing(views.cameras, views.blind))
-            if self.joint_views > 1:
-                stack.enter_context(self.backbone.attending(At(JointViews(self.joint_views), SELF)))
             conditioning = self._conditioning(rows, t)
             return self.backbone.predict(z_t.to(self.backbone.dtype), t, conditioning)
 

@@ -12,6 +12,7 @@ from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.modifiers.learnable import LearnableToken
 from shared.recipe.resolve import load
 from shared.train import checkpoint
+from shared.train.memory import recomputed
 from shared.train.optim import NotFinite
 from shared.train.phase import Interrupted
 from shared.train.training_run import TASKS, TrainingRun
@@ -192,6 +193,23 @@ def test_a_step_trains_the_field_and_the_student_with_separate_losses(new_sd, tm
         v for a in backbone.adapters["student"] for k, v in a.state_dict().items() if "lora_B" in k or "2.weight" in k
     ]
     assert changed and all(bool(v.abs().sum() > 0) for v in changed)
+
+
+def test_the_student_of_views_that_attend_to_each_other_has_the_same_gradient_with_checkpointing(new_sd, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        backbone = new_sd()
+        how = recipe("prolificdreamer", "guidance.joint_views=2", "cameras.ring=2")
+        task = first_step(backbone, how, tmp_path / str(checkpointing))
+        with recomputed(backbone, checkpointing):
+            updates = task.updates(0, 0)
+            next(updates)
+            parameters = [p for group in task.groups()["student"] for p in group.parameters]
+            found.append(torch.autograd.grad(next(updates).loss, parameters))
+            updates.close()
+    assert any(bool(grad.abs().sum() > 0) for grad in found[0])
+    for stored, computed_again in zip(*found, strict=True):
+        assert torch.allclose(stored, computed_again, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(
