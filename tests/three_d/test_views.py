@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from pcs_3d.backgrounds import Backgrounds
 from pcs_3d.camera_sampling import CameraSampling, moved
 from pcs_3d.cameras import Cameras
+from pcs_3d.guidance.backbone_scores import BackboneScores
 from pcs_3d.guidance.engine import guide
 from pcs_3d.guidance.oracle import OracleScores
 from pcs_3d.guidance.perp_neg import PerpNeg, perpendicular
-from pcs_3d.guidance.scores import Ask
+from pcs_3d.guidance.scores import Ask, Told
 from pcs_3d.guidance.settings import Guidance
 from pcs_3d.schedules import Moment
 from pcs_3d.shadings import Shadings
@@ -195,6 +198,18 @@ def test_perp_neg_mixes_neighbouring_views_but_not_the_overhead_view():
     )
     assert [r[0][1] for r in part.rows("away_near", prompts, views)[:5]] == [front, front, side, side, side]
     assert [r[0][1] for r in part.rows("away_far", prompts, views)[:5]] == [side, side, front, front, front]
+
+
+def test_a_real_model_gives_each_view_in_a_batch_the_predictions_that_it_gets_alone(sd):
+    scores = BackboneScores(sd, ScenePrompts("a photo of a mug", "bad blurry"), {}, PerpNeg())
+    asks, views = [Ask(told) for told in get_args(Told)], looked(30.0, -100.0, 160.0)
+    z, t = random(3, *sd.latent_shape(32, 32)).float(), torch.tensor([300, 500, 700])
+    together = torch.stack(scores.eps(asks, z, t, views))
+    for i, azimuth in enumerate((30.0, -100.0, 160.0)):
+        alone = torch.cat(scores.eps(asks, z[i : i + 1], t[i : i + 1], looked(azimuth)))
+        assert torch.allclose(together[:, i], alone, atol=1e-5), azimuth
+    for told, row in zip(get_args(Told), (together[:, None] - together).abs().amax((2, 3, 4, 5)), strict=True):
+        assert int((row < 1e-5).sum()) == 1, f"{told} is predicted as another kind of conditioning is"
 
 
 # --- mixed views -------------------------------------------------------------------------------
