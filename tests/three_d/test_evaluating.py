@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from pcs_3d.commands.three_d import app
 from pcs_3d.evaluation.alignment import iou
 from pcs_3d.evaluation.evaluate import Against, evaluate, plain
+from pcs_3d.evaluation.headline import Arm, Arms, headline
 from pcs_3d.evaluation.janus import agreeing, fronts, read_views, sectors
-from pcs_3d.evaluation.looks import Judge
+from pcs_3d.evaluation.looks import Judge, Looks
 from pcs_3d.evaluation.save_asset_report import save_asset_report
 from pcs_3d.evaluation.shape_scores import BEST_DB, compared, geometry
 from pcs_3d.evaluation.truths import TrueToy, read_truth
@@ -141,15 +142,21 @@ def test_the_geometry_of_closed_open_and_scattered_meshes_is_measured(tmp_path):
     assert geometry(painted_mesh(tmp_path / "c.glb")).components == 2
 
 
-def test_true_renders_are_verified_and_a_sphere_is_not():
+def test_true_renders_are_verified_a_sphere_is_not_and_identity_is_relative_to_the_true_renders():
     toy = TrueToy(held_out("development-car"))
     judge = Judge(load_instruments(evaluators="toybox"), AROUND, "a photo of a car", None, toy)
     true = toy.views(AROUND)
     looks = judge.look(true, true)
     assert np.mean(looks.scores["verified"]) > 0.85 and min(looks.scores["likeness_true"]) > 0.999
-    ball = judge.look(draw(sphere(torch.tensor([0.8, 0.1, 0.1])), AROUND), true)
-    assert sum(ball.scores["verified"]) == 0
-    assert np.mean(ball.scores["clip_t"]) < np.mean(looks.scores["clip_t"]) - 0.05
+    ball = draw(sphere(torch.tensor([0.8, 0.1, 0.1])), AROUND[8:])
+    half = Views(*(torch.cat([t[:8], b]) for t, b in ((true.pixels, ball.pixels), (true.masks, ball.masks))))
+    mixed = judge.look(half, true)
+    assert mixed.scores["verified"][:8] == looks.scores["verified"][:8] and sum(mixed.scores["verified"][8:]) == 0
+    assert np.mean(mixed.scores["clip_t"][8:]) < np.mean(looks.scores["clip_t"][8:]) - 0.05
+    few = Looks({key: values[4:] for key, values in mixed.scores.items()})  # verified in 4 of 12 views
+    for asset, truth, relative in ((few, looks, 1 / 3), (few, mixed, 2 / 3), (looks, mixed, 1.0)):
+        found = {s.key: s.value for s in headline(Arms(Arm(asset), Arm(truth)))}
+        assert found["identity_relative"] == pytest.approx(relative)
 
 
 def test_the_command_writes_a_complete_report(box, tmp_path):
