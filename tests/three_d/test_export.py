@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.export import write
@@ -15,8 +17,8 @@ from pcs_3d.export.asset import ExportSettings, export_asset
 from pcs_3d.export.extract import Extracted, automatic_threshold, export_grid, extract, simplified
 from pcs_3d.export.gaussian_ply import read_gaussians, write_gaussians
 from pcs_3d.export.texture import textured
-from pcs_3d.fields import Gaussians, Tetrahedra, Voxels
-from pcs_3d.fields.starts import Blob
+from pcs_3d.fields import Gaussians, Tetrahedra, TexturedMesh, Voxels
+from pcs_3d.fields.starts import Blob, MeshFile
 from pcs_3d.renderers import Volume
 from tests.three_d.closed_forms import Solid, rendered_radius, view
 
@@ -73,6 +75,18 @@ def test_disconnected_parts_are_left_out_with_a_note():
     found, whole = extract(field, 32), extract(field, 32, all_parts=True)
     assert len(found.faces) < len(whole.faces) and any("not connected" in note for note in found.notes)
     assert np.abs(found.vertices).max() < 0.7 < np.abs(whole.vertices).max()
+
+
+def test_disconnected_parts_of_a_fields_own_mesh_are_left_out_with_a_note(tmp_path):
+    ball, crumb = trimesh.creation.icosphere(1), trimesh.creation.box((0.1, 0.1, 0.1)).apply_translation((0, 0, 1.2))
+    trimesh.util.concatenate([crumb, ball]).export(tmp_path / "both.ply")
+    field = TexturedMesh(start=MeshFile(path=tmp_path / "both.ply"), resolution=4).build()
+    found, whole = extract(field), extract(field, all_parts=True)
+    assert (len(found.vertices), len(found.faces)) == (len(ball.vertices), len(ball.faces))
+    assert np.allclose(np.ptp(found.vertices, 0), np.ptp(found.vertices[:, 0])), "the ball is kept, not the crumb"
+    assert found.notes == ("triangles left out because they were not connected to the rest: 12",)
+    assert len(whole.faces) == len(ball.faces) + 12 and not whole.notes
+    assert trimesh.Trimesh(found.vertices, found.faces, process=False).is_watertight
 
 
 def test_an_object_that_fills_the_bound_has_a_closed_mesh():
@@ -155,14 +169,39 @@ def test_a_mesh_of_one_colour_has_a_texture_of_one_colour_even_at_seams():
     assert np.allclose(np.sort(corners, 0), np.sort(mesh.vertices[mesh.faces].reshape(-1, 3), 0), atol=1e-6)
 
 
-def test_a_file_that_does_not_contain_the_mesh_is_refused_and_not_kept(tmp_path, monkeypatch):
-    ball = trimesh.creation.icosphere(1)
-    vertices, faces = np.asarray(ball.vertices), np.asarray(ball.faces)
-    box = trimesh.creation.box().export(file_type="ply")
-    monkeypatch.setattr(trimesh.Trimesh, "export", lambda self, file_type: box)
-    with pytest.raises(ValueError, match="does not contain the mesh"):
-        write.write_ply(tmp_path / "x.ply", vertices, faces, np.ones_like(vertices))
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def ball() -> Extracted:
+    made = trimesh.creation.icosphere(1)
+    return Extracted(np.asarray(made.vertices), np.asarray(made.faces))
+
+
+@pytest.mark.parametrize("kind", ["ply", "glb", "obj"])
+def test_a_file_that_does_not_contain_the_mesh_is_refused_and_not_kept(tmp_path, monkeypatch, ball, kind):
+    box = trimesh.creation.box().export(file_type=kind)
+    way = "write_text" if kind == "obj" else "write_bytes"
+    plain, painted = getattr(Path, way), textured(ball, lambda p: torch.full((len(p), 3), 0.6), 64)
+    monkeypatch.setattr(Path, way, lambda self, _, **how: plain(self, box, **how))
+    with pytest.raises(ValueError, match=f"the {kind} file does not contain the mesh"):
+        if kind == "ply":
+            write.write_ply(tmp_path / "x.ply", ball.vertices, ball.faces, np.ones_like(ball.vertices))
+        else:
+            (write.write_glb if kind == "glb" else write.write_obj)(tmp_path / f"x.{kind}", painted)
+    assert not list(tmp_path.glob(f"*.{kind}"))
+
+
+@pytest.mark.parametrize(("kind", "written"), [("glb", write.write_glb), ("obj", write.write_obj)])
+def test_a_file_that_does_not_contain_the_texture_is_refused_and_not_kept(tmp_path, monkeypatch, ball, kind, written):
+    painted = textured(ball, lambda p: torch.full((len(p), 3), 0.6), 64)
+    monkeypatch.setattr(write, "_image", lambda texture: Image.fromarray(texture + 1))
+    with pytest.raises(ValueError, match=f"the {kind} file does not contain the texture"):
+        written(tmp_path / f"x.{kind}", painted)
+    assert not list(tmp_path.glob(f"*.{kind}"))
+
+
+def test_vertices_that_are_not_numbers_do_not_count_as_read_back(tmp_path, ball):
+    ball.vertices[0] = np.nan
+    with pytest.raises(ValueError, match="the ply file does not contain the mesh"):
+        write.write_ply(tmp_path / "x.ply", ball.vertices, ball.faces, np.ones_like(ball.vertices))
 
 
 def test_tetrahedra_and_gaussians_can_also_be_exported(tmp_path):
