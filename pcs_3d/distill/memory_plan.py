@@ -69,7 +69,8 @@ class Levers:
         return out
 
     def __str__(self) -> str:
-        parts = [f"{self.views} of {self.of} views at a time" if self.views < self.of else f"{self.of} views at once"]
+        whole = f"{self.of} views at once" if self.of > 1 else "one view"
+        parts = [f"{self.views} of {self.of} views at a time" if self.views < self.of else whole]
         parts += ["activations of networks are recomputed"] if self.recompute == 1 else []
         parts += ["activations of networks and renderer are recomputed"] if self.recompute > 1 else []
         parts += [f"renders of {self.side}×{self.side}"] if self.side is not None else []
