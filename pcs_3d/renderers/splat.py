@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field as Setting
@@ -16,12 +12,10 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.fields.field import SplatField, Splats
 from pcs_3d.fields.gaussians import rotation_matrices
 from pcs_3d.renderers.base import RendererPart
+from pcs_3d.renderers.by_gsplat import BLUR, by_gsplat, gsplat
 from pcs_3d.renderers.rendering import Rendering, RenderSettings
 from pcs_3d.renderers.screen import along_rays, normals_of_distance
 from pcs_3d.renderers.shading import lamps, needs_normals, shaded
-from shared.io.failures import of_the_machine
-
-_BLUR = 0.3  # added to the variances, in pixels², so that no Gaussian falls between pixels
 
 
 class Splat(RendererPart):
@@ -40,7 +34,7 @@ class Splat(RendererPart):
     def render(self, field: SplatField, cameras: Cameras, settings: RenderSettings) -> Rendering:
         self.check(field, cameras, settings)
         splats = field.splats()
-        draw = _by_gsplat if self.uses_gsplat(splats.means.device) else self._by_torch
+        draw = by_gsplat if self.uses_gsplat(splats.means.device) else self._by_torch
         colors, opacity, depth = draw(splats, cameras, settings.height, settings.width)
         depth, normals = along_rays(depth, cameras), None
         if settings.normals or needs_normals(settings):
@@ -138,64 +132,4 @@ def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple
     frame = rotation_matrices(splats.rotations) * splats.scales[:, None]
     half = jacobian @ (camera.axes[0] @ frame)
     spread = half @ half.mT
-    return places, torch.stack([spread[:, 0, 0] + _BLUR, spread[:, 0, 1], spread[:, 1, 1] + _BLUR], -1), depth
-
-
-@dataclass(frozen=True)
-class Found:
-    """gsplat's rasterization function, or None and the reason why it cannot be used."""
-
-    rasterization: Any = None
-    why: str = ""
-
-
-@lru_cache
-def gsplat(device: torch.device) -> Found:
-    """Imports gsplat and tests it by rendering one Gaussian on the device. This test is needed because gsplat builds
-    its kernels on first use, so that a broken installation may fail only then. Warns once if gsplat is installed but
-    does not work."""
-    try:
-        from gsplat import rasterization  # pyright: ignore[reportMissingImports]
-
-        found = Found(rasterization)
-        origin, one = torch.zeros(1, 3, device=device), torch.ones(1, device=device)
-        turn = torch.tensor([[1.0, 0, 0, 0]], device=device)
-        ball = Splats(origin, origin + 0.1, turn, one, origin)
-        _rasterized(found, ball, Cameras.of([0.0]).to(device), 8, 8)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "gsplat":
-            return Found(why="it is not installed")
-        if of_the_machine(error):
-            raise
-        why = f"it does not work ({type(error).__name__}: {str(error)[:200]})"
-        warnings.warn(
-            f"gsplat is installed but {why.removeprefix('it ')}, so Gaussians are rendered in PyTorch, which is slower",
-            stacklevel=2,
-        )
-        return Found(why=why)
-    return found
-
-
-def _by_gsplat(splats: Splats, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _rasterized(gsplat(splats.means.device), splats, cameras, height, width)
-
-
-def _rasterized(
-    found: Found, splats: Splats, cameras: Cameras, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    b = len(cameras)
-    flip = torch.diag(splats.means.new_tensor([1.0, -1, -1]))  # x right, y down, z ahead
-    turn = flip @ cameras.axes
-    views = torch.eye(4, device=turn.device).repeat(b, 1, 1)
-    views[:, :3, :3] = turn
-    views[:, :3, 3] = -(turn @ cameras.positions[..., None])[..., 0]
-    zoom = cameras.focal * min(height, width) / 2
-    lens = torch.zeros(b, 3, 3, device=turn.device)
-    lens[:, 0, 0] = lens[:, 1, 1] = zoom
-    lens[:, 0, 2], lens[:, 1, 2], lens[:, 2, 2] = width / 2, height / 2, 1
-    drawn, opacity, _ = found.rasterization(
-        splats.means, splats.rotations, splats.scales, splats.opacities, splats.features, views, lens, width, height,
-        render_mode="RGB+ED", eps2d=_BLUR,
-    )  # fmt: skip
-    assert math.prod(opacity.shape) == b * height * width
-    return drawn[..., :-1], opacity, drawn[..., -1:]
+    return places, torch.stack([spread[:, 0, 0] + BLUR, spread[:, 0, 1], spread[:, 1, 1] + BLUR], -1), depth

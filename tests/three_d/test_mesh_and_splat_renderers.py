@@ -12,8 +12,8 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.fields import Gaussians, Tetrahedra
 from pcs_3d.fields.starts import Blob
 from pcs_3d.renderers import Mesh, Splat
+from pcs_3d.renderers.by_gsplat import gsplat
 from pcs_3d.renderers.rasterize import nearest_faces
-from pcs_3d.renderers.splat import gsplat
 from tests.three_d.closed_forms import view
 
 CAMERAS = Cameras.of([0.0, 77.0, 200.0], [5.0, 30.0, -20.0])
