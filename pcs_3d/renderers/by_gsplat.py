@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +22,8 @@ from pcs_3d.fields.field import Splats
 from shared.io.failures import of_the_machine
 
 BLUR = 0.3  # added to the variances, in pixels², so that no Gaussian falls between pixels
+_PATIENCE = 900  # time limit for trying gsplat, in seconds; its kernels take minutes to build
+_REPORT = "gsplat: "
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,57 @@ class Found:
 
 @lru_cache
 def gsplat(device: torch.device) -> Found:
-    """Imports gsplat and tests it by rendering one Gaussian on the device. This test is needed because gsplat builds
-    its kernels on first use, so that a broken installation may fail only then. Warns once if gsplat is installed but
-    does not work."""
+    """Imports gsplat if it can render one Gaussian on the device. This is first tried in a separate process, because
+    gsplat builds its kernels on first use, and a broken installation may crash or hang then. Warns once if gsplat is
+    installed but does not work."""
+    if find_spec("gsplat") is None:
+        return Found(why="it is not installed")
+    why = _failure_elsewhere(device)
+    found = Found(why=why) if why else _tried(device)
+    if found.why:
+        warnings.warn(
+            f"gsplat is installed but {found.why.removeprefix('it ')}, so Gaussians are rendered in PyTorch, which is "
+            "slower",
+            stacklevel=2,
+        )
+    return found
+
+
+def _failure_elsewhere(device: torch.device) -> str:
+    """Tries gsplat in a separate process. Returns why it does not work, or "" if it works or if the machine is at
+    fault."""
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    code = "import sys; from pcs_3d.renderers.by_gsplat import report; report(sys.argv[1])"
+    child = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, str(device)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, errors="replace", env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        said, complaints = child.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return f"it does not work (trying it took more than {_PATIENCE} seconds)"
+    finally:
+        if child.poll() is None:  # with the compilers that it started
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+    reports = [line for line in said.splitlines() if line.startswith(_REPORT)]
+    if reports:
+        return json.loads(reports[-1].removeprefix(_REPORT))
+    last = "".join(f": {line[:200]}" for line in complaints.strip().splitlines()[-1:])
+    return f"it does not work (trying it ended with exit code {child.returncode}{last})"
+
+
+def report(device: str) -> None:
+    """Tries gsplat and prints why it does not work. This runs in a separate process."""
+    try:
+        why = _tried(torch.device(device)).why
+    except Exception:  # the machine's failure, which the process that asked then meets itself
+        why = ""
+    print(f"\n{_REPORT}{json.dumps(why)}", flush=True)
+
+
+def _tried(device: torch.device) -> Found:
+    """Renders one Gaussian with gsplat. Raises only failures of the machine."""
     try:
         from gsplat import rasterization  # pyright: ignore[reportMissingImports]
 
@@ -40,16 +96,9 @@ def gsplat(device: torch.device) -> Found:
         ball = Splats(origin, origin + 0.1, turn, one, origin)
         _rasterized(found, ball, Cameras.of([0.0]).to(device), 8, 8)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "gsplat":
-            return Found(why="it is not installed")
         if of_the_machine(error):
             raise
-        why = f"it does not work ({type(error).__name__}: {str(error)[:200]})"
-        warnings.warn(
-            f"gsplat is installed but {why.removeprefix('it ')}, so Gaussians are rendered in PyTorch, which is slower",
-            stacklevel=2,
-        )
-        return Found(why=why)
+        return Found(why=f"it does not work ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
     return found
 
 

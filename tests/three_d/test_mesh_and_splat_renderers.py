@@ -11,7 +11,7 @@ import torch
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields import Gaussians, Tetrahedra
 from pcs_3d.fields.starts import Blob
-from pcs_3d.renderers import Mesh, Splat
+from pcs_3d.renderers import Mesh, Splat, by_gsplat
 from pcs_3d.renderers.by_gsplat import gsplat
 from pcs_3d.renderers.rasterize import nearest_faces
 from tests.three_d.closed_forms import view
@@ -144,18 +144,28 @@ def installed_gsplat(tmp_path, monkeypatch):
 def test_a_broken_gsplat_is_not_used_and_the_reason_is_given(installed_gsplat, text, why):
     """gsplat builds its kernels on first use, so it may fail then rather than on import."""
     installed_gsplat(text)
-    with pytest.warns(UserWarning, match=f"gsplat is installed but does not work .*{why}.*rendered in PyTorch"):
-        assert gsplat(torch.device("cpu")).rasterization is None
+    found = by_gsplat._tried(torch.device("cpu"))
+    assert found.rasterization is None and found.why.startswith("it does not work (") and why in found.why
 
 
-def test_a_broken_gsplat_is_replaced_with_torch_but_is_an_error_if_it_was_requested(installed_gsplat):
-    installed_gsplat("raise OSError('libcudart.so.12')")
-    with pytest.warns(UserWarning, match="libcudart"):
+@pytest.mark.parametrize(
+    ("text", "patience", "why"),
+    [
+        ("import os, sys; sys.stderr.write('Bus error'); os._exit(7)", 900, "ended with exit code 7: Bus error"),
+        ("import time; time.sleep(900)", 0.5, "took more than 0.5 seconds"),
+    ],
+    ids=["crash", "hang"],
+)
+def test_a_gsplat_that_crashes_or_hangs_is_replaced_with_torch_but_is_an_error_if_it_was_requested(
+    installed_gsplat, monkeypatch, text, patience, why
+):
+    installed_gsplat(text)
+    monkeypatch.setattr(by_gsplat, "_PATIENCE", patience)
+    why = rf"does not work \(trying it {why}\)"
+    with pytest.warns(UserWarning, match=f"^gsplat is installed but {why}, so Gaussians are rendered in PyTorch"):
         assert not Splat().uses_gsplat(torch.device("cuda"))
-    with pytest.raises(
-        ValueError,
-        match=r"renderer\.engine = gsplat cannot be used, because it does not work \(OSError: libcudart.*=torch",
-    ):
+    assert "gsplat" not in sys.modules, "it is tried in another process"
+    with pytest.raises(ValueError, match=rf"renderer\.engine = gsplat cannot be used, because it {why}: set .*=torch"):
         Splat(engine="gsplat").uses_gsplat(torch.device("cuda"))
 
 
