@@ -17,19 +17,29 @@ sizes, to test this script. With `--tiny --device cpu`, no GPU is needed.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from full_size import (
+    Utilisation,
+    failure,
+    line,
+    name_of,
+    peak_gib,
+    random_model,
+    reset_peak,
+    sd_unet,
+    sd_width,
+    shown,
+    synchronize,
+)
 from torch import Tensor, nn
 
 from pcs_video.backbones.animatediff import ROLES
@@ -43,7 +53,6 @@ LORA = f"the suite's own (shared.trainable.lora.Lora, rank {RANK}, all attention
 WARM_UPS = 2
 LEAST_STEPS = 3  # the minimum number of timed steps, however long they take
 MOST_STEPS = 500
-WEIGHT_STD = 0.02  # small enough that activations stay finite through all layers
 
 
 class Network:
@@ -98,28 +107,19 @@ class Row:
 
 
 def animatediff(tiny: bool) -> Case:
-    channels = (32, 64) if tiny else (320, 640, 1280, 1280)
-    width, heads = (16, 2) if tiny else (768, 8)
-    crossed = len(channels) - 1  # the number of blocks with cross-attention
-
     def build() -> Any:
-        pictures = diffusers.UNet2DConditionModel(
-            sample_size=64,
-            down_block_types=("CrossAttnDownBlock2D",) * crossed + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * crossed,
-            block_out_channels=channels,
-            layers_per_block=2,
-            cross_attention_dim=width,
-            attention_head_dim=heads,
-        )
+        pictures = sd_unet(tiny)
+        heads = pictures.config.attention_head_dim
         motion = diffusers.MotionAdapter(
-            block_out_channels=channels, motion_num_attention_heads=heads, motion_max_seq_length=32
+            block_out_channels=pictures.config.block_out_channels,
+            motion_num_attention_heads=heads,
+            motion_max_seq_length=32,
         )
         return diffusers.UNetMotionModel.from_unet2d(pictures, motion)
 
     latents, clip = ((1, 4, 4, 8, 8), "4 x 64x64") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
     roles = ("cross_attention", "self_attention", "temporal_attention")
-    text = (latents[2], 77, width)  # this network takes separate text embeddings for each frame
+    text = (latents[2], 77, sd_width(tiny))  # this network takes separate text embeddings for each frame
     return Case("AnimateDiff, SD 1.5", "unet", build, ROLES, roles, latents, text, clip)
 
 
@@ -149,71 +149,10 @@ def wan(tiny: bool) -> Case:
     )
 
 
-@contextmanager
-def half_precision() -> Iterator[None]:
-    """Inside the context, bfloat16 is the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def random_model(case: Case, device: torch.device) -> Any:
-    """Builds the model with small, frozen random weights, in the precision that `from_pretrained` would give it."""
-    with device, half_precision():
-        model = case.build().eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0.0, WEIGHT_STD)
-    kept = model._keep_in_fp32_modules or ()
-    for name, parameter in model.named_parameters():
-        if any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.float()
-    return model
-
-
-class Utilisation:
-    """Samples the GPU utilization from NVML in a thread. `mean` is None if NVML is unavailable."""
-
-    def __init__(self, device: torch.device, every: float = 0.1) -> None:
-        self._device, self._every = device, every
-        self._samples: list[int] = []
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> Utilisation:
-        if self._device.type == "cuda":
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._thread.ident:
-            self._thread.join(timeout=2)
-
-    def _sample(self) -> None:
-        while not self._end.wait(self._every):
-            try:
-                self._samples.append(torch.cuda.utilization(self._device))
-            except Exception:  # without pynvml or with an unsupported driver, the table shows "n/a"
-                return
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self._samples) if self._samples else None
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
     """Trains the model for about `seconds` seconds and fills in the row."""
     torch.manual_seed(0)
-    model = random_model(case, device)
+    model = random_model(case.build, device)
     if row.checkpointing:
         model.enable_gradient_checkpointing()
     network: Any = Network(case.component, model, case.role_table)
@@ -237,8 +176,7 @@ def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
     for _ in range(WARM_UPS):
         loss = step()
     synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     times: list[float] = []
     began = time.perf_counter()
     with Utilisation(device) as utilisation:
@@ -251,35 +189,21 @@ def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
         raise ValueError(f"the loss is {loss.item()} after {len(times)} steps")
     row.steps, row.seconds = len(times), statistics.median(times)
     row.steps_per_second, row.utilisation = 1 / row.seconds, utilisation.mean
-    if device.type == "cuda":
-        row.peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
+    row.peak_gib = peak_gib(device)
 
 
 def measured(case: Case, checkpointing: bool, device: torch.device, seconds: float) -> Row:
     """Runs a measurement and returns its row, even if the measurement fails."""
     row = Row(case.name, case.clip, checkpointing)
-    try:
-        measure(case, row, device, seconds)
-    except torch.OutOfMemoryError:
-        row.error = "out of memory"
-    except Exception as error:  # the next measurement may still succeed
-        row.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-    gc.collect()
-    if device.type == "cuda":
-        try:
-            torch.cuda.empty_cache()
-        except Exception as error:  # some errors make CUDA unusable, which the next row will report
-            row.error = row.error or f"{type(error).__name__} while freeing memory"
+    row.error = failure(lambda: measure(case, row, device, seconds), device)
     return row
 
 
 HEADER = ("model", "frames x size", "checkpointing", "trained", "s/step", "steps/s", "peak GiB", "utilisation")
+WIDTHS = (20, 14, 13, 9, 7, 7, 8, 11)
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    def shown(value: float | None, form: str) -> str:
-        return "n/a" if value is None else format(value, form)
-
     first = (row.model, row.clip, "on" if row.checkpointing else "off")
     if row.error:
         return (*first, row.error)
@@ -287,12 +211,6 @@ def cells(row: Row) -> tuple[str, ...]:
     busy = "n/a" if row.utilisation is None else f"{row.utilisation:.0f}%"
     numbers = (shown(row.seconds, ".3f"), shown(row.steps_per_second, ".3f"), shown(row.peak_gib, ".2f"))
     return (*first, trained, *numbers, busy)
-
-
-def line(texts: Sequence[str]) -> str:
-    return "  ".join(
-        text.ljust(width) for text, width in zip(texts, (20, 14, 13, 9, 7, 7, 8, 11), strict=False)
-    ).rstrip()
 
 
 def main() -> None:
@@ -303,7 +221,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
     options = parser.parse_args()
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = name_of(device)
     about = {"device": name, "torch": torch.__version__, "diffusers": diffusers.__version__, "lora": LORA}
     print(f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
     rows: list[Row] = []
@@ -313,14 +231,14 @@ def main() -> None:
             row = measured(case, checkpointing, device, options.seconds)
             rows.append(row)
             print(
-                f"[{time.perf_counter() - began:.0f} s] {line(cells(row))}", flush=True
+                f"[{time.perf_counter() - began:.0f} s] {line(cells(row), WIDTHS)}", flush=True
             )  # printed right away, in case the run is cut short
             if options.out:
                 options.out.write_text(json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
     print(f"\nLoRA: {LORA}")
-    print(line(HEADER))
+    print(line(HEADER, WIDTHS))
     for row in rows:
-        print(line(cells(row)))
+        print(line(cells(row), WIDTHS))
 
 
 if __name__ == "__main__":
