@@ -15,6 +15,8 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from shared.modifiers.learnable import LearnableToken
 from shared.recipe.resolve import load
 from shared.runner.open_runner import open_runner
 from shared.train.budget import Budget
+from shared.train.frozen_layers import lean
 from shared.train.last_good_state import LastGood
 from shared.train.loop import Loop
+from shared.train.memory import recomputed
 from shared.train.optim import Optimizers
 from shared.train.training_run import TrainingRun
 from shared.trainable import Lora
@@ -37,20 +41,22 @@ SHOWN = ("render", "encode", "teacher", "backward", "optimizer", "rest")
 NAME = "bench"
 
 
-class Stepping:
-    """A run just before the first step of its first phase, with a concept loaded."""
+def settings_of(side: int) -> list[str]:
+    """Returns the settings of a run that does not end, with views of this side length."""
+    return [f"prompt=a photo of a <{NAME}>", f"train.resolution={side}", f"train.steps={10**6}"]
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        settings = [f"prompt=a photo of a <{NAME}>", f"train.resolution={options.side}", f"train.steps={10**6}"]
-        settings += [f"backbone={options.backbone}"] if options.backbone else []
-        recipe = load(options.recipe, [*settings, *options.set], "3d", Recipe3D)
-        runner = open_runner(Runner3D, options.backbone, [], **recipe.opening())
+
+class Stepping:
+    """A run just before the first step of its first phase, with a concept loaded. As a context, it keeps the contexts of
+    that phase open."""
+
+    def __init__(self, recipe: Recipe3D, runner: Runner3D, folder: Path) -> None:
         backbone = runner.backbone
         LearnableToken(vectors=2).attach(backbone, NAME, "robot", 0)
         part = Lora(roles=("cross_attention", "self_attention"), rank=8)
         for parameter in part.inject(backbone, NAME, "lora", 0).parameters:
-            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
-            parameter.requires_grad_(False)
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.requires_grad_(False).copy_(0.02 * drawn)
         self.run = TrainingRun(
             backbone, recipe, {}, folder / "run", folder / "cache", loaded_strengths=runner.strengths,
             tensorboard=False, tasks=Runner3D.tasks,
@@ -65,9 +71,21 @@ class Stepping:
             phase.train.gradient_accumulation, LastGood(self.optimizers), regroup=self.task.regrouped,
         )  # fmt: skip
 
-    def split(self, steps: int) -> Clock:
-        """Measures the seconds that each activity takes over `steps` steps of the loop."""
-        clock = Clock()
+    def __enter__(self) -> Stepping:
+        run, how = self.run, self.task.recipe.train
+        self.phase = ExitStack()
+        self.phase.enter_context(lean((*run.backbone.components.values(), run.backbone.vae)))
+        self.phase.enter_context(recomputed(run.backbone, how.gradient_checkpointing))
+        self.phase.callback(run.offloaded.restore)
+        run.offloaded.keep_only(self.task.networks_in_steps)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.phase.close()
+
+    def split(self, steps: int, now: Callable[[], float] = time.perf_counter) -> Clock:
+        """Measures the seconds that each activity takes over `steps` steps of the loop, on the clock `now`."""
+        clock = Clock(now)
         clock.seconds = dict.fromkeys(SHOWN, 0.0)
         for owner, method, name in (
             (self.task, "_drawn", "render"),
@@ -99,13 +117,16 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="a recipe setting as key=value; can be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        stepping = Stepping(options, Path(temporary))
-        stepping.steps(0, 3)  # a warm-up that encodes the texts and caches kernels
-        turns = max(2, options.steps // 5)
-        begun = time.process_time()
-        rates = [5 * stepping.views / stepping.steps(10 + 5 * turn, 5) for turn in range(turns)]
-        busy = (time.process_time() - begun) / (5 * turns * stepping.views)
-        clock = stepping.split(options.steps)
+        settings = settings_of(options.side) + ([f"backbone={options.backbone}"] if options.backbone else [])
+        recipe = load(options.recipe, [*settings, *options.set], "3d", Recipe3D)
+        runner = open_runner(Runner3D, options.backbone, [], **recipe.opening())
+        with Stepping(recipe, runner, Path(temporary)) as stepping:
+            stepping.steps(0, 3)  # a warm-up that encodes the texts and caches kernels
+            turns = max(2, options.steps // 5)
+            begun = time.process_time()
+            rates = [5 * stepping.views / stepping.steps(10 + 5 * turn, 5) for turn in range(turns)]
+            busy = (time.process_time() - begun) / (5 * turns * stepping.views)
+            clock = stepping.split(options.steps)
     total = sum(clock.seconds.values())
     kind, side = stepping.task.recipe.field.kind, options.side
     print(

@@ -36,20 +36,20 @@ def sd_width(tiny: bool) -> int:
 
 
 @contextmanager
-def half_precision() -> Iterator[None]:
-    """Inside the context, bfloat16 is the default dtype."""
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the context, `dtype` is the default dtype."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
 
 
-def random_model(build: Callable[[], Any], device: torch.device) -> Any:
+def random_model(build: Callable[[], Any], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Builds a model on the device with small, frozen random weights, in the precision that `from_pretrained` would give
     it."""
-    with device, half_precision():
+    with device, default_dtype(dtype):
         model = build().eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1:

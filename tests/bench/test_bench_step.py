@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -62,6 +63,19 @@ def test_the_asset_benchmark_prints_the_split_of_an_iteration_and_the_views_per_
     for name in ("render", "encode", "teacher", "backward", "optimizer", "rest"):
         assert f"  {name} " in shown
     assert "rendered views per second of optimization: " in shown
+
+
+def test_the_full_size_asset_benchmark_measures_every_case_and_names_what_replaces_cuda_kernels(printed, tmp_path):
+    out = tmp_path / "rows.json"
+    shown = printed("bench_full_size_3d.py", "--tiny", "--device", "cpu", "--seconds", 0, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["model"], r["field"]) for r in rows] == [
+        ("SD, tiny", "voxels"), ("SD, tiny", "gaussians"), ("FLUX, tiny", "voxels")
+    ]  # fmt: skip
+    for row in rows:
+        assert not row["error"] and row["iterations_per_second"] > 0 and min(row["milliseconds"].values()) > 0
+        assert row["milliseconds"].keys() == {"render", "encode", "teacher", "backward", "optimizer", "rest"}
+    assert "Gaussians are rendered in PyTorch" in shown and "nerfacc 0.5" in shown
 
 
 def test_the_comparison_with_a_plain_loop_prints_both_ratios(printed, tiny):
