@@ -39,7 +39,7 @@ def regional_scores(
         strengths: the strength of each concept that has adapters
 
     Raises:
-        ValueError: a region names an unknown concept
+        ValueError: a region names an unknown concept, or a term names one that is unknown or used only in a region
     """
     parts: Mapping[str, RegionPart] = recipe.guidance.regions
     owned = {concept for part in parts.values() for concept in part.concepts or ()}
@@ -51,6 +51,7 @@ def regional_scores(
                     "words need no adapters and take effect wherever a prompt uses them."
                 )
     shared = {name: strength for name, strength in strengths.items() if name not in owned}
+    recipe.guidance.check_adapters(shared)
     whole = opened(scene_prompts(recipe, class_nouns), shared)
     regions = {
         name: opened(

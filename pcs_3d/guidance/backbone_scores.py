@@ -29,7 +29,7 @@ class BackboneScores:
 
     Adapters are switched on and off in sets. The teacher is the backbone with `concepts` at their strengths. The
     student also uses the `student` set. The base uses no adapters, and its prompts contain class nouns instead of
-    concept names.
+    concept names. Asks can also name the sets to use; the prompts then contain all concept names.
 
     Args:
         concepts: the strength of each concept's adapters and learned words, by name
@@ -61,19 +61,24 @@ class BackboneScores:
     @contextmanager
     def under(self, adapters: Adapters) -> Iterator[None]:
         """Switches on exactly these adapters within the context, in which views attend to each other as set."""
-        sets: dict[Adapters, dict[str, float]] = {"base": {}, "teacher": self.concepts}
+        with ExitStack() as stack:
+            stack.enter_context(self.backbone.active(self._strengths(adapters)))
+            if self.joint_views > 1:
+                stack.enter_context(self.backbone.attending(At(JointViews(self.joint_views), SELF)))
+            yield
+
+    def _strengths(self, adapters: Adapters) -> dict[str, float]:
+        """Returns the strength of each adapter set that is on."""
+        if adapters == "base":
+            return {}
         if adapters == "student":
             if STUDENT not in self.backbone.adapters:
                 raise ValueError(
                     "guidance.student has no adapters: set trainable.student_lora.kind=lora "
                     "trainable.student_lora.adapter_set=student trainable.student_lora.group=student"
                 )
-            sets["student"] = {**self.concepts, STUDENT: 1.0}
-        with ExitStack() as stack:
-            stack.enter_context(self.backbone.active(sets[adapters]))
-            if self.joint_views > 1:
-                stack.enter_context(self.backbone.attending(At(JointViews(self.joint_views), SELF)))
-            yield
+            return {**self.concepts, STUDENT: 1.0}
+        return {name: self.concepts[name] for name in (self.concepts if adapters == "teacher" else adapters)}
 
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
         """Predicts the noise for each ask. Asks with the same adapters share one pass through the network."""

@@ -21,8 +21,8 @@ class RegionalScores:
     (`Views.regions`).
 
     For the teacher's predictions with text prompts, eps = (1 - sum_r m_r) eps_whole + sum_r m_r eps_r, where m_r is the
-    weight of region r. Regions that overlap share the weight. Unconditional predictions and those of the base and the
-    student always use the scores of the whole scene.
+    weight of region r. Regions that overlap share the weight. Unconditional predictions and those with other adapters
+    than the teacher's always use the scores of the whole scene.
 
     Args:
         regions: maps each region's name to the same model's scores for that region's prompt and concepts

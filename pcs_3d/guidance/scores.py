@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pcs_3d.view_prompts import Views
 
-#: The adapters that are on: none (base), those of the concepts (teacher), or those of the concepts and the student
-#: (student).
-Adapters = Literal["base", "teacher", "student"]
+#: The adapters that are on: none (base), those of all concepts (teacher), those of all concepts and the student (student),
+#: or those of the named concepts and adapter sets.
+Adapters = Literal["base", "teacher", "student"] | tuple[str, ...]
 #: The kind of conditioning. The last two are Perp-Neg's negatives (see `PerpNeg.rows`). For the others, see
 #: `ScenePrompts.rows`.
 Told = Literal["prompt", "plain_prompt", "negative", "null", "away_near", "away_far"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pcs_3d.guidance.noisers import Noiser, RandomNoise
 from pcs_3d.guidance.perp_neg import PerpNeg
-from pcs_3d.guidance.scores import Adapters, Ask, Told
+from pcs_3d.guidance.scores import Ask, Told
 from pcs_3d.guidance.student import StudentSettings
 from pcs_3d.guidance.times import Times
 from pcs_3d.regions import Region
 from pcs_3d.schedules import Moment, Schedule
-from shared.config import BatchSize, NotNegative, Part, Slot
+from shared.config import NAME, BatchSize, NotNegative, Part, Slot, unknown
 
+Names = Annotated[tuple[Annotated[str, Field(pattern=NAME)], ...], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weighting = Literal["sds", "uniform", "fantasia3d", "noise_to_signal"]
 
@@ -24,7 +26,8 @@ class Term(Part):
     the guidance scale. At other times it is 0."""
 
     kind: Told = "prompt"  # the kind of conditioning; by default, the term's name
-    adapters: Adapters = "teacher"  # the adapters that are on
+    # the adapters that are on: those of no concept, of all concepts, of all concepts and the student, or of [named ones]
+    adapters: Literal["base", "teacher", "student"] | Names = "teacher"
     at: Literal["t", "s"] = "t"  # t is the view's noise level, and s is the earlier level of noiser.kind=interval
     plain: Schedule = 0.0
     scaled: Schedule = 0.0
@@ -75,6 +78,13 @@ class Guidance(Part):
     # length, in pixels, to which the shorter side of each view is scaled before encoding; by default, the backbone's
     # own resolution
     resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
+
+    def check_adapters(self, known: Collection[str]) -> None:
+        """Raises ValueError if a term names a concept or adapter set that is not among the known ones."""
+        for key, term in self.terms.items():
+            for name in term.adapters if isinstance(term.adapters, tuple) else ():
+                if name not in known:
+                    raise ValueError(f"guidance.terms.{key}.adapters: {unknown(name, known, 'concept with adapters')}")
 
     def speaks(self, moment: Moment) -> bool:
         """Returns whether the teacher is needed. If the weights on latents and pixels are both 0, only penalties train

@@ -60,6 +60,7 @@ class Teacher:
         check_precision(asked.precision)
         self.runner = open_runner(Runner3D, self.recipe.backbone, asked.loads(), asked.device, asked.precision)
         self.concepts = self.runner.strengths
+        self.recipe.guidance.check_adapters(self.concepts)
         has_student = self.recipe.guidance.student is not None
         self.student = Student(self.runner.backbone, self.recipe) if has_student else None
 

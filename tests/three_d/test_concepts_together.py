@@ -97,6 +97,29 @@ def test_two_concepts_guide_with_the_predictions_that_generate_pictures(guided, 
         )
 
 
+def test_a_term_can_name_the_concepts_whose_adapters_are_on(guided, new_sd, concepts, tmp_path):
+    strengths = {"mug": 0.4, "dog": 1.0}
+    backbone, task = guided(BOTH, strengths)
+    asks = [Ask("prompt", adapters) for adapters in ("teacher", ("dog", "mug"), ("mug",), ("dog",))]
+    both, named, mug, dog = task.scores.eps(asks, noisy(), T, VIEW)
+    assert torch.equal(both, named)
+    ((_, text),) = task.prompts.rows("prompt", VIEW)[0]
+    for eps, name in ((mug, "mug"), (dog, "dog")):
+        with torch.no_grad(), backbone.active({name: strengths[name]}):
+            expected = backbone.predict(noisy(), T, backbone.encode([expand(text, backbone.placeholders)]))
+        assert torch.allclose(eps, expected, atol=1e-5) and not torch.allclose(eps, both, atol=1e-3)
+    term = "guidance.terms.plain={kind: prompt, adapters: %s, plain: 1.0}"
+    how = recipe("dreamfusion", f"prompt={BOTH}", term % "[dog]")
+    assert how.guidance.terms["plain"].ask == asks[3]
+    assert gradient(first_step(backbone, how, tmp_path / "more")).isfinite().all()
+    with pytest.raises(ValueError, match=r"guidance.terms.plain.adapters: .*'dgo'. Did you mean 'dog'\? .*: dog, mug"):
+        first_step(backbone, recipe("dreamfusion", f"prompt={BOTH}", term % "[dgo]"), tmp_path / "wrong")
+    with pytest.raises(
+        ValueError, match=r"guidance.terms.plain.adapters: unknown value 'dog'.* base, student, teacher"
+    ):
+        recipe("dreamfusion", term % "dog")
+
+
 def test_each_strength_changes_the_gradient_and_strength_0_has_no_effect(guided, new_sd, tmp_path):
     strengths = [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
     grads = [gradient(guided(BOTH, {"mug": mug, "dog": dog})[1]) for mug, dog in strengths]

@@ -181,6 +181,7 @@ def test_a_concept_that_was_relearned_at_the_same_path_is_read_again(threestudio
         ({"settings": ["guidance.sclae=3"]}, "sclae"),
         ({"settings": ["guidance.joint_views=2", "cameras.ring=2"]}, r"guidance\.joint_views"),
         ({"settings": ["guidance.regions.hat.kind=sdf"]}, r"guidance\.regions"),
+        ({"settings": ["guidance.terms.prompt.adapters=[my-mgu]"]}, r"guidance\.terms\.prompt\.adapters.*my-mug"),
     ],
 )
 def test_invalid_settings_are_reported_before_the_first_step(threestudio, folders, changes, message):
