@@ -108,7 +108,7 @@ def create(
 
 @torch.no_grad()
 def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
-    """Writes renders from eight sides and a turntable. Without export settings, they are the same size as the
+    """Writes a turntable and renders from eight sides. Without export settings, both are the same size as the
     training views."""
     side, frames = (None, 48) if how is None else (how.picture, how.frames)
     around = asset.views(turntable(_SIDES), side).pixels
@@ -131,7 +131,7 @@ def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, 
 
 @torch.no_grad()
 def write_turning(asset: Asset, path: Path) -> Path:
-    """Writes one full turn of an asset as an animated WebP, for pages."""
+    """Writes one full turn of an asset as an animated WebP, for use in HTML pages."""
     around = asset.views(turntable(_TURN_FRAMES), _TURN_SIDE).pixels
     return write_clip(path, (2 * around - 1).transpose(0, 1), _TURN_FRAMES / _SECONDS)
 
@@ -152,7 +152,7 @@ def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported 
 
 
 def _nouns(runner: Runner3D, recipe: DistillRecipe) -> dict[str, str]:
-    """Returns the class nouns, by name, of the loaded concepts and of a subject that the recipe itself learns."""
+    """Returns the class nouns, by name, of the loaded concepts and of any subject that the recipe itself learns."""
     nouns = dict(runner.class_nouns)
     if recipe.subject is not None and recipe.name is not None:
         nouns.setdefault(recipe.name, plain_noun(recipe.subject.class_noun))

@@ -1,4 +1,4 @@
-"""Backgrounds of the views in a step."""
+"""The backgrounds of the views in a step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from shared.config import Part, Real
 class Backgrounds(Part):
     """The background colour of each view in a step.
 
-    With probability `random` it is a random colour, otherwise one of `colors`. If the background were always the same
-    colour, the field would grow a wall of that colour around the object.
+    With probability `random`, it is a random colour; otherwise, it is one of `colors`. If the background were always
+    the same colour, the field would grow a wall of that colour around the object.
     """
 
     colors: Annotated[tuple[tuple[Real, Real, Real], ...], Field(min_length=1)] = ((1.0, 1.0, 1.0),)

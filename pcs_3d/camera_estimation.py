@@ -1,6 +1,6 @@
 """Estimates where pictures of an object were taken from, and crops them to the object.
 
-The camera of a cropped picture looks at the origin from the distance that its framing determines. There are two
+The camera of a cropped picture looks at the origin from a distance determined by the framing. There are two
 estimators. The first compares masked pictures with renders of an asset that resembles the object. The second is the
 toybox's pose estimator, which works only for the toybox's own pictures.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras, look_at_distance, wrapped_deg
 from pcs_3d.renderers.rendering import Rendering
 
-_TOYBOX_FILL = 0.92  # share of a picture's side that an object of radius 1 covers at the toybox's scale 1
+_TOYBOX_FILL = 0.92  # share of a picture's side that an object of radius 1 covers at scale 1 in the toybox
 _SOLID = 0.5  # pixels of at least this opacity belong to the silhouette
 
 #: Renders the asset on white from the given cameras. The pixels (`[B, 3, H, W]`, in [0, 1]) are on the CPU.
@@ -61,7 +61,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Search:
-    """The cameras that are tried for each picture.
+    """The cameras to try for each picture.
 
     azimuths: the number of azimuths to try, evenly spaced around the object; each is combined with every elevation
     refinements: how many times the steps between cameras are halved around the best match

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DISTANCE, FOV_DEG = 5.0, 24.53
-"""Distance and field of view of the toybox's cameras, at which an object of radius 1 fills 92% of the picture's
-side."""
+"""The distance and field of view of the toybox's cameras. With them, an object of radius 1 spans 92% of the picture's
+width."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Cameras:
         zero = torch.zeros_like(azimuth)
         right = torch.stack([-azimuth.sin(), azimuth.cos(), zero], -1)
         toward = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], -1)
-        up = torch.cross(toward, right, dim=-1)  # without dim, three cameras would be crossed along the wrong axis
+        up = torch.cross(toward, right, dim=-1)  # without dim, a batch of three would be crossed along the wrong axis
         cos, sin = roll.cos()[:, None], roll.sin()[:, None]
         return torch.stack([right * cos + up * sin, up * cos - right * sin, toward], 1)
 
@@ -128,7 +128,7 @@ class Cameras:
         return local[..., :2] * self.focal[:, None, None] / safe[..., None], depth
 
     def turned(self, by_deg: float) -> Cameras:
-        """Returns the cameras turned around the object by `by_deg` degrees."""
+        """Returns the cameras, rotated around the object by `by_deg` degrees."""
         return replace(self, azimuth_deg=self.azimuth_deg + by_deg)
 
 
@@ -143,5 +143,5 @@ def wrapped_deg(angle: Tensor) -> Tensor:
 
 
 def look_at_distance(fov_deg: float, fill: float = 0.92) -> float:
-    """Returns the distance at which an object of radius 1 fills the share `fill` of the picture's side."""
+    """Returns the distance at which an object of radius 1 spans the share `fill` of the picture's shorter side."""
     return 1 / (fill * math.tan(math.radians(fov_deg) / 2))

@@ -58,14 +58,14 @@ def _settings(asked: Asked) -> list[str]:
 
 
 def _first(report: Any, asked: Asked, kind: str) -> torch.Tensor:
-    """Returns the first picture of each of the first prompts, as a batch [N, 3, 64, 64]."""
+    """Returns the first picture for each of the first `_SCENES` prompts, as a batch [N, 3, 64, 64]."""
     found = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(_SCENES)]
     return torch.stack([resize(read_picture(asked.out / "report" / r.file), 64).pixels for r in found])
 
 
 def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
-    """Writes a sheet with the references and, for the first prompts, the pictures made with the concept and those of
-    the base model."""
+    """Writes a contact sheet with the references and, for the first prompts, the pictures made with the concept and
+    those made by the base model."""
     references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted(asked.references.glob("*.png"))])
     path = asked.out / "contact-sheet.png"
     contact_sheet(

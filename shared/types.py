@@ -27,7 +27,7 @@ Role = Literal["instance", "prior"]
 class Subject:
     """The user's input: pictures or clips of one subject (or of one motion), and the subject's class."""
 
-    images: tuple[Path, ...] = ()  # files; for a folder, `shared.io.find_pictures.list_pictures` lists them
+    images: tuple[Path, ...] = ()  # files; `shared.io.find_pictures.list_pictures` finds those in a folder
     class_noun: str = ""  # "mug"; empty for concepts without one (a style, a motion)
     captions: Mapping[Path, str] = field(default_factory=dict)  # optional; keyed by picture or clip
     masks: Mapping[Path, Path] = field(default_factory=dict)  # optional; keyed by picture or clip
@@ -43,7 +43,7 @@ class Subject:
 class Example:
     """One picture or clip on its way into a batch. It may show several subjects, each with its own mask.
 
-    Raises ValueError if pixels, masks and valid area differ in size.
+    Raises ValueError if it has no owners, or if the shapes of the pixels, masks and valid area do not match.
     """
 
     pixels: Tensor  # [3, (F), H, W] in [-1, 1]
@@ -65,7 +65,7 @@ class Example:
         for what, plane in planes.items():
             if plane is not None and self.pixels.numel() and plane.shape != (1, *self.pixels.shape[1:]):
                 size = list(self.pixels.shape[1:])
-                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture has {size}")
+                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture is {size}")
 
     @property
     def owner(self) -> str:
@@ -180,7 +180,7 @@ class Conditioning:
     token_positions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> bool [B, L]
     size_ids: Tensor | None = None  # [B, 6]: SDXL's sizes and crops
     regions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> [B, 1, h, w]
-    context_mask: Tensor | None = None  # bool [B, L], False for padding, for networks that must not attend to it (LTX)
+    context_mask: Tensor | None = None  # bool [B, L], False at padding; used if the network must not attend to it (LTX)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -265,7 +265,7 @@ class Step:
     backbone: Backbone
     conditioning: Conditioning
     noise: Tensor  # [B, C, (f), h, w]
-    t: Tensor  # [B]; [B, f] if the frames of clips have different times
+    t: Tensor  # [B]; [B, f] if a clip's frames have different times
     x_t: Tensor  # [B, C, (f), h, w]
     prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrization
     target: Tensor  # [B, C, (f), h, w]

@@ -1,4 +1,4 @@
-"""One cell of a recipe comparison, with the scores of the asset that one recipe made of one subject, and with reference
+"""One cell of a recipe comparison: the scores of the asset that one recipe made of one subject, along with reference
 scores."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class AssetCell(BaseModel):
     base: the report on an asset that the same recipe made when prompted only with the class. It is None for recipes
     that learn the subject themselves.
     generic: the scores of a generic object of the class, by key (`Yardstick.generic_scores`).
-    shape_given: whether the recipe started from a mesh of the class, so that its silhouettes are not its own merit.
+    shape_given: whether the recipe started from a mesh of the class, so that it deserves no credit for its silhouettes.
     """
 
     model_config = ConfigDict(extra="forbid")

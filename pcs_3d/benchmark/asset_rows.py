@@ -16,10 +16,10 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """Scores in [0, 1] that a recipe must reach. A score of None is not required.
+    """The scores that a recipe must reach, in [0, 1]. None means no requirement.
 
     If `identity` is set, the asset must also beat one made by the same recipe without the concept, unless the recipe
-    cannot run without it. If `iou` is set, the overlap of silhouettes must also beat that of a generic object of the
+    cannot run without it. If `iou` is set, the silhouettes' overlap must also beat that of a generic object of the
     class. `iou` does not apply to recipes that were given the shape.
     """
 

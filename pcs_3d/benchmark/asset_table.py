@@ -63,22 +63,22 @@ class AssetComparison:
         return "–" if met is None else "yes" if met else "no"
 
     def without(self, row: AssetRow) -> list[str]:
-        """Returns the scores that the same recipe gets when the prompt contains only the class, one score per column.
+        """Returns the scores that the same recipe gets when the prompt names only the class, one score per column.
         The list is empty if the recipe makes no such asset."""
         if not row.has_base:
             return []
         return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
-        """Returns the rows of reference values, which do not depend on a recipe. They are for a generic object of the
-        class, a sphere, the real object and a guess. Each row has a title and one value per column."""
+        """Returns the rows of reference values, which do not depend on a recipe: one row each for a generic object of
+        the class, a sphere, the real object and a guess. Each row has a title and one value per column."""
         first = next((r for r in self.rows if r.scores), None)
         if first is None:
             return []
         known = [(s, first.scores.get(s.key)) for s in self.columns]
         return [
             (_GENERIC, [_shown(s, first.generic.get(s.key)) for s, _ in known]),
-            ("a sphere in its mean colour", [_shown(s, first.sphere.get(s.key)) for s, _ in known]),
+            ("a sphere in the real object's mean colour", [_shown(s, first.sphere.get(s.key)) for s, _ in known]),
             ("the real object", [_shown(s, found and found.truth) for s, found in known]),
             ("a guess", [_shown(s, found and found.chance) for s, found in known]),
         ]
@@ -98,8 +98,8 @@ class AssetComparison:
             )
         if given := [row.recipe for row in self.rows if row.shape_given]:
             out.append(
-                "Recipes that start from a mesh were given the usual shape of the class, so their silhouettes and view "
-                f"agreement are not their own merit. This applies to {', '.join(given)}."
+                "Recipes that start from a mesh were given the usual shape of the class, so they deserve no credit for "
+                f"their silhouettes and view agreement. This applies to {', '.join(given)}."
             )
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
@@ -146,7 +146,7 @@ class AssetComparison:
 
     def html(self) -> str:
         """Returns a self-contained page with the table, plots of the scores by azimuth, and four renders of each cell's
-        asset with a link to its report."""
+        asset, with a link to its report."""
         return render(
             "compare_assets.html.j2",
             comparison=self,

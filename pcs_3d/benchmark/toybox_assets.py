@@ -62,19 +62,19 @@ class AssetBenchmarkSettings:
     learn: str = "t_lora"  # recipe that learns subjects from pictures
     prompt: str = "a photo of a {concept}"
     out: Path = Path("benchmark")
-    device: str | None = None  # if None, the GPU if there is one
+    device: str | None = None  # None uses the GPU if there is one
     overrides: tuple[str, ...] = ()  # key=value settings for every asset recipe
     learn_overrides: tuple[str, ...] = ()  # key=value settings for the recipe that learns subjects
 
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
-    """Learns the split's subjects, then makes and scores an asset of each with every recipe (given by name or as a YAML
-    file; if `recipes` is empty, those in `RECIPES`).
+    """Learns the split's subjects, then makes and scores an asset of each subject with every recipe. Recipes are given
+    by name or as YAML files. If `recipes` is empty, those in `RECIPES` are used.
 
     Each recipe makes one asset with the concept and one with only the class in the prompt. A recipe that learns the
-    subject itself gets the subject's pictures instead of the concept and makes only the first asset. A recipe that needs
-    a mesh (`field.start.kind=file` without a path) gets a grey one with the usual shape of the subject's class. An
-    interrupted call is resumed if the arguments are the same.
+    subject itself gets the subject's pictures instead of the concept and makes only the first asset. A recipe that
+    needs a mesh (`field.start.kind=file` without a path) gets a grey one with the usual shape of the subject's class.
+    An interrupted call is resumed if the arguments are the same.
 
     Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt, pictures, a mesh and
     a concept.
@@ -109,8 +109,8 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
 def _check(
     name: str, recipe: Recipe3D, runner: Runner3D | None = None, subjects: Mapping[str, Subject] | None = None
 ) -> None:
-    """Raises ValueError with the recipe's name if the recipe needs more than a prompt, pictures and a mesh, or makes no
-    mesh to evaluate."""
+    """Raises ValueError, naming the recipe, if it needs more than a prompt, pictures and a mesh, or makes no mesh to
+    evaluate."""
     try:
         if runner is not None:
             runner.check(recipe, subjects or {})
@@ -150,7 +150,7 @@ def _starts(recipe: Recipe3D) -> list[str]:
 
 
 def _stand_in(folder: Path) -> Path:
-    """Writes a tetrahedron, with which recipes that need a mesh can be checked."""
+    """Writes a tetrahedron for checking recipes that need a mesh. Returns the file's path."""
     corners = np.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5
     return write_ply(folder / "thing.ply", corners, np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]]), corners * 0)
 
@@ -184,7 +184,7 @@ class _Bench:
         return AssetCell(thing=thing, made=made, base=base, generic=by.generic_scores, shape_given=given)
 
     def _mesh(self, noun: str) -> Path:
-        """Returns the file with the class's mesh, which is written on first use."""
+        """Returns the path of the class's mesh file, which is written on first use."""
         path = self.settings.out / "meshes" / f"{noun}.ply"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def make_once(
     inputs = {"concept": dict(concept), **({"pictures": pictures} if pictures else {})}
     made_with = {"recipe": dump(recipe), "checkpoint": runner.backbone.checkpoint, **inputs}
     text = json.dumps(made_with, sort_keys=True, default=str)
-    for file in files_read(recipe):  # what counts is the file's contents, not its place
+    for file in files_read(recipe):  # only the file's contents count, not its location
         text = text.replace(json.dumps(str(file)), json.dumps(sha256(file)))
     mark = hashlib.sha256(text.encode()).hexdigest()
     done, begun = (out.with_name(f"{out.name}.{step}-with") for step in ("made", "begun"))

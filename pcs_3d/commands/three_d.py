@@ -31,8 +31,8 @@ def create(
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
     vram: str = typer.Option(
         None,
-        help="limit (such as 8G or 512M) on GPU memory or, on a CPU, on the memory of the whole process; to stay "
-        "within it, fewer views are processed at a time, activations are recomputed, and renders get smaller unless "
+        help="limit on GPU memory, such as 8G or 512M (on a CPU, the limit covers the whole process); to stay within "
+        "it, fewer views are processed at a time, activations are recomputed, and renders are made smaller unless "
         "train.resolution is set",
     ),
     download: bool = typer.Option(
@@ -108,7 +108,7 @@ def evaluate(
     references: Path = typer.Option(None, help="a folder of pictures of the object", **PATH),
     prompt: str = typer.Option("", help="what the asset should look like; default: the asset's own prompt"),
     class_noun: str = typer.Option(
-        "", help="class noun that replaces the learned name in the prompt, such as mug; default: the noun of --truth"
+        "", help="class noun (such as mug) to replace the learned name in the prompt; default: the noun of --truth"
     ),
     out: Path = typer.Option(
         Path("report"), help="folder for report.html, report.json, CSV tables and renders", **PATH
@@ -152,7 +152,7 @@ def class_mesh(
     out: Path = typer.Option(None, help="PLY file to write  [default: CLASS.ply]", **PATH),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
-    """Write the generic shape of a toybox class as a grey mesh, to try recipes that start from a mesh."""
+    """Write the generic shape of a toybox class as a grey mesh, for trying recipes that start from a mesh."""
     from pcs_3d.evaluation.carving import check_class, write_class_mesh
     from pcs_3d.extra import check_installed
     from shared.io.outputs import check_file
@@ -175,13 +175,13 @@ def benchmark(
         "lucid_dreamer",
     ),
     split: str = typer.Option(
-        "development", help="development (for use while tuning) or reporting (for a single use at the end)"
+        "development", help="development (for use while tuning) or reporting (for use once, at the end)"
     ),
     subjects: str = typer.Option("4", help="how many of the split's subjects to use, or their names as NAME,NAME"),
     learn: str = typer.Option(
         "t_lora",
-        help="recipe that learns each subject from pictures; the resulting concept is shared by all asset recipes that do "
-        "not learn the subject themselves",
+        help="recipe that learns each subject from pictures; the resulting concept is shared by all asset recipes that "
+        "do not learn the subject themselves",
     ),
     prompt: str = typer.Option("a photo of a {concept}", help="what to make; {concept} stands for the subject"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),

@@ -28,7 +28,7 @@ def install(
     check_installed()
     for path in write(checkout, overwrite):
         print(path)
-    typer.echo("to check what works on this machine: pcs 3d threestudio doctor " + shlex.quote(str(checkout)), err=True)
+    typer.echo("to check what works here, run pcs 3d threestudio doctor " + shlex.quote(str(checkout)), err=True)
 
 
 @app.command()

@@ -56,7 +56,7 @@ class Distill(ConceptTask):
     """See `DistillTask`. Each step updates the field. If there is a student, the step also updates the student on the
     same views.
 
-    If an earlier phase made a field, this one continues from it (`first_field`). The teacher uses the loaded concepts
+    If an earlier phase made a field, this phase continues from it (`first_field`). The teacher uses the loaded concepts
     and those learned by earlier phases of this run. Only the student uses the adapter set `student`.
 
     Raises:

@@ -82,8 +82,8 @@ def first_field(
     """Returns the field that a phase begins with, on the CPU.
 
     If no earlier phase made a field, the field is built from its settings. If its `start.kind` is phase and its
-    settings differ from the earlier field's in more than just the learning rates, it is rebuilt from the earlier field's shape
-    and colours. Otherwise the earlier field continues unchanged.
+    settings differ from the earlier field's in more than just the learning rates, it is rebuilt from the earlier
+    field's shape and colours. Otherwise, the earlier field continues unchanged.
 
     Args:
         earlier: the recipes of the earlier phases

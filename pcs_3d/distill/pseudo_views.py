@@ -50,7 +50,7 @@ class PseudoViews(Generate):
         super().__init__(context)
 
     def planned(self) -> Iterator[Shot]:
-        """Yields one shot for each prompt and view. The text of a shot includes words for the visible side."""
+        """Yields one shot for each prompt and view. Each shot's prompt includes words for the visible side."""
         owner = next(iter(self.context.names), _ASSET)
         for number, prompt in enumerate(self.task.prompts or (self.recipe.prompt,)):
             named = prompt.replace("{concept}", f"<{owner}>")

@@ -17,10 +17,10 @@ class ReferenceCamerasTask(TuneTask):
     """Finds the camera of each of the subject's pictures, and crops the picture and its mask to the subject. A later
     phase can compare the field with these crops (`references.kind=phase`). A camera at azimuth 0 sees the front.
 
-    estimator: `renders` compares each picture with renders of the earlier phase's asset, or of the mesh that the field
-    starts from, from `azimuths` directions around it, at each elevation in `elevation_deg`. It then searches around
-    the best match with smaller steps, which are halved `refinements` times. `toybox` uses the toybox's pose
-    estimator, which works only for the toybox's own pictures.
+    estimator: `renders` compares each picture with renders of the earlier phase's asset (or of the mesh that the field
+    starts from). The renders show it from `azimuths` directions at each elevation in `elevation_deg`. The estimator
+    then searches around the best match in smaller steps, halving them `refinements` times. `toybox` uses the toybox's
+    pose estimator, which works only for the toybox's own pictures.
     near_deg: the approximate azimuth of each picture, in the order of the file names, for the estimator `renders`. 0 is
     the front, 90 the object's left, 180 the back and -90 the object's right. These azimuths help because a first
     asset often looks the same from the front and from the back.

@@ -1,4 +1,4 @@
-"""Reads the asset to evaluate, either from a folder that `pcs 3d create` wrote or from any program's mesh file."""
+"""Reads the asset to evaluate, either from a folder that `pcs 3d create` wrote or from a mesh file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Judged:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def said(self, key: str) -> str:
-        """Returns a text from asset.json, or "" if the file has none under this key."""
+        """Returns the string under this key in asset.json, or "" if there is none."""
         value = self.about.get(key)
         return value if isinstance(value, str) else ""
 

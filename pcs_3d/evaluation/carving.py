@@ -22,7 +22,7 @@ from shared.toybox.world import CLASSES
 
 #: The number of cameras in each ring around the object, by the ring's elevation in degrees.
 _RINGS = {-40.0: 8, -10.0: 12, 15.0: 16, 45.0: 12, 75.0: 8}
-_BOUND = 1.05  # half the side length of the carved cube, in object radii; a margin around an object of radius 1
+_BOUND = 1.05  # half the side length of the carved cube, in object radii, with a margin around an object of radius 1
 _GREY = 0.5
 _FACES = 4000
 _SOLID = tuple(name for name in CLASSES if name != "face")
@@ -32,8 +32,8 @@ def carved(masks: Tensor, around: Cameras, resolution: int = 96) -> Extracted:
     """Returns the surface of the visual hull, the largest shape with these silhouettes (Laurentini, IEEE TPAMI 16(2),
     1994). Hollows that no silhouette shows are filled.
 
-    masks: [B, H, W], the share of each pixel that the object covers (or whether it does), as seen by the cameras
-        `around`
+    masks: [B, H, W], the share of each pixel that the object covers, or whether the object covers the pixel, as seen
+        by the cameras `around`
     resolution: the number of nodes along each side of the grid
 
     Raises ValueError if no point is inside all silhouettes.

@@ -75,7 +75,8 @@ def measure(judged: Judged, by: Yardstick, progress: Callable[[str], None] = lam
 def _arms(
     judged: Judged, renders: Views, by: Yardstick, progress: Callable[[str], None]
 ) -> tuple[Arms, Compared | None]:
-    """Measures the asset and, for comparison, the real object and a sphere in its mean colour, all in the same way."""
+    """Measures the asset and, for comparison, the real object and a sphere in that object's mean colour, in the same
+    way."""
     chance = None if by.judge.verifier is None else by.judge.verifier.chance
     looks = by.judge.look(renders, by.true)
     if by.true is None:
@@ -131,5 +132,7 @@ def _notes(judged: Judged, by: Yardstick) -> list[str]:
             "Similarity to reference pictures (CLIP-I, DINO-I) is not measured; pass --references FOLDER to measure it."
         )
     if re.search(r"<[^<>]*>", judged.said("prompt")) and "thing" in prompt.split():
-        said.append("The learned name in the prompt was replaced by “thing”; set its class noun with --class-noun.")
+        said.append(
+            "The learned name in the prompt was replaced with “thing”; pass --class-noun to use a class noun instead."
+        )
     return said

@@ -1,4 +1,4 @@
-"""Checks that views show the side that the camera looks at. An asset with the Janus problem has fronts on several
+"""Checks that each view shows the side that its camera looks at. An asset with the Janus problem has a front on several
 sides."""
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ReadViews:
 
 
 def read_views(pixels: Tensor) -> ReadViews:
-    """Estimates the direction of each picture separately, with the toybox's pose estimator and recognizer. The pictures
-    are `[B, 3, H, W]` in [-1, 1]."""
+    """Estimates the view direction of each picture separately, with the toybox's pose estimator and recognizer. The
+    pictures are `[B, 3, H, W]` in [-1, 1]."""
     from shared.toybox.evaluators.pose import load_pose, path_of
     from shared.toybox.evaluators.recognizer import load_recognizer
     from shared.toybox.motions.motion import PATH
@@ -57,8 +57,8 @@ def agreeing(named: Sequence[set[str]], azimuths: Sequence[float]) -> list[bool]
 
 def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
     """Returns the number of quarters around an object (front, left, back, right) in which most views look like its
-    front. This is 1 for an object with one front and 4 for an object with a front on every side. Views on the border of
-    two quarters are left out."""
+    front. This is 1 for an object with one front and 4 for an object with a front on every side. Views on the border
+    between two quarters are left out."""
     count = 0
     for middle in _QUARTERS:
         apart = [abs((a - middle + 180) % 360 - 180) for a in azimuths]

@@ -115,8 +115,8 @@ class Judge:
 
 
 def raised(toy: TrueToy, around: Cameras) -> list[Views]:
-    """Renders the real object to determine the threshold on the similarity to the references. The renders have the
-    azimuths of `around` and several elevations, each with different light."""
+    """Renders the real object, to determine the threshold for similarity to the references. The renders use the
+    azimuths of `around` at several elevations, each under different light."""
     found = []
     for number, elevation in enumerate(_ELEVATIONS_DEG, 1):
         higher = Cameras.of(around.azimuth_deg, elevation)

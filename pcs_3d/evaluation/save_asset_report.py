@@ -1,4 +1,4 @@
-"""Writes an asset's report as a folder with JSON, CSV tables, renders and one page."""
+"""Writes an asset's report as a folder with JSON, CSV tables, renders and an HTML page."""
 
 from __future__ import annotations
 

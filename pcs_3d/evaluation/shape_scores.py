@@ -14,7 +14,7 @@ from pcs_3d.evaluation.alignment import aligned, iou
 from pcs_3d.evaluation.views import PaintedMesh, Views, draw
 
 BEST_DB = 60.0  # the PSNR of identical colours
-_BEHIND = (0.0, 1.0)  # backgrounds
+_BEHIND = (0.0, 1.0)  # the backgrounds: black and white
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Compared:
 
 
 def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
-    """Aligns the mesh, using only scale and translation, and compares it view by view."""
+    """Aligns the mesh with the truth, using only scale and translation, and compares the two view by view."""
     placed = aligned(mesh, truth.masks, around)
     views = draw(placed, around, truth.masks.shape[-1])
     return Compared(*differences(views, truth), placed, views)

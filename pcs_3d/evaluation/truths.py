@@ -70,8 +70,8 @@ class TrueToy:
         return self.lit(around, [0] * len(around), side)
 
     def lit(self, around: Cameras, seeds: Sequence[int], side: int = SIDE) -> Views:
-        """Returns one view per camera, with the light that the camera's seed determines. The distance and field of view
-        of the cameras must be the toybox's."""
+        """Returns one view per camera, with the light that the camera's seed determines. The cameras must have the
+        toybox's distance and field of view."""
         angles = zip(around.azimuth_deg.tolist(), around.elevation_deg.tolist(), seeds, strict=True)
         scenes = [Scene((self.held.thing,), "white studio", (Camera(a, e),), "photo", s) for a, e, s in angles]
         drawn = render(scenes, side)

@@ -1,4 +1,4 @@
-"""Renders meshes from all around, in the colours that are stored in their files."""
+"""Renders meshes from all around, in the colours stored in their files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PaintedMesh:
         return replace(self, scale=scale, offset=offset)
 
     def colors(self, faces: Tensor, shares: Tensor) -> Tensor:
-        """Returns the colours from the file, [N, 3] in [0, 1], at N points. A point is given by the index of its
+        """Returns the colours from the file, [N, 3] in [0, 1], at N points. Each point is given by the index of its
         triangle in `faces` (`[N]`) and its barycentric coordinates in that triangle, `shares` (`[N, 3]`)."""
         out, first = torch.zeros(len(faces), 3), 0
         for piece in self.pieces:
@@ -76,7 +76,7 @@ def cameras() -> Cameras:
 
 def painted_mesh(path: Path) -> PaintedMesh:
     """Reads a GLB, OBJ or PLY file as a mesh of radius 1 around the origin. Raises ValueError as `read_mesh` does, and
-    if the file contains only points."""
+    also if the file contains only points."""
     pieces = tuple(p for p in read_mesh(path) if len(p.faces))
     if not pieces:
         raise ValueError(f"{path} has points but no faces: only meshes can be evaluated")
@@ -114,8 +114,8 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
     """Returns `draw(...).masks` (bool `[B, side, side]`), but computes them much faster.
 
-    All views are drawn one below another in a single tall picture. Above and below each view is a margin of half a
-    picture, for parts outside the view. Vertices beyond the margin are moved to its edge.
+    All views are stacked vertically in one tall picture. Above and below each view is a margin of half its height,
+    for parts that lie outside the view. Vertices beyond the margin are moved to its edge.
     """
     vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []
@@ -131,7 +131,7 @@ def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FIN
 
 
 def as_model_pixels(views: Views) -> Tensor:
-    """Returns the pixels as `[B, 3, H, W]` in [-1, 1], the format that instruments expect."""
+    """Returns the pixels as `[B, 3, H, W]` in [-1, 1], the format that the instruments expect."""
     return 2 * views.pixels - 1
 
 

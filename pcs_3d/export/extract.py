@@ -158,7 +158,8 @@ def _largest_faces(vertices: np.ndarray, faces: np.ndarray, all_parts: bool) -> 
 
 def simplified(mesh: Extracted, faces: int) -> Extracted:
     """Simplifies a mesh to approximately `faces` triangles, using the fast-simplification package (quadric error).
-    Smaller meshes are returned unchanged. If the package is missing, a note is added instead."""
+    Smaller meshes are returned unchanged. If the package is missing, the mesh keeps all its triangles and a note is
+    added."""
     if len(mesh.faces) <= faces:
         return mesh
     try:

@@ -61,7 +61,7 @@ def _asked(recipe: Any, about: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _spent(costs: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = {
-        "training_seconds": "Optimisation",
+        "training_seconds": "Optimization",
         "validation_seconds": "Validation pictures",
         "class_pictures_seconds": "Reading and generating training pictures",
     }

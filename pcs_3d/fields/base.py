@@ -39,8 +39,8 @@ class FieldPart(KindPart):
         return self.lr if self.lr_features is None else self.lr_features
 
     def within(self, regions: Mapping[str, Any]) -> FieldPart:
-        """Returns these settings. If they have an empty `regions` setting, the guidance's regions (by name) are filled
-        in."""
+        """Returns these settings. If they have a `regions` setting that is empty, it is filled with `regions`, the
+        guidance's regions by name."""
         return self
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ class FrequencyMlp(FieldPart):
     """A field that passes sines and cosines of the coordinates to an MLP (NeRF).
 
     bands: the number of octaves of sines and cosines.
-    width, layers: the width and the number of hidden layers.
+    width, layers: the width and number of the hidden layers.
     """
 
     kind: Literal["frequency_mlp"] = "frequency_mlp"

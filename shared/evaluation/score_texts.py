@@ -25,9 +25,9 @@ ABOUT = {
     ),
     "identity": About(
         "Identity",
-        "How often a picture shows this exact subject, relative to how often true renders of it pass the same test. A picture "
-        "passes if it is recognised among look-alikes, is not a copy of a reference, and reaches the similarity to the "
-        "references that 95% of the true renders reach.",
+        "How often a picture shows this exact subject, relative to how often true renders of the subject pass the same "
+        "test. A picture passes if it is recognized among look-alikes, is not a copy of a reference, and reaches the "
+        "similarity to the references that 95% of the true renders reach.",
     ),
     "text": About(
         "Prompt followed",
@@ -45,20 +45,20 @@ ABOUT = {
     ),
     "no_face": About(
         "No face",
-        "How many pictures show no face (only hair, from behind or from above). They count as identity failures "
+        "How many pictures show no face (only hair, as seen from behind or above). They count as identity failures "
         "unless the prompt asks for that view.",
         better="lower",
     ),
     "place": About(
         "Position spread",
-        "How much the subject's position varies within a prompt: the standard deviation of its centre, as a fraction "
-        "of half the picture's side.",
+        "How much the subject's position varies among pictures from the same prompt: the standard deviation of its "
+        "centre, as a fraction of half the picture's side length.",
         "count",
     ),
     "size": About(
         "Size spread",
-        "How much the subject's size varies within a prompt: the standard deviation of half its longer side, as a "
-        "fraction of half the picture's side.",
+        "How much the subject's size varies among pictures from the same prompt: the standard deviation of half the "
+        "length of its longer side, as a fraction of half the picture's side length.",
         "count",
     ),
     "views": About(
@@ -69,8 +69,8 @@ ABOUT = {
     ),
     "background": About("Background", "How often the background matches the prompt."),
     "view": About("View", "How often the subject is seen from the viewpoint that the prompt asks for."),
-    "accessory": About("Accessory", "How often the subject wears the accessory in the prompt."),
-    "style": About("Style", "How often the picture is in the style that the prompt states."),
+    "accessory": About("Accessory", "How often the subject wears the accessory that the prompt asks for."),
+    "style": About("Style", "How often the picture is in the style that the prompt asks for."),
     "copied": About(
         "Copies",
         "How many pictures repeat a reference instead of showing the subject in a new way. They count as identity failures.",
@@ -106,8 +106,8 @@ ABOUT = {
 }
 WITHOUT_GALLERY = "Likeness to the references, with copies counted as 0 (no gallery of look-alikes was given)."
 WITHOUT_TRUTH = (
-    "How often a picture is recognised among look-alikes and is not a copy of a reference. Whether it shows this exact "
-    "subject is not verified, because there are no true renders of it from which to set a threshold."
+    "How often a picture is recognized among look-alikes and is not a copy of a reference. Whether it shows this exact "
+    "subject is not verified, because there are no true renders of the subject from which to set a threshold."
 )
 TWO_TERMS = (
     "One number for two competing goals: the harmonic mean of identity and prompt following. Freedom is not included, "
@@ -124,7 +124,7 @@ NOT_MEASURED = (
 def explained(key: str, scorer: Scorer, read: bool) -> dict[str, object]:
     """Returns the title, unit and explanation of a score in this run, if they differ from `ABOUT`.
 
-    read: whether a recognizer checked what the prompts ask for
+    read: whether a recognizer checked that the pictures show what the prompts ask for
     """
     figures = scorer.figures
     if key == "trade_off" and (figures is None or figures.range is None):

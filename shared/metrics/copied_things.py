@@ -2,8 +2,8 @@
 
 As a whole, such a picture differs from the reference, so `shared.metrics.copying` misses it; only the thing in it is
 the same, pixel for pixel. This module therefore cuts the thing out of the reference and searches for it in the picture,
-which is likewise cropped around the thing that it shows. The score is the normalised cross-correlation under the
-reference's mask, maximised over shifts, sizes and mirroring.
+which is likewise cropped around the thing that it shows. The score is the normalized cross-correlation under the
+reference's mask, maximized over shifts, sizes and mirroring.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from shared.metrics.crops import aligned_crops
 
 GRID = 40  # pictures are compared at this size
-OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the crops, as multiples of the thing's side
+OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # the crops' side lengths, as multiples of the thing's
 ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # from 0.8 to 1.24
 INSIDE = 2  # exponent of the mask; it reduces the weight of the thing's border cells, which also show the background
-FLAT = 1e-3  # if the spread is smaller, there is no structure to compare
+FLAT = 1e-3  # below this spread, there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The code that all runners share, which plans runs, opens backbones, and learns and judges concepts."""
+"""The code that all runners share: it plans runs, opens backbones, and learns and judges concepts."""

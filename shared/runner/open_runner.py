@@ -44,7 +44,7 @@ def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "
             "order, or no --token"
         )
     if class_noun and not loras:
-        raise ValueError("--class-noun is only for --lora, which is not given; a concept stores its own class noun")
+        raise ValueError("--class-noun applies only to --lora, which is not given; a concept stores its own class noun")
     asked = []
     for text, token in zip(loras, tokens or [""] * len(loras), strict=True):
         path, strength = parse_concept(text, "--lora")
@@ -64,7 +64,7 @@ def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references
         if not (lora.class_noun or " " in lora.token):
             raise ValueError(f"--token {lora.token!r} does not end in a class noun: add --class-noun mug, for example")
         if references is None:
-            raise ValueError(f"--lora {lora.path}: give --references FOLDER, the pictures that it was trained on")
+            raise ValueError(f"--lora {lora.path}: give --references FOLDER with the pictures it was trained on")
 
 
 def parse_concept(text: str, option: str = "--concept") -> tuple[Path, float]:
@@ -96,7 +96,7 @@ def open_runner(
     loras: Sequence[AskedLora] = (),
     **how: Any,
 ) -> R:
-    """Opens a runner and loads its concepts onto `backbone` or, by default, onto the model that the first concept was
+    """Opens a runner and loads its concepts into `backbone` or, by default, into the model that the first concept was
     learned on.
 
     Args:
@@ -104,7 +104,7 @@ def open_runner(
         concepts: `PATH[:STRENGTH]` for each concept
         download: whether the model may be downloaded from the hub
         loras: LoRA files from other programs, loaded after the concepts
-        how: arguments for the `prepared` method of `kind`
+        how: arguments for `kind.prepared`
     """
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     check_names(concepts, [concept for concept, _ in opened])
@@ -125,8 +125,8 @@ def open_runner(
 
 
 def kinds_of(concepts: Sequence[str]) -> dict[str, str] | None:
-    """Returns the kind of each concept (`PATH[:STRENGTH]`), by name. Returns None if a concept cannot be read. The
-    error is reported when the concept is opened."""
+    """Returns the kind of each concept (`PATH[:STRENGTH]`), by name. Returns None if a concept cannot be read; the
+    error is reported when that concept is opened."""
     try:
         metas = [read_meta(parse_concept(c)[0] / META) for c in concepts]
     except (OSError, ValueError):
@@ -136,7 +136,8 @@ def kinds_of(concepts: Sequence[str]) -> dict[str, str] | None:
 
 def check_prompts(prompts: Sequence[str], concepts: Sequence[str], loras: Sequence[AskedLora] = ()) -> None:
     """Raises ValueError if a prompt names a concept that is not given, or does not name a subject that is given. This
-    check loads no model. Concepts that cannot be read are ignored here and reported when they are opened."""
+    check loads no model. It is skipped if a concept cannot be read; the error is reported when that concept is
+    opened."""
     kinds = kinds_of(concepts)
     if kinds is None:
         return
@@ -160,9 +161,9 @@ def check_names(given: Sequence[str], concepts: Sequence[Concept]) -> None:
 
 
 def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
-    """Raises ValueError, naming concepts and families, if no model of this runner can load all these concepts, or if one is
-    a motion and this runner uses none. This check loads no model. Concepts of families that only other packages know are
-    checked once the model is loaded."""
+    """Raises ValueError, naming concepts and families, if no model that this runner supports can load all these
+    concepts, or if a concept is a motion and this runner uses no motions. This check loads no model. Concepts of
+    families that only other packages know are checked once the model is loaded."""
     for concept in concepts:
         kind.check_kind(concept)
     known = frozenset[str]().union(*kind.families, *Runner.families)
@@ -179,13 +180,13 @@ def check_families(kind: type[Runner], concepts: Sequence[Concept]) -> None:
             if not any(its in some for some in reading):
                 raise ValueError(
                     f"{name!r} was learned on {family}, but {other!r} on {its}: no model can load both. Leave one out, or "
-                    "learn it again on the other's model"
+                    "learn one of them again on the other's model"
                 )
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
     """Returns the model that `open_runner` opens. This is `backbone` if it is given, and the model of the first concept
-    otherwise. If there are no concepts either, returns None, which stands for the toybox."""
+    otherwise. If there are no concepts either, returns None, which means the toybox."""
     if backbone or not concepts:
         return backbone
     return where_learned(read(parse_concept(concepts[0])[0]))

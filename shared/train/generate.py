@@ -53,7 +53,7 @@ class Generate(ConceptTask):
         self._key = ""
 
     def planned(self) -> Iterator[Shot]:
-        """Yields every picture of the phase, in order."""
+        """Yields the phase's shots, in order."""
         names = list(self.context.subjects)
         for number, (name, prompt) in enumerate((n, p) for n in names for p in self.settings.prompts):
             for i in range(self.settings.num):

@@ -70,7 +70,7 @@ def _highest(changes: Iterable[int]) -> int:
 
 
 def in_use(device: torch.device) -> int:
-    """Returns the number of bytes in use: by tensors if the device is a GPU, otherwise by the whole process.
+    """Returns the number of bytes in use by tensors if the device is a GPU, and by the whole process otherwise.
 
     On systems without /proc, the process's peak is returned instead of its current use.
     """

@@ -19,7 +19,7 @@ from shared.types import Subject
 
 
 def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe, scored: bool) -> None:
-    """Raises ValueError when settings of a phase conflict with the rest of the run or with loaded concepts.
+    """Raises ValueError when a phase's settings conflict with the rest of the run or with loaded concepts.
 
     Also raises ValueError when sampling or optimizer settings cannot work.
     """
@@ -87,7 +87,7 @@ def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, S
 
 
 def check_masks(recipe: Recipe, has_masks: bool) -> None:
-    """Raises ValueError for a penalty that needs masks when no picture of a subject has one."""
+    """Raises ValueError when a penalty needs masks but no picture of a subject has one."""
     for key, penalty in recipe.regularize.items():
         if penalty.needs_masks and not has_masks:
             raise ValueError(

@@ -16,7 +16,7 @@ class Update:
     """One loss of a step. A step may yield several, in order; distillation, for example, alternates between two."""
 
     loss: Tensor  # scalar
-    groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None for all
+    groups: tuple[str, ...] | None = None  # the optimizer groups that this loss trains; None for all
     parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # the terms of the loss, for the log
 
 
@@ -66,7 +66,7 @@ class Task(UpdateSource, Protocol):
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """The names of the networks that the steps use, out of the autoencoder ("vae") and the text encoders.
+        """Which of the autoencoder ("vae") and the text encoders the steps use, by name.
 
         On a GPU, the other networks are offloaded.
         """

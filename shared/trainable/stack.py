@@ -76,7 +76,7 @@ class Training:
     values so that adding delta back reproduces them bit for bit, which makes the saved change exact. (`settle` is
     idempotent in fp32; this was checked for every exponent that occurs in weights.)
 
-    The parameter has these values only while the strength is 1 and the other changes are the same as in training.
+    The parameter has these values only while the strength is 1 and the other changes are the same as during training.
     Otherwise, the parameter is set to a computed sum and has no gradient.
     """
 
@@ -131,7 +131,7 @@ class Training:
         self.stack.parameter.requires_grad_(self._wants_grad)
 
     def train(self, mode: bool) -> None:
-        """Switches the parameter to fp32 for training (under autocast), or otherwise to the network's own precision."""
+        """Switches the parameter to fp32 for training (under autocast) and to the network's own precision otherwise."""
         if mode != self.full_precision:
             self.settle()
             self.values, self.full_precision = self.current(), mode
@@ -144,7 +144,7 @@ class Training:
     def leave(self) -> None:
         """Takes the values out of the parameter, which is then set to a computed sum, and turns off its gradient.
 
-        Without a gradient, autocast does not use its cached cast of the values.
+        With the gradient off, autocast does not use its cached cast of the values.
         """
         if self._shown:
             self.values = self.current()
@@ -153,7 +153,7 @@ class Training:
 
 
 def _same(a: dict[Any, tuple[Tensor, float]], b: dict[Any, tuple[Tensor, float]]) -> bool:
-    """Whether both mappings have the same tensors at the same strengths."""
+    """Returns whether both mappings contain the same tensors at the same strengths."""
     return a.keys() == b.keys() and all(
         delta.data_ptr() == b[owner][0].data_ptr() and strength == b[owner][1] for owner, (delta, strength) in a.items()
     )

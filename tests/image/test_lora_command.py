@@ -95,7 +95,7 @@ def test_missing_options_are_reported_before_anything_is_loaded(judged, concepts
 
 def test_references_are_required_to_evaluate_a_lora(pcs, exported, tmp_path):
     ran = pcs("image", "evaluate", "--lora", exported, "--token", "sks dog", "--out", tmp_path / "r")
-    assert ran.code == 2 and "give --references FOLDER, the pictures that it was trained on" in ran.err
+    assert ran.code == 2 and "give --references FOLDER with the pictures it was trained on" in ran.err
 
 
 def test_a_lora_for_another_model_is_refused_with_one_message(judged, tiny_folder, tmp_path):

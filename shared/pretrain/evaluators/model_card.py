@@ -1,4 +1,4 @@
-"""Writes the model card for the toybox's weights, which describes their contents, training and accuracy.
+"""Writes the model card for the toybox's weights: what they contain, how they were trained and how accurate they are.
 
 `python -m shared.pretrain.evaluators.model_card [--judge judge.json] [--clips clips.json]` measures the evaluators and
 writes `weights/CARD.md` and `card.json`.
@@ -46,7 +46,7 @@ def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dic
 
 
 def describe(weights: Path = WEIGHTS) -> dict[str, Any]:
-    """Returns the sizes of the networks in `weights`, in bytes, and facts about their training."""
+    """Returns the sizes, in bytes, of the networks in `weights`, and facts about their training."""
     folders = (
         sorted(f for f in weights.iterdir() if f.is_dir() and not f.name.startswith(".")) if weights.is_dir() else []
     )

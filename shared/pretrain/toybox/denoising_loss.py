@@ -30,8 +30,8 @@ class UnetTraining:
     t_uniform, t_mean: see `draw_times`
     thing_weight: the loss weight of things relative to the background. Things cover only a fifth of a picture but are
         hard to learn.
-    reading: the weights of the losses for reading class, view and accessory from the predicted x0 (`reader.Reader`), at
-        the peak learning rate
+    reading: the weights of the losses for reading the class, view and accessory from the predicted x0
+        (`reader.Reader`), at the peak learning rate
     probing: the corresponding weights for reading from the middle of the U-Net (`reader.Probe`)
     read_until: the weights in `reading` and `probing` fall with the learning rate, and reach 0 when the rate is
         `read_until` times the peak rate
@@ -68,7 +68,7 @@ class DenoisingBatch:
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] loss weights, 1 on average
-    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`; -1 marks an attribute not named
+    caption_attributes: Tensor  # [B, 3] from `captions.caption_attributes`; -1 marks an attribute that is not named
     again: Tensor  # [B, C, H, W] noise that is added to the predicted x0 before attributes are read from it
     level: Tensor  # [B] the level of that noise, as a timestep
 
