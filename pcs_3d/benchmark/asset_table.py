@@ -21,7 +21,7 @@ from shared.metrics.report import Score
 
 #: The table's columns, with short titles.
 COLUMNS = {
-    IDENTITY: "Identity", "recognised": "Recognised", "iou": "Silhouette IoU", "psnr": "PSNR (dB)", "view": "View agreement",
+    IDENTITY: "Identity", "recognised": "Recognized", "iou": "Silhouette IoU", "psnr": "PSNR (dB)", "view": "View agreement",
     "fronts": "Fronts", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "identity_i": "Likeness", "watertight": "Watertight",
 }  # fmt: skip
 CURVES = (IDENTITY, "verified", "recognised", "iou", "psnr", "view", "clip_t", "clip_i", "identity_i", "likeness_true")

@@ -62,7 +62,7 @@ _COLORS = (
     f"{BEST_DB:.0f}. The asset's colours are unlit; the toybox's real objects are lit."
 )
 _VERIFIED = (
-    "Share of views that are recognised among look-alikes and reach the similarity to the references that 95% of the "
+    "Share of views that are recognized among look-alikes and reach the similarity to the references that 95% of the "
     "true renders reach."
 )
 _RETRIEVED = (
@@ -80,7 +80,7 @@ MEASURES: Mapping[str, Measure] = {
     "iou": Measure("Silhouette IoU", "score", explanation=_ALIGNED),
     "psnr": Measure("Colour PSNR (dB)", "count", explanation=_COLORS),
     "verified": Measure("Identity", "rate", explanation=_VERIFIED),
-    "recognised": Measure("Recognised among look-alikes", "rate", explanation=_RETRIEVED),
+    "recognised": Measure("Recognized among look-alikes", "rate", explanation=_RETRIEVED),
     "likeness": Measure(
         "Likeness to references", "cosine", explanation="Mean cosine similarity to the two closest pictures."
     ),

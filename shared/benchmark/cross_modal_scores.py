@@ -1,6 +1,6 @@
 """Scores one modality, with the encoder, the look-alikes and the verification rule that all modalities share.
 
-A frame shows the subject if three conditions hold: the subject is recognised among its look-alikes, the frame is not a copy
+A frame shows the subject if three conditions hold: the subject is recognized among its look-alikes, the frame is not a copy
 of a reference, and its likeness to the references reaches the level that 95% of true pictures reach. Identity is the share
 of frames that pass this test, divided by T, the share of other true pictures that pass it. True pictures show the subject in
 the same way as the modality: they are drawn for the same prompts and passed through the model's autoencoder, or rendered

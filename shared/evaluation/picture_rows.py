@@ -58,7 +58,7 @@ def _flags(measured: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
     elif measured.nearest[n] and measured.nearest[n] != SUBJECT:
         flags.append(f"mistaken for {measured.nearest[n]}")
     elif not flags and "verified" in measured.scores and measured.scores["verified"][n] == 0:
-        flags.append("recognised, but not as similar to the references as 95% of the true renders are")
+        flags.append("recognized, but not as similar to the references as 95% of the true renders are")
     for name, hit in measured.hits[n].items():
         if not hit:
             flags.append(f"{name}: {measured.seen[n][name]}, but the prompt asks for {expects[name]}")

@@ -41,7 +41,7 @@ ABOUT = {
         "score",
     ),
     "recognised": About(
-        "Recognised", "How often a picture is more similar to the references than to any of the look-alikes."
+        "Recognized", "How often a picture is more similar to the references than to any of the look-alikes."
     ),
     "no_face": About(
         "No face",

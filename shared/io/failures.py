@@ -1,7 +1,7 @@
 """Explains failures that are due to the machine (memory, disk, symbolic links, recursion depth) and not to the input.
 
 A message states what happened, where, and what to do. Libraries report such failures with their own exceptions, and
-only this module recognises them.
+only this module recognizes them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Verifies that pictures show the subject itself, using its references and a bar set by true pictures.
 
-A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and reaches the similarity
+A picture is verified if it is recognized among look-alikes, is not a copy of a reference, and reaches the similarity
 to the references that 95% of true pictures of the thing reach. The first condition alone would accept a picture of the
 thing with arms of the wrong colour, because the picture only has to be more similar to this thing than to eight others.
 """
@@ -51,7 +51,7 @@ class Look:
         return int(self.copying.nearest[n]) if whole or self.pasted is None else int(self.pasted[n].argmax())
 
     def passes(self, least: Sequence[float], limit: float | None = None) -> Tensor:
-        """Returns whether each picture is verified, as bool `[N]`. A verified picture is recognised, is not a copy,
+        """Returns whether each picture is verified, as bool `[N]`. A verified picture is recognized, is not a copy,
         shows a face if the thing is a face, and reaches its `least` likeness. Requires look-alikes.
         """
         assert self.retrieved is not None

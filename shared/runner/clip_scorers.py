@@ -68,7 +68,7 @@ def clip_training_scorers(
     """Returns one scorer per subject or motion for the clips generated during training, or None if no clips are
     generated.
 
-    The scorers use only the clips and pictures that the concepts are learned from, and they do not recognise motions,
+    The scorers use only the clips and pictures that the concepts are learned from, and they do not recognize motions,
     because the best checkpoint must not be chosen by the scores that judge the finished concept.
     """
     if not makes_previews(planned, clip, dino):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.io.clips.write_clip import write_clip
-from shared.metrics.clips.paths import KnownMotion, known_motion, path_error, recognised, recognition_ceiling
+from shared.metrics.clips.paths import KnownMotion, known_motion, path_error, recognition_ceiling, recognized
 from shared.metrics.clips.scorer import ClipScorer
 from shared.toybox.motions.held_out import motion_names
 from shared.toybox.motions.look_alikes import look_alikes
@@ -47,7 +47,7 @@ def test_the_candidates_include_look_alikes_stillness_and_the_other_motions_of_t
         assert len(look_alikes(known.motion)) >= 4 and known.chance == 1 / len(names) <= 1 / 11
         assert known.is_shown(still(16))[1].name == "still"
     with pytest.raises(ValueError, match="but there are none"):
-        recognised(still(4), {})
+        recognized(still(4), {})
 
 
 def test_path_errors_are_in_pixels_and_degrees_and_ignore_constant_shifts() -> None:

@@ -162,8 +162,8 @@ def test_the_true_subject_is_verified_and_its_lookalike_is_not(tools):
     held = album.held_out("development-car")
     other, true = next(iter(album.gallery(held).values())), album.fresh(held)
     row, shots = scores_of("x", known([true, other], (true, true), "aa"), tools, Path())
-    identity, recognised = row.score("identity"), row.score("recognised")
-    assert identity and identity.truth and recognised and recognised.chance == pytest.approx(1 / 9)
+    identity, recognized = row.score("identity"), row.score("recognised")
+    assert identity and identity.truth and recognized and recognized.chance == pytest.approx(1 / 9)
     assert shots[0].scores["identity"] == pytest.approx(identity.truth) and identity.truth > 0.5
     assert shots[1].scores["identity"] == 0
     assert identity.value == pytest.approx(0.5) and shots[0].scores["ceiling"] == identity.truth

@@ -178,7 +178,7 @@ def test_a_toybox_motion_is_recognized() -> None:
     found, false = report.score("motion_recognised"), report.score("false_motion")
     assert found and false and (found.value, found.base, found.truth) == (1, 0, 0.9)
     assert found.chance == known.chance and report.candidates[0] == "loop" and len(report.candidates) >= 11
-    assert (false.value, false.unit) == (1, "rate") and false.explanation.startswith("Motion recognised in clips")
+    assert (false.value, false.unit) == (1, "rate") and false.explanation.startswith("Motion recognized in clips")
     assert any("affects every clip" in note for note in report.notes) and not report.of_kind("unnamed")
     assert report.of_kind("base")[0].moves_like == "still" and not report.of_kind("base")[0].flags
     swapped = judged(Makers(maker((0, 3)), maker((3, 0))), scorer, case, seeds=(0,))

@@ -13,7 +13,7 @@ ABOUT = {
         "score",
     ),
     "motion_recognised": About(
-        "Motion recognised",
+        "Motion recognized",
         "How often the path in the clip (position, size, view and tilt over time) is nearer to the motion than to any "
         "look-alike or other held-out motion.",
     ),
@@ -42,7 +42,7 @@ ABOUT = {
         "How often a frame shows this exact subject (by the same test as for pictures), relative to how often true "
         "pictures of the subject pass this test.",
     ),
-    "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognised."),
+    "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognized."),
     "freedom": About(
         "Freedom",
         "How much the subject's pose differs between seeds at the same moment: 0 means as little as in true pictures "
@@ -92,7 +92,7 @@ ABOUT = {
         "count.",
         "cosine",
     ),
-    "thing_recognised": About("Thing recognised", ABOUT_PICTURES["recognised"].explanation),
+    "thing_recognised": About("Thing recognized", ABOUT_PICTURES["recognised"].explanation),
     "copied": About("Copies", "How many of the frames repeat a reference picture.", better="lower"),
     "class": About("Class", "How often a frame shows an object of the class in the prompt."),
     "background": ABOUT_PICTURES["background"],

@@ -32,7 +32,7 @@ class Arms:
 def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> list[Score]:
     """Returns the scores that were measured, in reading order. Intervals are computed by resampling whole prompts.
 
-    ceiling: the share of true clips of the motion that are recognised
+    ceiling: the share of true clips of the motion that are recognized
     """
     arms = _relative(arms)
     return [_completed(s, arms, scorer, ceiling) for s in measured_scores(arms)]
@@ -102,7 +102,7 @@ def _false_motion(arms: Arms) -> list[Score]:
         return []
     span = bootstrap(arms.unnamed.scores[key], arms.prompts)
     score = _score("false_motion", arms.unnamed.mean(key), span, arms.base.mean(key))
-    about = "Motion recognised" if key == "motion_recognised" else "Motion fidelity"
+    about = "Motion recognized" if key == "motion_recognised" else "Motion fidelity"
     unit = ABOUT[key].unit
     return [score.model_copy(update={"unit": unit, "explanation": f"{about} {score.explanation[len('The same ') :]}"})]
 

@@ -1,4 +1,4 @@
-"""Recognises the toybox's motions by the thing's path, which is its position, size, view and tilt over time."""
+"""Recognizes the toybox's motions by the thing's path, which is its position, size, view and tilt over time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked, resampled
 from shared.toybox.motions.reference_clips import KEY
 
-#: The number of true clips from which the share of a motion that can be recognised is measured.
+#: The number of true clips from which the share of a motion that can be recognized is measured.
 TRUE_CLIPS = 16
 _TRUE = 17  # part of the seeds of true clips; no reference clip uses it
 #: Ceilings that this process has already measured. A benchmark judges many concepts against the same few motions.
@@ -35,14 +35,14 @@ class PathReader(Protocol):
 
 @dataclass(frozen=True)
 class Recognition:
-    """The motion that a path was recognised as."""
+    """The motion that a path was recognized as."""
 
     name: str  # the nearest candidate
     distance: float  # distance to that candidate; see `path_distance`
     margin: float  # how much farther away the second-nearest candidate is
 
 
-def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
+def recognized(path: Array, among: Mapping[str, Array]) -> Recognition:
     """Finds the motion in `among` (name -> path `[f, 6]`) that is nearest to `path` (`[F, 6]`).
 
     Motions are resampled to the frame count of `path`. Timing matters, because a different rhythm is a different
@@ -103,8 +103,8 @@ class KnownMotion:
         return 1 / len(self.candidates(2))
 
     def is_shown(self, path: Array) -> tuple[bool, Recognition]:
-        """Returns whether this motion is the one nearest to a path `[F, 6]`, and what the path was recognised as."""
-        found = recognised(path, self.candidates(len(path)))
+        """Returns whether this motion is the one nearest to a path `[F, 6]`, and what the path was recognized as."""
+        found = recognized(path, self.candidates(len(path)))
         return found.name == self.motion.name, found
 
 
@@ -129,7 +129,7 @@ def recognition_ceiling(
     through: Callable[[Tensor], Tensor] | None = None,
     through_key: str = "",
 ) -> float:
-    """Returns the share of newly drawn true clips of the motion that are recognised. No model can be expected to do
+    """Returns the share of newly drawn true clips of the motion that are recognized. No model can be expected to do
     better.
 
     clips: the number of clips; if None, `TRUE_CLIPS`

@@ -58,7 +58,7 @@ class ClipReport(BaseModel):
     clips: list[ClipRow] = []
     motion_clips: list[str] = []  # the clips that the motion was learned from, relative to the report's folder
     references: list[str] = []  # the subject's pictures, relative to the report's folder
-    candidates: list[str] = []  # the motions, including `motion` itself, among which it had to be recognised
+    candidates: list[str] = []  # the motions, including `motion` itself, among which it had to be recognized
     instruments: list[Instrument] = []
     costs: ClipCosts = ClipCosts()
     metadata: dict[str, Any] = {}  # the concepts' metadata, from their files

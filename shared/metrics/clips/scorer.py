@@ -84,7 +84,7 @@ class ClipScorer:
     Args:
         motion_clips: the clips that the motion was learned from, `[3, f, H, W]` in [-1, 1], all the same size
         known: the motion, if it is one of the toybox's motions
-        reader: reads the paths of things, from which that motion is recognised
+        reader: reads the paths of things, from which that motion is recognized
         thing: the picture scorer that has the subject's references
         compensate_camera: as in `motion_fidelity`
         same_subject: whether the motion's clips show the subject itself, which is then supposed to look like it does in

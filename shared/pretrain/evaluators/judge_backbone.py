@@ -47,9 +47,9 @@ def judge_backbone(
 
     Returns:
         a dictionary with the settings and these entries:
-        `scores`: the fractions recognised correctly, the PSNR in dB, the KID between generated pictures and new
+        `scores`: the fractions recognized correctly, the PSNR in dB, the KID between generated pictures and new
             renders, and this KID's floor, which is the KID between two sets of renders
-        `instrument`: the fractions recognised correctly on renders of the same scenes, which serve as the ceiling
+        `instrument`: the fractions recognized correctly on renders of the same scenes, which serve as the ceiling
         `bars`: for each bar, `value`, `bar` and `met`
         `met`: whether all bars are met
         `seconds`: the duration of the measurement
@@ -138,7 +138,7 @@ def truth(scene: world.Scene) -> dict[str, str]:
 def attribute_scores(
     recognizer: Recognizer, scenes: Sequence[world.Scene], n: int, pictures: Tensor
 ) -> dict[str, float]:
-    """Returns the fraction of scenes in which each attribute is recognised correctly. The accessory is scored on
+    """Returns the fraction of scenes in which each attribute is recognized correctly. The accessory is scored on
     all scenes that have one, the style on all scenes that are not photos, and the others on the first `n` scenes.
     """
     found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]

@@ -1,4 +1,4 @@
-"""Measures the pose estimator's errors on new renders, and how often it recognises the motion of new clips."""
+"""Measures the pose estimator's errors on new renders, and how often it recognizes the motion of new clips."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from shared.toybox.motions.look_alikes import candidates
 from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked
 
-_LEVEL_DEG = 50.0  # above this elevation, azimuths are hard to recognise
+_LEVEL_DEG = 50.0  # above this elevation, azimuths are hard to recognize
 _NEAR_DEG = 30.0
 _FRAMES = 16
 _SEED = 83
 
 
 def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, clips: int = 4) -> dict[str, Any]:
-    """Measures the median absolute pose errors on `n` new renders in all styles, and how often motions are recognised
+    """Measures the median absolute pose errors on `n` new renders in all styles, and how often motions are recognized
     in `clips` new clips of each motion.
 
     Azimuths are judged only on renders from an elevation below 50 degrees. `azimuth_near` is the share of these renders
     whose azimuth error is below 30 degrees. Among clips of captioned motions, `captioned` is the share whose path is
     nearest to a path of the right motion. Among clips of held-out motions, `held_out_<split>` is the share that are
-    recognised. The alternatives are the motion's look-alikes, the other motions of the split, and standing still.
+    recognized. The alternatives are the motion's look-alikes, the other motions of the split, and standing still.
 
     degrade: a function applied first to the pictures `[n, 3, 64, 64]`, for example the VAE's round trip
     """

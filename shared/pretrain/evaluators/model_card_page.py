@@ -32,13 +32,13 @@ with a different value of the attribute (chance 50%). For `swap binding`, the tw
 """
 POSE = {
     "azimuth_near": ("azimuth within 30°", ""),
-    "captioned": ("captioned motions recognised", "95.0% clean, 90.0% reconstructed"),
-    "held_out_development": ("held-out motions recognised, development", ""),
-    "held_out_reporting": ("held-out motions recognised, reporting", ""),
+    "captioned": ("captioned motions recognized", "95.0% clean, 90.0% reconstructed"),
+    "held_out_development": ("held-out motions recognized, development", ""),
+    "held_out_reporting": ("held-out motions recognized, reporting", ""),
 }
 MOTIONS = """Position, size, azimuth, elevation and tilt are read from single pictures. An azimuth of 0 is the front, and
 azimuths are judged only at elevations below 50°. A clip's path is read from its frames, and the azimuth is tracked over
-time. The recognised motion is the motion with the nearest path. Clips of captioned motions are compared with 64 paths
+time. The recognized motion is the motion with the nearest path. Clips of captioned motions are compared with 64 paths
 of each captioned motion and with standing still. Clips of held-out motions are compared with their own motion, its
 look-alikes, the other motions of the split, and standing still.
 """
@@ -156,7 +156,7 @@ def _motion_module(training: dict[str, Any] | None, judge: dict[str, Any] | None
     return (
         f"{made}{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, seed "
         f"{judge['seed']}, one clip of 16 frames per caption, without selection\n(`pcs toybox evaluate-clips`). "
-        "`motion` means that the caption's motion was recognised. `ends agree` means that the first and last frames\n"
+        "`motion` means that the caption's motion was recognized. `ends agree` means that the first and last frames\n"
         "are at least as similar as in 95% of true clips. `still` means that nothing moves. The last column is for "
         "renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)

@@ -21,7 +21,7 @@ VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_
 #: The learning rate falls over this final fraction of the steps when `Work.more` is set.
 FALL = 0.75
 #: The number of groups of things on which the identity encoder is trained. An encoder trained on 1,500 groups memorised
-#: them. In pictures decoded by the autoencoder, it recognised 98% of the things from these groups, but only 75% of
+#: them. In pictures decoded by the autoencoder, it recognized 98% of the things from these groups, but only 75% of
 #: other things.
 IDENTITY_GROUPS = 4_500
 #: The minimum number of pictures per group. With a small data set, it limits the number of groups.
