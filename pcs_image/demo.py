@@ -11,7 +11,7 @@ import torch
 
 from pcs_image.runner import ImageRunner
 from shared.demo import Asked, Bars, Exhibit
-from shared.io.contact_sheets import contact_sheet
+from shared.io.contact_sheets import contact_sheet, write_picture
 from shared.io.decode import read_picture
 from shared.io.resize import resize
 from shared.recipe.resolve import load
@@ -67,12 +67,9 @@ def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
     """Writes a contact sheet with the references and, for the first prompts, the pictures made with the concept and
     those made by the base model."""
     references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted(asked.references.glob("*.png"))])
-    path = asked.out / "contact-sheet.png"
-    contact_sheet(
-        {
-            "references": references,
-            "with the concept": _first(report, asked, "concept"),
-            f"base model, prompted with “{class_noun}”": _first(report, asked, "base"),
-        }
-    ).save(path)
-    return path
+    rows = {
+        "references": references,
+        "with the concept": _first(report, asked, "concept"),
+        f"base model, prompted with “{class_noun}”": _first(report, asked, "base"),
+    }
+    return write_picture(contact_sheet(rows), asked.out / "contact-sheet.png")

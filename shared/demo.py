@@ -8,10 +8,9 @@ modality, and its value is a module with two functions. `check(asked)` rejects i
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +21,7 @@ from torch.nn import functional as F
 from shared.config import unknown
 from shared.io.contact_sheets import contact_sheet, write_picture
 from shared.io.decode import read_picture
-from shared.io.foreign_files import claim
-from shared.io.outputs import check_output
+from shared.io.outputs import atomic_folder, check_output, write_text
 from shared.io.resize import resize
 from shared.metrics.clips.page import inline_clip
 from shared.metrics.html import inline, render
@@ -101,33 +99,37 @@ def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
 
 
 def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Runs the parts in `names`, or all parts if it is empty, and yields lines to print. Raises ValueError if a name is
-    unknown, or if `asked.out` exists and may not be overwritten."""
+    """Runs the parts in `names`, or all parts if it is empty, and yields lines to print. `asked.out` appears, or is
+    replaced, only once the demo is complete. Raises ValueError if a name is unknown, or if `asked.out` exists and may
+    not be overwritten."""
     chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():
         part.check(asked)
-    if asked.out.exists():
-        shutil.rmtree(asked.out)
     start = time.perf_counter()
+    with atomic_folder(asked.out, overwrite) as folder:
+        for line in _made(replace(asked, out=folder), chosen.values(), bars):
+            yield line.replace(str(folder), str(asked.out))  # where the files will be
+    yield f"page         {asked.out / 'index.html'}"
+    yield f"These are toy numbers, measured on the toybox. Done in {time.perf_counter() - start:.0f} s."
+
+
+def _made(asked: Asked, chosen: Iterable[DemoPart], bars: Bars) -> Iterator[str]:
+    """Fills the folder `asked.out`, and yields lines to print."""
     files = album.write_album(asked.subject, asked.references)
     yield f"references   {len(files)} pictures of {asked.subject} in {asked.references}"
     exhibits: list[Exhibit] = []
     rows = {"References": torch.stack([resize(read_picture(f), _TILE).pixels for f in files[:_TILES]])}
-    for part in chosen.values():
+    for part in chosen:
         for made in part.show(asked, bars):
             if isinstance(made, Exhibit):
                 exhibits.append(made)
-                claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
-                _write_page(asked, exhibits)
                 if made.shots is not None:  # if several exhibits share a title, only the first gets a row
                     rows.setdefault(made.title, F.interpolate(made.shots[:_TILES], (_TILE, _TILE), mode="area"))
             else:
                 yield made
-    claim(asked.out, "overview.png")
     yield f"overview     {write_picture(contact_sheet(rows, _TILE), asked.out / 'overview.png')}"
-    yield f"page         {asked.out / 'index.html'}"
-    yield f"These are toy numbers, measured on the toybox. Done in {time.perf_counter() - start:.0f} s."
+    _write_page(asked, exhibits)
 
 
 def _write_page(asked: Asked, exhibits: Sequence[Exhibit]) -> None:
@@ -143,5 +145,4 @@ def _write_page(asked: Asked, exhibits: Sequence[Exhibit]) -> None:
 
     references = [inline(p.read_bytes()) for p in sorted(asked.references.glob("*.png"))]
     page = render("demo.html.j2", subject=asked.subject, references=references, exhibits=[shown(e) for e in exhibits])
-    claim(asked.out, "index.html")
-    (asked.out / "index.html").write_text(page, encoding="utf-8")
+    write_text(asked.out / "index.html", page)

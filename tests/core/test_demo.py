@@ -65,6 +65,38 @@ def test_unknown_names_are_refused_before_anything_is_deleted(tmp_path: Path, mo
     assert sorted(p.name for p in kept.iterdir()) == before
 
 
+def test_a_failed_demo_keeps_the_earlier_one_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Painter):
+        def show(self, asked: demo.Asked, bars: demo.Bars) -> Iterator[str | demo.Exhibit]:
+            assert (out / "index.html").read_text("utf-8") == page, "the earlier demo stays while the new one runs"
+            yield from super().show(asked, bars)
+            raise MemoryError
+
+    out, used = tmp_path / "demo", {"image": Painter(".png")}
+    monkeypatch.setattr(demo, "parts", lambda names: used)
+    list(demo.run(replace(ASKED, out=out), [], False, BARS))
+    page = (out / "index.html").read_text("utf-8")
+    used["video"] = Failing(".webp")
+    for place, overwrite in ((out, True), (tmp_path / "new", False)):
+        with pytest.raises(MemoryError):
+            list(demo.run(replace(ASKED, out=place), [], overwrite, BARS))
+    assert (out / "index.html").read_text("utf-8") == page and not (out / "made.webp").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_link_to_an_earlier_demo_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, link = tmp_path / "disk" / "demo", tmp_path / "link"
+    monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".png")})
+    list(demo.run(replace(ASKED, out=place), [], False, BARS))
+    link.symlink_to(place)
+    monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".webp")})
+    lines = list(demo.run(replace(ASKED, out=link), [], True, BARS))
+    assert f"page         {link / 'index.html'}" in lines and lines[0].endswith(f" in {link / 'references'}")
+    assert link.is_symlink() and (place / "made.webp").is_file() and not (place / "made.png").exists()
+
+
 def test_every_installed_package_provides_a_part_of_the_demo() -> None:
     found: Any = demo.parts()
     assert [part.__name__ for part in found.values()] == ["pcs_image.demo", "pcs_video.demo", "pcs_3d.demo"]
