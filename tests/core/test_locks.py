@@ -1,0 +1,85 @@
+"""Only one process at a time can write to an output."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.benchmark.experiment import Experiment, benchmark
+from shared.cli import build, run
+from shared.io.locks import holding
+from shared.io.outputs import check_file, check_output
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from shared.io.locks import hold, holding
+with holding():
+    hold(Path(sys.argv[1]))
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_an_output_stays_locked_until_its_command_ends_or_is_killed(tmp_path: Path) -> None:
+    out, link = tmp_path / "x.concept", tmp_path / "link"
+    out.mkdir()
+    link.symlink_to(out)
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, out], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    for path in (out, link):
+        with holding(), pytest.raises(ValueError, match=rf"{path} is being written by process {process.pid} \(started"):
+            check_output(path, overwrite=True)
+    nothing: Any = Experiment({"a": 1}, ["mug"], "a photo of a mug", range(1)), out, None
+    with holding(), pytest.raises(ValueError, match=f"is being written by process {process.pid}"):
+        benchmark(lambda *_: None, *nothing)
+    check_output(tmp_path / "y.concept")
+    process.kill()
+    process.wait()
+    with holding():
+        assert check_output(out) == check_output(out) == out, (
+            "the output is free again, and this command may lock it twice"
+        )
+        check_file(tmp_path / "a.png")
+        second = subprocess.run([sys.executable, "-c", HOLDS, out], capture_output=True, text=True)
+        assert second.returncode == 1 and "is being written by process" in second.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x.concept"], (
+        "no lock file is left next to the output"
+    )
+
+
+def test_the_lock_is_visible_to_other_users_and_covers_nested_paths(capsys, tmp_path: Path) -> None:
+    out = tmp_path / "run5" / "d.concept"
+    elsewhere = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": "/proc/none", "PCS_CACHE": "/proc/none"}
+    elsewhere["TMPDIR"] = str(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, out], stdout=subprocess.PIPE, text=True, env=elsewhere)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with holding():
+            for path in (out, out / "preview.png", tmp_path / "run5"):
+                with pytest.raises(ValueError, match=f"{path} is being written by process {process.pid}"):
+                    check_output(path)
+            assert run(build(), ["toybox", "train", "vae", "--work", str(out)]) == 2
+            assert f"{out} is being written by process {process.pid}" in capsys.readouterr().err
+            check_output(tmp_path / "run5" / "e.concept")
+            check_output(tmp_path / "run55")
+    finally:
+        process.kill()
+        process.wait()
+    with holding():
+        check_output(tmp_path / "run5")
+        check_output(out)
+
+
+def test_an_output_that_cannot_be_locked_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.io.locks._TEMPORARY", Path("/proc/none"))
+    with (
+        holding(),
+        pytest.warns(UserWarning, match=rf"{tmp_path / 'x'} cannot be locked \(.*\): make sure that no other"),
+    ):
+        check_output(tmp_path / "x")
