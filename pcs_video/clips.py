@@ -16,7 +16,7 @@ from shared.config import unknown
 from shared.io.clips.write_clip import SHEET_COLUMNS, spread, write_clip, write_clip_sheet
 from shared.io.contact_sheets import check_sheet
 from shared.io.denoising_progress import Steps
-from shared.io.outputs import atomic_folder, check_apart, check_file, check_output
+from shared.io.outputs import atomic_folder, check_file, check_output
 from shared.runner.png_metadata import metadata
 from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
@@ -53,7 +53,8 @@ class ClipFiles:
                 f"{self.path} is one file, but there will be {clips} clips; give a folder, such as --out clips/"
             )
         if self.one_file:
-            check_apart(check_file(self.path, self.overwrite), read)
+            for file in (self.path, *([self.sheet()] if self.with_sheet else [])):
+                check_file(file, self.overwrite, read)
         else:
             check_output(self.path, self.overwrite, read)
 
@@ -75,8 +76,6 @@ def generate(
     the paths. Clips are written once they are done, so memory use does not grow with their number."""
     shots = [(p, s) for p in prompts for s in seeds]
     out.check(len(shots))
-    if out.one_file and out.with_sheet:
-        check_file(out.sheet(), out.overwrite)
     settings = runner.with_own_sampling(settings)
     if isinstance(runner.backbone, PictureClipsBackbone):
         for prompt in (p for p in dict.fromkeys(prompts) if not runner.follows(p, settings)):

@@ -114,7 +114,7 @@ def generate(
         invert, invert_share, invert_prompt, keep, keep_mask, boxes, first_frame, prefix, prefix_frames, pan
     )
     files = ClipFiles(out, fps or 1.0, kind, sheet, overwrite)
-    files.check(len(prompts) * num, [*read_by(concept, backbone), *steered.files])
+    files.check(len(prompts) * num, [*read_by(concept, backbone, motion_adapter), *steered.files])
     hooks = (*check_strengths(strength), *steered.hooks())
     check_prompts(prompts, concept)
     VideoRunner.check_frames(model_asked_for(backbone, concept), motion_adapter, frames)
@@ -193,7 +193,7 @@ def evaluate(
     if not concept:
         raise ValueError("evaluate needs --concept with a motion, a subject, or one of each")
     read = [p for p in (references, pictures, gallery, clip, dino) if p is not None]
-    check_output(out, overwrite, [*read_by(concept, backbone), *read])
+    check_output(out, overwrite, [*read_by(concept, backbone, motion_adapter), *read])
     check_folders(clip, dino)
     load_clip_prompts(prompts)
     VideoRunner.check_frames(model_asked_for(backbone, concept), motion_adapter, frames)

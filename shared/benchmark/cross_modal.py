@@ -50,7 +50,9 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
     chosen = modalities(names)
     folders = [p for p in (asked.judged.references, asked.judged.gallery, asked.judged.clip, asked.judged.dino) if p]
     motion = [asked.motion] if asked.motion else []
-    check_output(asked.out, overwrite, [*read_by([asked.concept, *motion], asked.backbone), *folders])
+    check_output(
+        asked.out, overwrite, [*read_by([asked.concept, *motion], asked.backbone, asked.motion_adapter), *folders]
+    )
     check_folders(asked.judged.clip, asked.judged.dino)
     _check_thing(asked)
     tools = load_instruments(

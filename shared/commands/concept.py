@@ -58,7 +58,7 @@ def export(
     from shared.io.outputs import check_output
     from shared.runner.open_runner import read_by
 
-    check_output(out, overwrite, [*read_by([path], backbone), *([motion_adapter] if motion_adapter else [])])
+    check_output(out, overwrite, read_by([path], backbone, motion_adapter))
     concept = read(path)
     prepare = built_on(concept.meta.backbone.family, motion_adapter)
     model = load_backbone_of(concept, backbone, download=download, prepare=prepare)

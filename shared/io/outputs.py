@@ -61,10 +61,14 @@ def check_resumable(
     return path
 
 
-def check_file(path: PathLike, overwrite: bool = False) -> Path:
-    """Checks that a file can be written, and returns it as a path. Raises ValueError if it exists (unless `overwrite`
-    is set), is a folder, or cannot be written."""
+def check_file(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
+    """Checks that a file can be written, and returns it as a path. Call this before any work starts.
+
+    Raises ValueError if the file exists (unless `overwrite` is set), is a folder, is or lies inside one of `inputs`, is
+    being written by another process, or cannot be written.
+    """
     path = _named(path)
+    check_apart(path, inputs)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the path of a file")
     if path.exists() and not overwrite:

@@ -192,8 +192,9 @@ def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path
     return where_learned(read(parse_concept(concepts[0])[0]))
 
 
-def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
-    """Returns the folders that `open_runner` reads, including the model's folder, so that no output overwrites them.
+def read_by(concepts: Sequence[str | Path], backbone: str | None, motion_adapter: Path | None = None) -> list[Path]:
+    """Returns the folders that `open_runner` reads, including those of the model and of the motion adapter, so that no
+    output overwrites them.
 
     Args:
         concepts: `PATH[:STRENGTH]`, or folders
@@ -204,7 +205,7 @@ def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
         raise ValueError("the backbone is empty (perhaps it was given as a shell variable that is not set)")
     folders = [c if isinstance(c, Path) else parse_concept(c)[0] for c in concepts]
     model = expanded(backbone) if backbone else known_model(folders[0]) if folders else None
-    return [*folders, *([model] if model and model.exists() else [])]
+    return [*folders, *(path for path in (model, motion_adapter) if path and path.exists())]
 
 
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:

@@ -297,6 +297,8 @@ def test_an_output_must_not_lie_inside_an_input(refused, learn, painted, tiny_fo
     ):
         message = refused(*arguments, "--out", tiny_folder / "out", "--overwrite")
         assert f"the output {tiny_folder / 'out'} lies inside {tiny_folder}, which is an input" in message
+    message = refused("concept", "evaluate", concepts["mug"], "--motion-adapter", other, "--out", other / "out")
+    assert f"lies inside {other}, which is an input" in message
 
 
 def test_a_class_noun_must_be_a_plain_word(refused, learn, tmp_path):

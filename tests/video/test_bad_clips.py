@@ -22,6 +22,7 @@ from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.cli import build, run
 from shared.concept import Provenance, capture, save
 from shared.io.clips.write_clip import write_clip
+from shared.io.contact_sheets import write_picture
 from tests.image.refusing import refusing
 from tests.video.clip_models import build_animatediff
 from tests.video.conftest import FAST, moving_square
@@ -99,6 +100,23 @@ def motion(clip_model: Path, clip_folder: Path, tmp_path_factory: pytest.TempPat
     settings = [*FAST, f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={path}", "preview.num=0"]
     assert run(build(), ["video", "personalize", "animatediff_motion_lora", *settings]) == 0
     return path
+
+
+def test_an_output_must_not_replace_anything_that_a_command_reads(
+    refused: Refused, adapter_folder: Path, tmp_path: Path
+) -> None:
+    picture = write_picture(moving_square()[:, 0], tmp_path / "clip-sheet.png")
+    filmed = ("video", "generate", "a mug", "--overwrite", "--out")
+    for arguments in (
+        (*filmed, adapter_folder / "clip.mp4"),
+        ("video", "evaluate", "--concept", tmp_path / "c", "--out", adapter_folder / "x"),
+    ):
+        message = refused(*arguments, "--motion-adapter", adapter_folder)
+        assert f"lies inside {adapter_folder}, which is an input" in message
+    message = refused(*filmed, tmp_path / "clip.mp4", "--sheet", "--first-frame", picture)
+    assert f"the output {picture} is {picture}, which is an input" in message
+    message = refused("video", "generate", "a mug", "--sheet", "--out", tmp_path / "clip.mp4")
+    assert f"{picture} already exists" in message
 
 
 def test_an_image_model_refuses_a_motion(
