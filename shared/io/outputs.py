@@ -170,13 +170,15 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
                     file.chmod(usual)
             if path.exists():
                 _check_there(path, overwrite)  # check again: the output may have appeared in the meantime
-            _take_place(temporary, path)
+            take_place(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _take_place(temporary: Path, path: Path) -> None:
+def take_place(temporary: Path, path: Path) -> None:
+    """Renames a complete folder to `path`, in the same folder. An old `path` is exchanged for it, atomically if the system
+    supports this, and then removed."""
     if not path.exists():
         temporary.rename(path)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -294,6 +295,21 @@ def test_the_assembled_folder_loads_without_this_project(made: Path, tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["backbone"]
     again = assemble.assemble(made, target)  # replaces the folder
     assert again == target and [p.name for p in tmp_path.iterdir()] == ["backbone"]
+
+
+def test_the_old_folder_stays_until_the_assembled_one_takes_its_place(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, replace = assemble.assemble(made, tmp_path / "backbone"), os.replace
+
+    def watched(old: Any, new: Any) -> None:
+        replace(old, new)
+        assert target.exists(), "a process killed here would leave no weights"
+
+    monkeypatch.setattr(os, "replace", watched)
+    (target / "old.txt").touch()
+    assemble.assemble(made, target)
+    assert not (target / "old.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["backbone"]
 
 
 def test_the_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -164,6 +165,22 @@ def clip(tmp_path) -> Path:
     tokenizer = build_clip_tokenizer()
     save_clip(new_clip(config, tokenizer), new_processor(config, tokenizer), tmp_path / "clip")
     return tmp_path / "clip"
+
+
+def test_an_old_clip_model_stays_until_the_new_one_takes_its_place(clip, monkeypatch):
+    from shared.toybox.evaluators.clip import save_clip
+
+    replace = os.replace
+
+    def watched(old, new):
+        replace(old, new)
+        assert clip.exists(), "a process killed here would leave no model"
+
+    model, processor = load_toybox_clip.__wrapped__(clip)
+    (clip / "old.txt").touch()
+    monkeypatch.setattr(os, "replace", watched)
+    save_clip(model, processor, clip)
+    assert not (clip / "old.txt").exists() and [p.name for p in clip.parent.iterdir()] == ["clip"]
 
 
 @pytest.mark.parametrize("load", [load_clip, load_toybox_clip.__wrapped__])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shared.io.temporary_names import replaced
+from shared.io.outputs import take_place
 from shared.pretrain.toybox import models
 from shared.pretrain.toybox.run_folder import (
     TOKENIZER_FOLDER,
@@ -92,7 +91,7 @@ def assemble(out: Path, target: Path | None = None) -> Path:
         facts = json.dumps(training_facts(out), indent=2) + "\n"
         (fresh / "training.json").write_text(facts, encoding="utf-8")
         readable(fresh)
-        swap(fresh, target)
+        take_place(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return target
@@ -138,11 +137,3 @@ def readable(folder: Path) -> None:
     folder.chmod(0o755)
     for path in folder.glob("**/*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def swap(fresh: Path, target: Path) -> None:
-    old = replaced(target)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(fresh, target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from shared.pretrain.toybox.assemble import plain_configs, readable, swap
+from shared.io.outputs import take_place
+from shared.pretrain.toybox.assemble import plain_configs, readable
 from shared.pretrain.toybox.motion_module import averaged, motion_folder
 from shared.toybox.weights import WEIGHTS
 from shared.train import checkpoint
@@ -54,6 +55,6 @@ def _write(target: Path, fill: Any) -> None:
         fill(fresh)
         plain_configs(fresh)
         readable(fresh)
-        swap(fresh, target)
+        take_place(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

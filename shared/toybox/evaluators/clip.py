@@ -8,8 +8,6 @@ CLIP-T and CLIP-I are therefore computed by exactly the same code as for a full-
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.io.model_folders import load_network, load_tokenizer
-from shared.io.temporary_names import beside, replaced
+from shared.io.outputs import take_place
+from shared.io.temporary_names import beside
 from shared.toybox.evaluators.convnet import WEIGHTS
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -103,11 +102,7 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
     _state_float32(temporary / "config.json")
     for file in temporary.iterdir():
         file.chmod(0o644)
-    old = replaced(folder)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    take_place(temporary, folder)
 
 
 @lru_cache(maxsize=4)
