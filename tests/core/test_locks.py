@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from shared.benchmark.experiment import Experiment, benchmark
 from shared.cli import build, run
 from shared.io.locks import holding
 from shared.io.outputs import check_file, check_output
+from shared.pretrain.evaluators.calibrate import calibrate
+from shared.pretrain.evaluators.model_card import write_card
+from shared.pretrain.evaluators.training_curve import extend
+from shared.toybox.weights import WEIGHTS
 
 HOLDS = """
 import sys, time
@@ -24,6 +30,18 @@ with holding():
     print("held", flush=True)
     time.sleep(100)
 """
+
+
+@contextmanager
+def locked_elsewhere(path: Path) -> Iterator[str]:
+    """Keeps a lock on `path` in another process. Yields a pattern that matches the error of a command that is refused."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield f"{path} is being written by process {process.pid}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_an_output_stays_locked_until_its_command_ends_or_is_killed(tmp_path: Path) -> None:
@@ -83,3 +101,22 @@ def test_an_output_that_cannot_be_locked_causes_a_warning(tmp_path: Path, monkey
         pytest.warns(UserWarning, match=rf"{tmp_path / 'x'} cannot be locked \(.*\): make sure that no other"),
     ):
         check_output(tmp_path / "x")
+
+
+def test_commands_that_write_shipped_weights_lock_them_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with locked_elsewhere(WEIGHTS / "CARD.md") as message:
+        assert run(build(), ["toybox", "evaluate", "--card", "--backbone", str(tmp_path / "none")]) == 2
+        assert message in capsys.readouterr().err
+    with locked_elsewhere(WEIGHTS / "pose") as message:
+        assert run(build(), ["toybox", "train", "pose", "--work", str(tmp_path / "work")]) == 2
+        assert message in capsys.readouterr().err
+    for file, start in (
+        (tmp_path / "calibration.json", lambda: next(calibrate(2, out=tmp_path / "calibration.json"))),
+        (tmp_path / "curve.json", lambda: next(extend(tmp_path, 8, 4.0, weights=tmp_path))),
+        (tmp_path / "card.json", lambda: write_card(8, weights=tmp_path)),
+    ):
+        with locked_elsewhere(file) as message, holding(), pytest.raises(ValueError, match=message):
+            start()
+    assert not list(tmp_path.iterdir())

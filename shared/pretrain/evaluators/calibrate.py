@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.io.outputs import check_file
 from shared.metrics.crops import crop_embeddings
 from shared.metrics.encoders import CropSettings, ImageEncoder, Instruments
 from shared.metrics.freedom import pairs, pooled
@@ -52,8 +53,9 @@ def calibrate(things: int = 12, seed: int = 0, out: Path = WEIGHTS / CALIBRATION
 
     The best combination is the one with the smallest error on pictures whose freedom is known. This freedom is 1 for
     another set of random views, and 0 for one pose at varying positions and for shifted copies of one picture.
-    Yields lines to print.
+    Yields lines to print. Raises ValueError if `out` cannot be written.
     """
+    check_file(out, overwrite=True)
     instruments, vae = load_toybox(), load_vae(WEIGHTS / "backbone" / "vae")
 
     def through(pixels: Tensor) -> Tensor:

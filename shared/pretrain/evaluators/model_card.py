@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.io.outputs import check_file, write_text
 from shared.pretrain.evaluators import measure
 from shared.pretrain.evaluators import training_curve as curve
 from shared.pretrain.evaluators.measure_pose import measure_pose
@@ -57,6 +58,12 @@ def describe(weights: Path = WEIGHTS) -> dict[str, Any]:
     return {"bytes": sizes, "bytes_in_all": sum(sizes.values()), "trainings": trainings}
 
 
+def check_card(weights: Path = WEIGHTS) -> None:
+    """Raises ValueError if the card's files in `weights` cannot be written."""
+    for name in ("card.json", "CARD.md"):
+        check_file(weights / name, overwrite=True)
+
+
 def write_card(
     n: int = 600,
     seed: int = 0,
@@ -70,7 +77,10 @@ def write_card(
     judge, clips: the results of `judge_backbone` and `judge_clips`. If None, those of the previous card are kept.
     keep: whether to keep the previous card's accuracies, `n` and `seed`. Otherwise, the accuracies are measured again,
         which takes minutes.
+
+    Raises ValueError if there is no previous card to keep, or whenever `check_card` does.
     """
+    check_card(weights)
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if keep and not before:
@@ -85,7 +95,7 @@ def write_card(
     card["clips"] = clips or before.get("clips")
     card["curve"] = curve.read(weights)
     write_json(path, card)
-    (weights / "CARD.md").write_text(page(card), "utf-8")
+    write_text(weights / "CARD.md", page(card))
     return card
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.io.outputs import check_file
 from shared.pretrain.evaluators.judge_backbone import BARS, judge_backbone
 from shared.pretrain.toybox import assemble
 from shared.pretrain.toybox.run_folder import denoiser_facts, snapshot_facts, snapshots, training_folder
@@ -30,8 +31,10 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
         each new point, which contains its step, its number of pictures and its `SCORES`
 
     Raises:
-        ValueError: if there is neither a snapshot nor a checkpoint, or if the curve was measured with other settings
+        ValueError: if there is neither a snapshot nor a checkpoint, if the curve was measured with other settings, or if it
+            cannot be written
     """
+    check_file(weights / CURVE, overwrite=True)
     run = work / "run"
     state = checkpoint.load(training_folder(run, "unet"))
     points: list[tuple[Path | None, dict[str, Any]]] = [(file, snapshot_facts(file)) for file in snapshots(run)]

@@ -93,11 +93,17 @@ class Work:
 def run(stages: Sequence[str], work: Work) -> None:
     """Runs the stages in order and prints the result of each. Each stage resumes where an earlier call stopped.
 
-    Raises ValueError if the folder cannot be written to, or if it contains files but none from an earlier call.
+    Raises ValueError if the folder cannot be written to, if it contains files but none from an earlier call, or if another
+    process is writing to the folder or to weights that these stages write.
     """
+    from shared.io.locks import hold
     from shared.io.outputs import check_resumable
+    from shared.toybox.weights import WEIGHTS
 
     check_resumable(work.folder, "training", lambda folder: any((folder / name).is_dir() for name in _FOLDERS))
+    for stage in stages:
+        for name in _SHIPPED.get(stage, ()):
+            hold(WEIGHTS / name)
     for stage in STAGES:
         if stage in stages:
             print(f"{stage}: {_STAGES[stage](work)}", flush=True)
@@ -225,6 +231,12 @@ _STAGES: dict[str, Callable[[Work], str]] = {
     "clips": _clips,
     "motion": _motion,
     "assemble-motion": _assemble_motion,
+}
+#: The folders of the shipped weights that each stage writes.
+_SHIPPED = {
+    **{name: (name,) for name in ("recognizer", "identity", "clip", "pose")},
+    "assemble": ("backbone",),
+    "assemble-motion": ("motion_adapter", "backbone"),
 }
 #: The names of the stages, in the order in which they run.
 STAGES = tuple(_STAGES)
