@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.config import unknown
 from shared.io.contact_sheets import read_metadata, write_picture
-from shared.io.outputs import atomic_folder
+from shared.io.outputs import atomic_folder, check_output
 from shared.toybox.captions import SEEN, background_phrase, describe, plain_caption
 from shared.toybox.render import render
 from shared.toybox.subjects import HeldOut, faces, reference_scenes, style_scenes, subjects
@@ -41,6 +41,7 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
     but no colours or pattern (`NAME.txt`). The other is the thing's mask (`masks/NAME.png`).
     """
     subject = held_out(name)
+    check_output(folder, overwrite)
     scenes = reference_scenes(subject.thing, n, seed, name.split("-")[0])
     rendered = render(scenes)
     with atomic_folder(folder, overwrite) as out:
@@ -58,6 +59,7 @@ def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
     Each PNG stores the style's name in its metadata. Each picture has a caption (`NAME.txt`), which describes its
     content but not its style.
     """
+    check_output(folder, overwrite)
     scenes = style_scenes(name, n, seed)
     drawn = render(scenes).pixels * 2 - 1
     with atomic_folder(folder, overwrite) as out:

@@ -14,7 +14,8 @@ from shared.cli import build, run
 from shared.io.contact_sheets import read_metadata
 from shared.io.decode import read_picture
 from shared.io.read_subject import read_subject
-from shared.toybox import captions, subjects, world
+from shared.toybox import captions, reference_sets, subjects, world
+from shared.toybox.motions import reference_clips
 from shared.toybox.motions.held_out import motion_names
 from shared.toybox.render import render
 
@@ -110,6 +111,38 @@ def test_a_folder_that_is_not_a_backbone_is_refused(refused, tmp_path: Path) -> 
     (tmp_path / "figures.json").write_text("mine")
     assert "figures.json already exists" in refused("evaluate", "--out", tmp_path / "figures.json")
     assert "dpm++" in refused("evaluate", "--scheduler", "dpmpp")
+
+
+def test_an_output_inside_a_folder_that_is_read_is_refused(refused, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("shared.toybox.weights.WEIGHTS", tmp_path)
+    model = tmp_path / "backbone"
+    model.mkdir()
+    (model / "model_index.json").write_text("{}")
+    for arguments in (
+        ("evaluate", "--backbone", model, "--out", model / "model_index.json"),
+        ("evaluate", "--out", model / "a.json"),
+        ("evaluate-clips", "--backbone", model, "--motion-adapter", ".", "--out", model / "a.json"),
+        ("evaluate-clips", "--motion-adapter", model, "--backbone", ".", "--out", model / "a.json"),
+        ("evaluate-clips", "--work", model, "--backbone", ".", "--out", model / "a.json"),
+        ("sheet", model / "a.png", "--source", "vae", "--rows", 1),
+    ):
+        assert f"{model}, which is an input" in refused(*arguments, "--overwrite")
+
+
+def test_references_are_not_drawn_if_they_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("something was drawn")
+
+    monkeypatch.setattr(reference_sets, "render", unexpected)
+    monkeypatch.setattr(reference_clips, "sample_moving", unexpected)
+    (tmp_path / "mine.txt").write_text("mine")
+    for write, name in (
+        (reference_sets.write_album, "development-duck"),
+        (reference_sets.write_style, "development-thermal"),
+        (reference_clips.write_motion, "development-zigzag"),
+    ):
+        with pytest.raises(ValueError, match="already exists and contains 1 file"):
+            write(name, tmp_path)
 
 
 def test_training_refuses_a_broken_link_and_a_folder_with_other_files(refused, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> P
     if out.suffix.lower() != ".png" and not out.is_dir():
         raise ValueError(f"{out}: a sheet is a PNG, so its name must end in .png")
     check_tiles(settings.rows * settings.columns, f"--rows {settings.rows} --columns {settings.columns}")
-    check_file(out, overwrite)
+    check_file(out, overwrite, [] if settings.source == "world" else [backbone_path()])
     rng, source = np.random.default_rng(settings.seed), settings.source
     scenes = [sample_scene(rng) for _ in range(settings.rows * settings.columns)]
     texts = [caption(s, rng, full=source == "model" and len(s.things) == 1) for s in scenes]

@@ -20,7 +20,7 @@ def open_pipeline(folder: str | None) -> Any:
     pipeline is missing or broken."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
-    place = expanded(folder) if folder is not None else backbone_path()
+    place = _place(folder)
     index = place / "model_index.json"
     if not index.is_file():
         why = "it has no model_index.json" if place.is_dir() else absent(place, "there is no such folder")
@@ -41,6 +41,10 @@ def open_pipeline(folder: str | None) -> Any:
     return pipe
 
 
+def _place(folder: str | None) -> Path:
+    return expanded(folder) if folder is not None else backbone_path()
+
+
 @dataclass(frozen=True)
 class JudgeSettings:
     """Settings for judging the model. `pictures` is the number of random captions; the other settings determine
@@ -58,14 +62,16 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
     """Judges the model on random captions. With `card`, also measures the evaluators on new renders, and writes the
     model card. Yields lines to print.
 
-    Raises ValueError if `out` exists and `overwrite` is not set, if `backbone` is not the folder of a Stable Diffusion
-    pipeline, or if the scheduler is unknown.
+    Raises ValueError if `out` exists and `overwrite` is not set, if `out` lies inside the model's folder, if `backbone` is
+    not the folder of a Stable Diffusion pipeline, or if the scheduler is unknown.
     """
     from shared.pretrain.evaluators.judge_backbone import judge_backbone
-    from shared.pretrain.evaluators.model_card import write_card
+    from shared.pretrain.evaluators.model_card import check_card, write_card
 
+    if card:
+        check_card()
     if out is not None:
-        check_file(out, overwrite)
+        check_file(out, overwrite, [_place(settings.backbone)])
         out.parent.mkdir(parents=True, exist_ok=True)
     guidance = sampling_defaults()["guidance"] if settings.guidance is None else settings.guidance
     if settings.scheduler is not None and settings.scheduler not in DIFFUSION:
@@ -89,12 +95,14 @@ def evaluate_clips(
     """Judges a motion module on random clip captions: the one trained in `work`, the one in the folder `adapter`, or, if
     both are None, the shipped one. Yields lines to print.
 
-    Raises ValueError if `out` exists and `overwrite` is not set, or if there is no motion module.
+    Raises ValueError if `out` exists and `overwrite` is not set, if `out` lies inside a folder that is read, or if there is
+    no motion module.
     """
     from shared.pretrain.evaluators.judge_clips import judge_clips
 
     if out is not None:
-        check_file(out, overwrite)
+        module = work or adapter or motion_adapter_path()
+        check_file(out, overwrite, [_place(settings.backbone), module])
         out.parent.mkdir(parents=True, exist_ok=True)
     guidance = sampling_defaults()["guidance"] if settings.guidance is None else settings.guidance
     pipe = open_moving(settings.backbone, work, adapter)
@@ -115,7 +123,7 @@ def open_moving(backbone: str | None, work: Path | None, adapter: Path | None = 
     from shared.pretrain.toybox.motion_module import averaged
 
     if work is not None:
-        pipe, module = averaged(work, expanded(backbone) if backbone is not None else backbone_path())
+        pipe, module = averaged(work, _place(backbone))
     else:
         if adapter is not None and not (adapter / "config.json").is_file():
             raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from shared.io.contact_sheets import write_picture
-from shared.io.outputs import atomic_folder
+from shared.io.outputs import atomic_folder, check_output
 from shared.toybox.motions.clip_captions import plain_clip_caption
 from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
 from shared.toybox.motions.held_out import held_out_motion
@@ -69,6 +69,7 @@ def write_motion(
     motion's name is stored in the metadata of each frame. Returns the clips' folders. Raises ValueError whenever
     `reference_moving` or `atomic_folder` does, or if `thing` is unknown.
     """
+    check_output(folder, overwrite)
     moving = reference_moving(name, n, seed, frames, held_out(thing).thing if thing else None)
     written = []
     with atomic_folder(folder, overwrite) as out:
