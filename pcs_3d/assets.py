@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from shared.concept.provenance import portable, public_name
 from shared.evaluation.picture_rows import pngs
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
-from shared.io.outputs import atomic_folder, check_output, write_text
+from shared.io.outputs import atomic_folder, check_apart, check_output, write_text
 from shared.io.read_subject import plain_noun
 from shared.prompts import without
 from shared.recipe.schema import dump
@@ -52,9 +52,15 @@ class AssetFiles:
     def workdir(self) -> Path:
         return self.out.with_name(self.out.name + ".training")
 
-    def check(self) -> bool:
-        """Returns whether the asset is already finished. Raises ValueError if existing output would be overwritten, or
-        if an interrupted run is neither resumed nor overwritten."""
+    def check_apart(self, read: Sequence[Path]) -> None:
+        """Raises ValueError if the asset or the state of its run would overlap one of the inputs `read`."""
+        for path in (self.out, self.workdir):
+            check_apart(path, read)
+
+    def check(self, read: Sequence[Path] = ()) -> bool:
+        """Returns whether the asset is already finished. Raises ValueError if existing output or one of the inputs `read`
+        would be overwritten, or if an interrupted run is neither resumed nor overwritten."""
+        self.check_apart(read)
         anew = self.overwrite and not self.resume
         begun = not anew and checkpoint.load(self.workdir) is not None
         if self.resume and not begun and not self.overwrite and (self.out / ABOUT).is_file():

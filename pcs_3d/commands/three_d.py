@@ -49,7 +49,6 @@ def create(
     from pcs_3d.recipe import Recipe3D
     from pcs_3d.runner import Runner3D, check_asked
     from shared.commands.progress import Bar
-    from shared.io.outputs import check_output
     from shared.metrics.html import size
     from shared.recipe.phases import expand_phases
     from shared.recipe.reads import paths_read
@@ -65,13 +64,14 @@ def create(
         raise ValueError(f"output = {resolved.output}: set an asset's folder with --out instead")
     check_fields(resolved)
     files = AssetFiles(out, overwrite, resume)
-    if files.check():
+    if files.check([*read_by(concept, resolved.backbone), *paths_read(resolved)]):
         print(f"already finished: {out}")
         return
-    check_output(out, overwrite or resume, [*read_by(concept, resolved.backbone), *paths_read(resolved)])
     subjects = {name: subject.read() for name, subject in resolved.subjects.items()}
     if resolved.subject is not None:
         subjects = {resolved.name or "subject": resolved.subject.read()}
+    for subject in subjects.values():
+        files.check_apart([*subject.files, *subject.masks.values()])  # unlike the first check, follows links in folders
     kinds = kinds_of(concept)
     if kinds is not None:
         check_asked(resolved, kinds, subjects)

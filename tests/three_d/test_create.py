@@ -21,6 +21,7 @@ from shared.recipe.catalog import recipe_files
 from shared.recipe.phases import expand_phases
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
+from shared.toybox.reference_sets import write_album
 from shared.toybox.weights import backbone_path
 from shared.train import checkpoint
 from tests.three_d.distilling import SMALL, finish, recipe, session
@@ -146,6 +147,18 @@ def test_impossible_prompts_and_tasks_are_refused_before_anything_begins(sd, tmp
     with pytest.raises(ValueError, match=why):
         Runner3D(sd).create(recipe("dreamfusion", *FEW, *settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_in_the_training_folder_are_refused(pcs, tmp_path):
+    """pcs wrote these pictures, so a new run would delete them with the files of an earlier run."""
+    photos, links = tmp_path / "asset.training" / "photos", tmp_path / "links"
+    write_album("development-robot", photos)
+    links.mkdir()
+    (links / "a.png").symlink_to(photos / "00.png")
+    for images, read in ((photos, photos), (links, links / "a.png")):
+        given = ("prompt=a photo of a robot", f"subject.images={images}", "subject.class_noun=robot")
+        ran = pcs("3d", "create", "reference_reconstruction", *given, "--out", tmp_path / "asset", "--device", "none")
+        assert ran.code == 2 and f"asset.training contains {read}, which is an input" in ran.err, ran.err
 
 
 def test_a_runner_can_replace_a_task(sd, tmp_path):
