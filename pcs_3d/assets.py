@@ -22,6 +22,7 @@ from shared.concept.provenance import portable, public_name
 from shared.evaluation.picture_rows import pngs
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
+from shared.io.locks import hold, holding
 from shared.io.outputs import atomic_folder, check_apart, check_output, write_text
 from shared.io.read_subject import plain_noun
 from shared.prompts import without
@@ -71,6 +72,7 @@ class AssetFiles:
                 f"{self.workdir} holds an interrupted run: continue it with --resume, or start over with --overwrite"
             )
         if begun:
+            hold(self.workdir)
             check_log(self.workdir)
             return False
         check_output(self.workdir, overwrite=True)
@@ -79,6 +81,7 @@ class AssetFiles:
         return False
 
 
+@holding()
 def create(
     runner: Runner3D,
     recipe: DistillRecipe,
@@ -95,9 +98,11 @@ def create(
         plan: the memory plan, if the recipe was changed to fit a budget. It is recorded in the asset.
 
     Raises:
-        ValueError: the prompt, concepts and recipe are incompatible, or the field is empty. The state of the run is
-            kept.
+        ValueError: the prompt, concepts and recipe are incompatible, the field is empty, or another process is writing to
+            one of the folders. The state of the run is kept.
     """
+    hold(files.out)
+    hold(files.workdir)
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
     if plan is not None:
         asset = replace(asset, costs={**asset.costs, **plan.costs})

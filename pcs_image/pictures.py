@@ -11,6 +11,7 @@ from pathlib import Path
 from pcs_image.runner import ImageRunner
 from shared.io.contact_sheets import Grid, check_sheet, write_picture
 from shared.io.denoising_progress import Steps
+from shared.io.locks import holding
 from shared.io.outputs import atomic_folder, check_output
 from shared.runner.png_metadata import metadata
 from shared.sampling.sampler import output_size
@@ -26,6 +27,7 @@ class PictureFolder:
     with_grid: bool = False  # whether to also write all pictures as one grid
 
 
+@holding()
 def generate(
     runner: ImageRunner,
     prompts: Sequence[str],

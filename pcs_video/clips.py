@@ -16,6 +16,7 @@ from shared.config import unknown
 from shared.io.clips.write_clip import SHEET_COLUMNS, spread, write_clip, write_clip_sheet
 from shared.io.contact_sheets import check_sheet
 from shared.io.denoising_progress import Steps
+from shared.io.locks import holding
 from shared.io.outputs import atomic_folder, check_file, check_output
 from shared.runner.png_metadata import metadata
 from shared.sampling.sampler import output_size
@@ -63,6 +64,7 @@ class ClipFiles:
         return self.path.with_name(f"{self.path.stem}-sheet.png") if self.one_file else self.path / "sheet.png"
 
 
+@holding()
 def generate(
     runner: VideoRunner,
     prompts: Sequence[str],

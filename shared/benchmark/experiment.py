@@ -22,6 +22,7 @@ from shared.benchmark.comparison_table import Comparison
 from shared.concept.provenance import portable, portable_text
 from shared.io.failures import of_the_disk
 from shared.io.foreign_files import claim, is_cell, is_claimed
+from shared.io.locks import holding
 from shared.io.outputs import check_resumable, write_text
 from shared.metrics.report import SCHEMA_VERSION, Instrument, Report
 
@@ -86,6 +87,7 @@ def pictures(goal: Goal = Goal(), control: str | None = None) -> Reporting[Repor
     return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal, control))
 
 
+@holding()
 def benchmark(
     run: Run[R],
     experiment: Experiment,

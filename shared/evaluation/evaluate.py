@@ -21,6 +21,7 @@ from shared.evaluation.report_facts import Case, about, costs, notes, scores_csv
 from shared.evaluation.summary import Arms, prompt_rows, summary_scores
 from shared.evaluation.true_figures import true_figures
 from shared.io.denoising_progress import Steps, named, part_of
+from shared.io.locks import holding
 from shared.io.outputs import check_output
 from shared.metrics.encoders import Instruments
 from shared.metrics.freedom import SEEDS
@@ -50,6 +51,7 @@ class Shots:
     kept: KeptPictures | None = None  # the base model's pictures, shared by evaluations with the same sampler
 
 
+@holding()
 def evaluate(
     generate: Generate,
     base_generate: Generate,

@@ -31,7 +31,8 @@ _held: dict[str, int] | None = None  # key -> open lock file, while a command ru
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """Keeps a lock on each output passed to `hold` until the enclosed block ends."""
+    """Keeps a lock on each output passed to `hold` until the enclosed block ends, or until the outermost one does if
+    blocks are nested. `pcs` encloses every command; `@holding()` encloses a function that is also called from Python."""
     global _held
     if _held is not None or sys.platform == "win32":
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.failures import writing
 from shared.io.foreign_files import foreign_files, mark
-from shared.io.locks import hold
+from shared.io.locks import hold, holding
 from shared.io.temporary_names import beside, exchanged, replaced, sweep, sweep_once
 from shared.io.terminal import encodable, names
 
@@ -150,13 +150,12 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
 
     With `overwrite`, the old folder stays until the new one is complete, and the two are then exchanged, atomically if
     the system supports this. If `path` is a link to a folder, the link stays and its target is written. Files get the
-    permissions that the umask allows. Leftovers of killed processes next to `path` are removed.
+    permissions that the umask allows. Leftovers of killed processes next to `path` are removed. The output is locked.
 
     Raises ValueError as `check_output` does. Whether the output may be replaced is checked again at the end.
     """
-    named = check_output(path, overwrite, inputs)
-    path = _place(named)
-    with writing(named):
+    with holding(), writing(expanded(path)):
+        path = _place(check_output(path, overwrite, inputs))
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         temporary = beside(path)

@@ -12,6 +12,7 @@ from shared.concept import save
 from shared.io.contact_sheets import contact_sheet, stills
 from shared.io.denoising_progress import named
 from shared.io.failures import in_words
+from shared.io.locks import hold, holding
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Progress, Runner
@@ -20,6 +21,7 @@ from shared.train import checkpoint
 from shared.types import Subject
 
 
+@holding()
 def personalize(
     planned: Plan,
     runner: Runner,
@@ -33,10 +35,12 @@ def personalize(
 
     The training folder keeps the logs and samples, but not the checkpoints. If `resume` is not set, files that an
     earlier run left in this folder are removed when the first step begins. An interrupted run can be resumed until
-    every concept has been saved with its preview.
+    every concept has been saved with its preview. Raises ValueError if another process is writing to one of the folders.
     """
     if planned.finished:
         return dict(planned.outputs)
+    for path in (*planned.outputs.values(), planned.workdir):
+        hold(path)
     recipe = planned.recipe
     warn_unseen(runner.backbone, planned.subjects)
     side = preview_resolution(runner, recipe)

@@ -15,6 +15,7 @@ from shared.concept.provenance import plain, portable
 from shared.config import NAME
 from shared.io.checksums import sha256
 from shared.io.decode import picture_size
+from shared.io.locks import hold
 from shared.io.outputs import check_apart, check_output
 from shared.io.terminal import encodable
 from shared.recipe.phases import check_learns, expand_phases
@@ -108,6 +109,7 @@ def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, 
             f"{workdir} holds an interrupted run: continue it with --resume, or start over with --overwrite"
         )
     if begun:
+        hold(workdir)  # another output, with or without ".concept", may have the same training folder
         check_log(workdir)
     else:
         check_output(workdir, overwrite=True)  # only an earlier run's logs and samples may be removed

@@ -8,18 +8,25 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from shared.benchmark.experiment import Experiment, benchmark
 from shared.cli import build, run
+from shared.evaluation.clips.evaluate import ClipShots, evaluate_clips
+from shared.evaluation.evaluate import Shots, evaluate
 from shared.io.locks import holding
-from shared.io.outputs import check_file, check_output
+from shared.io.outputs import atomic_folder, check_file, check_output
 from shared.pretrain.evaluators.calibrate import calibrate
 from shared.pretrain.evaluators.model_card import write_card
 from shared.pretrain.evaluators.training_curve import extend
+from shared.recipe.resolve import load
+from shared.runner.learn import personalize
+from shared.runner.plan import plan
+from shared.toybox.reference_sets import write_album
 from shared.toybox.weights import WEIGHTS
+from shared.train import checkpoint
 
 HOLDS = """
 import sys, time
@@ -101,6 +108,43 @@ def test_an_output_that_cannot_be_locked_causes_a_warning(tmp_path: Path, monkey
         pytest.warns(UserWarning, match=rf"{tmp_path / 'x'} cannot be locked \(.*\): make sure that no other"),
     ):
         check_output(tmp_path / "x")
+
+
+def test_every_command_locks_its_output(tmp_path: Path) -> None:
+    out, asked = tmp_path / "x", ("image", "generate", "a mug", "--backbone", tmp_path / "none", "--out")
+    with locked_elsewhere(out) as message:
+        done = subprocess.run([sys.executable, "-m", "shared.cli", *asked, out], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_functions_that_are_called_from_python_lock_their_outputs(tmp_path: Path) -> None:
+    write_album("development-duck", tmp_path / "photos")
+    out, unused = tmp_path / "x.concept", cast(Any, None)
+    settings = [f"subject.images={tmp_path / 'photos'}", "subject.class_noun=duck", f"output={out}"]
+    planned = plan(load("textual_inversion", settings))
+    for place in (out, tmp_path / "x.training"):
+        with locked_elsewhere(place) as message, pytest.raises(ValueError, match=message):
+            personalize(planned, unused)
+    with locked_elsewhere(out) as message:
+        for call in (
+            lambda: evaluate(unused, unused, unused, unused, unused, Shots((0,), out=out)),
+            lambda: evaluate_clips(unused, unused, unused, unused, ClipShots((0,), out=out)),
+            lambda: benchmark(unused, Experiment({"a": 1}, ["mug"], "a photo of a mug", range(1)), out, unused),
+            lambda: atomic_folder(out).__enter__(),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def test_a_resumed_run_also_locks_its_training_folder(tmp_path: Path) -> None:
+    """The outputs `x` and `x.concept` have the same training folder."""
+    write_album("development-duck", tmp_path / "photos")
+    checkpoint.save(tmp_path / "x.training", checkpoint.State(0, 1))
+    settings = [f"subject.images={tmp_path / 'photos'}", "subject.class_noun=duck", f"output={tmp_path / 'x'}"]
+    recipe = load("textual_inversion", settings)
+    with locked_elsewhere(tmp_path / "x.training") as message, holding(), pytest.raises(ValueError, match=message):
+        plan(recipe, resume=True)
+    plan(recipe, resume=True)
 
 
 def test_commands_that_write_shipped_weights_lock_them_first(

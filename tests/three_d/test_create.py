@@ -17,6 +17,7 @@ from pcs_3d.runner import Runner3D
 from shared.config import read_yaml, validate
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
+from shared.io.locks import holding
 from shared.recipe.catalog import recipe_files
 from shared.recipe.phases import expand_phases
 from shared.recipe.resolve import load
@@ -24,6 +25,7 @@ from shared.recipe.schema import dump
 from shared.toybox.reference_sets import write_album
 from shared.toybox.weights import backbone_path
 from shared.train import checkpoint
+from tests.core.test_locks import locked_elsewhere
 from tests.three_d.distilling import SMALL, finish, recipe, session
 from tests.three_d.picture_scenes import PictureRecipe
 
@@ -159,6 +161,17 @@ def test_pictures_in_the_training_folder_are_refused(pcs, tmp_path):
         given = ("prompt=a photo of a robot", f"subject.images={images}", "subject.class_noun=robot")
         ran = pcs("3d", "create", "reference_reconstruction", *given, "--out", tmp_path / "asset", "--device", "none")
         assert ran.code == 2 and f"asset.training contains {read}, which is an input" in ran.err, ran.err
+
+
+def test_an_asset_and_the_state_of_its_run_are_locked(sd, tmp_path):
+    files, how = AssetFiles(tmp_path / "asset", resume=True), recipe("dreamfusion", *FEW)
+    for path in (files.out, files.workdir):
+        with locked_elsewhere(path) as message, pytest.raises(ValueError, match=message):
+            create(Runner3D(sd), how, files, export=wrote)
+    checkpoint.save(files.workdir, checkpoint.State(0, 1))
+    with locked_elsewhere(files.workdir) as message, holding(), pytest.raises(ValueError, match=message):
+        files.check()
+    assert not files.check()
 
 
 def test_a_runner_can_replace_a_task(sd, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 from pcs_image.runner import ImageRunner
 from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.clips import ClipFiles, generate
 from pcs_video.runner import VideoRunner
 from shared.backbones import load as loading
 from shared.backbones.flux import FluxBackbone
@@ -23,6 +24,7 @@ from shared.cli import build, run
 from shared.concept import Provenance, capture, save
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
+from tests.core.test_locks import locked_elsewhere
 from tests.image.refusing import refusing
 from tests.video.clip_models import build_animatediff
 from tests.video.conftest import FAST, moving_square
@@ -117,6 +119,12 @@ def test_an_output_must_not_replace_anything_that_a_command_reads(
     assert f"the output {picture} is {picture}, which is an input" in message
     message = refused("video", "generate", "a mug", "--sheet", "--out", tmp_path / "clip.mp4")
     assert f"{picture} already exists" in message
+
+
+def test_generating_clips_from_python_locks_the_file(tmp_path: Path) -> None:
+    unused: Any = None
+    with locked_elsewhere(tmp_path / "clip.mp4") as message, pytest.raises(ValueError, match=message):
+        generate(unused, ["a mug"], ClipFiles(tmp_path / "clip.mp4"))
 
 
 def test_an_image_model_refuses_a_motion(

@@ -22,6 +22,7 @@ from shared.evaluation.clips.summary import Arms, summary_scores
 from shared.evaluation.evaluate import Generate
 from shared.io.clips.write_clip import spread, webp_bytes, write_clip_sheet
 from shared.io.denoising_progress import Steps, named, part_of
+from shared.io.locks import holding
 from shared.io.outputs import check_output
 from shared.metrics.clips.freedom import freedom_of_clips
 from shared.metrics.clips.report import CLIPS, ClipReport, ClipRow, Kind
@@ -60,6 +61,7 @@ class ClipShots:
     kept: KeptClips | None = None  # evaluations that share this dict also share clips
 
 
+@holding()
 def evaluate_clips(
     makers: Makers,
     case: ClipCase,
