@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pcs_image.pictures import PictureFolder, generate
 from shared.runner import open_runner
+from tests.core.test_locks import locked_elsewhere
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +87,9 @@ def test_an_asset_from_pictures_needs_their_masks(pcs, photos, tmp_path):
     ran = pcs("3d", "create", "reference_reconstruction", *asked)
     assert ran.code == 2 and "needs masks, but" in ran.err and "put masks/NAME.png next to the pictures" in ran.err
     assert [p.name for p in tmp_path.iterdir()] == ["bare"]
+
+
+def test_generating_pictures_from_python_locks_the_folder_first(tmp_path: Path) -> None:
+    unused: Any = None
+    with locked_elsewhere(tmp_path / "out") as message, pytest.raises(ValueError, match=message):
+        generate(unused, ["a mug"], PictureFolder(tmp_path / "out"))
