@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.framewise import FramewiseCodec, by_frame, shares
+from pcs_video.backbones.recomputed_motion import recompute_motion
 from shared.backbones.module_roles import RoleSpec
 from shared.backbones.stable_diffusion import ROLES as PICTURE_ROLES
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
@@ -55,6 +56,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         super().__init__(pipe, name)
         self.most_frames: int = self.unet.config.motion_max_seq_length
         self.frames: int | None = min(DEFAULT_FRAMES, self.most_frames)
+        recompute_motion(self.unet)
         self._pictures = _without_motion(self.unet)
         self._by_frame = False
 

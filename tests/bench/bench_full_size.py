@@ -12,6 +12,9 @@ Only the denoiser is measured. Its inputs (latents and text embeddings) are rand
 ones. Its weights are frozen and in bfloat16, as in the pipelines. The suite's own LoRA (rank 32, on all attention
 layers) is in float32 and is trained with AdamW under bfloat16 autocast. `--tiny` runs the same measurements at tiny
 sizes, to test this script. With `--tiny --device cpu`, no GPU is needed.
+
+`--device meta` computes no steps and needs no GPU either. The table then gives the memory of the weights and of the
+activations that one forward pass stores for the backward pass, which follow from the tensors' shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +45,11 @@ from full_size import (
     synchronize,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pcs_video.backbones.animatediff import ROLES
+from pcs_video.backbones.recomputed_motion import recompute_motion
 from pcs_video.backbones.video_transformer import transformer_roles
 from shared.backbones.module_roles import RoleSpec, resolve
 from shared.backbones.protocol import Group
@@ -104,6 +111,8 @@ class Row:
     peak_gib: float | None = None
     utilisation: float | None = None
     error: str = ""
+    weights_gib: float | None = None
+    stored_gib: float | None = None  # what a forward pass stores for the backward pass, without the weights
 
 
 def animatediff(tiny: bool) -> Case:
@@ -115,7 +124,9 @@ def animatediff(tiny: bool) -> Case:
             motion_num_attention_heads=heads,
             motion_max_seq_length=32,
         )
-        return diffusers.UNetMotionModel.from_unet2d(pictures, motion)
+        unet = diffusers.UNetMotionModel.from_unet2d(pictures, motion)
+        recompute_motion(unet)
+        return unet
 
     latents, clip = ((1, 4, 4, 8, 8), "4 x 64x64") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
     roles = ("cross_attention", "self_attention", "temporal_attention")
@@ -149,12 +160,63 @@ def wan(tiny: bool) -> Case:
     )
 
 
+class Stored:
+    """Counts the memory that a model's forward pass stores for the backward pass: tensors saved by operations, and the
+    inputs of parts that are recomputed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    def run(self, part: Any, *inputs: Any) -> Any:
+        """Runs a part of the model that is recomputed in the backward pass."""
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                self._keep(tensor)
+        return checkpoint(part.__call__, *inputs, use_reentrant=False)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside the context, what is stored is counted. Attention is counted as a fused kernel."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            before, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _fused_attention
+            try:
+                yield
+            finally:
+                F.scaled_dot_product_attention = before
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._kept[storage._cdata] = storage
+        return tensor
+
+    @property
+    def gib(self) -> float:
+        weights = {p.untyped_storage()._cdata for p in self._model.parameters()}
+        return sum(s.nbytes() for key, s in self._kept.items() if key not in weights) / 2**30
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Stores what a fused attention kernel stores, but computes nothing. Meta tensors do not support these kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    return _FusedAttention.apply(query, key, value)
+
+
 def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
     """Trains the model for about `seconds` seconds and fills in the row."""
     torch.manual_seed(0)
     model = random_model(case.build, device)
+    stored = Stored(model)
     if row.checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(stored.run)
     network: Any = Network(case.component, model, case.role_table)
     group = Lora(roles=case.roles, rank=RANK).inject(network, "bench", "lora", seed=0)
     row.trained = sum(p.numel() for p in group.parameters)
@@ -173,6 +235,12 @@ def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
+    if device.type == "meta":
+        with stored.counting():
+            model(x.bfloat16(), t, encoder_hidden_states=text, return_dict=False)
+        row.weights_gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+        row.stored_gib = stored.gib
+        return
     for _ in range(WARM_UPS):
         loss = step()
     synchronize(device)
@@ -207,6 +275,8 @@ def cells(row: Row) -> tuple[str, ...]:
     first = (row.model, row.clip, "on" if row.checkpointing else "off")
     if row.error:
         return (*first, row.error)
+    if row.stored_gib is not None:
+        return (*first, f"weights {row.weights_gib:.1f} GiB, stored for the backward pass {row.stored_gib:.1f} GiB")
     trained = "n/a" if row.trained is None else f"{row.trained / 1e6:.2f} M"
     busy = "n/a" if row.utilisation is None else f"{row.utilisation:.0f}%"
     numbers = (shown(row.seconds, ".3f"), shown(row.steps_per_second, ".3f"), shown(row.peak_gib, ".2f"))

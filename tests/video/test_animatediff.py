@@ -14,6 +14,7 @@ from shared.backbones.protocol import Backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
+from shared.train.memory import recomputed
 from shared.trainable.lora import Lora
 from tests.video.clip_models import build_animatediff
 
@@ -123,6 +124,28 @@ def test_gradient_checkpointing_does_not_change_the_gradients_of_pictures(clips:
     for a, b in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(a, b)
     assert all(block.gradient_checkpointing for block in clips._pictures.down_blocks)
+
+
+def test_gradient_checkpointing_also_covers_motion_modules(clips: AnimateDiffBackbone) -> None:
+    """diffusers' motion modules ignore the setting."""
+    group = Lora(roles=("temporal_attention", "temporal_feed_forward"), rank=2).inject(clips, "spin", "lora", 0)
+    scramble(clips.adapters["spin"][0])
+    context, x = clips.encode(["a mug"]), noise(1, 4, 4, 8, 8)
+
+    def learned(on: bool) -> tuple[list[Tensor], int]:
+        """Returns the gradients, and how many numbers were stored for the backward pass."""
+        stored: dict[int, Tensor] = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: stored.setdefault(id(t), t), lambda t: t)
+        with recomputed(clips, on), hooks:
+            loss = clips.predict(x, torch.tensor(300), context).square().mean()
+        count = sum(t.numel() for t in stored.values())
+        with recomputed(clips, on):
+            return list(torch.autograd.grad(loss, group.parameters)), count
+
+    (plain, all_stored), (again, stored) = learned(False), learned(True)
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)
+    assert stored < 0.25 * all_stored
 
 
 def test_clips_are_encoded_frame_by_frame(clips: AnimateDiffBackbone) -> None:
