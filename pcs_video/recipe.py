@@ -17,7 +17,7 @@ from pcs_video.motion.frozen_clips import FrozenClips
 from pcs_video.motion.generated_clips import GeneratedClips
 from pcs_video.motion.motion_embeddings import MotionEmbeddings
 from shared.backbones.protocol import Backbone
-from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
+from shared.config import NAME, NameOrPath, PathText, Slot, default_kind, slots
 from shared.io.clips.find_clips import find_clips
 from shared.io.noise_prior_settings import NoisePriorSettings
 from shared.io.read_subject import plain_noun
@@ -65,7 +65,7 @@ class ClipSubject(SubjectSettings):
 class ClipSampling(Sampling):
     """How clips are generated, during training and by default afterwards. null means the backbone's own setting."""
 
-    frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # frames per clip; 0 for pictures
+    frames: Annotated[int, Field(ge=0, le=4096)] | None = None  # frames per clip while learning; 0 for pictures
     trajectory: Trajectory | None = None  # the path of clips whose prompts name the motion; null for none
     # after training, clips whose prompts name the motion start from noise that is taken in part from the motion's first
     # training clip, if that clip is found; clips generated during training start from random noise
@@ -119,15 +119,18 @@ def clip_sources(recipe: Recipe) -> list[Clips]:
 
 
 def check_lengths(recipe: Recipe, check: Callable[[int], object]) -> None:
-    """Raises ValueError, naming the setting, if `check` rejects the length of a window or of generated clips."""
+    """Raises ValueError, naming the setting, if `check` rejects a frame count that the recipe or one of its parts sets."""
     for _, phase in expand_phases(recipe):
-        lengths = {
-            f"sources.{k}.window.length": p.window.length for k, p in phase.sources.items() if isinstance(p, Clips)
-        }
-        if isinstance(phase.sampling, ClipSampling) and phase.sampling.frames:
-            lengths["sampling.frames"] = phase.sampling.frames
-        for key, frames in lengths.items():
+        for key, frames in _frame_counts(phase).items():
             try:
                 check(frames)
             except ValueError as error:
                 raise ValueError(f"{key} = {frames}: {error}") from None
+
+
+def _frame_counts(recipe: Recipe) -> dict[str, int]:
+    parts = {f"{slot}.{name}": part for slot in slots(type(recipe)) for name, part in getattr(recipe, slot).items()}
+    found = {f"{where}.{key}": frames for where, part in parts.items() for key, frames in part.frame_counts.items()}
+    if isinstance(recipe.sampling, ClipSampling) and recipe.sampling.frames:
+        found["sampling.frames"] = recipe.sampling.frames
+    return found

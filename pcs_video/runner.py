@@ -91,9 +91,9 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError if the model does not support the length of a window or of generated clips, if a trajectory
-        must be measured but the clips are not those of exactly one motion, or if there is a noise prior but no clips.
-        Does not load the model."""
+        """Raises ValueError if the model does not support a frame count that the recipe sets, if a trajectory must be
+        measured but the clips are not those of exactly one motion, or if there is a noise prior but no clips. Does not
+        load the model."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -118,9 +118,11 @@ class VideoRunner(Runner):
     ) -> dict[str, Concept]:
         """Learns as `Runner.personalize` does. If the recipe asks for a trajectory, it is measured first.
 
-        Also raises ValueError if the model does not support the size of the frames, if a trajectory cannot be measured (see
-        `trajectory.measure`), or if the trajectory skips layers that the recipe trains.
+        Also raises ValueError if the model does not support a frame count or a frame size that the recipe sets, if a
+        trajectory cannot be measured (see `trajectory.measure`), or if the trajectory skips layers that the recipe trains.
         """
+        side = self.backbone.resolution
+        check_lengths(recipe, lambda frames: self.backbone.latent_shape(side, side, frames))
         for source in clip_sources(recipe):
             if source.size is not None:
                 try:

@@ -44,6 +44,11 @@ class KindPart(Part):
         """The part's name in tables that compare recipes."""
         return self.kind.replace("_", " ")
 
+    @property
+    def frame_counts(self) -> Mapping[str, int]:
+        """The frame counts of the clips that the part gives to the model, by key."""
+        return {}
+
 
 def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
     """Returns an error message with the unknown value, the nearest valid name and all valid names."""

@@ -36,6 +36,10 @@ class Clips(SourcePart):
     track: Track = Track()
     apart: bool = False  # whether each frame becomes a separate picture
 
+    @property
+    def frame_counts(self) -> Mapping[str, int]:
+        return {} if self.apart else {"window.length": self.window.length}
+
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}
         if not found:

@@ -31,6 +31,10 @@ class FrozenClips(SourcePart):
     def gives(self) -> Role:
         return self.role
 
+    @property
+    def frame_counts(self) -> Mapping[str, int]:
+        return {"length": self.length}
+
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = self.pictures.check(subjects, earlier)
         return found if self.role == "instance" else {}

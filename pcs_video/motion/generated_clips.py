@@ -31,6 +31,10 @@ class GeneratedClips(Generated):
     frames: int = Field(default=16, ge=2, le=4096)
     batch_size: int = Field(default=1, ge=1, le=1024)  # clips generated at once
 
+    @property
+    def frame_counts(self) -> Mapping[str, int]:
+        return {"frames": self.frames}
+
     def _more_facts(self) -> list[Any]:
         return [self.frames]
 

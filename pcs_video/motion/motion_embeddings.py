@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -37,6 +38,10 @@ class MotionEmbeddings(TrainablePart):
     @property
     def places(self) -> tuple[str, ...]:
         return ("temporal_attention",)
+
+    @property
+    def frame_counts(self) -> Mapping[str, int]:
+        return {} if self.frames is None else {"frames": self.frames}
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Adds trainable embeddings to the temporal attention layers.

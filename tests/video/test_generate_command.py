@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pcs_video.backbones.frame_grid import frame_check
+from pcs_video.backbones.wan import WanBackbone
 from pcs_video.clips import ClipFiles, generate
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
@@ -24,7 +25,7 @@ from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.clips.write_clip import write_clip
 from shared.recipe.resolve import load
-from shared.runner.plan import plan
+from shared.runner.plan import Plan, plan
 from shared.sampling.settings import SamplingSettings
 from tests.core.runs import paint
 from tests.video.conftest import moving_square
@@ -168,6 +169,29 @@ def test_unsupported_frame_counts_are_refused_before_anything_is_loaded(
         assert code == 2 and not (tmp_path / "m.concept").exists()
         code, error = ask("a mug", "--backbone", folders[family], "--frames", 16)
         assert code == 2 and "--frames: a clip of 16 frames does not fit" in " ".join(error.split())
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("recipe", "setting", "key"),
+    [
+        ("still_moving", "sources.class_stills.length=17", "sources.stills.length"),  # of a later phase
+        ("motion_booth", "sampling.frames=17", "sources.class_pictures.frames"),
+        ("motion_inversion", "sources.clips.window.length=17", "trainable.embeddings.frames"),
+        ("set_then_sequence", "phases.set.sources.clips.window.length=6", "sources.clips.window.length"),
+    ],
+)
+def test_every_part_that_sets_a_frame_count_is_checked_before_anything_is_loaded(
+    recipe: str, setting: str, key: str, folders: dict[str, Path], given: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    medium = f"clips={clip_folder}" if "clips.window" in setting else f"images={given / 'photos'}"
+    settings = [f"backbone={folders['wan']}", f"subject.{medium}", "subject.class_noun=mug", setting]
+    planned = load(recipe, [*settings, f"output={tmp_path / 'm.concept'}"], "video", VideoRecipe)
+    clip = rf"^{re.escape(key)} = (16|24): a clip of \1 frames does not fit wan, .*nearest: "
+    with pytest.raises(ValueError, match=clip):
+        VideoRunner.check_plan(Plan(planned, {}, {}, tmp_path), str(folders["wan"]))
+    with pytest.raises(ValueError, match=clip):  # a model whose files do not show its frame counts
+        VideoRunner(WanBackbone(build_wan())).personalize({}, planned, tmp_path)
 
 
 def test_the_frame_rate_is_passed_to_networks_that_use_it(folders: dict[str, Path], ask: Ask, tmp_path: Path) -> None:
