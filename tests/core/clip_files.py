@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image
 
 MILLI = Fraction(1, 1000)
@@ -70,6 +71,28 @@ def sound(path: Path) -> Path:
         frame.sample_rate, frame.pts = 16000, 0
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    return path
+
+
+def cover_art(path: Path) -> Path:
+    """Writes an MP4 file whose only stream is a cover picture, as in an audiobook without its sound."""
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
+        stream.disposition = Disposition.attached_pic
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(greys(1)[0], format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def without_streams(path: Path) -> Path:
+    """Writes a valid MP4 header that lists no streams."""
+
+    def box(kind: bytes, data: bytes = b"") -> bytes:
+        return (8 + len(data)).to_bytes(4, "big") + kind + data
+
+    header = bytes(12) + (1000).to_bytes(4, "big") + bytes(84)  # 1000 units of time per second, and no duration
+    path.write_bytes(box(b"ftyp", b"isom\0\0\2\0isom") + box(b"moov", box(b"mvhd", header)) + box(b"mdat"))
     return path
 
 

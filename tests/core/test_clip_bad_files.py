@@ -12,7 +12,7 @@ import pytest
 from shared.io.clips.open_frames import open_frames
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
-from tests.core.clip_files import animation, folder, greys, noisy, sound, video
+from tests.core.clip_files import animation, cover_art, folder, greys, noisy, sound, video, without_streams
 
 
 def refused(path: Path, *words: str, **settings: Any) -> None:
@@ -53,6 +53,14 @@ def test_files_that_are_not_clips_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_with_only_audio_is_refused(tmp_path: Path) -> None:
     refused(sound(tmp_path / "a.mp4"), "has no video stream, only audio")
+
+
+def test_a_cover_picture_is_not_a_clip(tmp_path: Path) -> None:
+    refused(cover_art(tmp_path / "a.mp4"), "has no video stream, only cover art")
+
+
+def test_a_file_without_streams_is_refused(tmp_path: Path) -> None:
+    refused(without_streams(tmp_path / "a.mp4"), "is damaged or truncated: it contains no streams")
 
 
 @pytest.mark.parametrize("ending", ["mp4", "webm", "gif", "webp", "png"])

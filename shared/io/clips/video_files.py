@@ -154,8 +154,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                     f"{path} cannot be read as a video; it is damaged or truncated: it contains no streams"
                 )
             if not streams:
-                holds = ", ".join(sorted({s.type for s in file.streams if s.type != "video"}))
-                raise ValueError(f"{path} has no video stream" + (f", only {holds}" if holds else ""))
+                holds = sorted({"cover art" if s.type == "video" else s.type for s in file.streams})
+                raise ValueError(f"{path} has no video stream, only {', '.join(holds)}")
             if streams[0].codec_context is None:
                 raise ValueError(f"{path} uses a codec that this PyAV cannot decode: save it as H.264")
             yield file, streams[0]
