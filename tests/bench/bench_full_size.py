@@ -121,6 +121,7 @@ def animatediff(tiny: bool) -> Case:
         heads = pictures.config.attention_head_dim
         motion = diffusers.MotionAdapter(
             block_out_channels=pictures.config.block_out_channels,
+            motion_layers_per_block=pictures.config.layers_per_block,
             motion_num_attention_heads=heads,
             motion_max_seq_length=32,
         )
@@ -128,7 +129,7 @@ def animatediff(tiny: bool) -> Case:
         recompute_motion(unet)
         return unet
 
-    latents, clip = ((1, 4, 4, 8, 8), "4 x 64x64") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
+    latents, clip = ((1, 4, 2, 4, 4), "2 x 32x32") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
     roles = ("cross_attention", "self_attention", "temporal_attention")
     text = (latents[2], 77, sd_width(tiny))  # this network takes separate text embeddings for each frame
     return Case("AnimateDiff, SD 1.5", "unet", build, ROLES, roles, latents, text, clip)

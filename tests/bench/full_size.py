@@ -24,7 +24,7 @@ def sd_unet(tiny: bool) -> Any:
         down_block_types=("CrossAttnDownBlock2D",) * crossed + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * crossed,
         block_out_channels=channels,
-        layers_per_block=2,
+        layers_per_block=1 if tiny else 2,
         cross_attention_dim=sd_width(tiny),
         attention_head_dim=2 if tiny else 8,
     )

@@ -78,6 +78,18 @@ def test_the_full_size_asset_benchmark_measures_every_case_and_names_what_replac
     assert "Gaussians are rendered in PyTorch" in shown and "nerfacc 0.5" in shown
 
 
+def test_the_full_size_benchmark_measures_every_model_with_and_without_checkpointing(printed, tmp_path):
+    printed("bench_full_size.py", "--tiny", "--device", "cpu", "--seconds", 0, "--out", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["error"] for row in rows] == [""] * 4 and all(row["trained"] and row["seconds"] for row in rows)
+    assert {(row["model"].split(",")[0], row["checkpointing"]) for row in rows} == {
+        (model, on) for model in ("AnimateDiff", "Wan 2.1") for on in (True, False)
+    }
+    printed("bench_full_size.py", "--tiny", "--device", "meta", "--out", tmp_path / "stored.json")
+    stored = [row["stored_gib"] for row in json.loads((tmp_path / "stored.json").read_text())["rows"]]
+    assert 0 < stored[0] < 0.5 * stored[1] and 0 < stored[2] < 0.5 * stored[3], "checkpointing stores less"
+
+
 def test_the_comparison_with_a_plain_loop_prints_both_ratios(printed, tiny):
     shown = printed("bench_script.py", "--steps", 1, "--rounds", 1, "--roles", "all", "--backbone", tiny)
     for label in ("  plain ", "  suite ", "steps per CPU second: ", "peak memory: "):
