@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.animatediff import AnimateDiffBackbone, with_motion
+from shared.backbones.module_roles import leaf_names, parameter_holders
 from shared.backbones.protocol import Backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.sampling.sampler import sample
@@ -46,6 +48,24 @@ def test_the_backbone_implements_the_protocol_and_is_frozen(clips: AnimateDiffBa
     assert isinstance(clips, Backbone)
     assert clips.frames == 8 and clips.reads == {"animatediff", "stable_diffusion"}
     assert not any(p.requires_grad for m in (*clips.components.values(), clips.vae) for p in m.parameters())
+
+
+def test_no_layer_has_two_roles_and_every_layer_that_relates_frames_has_a_temporal_role(
+    clips: AnimateDiffBackbone,
+) -> None:
+    exact: dict[str, str] = {}
+    temporal = ("temporal_attention", "temporal_feed_forward")
+    for role in (*temporal, "self_attention", "cross_attention", "feed_forward", "conv", "proj"):
+        (group,) = clips.group(role)
+        assert group.resolution == "exact" and not exact.keys() & set(group.modules), role
+        exact |= dict.fromkeys(group.modules, role)
+    (everything,), (whole,) = clips.group("denoiser"), clips.group("denoiser.all")
+    left = set(leaf_names(clips.unet)) - set(everything.modules)
+    assert everything.resolution == "port" and "proj_in and proj_out" in everything.note
+    assert left and all(re.fullmatch(r".*motion_modules\.\d+\.proj_(in|out)", name) for name in left)
+    moves = {name for name in everything.modules if "motion_modules" in name}
+    assert moves == {name for name, role in exact.items() if role in temporal}
+    assert exact.keys() < set(everything.modules) and whole.modules == parameter_holders(clips.unet)
 
 
 def test_clips_go_through_the_whole_network(clips: AnimateDiffBackbone) -> None:

@@ -28,12 +28,11 @@ from shared.trainable.lora import Lora
 from tests.video.clip_models import build_animatediff
 
 SETTINGS = SamplingSettings("", 4.0, 3, height=32, width=32, frames=4)
-_MOTION = ("temporal_attention",)
 ROLES = {
     "mug": ("cross_attention", "self_attention"),
     "dog": ("cross_attention",),
-    "spin": _MOTION,
-    "hop": _MOTION,
+    "spin": ("temporal_attention", "temporal_feed_forward"),  # as in motion_director
+    "hop": ("temporal_attention",),
 }
 
 
@@ -143,6 +142,7 @@ def test_diffusers_loads_a_motion_alongside_a_subject(
         "mug": export(concepts["mug"], tmp_path / "mug", backbone=pictures),
         "spin": export(concepts["spin"], tmp_path / "spin", backbone=clips),
     }
+    assert any(".ff.net." in layer for layers in concepts["spin"].meta.layers.values() for layer in layers)
     runner = VideoRunner(clips)
     for name, strength in (("mug", 1.0), ("spin", 0.7)):
         runner.load(concepts[name], strength)
