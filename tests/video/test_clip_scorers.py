@@ -1,11 +1,13 @@
-"""Clips generated during training are scored, and a warning is given if training makes them stand still."""
+"""Clips generated during training are scored, the best state is kept, and frozen clips cause a warning."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from torch import Tensor
 
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
+from shared.concept import read
 from shared.metrics.clips.scorer import ClipScorer
 from shared.recipe.resolve import load
 from shared.runner.clip_scorers import Watched
+from shared.runner.judging import FIRST_SEED
+from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
 from shared.runner.plan import plan
 from shared.sampling.settings import SamplingSettings
@@ -97,3 +102,42 @@ def test_base_clips_are_generated_without_the_concept_that_is_being_learned(
     learn(runner.backbone, "m", roles=("temporal_attention",), rank=2)
     assert not torch.allclose(made(), before, atol=1e-3)
     assert torch.equal(scorers["m"].base(("a mug", "a dog")), before)
+
+
+class Freezing(VideoRunner):
+    """A runner whose clips stand still from the second validation on."""
+
+    validations = 0
+
+    def make(self, *given: Any, **more: Any) -> Tensor:
+        clips = super().make(*given, **more)
+        self.validations += 1
+        return clips if self.validations == 1 else clips[:, :, :1].expand_as(clips)
+
+
+def test_training_that_freezes_the_clips_causes_a_warning_and_restores_the_best_state(
+    clip_model: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m.concept"
+    settings = [*FAST, f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={out}", "preview.num=0"]
+    settings += ["trainable.temporal.lr=0.2", "sampling.frames=4"]
+    settings += ["train.validation.every=1", "train.validation.num=2"]
+    planned = plan(load("animatediff_motion_lora", settings, "video", VideoRecipe))
+    runner = open_runner(Freezing, str(clip_model), [], "cpu")
+    scorers = VideoRunner.scorers(planned, runner.backbone, None, None)
+    assert scorers is not None
+    alarm = "nothing moves in 100% of the clips generated while m is being learned, compared with only 0% of those"
+    with pytest.warns(UserWarning, match=alarm):
+        personalize(planned, runner, scorers=scorers)
+    lines = [json.loads(line) for line in (planned.workdir / "log.jsonl").read_text().splitlines()]
+    first, last = (line for line in lines if "validation/score" in line)
+    assert (first["validation/frozen"], last["validation/frozen"], last["validation/score"]) == (0, 1, 0)
+    motion, leak = first["validation/motion_fidelity"], first["validation/leakage"]
+    assert first["validation/score"] == pytest.approx(motion * (1 - max(0, leak))) and motion > 0.1
+    kept = read(out).meta.metrics
+    assert kept["step"] == 1 and kept["score"] == first["validation/score"]
+    restored = open_runner(VideoRunner, None, [str(out)], "cpu")
+    how = SamplingSettings(steps=2, height=32, width=32, frames=4)
+    clips = restored.generate(["a photo of a <m>"] * 2, [FIRST_SEED, FIRST_SEED + 1], how)
+    again = scorers["m"].scorer(clips, ["a photo of a"] * 2)
+    assert again["motion_fidelity"] == pytest.approx(motion, abs=1e-4)
