@@ -1,4 +1,4 @@
-"""`pcs video generate` accepts steering options and refuses invalid ones before it loads a model."""
+"""`pcs video generate` writes clips, accepts steering options, and refuses invalid ones before it loads a model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from pcs_video.steering import ClipSteering
 from shared.backbones import load as loading
 from shared.backbones import load_backbone
 from shared.cli import build, run
+from shared.concept import Provenance, capture, save
 from shared.io.clips.clip_metadata import read_clip_metadata
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.clips.write_clip import write_clip
+from shared.io.contact_sheets import read_metadata
+from shared.modifiers import PlainText
 from shared.recipe.resolve import load
 from shared.runner.plan import Plan, plan
 from shared.sampling.settings import SamplingSettings
 from tests.core.runs import paint
 from tests.video.conftest import moving_square
 from tests.video.transformer_models import build_ltx, build_wan
+from tests.video.transformer_runs import learn
 
 Ask = Callable[..., tuple[int, str]]
 
@@ -56,6 +60,44 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clip(folder / "masks", masks, 8)
     (folder / "boxes.json").write_text(json.dumps({"red mug": {"0": [0, 0, 0.5, 0.5], "3": [0.5, 0.5, 1, 1]}}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def concepts(clip_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Saves a subject and a motion with random LoRAs."""
+    folder, backbone = tmp_path_factory.mktemp("concepts"), load_backbone(clip_model)
+    for name, noun, role in (("thing", "mug", "cross_attention"), ("motion", "", "temporal_attention")):
+        PlainText().attach(backbone, name, noun)
+        learn(backbone, name, roles=(role,))
+        about = Provenance(class_noun=noun, kind="subject" if noun else "motion", modifier=PlainText())
+        save(capture(backbone, name, about), folder / f"{name}.concept")
+        backbone.remove(name)
+    return [folder / "thing.concept", folder / "motion.concept"]
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "written"),
+    [
+        ("clip.gif", ("--sheet",), ["clip.gif", "clip-sheet.png"]),
+        ("clip.webp", (), ["clip.webp"]),
+        ("clips", ("--format", "frames", "--sheet"), ["clips/000-seed5", "clips/sheet.png"]),
+    ],
+)
+def test_a_clip_of_a_subject_and_a_motion_is_written_in_the_requested_format(
+    out: str, more: tuple[str, ...], written: list[str], concepts: list[Path], pcs: Callable[..., Any], tmp_path: Path
+) -> None:
+    prompt, small = "a photo of a <thing> <motion>", ("--height", 32, "--width", 32, "--steps", 1, "--frames", 3)
+    loaded = [word for path in concepts for word in ("--concept", path)]
+    ran = pcs("video", "generate", prompt, *loaded, "--out", tmp_path / out, *more, *small, "--seed", 5, "--fps", 5)
+    assert ran.code == 0, ran.err
+    assert ran.out.split() == [str(tmp_path / name) for name in written]
+    clip = read_clip(tmp_path / written[0], ClipWindow(length=3))
+    assert clip.fps == 5 and clip.frames.std() > 0
+    stored = [read_clip_metadata(tmp_path / written[0]), *(read_metadata(tmp_path / name) for name in written[1:])]
+    for about in (json.loads(text["pcs"]) for text in stored):
+        assert (about["prompt"], about["expanded"]) == (prompt, "a photo of a mug")
+        assert (about["seed"], about["frames"], about["steps"], about["height"]) == (5, 3, 1, 32)
+        assert about["concepts"] == {"thing": 1, "motion": 1} and about["named"] == ["thing", "motion"]
 
 
 def test_all_steering_options_can_be_combined(ask: Ask, given: Path, clip_model: Path, tmp_path: Path) -> None:
