@@ -34,7 +34,7 @@ from shared.metrics.clips.paths import KnownMotion
 from shared.metrics.clips.report import ClipReport
 from shared.metrics.clips.scorer import ClipScorer
 from shared.recipe.resolve import load
-from shared.runner.judging_clips import ClipEvaluationSettings
+from shared.runner.judging_clips import ClipEvaluationSettings, clip_score_line
 from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
 from shared.runner.plan import plan
@@ -177,6 +177,8 @@ def test_a_toybox_motion_is_recognized() -> None:
     report = judged(Makers(maker((3, 0)), maker((0, 3))), scorer, case, seeds=(0,))
     found, false = report.score("motion_recognised"), report.score("false_motion")
     assert found and false and (found.value, found.base, found.truth) == (1, 0, 0.9)
+    beside = f"base model 0.000   chance {known.chance:.3f}   true clips 0.900"
+    assert clip_score_line(found) == f"1.000 [0.342, 1.000]   {beside}"
     assert found.chance == known.chance and report.candidates[0] == "loop" and len(report.candidates) >= 11
     assert (false.value, false.unit) == (1, "rate") and false.explanation.startswith("Motion recognized in clips")
     assert any("affects every clip" in note for note in report.notes) and not report.of_kind("unnamed")
@@ -252,9 +254,13 @@ def test_a_motion_is_evaluated_without_any_scoring_network(
     out = tmp_path / "report"
     asked = ["evaluate", "--concept", concepts / "slide.concept", "--prompts", prompts, "--out", out, *QUICK]
     assert run(app, [str(a) for a in asked]) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == str(out / "index.html") and "Motion fidelity" in said
+    *said, last = capsys.readouterr().out.splitlines()
     report = ClipReport.load(out)
+    assert last == str(out / "index.html") and [line[:34].rstrip() for line in said] == [s.title for s in report.scores]
+    (fidelity,) = (line for line in said if line.startswith("Motion fidelity"))
+    number = r"-?\d\.\d{3}"
+    beside = rf"base model {number}   between the motion's clips {number} to {number}"
+    assert re.fullmatch(rf"Motion fidelity +{number} \[{number}, {number}\]   {beside}", fidelity), fidelity
     assert {p.name for p in out.iterdir()} >= PAGE_FILES and len(report.motion_clips) == 2
     measured = {s.key for s in report.scores if s.value is not None}
     assert measured >= {
