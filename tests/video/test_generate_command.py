@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from pcs_video.backbones.frame_grid import frame_check
-from pcs_video.backbones.wan import WanBackbone
 from pcs_video.clips import ClipFiles, generate
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
@@ -33,7 +32,7 @@ from shared.sampling.settings import SamplingSettings
 from tests.core.runs import paint
 from tests.video.conftest import moving_square
 from tests.video.transformer_models import build_ltx, build_wan
-from tests.video.transformer_runs import learn
+from tests.video.transformer_runs import FAMILIES, learn
 
 Ask = Callable[..., tuple[int, str]]
 
@@ -233,7 +232,7 @@ def test_every_part_that_sets_a_frame_count_is_checked_before_anything_is_loaded
     with pytest.raises(ValueError, match=clip):
         VideoRunner.check_plan(Plan(planned, {}, {}, tmp_path), str(folders["wan"]))
     with pytest.raises(ValueError, match=clip):  # a model whose files do not show its frame counts
-        VideoRunner(WanBackbone(build_wan())).personalize({}, planned, tmp_path)
+        VideoRunner(FAMILIES["wan"]()).personalize({}, planned, tmp_path)
 
 
 def test_the_frame_rate_is_passed_to_networks_that_use_it(folders: dict[str, Path], ask: Ask, tmp_path: Path) -> None:
