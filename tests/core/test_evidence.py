@@ -15,9 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shared.evaluation.clips.case_facts import ClipCase
+from shared.evaluation.clips.evaluate import ClipShots, Makers, evaluate_clips
+from shared.evaluation.clips.prompt_sets import ClipTexts, load_clip_prompts
 from shared.evaluation.poses import poses
 from shared.evaluation.prompt_sets import load_prompts
 from shared.metrics import measure_true as measuring
+from shared.metrics.clips.scorer import ClipScorer
 from shared.metrics.freedom import pooled
 from shared.metrics.instruments import load_instruments
 from shared.metrics.scorer import Scorer
@@ -26,6 +30,8 @@ from shared.metrics.true_thing import Asked
 from shared.pretrain.evaluators.calibrate import shifted
 from shared.pretrain.evaluators.reconstructions import load_vae, round_trip
 from shared.toybox import reference_sets as album
+from shared.toybox.motions.clips import draw_clip
+from shared.toybox.motions.reference_clips import reference_moving
 from shared.toybox.render import render
 from shared.toybox.subjects import reference_scenes
 from shared.toybox.true_renders import asked_scenes
@@ -160,3 +166,26 @@ def test_cutouts_of_the_references_are_recognized_as_copies(judge: Scorer, throu
     for pictures in (torch.stack(pasted), through(torch.stack(pasted))):
         verified, freedom, copied = _measured(judge, pictures, 4)
         assert copied >= 0.75 and verified <= 0.25 and freedom is None
+
+
+def test_masked_likeness_and_freedom_are_measured_in_clips(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+    """For the first prompt, the poses in the two clips differ. For the second, both clips are the same."""
+
+    def maker(name: str, *order: int) -> Callable[..., Tensor]:
+        scenes = reference_moving("development-zigzag", max(order) + 1, 0, 2, album.held_out(name).thing)
+        drawn = [draw_clip(scene).frames.permute(0, 3, 1, 2) * 2 - 1 for scene in scenes]  # [2, 3, 64, 64]
+        clips = [through(frames).transpose(0, 1) for frames in drawn]
+        return lambda prompts, seeds, progress: torch.stack([clips[i] for i in order])
+
+    case = ClipCase(subject="my-robot", class_noun="robot")
+    texts = ClipTexts(load_clip_prompts("toybox_motion"), "", "my-robot", "robot", limit=2)
+    makers = Makers(maker("development-robot", 0, 1, 0, 0), maker("development-duck", 0, 0, 0, 0))
+    report = evaluate_clips(makers, case, texts, ClipScorer(judge.instruments, thing=judge), ClipShots((0, 1)))
+    freedom = [row.scores["freedom"] for row in report.of_kind("concept")]
+    assert freedom[0] == freedom[1] and freedom[0] is not None and freedom[0] > 0.5
+    assert freedom[2:] == [0, 0]
+    assert report.value("freedom") == pytest.approx(freedom[0] / 2)
+    likeness = report.score("subject_crops")
+    assert likeness and likeness.value is not None and likeness.base is not None
+    assert likeness.value > 0.8 > 0.3 > likeness.base
+    assert not any("whole frames" in note for note in report.notes)
