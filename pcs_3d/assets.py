@@ -98,10 +98,10 @@ def create(
         plan: the memory plan, if the recipe was changed to fit a budget. It is recorded in the asset.
 
     Raises:
-        ValueError: the prompt, concepts and recipe are incompatible, the field is empty, or another process is writing to
-            one of the folders. The state of the run is kept.
+        ValueError: the asset cannot be written (`check_output`), the prompt, concepts and recipe are incompatible, or the
+            field is empty. The state of the run is kept.
     """
-    hold(files.out)
+    check_output(files.out, files.overwrite or files.resume)
     hold(files.workdir)
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
     if plan is not None:

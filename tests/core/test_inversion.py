@@ -32,12 +32,13 @@ def backbone_of(kind: str, request: Any) -> Any:
 
 
 def there_and_back(backbone: Any, clean: Tensor, steps: int, refine: int = 0) -> float:
-    """Inverts `clean` (`[2, C, h, w]`), samples back deterministically, and returns the result's relative error."""
+    """Inverts `clean` (`[2, C, (f), h, w]`), samples back deterministically, and returns the result's relative error."""
     scheduler = "flow_euler" if backbone.prediction_type == "flow" else "ddim"
     inverted = invert(backbone, clean, ["a mug", "a dog"], steps=steps, refine=refine)
     start = MixedNoise(inverted=inverted, share=1.0)
     side = clean.shape[-1] * backbone.vae_factor
-    settings = SamplingSettings("", 1.0, steps, scheduler, side, side, hooks=(start,))
+    frames = None if clean.ndim == 4 else 1 + (clean.shape[2] - 1) * backbone.frame_factor
+    settings = SamplingSettings("", 1.0, steps, scheduler, side, side, frames, hooks=(start,))
     *_, last = denoise(backbone, ["a mug", "a dog"], seeds=[0, 1], settings=settings)
     assert last.latents.dtype == torch.float64
     return float((last.latents - clean).norm() / clean.norm())

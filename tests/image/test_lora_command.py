@@ -90,7 +90,7 @@ def test_missing_options_are_reported_before_anything_is_loaded(judged, concepts
     assert "does not end in a class noun" in judged("a", "--lora", exported, "--token", "sks", code=2)
     assert "2 --token for 1 --lora" in judged("a", "--lora", exported, "--token", "a b", "--token", "c d", code=2)
     assert "nothing does not exist" in judged("a", "--lora", tmp_path / "nothing", "--token", "sks dog", code=2)
-    assert "--class-noun is only for" in judged("a", "--concept", concepts["rex"], "--class-noun", "dog", code=2)
+    assert "--class-noun applies only to" in judged("a", "--concept", concepts["rex"], "--class-noun", "dog", code=2)
 
 
 def test_references_are_required_to_evaluate_a_lora(pcs, exported, tmp_path):

@@ -49,7 +49,10 @@ def test_the_command_uses_the_sampling_settings_of_the_recipe(pcs, folder, tmp_p
 
 
 def test_sampling_settings_come_from_the_first_concept_unless_a_motion_is_loaded(folder, tiny_folder, tmp_path):
-    runner = ImageRunner(load_backbone(str(tiny_folder)))
+    class AnyRunner(ImageRunner):
+        uses_motions = True
+
+    runner = AnyRunner(load_backbone(str(tiny_folder)))
     rex, max_ = (read(folder / f"{name}.concept") for name in ("rex", "max"))
     assert runner.with_own_sampling(SamplingSettings()) == SamplingSettings()
     runner.load(max_)

@@ -174,6 +174,15 @@ def test_an_asset_and_the_state_of_its_run_are_locked(sd, tmp_path):
     assert not files.check()
 
 
+def test_an_asset_created_from_python_replaces_no_other_folder(sd, tmp_path):
+    files, how = AssetFiles(tmp_path / "asset"), recipe("dreamfusion", *FEW)
+    files.out.mkdir()
+    (files.out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="asset already exists and contains 1 file"):
+        create(Runner3D(sd), how, files, export=wrote)
+    assert not files.workdir.exists(), "nothing was made"
+
+
 def test_a_runner_can_replace_a_task(sd, tmp_path):
     seen = []
 

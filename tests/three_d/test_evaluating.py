@@ -233,7 +233,7 @@ def test_the_class_noun_of_a_concept_is_read_from_the_asset_folder(box, tmp_path
     (folder / "asset.glb").write_bytes(box.read_bytes())
     about = {"prompt": "a photo of a <my-mug>", "plain_prompt": "a photo of a mug", "backbone": "toybox"}
     (folder / "asset.json").write_text(json.dumps(about))
-    told = "set its class noun with --class-noun"
+    told = "pass --class-noun to use a class noun"
     found, owl = evaluate(folder, Against()), evaluate(folder, Against(class_noun="my owl"))
     assert (found.prompt, owl.prompt) == ("a photo of a mug", "a photo of an owl")
     assert not any(told in note for note in (*found.notes, *owl.notes))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("few_true_pictures")
 
 SMALL = (
     "--motions", "1", "--subjects", "1", "--limit", "1", "--num", "1", "--steps", "1",
-    "--set", "train.steps=1", "--set", "preview.num=0", "--set", "sampling.frames=8",
+    "--set", "train.steps=1", "--set", "preview.num=0", "--set", "sampling.frames=4",
     "--subject-recipe", "textual_inversion",
     "--set-subject", "train.steps=1", "--set-subject", "preview.num=0", "--set-subject", "train.validation.every=0",
 )  # fmt: skip

@@ -29,7 +29,9 @@ from shared.runner.plan import plan
 from shared.runner.png_metadata import metadata
 from shared.sampling.inversion import NoisePrior
 from shared.sampling.settings import SamplingSettings
+from tests.core.test_inversion import there_and_back
 from tests.video.conftest import FAST
+from tests.video.transformer_runs import FAMILIES, frames_of, noise
 
 HOW = SamplingSettings("", 1.0, 2, height=32, width=32, frames=4)
 
@@ -115,3 +117,12 @@ def test_two_priors_in_one_prompt_and_recipes_without_clips_are_refused(
     asked.append("sampling.noise_prior.share=0.5")
     assert run(app, [*asked, f"output={tmp_path / 'mug.concept'}", f"backbone={clip_model}"]) == 2
     assert "sampling.noise_prior takes noise from the motion's own clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_from_the_inverted_noise_of_a_clip_returns_the_clip(family: str) -> None:
+    """This also holds if Wan 2.2's two experts take turns."""
+    backbone: Any = FAMILIES[family]().to(dtype=torch.float64)
+    shape = backbone.latent_shape(32, 32, frames_of(backbone))
+    clean = 0.7 * noise(2, *shape).double()
+    assert there_and_back(backbone, clean, 10, refine=12) < 1e-5

@@ -91,7 +91,7 @@ def test_a_motion_and_a_subject_learned_from_pictures_work_together(
     runner.unload("slide")
     still_thing = clips(runner, "a photo of a <thing> on the beach")
     assert not torch.allclose(both, still_thing, atol=1e-3)
-    with pytest.raises(ValueError, match="'slide' does not fit .*it was learned on animatediff"):
+    with pytest.raises(ValueError, match="'slide' is a motion, and pictures cannot show one"):
         open_runner(ImageRunner, str(picture_model), [str(tmp_path / "slide.concept")], "cpu")
 
 
