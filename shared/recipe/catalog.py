@@ -5,7 +5,6 @@ This module is cheap to import, because it does not need torch.
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +31,9 @@ class Taxonomy(Part):
 
 
 def config_folder() -> Path:
-    """Returns the `configs` folder, which is next to the installed packages, or at the root of a checkout."""
-    return Path(str(files("configs")))
+    """Returns the `configs` folder, which is next to the installed packages, or at the root of a checkout. It is not found
+    by importing it, because a working directory or a program that uses the suite may have a folder of that name."""
+    return Path(__file__).resolve().parents[2] / "configs"
 
 
 def recipe_files(modality: str) -> dict[str, Path]:

@@ -79,3 +79,11 @@ def test_contributing_lists_the_layers_that_the_import_linter_checks():
         rows = re.findall(rf"^{package}\.(\S+(?:, \S+)*)  +(.*)$", block, re.MULTILINE)
         printed = [about.split() if names == "<parts>" else names.split(", ") for names, about in rows]
         assert [sorted(row) for row in printed] == [sorted(layer.split(" | ")) for layer in layers], package
+
+
+def test_shipped_recipes_are_found_from_a_folder_that_has_its_own_configs(tmp_path):
+    """threestudio's checkout has such a folder, and starts the suite with itself first on the path."""
+    (tmp_path / "configs").mkdir()
+    code = "from shared.recipe.catalog import recipe_files; print('dreamfusion' in recipe_files('3d'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"
