@@ -66,9 +66,8 @@ class PhaseContext:
     earlier: Sequence[Recipe] = ()  # recipes of the earlier phases, in order
     phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder for its files
     resumed_step: int = 0  # the step of this phase at which the run resumes; 0 if the phase starts afresh
-    loaded_nouns: Mapping[str, str] = field(
-        default_factory=dict
-    )  # the class nouns of the concepts loaded before the run
+    # the class nouns of the concepts loaded before the run
+    loaded_nouns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def class_nouns(self) -> dict[str, str]:
